@@ -1,0 +1,53 @@
+"""EchoQuad: from a folder of labelled echo frames to a checked ONNX bundle that a bedside cart can run.
+
+Research use only. Nothing here imports more than it must: `Predictor` and its kin are loaded when first asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from echoquad_runtime._version import __version__
+
+if TYPE_CHECKING:
+    from echoquad_runtime.bundle import Bundle
+    from echoquad_runtime.contract import Contract
+    from echoquad_runtime.errors import EchoQuadError
+    from echoquad_runtime.inputs import Failure
+    from echoquad_runtime.predictor import Prediction, Predictor
+    from echoquad_runtime.verify import Verification, verify
+
+__all__ = [
+    "Bundle",
+    "Contract",
+    "EchoQuadError",
+    "Failure",
+    "Prediction",
+    "Predictor",
+    "Verification",
+    "__version__",
+    "verify",
+]
+
+_HOMES = {
+    "Bundle": "bundle",
+    "Contract": "contract",
+    "EchoQuadError": "errors",
+    "Failure": "inputs",
+    "Prediction": "predictor",
+    "Predictor": "predictor",
+    "Verification": "verify",
+    "verify": "verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'echoquad' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"echoquad_runtime.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,5 @@
+"""``python -m echoquad``."""
+
+from echoquad.cli.app import main
+
+main()

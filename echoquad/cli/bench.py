@@ -1,0 +1,59 @@
+"""``echoquad bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from echoquad.cli.console import list_failures, note, table
+from echoquad.cli.options import BatchSize, BundleFolder, Device, DeviceName, Precision, Threads
+
+__all__ = ["bench"]
+
+MAX_FRAMES = 256  # kept in memory as files; more would only repeat them
+
+
+def bench(
+    bundle: BundleFolder,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[INPUT...]", help="Frames; the bundle's golden phantoms where not given."),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures as JSON.")
+    ] = None,
+    frames: Annotated[int, typer.Option("--frames", min=1, help="Frames to time.")] = 100,
+    device: Device = DeviceName.auto,
+    precision: Precision = None,
+    batch_size: BatchSize = 8,
+    threads: Threads = None,
+) -> None:
+    """Measure latency and throughput by stage on this machine."""
+    from echoquad_runtime.bench import read_encoded, run_benchmark
+    from echoquad_runtime.files import write_json
+
+    encoded, failures = read_encoded(inputs, MAX_FRAMES) if inputs else (None, [])
+    found = run_benchmark(
+        bundle,
+        encoded,
+        device=device.value,
+        precision=precision,
+        batch_size=batch_size,
+        threads=threads,
+        count=frames,
+    )
+    if found.note:
+        note(found.note)
+    rows = [[name, f"{value:.2f}"] for name, value in found.stages.items()]
+    rows += [[f"latency {name}", f"{value:.2f}"] for name, value in found.latency_ms.items()]
+    rows += [["load", f"{found.load_ms:.1f}"], ["first frame", f"{found.first_frame_ms:.1f}"]]
+    typer.echo(f"{found.frames} frames on {found.device} in {found.precision}, one at a time; stages are medians")
+    typer.echo(table(["", "ms a frame"], rows))
+    typer.echo(f"throughput {found.frames_per_second:.1f} frames a second in batches of {found.batch_size}")
+    typer.echo(f"peak memory {found.peak_rss_mb:.0f} MB")
+    if json_file is not None:
+        write_json(json_file, found.to_dict())
+        note(f"wrote {json_file.as_posix()}")
+    raise typer.Exit(list_failures(failures, done=1))

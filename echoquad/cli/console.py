@@ -1,0 +1,117 @@
+"""What the commands print with: errors and progress to stderr, results to stdout."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from echoquad_runtime.errors import EchoQuadError
+from echoquad_runtime.inputs import Failure
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+__all__ = ["PARTIAL", "Progress", "fail", "list_failures", "note", "table"]
+
+PARTIAL = 5
+"""Exit code: done, but some inputs failed."""
+
+_PLAIN_SECONDS = 10.0  # between two lines where no bar can be drawn
+
+
+def note(message: str) -> None:
+    """Print a line to stderr."""
+    print(_printable(message), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def fail(error: EchoQuadError) -> int:
+    """Print an error as one line to stderr; gives its exit code."""
+    note(f"error: {' '.join(str(error).split())}")
+    return error.exit_code
+
+
+def list_failures(failures: Sequence[Failure], done: int) -> int:
+    """Print each failed input on a line of its own; gives the exit code of a command that did `done` others."""
+    for failure in failures:
+        note(f"error: {failure.file}: {' '.join(str(failure.error).split())}")
+    if not failures:
+        return 0
+    return PARTIAL if done else failures[0].error.exit_code
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out a table as text: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for row in [header, ["-" * width for width in widths], *rows]:
+        cells = [
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a plain line now and then, so that a log stays readable.
+
+    Parameters
+    ----------
+    label
+        What is being done.
+    total
+        Steps in all; None where it is not known.
+    """
+
+    def __init__(self, label: str, total: int | None = None) -> None:
+        self._label, self._total = label, total
+        self._bar: Bar | None = None
+        self._printed = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+            )
+            # What goes to stdout is a result and must not be drawn into the bar's stream.
+            self._bar = Progress(*columns, console=Console(stderr=True), redirect_stdout=False, redirect_stderr=False)
+            self._task = self._bar.add_task(self._label, total=self._total)
+            self._bar.start()
+        return self
+
+    def update(self, done: int, total: int | None = None) -> None:
+        """Show that `done` steps are done."""
+        self._total = total or self._total
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=self._total)
+        elif time.monotonic() - self._printed >= _PLAIN_SECONDS:
+            self._printed = time.monotonic()
+            note(f"{self._label}: {done}{f' of {self._total}' if self._total else ''}")
+
+    def print(self, line: str) -> None:
+        """Print a line that stays, above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            note(line)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _printable(text: str) -> str:
+    """Replace what the terminal's encoding has no sign for, above all on Windows and for names that are not UTF-8."""
+    encoding = sys.stderr.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

@@ -1,0 +1,85 @@
+"""``echoquad demo``."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from echoquad.cli.console import note
+
+__all__ = ["demo"]
+
+MARK = ".echoquad-demo"  # only a folder with this file in it is ever replaced
+
+
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder to write; an older demo is replaced.")
+    ] = Path("demo"),
+    patients: Annotated[int, typer.Option("--patients", help="Phantom patients.")] = 80,
+    epochs: Annotated[int, typer.Option("--epochs", help="Epochs of training.")] = 12,
+) -> None:
+    """Run all of it on phantom frames: draw, train, export, verify, predict, bench. A few minutes on a CPU."""
+    from echoquad_runtime.errors import OutputError
+    from echoquad_runtime.files import make_folder, write_bytes
+
+    if out.exists() and not (out / MARK).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(
+            f"{out.as_posix()}: is there and is no demo of before; it is left as it is; choose another --out"
+        )
+    shutil.rmtree(out, ignore_errors=True)
+    make_folder(out)
+    write_bytes(out / MARK, b"")
+    root = out.as_posix()
+    data, run, bundle = f"{root}/data", f"{root}/run", f"{root}/bundle"
+    begin = time.perf_counter()
+    recipe = ["--recipe", "scratch", "--input-size", "64", "--epochs", str(epochs), "--set", "batch_size=32"]
+    for arguments in (
+        ["data", "phantom", data, "--patients", str(patients)],
+        ["train", data, "--out", run, *recipe],
+        ["evaluate", run, data, "--split", "test", "--out", f"{root}/evaluation"],
+        ["export", run, "--out", bundle],
+        ["verify", bundle],
+        [
+            "predict",
+            bundle,
+            f"{data}/test",
+            "--out",
+            f"{root}/predictions.csv",
+            "--overlay",
+            f"{root}/overlays",
+        ],
+        ["bench", bundle, f"{data}/test", "--json", f"{root}/bench.json"],
+    ):
+        _run(arguments)
+    overlay = next(iter(sorted((out / "overlays").rglob("*.png"))), out / "overlays")
+    note(f"\ndone in {time.perf_counter() - begin:.0f} s. What to look at:")
+    for path, what in (
+        (f"{root}/data/", "the phantoms: synthetic, ASD against NORM, patients apart between splits"),
+        (f"{root}/run/curves.png", "how training went; run.json and metrics.csv beside it"),
+        (f"{root}/evaluation/confusion.png", "what is mistaken for what; roc.png and metrics.json beside it"),
+        (
+            f"{root}/bundle/MODEL_CARD.md",
+            "what a reader must know of the model; the folder is what a cart gets",
+        ),
+        (f"{root}/predictions.csv", "a row a frame: the decision, and what each quadrant said"),
+        (overlay.as_posix(), "the same, drawn over the frame; one for each test frame"),
+        (f"{root}/bench.json", "what it costs on this machine, by stage"),
+    ):
+        note(f"  {path}\n      {what}")
+    note("The phantoms are easy to draw and prove nothing about patients. Research use only.")
+
+
+def _run(arguments: list[str]) -> None:
+    """Run a command as a user would, after showing it."""
+    from echoquad.cli.app import app
+
+    note(f"\n$ echoquad {shlex.join(arguments)}")
+    code = app(arguments, standalone_mode=False)
+    if code:
+        raise typer.Exit(code)

@@ -1,0 +1,63 @@
+"""``echoquad doctor``."""
+
+from __future__ import annotations
+
+from importlib import metadata, util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from echoquad.cli.console import note
+from echoquad.cli.options import Device, DeviceName
+
+if TYPE_CHECKING:
+    from echoquad_runtime.doctor import Check, Status
+
+__all__ = ["doctor"]
+
+
+def doctor(
+    device: Device = DeviceName.auto,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")
+    ] = None,
+) -> None:
+    """Say what works on this machine; every device is made to compute."""
+    from echoquad_runtime.doctor import examine
+    from echoquad_runtime.files import write_json
+
+    report = examine(device.value, extra_checks=[_check_torch] if util.find_spec("torch") else [])
+    for name, value in report.facts.items():
+        typer.echo(f"{name}: {value}")
+    typer.echo("")
+    for check in report.checks:
+        typer.echo(f"[{check.status}] {check.name}: {check.detail}")
+    if not util.find_spec("torch"):
+        typer.echo('[ok] torch: not installed; only training and export need it: pip install "echoquad[export]"')
+    if json_file is not None:
+        write_json(json_file, report.to_dict())
+        note(f"wrote {json_file.as_posix()}")
+    raise typer.Exit(report.exit_code)
+
+
+def _check_torch() -> Check:
+    """Do what the document's check_gpu did: version, CUDA, devices, and the mean of a matrix product."""
+    import torch
+
+    from echoquad_runtime.doctor import Check
+    from echoquad_train.device import autocast_dtype, choose_device
+
+    where = choose_device("auto")
+    ones = torch.ones(256, 256, device=where)
+    mean = (ones @ ones).mean().item()
+    status: Status = "ok" if mean == 256 else "failed"
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    cuda = f"{len(names)} CUDA devices ({', '.join(names)})" if names else "no CUDA device"
+    mixed = str(autocast_dtype(where) or "float32").removeprefix("torch.")
+    version = f"torch {torch.__version__}, torchvision {metadata.version('torchvision')}"
+    return Check(
+        "torch",
+        status,
+        f"{version}; {cuda}; trains on {where.type} in {mixed}; matmul mean {mean:g}, expected 256",
+    )

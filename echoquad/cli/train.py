@@ -1,0 +1,120 @@
+"""``echoquad train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from echoquad.cli.console import Progress, list_failures, note
+from echoquad.cli.options import Device, DeviceName
+
+__all__ = ["TrainingProgress", "train"]
+
+
+def train(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder with {train,validation}/CLASS/**/*.png|jpg|...")],
+    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="Run folder to write.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", metavar="transfer|scratch|FILE.toml", help="How to train; transfer where not given."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Change any field of the recipe; may be given again."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", metavar="imagenet|none|FILE", help="Weights to begin from.")
+    ] = None,
+    input_size: Annotated[int | None, typer.Option("--input-size", help="Side of a quadrant in pixels.")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Quadrants a batch.")] = None,
+    device: Device = DeviceName.auto,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of all draws.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run that RUN holds, by its own recipe.")
+    ] = False,
+) -> None:
+    """Train a quadrant classifier on labelled frames."""
+    from echoquad_runtime.errors import UsageError
+    from echoquad_train.checkpoint import RECIPE
+    from echoquad_train.fit import fit
+    from echoquad_train.recipe import Recipe
+
+    given: dict[str, Any] = {
+        "weights": weights,
+        "input_size": input_size,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    changed = recipe is not None or bool(settings) or bool(given)
+    if resume and not changed and (out / RECIPE).is_file():
+        chosen = Recipe.load(str(out / RECIPE))
+    else:
+        chosen = Recipe.load(recipe or "transfer").replace(settings or (), **given)
+    if resume and not out.exists():
+        raise UsageError(f"--resume: {out.as_posix()} is not there; train without --resume first")
+    with TrainingProgress() as progress:
+        fitted = fit(data, out, chosen, device=device.value, resume=resume, reporter=progress)
+    best = fitted.best
+    note(
+        f"best: epoch {best.epoch}, validation frame accuracy {best.validation_frame_accuracy:.4f} "
+        f"(quadrants {best.validation_patch_accuracy:.4f}); wrote {out.as_posix()}/"
+    )
+    note(f"next: echoquad export {out.as_posix()} --out BUNDLE")
+    raise typer.Exit(list_failures(fitted.failures, done=1))
+
+
+class TrainingProgress:
+    """Shows a run: a bar for each epoch, and a line of figures that stays."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._key: object = None
+
+    def __enter__(self) -> TrainingProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def decoding(self, split: str, done: int, total: int) -> None:
+        """Show that a frame was decoded."""
+        self._show(f"decoding {split}", done, total)
+
+    def started(self, device: str, precision: str, train: Any, validation: Any) -> None:
+        """Say what will be trained, on what."""
+        self._close()
+        for split in (train, validation):
+            counts = ", ".join(f"{name} {count}" for name, count in split.counts.items())
+            note(f"{split.name}: {len(split.frames)} frames ({counts})")
+        note(f"training on {device} in {precision}")
+
+    def batch(self, epoch: int, done: int, total: int) -> None:
+        """Show that a batch is done."""
+        self._show(f"epoch {epoch}", done, total)
+
+    def epoch(self, epoch: Any, epochs: int, best: bool) -> None:
+        """Print the epoch's line."""
+        self._close()
+        note(
+            f"Epoch {epoch.epoch:02d}/{epochs} [{epoch.phase}] "
+            f"train loss {epoch.train_loss:.4f} acc {epoch.train_patch_accuracy:.4f} | "
+            f"val loss {epoch.validation_loss:.4f} acc {epoch.validation_patch_accuracy:.4f} "
+            f"frame acc {epoch.validation_frame_accuracy:.4f} | lr {epoch.lr:.1e} | {epoch.seconds:.1f} s"
+            f"{' | best' if best else ''}"
+        )
+
+    def _show(self, label: str, done: int, total: int) -> None:
+        if self._key != label or self._progress is None:
+            self._close()
+            self._progress, self._key = Progress(label, total).__enter__(), label
+        self._progress.update(done, total)
+
+    def _close(self) -> None:
+        if self._progress is not None:
+            self._progress.__exit__(None, None, None)
+        self._progress = None

@@ -1,0 +1,109 @@
+"""The graph: from 8-bit quadrants to logits and probabilities, with all that lies between inside it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from typing import Final
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from echoquad_export.fold import fold_first_convolution
+from echoquad_runtime._version import __version__
+from echoquad_runtime.contract import Contract
+from echoquad_runtime.session import CONTRACT_KEY, INPUT, OUTPUTS
+from echoquad_train.model import QuadrantClassifier
+
+__all__ = ["IR_VERSION", "OPSET", "DeployedClassifier", "build_graph"]
+
+OPSET: Final = 18
+IR_VERSION: Final = 10
+"""ONNX 1.16's; onnxruntime reads it from 1.18 on. Pinned, so that a newer exporter does not shut out an older cart."""
+
+
+class DeployedClassifier(nn.Module):
+    """The classifier as it is deployed: one input channel, normalisation, temperature and softmax inside.
+
+    Parameters
+    ----------
+    model
+        The trained model; it is copied, not changed.
+    contract
+        Gives mean, standard deviation and temperature.
+    """
+
+    def __init__(self, model: QuadrantClassifier, contract: Contract) -> None:
+        super().__init__()
+        self.backbone = fold_first_convolution(copy.deepcopy(model.backbone))
+        self.head = copy.deepcopy(model.head)
+        self.mean, self.std, self.temperature = contract.mean, contract.std, contract.temperature
+        self.eval()
+
+    def forward(self, quadrants: Tensor) -> tuple[Tensor, Tensor]:
+        """Give logits and probabilities, float32 [N, C], for uint8 [N, 1, S, S]."""
+        x = (quadrants.float() / 255 - self.mean) / self.std
+        logits = self.head(self.backbone(x))
+        scaled = logits if self.temperature == 1 else logits / self.temperature
+        return logits, torch.softmax(scaled, dim=1)
+
+
+def build_graph(model: QuadrantClassifier, contract: Contract) -> bytes:
+    """Export a model to ONNX: float32, one file, any number of quadrants.
+
+    Returns
+    -------
+    bytes
+        The ONNX file: `INPUT` uint8 [N, 1, S, S] in, `OUTPUTS` float32 [N, C] out, contract and hash in its metadata.
+    """
+    size = contract.input_size
+    # With a single sample the exporter would take N for the constant 1.
+    sample = torch.zeros(2, 1, size, size, dtype=torch.uint8)
+    exporter_log = logging.getLogger("torch.onnx")
+    level = exporter_log.level
+    exporter_log.setLevel(logging.ERROR)  # it reports optional packages that are missing; nothing here needs them
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own deprecations, which nobody here can act on
+            program = torch.onnx.export(
+                DeployedClassifier(model.cpu(), contract),
+                (sample,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=list(OUTPUTS),
+                dynamic_shapes={INPUT: {0: torch.export.Dim("N", min=1)}},
+                external_data=False,
+                verbose=False,
+            )
+    finally:
+        exporter_log.setLevel(level)
+    assert program is not None
+    proto = program.model_proto
+    _clean(proto)
+    proto.ir_version = IR_VERSION
+    proto.producer_name, proto.producer_version = "echoquad", __version__
+    metadata = {CONTRACT_KEY: contract.to_json(), "echoquad.contract_sha256": contract.sha256}
+    onnx.helper.set_model_props(proto, metadata)
+    onnx.checker.check_model(proto, full_check=True)
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def _clean(proto: onnx.ModelProto) -> None:
+    """Take out the exporter's notes: stack traces with paths of the machine that exported, of no use to a runtime."""
+    proto.doc_string = ""
+    proto.graph.doc_string = ""
+    del proto.functions[:]
+    for group in (
+        proto.graph.node,
+        proto.graph.initializer,
+        proto.graph.input,
+        proto.graph.output,
+        proto.graph.value_info,
+    ):
+        for item in group:
+            item.doc_string = ""
+            del item.metadata_props[:]
+    del proto.graph.metadata_props[:]

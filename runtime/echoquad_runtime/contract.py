@@ -1,0 +1,188 @@
+"""The contract: everything that training, export and inference must agree on for a frame to mean the same decision.
+
+It is stored in every checkpoint, bundle and ONNX file, and is identified by the SHA-256 of its canonical JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final, Literal, get_args
+
+from echoquad_runtime.errors import ContractError
+
+__all__ = ["QUADRANTS", "VOTE_METHODS", "Contract", "VoteMethod", "canonical_json"]
+
+QUADRANTS: Final = ("LA", "RA", "LV", "RV")
+"""Names of the quadrants in their fixed order: top-left, top-right, bottom-left, bottom-right of the cropped frame."""
+
+VoteMethod = Literal["majority", "average", "weighted"]
+VOTE_METHODS: Final[tuple[VoteMethod, ...]] = get_args(VoteMethod)
+
+SCHEMA: Final = 1
+MAX_INPUT_SIZE: Final = 2048  # a quadrant of an 8K frame; anything above is a slip of the keyboard
+
+
+def canonical_json(value: object) -> str:
+    """Write `value` as JSON in the one form that is hashed: sorted keys, no spaces, ASCII, shortest floats.
+
+    Raises
+    ------
+    ValueError
+        If a number is NaN or infinite, which JSON cannot hold.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """How a grey frame becomes a decision.
+
+    Parameters
+    ----------
+    classes
+        Class names in sorted order, two or more. The index of a name is its column in logits and probabilities.
+    positive
+        The class that ROC curves and operating points are drawn for. Empty: the first of `classes`.
+    keep
+        Fraction of the frame's width and of its height that the centre crop keeps, in (0, 1]; 1 is no crop.
+    input_size
+        Side S of the square that each quadrant is resized to, in pixels.
+    mean, std
+        Normalisation of a grey level g in 0..255: ``(g / 255 - mean) / std``. One number each, for all three
+        channels: only then is a first convolution summed over its input channels equal, at the zero-padded border too.
+    vote, vote_weights
+        The rule that joins the quadrants (see `echoquad_runtime.vote`) and the weights, in the order of
+        `QUADRANTS`, that the ``weighted`` rule uses.
+    temperature
+        Logits are divided by it before the softmax. Positive; 1 changes nothing.
+    interpolation, quadrants
+        Fixed in this schema; stored so that a reader in another language need not guess.
+
+    Raises
+    ------
+    ContractError
+        If a value cannot be.
+    """
+
+    classes: tuple[str, ...]
+    positive: str = ""
+    keep: float = 0.9
+    input_size: int = 224
+    mean: float = 0.5
+    std: float = 0.5
+    vote: VoteMethod = "majority"
+    vote_weights: tuple[float, float, float, float] = (1.0, 1.0, 1.5, 1.5)
+    temperature: float = 1.0
+    interpolation: str = "bilinear"
+    quadrants: tuple[str, ...] = QUADRANTS
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        for name in ("classes", "vote_weights", "quadrants"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise ContractError(f"contract: {name} is {value!r}; expected a list")
+            object.__setattr__(self, name, tuple(value))
+        if not self.positive and self.classes:
+            object.__setattr__(self, "positive", self.classes[0])
+        for name in ("keep", "mean", "std", "temperature"):
+            object.__setattr__(self, name, _finite(name, getattr(self, name)))
+        weights = tuple(_finite("vote_weights", weight) for weight in self.vote_weights)
+        object.__setattr__(self, "vote_weights", weights)
+        self._check()
+
+    def _check(self) -> None:
+        def require(holds: bool, name: str, expected: str) -> None:
+            if not holds:
+                raise ContractError(f"contract: {name} is {getattr(self, name)!r}; expected {expected}")
+
+        require(self.schema == SCHEMA, "schema", f"{SCHEMA}; this file needs another release of EchoQuad")
+        require(
+            len(self.classes) >= 2 and all(isinstance(name, str) and name for name in self.classes),
+            "classes",
+            "two or more names",
+        )
+        require(list(self.classes) == sorted(set(self.classes)), "classes", "distinct names in sorted order")
+        require(self.positive in self.classes, "positive", f"one of {', '.join(self.classes)}")
+        require(0 < self.keep <= 1, "keep", "a fraction above 0, at most 1")
+        require(
+            type(self.input_size) is int and 8 <= self.input_size <= MAX_INPUT_SIZE,
+            "input_size",
+            f"a whole number of pixels from 8 to {MAX_INPUT_SIZE}",
+        )
+        require(self.std > 0, "std", "a positive number")
+        require(self.temperature > 0, "temperature", "a positive number")
+        require(self.vote in VOTE_METHODS, "vote", f"one of {', '.join(VOTE_METHODS)}")
+        require(
+            len(self.vote_weights) == len(QUADRANTS) and min(self.vote_weights) >= 0 and sum(self.vote_weights) > 0,
+            "vote_weights",
+            "four numbers, none negative, not all zero",
+        )
+        require(self.interpolation == "bilinear", "interpolation", "'bilinear'")
+        require(self.quadrants == QUADRANTS, "quadrants", f"{QUADRANTS}")
+
+    @property
+    def positive_index(self) -> int:
+        """Column of the positive class."""
+        return self.classes.index(self.positive)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the contract as plain JSON values."""
+        values = asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    def to_json(self) -> str:
+        """Write the canonical JSON that `sha256` is taken of."""
+        return canonical_json(self.to_dict())
+
+    @property
+    def sha256(self) -> str:
+        """Hexadecimal SHA-256 of the canonical JSON: the contract's identity."""
+        return hashlib.sha256(self.to_json().encode("ascii")).hexdigest()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Contract:
+        """Read a contract from JSON values; every field must be there and no other.
+
+        Raises
+        ------
+        ContractError
+            If a field is missing, unknown, or has a value that cannot be.
+        """
+        expected = {field.name for field in fields(cls)}
+        missing, unknown = expected - set(values), set(values) - expected
+        if missing or unknown:
+            what = [f"lacks {', '.join(sorted(missing))}"] if missing else []
+            what += [f"has the unknown {', '.join(sorted(unknown))}"] if unknown else []
+            raise ContractError(f"contract: it {' and '.join(what)}; expected the fields of schema {SCHEMA}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ContractError(f"contract: a value has the wrong type ({error})") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> Contract:
+        """Read a contract from JSON text.
+
+        Raises
+        ------
+        ContractError
+            As `from_dict`, or if the text is not a JSON object.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ContractError(f"contract: not JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise ContractError(f"contract: {type(values).__name__} found; expected a JSON object")
+        return cls.from_dict(values)
+
+
+def _finite(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ContractError(f"contract: {name} has {value!r}; expected a finite number")
+    return float(value)

@@ -1,0 +1,214 @@
+"""What works on this machine: every device is made to compute, and what was found is put in words.
+
+``examine`` changes nothing. What only the upper floors know (PyTorch, say) they pass in as ``extra_checks``.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from echoquad_runtime._version import __version__
+from echoquad_runtime.devices import (
+    CPU_PROVIDER,
+    CUDA_PROVIDER,
+    Device,
+    available_cpus,
+    cuda_obstacle,
+    installed_wheels,
+    load_onnxruntime,
+    probe,
+)
+from echoquad_runtime.errors import DeviceUnavailableError, MissingExtraError
+
+__all__ = ["Check", "Report", "Status", "examine"]
+
+Status = Literal["ok", "warning", "failed"]
+
+_OLDEST_PYTHON = (3, 11)
+
+# Instructions that multiply int8 and add in one step; without one of them int8 gains little.
+_INT8_INSTRUCTIONS = ("amx_int8", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was tried, and how it went.
+
+    Attributes
+    ----------
+    name
+        What was checked, such as ``"cuda"``.
+    status
+        ``"ok"``, ``"warning"`` (EchoQuad works without it) or ``"failed"``.
+    detail
+        One line: what was found and, unless it is ok, what to do.
+    """
+
+    name: str
+    status: Status
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What :func:`examine` found.
+
+    Attributes
+    ----------
+    device
+        The device that was asked for.
+    checks
+        In the order in which they were made.
+    facts
+        Versions and sizes, as text, for a bug report.
+    """
+
+    device: Device
+    checks: tuple[Check, ...]
+    facts: dict[str, str]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no check failed; warnings are allowed."""
+        return all(check.status != "failed" for check in self.checks)
+
+    @property
+    def exit_code(self) -> int:
+        """4 when CUDA was asked for and failed, 1 when anything else failed, else 0."""
+        failed = {check.name for check in self.checks if check.status == "failed"}
+        if "cuda" in failed:
+            return DeviceUnavailableError.exit_code
+        return 1 if failed else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON's types."""
+        return {
+            "device": self.device,
+            "healthy": self.healthy,
+            "exit_code": self.exit_code,
+            "checks": [asdict(check) for check in self.checks],
+            "facts": dict(self.facts),
+        }
+
+
+def examine(device: Device = "auto", *, extra_checks: Sequence[Callable[[], Check]] = ()) -> Report:
+    """Check this machine: the wheels, and a tiny model run on each device.
+
+    Parameters
+    ----------
+    device
+        ``"cuda"`` makes a CUDA that does not work a failure; to ``"auto"`` it is a warning, and only where
+        the installed onnxruntime has CUDA at all; ``"cpu"`` does not look.
+    extra_checks
+        Further checks, made last. One that raises is a failed check, not an end of the examination.
+    """
+    checks = [_python(), _one_wheel()]
+    ort: ModuleType | None = None
+    try:
+        ort = load_onnxruntime()
+    except MissingExtraError as error:
+        checks.append(Check("onnxruntime", "failed", str(error)))
+    else:
+        providers = ort.get_available_providers()
+        checks.append(Check("onnxruntime", "ok", f"{ort.__version__}, with {', '.join(providers)}"))
+        checks.append(_cpu())
+        if device == "cuda" or (device == "auto" and CUDA_PROVIDER in providers):
+            checks.append(_cuda(device))
+    checks += _int8(Path("/proc/cpuinfo"))
+    checks += [_guarded(check) for check in extra_checks]
+    return Report(device, tuple(checks), _facts(ort))
+
+
+def _python() -> Check:
+    oldest = ".".join(str(part) for part in _OLDEST_PYTHON)
+    if sys.version_info[:2] >= _OLDEST_PYTHON:
+        return Check("python", "ok", platform.python_version())
+    return Check("python", "failed", f"found {platform.python_version()}; expected {oldest} or newer")
+
+
+def _one_wheel() -> Check:
+    wheels = installed_wheels()
+    named = " and ".join(f"{name} {version}" for name, version in wheels.items())
+    if len(wheels) < 2:
+        return Check("one onnxruntime wheel", "ok", named or "pip lists none")
+    extra = "gpu" if "onnxruntime-gpu" in wheels else "cpu"
+    return Check(
+        "one onnxruntime wheel",
+        "failed",
+        f"{named} are installed over each other, and which one runs is chance; "
+        f'do: pip uninstall -y {" ".join(wheels)}, then pip install "echoquad[{extra}]"',
+    )
+
+
+def _cpu() -> Check:
+    failure = probe(CPU_PROVIDER)
+    if failure is None:
+        return Check("cpu", "ok", f"computed the expected numbers; {available_cpus()} CPUs to use")
+    return Check("cpu", "failed", f"{failure}; do: install onnxruntime again")
+
+
+def _cuda(device: Device) -> Check:
+    obstacle = cuda_obstacle()
+    if obstacle is None:
+        return Check("cuda", "ok", "computed the expected numbers")
+    return Check("cuda", "failed" if device == "cuda" else "warning", obstacle)
+
+
+def _int8(cpuinfo: Path) -> list[Check]:
+    """Name the CPU's int8 instructions, where Linux lists them: to know, not to pass or fail."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    listed: set[str] = set()
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            listed.update(value.split())
+    found = [name for name in _INT8_INSTRUCTIONS if name in listed]
+    missing = f"none of {', '.join(_INT8_INSTRUCTIONS)}: int8 may be no faster than fp32"
+    return [Check("int8 instructions", "ok", ", ".join(found) or missing)] if listed else []
+
+
+def _guarded(check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except Exception as error:  # whatever it is, the other findings must still be told
+        name = str(getattr(check, "__name__", "extra check")).strip("_")
+        return Check(name, "failed", f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _facts(ort: ModuleType | None) -> dict[str, str]:
+    facts = {
+        "echoquad": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": str(available_cpus()),
+    }
+    if (memory := _memory_bytes()) is not None:
+        facts["memory"] = f"{memory / 2**30:.1f} GiB"
+    facts.update(installed_wheels(("numpy", "pillow")))
+    facts.update(installed_wheels())
+    if ort is not None:
+        facts["onnxruntime imported"] = f"{ort.__version__} from {Path(ort.__file__ or '').parent}"
+        facts["onnxruntime providers"] = ", ".join(ort.get_available_providers())
+        if built_for := getattr(ort, "cuda_version", ""):
+            facts["onnxruntime built for CUDA"] = str(built_for)
+    return facts
+
+
+def _memory_bytes() -> int | None:
+    """Return the machine's memory in bytes; None where ``os.sysconf`` cannot tell it (Windows)."""
+    sysconf = getattr(os, "sysconf", None)
+    try:
+        return int(sysconf("SC_PHYS_PAGES")) * int(sysconf("SC_PAGE_SIZE")) if sysconf else None
+    except (ValueError, OSError):
+        return None

@@ -1,0 +1,102 @@
+"""Writing files so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from echoquad_runtime.errors import OutputError
+
+__all__ = ["make_folder", "output_errors", "write_atomically", "write_bytes", "write_json"]
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn the system's refusals while `path` is written into one clear line.
+
+    Raises
+    ------
+    OutputError
+        For any OSError inside the block: disk full, read-only, no such folder.
+    """
+    try:
+        yield
+    except OutputError:
+        raise
+    except BrokenPipeError:  # the reader went away, which is the caller's affair and no fault of the disk
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"{path.as_posix()}: cannot be written ({reason}); check space and permissions") from error
+
+
+@contextmanager
+def write_atomically(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that takes its name only when the block ends well.
+
+    The bytes go to a hidden neighbour, are flushed to the disk, then renamed over `path`. When the block fails the
+    neighbour is removed and `path` is as it was. A target that is no regular file (a pipe) is written directly.
+
+    Raises
+    ------
+    OutputError
+        If the system refuses.
+    """
+    with output_errors(path):
+        if path.exists() and not path.is_file():
+            if path.is_dir():
+                raise OutputError(f"{path.as_posix()}: is a folder; expected a file name")
+            with path.open("wb") as stream:
+                yield stream
+            return
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            with partial.open("wb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file atomically.
+
+    Raises
+    ------
+    OutputError
+        If the system refuses.
+    """
+    with write_atomically(path) as stream:
+        stream.write(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically.
+
+    Raises
+    ------
+    OutputError
+        If the system refuses.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode("utf-8"))
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder and those above it, if they are not there.
+
+    Raises
+    ------
+    OutputError
+        If the system refuses.
+    """
+    with output_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path

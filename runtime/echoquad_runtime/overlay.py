@@ -1,0 +1,146 @@
+"""Overlays: the original frame with its four quadrants, what each was taken for, and the decision on top."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from PIL import Image, ImageDraw, ImageFont
+
+from echoquad_runtime.contract import QUADRANTS, Contract
+from echoquad_runtime.files import make_folder, write_atomically
+from echoquad_runtime.frames import decode_image, read_bytes, to_grey
+from echoquad_runtime.predictor import Prediction
+from echoquad_runtime.quadrants import quadrant_boxes
+
+__all__ = ["draw_overlay", "overlay_path", "save_overlay"]
+
+MIN_LONG_SIDE: Final = 720  # pixels; a smaller frame is enlarged by a whole factor, or its labels would hide it
+MIN_SIDE: Final = 420  # the narrowest that the header's line fits in
+MAX_FACTOR: Final = 8
+
+# Okabe and Ito's palette, which readers with a colour vision deficiency can tell apart. doi:10.1038/nmeth.1618
+_COLOURS: Final = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
+_INK: Final = "#FFFFFF"
+_BAND: Final = "#101418"
+_FOOTNOTE: Final = "EchoQuad · research use only"
+
+
+def draw_overlay(image: Image.Image, prediction: Prediction, contract: Contract) -> Image.Image:
+    """Draw a decision over its frame.
+
+    Parameters
+    ----------
+    image
+        The frame as decoded: any mode, any size.
+    prediction
+        What was decided of it.
+    contract
+        Says where the quadrants lie.
+
+    Returns
+    -------
+    RGB image
+        The frame, enlarged by a whole factor where it is small, below a band with the decision.
+    """
+    deep = image.mode.startswith("I") or image.mode == "F"
+    frame = (Image.fromarray(to_grey(image)) if deep else image).convert("RGB")
+    factor = _enlargement(*frame.size)
+    boxes = quadrant_boxes(*frame.size, contract.keep)
+    frame = frame.resize((frame.width * factor, frame.height * factor), Image.Resampling.NEAREST)
+
+    text_size = max(15, round(min(frame.size) / 26))
+    text, small, title = (_font(text_size * scale) for scale in (1.0, 0.8, 1.45))
+    pad = round(text_size * 0.5)
+    band = round(text_size * 3.2) + pad
+    canvas = Image.new("RGB", (frame.width, frame.height + band), _BAND)
+    canvas.paste(frame, (0, band))
+    draw = ImageDraw.Draw(canvas, "RGBA")
+
+    colour = _colour(prediction.label, contract)
+    shown = prediction.probabilities[contract.classes.index(prediction.label)]
+    headline = _fit(draw, f"{prediction.label}  mean {shown:.2f}", title, frame.width - 2 * pad)
+    draw.text((pad, pad), headline, fill=colour, font=title)
+    detail = _fit(draw, f"{_reason(prediction)}  ·  {prediction.file}", small, frame.width - 2 * pad)
+    draw.text((pad, pad + round(text_size * 1.9)), detail, fill=_INK, font=small)
+    right = draw.textlength(_FOOTNOTE, small)
+    if draw.textlength(headline, title) + right + 4 * pad < frame.width:
+        draw.text((frame.width - pad - right, pad), _FOOTNOTE, fill="#9AA4AE", font=small)
+
+    line = max(2, text_size // 7)
+    for index, quadrant in enumerate(QUADRANTS):
+        left, top, end, bottom = (edge * factor for edge in boxes[index])
+        label = prediction.quadrant_labels[index]
+        p = prediction.quadrant_probabilities[index][contract.classes.index(label)]
+        colour = _colour(label, contract)
+        # Inset by half a line, so that neighbours' boxes lie side by side and not on one another.
+        draw.rectangle(
+            (left + 1, top + band + 1, max(left + 1, end - 2), max(top + band + 1, bottom + band - 2)),
+            outline=colour,
+            width=line,
+        )
+        words = _fit(draw, f"{quadrant}  {label} {p:.2f}", text, end - left - 4 * line)
+        x, y = left + 2 * line, top + band + 2 * line
+        extent = draw.textbbox((x, y), words, font=text)
+        plate = (extent[0] - line, extent[1] - line, extent[2] + line, extent[3] + line)
+        draw.rectangle(plate, fill=(16, 20, 24, 190))
+        draw.text((x, y), words, fill=colour, font=text)
+    return canvas
+
+
+def overlay_path(folder: Path, name: str) -> Path:
+    """Name an overlay after its frame: the same relative path under `folder`, with ``.png`` added.
+
+    The frame's own ending stays in the name, so that ``a.png`` and ``a.jpg`` do not overwrite each other.
+    """
+    parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
+    return folder.joinpath(*(part.replace(":", "_") for part in parts[:-1]), f"{parts[-1]}.overlay.png")
+
+
+def save_overlay(folder: Path, source: Path, prediction: Prediction, contract: Contract) -> Path:
+    """Read the frame again, draw its overlay and save it under `folder`; gives the file's path.
+
+    Raises
+    ------
+    FrameError
+        If the frame cannot be read any more.
+    OutputError
+        If the system refuses to write.
+    """
+    picture = draw_overlay(decode_image(read_bytes(source)), prediction, contract)
+    target = overlay_path(folder, prediction.file)
+    make_folder(target.parent)
+    with write_atomically(target) as stream:
+        picture.save(stream, "PNG")
+    return target
+
+
+def _enlargement(width: int, height: int) -> int:
+    wanted = max(MIN_LONG_SIDE / max(width, height), MIN_SIDE / min(width, height), 1.0)
+    return min(MAX_FACTOR, math.ceil(wanted - 0.25))
+
+
+def _reason(prediction: Prediction) -> str:
+    if prediction.method != "majority":
+        return f"{prediction.method} of four quadrants"
+    votes = prediction.quadrant_labels.count(prediction.label)
+    tie = ", tie broken by the mean" if prediction.flags and "tie" in prediction.flags else ""
+    return f"{votes} of {len(QUADRANTS)} quadrants{tie}"
+
+
+def _fit(draw: ImageDraw.ImageDraw, words: str, font: ImageFont.ImageFont, width: float) -> str:
+    """Shorten to what fits, for class and file names have any length."""
+    if draw.textlength(words, font) <= width:
+        return words
+    while words and draw.textlength(f"{words}…", font) > width:
+        words = words[:-1]
+    return f"{words}…" if words else ""
+
+
+def _colour(label: str, contract: Contract) -> str:
+    return _COLOURS[contract.classes.index(label) % len(_COLOURS)]
+
+
+def _font(size: float) -> ImageFont.ImageFont:
+    return ImageFont.load_default(size)  # type: ignore[return-value]  # Pillow's own union of its two font classes

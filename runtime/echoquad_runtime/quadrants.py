@@ -1,0 +1,125 @@
+"""Quadrants: where a frame is cut, and how a quadrant becomes the network's input.
+
+Training, export and inference all come here; there is no second implementation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from echoquad_runtime.contract import Contract
+from echoquad_runtime.errors import FrameTooSmallError
+
+__all__ = ["Box", "Grey", "crop_box", "frame_quadrants", "quadrant_boxes", "resize", "split", "stitch"]
+
+Grey = npt.NDArray[np.uint8]
+"""A grey image: uint8 [H, W], 0 black to 255 white."""
+
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom in pixels; right and bottom are the first column and row outside."""
+
+MIN_SIDE: Final = 2  # pixels; below it a quadrant would be empty
+
+
+def crop_box(width: int, height: int, keep: float) -> Box:
+    """Find the centred box that keeps `keep` of the width and of the height.
+
+    A kept side is ``floor(side * keep + 0.5)`` pixels, at least 2; an odd pixel of border goes to the right and bottom.
+
+    Raises
+    ------
+    FrameTooSmallError
+        If the frame is less than 2 pixels wide or high.
+    """
+    if width < MIN_SIDE or height < MIN_SIDE:
+        raise FrameTooSmallError(
+            f"the frame is {width}x{height} pixels; expected at least {MIN_SIDE}x{MIN_SIDE} to cut four quadrants"
+        )
+    kept_width = max(MIN_SIDE, math.floor(width * keep + 0.5))
+    kept_height = max(MIN_SIDE, math.floor(height * keep + 0.5))
+    left, top = (width - kept_width) // 2, (height - kept_height) // 2
+    return left, top, left + kept_width, top + kept_height
+
+
+def quadrant_boxes(width: int, height: int, keep: float) -> tuple[Box, Box, Box, Box]:
+    """Give the boxes of LA, RA, LV, RV in the pixels of the whole frame.
+
+    The crop is split at half its width and height, rounded down: the right and lower quadrants take the odd pixel.
+
+    Raises
+    ------
+    FrameTooSmallError
+        As `crop_box`.
+    """
+    left, top, right, bottom = crop_box(width, height, keep)
+    x, y = left + (right - left) // 2, top + (bottom - top) // 2
+    return (left, top, x, y), (x, top, right, y), (left, y, x, bottom), (x, y, right, bottom)
+
+
+def split(frame: Grey, keep: float) -> tuple[Grey, Grey, Grey, Grey]:
+    """Cut a frame, uint8 [H, W], into views of its quadrants LA, RA, LV, RV.
+
+    Raises
+    ------
+    FrameTooSmallError
+        As `crop_box`.
+    """
+    height, width = frame.shape
+    la, ra, lv, rv = quadrant_boxes(width, height, keep)
+    return _cut(frame, la), _cut(frame, ra), _cut(frame, lv), _cut(frame, rv)
+
+
+def stitch(la: Grey, ra: Grey, lv: Grey, rv: Grey) -> Grey:
+    """Put four quadrants, uint8 [h, w] each, back together: the cropped frame, pixel for pixel."""
+    return np.block([[la, ra], [lv, rv]])
+
+
+def resize(quadrant: Grey, size: int) -> Grey:
+    """Resize a quadrant, uint8 [h, w], to uint8 [size, size] with Pillow's antialiased bilinear filter.
+
+    The quadrant is resized as an image of its own: nothing beyond its edge is read.
+    """
+    if quadrant.shape == (size, size):
+        return quadrant
+    image = Image.fromarray(np.ascontiguousarray(quadrant))
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def frame_quadrants(frame: Grey, contract: Contract, out: npt.NDArray[np.uint8] | None = None) -> Grey:
+    """Turn a frame into the network's input.
+
+    Parameters
+    ----------
+    frame
+        uint8 [H, W], grey levels 0 to 255.
+    contract
+        Gives the kept fraction and the input size S.
+    out
+        uint8 [4, 1, S, S] to write into; made where it is not given.
+
+    Returns
+    -------
+    uint8 [4, 1, S, S]
+        The quadrants LA, RA, LV, RV, still as grey levels: normalisation is the graph's.
+
+    Raises
+    ------
+    FrameTooSmallError
+        As `crop_box`.
+    """
+    size = contract.input_size
+    if out is None:
+        out = np.empty((4, 1, size, size), np.uint8)
+    for index, quadrant in enumerate(split(frame, contract.keep)):
+        out[index, 0] = resize(quadrant, size)
+    return out
+
+
+def _cut(frame: Grey, box: Box) -> Grey:
+    left, top, right, bottom = box
+    return frame[top:bottom, left:right]

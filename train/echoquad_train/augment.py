@@ -1,0 +1,106 @@
+"""Augmentation: the whole batch at once, on the device that trains, as one warp.
+
+A random resized crop, a flip, a rotation and an affine map are each a linear map of coordinates; their product is
+sampled once. So a batch costs one bilinear lookup a pixel, on the CPU as on CUDA, and needs no worker process.
+The distributions are those of torchvision's RandomResizedCrop, RandomHorizontalFlip, RandomRotation, RandomAffine
+and RandomErasing, applied in that order.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from echoquad_train.recipe import Recipe
+
+__all__ = ["augment", "erase", "sample_warp"]
+
+# torchvision's defaults for RandomErasing: share of the area, and height over width.
+_ERASE_SCALE = (0.02, 0.33)
+_ERASE_RATIO = (0.3, 3.3)
+
+
+def augment(quadrants: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+    """Augment a batch.
+
+    Parameters
+    ----------
+    quadrants
+        uint8 [B, 1, S, S], on any device.
+    recipe
+        Says how strongly.
+    generator
+        A CPU generator: the same draws whatever the device.
+
+    Returns
+    -------
+    float32 [B, 1, S, S]
+        Grey levels 0 to 255 on the same device; black where the warp leaves the quadrant, the contract's mean where
+        erased.
+    """
+    warp = sample_warp(len(quadrants), recipe, generator).to(quadrants.device)
+    grid = F.affine_grid(warp, list(quadrants.shape), align_corners=False)
+    warped = F.grid_sample(quadrants.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return erase(warped, recipe.erase, 255.0 * recipe.mean, generator)
+
+
+def sample_warp(count: int, recipe: Recipe, generator: torch.Generator) -> Tensor:
+    """Draw the maps from output to input coordinates, float32 [count, 2, 3], both axes in [-1, 1]."""
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(count).uniform_(low, high, generator=generator)
+
+    area = uniform(*recipe.crop_scale)
+    ratio = torch.exp(uniform(math.log(recipe.crop_ratio[0]), math.log(recipe.crop_ratio[1])))
+    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    crop = _affine(width, 0, 0, height, uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height))
+
+    flip = _affine(1 - 2 * (uniform(0, 1) < recipe.flip).float(), 0, 0, 1, 0, 0)
+
+    degrees = math.pi / 180
+    angle = uniform(-recipe.rotate, recipe.rotate) * degrees
+    rotation = _affine(angle.cos(), -angle.sin(), angle.sin(), angle.cos(), 0, 0)
+
+    scale = 1 / uniform(*recipe.zoom)
+    shear = torch.tan(uniform(-recipe.shear, recipe.shear) * degrees)
+    # Coordinates span 2, so a share of the side counts twice.
+    shift_x, shift_y = (2 * uniform(-recipe.translate, recipe.translate) for _ in range(2))
+    affine = _affine(scale, scale * shear, 0, scale, shift_x, shift_y)
+    return (crop @ flip @ rotation @ affine)[:, :2]
+
+
+def erase(images: Tensor, probability: float, value: float, generator: torch.Generator) -> Tensor:
+    """Fill one random box in each of a share of the images, [B, 1, H, W], with `value`."""
+    count, _, rows, columns = images.shape
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(count).uniform_(low, high, generator=generator)
+
+    chosen = uniform(0, 1) < probability
+    area = uniform(*_ERASE_SCALE)
+    ratio = torch.exp(uniform(math.log(_ERASE_RATIO[0]), math.log(_ERASE_RATIO[1])))
+    height, width = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    top, left = uniform(0, 1) * (1 - height), uniform(0, 1) * (1 - width)
+    y = (torch.arange(rows) + 0.5) / rows
+    x = (torch.arange(columns) + 0.5) / columns
+    inside_y = (y >= top[:, None]) & (y < (top + height)[:, None]) & chosen[:, None]
+    inside_x = (x >= left[:, None]) & (x < (left + width)[:, None])
+    box = (inside_y[:, None, :, None] & inside_x[:, None, None, :]).to(images.device)
+    return images.masked_fill(box, value)
+
+
+def _affine(
+    xx: Tensor | float,
+    xy: Tensor | float,
+    yx: Tensor | float,
+    yy: Tensor | float,
+    x: Tensor | float,
+    y: Tensor | float,
+) -> Tensor:
+    rows = [xx, xy, x, yx, yy, y, 0.0, 0.0, 1.0]
+    count = max((len(value) for value in rows if isinstance(value, Tensor)), default=1)
+    cells = [value if isinstance(value, Tensor) else torch.full((count,), float(value)) for value in rows]
+    return torch.stack(cells, dim=1).reshape(count, 3, 3)

@@ -1,0 +1,158 @@
+"""Run folders: what training leaves behind, and how it is read again.
+
+=====================  =============================================================================
+``recipe.toml``        every field of the recipe that ran
+``run.json``           contract, data counts, versions, git commit, seed, best metrics, status
+``metrics.csv``        an epoch a row
+``curves.png``         loss and accuracy by epoch
+``best.safetensors``   the weights with the best validation frame accuracy, the contract in its metadata
+``last.pt``            what ``--resume`` needs; tensors and plain values alone
+=====================  =============================================================================
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import safetensors
+import safetensors.torch
+import torch
+
+from echoquad_runtime.contract import Contract
+from echoquad_runtime.errors import ContractError, RunError
+from echoquad_runtime.files import write_bytes
+from echoquad_train.model import QuadrantClassifier
+from echoquad_train.recipe import Recipe
+
+__all__ = [
+    "BEST",
+    "CURVES",
+    "LAST",
+    "METRICS",
+    "RECIPE",
+    "RUN",
+    "Run",
+    "load_last",
+    "load_run",
+    "save_best",
+    "save_last",
+]
+
+RECIPE: Final = "recipe.toml"
+RUN: Final = "run.json"
+METRICS: Final = "metrics.csv"
+CURVES: Final = "curves.png"
+BEST: Final = "best.safetensors"
+LAST: Final = "last.pt"
+
+_CONTRACT: Final = "echoquad.contract"
+_BACKBONE: Final = "echoquad.backbone"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A trained run: its folder, what ``run.json`` says, and the best model in evaluation mode, float32, on the CPU."""
+
+    folder: Path
+    info: dict[str, Any]
+    recipe: Recipe
+    contract: Contract
+    model: QuadrantClassifier
+
+
+def save_best(folder: Path, model: QuadrantClassifier, recipe: Recipe, contract: Contract) -> None:
+    """Write ``best.safetensors``, atomically."""
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    metadata = {_CONTRACT: contract.to_json(), _BACKBONE: recipe.backbone}
+    write_bytes(folder / BEST, safetensors.torch.save(state, metadata))
+
+
+def load_run(folder: Path) -> Run:
+    """Read a run.
+
+    Raises
+    ------
+    RunError
+        If the folder holds no run, no checkpoint yet, or one that is damaged or was trained under another contract.
+    """
+    label = folder.as_posix()
+    info = read_info(folder)
+    try:
+        recipe = Recipe.from_toml((folder / RECIPE).read_text("utf-8"), f"{label}/{RECIPE}")
+        with safetensors.safe_open(folder / BEST, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping, it has only keys()
+        contract = Contract.from_json(metadata[_CONTRACT])
+        model = QuadrantClassifier(metadata[_BACKBONE], contract, recipe.dropout)
+        model.load_state_dict(state)
+    except FileNotFoundError as error:
+        raise RunError(
+            f"{label}: {Path(error.filename or BEST).name} is missing; let `echoquad train` finish an epoch first"
+        ) from error
+    except (
+        KeyError,
+        OSError,
+        RuntimeError,
+        UnicodeDecodeError,
+        ContractError,
+        safetensors.SafetensorError,
+    ) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RunError(f"{label}: {BEST} cannot be used ({reason}); train again") from error
+    if info.get("contract_sha256") != contract.sha256:
+        raise RunError(f"{label}: {BEST} and {RUN} have different contracts; they are of two runs; train again")
+    return Run(folder, info, recipe, contract, model.eval())
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """Read ``run.json``.
+
+    Raises
+    ------
+    RunError
+        If it is missing or cannot be understood.
+    """
+    try:
+        info = json.loads((folder / RUN).read_text("utf-8"))
+    except FileNotFoundError:
+        raise RunError(
+            f"{folder.as_posix()}: no run here ({RUN} is missing); expected a folder that `echoquad train` wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder.as_posix()}: {RUN} cannot be read ({error}); train again") from error
+    if not isinstance(info, dict):
+        raise RunError(f"{folder.as_posix()}: {RUN} holds no JSON object; train again")
+    return info
+
+
+def save_last(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write what a resumed run needs, atomically: a kill at any moment leaves the old file or the new."""
+    stream = io.BytesIO()
+    torch.save(dict(state), stream)
+    write_bytes(folder / LAST, stream.getvalue())
+
+
+def load_last(folder: Path) -> dict[str, Any]:
+    """Read what `save_last` wrote.
+
+    Raises
+    ------
+    RunError
+        If it is missing or damaged.
+    """
+    try:
+        state: dict[str, Any] = torch.load(folder / LAST, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise RunError(
+            f"{folder.as_posix()}: {LAST} is missing, so there is nothing to resume; train without --resume"
+        ) from None
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise RunError(f"{folder.as_posix()}: {LAST} is damaged ({error}); train again into another folder") from error
+    return state

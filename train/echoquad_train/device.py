@@ -1,0 +1,54 @@
+"""Where torch computes: the device that was asked for, or a plain refusal."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+
+from echoquad_runtime.errors import DeviceUnavailableError
+
+__all__ = ["Device", "autocast_dtype", "choose_device", "make_deterministic"]
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def choose_device(device: Device) -> torch.device:
+    """Find the device; ``auto`` is CUDA where it works, else the CPU.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        If CUDA is asked for and torch cannot compute on it.
+    """
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        cause = (
+            "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no working CUDA driver"
+        )
+        raise DeviceUnavailableError(
+            f"--device cuda: {cause} (torch {torch.__version__}); expected an NVIDIA GPU with its driver; "
+            "use --device cpu, or run `echoquad doctor`"
+        )
+    return torch.device("cuda")
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Choose the type of mixed precision that the device computes natively; None where it has none."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else None
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Have equal seeds give equal weights on this machine; float32 stays float32 on CUDA (no TF32)."""
+    if device.type == "cuda":
+        # cuBLAS reads it when its first handle is made. https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False

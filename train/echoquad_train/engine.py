@@ -1,0 +1,35 @@
+"""The training code as an engine: what an exported graph is held against."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from echoquad_runtime.contract import Contract
+from echoquad_runtime.session import Floats
+from echoquad_train.device import make_deterministic
+from echoquad_train.model import QuadrantClassifier
+
+__all__ = ["TorchEngine"]
+
+
+class TorchEngine:
+    """A model in eager PyTorch, float32; the same calls as `echoquad_runtime.session.OnnxEngine`."""
+
+    precision = "fp32"
+
+    def __init__(self, model: QuadrantClassifier, contract: Contract, device: torch.device | None = None) -> None:
+        where = device or torch.device("cpu")
+        make_deterministic(where)
+        self.contract = contract
+        self.device = where.type
+        self._where = where
+        self._model = model.to(where).eval()
+
+    @torch.inference_mode()
+    def infer(self, quadrants: npt.NDArray[np.uint8]) -> tuple[Floats, Floats]:
+        """Give logits and probabilities, float32 [N, C], for quadrants, uint8 [N, 1, S, S]."""
+        logits = self._model(torch.from_numpy(quadrants).to(self._where)).float()
+        probabilities = torch.softmax(logits / self.contract.temperature, dim=1)
+        return logits.cpu().numpy(), probabilities.cpu().numpy()

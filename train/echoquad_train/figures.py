@@ -1,0 +1,123 @@
+"""Figures: training curves, confusion matrix, ROC curve. Drawn without a display and without pyplot's global state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from echoquad_runtime.files import write_atomically
+from echoquad_train.history import Epoch, best_of
+
+__all__ = ["confusion", "curves", "roc", "save"]
+
+# Okabe and Ito's palette, which readers with a colour vision deficiency can tell apart. doi:10.1038/nmeth.1618
+_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, atomically.
+
+    Raises
+    ------
+    OutputError
+        If the system refuses.
+    """
+    FigureCanvasAgg(figure)
+    with write_atomically(path) as stream:
+        figure.savefig(stream, format="png", dpi=150)
+
+
+def curves(history: Sequence[Epoch]) -> Figure:
+    """Draw loss and accuracy by epoch, the best epoch marked."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    losses, accuracies = figure.subplots(1, 2)
+    epochs = [epoch.epoch for epoch in history]
+    marker = "o" if len(history) < 2 else None  # a line of one point would not be seen
+    losses.plot(epochs, [epoch.train_loss for epoch in history], color=_GREY, marker=marker, label="train")
+    losses.plot(epochs, [epoch.validation_loss for epoch in history], color=_BLUE, marker=marker, label="validation")
+    losses.set(title="Loss (quadrants)", xlabel="epoch", ylabel="cross-entropy in nats")
+    accuracies.plot(
+        epochs,
+        [e.train_patch_accuracy for e in history],
+        color=_GREY,
+        marker=marker,
+        label="train, quadrants",
+    )
+    accuracies.plot(
+        epochs,
+        [e.validation_patch_accuracy for e in history],
+        color=_BLUE,
+        marker=marker,
+        label="validation, quadrants",
+    )
+    accuracies.plot(
+        epochs,
+        [e.validation_frame_accuracy for e in history],
+        color=_ORANGE,
+        marker=marker,
+        label="validation, frames",
+    )
+    best = best_of(history)
+    accuracies.plot(
+        best.epoch,
+        best.validation_frame_accuracy,
+        "*",
+        color=_ORANGE,
+        markersize=13,
+        label=f"best: {best.validation_frame_accuracy:.3f} in epoch {best.epoch}",
+    )
+    accuracies.set(title="Accuracy", xlabel="epoch", ylabel="fraction right", ylim=(0, 1.02))
+    for axes in (losses, accuracies):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize="small")
+    losses.set_ylim(bottom=0)
+    return figure
+
+
+def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str], title: str) -> Figure:
+    """Draw a confusion matrix, int64 [C, C], true classes in rows: counts, and each row's shares as shades."""
+    side = 3.2 + 0.7 * len(classes)
+    figure = Figure(figsize=(side + 0.9, side), layout="constrained")
+    axes = figure.subplots()
+    shares = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.ndindex(*matrix.shape):
+        share = shares[row, column]
+        words = f"{matrix[row, column]}\n{share:.1%}"
+        axes.text(column, row, words, ha="center", va="center", color="white" if share > 0.55 else "black")
+    ticks = range(len(classes))
+    axes.set_xticks(ticks, classes, rotation=45 if max(map(len, classes)) > 8 else 0)
+    axes.set_yticks(ticks, classes)
+    axes.set(title=title, xlabel="decided", ylabel="true")
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    return figure
+
+
+def roc(curve: Sequence[tuple[str, npt.NDArray[np.float64], npt.NDArray[np.float64], float]], title: str) -> Figure:
+    """Draw ROC curves: name, false positive rate, true positive rate and area of each."""
+    figure = Figure(figsize=(5, 4.8), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color=_GREY, linestyle=":", label="chance")
+    for index, (name, false_positive, true_positive, area) in enumerate(curve):
+        colour = (_BLUE, _ORANGE, _GREEN)[index] if index < 3 else None
+        axes.plot(false_positive, true_positive, color=colour, label=f"{name}, area {area:.3f}")
+    if not curve:
+        axes.text(0.5, 0.55, "needs frames of both classes", ha="center")
+    axes.set(
+        title=title,
+        xlabel="false positive rate",
+        ylabel="true positive rate",
+        xlim=(-0.01, 1),
+        ylim=(0, 1.01),
+    )
+    axes.set_aspect("equal")
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower right", fontsize="small")
+    return figure

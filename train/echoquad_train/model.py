@@ -1,0 +1,154 @@
+"""The model: a torchvision backbone that judges one quadrant at a time."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import safetensors
+import safetensors.torch
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from echoquad_runtime.contract import Contract
+from echoquad_runtime.errors import ConfigError
+from echoquad_train.recipe import Recipe
+
+__all__ = ["BACKBONES", "QuadrantClassifier", "build_model", "load_pretrained", "set_trained"]
+
+BACKBONES: Final = ("resnet18", "resnet34", "resnet50")
+
+
+class QuadrantClassifier(nn.Module):
+    """A backbone and a head, fed with grey levels.
+
+    Parameters
+    ----------
+    backbone
+        A name from `BACKBONES`.
+    contract
+        Gives the number of classes, the mean and the standard deviation.
+    dropout
+        Before the head's linear layer.
+
+    Raises
+    ------
+    ConfigError
+        If the backbone is unknown.
+    """
+
+    def __init__(self, backbone: str, contract: Contract, dropout: float = 0.0) -> None:
+        super().__init__()
+        if backbone not in BACKBONES:
+            raise ConfigError(f"backbone {backbone!r} found; expected one of {', '.join(BACKBONES)}")
+        body = torchvision.models.get_model(backbone, weights=None)
+        features = body.fc.in_features
+        body.fc = nn.Identity()
+        self.backbone = body
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(features, len(contract.classes)))
+        self.mean, self.std = contract.mean, contract.std
+
+    def forward(self, quadrants: Tensor) -> Tensor:
+        """Give logits, float [N, C], for grey levels 0 to 255, uint8 or float [N, 1, S, S]."""
+        x = (quadrants.float() / 255 - self.mean) / self.std
+        logits: Tensor = self.head(self.backbone(x.expand(-1, 3, -1, -1)))
+        return logits
+
+
+def build_model(recipe: Recipe, contract: Contract) -> QuadrantClassifier:
+    """Build the recipe's model and bring in the weights it names.
+
+    Raises
+    ------
+    ConfigError
+        If the backbone is unknown, or the weights cannot be had or do not fit.
+    """
+    model = QuadrantClassifier(recipe.backbone, contract, recipe.dropout)
+    if recipe.weights != "none":
+        load_pretrained(model.backbone, recipe.backbone, recipe.weights)
+    return model
+
+
+def load_pretrained(body: nn.Module, backbone: str, weights: str) -> None:
+    """Load ``imagenet`` weights or a file's into a backbone; a classifier at its end is left out.
+
+    A file is ``.safetensors``, a run's ``best.safetensors`` among them, or a ``.pt`` that holds tensors alone.
+
+    Raises
+    ------
+    ConfigError
+        If they cannot be downloaded, read, or do not fit.
+    """
+    state = _download(backbone) if weights == "imagenet" else _read_weights(Path(weights))
+    # A run's checkpoint names its backbone's tensors so, and brings a head that was made for its own classes.
+    prefix = "backbone."
+    if any(name.startswith(prefix) for name in state):
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    own = body.state_dict()
+    wrong = sorted(
+        [name for name in own if name not in state]
+        + [name for name, value in state.items() if name not in own or own[name].shape != value.shape]
+    )
+    if wrong:
+        raise ConfigError(
+            f"weights {weights}: {len(wrong)} of {len(own)} tensors do not fit {backbone} (first: {wrong[0]}); "
+            f"expected weights of a {backbone}"
+        )
+    body.load_state_dict(state)
+
+
+def set_trained(model: QuadrantClassifier, layers: Mapping[str, float]) -> list[dict[str, object]]:
+    """Freeze all but the named layers and give the optimizer's parameter groups.
+
+    Parameters
+    ----------
+    model
+        The model; its frozen layers are put in evaluation mode, so that their batch statistics stay as they are.
+    layers
+        Learning rate by layer: ``head``, ``layer4``, ``layer3``, or ``all``.
+    """
+    model.requires_grad_(False).eval()
+    groups: list[dict[str, object]] = []
+    for name, rate in layers.items():
+        module = {"all": model, "head": model.head}.get(name) or model.backbone.get_submodule(name)
+        module.requires_grad_(True).train()
+        groups.append({"params": list(module.parameters()), "lr": rate})
+    return groups
+
+
+def _download(backbone: str) -> Mapping[str, Tensor]:
+    try:
+        weights = torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"]
+        state: Mapping[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+        return state
+    except (OSError, RuntimeError) as error:  # no network, a full disk, a file whose hash is not the promised
+        reason = getattr(error, "reason", None) or error
+        raise ConfigError(
+            f"weights imagenet: the {backbone} weights cannot be downloaded ({reason}); connect once, "
+            "or give --weights FILE, or train from random weights with --recipe scratch --weights none"
+        ) from error
+
+
+def _read_weights(path: Path) -> Mapping[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ConfigError(f"weights {path.as_posix()}: no such file; expected imagenet, none, or a file") from None
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"weights {path.as_posix()}: cannot be read as tensors ({reason}); "
+            "expected .safetensors, or a .pt that holds tensors alone"
+        ) from error
+    except safetensors.SafetensorError as error:
+        raise ConfigError(f"weights {path.as_posix()}: damaged or no safetensors file ({error})") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ConfigError(f"weights {path.as_posix()}: no state dict found; expected names and tensors")
+    return state

@@ -1,0 +1,216 @@
+"""Recipes: every number that training depends on, in one frozen dataclass that a TOML file holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from echoquad_runtime.contract import Contract, VoteMethod
+from echoquad_runtime.errors import ConfigError
+
+__all__ = ["SHIPPED", "Recipe"]
+
+SHIPPED: Final = ("transfer", "scratch")
+"""Recipes that come with EchoQuad, by the names that ``--recipe`` takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a classifier is trained. The defaults are the document's.
+
+    Raises
+    ------
+    ConfigError
+        If a value has the wrong type or cannot be.
+    """
+
+    # The model
+    backbone: str = "resnet18"
+    weights: str = "imagenet"  # imagenet, none, or a file of weights
+    dropout: float = 0.5  # before the head's linear layer
+
+    # The contract's share; see echoquad_runtime.contract
+    input_size: int = 224
+    keep: float = 0.9
+    mean: float = 0.5
+    std: float = 0.5
+    positive: str = ""
+    vote: VoteMethod = "majority"
+    vote_weights: tuple[float, float, float, float] = (1.0, 1.0, 1.5, 1.5)
+
+    # The course
+    epochs: int = 20
+    batch_size: int = 32  # quadrants
+    warmup_epochs: int = 3  # head only, backbone frozen
+    warmup_lr: float = 3e-4
+    trained_layers: Literal["head", "layer4", "all"] = "layer4"  # after the warm-up, the head always with them
+    lr: float = 1e-4
+    layer3_epoch: int = 0  # first epoch, from 1, in which layer3 is trained as well; 0 is never
+    layer3_lr: float = 5e-5
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = 1e-4
+    schedule: Literal["plateau", "onecycle", "constant"] = "plateau"
+    plateau_factor: float = 0.5
+    plateau_patience: int = 2
+    stop_patience: int = 3  # epochs without a better one, after the warm-up; 0 is never
+    balanced_sampler: bool = True  # drawn with weights 1 / class count, with replacement
+    class_weights: bool = True  # in the loss: 1 / class count, mean 1
+    label_smoothing: float = 0.05
+    mixed_precision: bool = True  # where the device computes in bfloat16 or float16 natively
+
+    # Augmentation, a quadrant at a time; see echoquad_train.augment
+    crop_scale: tuple[float, float] = (0.5, 1.0)  # of the area
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height
+    flip: float = 0.5  # probability
+    rotate: float = 10.0  # degrees, either way
+    translate: float = 0.05  # of the side, either way
+    zoom: tuple[float, float] = (0.95, 1.05)
+    shear: float = 5.0  # degrees, either way
+    erase: float = 0.5  # probability
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _coerce(field.name, getattr(self, field.name), hints[field.name])
+            object.__setattr__(self, field.name, value)
+        for name in ("epochs", "batch_size"):
+            self._require(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("warmup_epochs", "layer3_epoch", "plateau_patience", "stop_patience", "seed"):
+            self._require(getattr(self, name) >= 0, name, "0 or more")
+        for name in ("lr", "warmup_lr", "layer3_lr", "plateau_factor"):
+            self._require(getattr(self, name) > 0, name, "a positive number")
+        for name in ("flip", "erase"):
+            self._require(0 <= getattr(self, name) <= 1, name, "a probability from 0 to 1")
+        for name in ("dropout", "label_smoothing"):
+            self._require(0 <= getattr(self, name) < 1, name, "a fraction from 0 to below 1")
+        for name in ("crop_scale", "crop_ratio", "zoom"):
+            low, high = getattr(self, name)
+            self._require(0 < low <= high, name, "two positive numbers, the lower first")
+        self._require(self.crop_scale[1] <= 1, "crop_scale", "fractions of the area, at most 1")
+        self._require(self.weight_decay >= 0, "weight_decay", "0 or more")
+        self.contract(("a", "b") if not self.positive else tuple(sorted({self.positive, f"{self.positive}_"})))
+
+    def _require(self, holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            raise ConfigError(f"recipe: {name} is {getattr(self, name)!r}; expected {expected}")
+
+    def contract(self, classes: Sequence[str]) -> Contract:
+        """Make the contract that a model trained by this recipe keeps.
+
+        Raises
+        ------
+        ContractError
+            If the classes or one of the recipe's values cannot be.
+        """
+        return Contract(
+            classes=tuple(classes),
+            positive=self.positive,
+            keep=self.keep,
+            input_size=self.input_size,
+            mean=self.mean,
+            std=self.std,
+            vote=self.vote,
+            vote_weights=self.vote_weights,
+        )
+
+    @classmethod
+    def load(cls, name: str) -> Recipe:
+        """Read a recipe that ships, by its name, or any TOML file, by its path.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such recipe or file, or it holds an unknown name or a value that cannot be.
+        """
+        if name in SHIPPED:
+            return cls.from_toml(
+                resources.files("echoquad_train").joinpath("recipes", f"{name}.toml").read_text("utf-8"), name
+            )
+        path = Path(name)
+        try:
+            return cls.from_toml(path.read_text("utf-8"), path.as_posix())
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"recipe {name!r}: neither {' nor '.join(SHIPPED)} nor a readable TOML file "
+                f"({getattr(error, 'strerror', None) or error})"
+            ) from error
+
+    @classmethod
+    def from_toml(cls, text: str, label: str = "recipe") -> Recipe:
+        """Read a recipe from TOML text; names it does not give keep the document's values.
+
+        Raises
+        ------
+        ConfigError
+            If the text is not TOML, or holds an unknown name or a value that cannot be.
+        """
+        try:
+            values = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{label}: not TOML ({error})") from error
+        _refuse_unknown(values, label)
+        return cls(**values)
+
+    def to_toml(self) -> str:
+        """Write every field as TOML; `from_toml` gives the same recipe back."""
+        lines = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            # JSON's strings, numbers, booleans and lists of numbers are TOML's.
+            lines.append(f"{field.name} = {json.dumps(list(value) if isinstance(value, tuple) else value)}")
+        return "\n".join(lines) + "\n"
+
+    def replace(self, settings: Sequence[str] = (), **values: Any) -> Recipe:
+        """Change fields: by `values`, then by settings of the form ``name=value``.
+
+        Raises
+        ------
+        ConfigError
+            If a setting has no ``=``, names no field, or its value cannot be.
+        """
+        for setting in settings:
+            name, equals, text = setting.partition("=")
+            name, text = name.strip(), text.strip()
+            if not equals:
+                raise ConfigError(f"--set {setting}: no '=' found; expected name=value")
+            _refuse_unknown({name: text}, "--set")
+            try:
+                values[name] = tomllib.loads(f"value = {text}")["value"]
+            except tomllib.TOMLDecodeError:
+                values[name] = text  # a bare word, as in --set schedule=onecycle
+        return dataclasses.replace(self, **values)
+
+
+def _refuse_unknown(values: dict[str, Any], label: str) -> None:
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    unknown = sorted(set(values) - set(names))
+    if unknown:
+        raise ConfigError(f"{label}: unknown name {', '.join(unknown)}; expected some of {', '.join(names)}")
+
+
+def _coerce(name: str, value: Any, kind: Any) -> Any:
+    """Hold a value against its annotation; a whole number may stand for a float, a list for a tuple."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise ConfigError(f"recipe: {name} is {value!r}; expected one of {', '.join(arguments)}")
+    if origin is tuple:
+        if isinstance(value, list | tuple) and len(value) == len(arguments):
+            return tuple(_coerce(name, item, argument) for item, argument in zip(value, arguments, strict=True))
+        raise ConfigError(f"recipe: {name} is {value!r}; expected a list of {len(arguments)} numbers")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        words = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+        raise ConfigError(f"recipe: {name} is {value!r}; expected {words[kind]}")
+    return value

@@ -1,0 +1,111 @@
+"""The record of a run: ``run.json``, ``metrics.csv`` and ``curves.png``, rewritten whole after every epoch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from echoquad_runtime._version import __version__
+from echoquad_runtime.contract import Contract
+from echoquad_runtime.files import write_bytes, write_json
+from echoquad_runtime.inputs import Failure
+from echoquad_train import checkpoint, figures
+from echoquad_train.dataset import Split
+from echoquad_train.history import Epoch, best_of
+from echoquad_train.recipe import Recipe
+
+__all__ = ["facts", "versions", "write"]
+
+SCHEMA = 1
+
+
+def versions() -> dict[str, str]:
+    """Give the versions that a result depends on."""
+    found = {"python": platform.python_version(), "echoquad": __version__, "platform": platform.platform()}
+    for name in (
+        "numpy",
+        "pillow",
+        "torch",
+        "torchvision",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "onnx",
+        "onnxscript",
+    ):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def facts(
+    data: Path,
+    recipe: Recipe,
+    contract: Contract,
+    splits: Iterable[Split],
+    failures: Sequence[Failure],
+    device: str,
+    precision: str,
+) -> dict[str, Any]:
+    """Collect what is known of a run before its first epoch."""
+    return {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "contract": contract.to_dict(),
+        "contract_sha256": contract.sha256,
+        "backbone": recipe.backbone,
+        "seed": recipe.seed,
+        "device": device,
+        "precision": precision,
+        "data": {
+            "folder": data.resolve().as_posix(),
+            "frames": {split.name: split.counts for split in splits},
+            "unreadable": [{"file": failure.file, "error": str(failure.error)} for failure in failures],
+        },
+        "versions": versions(),
+        "git_commit": _git_commit(),
+    }
+
+
+def write(folder: Path, known: Mapping[str, Any], history: Sequence[Epoch], *, finished: bool) -> None:
+    """Write the record, each file atomically.
+
+    Raises
+    ------
+    OutputError
+        If the system refuses.
+    """
+    best = best_of(history).to_dict() if history else None
+    status = "finished" if finished else "running"
+    write_json(folder / checkpoint.RUN, {**known, "status": status, "epochs": len(history), "best": best})
+    if history:
+        rows = io.StringIO()
+        table = csv.DictWriter(rows, [field.name for field in fields(Epoch)], lineterminator="\n")
+        table.writeheader()
+        table.writerows(epoch.to_dict() for epoch in history)
+        write_bytes(folder / checkpoint.METRICS, rows.getvalue().encode())
+        figures.save(figures.curves(history), folder / checkpoint.CURVES)
+
+
+def _git_commit() -> str | None:
+    """Find the commit of EchoQuad's own checkout, ``-dirty`` where files differ; None for an installed wheel."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        # An environment inside somebody else's checkout must not lend its commit to EchoQuad.
+        _run([*git, "ls-files", "--error-unmatch", Path(__file__).name])
+        return _run([*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

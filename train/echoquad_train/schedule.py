@@ -1,0 +1,120 @@
+"""Schedules: which layers train when, and at what rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from echoquad_train.recipe import Recipe
+
+__all__ = ["Course", "Phase", "one_cycle", "phase_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Epochs that train the same layers: first and last, and a learning rate by layer."""
+
+    name: str
+    first: int
+    last: int
+    layers: Mapping[str, float]
+
+
+def phase_of(recipe: Recipe, epoch: int) -> Phase:
+    """Find an epoch's phase, epochs counted from 1: head warm-up, then the trained layers, then layer3 as well."""
+    warmup = min(recipe.warmup_epochs, recipe.epochs)
+    if epoch <= warmup:
+        return Phase("head", 1, warmup, {"head": recipe.warmup_lr})
+    layers = {
+        "head": {"head": recipe.lr},
+        "layer4": {"head": recipe.lr, "layer4": recipe.lr},
+        "all": {"all": recipe.lr},
+    }
+    third = max(recipe.layer3_epoch, warmup + 1) if recipe.layer3_epoch and recipe.trained_layers == "layer4" else 0
+    if third and epoch >= third:
+        return Phase("layer3", third, recipe.epochs, {**layers["layer4"], "layer3": recipe.layer3_lr})
+    last = third - 1 if third else recipe.epochs
+    return Phase(recipe.trained_layers, warmup + 1, last, layers[recipe.trained_layers])
+
+
+def one_cycle(progress: float) -> float:
+    """Give the share of the peak learning rate at a `progress` from 0 to 1.
+
+    A cosine up over the first 30 % from 1/25, then a cosine down to 1/250000: torch's OneCycleLR with its defaults.
+    L. N. Smith, N. Topin, "Super-Convergence", arXiv:1708.07120.
+    """
+    start, end, rise = 1 / 25, 1 / 250_000, 0.3
+
+    def between(a: float, b: float, share: float) -> float:
+        return b + (a - b) / 2 * (1 + math.cos(math.pi * share))
+
+    if progress < rise:
+        return between(start, 1.0, progress / rise)
+    return between(1.0, end, (progress - rise) / (1 - rise))
+
+
+class Course:
+    """A phase's optimizer and its learning rate.
+
+    Parameters
+    ----------
+    groups
+        Parameter groups with their rates, as `echoquad_train.model.set_trained` gives them.
+    recipe, phase
+        What to do, and for which epochs.
+    steps_per_epoch
+        Batches in an epoch.
+    """
+
+    def __init__(self, groups: Iterable[Mapping[str, Any]], recipe: Recipe, phase: Phase, steps_per_epoch: int) -> None:
+        parameters = [dict(group) for group in groups]
+        if recipe.optimizer == "adamw":
+            self._optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, weight_decay=recipe.weight_decay)
+        else:
+            self._optimizer = torch.optim.SGD(parameters, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
+        self._peaks = [group["lr"] for group in self._optimizer.param_groups]
+        self._one_cycle = recipe.schedule == "onecycle"
+        self._steps = steps_per_epoch * (phase.last - phase.first + 1)
+        self._step = 0
+        self._plateau = (
+            torch.optim.lr_scheduler.ReduceLROnPlateau(
+                self._optimizer, "max", factor=recipe.plateau_factor, patience=recipe.plateau_patience
+            )
+            if recipe.schedule == "plateau"
+            else None
+        )
+
+    def step(self, loss: Tensor, scaler: torch.amp.GradScaler) -> float:
+        """Take one step down the gradient of `loss`; gives the highest learning rate it was taken with."""
+        if self._one_cycle:
+            share = one_cycle(self._step / max(1, self._steps - 1))
+            for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+                group["lr"] = peak * share
+        self._optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.step(self._optimizer)
+        scaler.update()
+        self._step += 1
+        return max(float(group["lr"]) for group in self._optimizer.param_groups)
+
+    def epoch_ended(self, accuracy: float) -> None:
+        """Hear the validation frame accuracy that a plateau is judged by."""
+        if self._plateau is not None:
+            self._plateau.step(accuracy)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a resumed run needs: tensors and plain values."""
+        plateau = None if self._plateau is None else self._plateau.state_dict()
+        return {"optimizer": self._optimizer.state_dict(), "step": self._step, "plateau": plateau}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._step = state["step"]
+        if self._plateau is not None:
+            self._plateau.load_state_dict(state["plateau"])
