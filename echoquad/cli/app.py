@@ -4,59 +4,63 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
 from echoquad.cli import bench, data, demo, doctor, evaluate, export, predict, train, verify
-from echoquad.cli.console import fail
+from echoquad.cli.console import fail, note, say
+from echoquad.cli.extras import EXTRAS, missing_extra
 from echoquad_runtime._version import __version__
-from echoquad_runtime.errors import EchoQuadError, MissingExtraError
+from echoquad_runtime.errors import EchoQuadError, UsageError
 
 __all__ = ["app", "main"]
 
-EXTRAS: Final = {
-    **dict.fromkeys(("torch", "torchvision", "safetensors", "sklearn", "matplotlib"), "train"),
-    **dict.fromkeys(("onnx", "onnxscript"), "export"),
-}
-"""Which extra brings a module that a command found missing."""
-
 INTERRUPTED: Final = 130  # 128 + SIGINT, as shells have it
+
+# Typer carries a click of its own, under a private name: its classes are reached through the one that it exports.
+_CommandLineError: Final[type[Exception]] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="echoquad",
     help="From labelled echo frames to a checked ONNX bundle that a bedside cart can run. Research use only.",
     epilog="Exit codes: 0 done; 1 bad input, model or configuration; 2 usage; 3 parity or verification failed; "
     "4 the device asked for is not there; 5 done, but some inputs failed.",
-    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(train.train)
-app.command()(evaluate.evaluate)
-app.command()(export.export)
-app.command()(verify.verify)
-app.command()(predict.predict)
-app.command()(bench.bench)
-app.command()(doctor.doctor)
+app.command(epilog="Example: echoquad train data/ --out run --recipe scratch --set lr=5e-4")(train.train)
+app.command(epilog="Example: echoquad evaluate run data/ --split test --out evaluation")(evaluate.evaluate)
+app.command(epilog="Example: echoquad export run --out bundle")(export.export)
+app.command(epilog="Example: echoquad verify bundle")(verify.verify)
+app.command(epilog="Example: echoquad predict bundle exam/ --out decisions.csv --overlay pictures")(predict.predict)
+app.command(epilog="Example: echoquad bench bundle exam/ --json bench.json")(bench.bench)
+app.command(epilog="Example: echoquad doctor --device cuda")(doctor.doctor)
+app.command(epilog="Example: echoquad demo --out demo")(demo.demo)
 app.add_typer(data.app, name="data")
-app.command()(demo.demo)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"echoquad {__version__}")
+        say(f"echoquad {__version__}")
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop."),
     ] = False,
 ) -> None:
-    """Hold what stands before the command."""
+    """Show the help where no command is given."""
+    if context.invoked_subcommand is None:
+        context.get_help()  # Typer prints it
+        raise typer.Exit(UsageError.exit_code)
 
 
 def main() -> None:
@@ -64,36 +68,57 @@ def main() -> None:
 
     ``ECHOQUAD_TRACEBACK=1`` shows the traceback of what is not supposed to happen.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell; else the next file that is opened would get its number
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+    warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a frame is told by its own line
+    code = _run()
     try:
-        app()
-    except EchoQuadError as error:
-        sys.exit(fail(error))
-    except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
-            _unexpected(error)
-        sys.exit(
-            fail(
-                MissingExtraError(
-                    f'this needs {error.name}, which is not installed; do: pip install "echoquad[{extra}]"'
-                )
-            )
-        )
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        # The reader has what it wanted. What is still buffered has nowhere to go, and Python would complain at exit.
+        sys.stdout.flush()
+    except OSError:
+        # What is still buffered has nowhere to go, and Python would complain of it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        code = code or 1
+    sys.exit(code)
+
+
+def _run() -> int:
+    try:
+        code = int(app(prog_name="echoquad", standalone_mode=False) or 0)
+        return _interrupted() if code == INTERRUPTED else code  # Typer gives the code without a word
+    except SystemExit:  # how Typer ends when the reader of a pipe has gone
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        return _interrupted()
+    except EchoQuadError as error:
+        return fail(error)
     except Exception as error:
-        _unexpected(error)
+        return _misused(error) if isinstance(error, _CommandLineError) else _unexpected(error)
 
 
-def _unexpected(error: Exception) -> None:
+def _interrupted() -> int:
+    note("interrupted")
+    return INTERRUPTED
+
+
+def _unexpected(error: Exception) -> int:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        if package in EXTRAS:
+            return fail(missing_extra(package, EXTRAS[package]))
     if os.environ.get("ECHOQUAD_TRACEBACK"):
         raise error
     what = " ".join(f"{type(error).__name__}: {error}".split())
-    message = (
-        f"unexpected {what}; this is a fault in EchoQuad: please report it with the output of ECHOQUAD_TRACEBACK=1"
+    note(
+        f"error: unexpected {what}; this is a fault in EchoQuad: please report it with the output of "
+        "ECHOQUAD_TRACEBACK=1"
     )
-    sys.exit(fail(EchoQuadError(message)))
+    return EchoQuadError.exit_code
+
+
+def _misused(error: Exception) -> int:
+    """Say what is wrong with the options, in one line."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "echoquad"
+    text = getattr(error, "format_message", error.__str__)().rstrip(".")
+    return fail(UsageError(f"{text}; see: {command} --help"))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from echoquad.cli.console import list_failures, note, table
+from echoquad.cli.console import list_failures, note, say, table
 from echoquad.cli.options import BatchSize, BundleFolder, Device, DeviceName, Precision, Threads
 
 __all__ = ["bench"]
@@ -19,12 +19,12 @@ def bench(
     bundle: BundleFolder,
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[INPUT...]", help="Frames; the bundle's golden phantoms where not given."),
+        typer.Argument(metavar="INPUT", help="Frame files, folders, patterns; the bundle's golden phantoms if none."),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures as JSON.")
     ] = None,
-    frames: Annotated[int, typer.Option("--frames", min=1, help="Frames to time.")] = 100,
+    frames: Annotated[int, typer.Option("--frames", metavar="N", min=1, help="Frames to time.")] = 100,
     device: Device = DeviceName.auto,
     precision: Precision = None,
     batch_size: BatchSize = 8,
@@ -49,10 +49,10 @@ def bench(
     rows = [[name, f"{value:.2f}"] for name, value in found.stages.items()]
     rows += [[f"latency {name}", f"{value:.2f}"] for name, value in found.latency_ms.items()]
     rows += [["load", f"{found.load_ms:.1f}"], ["first frame", f"{found.first_frame_ms:.1f}"]]
-    typer.echo(f"{found.frames} frames on {found.device} in {found.precision}, one at a time; stages are medians")
-    typer.echo(table(["", "ms a frame"], rows))
-    typer.echo(f"throughput {found.frames_per_second:.1f} frames a second in batches of {found.batch_size}")
-    typer.echo(f"peak memory {found.peak_rss_mb:.0f} MB")
+    say(f"{found.frames} frames on {found.device} in {found.precision}, one at a time; stages are medians")
+    say(table(["", "ms a frame"], rows))
+    say(f"throughput {found.frames_per_second:.1f} frames a second in batches of {found.batch_size}")
+    say(f"peak memory {found.peak_rss_mb:.0f} MB")
     if json_file is not None:
         write_json(json_file, found.to_dict())
         note(f"wrote {json_file.as_posix()}")

@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TextIO
 
 from echoquad_runtime.errors import EchoQuadError
+from echoquad_runtime.files import output_errors
 from echoquad_runtime.inputs import Failure
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-__all__ = ["PARTIAL", "Progress", "fail", "list_failures", "note", "table"]
+__all__ = ["PARTIAL", "STDOUT", "Progress", "fail", "list_failures", "note", "say", "table"]
 
 PARTIAL = 5
 """Exit code: done, but some inputs failed."""
 
+STDOUT = Path("stdout")
+"""What errors call the standard output."""
+
 _PLAIN_SECONDS = 10.0  # between two lines where no bar can be drawn
 
 
+def say(message: str) -> None:
+    """Print a result to stdout.
+
+    Raises
+    ------
+    OutputError
+        If the system refuses: a full disk behind ``>``.
+    """
+    with output_errors(STDOUT):
+        _print(message, sys.stdout)
+
+
 def note(message: str) -> None:
-    """Print a line to stderr."""
-    print(_printable(message), file=sys.stderr, flush=True)  # noqa: T201
+    """Print a line to stderr; one that cannot be printed stops no work."""
+    with contextlib.suppress(OSError):
+        _print(message, sys.stderr)
 
 
 def fail(error: EchoQuadError) -> int:
@@ -111,7 +130,7 @@ class Progress:
             self._bar.stop()
 
 
-def _printable(text: str) -> str:
-    """Replace what the terminal's encoding has no sign for, above all on Windows and for names that are not UTF-8."""
-    encoding = sys.stderr.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+def _print(text: str, stream: TextIO) -> None:
+    """Print what the stream's encoding has no sign for as an escape: Windows' code pages, names that are not UTF-8."""
+    encoding = stream.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)

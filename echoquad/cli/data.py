@@ -7,25 +7,36 @@ from typing import Annotated
 
 import typer
 
-from echoquad.cli.console import Progress, note
+from echoquad.cli.console import Progress, note, say
+from echoquad_runtime.errors import UsageError
 
 __all__ = ["app"]
 
-app = typer.Typer(help="The data's own tools.", no_args_is_help=True)
+app = typer.Typer(help="Make data sets.")
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
+def options(context: typer.Context) -> None:
+    """Show the help where no command is given."""
+    if context.invoked_subcommand is None:
+        context.get_help()  # Typer prints it
+        raise typer.Exit(UsageError.exit_code)
+
+
+@app.command(epilog="Example: echoquad data phantom data --patients 80")
 def phantom(
     out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; new or empty.")],
-    patients: Annotated[int, typer.Option("--patients", help="Patients, half of each class; at least 6.")] = 40,
-    frames: Annotated[int, typer.Option("--frames", help="Frames a patient.")] = 4,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of all draws.")] = 0,
+    patients: Annotated[
+        int, typer.Option("--patients", metavar="N", help="Patients, half of each class; at least 6.")
+    ] = 40,
+    frames: Annotated[int, typer.Option("--frames", metavar="N", help="Frames a patient.")] = 4,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of all draws.")] = 0,
 ) -> None:
     """Write a synthetic data set: apical four-chamber phantoms, ASD against NORM. No patient's data."""
-    from echoquad_train.phantom import write_dataset
+    from echoquad_train.phantom_data import write_dataset
 
     with Progress("drawing", patients * frames) as progress:
         counts = write_dataset(out, patients=patients, frames_per_patient=frames, seed=seed, progress=progress.update)
     for split, by_class in counts.items():
-        typer.echo(f"{split}: {', '.join(f'{name} {count}' for name, count in by_class.items())}")
+        say(f"{split}: {', '.join(f'{name} {count}' for name, count in by_class.items())}")
     note(f"wrote {out.as_posix()}/")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +13,7 @@ from typing import Annotated
 import typer
 
 from echoquad.cli.console import note
+from echoquad.cli.extras import require_extra
 
 __all__ = ["demo"]
 
@@ -21,13 +24,14 @@ def demo(
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Folder to write; an older demo is replaced.")
     ] = Path("demo"),
-    patients: Annotated[int, typer.Option("--patients", help="Phantom patients.")] = 80,
-    epochs: Annotated[int, typer.Option("--epochs", help="Epochs of training.")] = 12,
+    patients: Annotated[int, typer.Option("--patients", metavar="N", min=6, help="Phantom patients.")] = 80,
+    epochs: Annotated[int, typer.Option("--epochs", metavar="N", min=1, help="Epochs of training.")] = 12,
 ) -> None:
     """Run all of it on phantom frames: draw, train, export, verify, predict, bench. A few minutes on a CPU."""
     from echoquad_runtime.errors import OutputError
     from echoquad_runtime.files import make_folder, write_bytes
 
+    require_extra("export")
     if out.exists() and not (out / MARK).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(
             f"{out.as_posix()}: is there and is no demo of before; it is left as it is; choose another --out"
@@ -38,22 +42,14 @@ def demo(
     root = out.as_posix()
     data, run, bundle = f"{root}/data", f"{root}/run", f"{root}/bundle"
     begin = time.perf_counter()
-    recipe = ["--recipe", "scratch", "--input-size", "64", "--epochs", str(epochs), "--set", "batch_size=32"]
+    recipe = ["--recipe", "scratch", "--input-size", "64", "--epochs", str(epochs)]
     for arguments in (
         ["data", "phantom", data, "--patients", str(patients)],
         ["train", data, "--out", run, *recipe],
         ["evaluate", run, data, "--split", "test", "--out", f"{root}/evaluation"],
         ["export", run, "--out", bundle],
         ["verify", bundle],
-        [
-            "predict",
-            bundle,
-            f"{data}/test",
-            "--out",
-            f"{root}/predictions.csv",
-            "--overlay",
-            f"{root}/overlays",
-        ],
+        ["predict", bundle, f"{data}/test", "--out", f"{root}/decisions.csv", "--overlay", f"{root}/overlays"],
         ["bench", bundle, f"{data}/test", "--json", f"{root}/bench.json"],
     ):
         _run(arguments)
@@ -67,7 +63,7 @@ def demo(
             f"{root}/bundle/MODEL_CARD.md",
             "what a reader must know of the model; the folder is what a cart gets",
         ),
-        (f"{root}/predictions.csv", "a row a frame: the decision, and what each quadrant said"),
+        (f"{root}/decisions.csv", "a row a frame: the decision, and what each quadrant said"),
         (overlay.as_posix(), "the same, drawn over the frame; one for each test frame"),
         (f"{root}/bench.json", "what it costs on this machine, by stage"),
     ):
@@ -76,10 +72,8 @@ def demo(
 
 
 def _run(arguments: list[str]) -> None:
-    """Run a command as a user would, after showing it."""
-    from echoquad.cli.app import app
-
+    """Run a command as a user would, in a process of its own, after showing it."""
     note(f"\n$ echoquad {shlex.join(arguments)}")
-    code = app(arguments, standalone_mode=False)
+    code = subprocess.run([sys.executable, "-m", "echoquad", *arguments], check=False).returncode
     if code:
         raise typer.Exit(code)

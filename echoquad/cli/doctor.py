@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from echoquad.cli.console import note
+from echoquad.cli.console import note, say
 from echoquad.cli.options import Device, DeviceName
 
 if TYPE_CHECKING:
@@ -29,15 +29,17 @@ def doctor(
 
     report = examine(device.value, extra_checks=[_check_torch] if util.find_spec("torch") else [])
     for name, value in report.facts.items():
-        typer.echo(f"{name}: {value}")
-    typer.echo("")
+        say(f"{name}: {value}")
+    say("")
     for check in report.checks:
-        typer.echo(f"[{check.status}] {check.name}: {check.detail}")
+        say(f"[{check.status}] {check.name}: {check.detail}")
     if not util.find_spec("torch"):
-        typer.echo('[ok] torch: not installed; only training and export need it: pip install "echoquad[export]"')
+        say('[ok] torch: not installed; only training and export need it: pip install "echoquad[export]"')
     if json_file is not None:
         write_json(json_file, report.to_dict())
         note(f"wrote {json_file.as_posix()}")
+    if failed := [check.name for check in report.checks if check.status == "failed"]:
+        note(f"error: failed: {', '.join(failed)}; see the lines above")
     raise typer.Exit(report.exit_code)
 
 

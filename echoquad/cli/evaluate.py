@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from echoquad.cli.console import Progress, list_failures, note, table
+from echoquad.cli.console import Progress, list_failures, note, say, table
 from echoquad.cli.options import BatchSize, Device, DeviceName, Method, Precision, Threads
 
 if TYPE_CHECKING:
@@ -18,9 +18,11 @@ __all__ = ["evaluate", "summarize"]
 
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="RUN_OR_BUNDLE", help="A run (torch) or a bundle (onnxruntime).")],
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder with SPLIT/CLASS/**.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder with SPLIT/CLASS/**/*.png|jpg|...")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for metrics, predictions and figures.")],
-    split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "test",
+    split: Annotated[
+        str, typer.Option("--split", metavar="NAME", help="Folder of DATA: train, validation or test.")
+    ] = "test",
     method: Method = None,
     device: Device = DeviceName.auto,
     precision: Precision = None,
@@ -28,6 +30,10 @@ def evaluate(
     threads: Threads = None,
 ) -> None:
     """Measure a run or a bundle on a labelled split."""
+    from echoquad_runtime.errors import RunError
+
+    if not model.is_dir():
+        raise RunError(f"{model.as_posix()}: no such folder; expected a run or a bundle; check the path")
     from echoquad_train import evaluate as evaluation
     from echoquad_train.dataset import read_split
 
@@ -37,7 +43,7 @@ def evaluate(
     with Progress("evaluating", len(frames.frames)) as progress:
         found = evaluation.evaluate(predictor, frames, progress=progress.update)
     paths = evaluation.write_evaluation(found, out)
-    typer.echo(summarize(found.metrics))
+    say(summarize(found.metrics))
     note(f"wrote {', '.join(path.as_posix() for path in paths)}")
     raise typer.Exit(list_failures(found.failures, done=len(found.predictions)))
 

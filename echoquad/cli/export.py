@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from echoquad.cli.console import note, table
+from echoquad.cli.console import note, say, table
+from echoquad.cli.extras import require_extra
 
 __all__ = ["export"]
 
@@ -19,14 +20,21 @@ def export(
         typer.Option("--out", metavar="BUNDLE", help="Bundle folder to write; an older bundle is replaced."),
     ],
     precision: Annotated[
-        str, typer.Option("--precision", metavar="fp32,...", help="Graphs to build, separated by commas.")
+        str,
+        typer.Option(
+            "--precision", metavar="NAME,...", help="Graphs to build, separated by commas; this release builds fp32."
+        ),
     ] = "fp32",
     calibrate: Annotated[
-        Path | None, typer.Option("--calibrate", metavar="DATA", help="Frames for int8; no use for fp32.")
+        Path | None, typer.Option("--calibrate", metavar="DATA", help="Frames to calibrate int8 on; not for fp32.")
     ] = None,
     parity: Annotated[
         Path | None,
-        typer.Option("--parity", metavar="DATA", help="Data folder for parity; the run's own where not given."),
+        typer.Option(
+            "--parity",
+            metavar="DATA",
+            help="Data folder whose validation frames prove parity; the run's own where not given.",
+        ),
     ] = None,
 ) -> None:
     """Export a run to a bundle, after proof that it decides as the training code does."""
@@ -34,6 +42,7 @@ def export(
 
     if calibrate is not None:
         raise UsageError("--calibrate: only int8 is calibrated, and it is not built by this release; leave it out")
+    require_extra("export")
     from echoquad_export.pack import check_precisions, export_run
 
     wanted = check_precisions([name.strip() for name in precision.split(",") if name.strip()])
@@ -50,7 +59,7 @@ def export(
         for found in exported.parities
         for batch in found.batches
     ]
-    typer.echo(table(["precision", "batch", "max |dlogit|", "max |dp|", "patch flips", "frame flips"], rows))
+    say(table(["precision", "batch", "max |dlogit|", "max |dp|", "patch flips", "frame flips"], rows))
     frames = exported.parities[0].frames
     note(f"parity passed on {frames} validation frames; {exported.verification.frames} golden frames replayed")
     if exported.unreadable:

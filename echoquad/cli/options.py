@@ -41,12 +41,22 @@ Device = Annotated[
     DeviceName,
     typer.Option("--device", help="Where to compute. auto takes CUDA where it works and says why if not."),
 ]
-Method = Annotated[MethodName | None, typer.Option("--method", help="Vote rule; the contract's where not given.")]
-Precision = Annotated[
-    str | None, typer.Option("--precision", help="Which of the bundle's graphs; its default where not given.")
+Method = Annotated[
+    MethodName | None,
+    typer.Option(
+        "--method", metavar="RULE", help="Vote rule: majority, average or weighted; the contract's where not given."
+    ),
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Frames, of four quadrants each, at a time.")]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        "--precision", metavar="NAME", help="Graph to run: fp32, fp16 or int8; the bundle's default where not given."
+    ),
+]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", metavar="N", min=1, help="Frames, of four quadrants each, at a time.")
+]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", min=1, help="Threads; what affinity and cgroup allow where not given."),
+    typer.Option("--threads", metavar="N", min=1, help="CPU threads; what affinity and cgroup allow where not given."),
 ]

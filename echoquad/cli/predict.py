@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
 
-from echoquad.cli.console import Progress, list_failures, note
+from echoquad.cli.console import STDOUT, Progress, list_failures, note
 from echoquad.cli.options import BatchSize, BundleFolder, Device, DeviceName, Method, Precision, Threads
 
 if TYPE_CHECKING:
@@ -24,10 +24,13 @@ __all__ = ["predict"]
 
 def predict(
     bundle: BundleFolder,
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders, patterns.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT", help="Frame files, folders, patterns such as 'exam/*.png'; any number."),
+    ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE.csv|FILE.jsonl", help="Result file; CSV on stdout where not given."),
+        typer.Option("--out", metavar="FILE", help="Result file, .csv or .jsonl; CSV on stdout where not given."),
     ] = None,
     method: Method = None,
     overlay: Annotated[
@@ -40,6 +43,7 @@ def predict(
     threads: Threads = None,
 ) -> None:
     """Judge frames with a bundle. Needs no torch."""
+    from echoquad_runtime.errors import FrameError
     from echoquad_runtime.inputs import Failure, find_frames
     from echoquad_runtime.overlay import save_overlay
     from echoquad_runtime.predictor import Predictor
@@ -58,6 +62,8 @@ def predict(
     found = list(find_frames(inputs))
     failures = [item for item in found if isinstance(item, Failure)]
     frames = [item for item in found if not isinstance(item, Failure)]
+    if not frames:
+        raise typer.Exit(list_failures(failures, done=0))
     note(getattr(predictor.engine, "note", "") or f"on {predictor.engine.device} in {predictor.engine.precision}")
 
     counts: Counter[str] = Counter()
@@ -74,15 +80,19 @@ def predict(
                 writer.write(result)
                 counts[result.label] += 1
                 if overlay is not None:
-                    save_overlay(overlay, frame.path, result, predictor.contract)
+                    try:
+                        save_overlay(overlay, frame.path, result, predictor.contract)
+                    except FrameError as error:  # gone since it was judged
+                        failures.append(Failure(result.file, error))
             progress.update(done)
+        if not counts:  # no file of a header alone, in place of what an older run has written
+            raise typer.Exit(list_failures(failures, done=0))
     seconds = time.perf_counter() - begin
     judged = sum(counts.values())
-    if judged:
-        shares = ", ".join(f"{counts[name]} {name}" for name in predictor.contract.classes)
-        where = f"; wrote {out.as_posix()}" if out else ""
-        where += f"; overlays in {overlay.as_posix()}/" if overlay else ""
-        note(f"{judged} frames: {shares}; {judged / seconds:.1f} frames a second{where}")
+    shares = ", ".join(f"{counts[name]} {name}" for name in predictor.contract.classes)
+    where = f"; wrote {out.as_posix()}" if out else ""
+    where += f"; overlays in {overlay.as_posix()}/" if overlay else ""
+    note(f"{judged} frames: {shares}; {judged / seconds:.1f} frames a second{where}")
     raise typer.Exit(list_failures(failures, done=judged))
 
 
@@ -95,7 +105,7 @@ def _writer(out: Path | None, classes: tuple[str, ...]) -> Iterator[Writer]:
         with open_writer(out, classes) as writer:
             yield writer
         return
-    with output_errors(Path("stdout")):
+    with output_errors(STDOUT):
         stream: IO[bytes] = sys.stdout.buffer
         if not sys.stdout.isatty():
             yield CsvWriter(stream, classes)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from echoquad.cli.console import Progress, list_failures, note
+from echoquad.cli.extras import require_extra
 from echoquad.cli.options import Device, DeviceName
 
 __all__ = ["TrainingProgress", "train"]
@@ -15,33 +16,36 @@ __all__ = ["TrainingProgress", "train"]
 
 def train(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder with {train,validation}/CLASS/**/*.png|jpg|...")],
-    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="Run folder to write.")],
+    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="Run folder to write; new or empty.")],
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", metavar="transfer|scratch|FILE.toml", help="How to train; transfer where not given."),
+        typer.Option("--recipe", metavar="NAME|FILE", help="transfer, scratch or a TOML file; transfer if not given."),
     ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Change any field of the recipe; may be given again."),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option("--weights", metavar="imagenet|none|FILE", help="Weights to begin from.")
+        str | None,
+        typer.Option("--weights", metavar="NAME|FILE", help="Weights to begin from: imagenet, none or a file."),
     ] = None,
-    input_size: Annotated[int | None, typer.Option("--input-size", help="Side of a quadrant in pixels.")] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Quadrants a batch.")] = None,
+    input_size: Annotated[
+        int | None, typer.Option("--input-size", metavar="N", help="Side in pixels that a quadrant is resized to.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", metavar="N", help="Epochs, at most.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", metavar="N", help="Quadrants a batch.")] = None,
     device: Device = DeviceName.auto,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of all draws.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of all draws.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run that RUN holds, by its own recipe.")
     ] = False,
 ) -> None:
-    """Train a quadrant classifier on labelled frames."""
+    """Train a quadrant classifier on labelled frames. What is not given here, the recipe says."""
     from echoquad_runtime.errors import UsageError
-    from echoquad_train.checkpoint import RECIPE
-    from echoquad_train.fit import fit
+    from echoquad_train.dataset import read_classes, read_split
     from echoquad_train.recipe import Recipe
 
+    require_extra("train")
     given: dict[str, Any] = {
         "weights": weights,
         "input_size": input_size,
@@ -50,13 +54,17 @@ def train(
         "seed": seed,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    changed = recipe is not None or bool(settings) or bool(given)
-    if resume and not changed and (out / RECIPE).is_file():
-        chosen = Recipe.load(str(out / RECIPE))
-    else:
-        chosen = Recipe.load(recipe or "transfer").replace(settings or (), **given)
+    chosen = Recipe.load(recipe or "transfer").replace(settings or (), **given)
+    for split in ("train", "validation"):  # a wrong path is told now, not once torch is there
+        read_split(data, split, read_classes(data))
     if resume and not out.exists():
         raise UsageError(f"--resume: {out.as_posix()} is not there; train without --resume first")
+
+    from echoquad_train.checkpoint import RECIPE
+    from echoquad_train.fit import fit
+
+    if resume and not (recipe or settings or given) and (out / RECIPE).is_file():
+        chosen = Recipe.load(str(out / RECIPE))
     with TrainingProgress() as progress:
         fitted = fit(data, out, chosen, device=device.value, resume=resume, reporter=progress)
     best = fitted.best

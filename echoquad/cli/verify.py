@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import typer
-
-from echoquad.cli.console import note
+from echoquad.cli.console import note, say
 from echoquad.cli.options import BundleFolder, Device, DeviceName, Precision, Threads
 
 __all__ = ["verify"]
@@ -39,4 +37,4 @@ def verify(
         raise VerificationError(
             f"{bundle.as_posix()}: FAILED, {figures}; allowed: {allowed}; do not deploy it on this device"
         )
-    typer.echo(f"PASS {bundle.as_posix()}: {figures}")
+    say(f"PASS {bundle.as_posix()}: {figures}")

@@ -25,6 +25,7 @@ def sum_input_channels(convolution: nn.Conv2d) -> nn.Conv2d:
         convolution.padding,  # type: ignore[arg-type]
         convolution.dilation,  # type: ignore[arg-type]
         bias=convolution.bias is not None,
+        padding_mode=convolution.padding_mode,
     )
     with torch.no_grad():
         folded.weight.copy_(convolution.weight.double().sum(dim=1, keepdim=True))

@@ -43,6 +43,8 @@ __all__ = ["BUILT_PRECISIONS", "Exported", "check_precisions", "export_run"]
 BUILT_PRECISIONS: Final = ("fp32",)
 REFERENCE_BATCH: Final = 8  # frames that the training code judges at a time
 
+_FILE_MANAGERS: Final = (".DS_Store", "Thumbs.db", "desktop.ini")  # what these leave wherever they look
+
 
 @dataclass(frozen=True, slots=True)
 class Exported:
@@ -94,7 +96,7 @@ def export_run(
     folder
         The run.
     out
-        The bundle's folder: new, empty, or an older bundle.
+        The bundle's folder: new, empty, or an older bundle with nothing else in it.
     precisions
         Graphs to build.
     parity_data
@@ -125,7 +127,8 @@ def export_run(
     reference = infer_all(reference_engine, store.quadrants, REFERENCE_BATCH)
     golden = make_golden(reference_engine)
 
-    with _beside(out) as partial:
+    target = out.resolve()  # a link stays a link, and "." has a name
+    with _beside(target) as partial:
         files: dict[str, bytes] = {GOLDEN: encode_golden(golden)}
         for precision in wanted:
             progress(f"building the {precision} graph")
@@ -160,17 +163,33 @@ def export_run(
                     f"(worst: {verification.worst_frame}, |dp| {verification.max_abs_dprobability:.3g}); "
                     "no bundle was written"
                 )
-        _move_into_place(partial, out)
+        _move_into_place(partial, target)
     return Exported(out, tuple(parities), verification, len(store.failures))
 
 
 def _check_target(out: Path) -> None:
-    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out.as_posix()}: is there and is no bundle; it is left as it is; choose another --out")
+    """Refuse a target that holds anything but an older bundle: what lies in it is removed with it."""
+    if not out.exists():
+        return
+    label = out.as_posix()
+    found = {entry.name for entry in out.iterdir()} if out.is_dir() else {out.name}
+    if found and not (out / MANIFEST).is_file():
+        raise OutputError(f"{label}: is there and is no bundle; it is left as it is; choose another --out")
+    others = sorted(found - {MANIFEST, GOLDEN, MODEL_CARD, *map(model_file, PRECISIONS), *_FILE_MANAGERS})
+    if others:
+        raise OutputError(
+            f"{label}: holds {', '.join(others[:6])} beside a bundle; it is left as it is; move that away, or choose "
+            "another --out"
+        )
 
 
 def _parity_split(run: Run, parity_data: Path | None) -> Split:
-    data = parity_data or Path(run.info["data"]["folder"])
+    try:
+        data = parity_data or Path(run.info["data"]["folder"])
+    except (KeyError, TypeError) as error:
+        raise RunError(
+            f"{run.folder.as_posix()}: run.json names no data folder; name one with --parity DATA"
+        ) from error
     try:
         return read_split(data, "validation", run.contract.classes)
     except DatasetError as error:
@@ -204,8 +223,8 @@ def _move_into_place(partial: Path, out: Path) -> None:
             out.rename(aside)
         try:
             partial.rename(out)
-        except OSError:
-            if held:
+        except BaseException:
+            if held and not out.exists():
                 aside.rename(out)
             raise
     shutil.rmtree(aside, ignore_errors=True)
@@ -240,7 +259,9 @@ def _manifest(
 
 def _provenance(run: Run) -> dict[str, Any]:
     """Give what a bundle says of its training. Folders and file names stay behind: they can name patients."""
-    info = run.info
+    info, recipe = run.info, run.recipe
+    if recipe.weights not in ("imagenet", "none"):
+        recipe = recipe.replace(weights="file")
     try:
         kept = {
             key: info[key]
@@ -261,7 +282,7 @@ def _provenance(run: Run) -> dict[str, Any]:
             **kept,
             "frames": data["frames"],
             "unreadable": len(data["unreadable"]),
-            "recipe": run.recipe.to_toml(),
+            "recipe": recipe.to_toml(),
         }
     except (KeyError, TypeError) as error:
         raise RunError(f"{run.folder.as_posix()}: run.json lacks {error}; train again") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
 import platform
@@ -153,12 +154,16 @@ def run_benchmark(
     ------
     BundleError, DeviceUnavailableError
         As `OnnxEngine`.
+    InputNotFoundError
+        If there is no frame to time.
     """
     begin = time.perf_counter()
     bundle = Bundle(folder)
     engine = OnnxEngine(bundle, precision=precision, device=device, threads=threads)
     load_ms = 1e3 * (time.perf_counter() - begin)
     encoded = [data for _, data in (frames or encoded_golden_frames(bundle))]
+    if not encoded:
+        raise InputNotFoundError(f"{bundle.folder.as_posix()}: its golden frames hold no phantom; name frames to time")
     contract, size = bundle.contract, bundle.contract.input_size
     batch = np.empty((batch_size, 4, 1, size, size), np.uint8)
 
@@ -221,6 +226,11 @@ def peak_rss_mb() -> float:
     """Give the process's peak resident memory in megabytes (10^6 bytes); NaN where the system does not tell."""
     if sys.platform == "win32":
         return _windows_peak_rss_mb()
+    # Linux counts what the parent held before it started this program into ru_maxrss, but not into VmHWM.
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e6
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -140,8 +140,13 @@ class Bundle:
         BundleError
             If the manifest has none.
         """
-        gate = self.manifest["parity"].get(precision, {}).get("gate")
-        if not isinstance(gate, dict) or not gate:
+        figures = self.manifest["parity"].get(precision)
+        gate = figures.get("gate") if isinstance(figures, dict) else None
+        if (
+            not isinstance(gate, dict)
+            or not gate.keys() >= {"max_abs_dprobability", "max_frame_flip_fraction"}
+            or not all(type(bound) in (int, float) for bound in gate.values())
+        ):
             raise BundleError(f"{self._label}: it states no parity gate for {precision}; export it again")
         return cast("dict[str, float]", gate)
 
@@ -212,6 +217,8 @@ class Bundle:
         shape = (len(golden.frames), 4, len(self.contract.classes))
         if golden.logits.shape != shape or golden.probabilities.shape != shape or not golden.frames:
             raise BundleError(f"{self._label}: {GOLDEN} has answers {golden.logits.shape}; expected {shape}")
+        if any(frame.ndim != 2 for frame in golden.frames):
+            raise BundleError(f"{self._label}: {GOLDEN} has a frame that is not [height, width]; export it again")
         return golden
 
 
@@ -261,7 +268,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     # cannot see: a changed blank, a key given twice.
     try:
         whole = encode_manifest(manifest) == data
-    except ValueError:  # NaN or infinity, which json.loads lets in
+    except (ValueError, RecursionError):  # NaN or infinity, which json.loads lets in, as it does deeper nesting
         whole = False
     if not whole:
         raise BundleTamperedError(

@@ -5,6 +5,7 @@ It is stored in every checkpoint, bundle and ONNX file, and is identified by the
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -84,10 +85,10 @@ class Contract:
     def __post_init__(self) -> None:
         for name in ("classes", "vote_weights", "quadrants"):
             value = getattr(self, name)
-            if isinstance(value, str):
+            if not isinstance(value, list | tuple):
                 raise ContractError(f"contract: {name} is {value!r}; expected a list")
             object.__setattr__(self, name, tuple(value))
-        if not self.positive and self.classes:
+        if self.positive == "" and self.classes:
             object.__setattr__(self, "positive", self.classes[0])
         for name in ("keep", "mean", "std", "temperature"):
             object.__setattr__(self, name, _finite(name, getattr(self, name)))
@@ -100,7 +101,11 @@ class Contract:
             if not holds:
                 raise ContractError(f"contract: {name} is {getattr(self, name)!r}; expected {expected}")
 
-        require(self.schema == SCHEMA, "schema", f"{SCHEMA}; this file needs another release of EchoQuad")
+        require(
+            type(self.schema) is int and self.schema == SCHEMA,
+            "schema",
+            f"{SCHEMA}; this file needs another release of EchoQuad",
+        )
         require(
             len(self.classes) >= 2 and all(isinstance(name, str) and name for name in self.classes),
             "classes",
@@ -175,7 +180,7 @@ class Contract:
         """
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ContractError(f"contract: not JSON ({error})") from error
         if not isinstance(values, dict):
             raise ContractError(f"contract: {type(values).__name__} found; expected a JSON object")
@@ -183,6 +188,10 @@ class Contract:
 
 
 def _finite(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ContractError(f"contract: {name} has {value!r}; expected a finite number")
-    return float(value)
+    number = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # a whole number of hundreds of digits
+            number = float(value)
+    if not math.isfinite(number):
+        raise ContractError(f"contract: {name} has {repr(value)[:40]}; expected a finite number")
+    return number + 0.0  # -0.0 equals 0.0 but would be hashed as another text

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from echoquad_runtime.errors import OutputError
+from echoquad_runtime.errors import EchoQuadError, OutputError
 
 __all__ = ["make_folder", "output_errors", "write_atomically", "write_bytes", "write_json"]
 
@@ -25,7 +25,7 @@ def output_errors(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OutputError:
+    except EchoQuadError:  # some are OSErrors too, and know better what went wrong
         raise
     except BrokenPipeError:  # the reader went away, which is the caller's affair and no fault of the disk
         raise
@@ -86,7 +86,8 @@ def write_json(path: Path, value: Any) -> None:
         If the system refuses.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_bytes(path, text.encode("utf-8"))
+    # A file name that is no UTF-8 has lone surrogates in it; as \udcff they are JSON again.
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def make_folder(path: Path) -> Path:

@@ -167,15 +167,18 @@ def to_grey(image: Image.Image) -> Grey:
     FrameFormatError
         If it holds numbers that no rule covers.
     """
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        image = image.convert("RGBA")
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, image).convert("RGB")
     if image.mode.startswith("I") or image.mode == "F":
         return _numbers_to_grey(np.asarray(image))
-    return np.asarray(image if image.mode == "L" else image.convert("L"))
+    try:
+        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or (image.mode == "P" and "transparency" in image.info):
+            image = image.convert("RGBA")
+            black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+            image = Image.alpha_composite(black, image).convert("RGB")
+        return np.asarray(image if image.mode == "L" else image.convert("L"))
+    except ValueError as error:  # Pillow reads CIELAB from TIFF but has no way to grey
+        raise FrameFormatError(
+            f"the pixels are of the kind {image.mode}; expected grey, palette or RGB; save it as PNG"
+        ) from error
 
 
 def _numbers_to_grey(values: np.ndarray) -> Grey:

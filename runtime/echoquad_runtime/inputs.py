@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Final
 
 from echoquad_runtime.errors import EchoQuadError, InputNotFoundError
 from echoquad_runtime.frames import EXTENSIONS
 
-__all__ = ["Failure", "FrameFile", "find_frames", "walk"]
+__all__ = ["OVERLAY_ENDING", "Failure", "FrameFile", "find_frames", "walk"]
+
+
+OVERLAY_ENDING: Final = ".overlay.png"
+"""Ending of the pictures that EchoQuad draws; in a folder they are no frames to judge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ def find_frames(inputs: Sequence[str | Path]) -> Iterator[FrameFile | Failure]:
     for given in inputs:
         text = os.fspath(given)
         path = Path(text)
-        if not path.exists() and glob.has_magic(text):
+        if not os.path.exists(text) and glob.has_magic(text):  # noqa: PTH110 - Path.exists raises for too long a name
             matches = sorted(glob.glob(text, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
             expanded.append((text, [Path(match) for match in matches]))
         else:
@@ -64,54 +69,70 @@ def find_frames(inputs: Sequence[str | Path]) -> Iterator[FrameFile | Failure]:
         if not paths:
             yield _missing(text, "no file matches the pattern; check it")
         for path in paths:
-            if path.is_dir():
-                empty = True
-                for found in walk(path):
-                    empty = False
-                    yield FrameFile(found, _name(found, root))
-                if empty and len(paths) == 1:
-                    yield _missing(text, f"the folder holds no image; expected {', '.join(sorted(EXTENSIONS))} files")
-            elif path.exists():
+            if os.path.isdir(path):  # noqa: PTH112 - as above
+                yield from _in_folder(path, root, may_be_empty=len(paths) > 1)
+            elif os.path.exists(path):  # noqa: PTH110 - as above
                 yield FrameFile(path, _name(path, root))
             else:
-                yield _missing(text, "no such file or folder; check the path")
+                yield _missing(path, "no such file or folder; check the path")
 
 
-def walk(folder: Path) -> Iterator[Path]:
-    """Walk a folder for image files, depth first, in sorted order, hidden names left out, link loops cut.
+def _in_folder(folder: Path, root: Path | None, *, may_be_empty: bool) -> Iterator[FrameFile | Failure]:
+    refused: list[OSError] = []
+    empty = True
+    for found in walk(folder, refused.append):
+        empty = False
+        yield FrameFile(found, _name(found, root))
+    for error in refused:
+        yield _missing(error.filename, f"the folder cannot be read ({error.strerror}); check its permissions")
+    if empty and not refused and not may_be_empty:
+        yield _missing(folder, f"the folder holds no image; expected {', '.join(sorted(EXTENSIONS))} files")
+
+
+def walk(folder: Path, on_error: Callable[[OSError], object] | None = None) -> Iterator[Path]:
+    """Walk a folder for image files, depth first, in sorted order, hidden names and overlays left out, link loops cut.
 
     Linked folders are followed, since data sets are often laid out with links; one that leads back to a folder
-    above itself is not entered again.
+    above itself is not entered again. A folder that cannot be read is passed over, and `on_error` is told.
     """
-    yield from _walk(folder, ())
+    yield from _walk(folder, (), on_error)
 
 
-def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+def _walk(folder: Path, above: tuple[str, ...], on_error: Callable[[OSError], object] | None) -> Iterator[Path]:
     real = os.path.realpath(folder)
     if real in above:
         return
     try:
         with os.scandir(folder) as entries:
             found = sorted(entries, key=lambda entry: entry.name)
-    except OSError:
+    except OSError as error:
+        if on_error is not None:
+            on_error(error)
         return
     for entry in found:
         if entry.name.startswith("."):  # also the "._name.png" twins that macOS leaves on foreign disks
             continue
         path = folder / entry.name
-        if entry.is_dir():
-            yield from _walk(path, (*above, real))
-        elif path.suffix.lower() in EXTENSIONS:
+        if _is_folder(entry):
+            yield from _walk(path, (*above, real), on_error)
+        elif path.suffix.lower() in EXTENSIONS and not entry.name.endswith(OVERLAY_ENDING):
             yield path
 
 
-def _missing(given: str, reason: str) -> Failure:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _missing(given: str | Path, reason: str) -> Failure:
     return Failure(PurePath(given).as_posix(), InputNotFoundError(reason))
 
 
 def _common_root(paths: Sequence[Path]) -> Path | None:
     """Find the folder that names are relative to; None where there is none (two Windows drives)."""
-    parents = [str(path.absolute() if path.is_dir() else path.absolute().parent) for path in paths]
+    parents = [str(path.absolute() if os.path.isdir(path) else path.absolute().parent) for path in paths]  # noqa: PTH112
     try:
         return Path(os.path.commonpath(parents)) if parents else None
     except ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -11,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from echoquad_runtime.contract import QUADRANTS, Contract
 from echoquad_runtime.files import make_folder, write_atomically
 from echoquad_runtime.frames import decode_image, read_bytes, to_grey
+from echoquad_runtime.inputs import OVERLAY_ENDING
 from echoquad_runtime.predictor import Prediction
 from echoquad_runtime.quadrants import quadrant_boxes
 
@@ -60,13 +62,16 @@ def draw_overlay(image: Image.Image, prediction: Prediction, contract: Contract)
 
     colour = _colour(prediction.label, contract)
     shown = prediction.probabilities[contract.classes.index(prediction.label)]
-    headline = _fit(draw, f"{prediction.label}  mean {shown:.2f}", title, frame.width - 2 * pad)
-    draw.text((pad, pad), headline, fill=colour, font=title)
-    detail = _fit(draw, f"{_reason(prediction)}  ·  {prediction.file}", small, frame.width - 2 * pad)
-    draw.text((pad, pad + round(text_size * 1.9)), detail, fill=_INK, font=small)
+    room = frame.width - 2 * pad
     right = draw.textlength(_FOOTNOTE, small)
-    if draw.textlength(headline, title) + right + 4 * pad < frame.width:
+    if right < frame.width / 2:
         draw.text((frame.width - pad - right, pad), _FOOTNOTE, fill="#9AA4AE", font=small)
+        headline = _fit(draw, prediction.label, title, room - right - 2 * pad, f"  mean {shown:.2f}")
+    else:
+        headline = _fit(draw, prediction.label, title, room, f"  mean {shown:.2f}")
+    draw.text((pad, pad), headline, fill=colour, font=title)
+    detail = _fit(draw, f"{_reason(prediction)}  ·  {prediction.file}", small, room)
+    draw.text((pad, pad + round(text_size * 1.9)), detail, fill=_INK, font=small)
 
     line = max(2, text_size // 7)
     for index, quadrant in enumerate(QUADRANTS):
@@ -80,8 +85,8 @@ def draw_overlay(image: Image.Image, prediction: Prediction, contract: Contract)
             outline=colour,
             width=line,
         )
-        words = _fit(draw, f"{quadrant}  {label} {p:.2f}", text, end - left - 4 * line)
-        x, y = left + 2 * line, top + band + 2 * line
+        words = _fit(draw, f"{quadrant}  {label}", text, end - left - 8 * line, f" {p:.2f}")
+        x, y = left + 4 * line, top + band + 3 * line
         extent = draw.textbbox((x, y), words, font=text)
         plate = (extent[0] - line, extent[1] - line, extent[2] + line, extent[3] + line)
         draw.rectangle(plate, fill=(16, 20, 24, 190))
@@ -94,8 +99,10 @@ def overlay_path(folder: Path, name: str) -> Path:
 
     The frame's own ending stays in the name, so that ``a.png`` and ``a.jpg`` do not overwrite each other.
     """
-    parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
-    return folder.joinpath(*(part.replace(":", "_") for part in parts[:-1]), f"{parts[-1]}.overlay.png")
+    # A drive's colon and a backslash would lead elsewhere on Windows.
+    parts = [part.replace(":", "_").replace("\\", "_") for part in PurePosixPath(name).parts]
+    parts = [part for part in parts if part.strip("/") and part != ".."] or ["frame"]
+    return folder.joinpath(*parts[:-1], f"{parts[-1]}{OVERLAY_ENDING}")
 
 
 def save_overlay(folder: Path, source: Path, prediction: Prediction, contract: Contract) -> Path:
@@ -129,13 +136,17 @@ def _reason(prediction: Prediction) -> str:
     return f"{votes} of {len(QUADRANTS)} quadrants{tie}"
 
 
-def _fit(draw: ImageDraw.ImageDraw, words: str, font: ImageFont.ImageFont, width: float) -> str:
-    """Shorten to what fits, for class and file names have any length."""
-    if draw.textlength(words, font) <= width:
-        return words
-    while words and draw.textlength(f"{words}…", font) > width:
-        words = words[:-1]
-    return f"{words}…" if words else ""
+def _fit(draw: ImageDraw.ImageDraw, words: str, font: ImageFont.ImageFont, width: float, tail: str = "") -> str:
+    """Shorten `words`, which have any length, to what fits beside `tail`; where next to nothing does, `tail` goes."""
+    words = "".join(sign if sign.isprintable() else "?" for sign in words)  # a line break cannot be measured
+    for ending, least in ((tail, 4), ("", 1)):
+        if draw.textlength(words + ending, font) <= width:
+            return words + ending
+        shorter = [f"{words[:kept]}…{ending}" for kept in range(least, len(words))]
+        fitting = bisect.bisect_right(shorter, width, key=lambda text: draw.textlength(text, font))
+        if fitting:
+            return shorter[fitting - 1]
+    return ""
 
 
 def _colour(label: str, contract: Contract) -> str:

@@ -125,14 +125,18 @@ class Predictor:
         """What the model was trained under."""
         return self.engine.contract
 
-    def predict(self, inputs: Iterable[str | Path | FrameFile]) -> Iterator[Prediction | Failure]:
-        """Judge files: paths, folders, patterns, or frames already found.
+    def predict(
+        self, inputs: str | Path | FrameFile | Iterable[str | Path | FrameFile]
+    ) -> Iterator[Prediction | Failure]:
+        """Judge files: paths, folders, patterns, or frames already found; one, or any number.
 
         Yields
         ------
         Prediction or Failure
             One a frame, in input order; lazily, a batch at a time.
         """
+        if isinstance(inputs, str | Path | FrameFile):  # a string would be gone through letter by letter
+            inputs = [inputs]
         return self._run(_sources(inputs))
 
     def predict_frames(
@@ -196,14 +200,20 @@ class Predictor:
         for item in waiting:
             yield next(judged) if isinstance(item, str) else item
 
-    def _decide(self, names: Sequence[str], batch: Grey) -> Iterator[Prediction]:
+    def _decide(self, names: Sequence[str], batch: Grey) -> Iterator[Prediction | Failure]:
         if not names:
             return
         classes, size = self.contract.classes, self.contract.input_size
         _, flat = self.engine.infer(batch.reshape(-1, 1, size, size))
         probabilities = flat.reshape(len(names), 4, len(classes))
-        decision = decide(probabilities, self.method, self.contract.vote_weights)
+        finite = np.asarray(np.isfinite(probabilities).all(axis=(1, 2)))
+        judged = np.where(finite[:, None, None], probabilities, 0)
+        decision = decide(judged, self.method, self.contract.vote_weights)
         for index, name in enumerate(names):
+            if not finite[index]:  # the first class would win by being first
+                what = f"the network's answer on {self.engine.device} in {self.engine.precision} is no number"
+                yield Failure(name, FrameError(f"{what}; try another precision, and run echoquad verify"))
+                continue
             tied = self.method == "majority" and decision.margins[index] == 0
             yield Prediction(
                 file=name,
@@ -223,9 +233,15 @@ def _sources(inputs: Iterable[str | Path | FrameFile]) -> Iterator[Source | Fail
     paths: list[str | Path] = []
     for item in inputs:
         if isinstance(item, FrameFile):
+            yield from _find(paths)
+            paths = []
             yield _file_source(item)
         else:
             paths.append(item)
+    yield from _find(paths)
+
+
+def _find(paths: Sequence[str | Path]) -> Iterator[Source | Failure]:
     for found in find_frames(paths):
         yield found if isinstance(found, Failure) else _file_source(found)
 

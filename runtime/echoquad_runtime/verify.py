@@ -87,10 +87,8 @@ def verify(
     dlogit = np.zeros(count)
     dprobability = np.zeros(count)
     frame_flips = quadrant_flips = 0
-    for logits, probabilities in (
-        tuple(np.concatenate(parts) for parts in zip(*single, strict=True)),
-        together,
-    ):
+    for answers in (tuple(np.concatenate(parts) for parts in zip(*single, strict=True)), together):
+        logits, probabilities = (part.reshape(golden.logits.shape) for part in answers)
         # A NaN compares as no difference at all; as an infinite one it cannot pass.
         dlogit = np.maximum(dlogit, _largest(logits - golden.logits))
         dprobability = np.maximum(dprobability, _largest(probabilities - golden.probabilities))
@@ -100,6 +98,7 @@ def verify(
     gate = bundle.gate(engine.precision)
     passed = (
         frame_flips <= gate["max_frame_flip_fraction"] * count
+        and bool(np.isfinite(dlogit).all())
         and float(dlogit.max()) <= gate.get("max_abs_dlogit", np.inf)
         and float(dprobability.max()) <= gate["max_abs_dprobability"]
     )

@@ -51,8 +51,10 @@ class CsvWriter:
 
     def _row(self, values: Sequence[str]) -> None:
         line = io.StringIO()
-        csv.writer(line, lineterminator="\n").writerow(values)
-        self._stream.write(line.getvalue().encode("utf-8", "backslashreplace"))
+        # Until Python 3.13 it quotes a carriage return only where the line's own end has one.
+        csv.writer(line, lineterminator="\r\n").writerow(values)
+        text = line.getvalue().removesuffix("\r\n") + "\n"
+        self._stream.write(text.encode("utf-8", "backslashreplace"))
 
 
 class JsonlWriter:

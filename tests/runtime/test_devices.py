@@ -48,6 +48,12 @@ def run_python(code: str, *, home: Path, path: tuple[Path, ...] = (), **env: str
     )
 
 
+def pretend_to_list_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the real onnxruntime list CUDA, as the GPU wheel does on any machine."""
+    ort = devices.load_onnxruntime()
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA_PROVIDER, CPU_PROVIDER])
+
+
 def test_all_is_real() -> None:
     assert all(hasattr(devices, name) for name in devices.__all__)
 
@@ -118,7 +124,25 @@ def test_a_session_keeps_its_provider_and_its_threads() -> None:
 
 def test_auto_says_why_it_is_the_cpu(no_cuda: str) -> None:
     opened = open_session(PROBE_MODEL)
-    assert (opened.device, opened.provider, opened.note) == ("cpu", CPU_PROVIDER, f"on the CPU: {no_cuda}")
+    ort = devices.load_onnxruntime()
+    # Who installed the plain wheel chose the CPU and is told so; who has the GPU wheel is told what is in its way.
+    has_cuda = CUDA_PROVIDER in ort.get_available_providers()
+    cause = no_cuda if has_cuda else f"{devices._named(devices.installed_wheels())} is built without CUDA"
+    assert (opened.device, opened.provider, opened.note) == ("cpu", CPU_PROVIDER, f"on the CPU: {cause}")
+
+
+def test_auto_with_the_gpu_wheel_says_what_is_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_to_list_cuda(monkeypatch)
+    monkeypatch.setattr(devices, "cuda_obstacle", lambda: "no NVIDIA driver was found")
+    assert open_session(PROBE_MODEL).note == "on the CPU: no NVIDIA driver was found"
+
+
+def test_auto_with_the_plain_wheel_gives_no_advice_and_asks_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    ort = devices.load_onnxruntime()
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [CPU_PROVIDER])
+    monkeypatch.setattr(devices, "installed_wheels", lambda: {"onnxruntime": "1.31.1"})
+    monkeypatch.setattr(devices, "cuda_obstacle", lambda: pytest.fail("the driver was asked"))
+    assert open_session(PROBE_MODEL).note == "on the CPU: onnxruntime 1.31.1 is built without CUDA"
 
 
 def test_cuda_is_cuda_or_an_error(no_cuda: str) -> None:
@@ -144,6 +168,7 @@ def test_a_broken_model_is_no_device_failure_where_cuda_works(monkeypatch: pytes
 
 
 def test_a_model_that_only_cuda_refuses_is_a_device_failure(monkeypatch: pytest.MonkeyPatch, no_cuda: str) -> None:
+    pretend_to_list_cuda(monkeypatch)
     monkeypatch.setattr(devices, "cuda_obstacle", lambda: None)
     with pytest.raises(DeviceUnavailableError, match="CUDA works, but not for this model"):
         open_session(PROBE_MODEL, device="cuda")
@@ -378,8 +403,7 @@ def test_onnxruntime_falling_back_in_silence_is_caught(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], no_cuda: str
 ) -> None:
     # The real onnxruntime, made to list CUDA: it answers with a CPU session and a mere warning.
-    ort = devices.load_onnxruntime()
-    monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA_PROVIDER, CPU_PROVIDER])
+    pretend_to_list_cuda(monkeypatch)
     monkeypatch.setattr(devices, "_driver", lambda: (13000, None))
     with pytest.raises(DeviceUnavailableError):
         open_session(PROBE_MODEL, device="cuda")

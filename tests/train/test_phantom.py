@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from echoquad_runtime.errors import ConfigError, OutputError
-from echoquad_train import phantom
+from echoquad_train import phantom, phantom_data
 from echoquad_train.phantom import (
     LABELS,
     Anatomy,
@@ -20,8 +20,8 @@ from echoquad_train.phantom import (
     echo_level,
     phantom_frame,
     render,
-    write_dataset,
 )
+from echoquad_train.phantom_data import write_dataset
 
 HEART = {"lv", "rv", "la", "ra", "bow", "gap", "label"}  # all that a label may change
 
@@ -285,7 +285,7 @@ def test_dataset_is_deterministic(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", [(0.7, 0.15, 0.15), (0.98, 0.01, 0.01), (0.34, 0.33, 0.33)])
 def test_shares_add_up_and_leave_no_split_empty(split: tuple[float, float, float]) -> None:
     for total in range(3, 60):
-        shares = phantom._shares(total, split)
+        shares = phantom_data._shares(total, split)
         assert sum(shares) == total and min(shares) >= 1
         assert abs(shares[0] - split[0] * total) < 3
 
@@ -374,4 +374,5 @@ def test_a_parent_that_is_a_file_is_an_output_error(tmp_path: Path) -> None:
 
 
 def test_all_names_exist() -> None:
-    assert all(hasattr(phantom, name) for name in phantom.__all__)
+    for module in (phantom, phantom_data):
+        assert all(hasattr(module, name) for name in module.__all__)

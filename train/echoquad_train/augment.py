@@ -21,6 +21,7 @@ __all__ = ["augment", "erase", "sample_warp"]
 # torchvision's defaults for RandomErasing: share of the area, and height over width.
 _ERASE_SCALE = (0.02, 0.33)
 _ERASE_RATIO = (0.3, 3.3)
+_TRIES = 10
 
 
 def augment(quadrants: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
@@ -53,9 +54,7 @@ def sample_warp(count: int, recipe: Recipe, generator: torch.Generator) -> Tenso
     def uniform(low: float, high: float) -> Tensor:
         return torch.empty(count).uniform_(low, high, generator=generator)
 
-    area = uniform(*recipe.crop_scale)
-    ratio = torch.exp(uniform(math.log(recipe.crop_ratio[0]), math.log(recipe.crop_ratio[1])))
-    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    width, height = _sides(count, recipe.crop_scale, recipe.crop_ratio, generator)
     crop = _affine(width, 0, 0, height, uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height))
 
     flip = _affine(1 - 2 * (uniform(0, 1) < recipe.flip).float(), 0, 0, 1, 0, 0)
@@ -68,7 +67,7 @@ def sample_warp(count: int, recipe: Recipe, generator: torch.Generator) -> Tenso
     shear = torch.tan(uniform(-recipe.shear, recipe.shear) * degrees)
     # Coordinates span 2, so a share of the side counts twice.
     shift_x, shift_y = (2 * uniform(-recipe.translate, recipe.translate) for _ in range(2))
-    affine = _affine(scale, scale * shear, 0, scale, shift_x, shift_y)
+    affine = _affine(scale, scale * shear, 0, scale, 0, 0) @ _affine(1, 0, 0, 1, shift_x, shift_y)
     return (crop @ flip @ rotation @ affine)[:, :2]
 
 
@@ -80,9 +79,7 @@ def erase(images: Tensor, probability: float, value: float, generator: torch.Gen
         return torch.empty(count).uniform_(low, high, generator=generator)
 
     chosen = uniform(0, 1) < probability
-    area = uniform(*_ERASE_SCALE)
-    ratio = torch.exp(uniform(math.log(_ERASE_RATIO[0]), math.log(_ERASE_RATIO[1])))
-    height, width = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    height, width = _sides(count, _ERASE_SCALE, _ERASE_RATIO, generator)
     top, left = uniform(0, 1) * (1 - height), uniform(0, 1) * (1 - width)
     y = (torch.arange(rows) + 0.5) / rows
     x = (torch.arange(columns) + 0.5) / columns
@@ -90,6 +87,20 @@ def erase(images: Tensor, probability: float, value: float, generator: torch.Gen
     inside_x = (x >= left[:, None]) & (x < (left + width)[:, None])
     box = (inside_y[:, None, :, None] & inside_x[:, None, None, :]).to(images.device)
     return images.masked_fill(box, value)
+
+
+def _sides(
+    count: int, scale: tuple[float, float], ratio: tuple[float, float], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw the sides of boxes, as shares of the image's: uniform in area and in the logarithm of first over second.
+
+    A box that the image cannot hold is drawn again, nine times at most, and then cut to fit.
+    """
+    areas = torch.empty(count, _TRIES).uniform_(*scale, generator=generator)
+    logarithms = torch.empty(count, _TRIES).uniform_(math.log(ratio[0]), math.log(ratio[1]), generator=generator)
+    first, second = (areas * logarithms.exp()).sqrt(), (areas / logarithms.exp()).sqrt()
+    chosen = ((first <= 1) & (second <= 1)).int().argmax(dim=1, keepdim=True)  # the first that fits
+    return first.gather(1, chosen)[:, 0].clamp(max=1), second.gather(1, chosen)[:, 0].clamp(max=1)
 
 
 def _affine(

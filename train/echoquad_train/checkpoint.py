@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ import torch
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ContractError, RunError
 from echoquad_runtime.files import write_bytes
-from echoquad_train.model import QuadrantClassifier
+from echoquad_train.model import QuadrantClassifier, first_line
 from echoquad_train.recipe import Recipe
 
 __all__ = [
@@ -54,6 +53,8 @@ LAST: Final = "last.pt"
 
 _CONTRACT: Final = "echoquad.contract"
 _BACKBONE: Final = "echoquad.backbone"
+_EPOCH: Final = "echoquad.epoch"
+_STATE: Final = {"recipe", "data", "history", "model", "course", "scaler"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +68,21 @@ class Run:
     model: QuadrantClassifier
 
 
-def save_best(folder: Path, model: QuadrantClassifier, recipe: Recipe, contract: Contract) -> None:
+def save_best(folder: Path, model: QuadrantClassifier, recipe: Recipe, contract: Contract, epoch: int) -> None:
     """Write ``best.safetensors``, atomically."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    metadata = {_CONTRACT: contract.to_json(), _BACKBONE: recipe.backbone}
-    write_bytes(folder / BEST, safetensors.torch.save(state, metadata))
+    metadata = {_CONTRACT: contract.to_json(), _BACKBONE: recipe.backbone, _EPOCH: str(epoch)}
+    write_bytes(folder / BEST, _in_order(safetensors.torch.save(state, metadata)))
+
+
+def _in_order(data: bytes) -> bytes:
+    """Sort the metadata in a safetensors file, which are in random order: so equal weights are equal bytes."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def load_run(folder: Path) -> Run:
@@ -80,7 +91,8 @@ def load_run(folder: Path) -> Run:
     Raises
     ------
     RunError
-        If the folder holds no run, no checkpoint yet, or one that is damaged or was trained under another contract.
+        If the folder holds no run, no checkpoint yet, or one that is damaged, was trained under another contract, or
+        is of another epoch than ``run.json`` says.
     """
     label = folder.as_posix()
     info = read_info(folder)
@@ -104,10 +116,16 @@ def load_run(folder: Path) -> Run:
         ContractError,
         safetensors.SafetensorError,
     ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RunError(f"{label}: {BEST} cannot be used ({reason}); train again") from error
+        raise RunError(f"{label}: {BEST} cannot be used ({first_line(error)}); train again") from error
     if info.get("contract_sha256") != contract.sha256:
         raise RunError(f"{label}: {BEST} and {RUN} have different contracts; they are of two runs; train again")
+    best = info.get("best")
+    epoch = str(best.get("epoch")) if isinstance(best, dict) else "none"
+    if metadata.get(_EPOCH, epoch) != epoch:
+        raise RunError(
+            f"{label}: {BEST} is of epoch {metadata[_EPOCH]}, the best epoch of {RUN} is {epoch}: the run was cut "
+            "off in between; go on with it by `echoquad train --resume`"
+        )
     return Run(folder, info, recipe, contract, model.eval())
 
 
@@ -148,11 +166,18 @@ def load_last(folder: Path) -> dict[str, Any]:
         If it is missing or damaged.
     """
     try:
+        with zipfile.ZipFile(folder / LAST) as file:  # torch reads on over a flipped bit
+            if (damaged := file.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
         state: dict[str, Any] = torch.load(folder / LAST, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise RunError(
             f"{folder.as_posix()}: {LAST} is missing, so there is nothing to resume; train without --resume"
         ) from None
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise RunError(f"{folder.as_posix()}: {LAST} is damaged ({error}); train again into another folder") from error
+    except Exception as error:  # torch has no common class for what damage can lead to
+        raise RunError(
+            f"{folder.as_posix()}: {LAST} is damaged ({first_line(error)}); train again into another folder"
+        ) from error
+    if not isinstance(state, dict) or not set(state) >= _STATE:
+        raise RunError(f"{folder.as_posix()}: {LAST} is no state of a run; train again into another folder")
     return state

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -70,7 +72,11 @@ class Split:
         """SHA-256 over the frames' names and file sizes: whether a run is resumed on the data it was begun on."""
         digest = hashlib.sha256()
         for frame in self.frames:
-            digest.update(f"{frame.name}\0{frame.path.stat().st_size}\n".encode("utf-8", "surrogateescape"))
+            try:
+                size = frame.path.stat().st_size
+            except OSError:  # a broken link: decoding will say so
+                size = -1
+            digest.update(f"{frame.name}\0{size}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
 
@@ -159,7 +165,8 @@ def load_quadrants(
     contract
         Gives the crop and the input size S.
     overflow
-        The file that takes the quadrants where they exceed `MEMORY_BYTES`; None keeps them in memory.
+        The folder whose disk takes the quadrants where they exceed `MEMORY_BYTES`, in a file without a name that is
+        gone as soon as nothing uses it, however the process ends; None keeps them in memory.
     progress
         Called with the number of frames done and of all.
 
@@ -168,35 +175,52 @@ def load_quadrants(
     DatasetError
         If of some class no frame can be read.
     OutputError
-        If the overflow file cannot be written.
+        If the overflow folder's disk is full or cannot be written to.
     """
     count, size = len(split.frames), contract.input_size
-    shape = (count, 4, size, size)
-    quadrants: npt.NDArray[np.uint8]
-    if overflow is not None and count * 4 * size * size > MEMORY_BYTES:
-        with output_errors(overflow):
-            quadrants = np.lib.format.open_memmap(overflow, "w+", np.uint8, shape)
-    else:
-        quadrants = np.empty(shape, np.uint8)
-
+    large = overflow is not None and count * 4 * size * size > MEMORY_BYTES
+    quadrants = np.empty((0 if large else count, 4, size, size), np.uint8)
     kept: list[LabelledFrame] = []
-    failures: list[Failure] = []
-    for done, (frame, outcome) in enumerate(_decoded(split.frames, contract), 1):
-        if isinstance(outcome, FrameError):
-            failures.append(Failure(frame.name, outcome))
-        else:
-            quadrants[len(kept)] = outcome[:, 0]
-            kept.append(frame)
-        if progress is not None:
-            progress(done, count)
-    labels = np.array([frame.label for frame in kept], np.int64)
-    for index, name in enumerate(split.classes):
-        if index not in labels:
-            first = failures[0]
-            raise DatasetError(
-                f"{split.name}: no frame of class {name} can be read; the first failure: {first.file}: {first.error}"
-            )
-    return QuadrantStore(quadrants[: len(kept)], labels, tuple(frame.name for frame in kept), tuple(failures))
+    failures: dict[LabelledFrame, Failure] = {}
+    with _overflow_file(overflow if large else None) as file:
+        for done, (frame, outcome) in enumerate(_decoded(split.frames, contract), 1):
+            if isinstance(outcome, FrameError):
+                failures[frame] = Failure(frame.name, outcome)
+            else:
+                if file is None:
+                    quadrants[len(kept)] = outcome[:, 0]
+                else:
+                    file.write(outcome.tobytes())
+                kept.append(frame)
+            if progress is not None:
+                progress(done, count)
+        labels = np.array([frame.label for frame in kept], np.int64)
+        for index, name in enumerate(split.classes):
+            if index not in labels:
+                first = next(failure for frame, failure in failures.items() if frame.label == index)
+                raise DatasetError(
+                    f"{split.name}: no frame of class {name} can be read; "
+                    f"the first failure: {first.file}: {first.error}"
+                )
+        if file is not None:
+            file.flush()
+            # Writable, though nothing writes: torch warns of arrays that are not.
+            quadrants = np.memmap(file, np.uint8, "r+", shape=(len(kept), 4, size, size))
+    names = tuple(frame.name for frame in kept)
+    return QuadrantStore(quadrants[: len(kept)], labels, names, tuple(failures.values()))
+
+
+@contextmanager
+def _overflow_file(folder: Path | None) -> Iterator[IO[bytes] | None]:
+    """Open a file that the system removes with its last user, a memory map of it included; None without a folder.
+
+    It is written from front to end before it is mapped: a full disk is an error then, and no bus error later.
+    """
+    if folder is None:
+        yield None
+        return
+    with output_errors(folder), tempfile.TemporaryFile(dir=folder, prefix=".quadrants-") as file:
+        yield file
 
 
 Decoded = npt.NDArray[np.uint8] | FrameError

@@ -157,7 +157,8 @@ def wilson_interval(right: int, count: int, z: float = 1.959963984540054) -> tup
     share = right / count
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     centre, scale = share + z * z / (2 * count), 1 + z * z / count
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    # At its ends it is 0 and 1 exactly, whatever rounding says.
+    return (centre - spread) / scale if right else 0.0, (centre + spread) / scale if right < count else 1.0
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:

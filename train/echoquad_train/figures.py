@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from echoquad_runtime.files import write_atomically
@@ -17,7 +19,8 @@ from echoquad_train.history import Epoch, best_of
 __all__ = ["confusion", "curves", "roc", "save"]
 
 # Okabe and Ito's palette, which readers with a colour vision deficiency can tell apart. doi:10.1038/nmeth.1618
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#7F7F7F"
+_CLASSES = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -29,7 +32,10 @@ def save(figure: Figure, path: Path) -> None:
         If the system refuses.
     """
     FigureCanvasAgg(figure)
-    with write_atomically(path) as stream:
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a class may be called A$B$C
+    with write_atomically(path) as stream, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box: of no harm
         figure.savefig(stream, format="png", dpi=150)
 
 
@@ -106,8 +112,8 @@ def roc(curve: Sequence[tuple[str, npt.NDArray[np.float64], npt.NDArray[np.float
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=_GREY, linestyle=":", label="chance")
     for index, (name, false_positive, true_positive, area) in enumerate(curve):
-        colour = (_BLUE, _ORANGE, _GREEN)[index] if index < 3 else None
-        axes.plot(false_positive, true_positive, color=colour, label=f"{name}, area {area:.3f}")
+        colour, style = _CLASSES[index % len(_CLASSES)], ("-", "--", "-.")[index // len(_CLASSES) % 3]
+        axes.plot(false_positive, true_positive, color=colour, linestyle=style, label=f"{name}, area {area:.3f}")
     if not curve:
         axes.text(0.5, 0.55, "needs frames of both classes", ha="center")
     axes.set(

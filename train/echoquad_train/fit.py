@@ -6,6 +6,7 @@ the same batches as one that was not, and no generator's state has to be kept.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import RunError
-from echoquad_runtime.files import make_folder, output_errors, write_bytes
+from echoquad_runtime.files import make_folder, write_bytes
 from echoquad_runtime.inputs import Failure
 from echoquad_runtime.vote import decide
 from echoquad_train import checkpoint, record, schedule
@@ -35,6 +36,10 @@ from echoquad_train.recipe import Recipe
 __all__ = ["Fitted", "Reporter", "fit"]
 
 VALIDATION_BATCH = 64  # quadrants; of no influence on the result
+
+SMALLEST_MIXED = 17
+"""Input size from which mixed precision is used. Below it layer4 begins on a 1x1 map, and oneDNN (torch 2.14, bfloat16)
+leaves whatever was in memory as the gradient of weights that see nothing but padding."""
 
 
 class Reporter(Protocol):
@@ -97,7 +102,9 @@ def fit(
     if state and state["data"] != [train.fingerprint, validation.fingerprint]:
         raise RunError(f"{folder.as_posix()}: the data has changed since the run was begun; train into another folder")
     torch.manual_seed(recipe.seed)
-    model = build_model(recipe, contract).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # A resumed run has weights of its own: it needs neither the network nor the file that it once began from.
+    begin = recipe.replace(weights="none") if state else recipe
+    model = build_model(begin, contract).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     make_folder(folder)
     write_bytes(folder / checkpoint.RECIPE, recipe.to_toml().encode())
 
@@ -106,16 +113,19 @@ def fit(
         load_quadrants(
             split,
             contract,
-            overflow=folder / f".quadrants-{split.name}.npy",
+            overflow=folder,
             progress=partial(reporter.decoding, split.name),
         )
         for split in (train, validation)
     )
     failures = (*train_store.failures, *validation_store.failures)
 
-    dtype = autocast_dtype(where) if recipe.mixed_precision else None
+    mixed = recipe.mixed_precision and recipe.input_size >= SMALLEST_MIXED
+    dtype = autocast_dtype(where) if mixed else None
     precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     facts = record.facts(data, recipe, contract, (train, validation), failures, where.type, precision)
+    if resume:
+        facts["created"] = _begun(folder) or facts["created"]
     reporter.started(where.type, precision, train, validation)
 
     # Training state: what a resumed run finds again.
@@ -125,7 +135,8 @@ def fit(
     course: schedule.Course | None = None
     if state:
         model.load_state_dict(state["model"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run was not in float16 before
+            scaler.load_state_dict(state["scaler"])
     record.write(folder, facts, history, finished=False)
 
     for number in range(len(history) + 1, recipe.epochs + 1):
@@ -172,13 +183,18 @@ def fit(
             seconds=round(time.perf_counter() - started, 2),
             **validated,
         )
+        if not math.isfinite(epoch.train_loss + epoch.validation_loss):
+            raise RunError(
+                f"{folder.as_posix()}: the loss of epoch {number} is not finite (train {epoch.train_loss}, validation "
+                f"{epoch.validation_loss}); train again with a lower lr, or with --set mixed_precision=false"
+            )
         course.epoch_ended(epoch.validation_frame_accuracy)
         best = epoch == best_of([*history, epoch])
         history.append(epoch)
         # The best weights are written before the state that says this epoch is done: killed in between, the epoch
         # is run again and the same weights are written once more.
         if best:
-            checkpoint.save_best(folder, model, recipe, contract)
+            checkpoint.save_best(folder, model, recipe, contract, number)
         checkpoint.save_last(
             folder,
             {
@@ -194,9 +210,6 @@ def fit(
         reporter.epoch(epoch, recipe.epochs, best)
 
     record.write(folder, facts, history, finished=True)
-    for split in (train, validation):
-        with output_errors(folder):
-            (folder / f".quadrants-{split.name}.npy").unlink(missing_ok=True)
     return Fitted(folder, tuple(history), best_of(history), failures)
 
 
@@ -209,12 +222,23 @@ def _open_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] |
             raise RunError(f"{label}: is there and not empty; go on with it by --resume, or choose another --out")
         return None
     if not (folder / checkpoint.LAST).exists():
-        checkpoint.read_info(folder)  # a run that was killed in its first epoch begins again; no run at all is refused
+        # A run that was killed before its first epoch was done begins again; where there is no run, that is refused.
+        if not (folder / checkpoint.RECIPE).is_file():
+            checkpoint.read_info(folder)
         return None
     state = checkpoint.load_last(folder)
     if state["recipe"] != recipe.to_toml():
         raise RunError(f"{label}: the run was begun with another recipe; resume it with the options it was begun with")
     return state
+
+
+def _begun(folder: Path) -> str | None:
+    """Find when a run that is resumed was begun."""
+    try:
+        created = checkpoint.read_info(folder).get("created")
+    except RunError:  # killed before it was written
+        return None
+    return created if isinstance(created, str) else None
 
 
 def _batches(store: QuadrantStore, recipe: Recipe, generator: torch.Generator) -> Iterator[npt.NDArray[np.int64]]:
@@ -228,8 +252,7 @@ def _batches(store: QuadrantStore, recipe: Recipe, generator: torch.Generator) -
         order = torch.randperm(count, generator=generator)
     for start in range(0, count, recipe.batch_size):
         chosen = order[start : start + recipe.batch_size].numpy()
-        # Batch normalisation cannot be computed over one sample of a 1x1 map.
-        if len(chosen) > 1 or count == 1:
+        if len(chosen) > 1:  # batch normalisation cannot be computed over one sample of a 1x1 map
             yield chosen
 
 

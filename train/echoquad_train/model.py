@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import sys
+import warnings
 import zipfile
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Final
 
@@ -18,9 +22,12 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ConfigError
 from echoquad_train.recipe import Recipe
 
-__all__ = ["BACKBONES", "QuadrantClassifier", "build_model", "load_pretrained", "set_trained"]
+__all__ = ["BACKBONES", "QuadrantClassifier", "build_model", "first_line", "load_pretrained", "set_trained"]
 
 BACKBONES: Final = ("resnet18", "resnet34", "resnet50")
+
+# What torch raises for a file that it cannot read as tensors, besides OSError.
+_UNREADABLE: Final = (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 class QuadrantClassifier(nn.Module):
@@ -124,10 +131,12 @@ def set_trained(model: QuadrantClassifier, layers: Mapping[str, float]) -> list[
 def _download(backbone: str) -> Mapping[str, Tensor]:
     try:
         weights = torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"]
-        state: Mapping[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+        with contextlib.redirect_stdout(sys.stderr):  # where torch says what it downloads; stdout is for results
+            state: Mapping[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
         return state
-    except (OSError, RuntimeError) as error:  # no network, a full disk, a file whose hash is not the promised
-        reason = getattr(error, "reason", None) or error
+    # No network, one that breaks off, a full disk, a file whose hash is not the promised, a damaged one in the cache.
+    except (OSError, HTTPException, *_UNREADABLE) as error:
+        reason = getattr(error, "reason", None) or first_line(error)
         raise ConfigError(
             f"weights imagenet: the {backbone} weights cannot be downloaded ({reason}); connect once, "
             "or give --weights FILE, or train from random weights with --recipe scratch --weights none"
@@ -138,11 +147,14 @@ def _read_weights(path: Path) -> Mapping[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that torch did not write; an error says so here
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConfigError(f"weights {path.as_posix()}: no such file; expected imagenet, none, or a file") from None
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (OSError, *_UNREADABLE) as error:
+        # torch's own words for a pickle that holds code are advice on how to run it.
+        reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else first_line(error)
         raise ConfigError(
             f"weights {path.as_posix()}: cannot be read as tensors ({reason}); "
             "expected .safetensors, or a .pt that holds tensors alone"
@@ -152,3 +164,8 @@ def _read_weights(path: Path) -> Mapping[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ConfigError(f"weights {path.as_posix()}: no state dict found; expected names and tensors")
     return state
+
+
+def first_line(error: Exception) -> str:
+    """Give what an error says, without the pages that torch appends."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 import typing
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from echoquad_runtime.contract import Contract, VoteMethod
-from echoquad_runtime.errors import ConfigError
+from echoquad_runtime.errors import ConfigError, ContractError
 
 __all__ = ["SHIPPED", "Recipe"]
 
@@ -82,12 +83,14 @@ class Recipe:
         for field in dataclasses.fields(self):
             value = _coerce(field.name, getattr(self, field.name), hints[field.name])
             object.__setattr__(self, field.name, value)
-        for name in ("epochs", "batch_size"):
-            self._require(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("warmup_epochs", "layer3_epoch", "plateau_patience", "stop_patience", "seed"):
+        self._require(self.epochs >= 1, "epochs", "at least 1")
+        self._require(self.batch_size >= 2, "batch_size", "at least 2, for batch normalisation")
+        for name in ("warmup_epochs", "layer3_epoch", "plateau_patience", "stop_patience"):
             self._require(getattr(self, name) >= 0, name, "0 or more")
-        for name in ("lr", "warmup_lr", "layer3_lr", "plateau_factor"):
+        self._require(0 <= self.seed < 2**63, "seed", "0 or more, below 2**63")
+        for name in ("lr", "warmup_lr", "layer3_lr"):
             self._require(getattr(self, name) > 0, name, "a positive number")
+        self._require(0 < self.plateau_factor < 1, "plateau_factor", "a fraction above 0, below 1")
         for name in ("flip", "erase"):
             self._require(0 <= getattr(self, name) <= 1, name, "a probability from 0 to 1")
         for name in ("dropout", "label_smoothing"):
@@ -96,8 +99,13 @@ class Recipe:
             low, high = getattr(self, name)
             self._require(0 < low <= high, name, "two positive numbers, the lower first")
         self._require(self.crop_scale[1] <= 1, "crop_scale", "fractions of the area, at most 1")
-        self._require(self.weight_decay >= 0, "weight_decay", "0 or more")
-        self.contract(("a", "b") if not self.positive else tuple(sorted({self.positive, f"{self.positive}_"})))
+        for name in ("weight_decay", "rotate", "translate", "shear"):
+            self._require(getattr(self, name) >= 0, name, "0 or more")
+        self._require(self.shear < 90, "shear", "degrees below 90")
+        try:
+            self.contract(("a", "b") if not self.positive else (self.positive, f"{self.positive}_"))
+        except ContractError as error:
+            raise ConfigError(str(error).replace("contract:", "recipe:", 1)) from error
 
     def _require(self, holds: bool, name: str, expected: str) -> None:
         if not holds:
@@ -137,7 +145,7 @@ class Recipe:
             )
         path = Path(name)
         try:
-            return cls.from_toml(path.read_text("utf-8"), path.as_posix())
+            return cls.from_toml(path.read_text("utf-8-sig"), path.as_posix())  # Notepad may set a mark before it
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"recipe {name!r}: neither {' nor '.join(SHIPPED)} nor a readable TOML file "
@@ -165,8 +173,9 @@ class Recipe:
         lines = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            # JSON's strings, numbers, booleans and lists of numbers are TOML's.
-            lines.append(f"{field.name} = {json.dumps(list(value) if isinstance(value, tuple) else value)}")
+            # JSON's strings, numbers, booleans and lists of numbers are TOML's, but for its surrogate pairs and DEL.
+            text = json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
+            lines.append(f"{field.name} = {text}".replace("\x7f", "\\u007f"))
         return "\n".join(lines) + "\n"
 
     def replace(self, settings: Sequence[str] = (), **values: Any) -> Recipe:
@@ -210,6 +219,8 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
         raise ConfigError(f"recipe: {name} is {value!r}; expected a list of {len(arguments)} numbers")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"recipe: {name} is {value!r}; expected a finite number")
     if type(value) is not kind:
         words = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
         raise ConfigError(f"recipe: {name} is {value!r}; expected {words[kind]}")

@@ -7,7 +7,7 @@ import io
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -56,7 +56,12 @@ def facts(
     device: str,
     precision: str,
 ) -> dict[str, Any]:
-    """Collect what is known of a run before its first epoch."""
+    """Collect what is known of a run before its first epoch. Frames that could not be read are not counted."""
+    unread = {failure.file for failure in failures}
+
+    def readable(split: Split) -> dict[str, int]:
+        return replace(split, frames=tuple(frame for frame in split.frames if frame.name not in unread)).counts
+
     return {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -68,7 +73,7 @@ def facts(
         "precision": precision,
         "data": {
             "folder": data.resolve().as_posix(),
-            "frames": {split.name: split.counts for split in splits},
+            "frames": {split.name: readable(split) for split in splits},
             "unreadable": [{"file": failure.file, "error": str(failure.error)} for failure in failures],
         },
         "versions": versions(),
@@ -98,7 +103,8 @@ def write(folder: Path, known: Mapping[str, Any], history: Sequence[Epoch], *, f
 
 def _git_commit() -> str | None:
     """Find the commit of EchoQuad's own checkout, ``-dirty`` where files differ; None for an installed wheel."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    # Without its optional locks, git does not stand in the way of another git at work.
+    git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]
     try:
         # An environment inside somebody else's checkout must not lend its commit to EchoQuad.
         _run([*git, "ls-files", "--error-unmatch", Path(__file__).name])

@@ -42,20 +42,20 @@ def phase_of(recipe: Recipe, epoch: int) -> Phase:
     return Phase(recipe.trained_layers, warmup + 1, last, layers[recipe.trained_layers])
 
 
-def one_cycle(progress: float) -> float:
-    """Give the share of the peak learning rate at a `progress` from 0 to 1.
+def one_cycle(step: int, steps: int) -> float:
+    """Give the share of the peak learning rate at a `step`, counted from 0, of `steps`.
 
-    A cosine up over the first 30 % from 1/25, then a cosine down to 1/250000: torch's OneCycleLR with its defaults.
-    L. N. Smith, N. Topin, "Super-Convergence", arXiv:1708.07120.
+    A cosine up over the first 30 % from 1/25, then a cosine down to 1/250000: torch's OneCycleLR with its defaults, but
+    that the momentum stays as it is. L. N. Smith, N. Topin, "Super-Convergence", arXiv:1708.07120.
     """
-    start, end, rise = 1 / 25, 1 / 250_000, 0.3
+    start, end, peak = 1 / 25, 1 / 250_000, 0.3 * steps - 1
 
     def between(a: float, b: float, share: float) -> float:
         return b + (a - b) / 2 * (1 + math.cos(math.pi * share))
 
-    if progress < rise:
-        return between(start, 1.0, progress / rise)
-    return between(1.0, end, (progress - rise) / (1 - rise))
+    if step <= peak:
+        return between(start, 1.0, step / peak)
+    return between(1.0, end, (step - peak) / (steps - 1 - peak))
 
 
 class Course:
@@ -73,10 +73,12 @@ class Course:
 
     def __init__(self, groups: Iterable[Mapping[str, Any]], recipe: Recipe, phase: Phase, steps_per_epoch: int) -> None:
         parameters = [dict(group) for group in groups]
+        # Fused, a step over resnet18 takes a third of the time: with small batches that is a tenth of an epoch.
+        common: dict[str, Any] = {"weight_decay": recipe.weight_decay, "fused": True}
         if recipe.optimizer == "adamw":
-            self._optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, weight_decay=recipe.weight_decay)
+            self._optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, **common)
         else:
-            self._optimizer = torch.optim.SGD(parameters, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
+            self._optimizer = torch.optim.SGD(parameters, lr=recipe.lr, momentum=0.9, **common)
         self._peaks = [group["lr"] for group in self._optimizer.param_groups]
         self._one_cycle = recipe.schedule == "onecycle"
         self._steps = steps_per_epoch * (phase.last - phase.first + 1)
@@ -92,7 +94,7 @@ class Course:
     def step(self, loss: Tensor, scaler: torch.amp.GradScaler) -> float:
         """Take one step down the gradient of `loss`; gives the highest learning rate it was taken with."""
         if self._one_cycle:
-            share = one_cycle(self._step / max(1, self._steps - 1))
+            share = one_cycle(self._step, self._steps)
             for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
                 group["lr"] = peak * share
         self._optimizer.zero_grad(set_to_none=True)

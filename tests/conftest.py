@@ -1,0 +1,290 @@
+"""What tests of every package share: synthetic frames, and a real bundle that is small enough to make in a blink."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime looks at it when it is imported
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from PIL import Image
+
+from echoquad_runtime.bundle import (
+    GOLDEN,
+    INTENDED_USE,
+    MANIFEST,
+    MODEL_CARD,
+    SCHEMA,
+    Golden,
+    encode_golden,
+    encode_manifest,
+    model_file,
+)
+from echoquad_runtime.contract import Contract
+from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
+from echoquad_runtime.session import CONTRACT_KEY, INPUT, OUTPUTS
+
+# The same examples in every run, and no clock: a busy machine is no fault of the code.
+settings.register_profile("echoquad", derandomize=True, deadline=None)
+settings.load_profile("echoquad")
+
+TINY_CONTRACT = Contract(classes=("ASD", "NORM"), input_size=32)
+GATE = {
+    "max_abs_dlogit": 1e-4,
+    "max_abs_dprobability": 1e-4,
+    "max_frame_flip_fraction": 0.0,
+    "max_patch_flip_fraction": 0.0,
+}
+FILTERS = 6
+
+
+# ---------------------------------------------------------------------------------------------- frames
+
+
+def draw_frame(seed: int, height: int = 60, width: int = 80) -> Grey:
+    """Draw a synthetic grey frame, uint8 [height, width]: a dark or a bright blur in each quadrant, and speckle."""
+    rng = np.random.default_rng(seed)
+    bright = rng.integers(0, 2, 4) * 0.5 + rng.uniform(0.05, 0.45, 4)
+    frame = np.empty((height, width))
+    for (left, top, right, bottom), level in zip(quadrant_boxes(width, height, 1.0), bright, strict=True):
+        frame[top:bottom, left:right] = level
+    return np.clip(255 * frame + rng.normal(0, 12, frame.shape), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def make_frame() -> Callable[..., Grey]:
+    """Give `draw_frame(seed, height=60, width=80)`: a synthetic grey frame, other seeds other decisions."""
+    return draw_frame
+
+
+@pytest.fixture
+def frames_folder(tmp_path: Path) -> Path:
+    """Give a folder of six frames that the tiny bundle can judge, in two subfolders, as PNG, JPEG, BMP and TIFF."""
+    folder = tmp_path / "frames"
+    for index, name in enumerate(["a/0.png", "a/1.jpg", "a/2.bmp", "b/3.tif", "b/4.PNG", "b/5.png"]):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw_frame(index, 60 + index, 80 - index)).save(path)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------- a tiny network
+
+
+@dataclass(frozen=True)
+class TinyWeights:
+    """The network's weights: a 3x3 convolution without padding, ReLU, mean over the image, a linear layer."""
+
+    convolution: np.ndarray  # [F, 1, 3, 3]
+    matrix: np.ndarray  # [C, F]
+    bias: np.ndarray  # [C]
+
+
+def tiny_weights(classes: int) -> TinyWeights:
+    """Draw seeded weights whose classes are about equally likely on `draw_frame`'s frames."""
+    rng = np.random.default_rng(7)
+    convolution = rng.normal(0, 0.4, (FILTERS, 1, 3, 3))
+    matrix = rng.normal(0, 2.5, (classes, FILTERS))
+    weights = TinyWeights(convolution, matrix, np.zeros(classes))
+    sample = np.concatenate([frame_quadrants(draw_frame(seed), TINY_CONTRACT) for seed in range(100, 110)])
+    logits, _ = tiny_answers(sample, TINY_CONTRACT, weights)
+    return replace(weights, bias=-np.median(logits, axis=0))
+
+
+def tiny_answers(quadrants: np.ndarray, contract: Contract, weights: TinyWeights) -> tuple[np.ndarray, np.ndarray]:
+    """Compute in numpy, float64, what the graph should give: logits and probabilities, [N, C] each."""
+    x = (quadrants[:, 0] / 255.0 - contract.mean) / contract.std
+    patches = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))
+    mapped = np.maximum(np.einsum("nyxij,fij->nfyx", patches, weights.convolution[:, 0]), 0)
+    logits = mapped.mean(axis=(2, 3)) @ weights.matrix.T + weights.bias
+    scaled = logits / contract.temperature
+    exponentials = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    return logits, exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def tiny_graph(
+    contract: Contract,
+    *,
+    carried: str | None = None,
+    input_name: str = INPUT,
+    input_shape: Sequence[int | str] | None = None,
+    output_names: Sequence[str] = OUTPUTS,
+    logit_scale: float = 1.0,
+) -> bytes:
+    """Build the network as the bytes of an ONNX file.
+
+    `carried` is the contract's JSON in its metadata ("" is none; None is the right one); the other options make
+    graphs that a session must refuse, and `logit_scale` one that computes something else (NaN among the choices).
+    """
+    onnx = pytest.importorskip("onnx")
+    helper, kinds = onnx.helper, onnx.TensorProto
+    weights, count = tiny_weights(len(contract.classes)), len(contract.classes)
+
+    def constant(name: str, value: Any) -> Any:
+        return onnx.numpy_helper.from_array(np.asarray(value, np.float32), name)
+
+    size = contract.input_size
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", [input_name], ["grey"], to=kinds.FLOAT),
+            helper.make_node("Div", ["grey", "white"], ["unit"]),
+            helper.make_node("Sub", ["unit", "mean"], ["centred"]),
+            helper.make_node("Div", ["centred", "std"], ["normalised"]),
+            helper.make_node("Conv", ["normalised", "convolution"], ["features"], kernel_shape=[3, 3]),
+            helper.make_node("Relu", ["features"], ["rectified"]),
+            helper.make_node("GlobalAveragePool", ["rectified"], ["pooled"]),
+            helper.make_node("Flatten", ["pooled"], ["vector"]),
+            helper.make_node("Gemm", ["vector", "matrix", "bias"], [output_names[0]], transB=1),
+            helper.make_node("Div", [output_names[0], "temperature"], ["scaled"]),
+            helper.make_node("Softmax", ["scaled"], [output_names[1]], axis=1),
+        ],
+        "tiny",
+        [helper.make_tensor_value_info(input_name, kinds.UINT8, input_shape or ["N", 1, size, size])],
+        [
+            helper.make_tensor_value_info(name, kinds.FLOAT, [input_shape[0] if input_shape else "N", count])
+            for name in output_names
+        ],
+        [
+            constant("white", 255),
+            constant("mean", contract.mean),
+            constant("std", contract.std),
+            constant("convolution", weights.convolution),
+            constant("matrix", weights.matrix * logit_scale),
+            constant("bias", weights.bias * logit_scale),
+            constant("temperature", contract.temperature),
+        ],
+    )
+    opset = helper.make_opsetid("", 18)
+    model = helper.make_model(graph, opset_imports=[opset], ir_version=10, producer_name="echoquad-tests")
+    text = contract.to_json() if carried is None else carried
+    if text:
+        helper.set_model_props(model, {CONTRACT_KEY: text, "echoquad.contract_sha256": contract.sha256})
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+# ---------------------------------------------------------------------------------------------- a tiny bundle
+
+
+def tiny_golden(contract: Contract) -> Golden:
+    """Make golden frames and answer them in numpy."""
+    frames = {f"phantom-{i}": draw_frame(i, *size) for i, size in enumerate([(60, 80), (61, 79), (97, 33), (48, 48)])}
+    frames |= {
+        "ramp": (np.add.outer(np.arange(50), np.arange(71)) * 2).astype(np.uint8),
+        "smallest": np.array([[0, 255], [128, 64]], np.uint8),
+    }
+    weights = tiny_weights(len(contract.classes))
+    answers = [tiny_answers(frame_quadrants(frame, contract), contract, weights) for frame in frames.values()]
+    return Golden(
+        names=tuple(frames),
+        frames=tuple(frames.values()),
+        logits=np.stack([logits for logits, _ in answers]).astype(np.float32),
+        probabilities=np.stack([probabilities for _, probabilities in answers]).astype(np.float32),
+    )
+
+
+class MakeTinyBundle(Protocol):
+    """See `build_tiny_bundle`."""
+
+    def __call__(self, folder: Path, **changes: Any) -> Path: ...
+
+
+def build_tiny_bundle(
+    folder: Path,
+    *,
+    contract: Contract = TINY_CONTRACT,
+    precisions: Sequence[str] = ("fp32",),
+    graphs: Mapping[str, bytes] | None = None,
+    graph: Mapping[str, Any] | None = None,
+    golden: Golden | bytes | None = None,
+    manifest: Mapping[str, Any] | None = None,
+    without: Sequence[str] = (),
+    **fields: Any,
+) -> Path:
+    """Write a whole, consistent bundle into `folder` and give the folder back.
+
+    Parameters
+    ----------
+    contract
+        Another contract. Its fields can be named alone: ``classes=("A", "B", "C"), vote="average"``.
+    precisions
+        Graphs to hold: the same float32 graph under each name, the first the default.
+    graphs
+        Bytes that take the place of a precision's graph; their hash is right.
+    graph
+        Options of `tiny_graph`: ``{"input_name": "x"}``, ``{"carried": ""}``, ``{"logit_scale": float("nan")}``.
+    golden
+        Other golden frames, or the bytes of the golden file.
+    manifest
+        Fields of ``bundle.json`` to put in place of the right ones; the manifest's own hash is right.
+    without
+        Fields of ``bundle.json`` to leave out.
+    """
+    contract = replace(contract, positive="", **fields) if fields else contract
+    files: dict[str, bytes] = {}
+    for name in precisions:
+        given = (graphs or {}).get(name)
+        files[model_file(name)] = tiny_graph(contract, **(graph or {})) if given is None else given
+    golden = tiny_golden(contract) if golden is None else golden
+    files[GOLDEN] = golden if isinstance(golden, bytes) else encode_golden(golden)
+    files[MODEL_CARD] = b"# A tiny bundle, made by the tests\n\nResearch use only.\n"
+    batches = [
+        {
+            "batch_size": size,
+            "max_abs_dlogit": 0.0,
+            "max_abs_dprobability": 0.0,
+            "patch_flips": 0,
+            "frame_flips": 0,
+            "smallest_margin_at_flip": None,
+        }
+        for size in (1, 2)
+    ]
+    content = {
+        "schema": SCHEMA,
+        "created": "2026-01-01T00:00:00+00:00",
+        "contract": contract.to_dict(),
+        "contract_sha256": contract.sha256,
+        "files": {
+            name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()
+        },
+        "precisions": {name: {"opset": 18, "ir_version": 10} for name in precisions},
+        "default_precision": precisions[0],
+        "parity": {
+            name: {"device": "cpu", "frames": 0, "source": "none", "gate": GATE, "batches": batches}
+            for name in precisions
+        },
+        "training": {"backbone": "tiny", "seed": 7},
+        "versions": {},
+        "intended_use": INTENDED_USE,
+        **(manifest or {}),
+    }
+    files[MANIFEST] = encode_manifest({key: value for key, value in content.items() if key not in without})
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_tiny_bundle() -> MakeTinyBundle:
+    """Give `build_tiny_bundle(folder, **changes)`: a bundle with something other about it, or wrong with it."""
+    return build_tiny_bundle
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a whole bundle of classes ASD and NORM, input size 32, precision fp32. Shared: a test must not change it."""
+    return build_tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def make_tiny_graph() -> Callable[..., bytes]:
+    """Give `tiny_graph(contract, **options)`: the bytes of the bundle's network."""
+    return tiny_graph

@@ -1,0 +1,63 @@
+"""The distribution files: what they hold, and what they do not."""
+
+from __future__ import annotations
+
+import re
+import tarfile
+import zipfile
+from email.parser import HeaderParser
+from pathlib import Path
+
+from echoquad import __version__
+
+PACKAGES = {"echoquad", "echoquad_runtime", "echoquad_train", "echoquad_export"}
+
+
+def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
+    assert wheel.name == f"echoquad-{__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    info = f"echoquad-{__version__}.dist-info"
+    assert {name.partition("/")[0] for name in names} == PACKAGES | {info}
+    assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
+    assert {f"echoquad_train/recipes/{name}.toml" for name in ("transfer", "scratch")} <= set(names)
+    assert f"{info}/licenses/LICENSE" in names
+    endings = {Path(name).suffix for name in names if not name.startswith(info)}
+    assert endings == {".py", ".toml", ".typed"}
+    assert not [name for name in names if re.search(r"test|conftest|\.pyc|\.partial", name)]
+    assert wheel.stat().st_size < 500_000
+
+
+def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
+    root = Path(__file__).parents[2]
+    folders = (root / "echoquad", *(root / name / f"echoquad_{name}" for name in ("runtime", "train", "export")))
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    files = [
+        path for folder in folders for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ]
+    missing = [path for path in files if not any(path.as_posix().endswith(f"/{name}") for name in names)]
+    assert missing == []
+
+
+def test_what_pip_is_told(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        info = f"echoquad-{__version__}.dist-info"
+        metadata = HeaderParser().parsestr(archive.read(f"{info}/METADATA").decode())
+        scripts = archive.read(f"{info}/entry_points.txt").decode()
+    assert metadata["Name"] == "echoquad"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert {"cpu", "gpu", "train", "export", "all", "dev"} <= set(metadata.get_all("Provides-Extra"))
+    bare = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    assert sorted(re.split(r"[<>=!]", line)[0] for line in bare) == ["numpy", "pillow", "rich", "typer"]
+    assert "echoquad = echoquad.cli.app:main" in scripts
+
+
+def test_the_source_distribution_holds_the_tests_and_no_litter(built: Path) -> None:
+    (found,) = built.glob("*.tar.gz")
+    with tarfile.open(found) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
+    assert {"pyproject.toml", "README.md", "LICENSE", "Makefile", "tests/conftest.py"} <= set(names)
+    assert not [name for name in names if re.search(r"__pycache__|\.venv|\.git/|\.onnx$|\.safetensors$|^demo/", name)]
+    assert found.stat().st_size < 3_000_000

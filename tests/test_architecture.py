@@ -1,0 +1,128 @@
+"""The house as a whole: who may import whom, what an import costs, and what the package shows to the outside."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import echoquad
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {
+    "echoquad": ROOT / "echoquad",
+    "echoquad_runtime": ROOT / "runtime" / "echoquad_runtime",
+    "echoquad_train": ROOT / "train" / "echoquad_train",
+    "echoquad_export": ROOT / "export" / "echoquad_export",
+}
+
+
+def python(code: str, *options: str) -> str:
+    ended = subprocess.run(
+        [sys.executable, *options, "-c", code], check=False, capture_output=True, encoding="utf-8", cwd=ROOT
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    return ended.stdout
+
+
+def test_the_arrows_point_one_way() -> None:
+    pytest.importorskip("importlinter")
+    # The command that `make lint` runs. Its cache is a folder in the checkout, which a test leaves as it is.
+    code = "import sys; from importlinter.cli import lint_imports_command; sys.argv[1:] = ['--no-cache'];"
+    ended = subprocess.run(
+        [sys.executable, "-c", f"{code} lint_imports_command()"],
+        check=False,
+        capture_output=True,
+        encoding="utf-8",
+        cwd=ROOT,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "0 broken" in ended.stdout
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_alone_imports_nearly_nothing(package: str) -> None:
+    code = f"import sys; before = set(sys.modules); import {package}; print(*sorted(set(sys.modules) - before))"
+    imported = python(code, "-W", "error").split()
+    others = {name.partition(".")[0] for name in imported} - set(PACKAGES) - set(sys.stdlib_module_names)
+    assert others == set()
+
+
+def test_every_module_of_the_runtime_and_the_command_line_imports_without_a_warning() -> None:
+    names = [*modules("echoquad_runtime"), *modules("echoquad")]
+    code = f"import importlib, sys; [importlib.import_module(name) for name in {names}]; print(*sys.modules)"
+    imported = {name.partition(".")[0] for name in python(code, "-W", "error").split()}
+    assert imported & {"torch", "torchvision", "onnx", "onnxscript", "sklearn", "matplotlib", "onnxruntime"} == set()
+
+
+def modules(package: str) -> list[str]:
+    folder = PACKAGES[package]
+    names = []
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).with_suffix("").parts
+        if parts[-1] != "__main__":
+            names.append(".".join([package, *(part for part in parts if part != "__init__")]))
+    return names
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_package_is_typed(package: str) -> None:
+    assert (PACKAGES[package] / "py.typed").is_file()
+
+
+def test_the_package_shows_these_names_and_no_other() -> None:
+    assert echoquad.__all__ == [
+        "Bundle",
+        "Contract",
+        "EchoQuadError",
+        "Failure",
+        "Prediction",
+        "Predictor",
+        "Verification",
+        "__version__",
+        "verify",
+    ]
+    assert dir(echoquad) == sorted(echoquad.__all__)
+    assert all(getattr(echoquad, name) is not None for name in echoquad.__all__)
+    assert not hasattr(echoquad, "Oracle")
+
+
+def test_the_predictor_is_a_line_away() -> None:
+    imported = python("import sys; from echoquad import Predictor, verify; print(Predictor.__name__, *sys.modules)")
+    assert imported.startswith("Predictor ")
+    assert {"torch", "onnx", "matplotlib", "typer", "rich"} & set(imported.split()) == set()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_a_module_exports_it_has(package: str) -> None:
+    """Hold every ``__all__`` against its module's text: sorted, and each name defined there (nothing is imported)."""
+    for name in modules(package):
+        path = PACKAGES[package].joinpath(*name.split(".")[1:])
+        file = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
+        tree = ast.parse(file.read_text("utf-8"))
+        bound = set()
+        exported: list[str] = []
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                bound.add(node.name)
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                bound |= {alias.asname or alias.name for alias in node.names}
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                bound |= {target.id for target in targets if isinstance(target, ast.Name)}
+                if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
+                    exported = ast.literal_eval(node.value)
+        assert set(exported) <= bound, file
+        assert len(set(exported)) == len(exported), file
+
+
+def test_the_version_is_the_distributions() -> None:
+    from importlib import metadata
+
+    assert metadata.version("echoquad") == echoquad.__version__
+    assert importlib.import_module("echoquad_runtime._version").__version__ == echoquad.__version__

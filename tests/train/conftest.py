@@ -1,0 +1,170 @@
+"""What the training tests share: labelled flat frames, a network a hundred times smaller, a trained run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from echoquad_train import record
+from echoquad_train.dataset import Split
+from echoquad_train.fit import Fitted, fit
+from echoquad_train.history import Epoch
+from echoquad_train.recipe import Recipe
+
+TINY = Recipe(
+    weights="none",
+    input_size=16,
+    keep=1.0,
+    epochs=3,
+    batch_size=8,
+    warmup_epochs=0,
+    trained_layers="all",
+    lr=3e-3,
+    stop_patience=0,
+    dropout=0.1,
+    mixed_precision=False,
+)
+
+
+class ThinResNet(ResNet):
+    """A ResNet with the layers' names, one block each and an eighth of the channels."""
+
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
+        return super()._make_layer(block, planes // 8, blocks, stride, dilate)
+
+
+def thin_backbone(name: str, weights: object = None) -> ResNet:
+    assert weights is None
+    body = ThinResNet(BasicBlock, [1, 1, 1, 1])
+    body.fc = nn.Linear(64, 1000)
+    return body
+
+
+@pytest.fixture
+def thin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every backbone be the thin one, and no time go into drawing curves and waiting for the disk."""
+    monkeypatch.setattr(torchvision.models, "get_model", thin_backbone)
+    undrawn = SimpleNamespace(curves=lambda history: b"", save=lambda figure, path: path.write_bytes(figure))
+    monkeypatch.setattr(record, "figures", undrawn)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@contextmanager
+def thin_backbones() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchvision.models, "get_model", thin_backbone)
+        yield
+
+
+@pytest.fixture(scope="session")
+def thin_session() -> Callable[[], AbstractContextManager[None]]:
+    """Give a context in which every backbone is the thin one, for fixtures that outlive a test."""
+    return thin_backbones
+
+
+def write_frames(
+    data: Path,
+    classes: Sequence[str] = ("bright", "dark"),
+    frames: int = 3,
+    splits: Sequence[str] = ("train", "validation"),
+    noise: float = 25.0,
+) -> Path:
+    """Write DATA/SPLIT/CLASS/*.png: grey frames whose level is the class, with noise."""
+    rng = np.random.default_rng(5)
+    for split in splits:
+        for index, name in enumerate(classes):
+            folder = data / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            level = 230 - 200 * index / max(1, len(classes) - 1)
+            for number in range(frames):
+                pixels = level + rng.normal(0, noise, (40 + number % 3, 48))
+                Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / f"{split}{number}.png")
+    return data
+
+
+@pytest.fixture(scope="session")
+def make_data() -> Callable[..., Path]:
+    """Give `write_frames`."""
+    return write_frames
+
+
+@dataclass
+class Quiet:
+    """A reporter that keeps what it hears, and lets a test raise where it likes."""
+
+    device: str = ""
+    precision: str = ""
+    decoded: list[tuple[str, int, int]] = field(default_factory=list)
+    batches: list[tuple[int, int, int]] = field(default_factory=list)
+    epochs: list[tuple[Epoch, bool]] = field(default_factory=list)
+    at_decoding: Callable[[str, int], None] = lambda split, done: None
+    at_batch: Callable[[int, int], None] = lambda epoch, done: None
+
+    def decoding(self, split: str, done: int, total: int) -> None:
+        self.decoded.append((split, done, total))
+        self.at_decoding(split, done)
+
+    def started(self, device: str, precision: str, train: Split, validation: Split) -> None:
+        self.device, self.precision = device, precision
+
+    def batch(self, epoch: int, done: int, total: int) -> None:
+        self.batches.append((epoch, done, total))
+        self.at_batch(epoch, done)
+
+    def epoch(self, epoch: Epoch, epochs: int, best: bool) -> None:
+        self.epochs.append((epoch, best))
+
+
+@pytest.fixture(scope="session")
+def quiet() -> type[Quiet]:
+    """Give `Quiet`, the reporter."""
+    return Quiet
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Recipe:
+    """Give a recipe that trains on flat frames in a second."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def flat_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give labelled flat frames, classes bright and dark, in all three splits. Shared: a test must not change it."""
+    return write_frames(tmp_path_factory.mktemp("flat") / "data", frames=4, splits=("train", "validation", "test"))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run and what it was trained on."""
+
+    data: Path
+    folder: Path
+    recipe: Recipe
+    fitted: Fitted
+    reporter: Quiet
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return json.loads((self.folder / "run.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, flat_data: Path) -> Trained:
+    """Give a run of the thin network. Shared: a test must not change it."""
+    folder, reporter = tmp_path_factory.mktemp("trained") / "run", Quiet()
+    with thin_backbones():
+        fitted = fit(flat_data, folder, TINY, device="cpu", resume=False, reporter=reporter)
+    return Trained(flat_data, folder, TINY, fitted, reporter)

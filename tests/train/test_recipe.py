@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from echoquad_runtime.errors import ConfigError
+from echoquad_train.recipe import SHIPPED, Recipe
+
+DOCUMENT = {
+    # The document's own figures.
+    "backbone": "resnet18",
+    "weights": "imagenet",
+    "dropout": 0.5,
+    "input_size": 224,
+    "mean": 0.5,
+    "std": 0.5,
+    "vote": "majority",
+    "epochs": 20,
+    "batch_size": 32,
+    "warmup_epochs": 3,
+    "warmup_lr": 3e-4,
+    "trained_layers": "layer4",
+    "lr": 1e-4,
+    "layer3_lr": 5e-5,
+    "optimizer": "adamw",
+    "weight_decay": 1e-4,
+    "schedule": "plateau",
+    "plateau_factor": 0.5,
+    "plateau_patience": 2,
+    "stop_patience": 3,
+    "balanced_sampler": True,
+    "class_weights": True,
+    "label_smoothing": 0.05,
+    "crop_scale": (0.5, 1.0),
+    "flip": 0.5,
+    "rotate": 10.0,
+    "translate": 0.05,
+    "zoom": (0.95, 1.05),
+    "shear": 5.0,
+    "erase": 0.5,
+    # Where it leaves the choice: "85 to 90 %", "optionally", "LV and RV heavier", torchvision's default ratio.
+    "keep": 0.9,
+    "layer3_epoch": 0,
+    "vote_weights": (1.0, 1.0, 1.5, 1.5),
+    "crop_ratio": (3 / 4, 4 / 3),
+    # EchoQuad's own.
+    "positive": "",
+    "mixed_precision": True,
+    "seed": 0,
+}
+
+
+def refusal(error: pytest.ExceptionInfo[ConfigError]) -> str:
+    message = str(error.value)
+    assert "\n" not in message and error.value.exit_code == 1
+    return message
+
+
+def test_transfer_is_the_document() -> None:
+    assert dataclasses.asdict(Recipe.load("transfer")) == DOCUMENT
+    assert Recipe() == Recipe.load("transfer")  # a TOML file that names little means the document otherwise
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_recipe_loads_and_comes_back(name: str) -> None:
+    recipe = Recipe.load(name)
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+    assert recipe.contract(("ASD", "NORM")).input_size == recipe.input_size
+
+
+def test_scratch_needs_no_download() -> None:
+    scratch = Recipe.load("scratch")
+    assert (scratch.weights, scratch.trained_layers, scratch.warmup_epochs) == ("none", "all", 0)
+    assert scratch.schedule == "onecycle" and scratch.stop_patience == 0
+
+
+@given(
+    text=st.text(st.characters(codec="utf-8")),
+    lr=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+    seed=st.integers(0, 2**63 - 1),
+    flag=st.booleans(),
+)
+def test_any_value_survives_toml(text: str, lr: float, seed: int, flag: bool) -> None:
+    recipe = Recipe(weights=text, positive=text, lr=lr, seed=seed, class_weights=flag, zoom=(0.1, 7))
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+
+
+def test_a_file_is_read_with_and_without_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    for text in ("epochs = 3\n", "\ufeffepochs = 3\r\n"):
+        path.write_bytes(text.encode())
+        assert Recipe.load(str(path)) == Recipe(epochs=3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "field", "value"),
+    [
+        ("flip=0", "flip", 0.0),
+        ("lr=1e-3", "lr", 1e-3),
+        (" lr = 0.5 ", "lr", 0.5),
+        ("epochs=7", "epochs", 7),
+        ("class_weights=false", "class_weights", False),
+        ("zoom=[1, 1.5]", "zoom", (1.0, 1.5)),
+        ("vote_weights=[1,2,3,4]", "vote_weights", (1.0, 2.0, 3.0, 4.0)),
+        ("schedule=onecycle", "schedule", "onecycle"),
+        ("schedule='onecycle'", "schedule", "onecycle"),
+        ('weights="a file.pt"', "weights", "a file.pt"),
+        (r"weights=C:\models\best.safetensors", "weights", r"C:\models\best.safetensors"),
+        ("weights=runs/a=b/best.safetensors", "weights", "runs/a=b/best.safetensors"),
+        ("positive=ÄSD", "positive", "ÄSD"),
+        ("positive=", "positive", ""),
+    ],
+)
+def test_set(setting: str, field: str, value: object) -> None:
+    assert Recipe().replace([setting]) == dataclasses.replace(Recipe(), **{field: value})
+
+
+def test_set_comes_after_options_and_the_last_one_holds() -> None:
+    assert Recipe().replace(["epochs=4", "epochs=5"], epochs=3, seed=9) == Recipe(epochs=5, seed=9)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("epochs", "--set epochs: no '=' found; expected name=value"),
+        ("epoch=3", "--set: unknown name epoch; expected some of backbone, "),
+        ("=3", "--set: unknown name "),
+        ("epochs=many", "epochs is 'many'; expected a whole number"),
+        ("epochs=3.0", "epochs is 3.0; expected a whole number"),
+        ("epochs=true", "epochs is True; expected a whole number"),
+        ("lr=true", "lr is True; expected a number"),
+        ("lr=high", "lr is 'high'; expected a number"),
+        ("class_weights=1", "class_weights is 1; expected true or false"),
+        ("weights=1", "weights is 1; expected a text"),
+        ("schedule=cosine", "schedule is 'cosine'; expected one of plateau, onecycle, constant"),
+        ("schedule=1", "schedule is 1; expected one of plateau"),
+        ("zoom=1", "zoom is 1; expected a list of 2 numbers"),
+        ("zoom=[1]", "expected a list of 2 numbers"),
+        ("zoom=['a', 1]", "zoom is 'a'; expected a number"),
+        ("vote_weights=[1,1,1]", "expected a list of 4 numbers"),
+    ],
+)
+def test_what_set_refuses(setting: str, words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        Recipe().replace([setting])
+    assert words in refusal(error)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 1),  # batch normalisation has nothing to average over
+        ("warmup_epochs", -1),
+        ("layer3_epoch", -1),
+        ("plateau_patience", -1),
+        ("stop_patience", -2),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("lr", 0),
+        ("lr", math.inf),
+        ("lr", math.nan),
+        ("warmup_lr", -1e-3),
+        ("layer3_lr", 0),
+        ("plateau_factor", 1.0),
+        ("plateau_factor", 0),
+        ("weight_decay", -1),
+        ("weight_decay", math.nan),
+        ("dropout", 1),
+        ("label_smoothing", -0.1),
+        ("flip", 1.01),
+        ("erase", -0.01),
+        ("erase", math.nan),
+        ("rotate", -10),
+        ("rotate", math.inf),
+        ("translate", -0.1),
+        ("shear", 90),
+        ("zoom", (1.05, 0.95)),
+        ("zoom", (0, 1)),
+        ("zoom", (0.5, math.inf)),
+        ("crop_scale", (0.5, 1.2)),
+        ("crop_ratio", (-1, 1)),
+        ("vote", "loudest"),
+        ("trained_layers", "layer2"),
+        ("optimizer", "rmsprop"),
+        ("input_size", 4),
+        ("input_size", 5000),
+        ("keep", 0),
+        ("keep", 1.1),
+        ("std", 0),
+        ("mean", math.nan),
+        ("vote_weights", (0, 0, 0, 0)),
+        ("vote_weights", (1, 1, 1, -1)),
+    ],
+)
+def test_impossible_values(field: str, value: object) -> None:
+    with pytest.raises(ConfigError) as error:
+        Recipe(**{field: value})  # type: ignore[arg-type]
+    message = refusal(error)
+    assert message.startswith(f"recipe: {field} ") and "; expected " in message
+
+
+def test_what_a_file_may_get_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    for text, words in (
+        ("epochs = ", "mine.toml: not TOML"),
+        ("epoch = 3\nlearning_rate = 1", "mine.toml: unknown name epoch, learning_rate; expected some of"),
+        ("[recipe]\nepochs = 3", "unknown name recipe"),
+        ("epochs = 1979-05-27", "epochs is datetime.date"),
+        ("epochs = [1]", "epochs is [1]"),
+    ):
+        path.write_text(text, "utf-8")
+        with pytest.raises(ConfigError) as error:
+            Recipe.load(str(path))
+        assert words in refusal(error)
+    path.write_bytes(b"weights = '\xff'")
+    for name in (str(path), str(tmp_path), str(tmp_path / "none.toml"), "transfr", ""):
+        with pytest.raises(ConfigError, match=r"neither transfer nor scratch nor a readable TOML file \("):
+            Recipe.load(name)
