@@ -6,6 +6,7 @@ the same batches as one that was not, and no generator's state has to be kept.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.errors import RunError
+from echoquad_runtime.errors import DatasetError, RunError
 from echoquad_runtime.files import make_folder, write_bytes
 from echoquad_runtime.inputs import Failure
 from echoquad_runtime.vote import decide
@@ -109,15 +110,15 @@ def fit(
     write_bytes(folder / checkpoint.RECIPE, recipe.to_toml().encode())
 
     # Every frame is decoded once, to 8-bit quadrants; no epoch opens a file again.
-    train_store, validation_store = (
-        load_quadrants(
-            split,
-            contract,
-            overflow=folder,
-            progress=partial(reporter.decoding, split.name),
+    try:
+        train_store, validation_store = (
+            load_quadrants(split, contract, overflow=folder, progress=partial(reporter.decoding, split.name))
+            for split in (train, validation)
         )
-        for split in (train, validation)
-    )
+    except DatasetError:
+        if not resume:  # nothing was trained, so nothing is to be resumed
+            _abandon(folder)
+        raise
     failures = (*train_store.failures, *validation_store.failures)
 
     mixed = recipe.mixed_precision and recipe.input_size >= SMALLEST_MIXED
@@ -230,6 +231,13 @@ def _open_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] |
     if state["recipe"] != recipe.to_toml():
         raise RunError(f"{label}: the run was begun with another recipe; resume it with the options it was begun with")
     return state
+
+
+def _abandon(folder: Path) -> None:
+    """Take back a run folder that holds no more than its recipe."""
+    with contextlib.suppress(OSError):
+        (folder / checkpoint.RECIPE).unlink()
+        folder.rmdir()
 
 
 def _begun(folder: Path) -> str | None:
