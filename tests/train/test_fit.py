@@ -419,3 +419,16 @@ def test_training_on_cuda(tmp_path: Path, flat_data: Path, quiet: Any) -> None:
     train(flat_data, tmp_path / "c", recipe, quiet(), device="cuda", resume=True)
     first, second, third = ((tmp_path / name / "best.safetensors").read_bytes() for name in "abc")
     assert first == second == third
+
+
+def test_a_run_whose_frames_cannot_be_read_leaves_no_folder_in_the_way(
+    tmp_path: Path, quiet: Any, tiny: Recipe
+) -> None:
+    for split in ("train", "validation"):
+        for name in ("a", "b"):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            (folder / "frame.png").write_bytes(b"not an image")
+    with pytest.raises(DatasetError, match="no frame of class a can be read"):
+        train(tmp_path / "data", tmp_path / "run", tiny, quiet())
+    assert not (tmp_path / "run").exists()

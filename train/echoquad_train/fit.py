@@ -110,15 +110,11 @@ def fit(
     write_bytes(folder / checkpoint.RECIPE, recipe.to_toml().encode())
 
     # Every frame is decoded once, to 8-bit quadrants; no epoch opens a file again.
-    try:
+    with _abandoned_on_failure(folder, unless=resume):
         train_store, validation_store = (
             load_quadrants(split, contract, overflow=folder, progress=partial(reporter.decoding, split.name))
             for split in (train, validation)
         )
-    except DatasetError:
-        if not resume:  # nothing was trained, so nothing is to be resumed
-            _abandon(folder)
-        raise
     failures = (*train_store.failures, *validation_store.failures)
 
     mixed = recipe.mixed_precision and recipe.input_size >= SMALLEST_MIXED
@@ -233,11 +229,17 @@ def _open_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] |
     return state
 
 
-def _abandon(folder: Path) -> None:
-    """Take back a run folder that holds no more than its recipe."""
-    with contextlib.suppress(OSError):
-        (folder / checkpoint.RECIPE).unlink()
-        folder.rmdir()
+@contextlib.contextmanager
+def _abandoned_on_failure(folder: Path, *, unless: bool) -> Iterator[None]:
+    """Take back a run folder that holds no more than its recipe: nothing was trained, so nothing is to be resumed."""
+    try:
+        yield
+    except DatasetError:
+        if not unless:
+            with contextlib.suppress(OSError):
+                (folder / checkpoint.RECIPE).unlink()
+                folder.rmdir()
+        raise
 
 
 def _begun(folder: Path) -> str | None:
