@@ -24,7 +24,7 @@ def demo(
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Folder to write; an older demo is replaced.")
     ] = Path("demo"),
-    patients: Annotated[int, typer.Option("--patients", metavar="N", min=6, help="Phantom patients.")] = 80,
+    patients: Annotated[int, typer.Option("--patients", metavar="N", min=6, help="Phantom patients.")] = 100,
     epochs: Annotated[int, typer.Option("--epochs", metavar="N", min=1, help="Epochs of training.")] = 12,
 ) -> None:
     """Run all of it on phantom frames: draw, train, export, verify, predict, bench. A few minutes on a CPU."""

@@ -45,6 +45,7 @@ __all__ = [
     "MAX_PIXELS",
     "decode_frame",
     "decode_image",
+    "over_black",
     "read_bytes",
     "read_frame",
     "to_grey",
@@ -170,15 +171,21 @@ def to_grey(image: Image.Image) -> Grey:
     if image.mode.startswith("I") or image.mode == "F":
         return _numbers_to_grey(np.asarray(image))
     try:
-        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or (image.mode == "P" and "transparency" in image.info):
-            image = image.convert("RGBA")
-            black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-            image = Image.alpha_composite(black, image).convert("RGB")
+        image = over_black(image)
         return np.asarray(image if image.mode == "L" else image.convert("L"))
     except ValueError as error:  # Pillow reads CIELAB from TIFF but has no way to grey
         raise FrameFormatError(
             f"the pixels are of the kind {image.mode}; expected grey, palette or RGB; save it as PNG"
         ) from error
+
+
+def over_black(image: Image.Image) -> Image.Image:
+    """Lay an image with alpha over black, as RGB; any other is given back as it is."""
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or (image.mode == "P" and "transparency" in image.info):
+        image = image.convert("RGBA")
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        return Image.alpha_composite(black, image).convert("RGB")
+    return image
 
 
 def _numbers_to_grey(values: np.ndarray) -> Grey:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from echoquad_runtime.contract import QUADRANTS, Contract
 from echoquad_runtime.files import make_folder, write_atomically
-from echoquad_runtime.frames import decode_image, read_bytes, to_grey
+from echoquad_runtime.frames import decode_image, over_black, read_bytes, to_grey
 from echoquad_runtime.inputs import OVERLAY_ENDING
 from echoquad_runtime.predictor import Prediction
 from echoquad_runtime.quadrants import quadrant_boxes
@@ -47,7 +47,7 @@ def draw_overlay(image: Image.Image, prediction: Prediction, contract: Contract)
         The frame, enlarged by a whole factor where it is small, below a band with the decision.
     """
     deep = image.mode.startswith("I") or image.mode == "F"
-    frame = (Image.fromarray(to_grey(image)) if deep else image).convert("RGB")
+    frame = (Image.fromarray(to_grey(image)) if deep else over_black(image)).convert("RGB")
     factor = _enlargement(*frame.size)
     boxes = quadrant_boxes(*frame.size, contract.keep)
     frame = frame.resize((frame.width * factor, frame.height * factor), Image.Resampling.NEAREST)

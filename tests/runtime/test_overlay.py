@@ -260,3 +260,9 @@ def test_refusals(tmp_path: Path) -> None:
         save_overlay(tmp_path / "in.png", tmp_path / "in.png", prediction(), CONTRACT)
     stream = io.BytesIO((tmp_path / "in.png").read_bytes())
     assert Image.open(stream).size == (64, 48)
+
+
+def test_what_alpha_hides_is_drawn_as_it_was_judged() -> None:
+    hidden = Image.new("RGBA", (320, 240), (255, 255, 255, 0))
+    picture = np.asarray(draw_overlay(hidden, prediction(), CONTRACT))
+    assert (picture[-1, :] == 0).all()
