@@ -24,7 +24,9 @@ def demo(
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Folder to write; an older demo is replaced.")
     ] = Path("demo"),
-    patients: Annotated[int, typer.Option("--patients", metavar="N", min=6, help="Phantom patients.")] = 100,
+    patients: Annotated[
+        int, typer.Option("--patients", metavar="N", min=6, help="Phantom patients, two frames each.")
+    ] = 220,
     epochs: Annotated[int, typer.Option("--epochs", metavar="N", min=1, help="Epochs of training.")] = 12,
 ) -> None:
     """Run all of it on phantom frames: draw, train, export, verify, predict, bench. A few minutes on a CPU."""
@@ -44,7 +46,7 @@ def demo(
     begin = time.perf_counter()
     recipe = ["--recipe", "scratch", "--input-size", "64", "--epochs", str(epochs)]
     for arguments in (
-        ["data", "phantom", data, "--patients", str(patients)],
+        ["data", "phantom", data, "--patients", str(patients), "--frames", "2"],
         ["train", data, "--out", run, *recipe],
         ["evaluate", run, data, "--split", "test", "--out", f"{root}/evaluation"],
         ["export", run, "--out", bundle],
