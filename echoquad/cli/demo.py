@@ -51,7 +51,7 @@ def demo(
         ["evaluate", run, data, "--split", "test", "--out", f"{root}/evaluation"],
         ["export", run, "--out", bundle],
         ["verify", bundle],
-        ["predict", bundle, f"{data}/test", "--out", f"{root}/decisions.csv", "--overlay", f"{root}/overlays"],
+        ["predict", bundle, f"{data}/test", "--out", f"{root}/predictions.csv", "--overlay", f"{root}/overlays"],
         ["bench", bundle, f"{data}/test", "--json", f"{root}/bench.json"],
     ):
         _run(arguments)
@@ -65,7 +65,7 @@ def demo(
             f"{root}/bundle/MODEL_CARD.md",
             "what a reader must know of the model; the folder is what a cart gets",
         ),
-        (f"{root}/decisions.csv", "a row a frame: the decision, and what each quadrant said"),
+        (f"{root}/predictions.csv", "a row a frame: the decision, and what each quadrant said"),
         (overlay.as_posix(), "the same, drawn over the frame; one for each test frame"),
         (f"{root}/bench.json", "what it costs on this machine, by stage"),
     ):
