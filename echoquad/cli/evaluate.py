@@ -92,7 +92,7 @@ def _predictor(
             method=rule,
             batch_size=batch_size,
         )
-        note(getattr(bundled.engine, "note", "") or f"bundle {model.as_posix()}")
+        note(bundled.engine.note or f"bundle {model.as_posix()}")
         return bundled
 
     from echoquad_train.checkpoint import RUN, load_run

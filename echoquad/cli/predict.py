@@ -64,7 +64,7 @@ def predict(
     frames = [item for item in found if not isinstance(item, Failure)]
     if not frames:
         raise typer.Exit(list_failures(failures, done=0))
-    note(getattr(predictor.engine, "note", "") or f"on {predictor.engine.device} in {predictor.engine.precision}")
+    note(predictor.engine.note or f"on {predictor.engine.device} in {predictor.engine.precision}")
 
     counts: Counter[str] = Counter()
     begin = time.perf_counter()

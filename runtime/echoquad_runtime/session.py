@@ -32,11 +32,14 @@ class Engine(Protocol):
         What it really runs on: ``cpu``, ``cuda``.
     precision
         What it really computes in: ``fp32``.
+    note
+        One line saying why ``auto`` settled for that device; empty where there is nothing to say.
     """
 
     contract: Contract
     device: str
     precision: str
+    note: str
 
     def infer(self, quadrants: npt.NDArray[np.uint8]) -> tuple[Floats, Floats]:
         """Give logits and probabilities, float32 [N, C], for quadrants, uint8 [N, 1, S, S]."""

@@ -18,6 +18,7 @@ class TorchEngine:
     """A model in eager PyTorch, float32; the same calls as `echoquad_runtime.session.OnnxEngine`."""
 
     precision = "fp32"
+    note = ""
 
     def __init__(self, model: QuadrantClassifier, contract: Contract, device: torch.device | None = None) -> None:
         where = device or torch.device("cpu")

@@ -135,6 +135,7 @@ def fit(
         if state["scaler"]:  # empty where the run was not in float16 before
             scaler.load_state_dict(state["scaler"])
     record.write(folder, facts, history, finished=False)
+    weights = _class_weights(train_store.labels, len(classes)).to(where) if recipe.class_weights else None
 
     for number in range(len(history) + 1, recipe.epochs + 1):
         if out_of_patience(history, recipe):
@@ -154,8 +155,6 @@ def fit(
         state = None
 
         loss_sum, correct, seen = 0.0, 0, 0
-        weights = _class_weights(train_store.labels, len(classes)) if recipe.class_weights else None
-        weights = None if weights is None else weights.to(where)
         for done, chosen in enumerate(batches, 1):
             quadrants, labels = _take(train_store, chosen, where)
             images = augment(quadrants, recipe, generator)
