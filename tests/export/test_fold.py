@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from echoquad_export.fold import fold_first_convolution, sum_input_channels
+from echoquad_train.backbones import BACKBONES, build_body
 
 
 @settings(max_examples=40, deadline=None)
@@ -62,6 +63,18 @@ def test_the_first_convolution_is_replaced_wherever_it_is() -> None:
     second = inner[1]
     assert fold_first_convolution(body) is body
     assert inner[0].in_channels == 1 and inner[1] is second and second.in_channels == 4
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone_begins_so(name: str) -> None:
+    torch.manual_seed(1)
+    body, _ = build_body(name)
+    grey = torch.randn(2, 1, 64, 64)
+    with torch.inference_mode():
+        expected = body.eval()(grey.expand(-1, 3, -1, -1))
+        found = fold_first_convolution(body)(grey)
+    assert next(body.parameters()).shape[1] == 1
+    torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -54,12 +54,17 @@ def thin_backbone(name: str, weights: object = None) -> ResNet:
 
 
 @pytest.fixture
-def thin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every backbone be the thin one, and no time go into drawing curves and waiting for the disk."""
-    monkeypatch.setattr(torchvision.models, "get_model", thin_backbone)
+def swift(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no time go into drawing curves and waiting for the disk."""
     undrawn = SimpleNamespace(curves=lambda history: b"", save=lambda figure, path: path.write_bytes(figure))
     monkeypatch.setattr(record, "figures", undrawn)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def thin(swift: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every backbone be the thin one, beside what `swift` does."""
+    monkeypatch.setattr(torchvision.models, "get_model", thin_backbone)
 
 
 @contextmanager

@@ -392,6 +392,20 @@ def test_a_small_input_is_trained_in_float32(
         assert reporter.precision == precision
 
 
+def test_depthwise_convolutions_stay_in_float32_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, bfloat16 takes them longer; see Backbone.mixed_on_cpu."""
+    monkeypatch.setattr(fitting, "autocast_dtype", lambda _: torch.bfloat16)
+    found = {
+        (name, device): fitting._mixed_dtype(Recipe(), name, 64, torch.device(device))
+        for name in ("resnet18", "mobilenet_v3_small", "efficientnet_b0")
+        for device in ("cpu", "cuda")
+    }
+    slower = {("mobilenet_v3_small", "cpu"), ("efficientnet_b0", "cpu")}
+    assert found == {key: None if key in slower else torch.bfloat16 for key in found}
+    never = Recipe(mixed_precision=False)
+    assert fitting._mixed_dtype(never, "mobilenet_v3_small", 64, torch.device("cuda")) is None
+
+
 def test_figures_are_drawn_of_every_epoch(trained: Any) -> None:
     figure = figures.curves(trained.fitted.history)
     losses, accuracies = figure.axes

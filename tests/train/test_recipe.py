@@ -51,6 +51,8 @@ DOCUMENT = {
     # EchoQuad's own.
     "positive": "",
     "mixed_precision": True,
+    "distill_weight": 0.7,
+    "distill_temperature": 4.0,
     "seed": 0,
 }
 
@@ -175,6 +177,10 @@ def test_what_set_refuses(setting: str, words: str) -> None:
         ("label_smoothing", -0.1),
         ("flip", 1.01),
         ("erase", -0.01),
+        ("distill_weight", 1.01),
+        ("distill_weight", -0.01),
+        ("distill_temperature", 0),
+        ("distill_temperature", -4),
         ("erase", math.nan),
         ("rotate", -10),
         ("rotate", math.inf),

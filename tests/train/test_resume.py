@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -244,13 +245,63 @@ def test_a_run_in_float32_may_go_on_in_float16(
     assert result(tmp_path / "run").info["precision"] == "fp16"
 
 
+def test_killed_and_resumed_with_a_teacher(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
+    """At another input size than the teacher's, and from another place that holds the same teacher."""
+    recipe = trained.recipe.replace(input_size=24)
+    train = partial(fit, trained.data, device="cpu")
+    train(tmp_path / "whole", recipe, resume=False, reporter=quiet(), teacher=trained.folder)
+    for epoch, done in ((1, 2), (2, 1), (3, 3)):
+
+        def at_batch(*now: int, killed: tuple[int, int] = (epoch, done)) -> None:
+            if now == killed:
+                raise KeyboardInterrupt
+
+        reporter = quiet(at_batch=at_batch)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run", recipe, resume=epoch > 1, reporter=reporter, teacher=trained.folder)
+    moved = Path(shutil.copytree(trained.folder, tmp_path / "moved"))
+    train(tmp_path / "run", recipe, resume=True, reporter=quiet(), teacher=moved)
+    assert_same(result(tmp_path / "run"), result(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", pytest.param("efficientnet_b0", marks=pytest.mark.slow)])
+def test_a_smaller_backbone_is_killed_and_resumed(
+    tmp_path: Path, flat_data: Path, quiet: Any, tiny: Recipe, swift: None, name: str
+) -> None:
+    """EfficientNet's stochastic depth draws as dropout does."""
+    recipe = tiny.replace(backbone=name, input_size=32, epochs=2, batch_size=16)
+    train = partial(fit, flat_data, device="cpu")
+    train(tmp_path / "whole", recipe, resume=False, reporter=quiet())
+
+    def at_batch(epoch: int, done: int) -> None:
+        if (epoch, done) == (2, 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", recipe, resume=False, reporter=quiet(at_batch=at_batch))
+    torch.manual_seed(77)
+    train(tmp_path / "run", recipe, resume=True, reporter=quiet())
+    assert_same(result(tmp_path / "run"), result(tmp_path / "whole"))
+
+
+def test_a_run_of_a_release_with_fewer_fields_goes_on(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
+    folder = Path(shutil.copytree(trained.folder, tmp_path / "run"))
+    state = checkpoint.load_last(folder)
+    lines = state["recipe"].splitlines()
+    state["recipe"] = "\n".join(line for line in lines if not line.startswith("distill_"))
+    del state["teacher"]
+    checkpoint.save_last(folder, state)
+    fitted = fit(trained.data, folder, trained.recipe, device="cpu", resume=True, reporter=quiet())
+    assert fitted.history == trained.fitted.history
+
+
 # Refusals
 
 
-def refused(data: Path, folder: Path, recipe: Recipe, reporter: Any) -> str:
+def refused(data: Path, folder: Path, recipe: Recipe, reporter: Any, teacher: Path | None = None) -> str:
     before = {path: path.read_bytes() for path in folder.rglob("*")} if folder.is_dir() else None
     with pytest.raises(RunError) as error:
-        fit(data, folder, recipe, device="cpu", resume=True, reporter=reporter)
+        fit(data, folder, recipe, device="cpu", resume=True, reporter=reporter, teacher=teacher)
     assert before is None or {path: path.read_bytes() for path in folder.rglob("*")} == before
     message = str(error.value)
     assert "\n" not in message and error.value.exit_code == 1 and message.startswith(f"{folder.as_posix()}: ")
@@ -271,6 +322,44 @@ def test_another_recipe(tmp_path: Path, trained: Any, quiet: Any, change: dict[s
     folder = Path(shutil.copytree(trained.folder, tmp_path / "run"))
     message = refused(trained.data, folder, trained.recipe.replace(**change), quiet())
     assert "begun with another recipe; resume it with the options it was begun with" in message
+
+
+@pytest.mark.parametrize("killed", [1, 2])
+def test_another_teacher(tmp_path: Path, trained: Any, quiet: Any, thin: None, killed: int) -> None:
+    """Before the first state is written as after it."""
+    recipe, folder = trained.recipe.replace(epochs=2), tmp_path / "run"
+
+    def at_batch(epoch: int, done: int) -> None:
+        if epoch == killed:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            trained.data,
+            folder,
+            recipe,
+            device="cpu",
+            resume=False,
+            reporter=quiet(at_batch=at_batch),
+            teacher=trained.folder,
+        )
+    message = refused(trained.data, folder, recipe, quiet())
+    assert message.endswith("the run was begun with a teacher; resume it with the same --teacher RUN")
+    fit(trained.data, tmp_path / "other", recipe, device="cpu", resume=False, reporter=quiet())
+    message = refused(trained.data, folder, recipe, quiet(), tmp_path / "other")
+    assert "the run was begun with another teacher; resume it with the options" in message
+    message = refused(trained.data, tmp_path / "other", recipe, quiet(), trained.folder)
+    assert "the run was begun with no teacher; resume it with the options" in message
+    with pytest.raises(RunError, match=r"gone: no run here \(run\.json is missing\)"):
+        fit(
+            trained.data,
+            folder,
+            recipe,
+            device="cpu",
+            resume=True,
+            reporter=quiet(),
+            teacher=tmp_path / "gone",
+        )
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

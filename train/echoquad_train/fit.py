@@ -27,8 +27,10 @@ from echoquad_runtime.inputs import Failure
 from echoquad_runtime.vote import decide
 from echoquad_train import checkpoint, record, schedule
 from echoquad_train.augment import augment
+from echoquad_train.backbones import BACKBONES
 from echoquad_train.dataset import QuadrantStore, Split, load_quadrants, read_classes, read_split
 from echoquad_train.device import Device, autocast_dtype, choose_device, make_deterministic
+from echoquad_train.distill import Teacher, distillation_loss, load_teacher, teacher_quadrants
 from echoquad_train.engine import TorchEngine
 from echoquad_train.history import Epoch, best_of, out_of_patience
 from echoquad_train.model import QuadrantClassifier, build_model, set_trained
@@ -70,7 +72,14 @@ class Fitted:
 
 
 def fit(
-    data: Path, folder: Path, recipe: Recipe, *, device: Device = "auto", resume: bool, reporter: Reporter
+    data: Path,
+    folder: Path,
+    recipe: Recipe,
+    *,
+    device: Device = "auto",
+    resume: bool,
+    reporter: Reporter,
+    teacher: Path | None = None,
 ) -> Fitted:
     """Train a classifier.
 
@@ -88,6 +97,8 @@ def fit(
         Go on with the run that `folder` holds, which must be of the same recipe and data.
     reporter
         Hears of the progress.
+    teacher
+        A finished run to distil from; a resumed run needs the one that it was begun with.
 
     Raises
     ------
@@ -102,6 +113,8 @@ def fit(
     train, validation = (read_split(data, split, classes) for split in ("train", "validation"))
     if state and state["data"] != [train.fingerprint, validation.fingerprint]:
         raise RunError(f"{folder.as_posix()}: the data has changed since the run was begun; train into another folder")
+    master = load_teacher(teacher, contract, where) if teacher else None
+    _require_same_teacher(folder, state, master, resume=resume)
     torch.manual_seed(recipe.seed)
     # A resumed run has weights of its own: it needs neither the network nor the file that it once began from.
     begin = recipe.replace(weights="none") if state else recipe
@@ -115,12 +128,17 @@ def fit(
             load_quadrants(split, contract, overflow=folder, progress=partial(reporter.decoding, split.name))
             for split in (train, validation)
         )
+        progress = partial(reporter.decoding, f"{train.name} for the teacher")
+        taught_store = (
+            teacher_quadrants(master, train, train_store, overflow=folder, progress=progress) if master else train_store
+        )
     failures = (*train_store.failures, *validation_store.failures)
 
-    mixed = recipe.mixed_precision and recipe.input_size >= SMALLEST_MIXED
-    dtype = autocast_dtype(where) if mixed else None
+    dtype = _mixed_dtype(recipe, recipe.backbone, recipe.input_size, where)
     precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    facts = record.facts(data, recipe, contract, (train, validation), failures, where.type, precision)
+    teacher_dtype = _mixed_dtype(recipe, master.model.name, master.contract.input_size, where) if master else None
+    teacher_facts = master.facts if master else None
+    facts = record.facts(data, recipe, contract, (train, validation), failures, where.type, precision, teacher_facts)
     if resume:
         facts["created"] = _begun(folder) or facts["created"]
     reporter.started(where.type, precision, train, validation)
@@ -157,11 +175,17 @@ def fit(
         loss_sum, correct, seen = 0.0, 0, 0
         for done, chosen in enumerate(batches, 1):
             quadrants, labels = _take(train_store, chosen, where)
+            twin = generator.clone_state()  # draws what `generator` will: the same view at another size
             images = augment(quadrants, recipe, generator)
             with torch.autocast(where.type, dtype, enabled=dtype is not None):
                 logits = model(images)
             logits = logits.float()
             loss = F.cross_entropy(logits, labels, weights, label_smoothing=recipe.label_smoothing)
+            if master:
+                same = taught_store is train_store
+                view = images if same else augment(_take(taught_store, chosen, where)[0], recipe, twin)
+                answers = master(view, teacher_dtype)
+                loss = distillation_loss(loss, logits, answers, recipe.distill_weight, recipe.distill_temperature)
             rate = course.step(loss, scaler)
             loss_sum += loss.item() * len(labels)
             correct += int((logits.argmax(dim=1) == labels).sum())
@@ -196,6 +220,7 @@ def fit(
             {
                 "recipe": recipe.to_toml(),
                 "data": [train.fingerprint, validation.fingerprint],
+                "teacher": master.facts["weights_sha256"] if master else None,
                 "history": [epoch.to_dict() for epoch in history],
                 "model": model.state_dict(),
                 "course": course.state_dict(),
@@ -223,9 +248,29 @@ def _open_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] |
             checkpoint.read_info(folder)
         return None
     state = checkpoint.load_last(folder)
-    if state["recipe"] != recipe.to_toml():
+    if Recipe.from_toml(state["recipe"]) != recipe:  # as text, it may lack fields that have come since
         raise RunError(f"{label}: the run was begun with another recipe; resume it with the options it was begun with")
     return state
+
+
+def _require_same_teacher(folder: Path, state: dict[str, Any] | None, teacher: Teacher | None, *, resume: bool) -> None:
+    """Refuse to go on with a run under another teacher than it was begun with, without it, or with a first one."""
+    if not resume:
+        return
+    if state:
+        begun = state.get("teacher")  # not there in a run of a release that knew none
+    else:
+        try:
+            facts = checkpoint.read_info(folder).get("teacher")
+        except RunError:  # killed before it was written
+            return
+        begun = facts.get("weights_sha256") if isinstance(facts, dict) else None
+    label = folder.as_posix()
+    if begun and teacher is None:
+        raise RunError(f"{label}: the run was begun with a teacher; resume it with the same --teacher RUN")
+    if teacher and begun != teacher.facts["weights_sha256"]:
+        found = "another teacher" if begun else "no teacher"
+        raise RunError(f"{label}: the run was begun with {found}; resume it with the options it was begun with")
 
 
 @contextlib.contextmanager
@@ -248,6 +293,12 @@ def _begun(folder: Path) -> str | None:
     except RunError:  # killed before it was written
         return None
     return created if isinstance(created, str) else None
+
+
+def _mixed_dtype(recipe: Recipe, backbone: str, size: int, where: torch.device) -> torch.dtype | None:
+    """Choose a network's type of mixed precision; None where it is not wanted, not had, or of no use."""
+    slower = where.type == "cpu" and not BACKBONES[backbone].mixed_on_cpu
+    return autocast_dtype(where) if recipe.mixed_precision and size >= SMALLEST_MIXED and not slower else None
 
 
 def _batches(store: QuadrantStore, recipe: Recipe, generator: torch.Generator) -> Iterator[npt.NDArray[np.int64]]:

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ConfigError
+from echoquad_train.backbones import BACKBONES, build_body
 from echoquad_train.recipe import Recipe
 
-__all__ = ["BACKBONES", "QuadrantClassifier", "build_model", "first_line", "load_pretrained", "set_trained"]
-
-BACKBONES: Final = ("resnet18", "resnet34", "resnet50")
+__all__ = ["QuadrantClassifier", "build_model", "first_line", "load_pretrained", "set_trained"]
 
 # What torch raises for a file that it cannot read as tensors, besides OSError.
 _UNREADABLE: Final = (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
@@ -36,7 +35,7 @@ class QuadrantClassifier(nn.Module):
     Parameters
     ----------
     backbone
-        A name from `BACKBONES`.
+        A name from `echoquad_train.backbones.BACKBONES`.
     contract
         Gives the number of classes, the mean and the standard deviation.
     dropout
@@ -52,12 +51,10 @@ class QuadrantClassifier(nn.Module):
         super().__init__()
         if backbone not in BACKBONES:
             raise ConfigError(f"backbone {backbone!r} found; expected one of {', '.join(BACKBONES)}")
-        body = torchvision.models.get_model(backbone, weights=None)
-        features = body.fc.in_features
-        body.fc = nn.Identity()
-        self.backbone = body
+        self.backbone, features = build_body(backbone)
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(features, len(contract.classes)))
         self.mean, self.std = contract.mean, contract.std
+        self.name, self.parts = backbone, BACKBONES[backbone]
 
     def forward(self, quadrants: Tensor) -> Tensor:
         """Give logits, float [N, C], for grey levels 0 to 255, uint8 or float [N, 1, S, S]."""
@@ -95,7 +92,8 @@ def load_pretrained(body: nn.Module, backbone: str, weights: str) -> None:
     prefix = "backbone."
     if any(name.startswith(prefix) for name in state):
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    end = f"{BACKBONES[backbone].end}."
+    state = {name: value for name, value in state.items() if not name.startswith(end)}
     own = body.state_dict()
     wrong = sorted(
         [name for name in own if name not in state]
@@ -117,14 +115,18 @@ def set_trained(model: QuadrantClassifier, layers: Mapping[str, float]) -> list[
     model
         The model; its frozen layers are put in evaluation mode, so that their batch statistics stay as they are.
     layers
-        Learning rate by layer: ``head``, ``layer4``, ``layer3``, or ``all``.
+        Learning rate by layer: ``head``, ``layer4``, ``layer3``, or ``all``; what the numbered ones are in a network
+        that does not call its stages so, `echoquad_train.backbones` says.
     """
     model.requires_grad_(False).eval()
     groups: list[dict[str, object]] = []
+    stages = {"layer4": model.parts.layer4, "layer3": model.parts.layer3}
     for name, rate in layers.items():
-        module = {"all": model, "head": model.head}.get(name) or model.backbone.get_submodule(name)
-        module.requires_grad_(True).train()
-        groups.append({"params": list(module.parameters()), "lr": rate})
+        modules = [model.backbone.get_submodule(part) for part in stages.get(name, ())]
+        modules = modules or [{"all": model, "head": model.head}[name]]
+        for module in modules:
+            module.requires_grad_(True).train()
+        groups.append({"params": [weight for module in modules for weight in module.parameters()], "lr": rate})
     return groups
 
 

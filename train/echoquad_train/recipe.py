@@ -33,7 +33,7 @@ class Recipe:
     """
 
     # The model
-    backbone: str = "resnet18"
+    backbone: str = "resnet18"  # a name from echoquad_train.backbones
     weights: str = "imagenet"  # imagenet, none, or a file of weights
     dropout: float = 0.5  # before the head's linear layer
 
@@ -52,6 +52,7 @@ class Recipe:
     warmup_epochs: int = 3  # head only, backbone frozen
     warmup_lr: float = 3e-4
     trained_layers: Literal["head", "layer4", "all"] = "layer4"  # after the warm-up, the head always with them
+    # In a network without layers of these names, layer4 is what works at 1/32 of the input's side, layer3 at 1/16.
     lr: float = 1e-4
     layer3_epoch: int = 0  # first epoch, from 1, in which layer3 is trained as well; 0 is never
     layer3_lr: float = 5e-5
@@ -76,6 +77,10 @@ class Recipe:
     shear: float = 5.0  # degrees, either way
     erase: float = 0.5  # probability
 
+    # Distillation, with `--teacher` alone; without one these do nothing. See echoquad_train.distill
+    distill_weight: float = 0.7  # the teacher's share of the loss, 0 to 1; the labels have the rest
+    distill_temperature: float = 4.0  # by which both models' logits are divided
+
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,7 +93,8 @@ class Recipe:
         for name in ("warmup_epochs", "layer3_epoch", "plateau_patience", "stop_patience"):
             self._require(getattr(self, name) >= 0, name, "0 or more")
         self._require(0 <= self.seed < 2**63, "seed", "0 or more, below 2**63")
-        for name in ("lr", "warmup_lr", "layer3_lr"):
+        self._require(0 <= self.distill_weight <= 1, "distill_weight", "a share from 0 to 1")
+        for name in ("lr", "warmup_lr", "layer3_lr", "distill_temperature"):
             self._require(getattr(self, name) > 0, name, "a positive number")
         self._require(0 < self.plateau_factor < 1, "plateau_factor", "a fraction above 0, below 1")
         for name in ("flip", "erase"):

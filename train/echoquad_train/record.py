@@ -55,6 +55,7 @@ def facts(
     failures: Sequence[Failure],
     device: str,
     precision: str,
+    teacher: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Collect what is known of a run before its first epoch. Frames that could not be read are not counted."""
     unread = {failure.file for failure in failures}
@@ -68,6 +69,7 @@ def facts(
         "contract": contract.to_dict(),
         "contract_sha256": contract.sha256,
         "backbone": recipe.backbone,
+        **({"teacher": dict(teacher)} if teacher else {}),
         "seed": recipe.seed,
         "device": device,
         "precision": precision,

@@ -1,0 +1,93 @@
+"""The manifest: what ``bundle.json`` says of a bundle and of the run that it came from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from echoquad_runtime.bundle import INTENDED_USE, SCHEMA, encode_manifest
+from echoquad_runtime.contract import Contract
+from echoquad_runtime.errors import RunError
+from echoquad_train.checkpoint import Run
+from echoquad_train.record import versions
+
+__all__ = ["make_manifest", "provenance"]
+
+
+def make_manifest(
+    contract: Contract,
+    files: Mapping[str, bytes],
+    precisions: Mapping[str, Mapping[str, Any]],
+    training: Mapping[str, Any],
+    parity: Mapping[str, Any],
+    created: str,
+    sections: Mapping[str, Any],
+) -> bytes:
+    """Give the bytes of ``bundle.json``.
+
+    Parameters
+    ----------
+    contract
+        How a frame becomes a decision.
+    files
+        The bytes of every other file, by name.
+    precisions
+        What is to be known of each graph: opset, how it was calibrated. The first is the default.
+    training, parity
+        Where the model comes from, and how the graphs compare with the training code.
+    created
+        Date and time of the export.
+    sections
+        Further keys of the manifest's own, such as ``golden``.
+    """
+    return encode_manifest(
+        {
+            "schema": SCHEMA,
+            "created": created,
+            "contract": contract.to_dict(),
+            "contract_sha256": contract.sha256,
+            "files": {
+                name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()
+            },
+            "precisions": precisions,
+            "default_precision": next(iter(precisions)),
+            "parity": parity,
+            "training": training,
+            "versions": versions(),
+            "intended_use": INTENDED_USE,
+            **sections,
+        }
+    )
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """Give what a bundle says of its training. Folders and file names stay behind: they can name patients."""
+    info, recipe = run.info, run.recipe
+    if recipe.weights not in ("imagenet", "none"):
+        recipe = recipe.replace(weights="file")
+    try:
+        kept = {
+            key: info[key]
+            for key in (
+                "created",
+                "backbone",
+                "seed",
+                "device",
+                "precision",
+                "epochs",
+                "best",
+                "versions",
+                "git_commit",
+            )
+        }
+        data = info["data"]
+        return {
+            **kept,
+            **({"teacher": info["teacher"]} if "teacher" in info else {}),
+            "frames": data["frames"],
+            "unreadable": len(data["unreadable"]),
+            "recipe": recipe.to_toml(),
+        }
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{run.folder.as_posix()}: run.json lacks {error}; train again") from error

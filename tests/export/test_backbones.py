@@ -1,0 +1,68 @@
+"""The smaller backbones, and a student of a teacher, all the way to a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from echoquad_export.graph import DeployedClassifier, build_graph
+from echoquad_export.pack import export_run
+from echoquad_runtime.contract import Contract
+from echoquad_runtime.verify import verify
+from echoquad_train.checkpoint import load_run
+from echoquad_train.fit import fit
+from echoquad_train.model import QuadrantClassifier
+
+
+class Silent:
+    """A reporter that hears nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "efficientnet_b0"])
+def test_a_graph_gives_what_the_backbone_gives(name: str) -> None:
+    contract = Contract(("a", "b", "c"), input_size=64)
+    torch.manual_seed(8)
+    model = QuadrantClassifier(name, contract, dropout=0.3).train()
+    # Blobs, since noise looks the same to a network that averages over its maps; and batch statistics of their own.
+    blobs = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(1)) * 255
+    quadrants = nn.functional.interpolate(blobs, size=(64, 64), mode="bilinear").byte()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # a plain mean over what it sees
+    with torch.no_grad():
+        for _ in range(5):
+            model(quadrants)
+    with torch.inference_mode():
+        expected = model.eval()(quadrants).numpy()
+        deployed = DeployedClassifier(model, contract)(quadrants)[0].numpy()
+    np.testing.assert_allclose(deployed, expected, atol=1e-4)
+    assert np.ptp(expected, axis=0).min() > 1e-2  # frames that differ are told apart
+    session = onnxruntime.InferenceSession(build_graph(model, contract), providers=["CPUExecutionProvider"])
+    for batch in (quadrants, quadrants[:1]):
+        logits, probabilities = session.run(None, {"quadrants": batch.numpy()})
+        np.testing.assert_allclose(logits, expected[: len(batch)], atol=1e-4)
+        np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
+
+
+def test_a_bundle_names_the_teacher_and_none_of_its_paths(case: Any, tmp_path: Path, thin: None) -> None:
+    recipe = load_run(case.run).recipe.replace(input_size=32, epochs=1)
+    fit(case.data, tmp_path / "run", recipe, device="cpu", resume=False, reporter=Silent(), teacher=case.run)
+    export_run(tmp_path / "run", tmp_path / "bundle")
+    assert verify(tmp_path / "bundle", device="cpu").passed
+    text = (tmp_path / "bundle" / "bundle.json").read_text("utf-8")
+    training = json.loads(text)["training"]
+    assert training["teacher"] == json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))["teacher"]
+    assert training["teacher"]["input_size"] == 24 and str(case.run.parent) not in text
+    untaught = json.loads((case.bundle / "bundle.json").read_text("utf-8"))["training"]
+    assert "teacher" not in untaught
