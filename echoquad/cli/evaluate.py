@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from echoquad.cli.console import Progress, list_failures, note, say, table
-from echoquad.cli.options import BatchSize, Device, DeviceName, Method, Precision, Threads
+from echoquad.cli.options import BatchSize, Device, DeviceName, Method, Precision, Threads, TorchDeviceName
 
 if TYPE_CHECKING:
     from echoquad_runtime.predictor import Predictor
@@ -105,10 +105,12 @@ def _predictor(
         raise UsageError(
             f"--precision {precision}: a run is evaluated in {TorchEngine.precision}; export it for others"
         )
+    if device is DeviceName.openvino:
+        raise UsageError("--device openvino: a run is evaluated by torch, on cpu or cuda; export it for openvino")
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
     run = load_run(model)
-    engine = TorchEngine(run.model, run.contract, choose_device(device.value))
+    engine = TorchEngine(run.model, run.contract, choose_device(TorchDeviceName(device).value))
     return Predictor(engine, method=rule, batch_size=batch_size)

@@ -16,12 +16,27 @@ __all__ = [
     "Method",
     "MethodName",
     "Precision",
+    "PublicKey",
     "Threads",
+    "TorchDevice",
+    "TorchDeviceName",
+    "TunedBatchSize",
+    "TunedDevice",
+    "Untuned",
 ]
 
 
 class DeviceName(StrEnum):
     """Devices by the names that --device takes."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    openvino = "openvino"
+
+
+class TorchDeviceName(StrEnum):
+    """Devices that torch computes on, by the names that --device takes where a model is trained."""
 
     auto = "auto"
     cpu = "cpu"
@@ -39,6 +54,13 @@ class MethodName(StrEnum):
 BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `echoquad export` wrote.")]
 Device = Annotated[
     DeviceName,
+    typer.Option(
+        "--device",
+        help="Where to compute. auto takes CUDA where it works, says why if not, and never takes OpenVINO by itself.",
+    ),
+]
+TorchDevice = Annotated[
+    TorchDeviceName,
     typer.Option("--device", help="Where to compute. auto takes CUDA where it works and says why if not."),
 ]
 Method = Annotated[
@@ -50,13 +72,45 @@ Method = Annotated[
 Precision = Annotated[
     str | None,
     typer.Option(
-        "--precision", metavar="NAME", help="Graph to run: fp32, fp16 or int8; the bundle's default where not given."
+        "--precision",
+        metavar="NAME",
+        help="Graph to run: fp32, fp16 or int8; bf16 is fp32 computed in bfloat16, on openvino alone. "
+        "The bundle's default where not given.",
     ),
 ]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", metavar="N", min=1, help="Frames, of four quadrants each, at a time.")
 ]
+# Of the commands that run as `echoquad tune` chose: there, not given is not the same as given with the default.
+TunedDevice = Annotated[
+    DeviceName | None,
+    typer.Option(
+        "--device",
+        help="Where to compute; auto where neither given nor tuned. auto takes CUDA where it works, says why if not, "
+        "and never takes OpenVINO by itself.",
+    ),
+]
+TunedBatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        metavar="N",
+        min=1,
+        help="Frames, of four quadrants each, at a time; 8 where neither given nor tuned.",
+    ),
+]
+Untuned = Annotated[
+    bool, typer.Option("--untuned", help="Ignore what `echoquad tune` chose here; else it fills in what is not given.")
+]
 Threads = Annotated[
     int | None,
     typer.Option("--threads", metavar="N", min=1, help="CPU threads; what affinity and cgroup allow where not given."),
+]
+PublicKey = Annotated[
+    Path | None,
+    typer.Option(
+        "--public-key",
+        metavar="PEM",
+        help="Use the bundle only if the key that belongs to this one has signed all of it; see echoquad sign.",
+    ),
 ]

@@ -9,7 +9,7 @@ import typer
 
 from echoquad.cli.console import Progress, list_failures, note
 from echoquad.cli.extras import require_extra
-from echoquad.cli.options import Device, DeviceName
+from echoquad.cli.options import TorchDevice, TorchDeviceName
 
 __all__ = ["TrainingProgress", "train"]
 
@@ -23,7 +23,11 @@ def train(
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Change any field of the recipe; may be given again."),
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Change any field of the recipe, as in backbone=mobilenet_v3_small; may be given again.",
+        ),
     ] = None,
     weights: Annotated[
         str | None,
@@ -34,7 +38,17 @@ def train(
     ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", metavar="N", help="Epochs, at most.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", metavar="N", help="Quadrants a batch.")] = None,
-    device: Device = DeviceName.auto,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            "--teacher",
+            metavar="RUN",
+            help="Finished run to distil from, of the same classes; every batch costs its forward pass as well. "
+            "Backbone (--set backbone=mobilenet_v3_small) and input size may be smaller than its own; how much it "
+            "counts: --set distill_weight=0.7, --set distill_temperature=4.",
+        ),
+    ] = None,
+    device: TorchDevice = TorchDeviceName.auto,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of all draws.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run that RUN holds, by its own recipe.")
@@ -57,6 +71,10 @@ def train(
     chosen = Recipe.load(recipe or "transfer").replace(settings or (), **given)
     for split in ("train", "validation"):  # a wrong path is told now, not once torch is there
         read_split(data, split, read_classes(data))
+    if teacher and not teacher.is_dir():
+        raise UsageError(f"--teacher: {teacher.as_posix()} is not there; expected a folder that `echoquad train` wrote")
+    if not teacher and any(setting.strip().startswith("distill_") for setting in settings or ()):
+        note("without --teacher, distill_weight and distill_temperature do nothing")
     if resume and not out.exists():
         raise UsageError(f"--resume: {out.as_posix()} is not there; train without --resume first")
 
@@ -66,7 +84,7 @@ def train(
     if resume and not (recipe or settings or given) and (out / RECIPE).is_file():
         chosen = Recipe.load(str(out / RECIPE))
     with TrainingProgress() as progress:
-        fitted = fit(data, out, chosen, device=device.value, resume=resume, reporter=progress)
+        fitted = fit(data, out, chosen, device=device.value, resume=resume, reporter=progress, teacher=teacher)
     best = fitted.best
     note(
         f"best: epoch {best.epoch}, validation frame accuracy {best.validation_frame_accuracy:.4f} "

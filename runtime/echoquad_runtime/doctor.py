@@ -18,11 +18,13 @@ from echoquad_runtime._version import __version__
 from echoquad_runtime.devices import (
     CPU_PROVIDER,
     CUDA_PROVIDER,
+    OPENVINO_PROVIDER,
     Device,
     available_cpus,
     cuda_obstacle,
     installed_wheels,
     load_onnxruntime,
+    openvino_obstacle,
     probe,
 )
 from echoquad_runtime.errors import DeviceUnavailableError, MissingExtraError
@@ -81,9 +83,9 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """4 when CUDA was asked for and failed, 1 when anything else failed, else 0."""
+        """4 when CUDA or OpenVINO was asked for and failed, 1 when anything else failed, else 0."""
         failed = {check.name for check in self.checks if check.status == "failed"}
-        if "cuda" in failed:
+        if failed & {"cuda", "openvino"}:
             return DeviceUnavailableError.exit_code
         return 1 if failed else 0
 
@@ -104,8 +106,8 @@ def examine(device: Device = "auto", *, extra_checks: Sequence[Callable[[], Chec
     Parameters
     ----------
     device
-        ``"cuda"`` makes a CUDA that does not work a failure; to ``"auto"`` it is a warning, and only where
-        the installed onnxruntime has CUDA at all; ``"cpu"`` does not look.
+        ``"cuda"`` makes a CUDA that does not work a failure, ``"openvino"`` such an OpenVINO; to ``"auto"``
+        they are warnings, and only where the installed onnxruntime has them at all; ``"cpu"`` does not look.
     extra_checks
         Further checks, made last. One that raises is a failed check, not an end of the examination.
     """
@@ -121,6 +123,8 @@ def examine(device: Device = "auto", *, extra_checks: Sequence[Callable[[], Chec
         checks.append(_cpu())
         if device == "cuda" or (device == "auto" and CUDA_PROVIDER in providers):
             checks.append(_cuda(device))
+        if device == "openvino" or (device == "auto" and OPENVINO_PROVIDER in providers):
+            checks.append(_openvino(device))
     checks += _int8(Path("/proc/cpuinfo"))
     checks += [_guarded(check) for check in extra_checks]
     return Report(device, tuple(checks), _facts(ort))
@@ -138,7 +142,7 @@ def _one_wheel() -> Check:
     named = " and ".join(f"{name} {version}" for name, version in wheels.items())
     if len(wheels) < 2:
         return Check("one onnxruntime wheel", "ok", named or "pip lists none")
-    extra = "gpu" if "onnxruntime-gpu" in wheels else "cpu"
+    extra = next((of for of in ("gpu", "openvino") if f"onnxruntime-{of}" in wheels), "cpu")
     return Check(
         "one onnxruntime wheel",
         "failed",
@@ -159,6 +163,14 @@ def _cuda(device: Device) -> Check:
     if obstacle is None:
         return Check("cuda", "ok", "computed the expected numbers")
     return Check("cuda", "failed" if device == "cuda" else "warning", obstacle)
+
+
+def _openvino(device: Device) -> Check:
+    obstacle = openvino_obstacle()
+    if obstacle is not None:
+        return Check("openvino", "failed" if device == "openvino" else "warning", obstacle)
+    bfloat16 = "in bfloat16 too" if openvino_obstacle(bfloat16=True) is None else "not in bfloat16 on this processor"
+    return Check("openvino", "ok", f"computed the expected numbers, {bfloat16}")
 
 
 def _int8(cpuinfo: Path) -> list[Check]:

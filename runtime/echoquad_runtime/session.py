@@ -7,16 +7,14 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from echoquad_runtime.bundle import Bundle
+from echoquad_runtime.bundle import BF16, Bundle
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices import Device, open_session
 from echoquad_runtime.errors import BundleError
+from echoquad_runtime.onnx_scan import CONTRACT_KEY, INPUT, OUTPUTS, check_graph
+from echoquad_runtime.wheels import one_line
 
 __all__ = ["CONTRACT_KEY", "INPUT", "OUTPUTS", "Engine", "Floats", "OnnxEngine"]
-
-INPUT = "quadrants"
-OUTPUTS = ("logits", "probabilities")
-CONTRACT_KEY = "echoquad.contract"
 
 Floats = npt.NDArray[np.float32]
 
@@ -29,9 +27,9 @@ class Engine(Protocol):
     contract
         What the model was trained under.
     device
-        What it really runs on: ``cpu``, ``cuda``.
+        What it really runs on: ``cpu``, ``cuda``, ``openvino``.
     precision
-        What it really computes in: ``fp32``.
+        What it really computes in: ``fp32``, ``bf16``.
     note
         One line saying why ``auto`` settled for that device; empty where there is nothing to say.
     """
@@ -54,23 +52,32 @@ class OnnxEngine:
     bundle
         Where the graph comes from; its bytes are hashed before they are loaded.
     precision
-        One that the bundle holds; None is its default.
+        One that the bundle holds; None is its default. ``bf16`` is the fp32 graph computed in bfloat16, on
+        OpenVINO alone.
     device
-        ``auto``, ``cpu`` or ``cuda``.
+        ``auto``, ``cpu``, ``cuda`` or ``openvino``; see :func:`~echoquad_runtime.devices.open_session`.
     threads
         Threads of one inference; None is what affinity and cgroup allow.
+    spinning
+        Whether they wait for work in a busy loop: quicker, and a core burnt.
 
     Attributes
     ----------
+    provider
+        onnxruntime's name of what runs, such as ``CPUExecutionProvider``.
     note
         One line saying why ``auto`` settled for the CPU; empty where there is nothing to say.
+    threads
+        How many there really are.
 
     Raises
     ------
     BundleError
         If the bundle lacks the precision, was changed, or its graph is not of the shape it must have.
     DeviceUnavailableError
-        If `device` is not there.
+        If `device` is not there, or cannot compute this graph in this precision.
+    UsageError
+        If `precision` is ``bf16`` and `device` another than ``openvino``.
     """
 
     def __init__(
@@ -80,13 +87,19 @@ class OnnxEngine:
         precision: str | None = None,
         device: Device = "auto",
         threads: int | None = None,
+        spinning: bool = True,
     ) -> None:
         self.contract = bundle.contract
         self.precision = bundle.choose_precision(precision)
-        opened = open_session(bundle.read_model(self.precision), device=device, threads=threads)
-        self.device, self.note = opened.device, opened.note
+        self.spinning = spinning
+        model = bundle.read_model(self.precision)
+        self._what = f"{bundle.folder.as_posix()}: the {self.precision} graph"
+        check_graph(model, self.contract, self._what)
+        bfloat16 = self.precision == BF16
+        opened = open_session(model, device=device, threads=threads, spinning=spinning, bfloat16=bfloat16)
+        self.device, self.provider = opened.device, opened.provider
+        self.note, self.threads = opened.note, opened.threads
         self._session = opened.session
-        self._check(bundle.folder.as_posix())
 
     def infer(self, quadrants: npt.NDArray[np.uint8]) -> tuple[Floats, Floats]:
         """Run the graph once.
@@ -100,27 +113,23 @@ class OnnxEngine:
         -------
         logits, probabilities
             float32 [N, C] each; a row of probabilities sums to 1.
-        """
-        logits, probabilities = self._session.run(OUTPUTS, {INPUT: quadrants})
-        return logits, probabilities
 
-    def _check(self, label: str) -> None:
-        """Refuse a graph that is not the manifest's, before it judges anything."""
-        metadata = self._session.get_modelmeta().custom_metadata_map
+        Raises
+        ------
+        BundleError
+            If onnxruntime cannot run the graph, or it gives other answers than it declares.
+        """
         try:
-            inside = Contract.from_json(metadata[CONTRACT_KEY]).sha256
-        except (KeyError, ValueError):
-            inside = "none"
-        if inside != self.contract.sha256:
+            logits, probabilities = self._session.run(OUTPUTS, {INPUT: quadrants})
+        except Exception as error:  # onnxruntime's share no base; among them, memory that does not suffice
             raise BundleError(
-                f"{label}: the {self.precision} graph carries contract {inside[:12]}, the manifest "
-                f"{self.contract.sha256[:12]}; they do not belong together; export it again"
-            )
-        size, classes = self.contract.input_size, len(self.contract.classes)
-        nodes = [*self._session.get_inputs(), *self._session.get_outputs()[: len(OUTPUTS)]]
-        # Any name stands for a number of quadrants that is left open; a number would be the only batch that runs.
-        found = [(o.name, o.type, [i if isinstance(i, int) else "N" for i in o.shape]) for o in nodes]
-        expected: list[tuple[str, str, list[int | str]]] = [(INPUT, "tensor(uint8)", ["N", 1, size, size])]
-        expected += [(name, "tensor(float)", ["N", classes]) for name in OUTPUTS]
-        if found != expected:
-            raise BundleError(f"{label}: the {self.precision} graph takes and gives {found}; expected {expected}")
+                f"{self._what} fails on {self.device} with {len(quadrants)} quadrants ({one_line(error)}); "
+                "try a smaller batch size, and run echoquad verify"
+            ) from error
+        # What a graph declares onnxruntime takes for a hint; an answer of another shape would be read as another.
+        expected = (len(quadrants), len(self.contract.classes))
+        for name, answer in zip(OUTPUTS, (logits, probabilities), strict=True):
+            if answer.shape != expected or answer.dtype != np.float32:
+                found = f"{answer.dtype} {answer.shape}"
+                raise BundleError(f"{self._what} gives {name} {found}; expected float32 {expected}; export it again")
+        return logits, probabilities

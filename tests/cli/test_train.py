@@ -72,6 +72,39 @@ def test_resume_goes_on_and_a_second_training_is_refused(
     assert before == {path.name: path.read_bytes() for path in run.glob("*.safetensors")}
 
 
+def test_a_student(
+    trained: tuple[Path, Any], data: Path, warm: Callable[..., Any], tmp_path: Path, tiny: tuple[str, ...]
+) -> None:
+    run, student = trained[0], tmp_path / "student"
+    train = ["train", data, "--out", student]
+    options = [*tiny, "--input-size", "24", "--teacher", run]
+    inert = ["train", data, "--out", tmp_path / "full", "--set", "distill_weight=0.5", *tiny]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    taught, missing, alone, resumed, vain = warm(
+        [
+            [*train, *options, "--set", "distill_temperature=2"],
+            [*train, *tiny, "--teacher", tmp_path / "none"],
+            [*train, "--resume"],
+            [*train, "--resume", "--teacher", run],
+            inert,
+        ]
+    )
+    assert taught.code == 0 and "best: epoch 1, " in taught.err
+    info = json.loads((student / "run.json").read_text("utf-8"))
+    assert info["teacher"]["input_size"] == 16 and info["contract"]["input_size"] == 24
+    recipe = (student / "recipe.toml").read_text("utf-8")
+    assert "distill_temperature = 2.0\n" in recipe and "distill_weight = 0.7\n" in recipe
+    assert missing.code == 2
+    none = (tmp_path / "none").as_posix()
+    assert missing.errors == [f"--teacher: {none} is not there; expected a folder that `echoquad train` wrote"]
+    assert alone.code == 1
+    assert "was begun with a teacher; resume it with the same --teacher RUN" in alone.errors[0]
+    assert resumed.code == 0 and "best: epoch 1, " in resumed.err
+    assert "without --teacher, distill_weight and distill_temperature do nothing" in vain.err
+    assert "do nothing" not in taught.err
+
+
 def test_an_unreadable_frame_among_good_ones(
     data_copy: Path, warm: Callable[..., Any], tmp_path: Path, tiny: tuple[str, ...]
 ) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
@@ -54,9 +56,9 @@ class Environment:
         assert ended.code == 0, ended.out + ended.err
         return ended.out
 
-    def echoquad(self, *arguments: str | Path, code: int = 0) -> Ran:
+    def echoquad(self, *arguments: str | Path, code: int = 0, env: Mapping[str, str] | None = None) -> Ran:
         """Run the installed ``echoquad``; no traceback, and an error is one line."""
-        ended = run([str(self.scripts / "echoquad"), *map(str, arguments)], cwd=self.folder)
+        ended = run([str(self.scripts / "echoquad"), *map(str, arguments)], cwd=self.folder, env=env)
         assert ended.code == code, (arguments, ended)
         assert "Traceback" not in ended.out + ended.err
         errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
@@ -69,10 +71,10 @@ class Environment:
         return ended.out
 
 
-def run(command: list[str], cwd: Path | None = None) -> Ran:
+def run(command: list[str], cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Ran:
     # Nothing of the checkout may shine through: no PYTHONPATH, and never its folder as the working directory.
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    env = {**kept, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
+    env = {**kept, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", **(env or {})}
     ended = subprocess.run(command, check=False, capture_output=True, cwd=cwd, env=env, encoding="utf-8", timeout=240)
     return Ran(ended.returncode, ended.stdout, ended.stderr)
 
@@ -126,4 +128,23 @@ def gpu_without_driver(wheel: Path, tmp_path_factory: pytest.TempPathFactory) ->
         pytest.skip("an NVIDIA driver is here")
     environment = make_environment(tmp_path_factory.mktemp("gpu") / "venv")
     environment.pip("install", "--quiet", "--no-compile", wheel, "onnxruntime-gpu>=1.22")
+    return environment
+
+
+@pytest.fixture(scope="session")
+def openvino(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """Give an environment after ``pip install "WHEEL[openvino]"``. Shared: a test must not change it."""
+    made = sys.platform in ("linux", "win32") and platform.machine().lower() in ("x86_64", "amd64")
+    if not made or sys.version_info >= (3, 14):
+        pytest.skip("onnxruntime-openvino is not made for this machine or this Python")
+    environment = make_environment(tmp_path_factory.mktemp("openvino") / "venv")
+    environment.pip("install", "--quiet", "--no-compile", f"{wheel}[openvino]")
+    return environment
+
+
+@pytest.fixture(scope="session")
+def signing(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """Give an environment after ``pip install "WHEEL[cpu,sign]"``. Shared: a test must not change it."""
+    environment = make_environment(tmp_path_factory.mktemp("signing") / "venv")
+    environment.pip("install", "--quiet", "--no-compile", f"{wheel}[cpu,sign]")
     return environment

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def test_the_cart_is_small_and_has_no_torch(cpu: Any, capsys: pytest.CaptureFixt
 def test_a_cart_does_its_work(cpu: Any, tiny_bundle: Path, frames_folder: Path, tmp_path: Path) -> None:
     assert cpu.echoquad("--version").out.startswith("echoquad ")
     assert cpu.echoquad("verify", tiny_bundle).out.startswith("PASS ")
+    assert cpu.echoquad("inspect", tiny_bundle).out.startswith("Model card: ASD, NORM from echo frames")
     ran = cpu.echoquad("predict", tiny_bundle, frames_folder, "--overlay", tmp_path / "pictures")
     rows = list(csv.DictReader(io.StringIO(ran.out)))
     assert [(row["device"], row["precision"]) for row in rows] == [("cpu", "fp32")] * 6
@@ -112,3 +114,138 @@ def test_a_gpu_wheel_without_a_driver_tells_the_truth(
     ran = echoquad("doctor", "--device", "cuda", code=4)
     assert f"[failed] cuda: {cause}" in ran.out
     assert "onnxruntime-gpu: " in ran.out
+
+
+# ---------------------------------------------------------------------------------------------- OpenVINO
+
+# oneDNN, inside OpenVINO, then takes the processor for one that knows nothing of bfloat16.
+OLD_PROCESSOR = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+
+
+def test_openvino_computes_what_the_cpu_computes(openvino: Any, tiny_bundle: Path) -> None:
+    ran = openvino.run_python(
+        f"""
+import json
+import numpy as np
+from echoquad_runtime.bundle import Bundle
+from echoquad_runtime.devices import PROBE_MODEL, open_session, usable_devices
+from echoquad_runtime.errors import BundleError, DeviceUnavailableError
+from echoquad_runtime.session import OnnxEngine
+
+bundle = Bundle({str(tiny_bundle)!r})
+quadrants = np.random.default_rng(0).integers(0, 256, (64, 1, 32, 32), np.uint8)
+expected = OnnxEngine(bundle, device="cpu").infer(quadrants)
+found = {{"usable": usable_devices()}}
+for precision in ("fp32", "bf16"):
+    try:
+        engine = OnnxEngine(bundle, device="openvino", precision=precision, threads=1)
+    except DeviceUnavailableError as error:
+        found[precision] = str(error)
+        continue
+    runs = {{n: [engine.infer(quadrants[i : i + 4 * n]) for i in range(0, 64, 4 * n)] for n in (1, 2, 5, 16)}}
+    logits = {{n: np.concatenate([one for one, _ in run]) for n, run in runs.items()}}
+    probabilities = {{n: np.concatenate([other for _, other in run]) for n, run in runs.items()}}
+    found[precision] = {{
+        "runs": [engine.device, engine.precision, engine.threads],
+        "dlogit": max(float(abs(l - expected[0]).max()) for l in logits.values()),
+        "dprobability": max(float(abs(p - expected[1]).max()) for p in probabilities.values()),
+        "batches": max(float(abs(l - logits[1]).max()) for l in logits.values()),
+    }}
+for model in (b"", b"garbage", PROBE_MODEL[:50]):
+    try:
+        open_session(model, device="openvino")
+    except BundleError:
+        continue
+    raise AssertionError(model)
+print(json.dumps(found))
+"""
+    )
+    found = json.loads(ran)
+    assert found["usable"] == {"cpu": None, "openvino": None}
+    assert found["fp32"]["runs"] == ["openvino", "fp32", 1]
+    assert found["fp32"]["dlogit"] <= 1e-4  # bfloat16, which OpenVINO itself would choose, is out by 1e-2
+    assert found["fp32"]["batches"] <= 1e-5
+    if isinstance(found["bf16"], str):
+        assert "OpenVINO does not compute in bfloat16 on this processor" in found["bf16"]
+    else:
+        assert found["bf16"]["runs"] == ["openvino", "bf16", 1]
+        assert found["bf16"]["dlogit"] > 1e-3  # it is bfloat16, and not float32 by that name
+        assert found["bf16"]["dprobability"] <= 0.05
+        assert found["bf16"]["batches"] <= 1e-2
+
+
+def test_openvino_on_a_cart(openvino: Any, tiny_bundle: Path, frames_folder: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    before = set(openvino.folder.iterdir())
+
+    def rows(device: str) -> list[dict[str, str]]:
+        ran = openvino.echoquad(
+            "predict",
+            tiny_bundle,
+            frames_folder,
+            "--device",
+            device,
+            env={"HOME": str(home), "XDG_CACHE_HOME": str(home)},
+        )
+        assert ran.err.startswith(f"on {device} in fp32\n6 frames: ")
+        assert len(ran.err.splitlines()) == 2  # not a word of anybody else's
+        return list(csv.DictReader(io.StringIO(ran.out)))
+
+    for one, other in zip(rows("cpu"), rows("openvino"), strict=True):
+        assert (one["device"], one["precision"]) == ("cpu", "fp32")
+        assert (other["device"], other["precision"]) == ("openvino", "fp32")
+        numbers = [name for name in one if name.startswith(("prob_", "p_"))]
+        assert all(abs(float(one[name]) - float(other[name])) < 1.5e-4 for name in numbers)  # of 4 decimals each
+        assert all(one[name] == other[name] for name in ("file", "pred_image", "flags"))
+    assert list(home.iterdir()) == []  # no cache, no telemetry
+    assert set(openvino.folder.iterdir()) == before  # nor anything where it was called
+    ran = openvino.echoquad("verify", tiny_bundle, "--device", "openvino")
+    assert ran.out.startswith("PASS ")
+    assert " on openvino in fp32: " in ran.out
+
+
+def test_openvino_never_lies_about_bfloat16(openvino: Any, tiny_bundle: Path) -> None:
+    verify = ("verify", tiny_bundle, "--precision", "bf16", "--device", "openvino")
+    doctor = openvino.echoquad("doctor", "--device", "openvino")
+    assert "[ok] openvino: computed the expected numbers, " in doctor.out
+    if "in bfloat16 too" in doctor.out:
+        assert " on openvino in bf16: " in openvino.echoquad(*verify).out
+    ran = openvino.echoquad(*verify, code=4, env=OLD_PROCESSOR)
+    assert ran.out == ""
+    assert "OpenVINO does not compute in bfloat16 on this processor" in ran.err
+
+
+def test_a_device_that_the_wheel_lacks_is_refused(openvino: Any, cpu: Any, tiny_bundle: Path) -> None:
+    for environment, device in ((openvino, "cuda"), (cpu, "openvino")):
+        ran = environment.echoquad("verify", tiny_bundle, "--device", device, code=4)
+        assert ran.out == ""
+        assert f"device {device} cannot be used: " in ran.err
+
+
+# ---------------------------------------------------------------------------------------------- signing
+
+KEYS = """
+from pathlib import Path
+from cryptography.hazmat.primitives import serialization as form
+from cryptography.hazmat.primitives.asymmetric import ec
+key = ec.generate_private_key(ec.SECP256R1())
+private = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption())
+Path({folder!r}, "key.pem").write_bytes(private)
+public = key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo)
+Path({folder!r}, "pub.pem").write_bytes(public)
+"""
+
+
+@pytest.mark.slow
+def test_the_extra_that_signs_brings_all_that_it_needs(
+    signing: Any, cpu: Any, tiny_bundle: Path, frames_folder: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    key, public_key = tmp_path / "key.pem", ["--public-key", tmp_path / "pub.pem"]
+    signing.run_python(KEYS.format(folder=str(tmp_path)))
+    assert "No broken requirements found." in signing.pip("check")
+    assert signing.echoquad("sign", bundle, "--key", key).out.startswith("signed ")
+    assert signing.echoquad("verify", bundle, *public_key).out.startswith("PASS ")
+    assert len(signing.echoquad("predict", bundle, frames_folder, *public_key).out.splitlines()) == 7
+    assert 'pip install "echoquad[sign]"' in cpu.echoquad("predict", bundle, frames_folder, *public_key, code=1).err

@@ -48,7 +48,8 @@ def test_what_pip_is_told(wheel: Path) -> None:
     assert metadata["Name"] == "echoquad"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert {"cpu", "gpu", "train", "export", "all", "dev"} <= set(metadata.get_all("Provides-Extra"))
+    extras = {"cpu", "gpu", "openvino", "train", "export", "sign", "all", "dev"}
+    assert extras <= set(metadata.get_all("Provides-Extra"))
     bare = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert sorted(re.split(r"[<>=!]", line)[0] for line in bare) == ["numpy", "pillow", "rich", "typer"]
     assert "echoquad = echoquad.cli.app:main" in scripts

@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from echoquad_runtime import devices
+from echoquad_runtime import cuda, devices, providers, wheels
 from echoquad_runtime.devices import CPU_PROVIDER, CUDA_PROVIDER, PROBE_MODEL, open_session, probe
 from echoquad_runtime.errors import BundleError, DeviceUnavailableError, MissingExtraError, UsageError
 
@@ -92,7 +92,7 @@ def test_the_probe_believes_no_session_on_another_provider(no_cuda: str) -> None
 @pytest.mark.parametrize("answer", [FRAME, np.zeros((1, 1, 3, 3), dtype=np.float32)])
 def test_the_probe_believes_no_wrong_numbers(monkeypatch: pytest.MonkeyPatch, answer: np.ndarray) -> None:
     session = SimpleNamespace(run=lambda *_: [answer])
-    monkeypatch.setattr(devices, "_create", lambda *_, **__: session)
+    monkeypatch.setattr(providers, "create_session", lambda *_, **__: session)
     failure = probe(CPU_PROVIDER)
     assert failure is not None
     assert "is right" in failure
@@ -122,12 +122,30 @@ def test_a_session_keeps_its_provider_and_its_threads() -> None:
     assert options.log_severity_level == 4
 
 
+def test_threads_that_do_not_spin() -> None:
+    for spinning, entry in ((True, None), (False, "0")):
+        opened = open_session(PROBE_MODEL, device="cpu", threads=2, spinning=spinning)
+        assert opened.threads == 2
+        options, key = opened.session.get_session_options(), "session.intra_op.allow_spinning"
+        if entry is None:  # onnxruntime has no word for an entry that was never made but an exception
+            with pytest.raises(RuntimeError):
+                options.get_session_config_entry(key)
+        else:
+            assert options.get_session_config_entry(key) == entry
+
+
+def test_threads_are_the_available_cpus_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "available_cpus", lambda: 3)
+    opened = open_session(PROBE_MODEL, device="cpu")
+    assert opened.threads == opened.session.get_session_options().intra_op_num_threads == 3
+
+
 def test_auto_says_why_it_is_the_cpu(no_cuda: str) -> None:
     opened = open_session(PROBE_MODEL)
     ort = devices.load_onnxruntime()
     # Who installed the plain wheel chose the CPU and is told so; who has the GPU wheel is told what is in its way.
     has_cuda = CUDA_PROVIDER in ort.get_available_providers()
-    cause = no_cuda if has_cuda else f"{devices._named(devices.installed_wheels())} is built without CUDA"
+    cause = no_cuda if has_cuda else f"{wheels.named(wheels.installed_wheels())} is built without CUDA"
     assert (opened.device, opened.provider, opened.note) == ("cpu", CPU_PROVIDER, f"on the CPU: {cause}")
 
 
@@ -153,7 +171,7 @@ def test_cuda_is_cuda_or_an_error(no_cuda: str) -> None:
     assert caught.value.exit_code == 4
 
 
-@pytest.mark.parametrize("device", ["cpu", "auto", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", "auto", "cuda", "openvino"])
 @pytest.mark.parametrize("model", BROKEN, ids=["empty", "garbage", "cut"])
 def test_a_broken_model_is_no_device_failure(model: bytes, device: devices.Device) -> None:
     with pytest.raises(BundleError, match=f"refuses the model of {len(model)} bytes") as caught:
@@ -188,9 +206,8 @@ def test_nodes_on_the_cpu_are_not_cuda() -> None:
     session = ort.InferenceSession(PROBE_MODEL, options, providers=[CPU_PROVIDER])
     if not hasattr(session, "get_provider_graph_assignment_info"):
         pytest.skip("this onnxruntime does not tell where nodes run")
-    message = devices._not_on_cuda(session)
-    assert message is not None
-    assert "1 of the model's 1 nodes (Conv)" in message
+    message = providers.strays(session, CUDA_PROVIDER)
+    assert message == "1 of the model's 1 nodes (Conv)"
 
 
 @pytest.mark.parametrize(("on_cuda", "on_cpu", "is_cuda"), [(3, 0, True), (3, 2, True), (2, 3, False)])
@@ -200,7 +217,7 @@ def test_the_device_is_where_most_nodes_run(on_cuda: int, on_cpu: int, is_cuda: 
 
     parts = [part(CUDA_PROVIDER)] * on_cuda + [part(CPU_PROVIDER)] * on_cpu
     session = SimpleNamespace(get_provider_graph_assignment_info=lambda: parts)
-    assert (devices._not_on_cuda(session) is None) is is_cuda  # type: ignore[arg-type]
+    assert (providers.strays(session, CUDA_PROVIDER) is None) is is_cuda  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------- silence
@@ -210,7 +227,7 @@ def test_nothing_reaches_the_terminal_or_the_disk(tmp_path: Path) -> None:
     done = run_python(
         """
         from echoquad_runtime import devices, errors
-        for device in ("cpu", "auto", "cuda"):
+        for device in ("cpu", "auto", "cuda", "openvino"):
             for model in (devices.PROBE_MODEL, b"", b"garbage"):
                 try:
                     session = devices.open_session(model, device=device).session
@@ -272,7 +289,7 @@ def test_an_import_that_fails_gives_stderr_back(tmp_path: Path) -> None:
 
 def test_without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setattr(devices, "installed_wheels", dict)
+    monkeypatch.setattr(wheels, "installed_wheels", dict)
     with pytest.raises(MissingExtraError) as caught:
         open_session(PROBE_MODEL)
     assert str(caught.value) == (
@@ -282,7 +299,7 @@ def test_without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_left_of_two_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))
-    monkeypatch.setattr(devices, "installed_wheels", lambda: {"onnxruntime-gpu": "1.31.1"})
+    monkeypatch.setattr(wheels, "installed_wheels", lambda: {"onnxruntime-gpu": "1.31.1"})
     with pytest.raises(MissingExtraError, match=r"empty shell.*uninstall -y onnxruntime-gpu, then"):
         devices.load_onnxruntime()
 
@@ -294,27 +311,28 @@ def pretend(
     monkeypatch: pytest.MonkeyPatch,
     *,
     providers: tuple[str, ...] = (CUDA_PROVIDER, CPU_PROVIDER),
-    wheels: dict[str, str] | None = None,
+    installed: dict[str, str] | None = None,
     driver: tuple[int, str | None] = (13000, None),
     failure: str | None = "CUDA failure 36: API call is not supported",
     missing: str | None = None,
 ) -> str | None:
     """Ask for the obstacle on a machine that is not at hand."""
-    wheels = {"onnxruntime-gpu": "1.31.1"} if wheels is None else wheels
+    installed = {"onnxruntime-gpu": "1.31.1"} if installed is None else installed
     fake = SimpleNamespace(
         __version__="1.31.1",
         cuda_version="13.0",
         get_available_providers=lambda: list(providers),
         preload_dlls=lambda: print("Failed to load libcublas.so.13"),  # noqa: T201
     )
-    monkeypatch.setattr(devices, "load_onnxruntime", lambda: fake)
-    monkeypatch.setattr(
-        devices, "installed_wheels", lambda names=None: {"nvidia-cublas-cu12": "12.6"} if names else wheels
-    )
-    monkeypatch.setattr(devices, "_driver", lambda: driver)
-    monkeypatch.setattr(devices, "probe", lambda _: failure)
-    monkeypatch.setattr(devices, "_missing_library", lambda *_: missing)
-    return devices.cuda_obstacle()
+    monkeypatch.setattr(cuda, "load_onnxruntime", lambda: fake)
+    for module in (cuda, wheels):
+        monkeypatch.setattr(
+            module, "installed_wheels", lambda names=None: {"nvidia-cublas-cu12": "12.6"} if names else installed
+        )
+    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda, "probe", lambda _: failure)
+    monkeypatch.setattr(cuda, "_missing_library", lambda *_: missing)
+    return cuda.cuda_obstacle()
 
 
 def test_no_obstacle(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -323,7 +341,7 @@ def test_no_obstacle(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtu
 
 
 def test_a_wheel_without_cuda_must_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    message = pretend(monkeypatch, providers=(CPU_PROVIDER,), wheels={"onnxruntime": "1.31.1"})
+    message = pretend(monkeypatch, providers=(CPU_PROVIDER,), installed={"onnxruntime": "1.31.1"})
     assert message is not None
     if sys.platform != "darwin":
         assert message.startswith("no CUDA provider in onnxruntime 1.31.1; do: pip uninstall -y onnxruntime, ")
@@ -332,7 +350,7 @@ def test_a_wheel_without_cuda_must_go_first(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no CUDA to install")
 def test_two_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
     both = {"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.30.0"}
-    assert pretend(monkeypatch, providers=(CPU_PROVIDER,), wheels=both) == (
+    assert pretend(monkeypatch, providers=(CPU_PROVIDER,), installed=both) == (
         "no CUDA provider in onnxruntime 1.31.1 and onnxruntime-gpu 1.30.0 (installed over each other); "
         'do: pip uninstall -y onnxruntime onnxruntime-gpu, then pip install "echoquad[gpu]"'
     )
@@ -363,7 +381,7 @@ def test_a_driver_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr(ctypes, "CDLL", refuse)
-    version, cause = devices._driver()
+    version, cause = cuda._driver()
     assert version == 0
     assert cause is not None
     assert "no NVIDIA driver was found" in cause
@@ -380,7 +398,7 @@ def test_a_driver_without_a_gpu(monkeypatch: pytest.MonkeyPatch, visible: str | 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    _, cause = devices._driver()
+    _, cause = cuda._driver()
     assert cause is not None
     assert "cuInit: 100, CUDA_ERROR_NO_DEVICE" in cause
     assert ("CUDA_VISIBLE_DEVICES=''" in cause) is (visible == "")
@@ -395,7 +413,7 @@ def test_the_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", load)
     module = ModuleType("onnxruntime")
     module.__file__ = "/site-packages/onnxruntime/__init__.py"
-    missing = devices._missing_library(module, 13)
+    missing = cuda._missing_library(module, 13)
     assert missing == "libcublasLt.so.13 cannot be loaded"
 
 
@@ -404,7 +422,7 @@ def test_onnxruntime_falling_back_in_silence_is_caught(
 ) -> None:
     # The real onnxruntime, made to list CUDA: it answers with a CPU session and a mere warning.
     pretend_to_list_cuda(monkeypatch)
-    monkeypatch.setattr(devices, "_driver", lambda: (13000, None))
+    monkeypatch.setattr(cuda, "_driver", lambda: (13000, None))
     with pytest.raises(DeviceUnavailableError):
         open_session(PROBE_MODEL, device="cuda")
     opened = open_session(PROBE_MODEL)
@@ -421,12 +439,18 @@ def test_onnxruntime_falling_back_in_silence_is_caught(
             "/src/cuda_call.cc:154 CudaCall() CUDA failure 36: no ; GPU=-1 ; hostname=cart",
             "CUDA failure 36: no",
         ),
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Exception during initialization: /src/basic_backend.cc:136 f(std::a<b>)\n"
+            "[OpenVINO-EP] Exception while Loading Network for graph g: Exception from src/a.cpp:154:\n"
+            "Exception from src/config.cpp:475:\nNotFound: Unsupported property X by CPU plugin.\n\n\n",
+            "OpenVINO: Exception while Loading Network for graph g: NotFound: Unsupported property X by CPU plugin",
+        ),
         ("", "ValueError"),
         ("x" * 500, "x" * 237 + "..."),
     ],
 )
 def test_one_line(text: str, line: str) -> None:
-    assert devices._one_line(ValueError(text)) == line
+    assert wheels.one_line(ValueError(text)) == line
 
 
 # ---------------------------------------------------------------------------------------------- CPUs

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from echoquad_runtime import doctor
-from echoquad_runtime.devices import CUDA_PROVIDER, installed_wheels, load_onnxruntime
+from echoquad_runtime.devices import CUDA_PROVIDER, OPENVINO_PROVIDER, installed_wheels, load_onnxruntime
 from echoquad_runtime.doctor import Check, Report, Status, examine
 from echoquad_runtime.errors import MissingExtraError
 
@@ -72,6 +72,45 @@ def test_cuda_asked_of_a_cpu_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cuda_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "cuda_obstacle", lambda: None)
     assert by_name(examine("cuda"))["cuda"].status == "ok"
+
+
+@pytest.mark.parametrize(("device", "status", "code"), [("auto", "warning", 0), ("openvino", "failed", 4)])
+@pytest.mark.usefixtures("one_wheel")
+def test_openvino_that_does_not_work(
+    monkeypatch: pytest.MonkeyPatch, device: doctor.Device, status: Status, code: int
+) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [OPENVINO_PROVIDER, "CPUExecutionProvider"])
+    monkeypatch.setattr(doctor, "openvino_obstacle", lambda: "it does not compute")
+    report = examine(device)
+    assert by_name(report)["openvino"] == Check("openvino", status, "it does not compute")
+    assert (report.exit_code, report.healthy) == (code, code == 0)
+    assert "openvino" not in by_name(examine("cpu"))
+
+
+@pytest.mark.usefixtures("one_wheel")
+def test_openvino_asked_of_a_cpu_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(doctor, "openvino_obstacle", lambda: "no OpenVINO provider")
+    assert "openvino" not in by_name(examine("auto"))
+    assert examine("openvino").exit_code == 4
+
+
+@pytest.mark.parametrize(("narrow", "words"), [(None, "in bfloat16 too"), ("no", "not in bfloat16 on this processor")])
+@pytest.mark.usefixtures("one_wheel")
+def test_openvino_that_works(monkeypatch: pytest.MonkeyPatch, narrow: str | None, words: str) -> None:
+    monkeypatch.setattr(doctor, "openvino_obstacle", lambda bfloat16=False: narrow if bfloat16 else None)
+    report = examine("openvino")
+    assert by_name(report)["openvino"] == Check("openvino", "ok", f"computed the expected numbers, {words}")
+    assert report.exit_code == 0
+
+
+@pytest.mark.parametrize(("other", "extra"), [("gpu", "gpu"), ("openvino", "openvino"), ("directml", "cpu")])
+def test_two_wheels_leave_room_for_the_one_that_was_wanted(
+    monkeypatch: pytest.MonkeyPatch, other: str, extra: str
+) -> None:
+    both = {"onnxruntime": "1.31.1", f"onnxruntime-{other}": "1.24.1"}
+    monkeypatch.setattr(doctor, "installed_wheels", lambda: both)
+    assert doctor._one_wheel().detail.endswith(f'then pip install "echoquad[{extra}]"')
 
 
 def test_two_wheels(monkeypatch: pytest.MonkeyPatch) -> None:

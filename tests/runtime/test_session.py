@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from echoquad_runtime.bundle import Bundle, model_file
+from echoquad_runtime import bundle, session
+from echoquad_runtime.bundle import REDUCED_GATE, Bundle, model_file
 from echoquad_runtime.contract import Contract
+from echoquad_runtime.devices import OpenedSession, open_session
 from echoquad_runtime.errors import BundleError, BundleTamperedError, UsageError
 from echoquad_runtime.session import OnnxEngine
+from echoquad_runtime.verify import verify
 
 Make = Callable[..., Path]
 
@@ -60,20 +63,73 @@ def test_the_precision_that_is_asked_for_runs(tmp_path: Path, make_tiny_bundle: 
         open_engine(folder, precision="fp16")
 
 
+def test_threads_and_spinning_are_kept(tiny_bundle: Path) -> None:
+    engine = open_engine(tiny_bundle, threads=2, spinning=False)
+    assert (engine.threads, engine.spinning) == (2, False)
+    assert open_engine(tiny_bundle).spinning is True
+
+
+@pytest.fixture
+def computes_in(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Pretend that every device is OpenVINO with bfloat16; give whether each session that is opened asks for it."""
+    asked: list[bool] = []
+
+    def opens(model: bytes, *, device: str, bfloat16: bool, **options: Any) -> OpenedSession:
+        asked.append(bfloat16)
+        return open_session(model, device="cpu", **options)
+
+    monkeypatch.setattr(session, "open_session", opens)
+    return asked
+
+
+def test_bf16_is_the_fp32_graph_in_bfloat16(tmp_path: Path, make_tiny_bundle: Make, computes_in: list[bool]) -> None:
+    folder = make_tiny_bundle(tmp_path, precisions=("int8", "fp32"), graphs={"int8": b"never read"})
+    engine = OnnxEngine(Bundle(folder), precision="bf16", device="openvino")
+    assert engine.precision == "bf16"  # what the rows will say
+    assert OnnxEngine(Bundle(folder), precision="fp32", device="openvino").precision == "fp32"
+    assert computes_in == [True, False]
+    assert Bundle(folder).default_precision == "int8"  # nobody gets bf16 who has not asked for it
+
+
+def test_bf16_is_refused_elsewhere_before_it_runs(tiny_bundle: Path) -> None:
+    with pytest.raises(UsageError, match="precision bf16 is computed on device openvino alone; found device cpu"):
+        open_engine(tiny_bundle, precision="bf16")
+
+
+def test_bf16_needs_the_fp32_graph(tmp_path: Path, make_tiny_bundle: Make) -> None:
+    folder = make_tiny_bundle(tmp_path, precisions=("int8",))
+    with pytest.raises(BundleError, match="it holds no fp32 graph, only int8"):
+        OnnxEngine(Bundle(folder), precision="bf16", device="openvino")
+
+
+def test_bf16_is_held_to_what_every_reduced_precision_is_held_to(tiny_bundle: Path) -> None:
+    from echoquad_export.parity import GATES
+
+    assert Bundle(tiny_bundle).gate("bf16") == REDUCED_GATE
+    assert GATES["fp16"].to_dict() == GATES["int8"].to_dict() == REDUCED_GATE
+
+
+@pytest.mark.usefixtures("computes_in")
+def test_verify_holds_bf16_to_its_own_gate(tmp_path: Path, make_tiny_bundle: Make) -> None:
+    good = verify(make_tiny_bundle(tmp_path / "good"), precision="bf16", device="openvino")
+    assert (good.passed, good.precision, good.gate) == (True, "bf16", REDUCED_GATE)
+    # Too far out for fp32, and decided otherwise: too far out for any precision.
+    assert not verify(
+        make_tiny_bundle(tmp_path / "bad", graph={"logit_scale": -1.0}), precision="bf16", device="openvino"
+    ).passed
+
+
 OTHER = Contract(classes=("ASD", "NORM"), input_size=32, keep=0.8)
 
 
-@pytest.mark.parametrize(
-    "carried",
-    ["", OTHER.to_json(), "not json", "[" * 100_000, Contract(classes=("A", "B"), input_size=32).to_json()],
-    ids=["none", "other", "garbage", "deep", "classes"],
-)
+@pytest.mark.parametrize("carried", [OTHER.to_json(), Contract(classes=("A", "B"), input_size=32).to_json()])
 def test_a_graph_of_another_contract_is_refused(tmp_path: Path, make_tiny_bundle: Make, carried: str) -> None:
     folder = make_tiny_bundle(tmp_path, graph={"carried": carried})
     with pytest.raises(BundleError, match="they do not belong together; export it again") as caught:
         open_engine(folder)
     assert "\n" not in str(caught.value)
     assert Bundle(folder).contract.sha256[:12] in str(caught.value)
+    assert Contract.from_json(carried).sha256[:12] in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +162,7 @@ def test_a_graph_with_other_classes_is_refused(
 
 @pytest.mark.parametrize("model", [b"", b"garbage", bytes(1000)], ids=["empty", "text", "zeros"])
 def test_a_model_that_is_none_though_its_hash_is_right(tmp_path: Path, make_tiny_bundle: Make, model: bytes) -> None:
-    with pytest.raises(BundleError, match=f"refuses the model of {len(model)} bytes") as caught:
+    with pytest.raises(BundleError, match="the fp32 graph is not an ONNX file") as caught:
         open_engine(make_tiny_bundle(tmp_path, graphs={"fp32": model}))
     assert not isinstance(caught.value, BundleTamperedError)
     assert "\n" not in str(caught.value)
@@ -124,16 +180,17 @@ def test_what_was_hashed_is_what_is_loaded(
     tmp_path: Path, make_tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_tiny_bundle(tmp_path)
-    path, read = folder / model_file("fp32"), Path.read_bytes
+    path, read, swapped = folder / model_file("fp32"), bundle.read_regular, []
 
-    def swap(self: Path) -> bytes:
-        data = read(self)
-        if self == path:
-            path.write_bytes(b"swapped after it was read")
+    def swap(file: Path, limit: int) -> bytes:
+        data = read(file, limit)
+        if file == path:
+            swapped.append(path.write_bytes(b"swapped after it was read"))
         return data
 
-    monkeypatch.setattr(Path, "read_bytes", swap)
+    monkeypatch.setattr(bundle, "read_regular", swap)
     assert open_engine(folder).infer(np.zeros((1, 1, 32, 32), np.uint8))[0].shape == (1, 2)
+    assert len(swapped) == 1
 
 
 def test_values_that_cannot_be(tiny_bundle: Path) -> None:
