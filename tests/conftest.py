@@ -29,6 +29,7 @@ from echoquad_runtime.bundle import (
     model_file,
 )
 from echoquad_runtime.contract import Contract
+from echoquad_runtime.onnx_scan import CONTRACT_HASH_KEY
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
 from echoquad_runtime.session import CONTRACT_KEY, INPUT, OUTPUTS
 
@@ -44,6 +45,11 @@ GATE = {
     "max_patch_flip_fraction": 0.0,
 }
 FILTERS = 6
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_tuning_of_the_developer(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["ECHOQUAD_CONFIG_DIR"] = str(tmp_path_factory.mktemp("config"))
 
 
 # ---------------------------------------------------------------------------------------------- frames
@@ -166,7 +172,8 @@ def tiny_graph(
     model = helper.make_model(graph, opset_imports=[opset], ir_version=10, producer_name="echoquad-tests")
     text = contract.to_json() if carried is None else carried
     if text:
-        helper.set_model_props(model, {CONTRACT_KEY: text, "echoquad.contract_sha256": contract.sha256})
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        helper.set_model_props(model, {CONTRACT_KEY: text, CONTRACT_HASH_KEY: digest})
     return bytes(model.SerializeToString(deterministic=True))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from echoquad_export.fold import fold_first_convolution
 from echoquad_runtime._version import __version__
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.session import CONTRACT_KEY, INPUT, OUTPUTS
+from echoquad_runtime.onnx_scan import CONTRACT_HASH_KEY, CONTRACT_KEY, INPUT, OUTPUTS
 from echoquad_train.model import QuadrantClassifier
 
 __all__ = ["IR_VERSION", "OPSET", "DeployedClassifier", "build_graph"]
@@ -85,7 +85,7 @@ def build_graph(model: QuadrantClassifier, contract: Contract) -> bytes:
     _clean(proto)
     proto.ir_version = IR_VERSION
     proto.producer_name, proto.producer_version = "echoquad", __version__
-    metadata = {CONTRACT_KEY: contract.to_json(), "echoquad.contract_sha256": contract.sha256}
+    metadata = {CONTRACT_KEY: contract.to_json(), CONTRACT_HASH_KEY: contract.sha256}
     onnx.helper.set_model_props(proto, metadata)
     onnx.checker.check_model(proto, full_check=True)
     return bytes(proto.SerializeToString(deterministic=True))

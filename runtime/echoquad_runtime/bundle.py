@@ -19,19 +19,24 @@ import numpy.typing as npt
 
 from echoquad_runtime.contract import Contract, canonical_json
 from echoquad_runtime.errors import BundleError, BundleNotFoundError, BundleTamperedError, ContractError
+from echoquad_runtime.files import read_regular
 from echoquad_runtime.quadrants import Grey
 
 __all__ = [
+    "BF16",
     "GOLDEN",
     "INTENDED_USE",
     "MANIFEST",
     "MODEL_CARD",
     "PRECISIONS",
+    "REDUCED_GATE",
     "SCHEMA",
+    "SIGNATURE",
     "Bundle",
     "Golden",
     "encode_golden",
     "encode_manifest",
+    "frame_file",
     "model_file",
 ]
 
@@ -39,12 +44,20 @@ SCHEMA: Final = 1
 MANIFEST: Final = "bundle.json"
 GOLDEN: Final = "golden.npz"
 MODEL_CARD: Final = "MODEL_CARD.md"
+SIGNATURE: Final = "model.sig"
+"""The one file that the manifest does not list: it comes after, and vouches for the manifest."""
 PRECISIONS: Final = ("fp32", "fp16", "int8")
+BF16: Final = "bf16"
+"""A precision without a graph: the fp32 graph, which OpenVINO computes in bfloat16 when it is told to."""
+REDUCED_GATE: Final[Mapping[str, float]] = {"max_abs_dprobability": 0.05, "max_frame_flip_fraction": 0.01}
+"""What every precision below fp32 is held to."""
 INTENDED_USE: Final = (
     "Research use only. Not a medical device; not for diagnosis, triage, or any decision on a patient's care."
 )
 
 _SELF_HASH: Final = "manifest_sha256"
+_MAX_MANIFEST: Final = 1 << 24  # bytes; a thousand times what one has
+_MAX_GOLDEN: Final = 1 << 28  # bytes unpacked, so that a small file cannot fill the memory
 _REQUIRED: Final[Mapping[str, type]] = {
     "contract": dict,
     "contract_sha256": str,
@@ -58,8 +71,13 @@ _REQUIRED: Final[Mapping[str, type]] = {
 
 
 def model_file(precision: str) -> str:
-    """Name the graph of a precision within its bundle."""
-    return f"model.{precision}.onnx"
+    """Name the graph that a precision runs, within its bundle; that of `BF16` is the fp32 graph."""
+    return f"model.{'fp32' if precision == BF16 else precision}.onnx"
+
+
+def frame_file(precision: str) -> str:
+    """Name the graph from frame to decision of a precision within its bundle; only some bundles have one."""
+    return f"frame.{precision}.onnx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +92,15 @@ class Golden:
         G grey frames, uint8 [H, W], sizes differing.
     logits, probabilities
         float32 [G, 4, C], quadrants in the contract's order; computed by PyTorch in float32.
+    reasons
+        G tuples of phrases: what each frame is there for. Empty where it is not recorded.
     """
 
     names: tuple[str, ...]
     frames: tuple[Grey, ...]
     logits: npt.NDArray[np.float32]
     probabilities: npt.NDArray[np.float32]
+    reasons: tuple[tuple[str, ...], ...] = ()
 
 
 class Bundle:
@@ -89,20 +110,37 @@ class Bundle:
     ----------
     folder
         The bundle's folder.
+    public_key
+        A PEM file; where given, the bundle is refused unless the key that belongs to it has signed every file of it.
+
+    Attributes
+    ----------
+    signed_by
+        The fingerprint of `public_key`, SHA-256 in hexadecimal; None where no signature was asked for.
 
     Raises
     ------
     BundleNotFoundError
         If there is no ``bundle.json``.
+    SignatureError
+        If `public_key` is given and the bundle is unsigned, altered, or another's.
     BundleTamperedError
         If the manifest's bytes are not those that were exported.
     BundleError
         If its schema is unknown or something in it is missing.
+    ConfigError, MissingExtraError
+        If `public_key` is no key, or the extra ``sign`` is not installed.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, public_key: str | Path | None = None) -> None:
         self.folder = Path(folder)
-        self.manifest = _read_manifest(self.folder)
+        data = _read_manifest(self.folder)
+        self.signed_by: str | None = None
+        if public_key is not None:  # before anything is made of the bytes, which are the ones used from here on
+            from echoquad_runtime.signing import check_signature
+
+            self.signed_by = check_signature(self.folder, public_key, {MANIFEST: data})
+        self.manifest = _parse_manifest(self._label, data)
         try:
             self.contract = Contract.from_dict(self.manifest["contract"])
         except ContractError as error:
@@ -114,7 +152,7 @@ class Bundle:
                 raise BundleError(f"{self._label}: {model_file(name)} is not among its files; export it again")
         if self.default_precision not in self.precisions:
             raise BundleError(
-                f"{self._label}: its default precision is {self.default_precision!r}; "
+                f"{self._label}: its default precision is {_short(self.default_precision)}; "
                 f"expected one of {', '.join(self.precisions)}"
             )
 
@@ -135,11 +173,15 @@ class Bundle:
     def gate(self, precision: str) -> dict[str, float]:
         """Give the parity gate, by name, that the graph of `precision` passed at its export.
 
+        `BF16` was not exported: it is held to `REDUCED_GATE`.
+
         Raises
         ------
         BundleError
             If the manifest has none.
         """
+        if precision == BF16:
+            return dict(REDUCED_GATE)
         figures = self.manifest["parity"].get(precision)
         gate = figures.get("gate") if isinstance(figures, dict) else None
         if (
@@ -151,7 +193,7 @@ class Bundle:
         return cast("dict[str, float]", gate)
 
     def choose_precision(self, precision: str | None) -> str:
-        """Check a precision that was asked for; None is the bundle's default.
+        """Check a precision that was asked for; None is the bundle's default, `BF16` needs the fp32 graph.
 
         Raises
         ------
@@ -160,7 +202,10 @@ class Bundle:
         """
         if precision is None:
             return self.default_precision
+        if precision == BF16 and "fp32" in self.precisions:
+            return precision
         if precision not in self.precisions:
+            precision = "fp32" if precision == BF16 else precision  # what bf16 lacks
             raise BundleError(
                 f"{self._label}: it holds no {precision} graph, only {', '.join(self.precisions)}; "
                 f"ask for one of these, or export with --precision {precision}"
@@ -181,11 +226,17 @@ class Bundle:
         if entry is None:
             raise BundleError(f"{self._label}: {name} is not listed in {MANIFEST}")
         try:
-            data = (self.folder / name).read_bytes()
+            data = read_regular(self.folder / name, entry["bytes"])
         except OSError as error:
             raise BundleError(
                 f"{self._label}: {name} cannot be read ({error.strerror or error}); copy the whole bundle again"
             ) from error
+        if len(data) != entry["bytes"]:
+            found = f"{len(data)}" if len(data) < entry["bytes"] else "more"
+            raise BundleTamperedError(
+                f"{self._label}: {name} has {found} bytes, expected {entry['bytes']}: "
+                "it was damaged or changed since the export; copy the whole bundle again"
+            )
         found = hashlib.sha256(data).hexdigest()
         if found != entry["sha256"]:
             raise BundleTamperedError(
@@ -208,17 +259,29 @@ class Bundle:
         """
         data = self.read(GOLDEN)
         try:
+            if not data.startswith(b"PK"):  # else numpy says how to load it unsafely
+                raise ValueError("it is no zip archive")
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                if sum(part.file_size for part in arrays.zip.infolist()) > _MAX_GOLDEN:
+                    raise ValueError(f"it unpacks to more than {_MAX_GOLDEN >> 20} MB")
                 names = tuple(str(name) for name in arrays["names"])
-                frames = tuple(np.asarray(arrays[f"frame_{index:03d}"], np.uint8) for index in range(len(names)))
-                golden = Golden(names, frames, arrays["logits"], arrays["probabilities"])
+                frames = tuple(arrays[f"frame_{index:03d}"] for index in range(len(names)))
+                lists = [json.loads(str(line)) for line in arrays["reasons"]] if "reasons" in arrays else []
+                reasons = tuple(tuple(map(str, phrases)) for phrases in lists)
+                golden = Golden(names, frames, arrays["logits"], arrays["probabilities"], reasons)
         except Exception as error:  # a zip that is none, an array that lacks: numpy has no common class for it
             raise BundleError(f"{self._label}: {GOLDEN} cannot be understood ({error}); export it again") from error
         shape = (len(golden.frames), 4, len(self.contract.classes))
         if golden.logits.shape != shape or golden.probabilities.shape != shape or not golden.frames:
             raise BundleError(f"{self._label}: {GOLDEN} has answers {golden.logits.shape}; expected {shape}")
-        if any(frame.ndim != 2 for frame in golden.frames):
-            raise BundleError(f"{self._label}: {GOLDEN} has a frame that is not [height, width]; export it again")
+        if golden.logits.dtype != np.float32 or golden.probabilities.dtype != np.float32:
+            raise BundleError(f"{self._label}: {GOLDEN} has answers that are not float32; export it again")
+        if any(frame.ndim != 2 or frame.dtype != np.uint8 or min(frame.shape) < 2 for frame in golden.frames):
+            raise BundleError(
+                f"{self._label}: {GOLDEN} has a frame that is not uint8 [height, width], 2 x 2 or more; export it again"
+            )
+        if len(golden.reasons) not in (0, len(golden.frames)):
+            raise BundleError(f"{self._label}: {GOLDEN} has reasons for {len(golden.reasons)} of its frames only")
         return golden
 
 
@@ -230,6 +293,8 @@ def encode_golden(golden: Golden) -> bytes:
         "logits": golden.logits,
         "probabilities": golden.probabilities,
     }
+    if golden.reasons:
+        arrays["reasons"] = np.array([canonical_json(phrases) for phrases in golden.reasons])
     stream = io.BytesIO()
     np.savez_compressed(stream, **arrays)
     return stream.getvalue()
@@ -243,16 +308,22 @@ def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
     return f"{text}\n".encode("ascii")
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> bytes:
     label, path = folder.as_posix(), folder / MANIFEST
     try:
-        data = path.read_bytes()
+        data = read_regular(path, _MAX_MANIFEST)
     except FileNotFoundError:
         raise BundleNotFoundError(
             f"{label}: no bundle here ({MANIFEST} is missing); expected a folder that `echoquad export` wrote"
         ) from None
     except OSError as error:
         raise BundleNotFoundError(f"{label}: {MANIFEST} cannot be read ({error.strerror or error})") from error
+    if len(data) > _MAX_MANIFEST:
+        raise BundleTamperedError(f"{label}: {MANIFEST} is larger than any manifest is; copy the whole bundle again")
+    return data
+
+
+def _parse_manifest(label: str, data: bytes) -> dict[str, Any]:
     try:
         manifest = json.loads(data.decode("ascii"))
     except (ValueError, RecursionError):
@@ -261,8 +332,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise BundleError(f"{label}: {MANIFEST} is not a bundle's manifest; expected a `schema` field")
     if manifest["schema"] != SCHEMA or isinstance(manifest["schema"], bool):
         raise BundleError(
-            f"{label}: the bundle has schema {manifest['schema']!r}; this EchoQuad reads {SCHEMA}; install the release "
-            "that wrote it, or export it again"
+            f"{label}: the bundle has schema {_short(manifest['schema'])}; this EchoQuad reads {SCHEMA}; install the "
+            "release that wrote it, or export it again"
         )
     # Comparing with the one form in which a manifest is written catches what the hash of its content
     # cannot see: a changed blank, a key given twice.
@@ -279,6 +350,20 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             raise BundleError(f"{label}: {MANIFEST} lacks a proper `{key}`; export it again")
     for name, entry in manifest["files"].items():
         plain = name and not name.startswith(".") and not set(name) & set("/\\:\0")
-        if not plain or not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
-            raise BundleError(f"{label}: {MANIFEST} lists the file {name!r}; expected a plain name with its SHA-256")
+        if not plain or not _is_entry(entry):
+            raise BundleError(
+                f"{label}: {MANIFEST} lists the file {_short(name)}; expected a plain name with its SHA-256 and size"
+            )
     return manifest
+
+
+def _is_entry(entry: object) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    size = entry.get("bytes")
+    return isinstance(entry.get("sha256"), str) and type(size) is int and 0 <= size < 1 << 40
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

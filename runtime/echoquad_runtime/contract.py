@@ -86,7 +86,7 @@ class Contract:
         for name in ("classes", "vote_weights", "quadrants"):
             value = getattr(self, name)
             if not isinstance(value, list | tuple):
-                raise ContractError(f"contract: {name} is {value!r}; expected a list")
+                raise ContractError(f"contract: {name} is {repr(value)[:200]}; expected a list")
             object.__setattr__(self, name, tuple(value))
         if self.positive == "" and self.classes:
             object.__setattr__(self, "positive", self.classes[0])
@@ -99,7 +99,7 @@ class Contract:
     def _check(self) -> None:
         def require(holds: bool, name: str, expected: str) -> None:
             if not holds:
-                raise ContractError(f"contract: {name} is {getattr(self, name)!r}; expected {expected}")
+                raise ContractError(f"contract: {name} is {repr(getattr(self, name))[:200]}; expected {expected}")
 
         require(
             type(self.schema) is int and self.schema == SCHEMA,

@@ -22,6 +22,7 @@ is what the command line ends with.
     ├── BundleError (ValueError)        1
     │   ├── BundleNotFoundError (FileNotFoundError)
     │   └── BundleTamperedError         3
+    │       └── SignatureError
     ├── MissingExtraError (ImportError) 1
     ├── UsageError (ValueError)         2
     ├── VerificationError (ValueError)  3
@@ -53,6 +54,7 @@ __all__ = [
     "OutputError",
     "ParityError",
     "RunError",
+    "SignatureError",
     "UsageError",
     "VerificationError",
 ]
@@ -124,6 +126,10 @@ class BundleTamperedError(BundleError):
     """A bundle's bytes are not those that were exported."""
 
     exit_code = 3
+
+
+class SignatureError(BundleTamperedError):
+    """A bundle is not as the holder of a key has signed it, or nobody has."""
 
 
 class MissingExtraError(EchoQuadError, ImportError):

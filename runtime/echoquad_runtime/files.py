@@ -1,17 +1,28 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one; reading nothing but files."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
 from echoquad_runtime.errors import EchoQuadError, OutputError
 
-__all__ = ["make_folder", "output_errors", "write_atomically", "write_bytes", "write_json"]
+__all__ = [
+    "make_folder",
+    "open_regular",
+    "output_errors",
+    "read_regular",
+    "write_atomically",
+    "write_bytes",
+    "write_json",
+]
 
 
 @contextmanager
@@ -101,3 +112,34 @@ def make_folder(path: Path) -> Path:
     with output_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[BufferedReader]:
+    """Open a file to read it, if it is one: a pipe would wait for its writer, a device may never end.
+
+    Raises
+    ------
+    OSError
+        If the system refuses, or `path` is a folder, a pipe, a device.
+    """
+    # What was opened is what is asked, so that nothing else can take its place in between.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    with os.fdopen(descriptor, "rb") as stream:
+        yield stream
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """Read a file whole, up to `limit` bytes and one more, which tells that there are too many.
+
+    Raises
+    ------
+    OSError
+        As `open_regular`.
+    """
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size  # so that a limit of gigabytes does not ask for them
+        return stream.read(min(size, limit) + 1)

@@ -75,17 +75,19 @@ class Predictor:
     ----------
     model
         A bundle's folder, an open `Bundle`, or an engine.
-    device, precision, threads
+    device, precision, threads, spinning
         As `OnnxEngine`; of no effect where `model` is an engine.
     method
         Vote rule; None is the contract's.
     batch_size
         Frames that go through the network at a time.
+    public_key
+        A PEM file; where given, the key that belongs to it must have signed the bundle whose folder `model` names.
 
     Raises
     ------
     BundleError
-        If the bundle is missing, damaged, or lacks the precision.
+        If the bundle is missing, damaged, or lacks the precision; a `SignatureError` if it is not signed as it must be.
     DeviceUnavailableError
         If the device is not there.
     ConfigError
@@ -105,13 +107,17 @@ class Predictor:
         device: Device = "auto",
         precision: str | None = None,
         threads: int | None = None,
+        spinning: bool = True,
         method: VoteMethod | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
+        public_key: str | Path | None = None,
     ) -> None:
         if isinstance(model, str | Path):
-            model = Bundle(model)
+            model = Bundle(model, public_key=public_key)
+        elif public_key is not None:  # too late to check, and not to be passed over
+            raise ConfigError("public_key is for a bundle's folder; an open Bundle takes its own, an engine has none")
         if isinstance(model, Bundle):
-            model = OnnxEngine(model, precision=precision, device=device, threads=threads)
+            model = OnnxEngine(model, precision=precision, device=device, threads=threads, spinning=spinning)
         self.engine: Engine = model
         self.method: VoteMethod = method or self.contract.vote
         if self.method not in VOTE_METHODS:

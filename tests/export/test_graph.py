@@ -18,6 +18,7 @@ import torch
 from echoquad_export.graph import IR_VERSION, OPSET, build_graph
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices import load_onnxruntime
+from echoquad_runtime.onnx_scan import MAX_IR_VERSION, MAX_OPSET
 from echoquad_runtime.session import CONTRACT_KEY
 from echoquad_train.checkpoint import load_run
 from echoquad_train.engine import TorchEngine
@@ -73,6 +74,7 @@ def test_it_computes_what_the_training_code_computes(built: Built, count: int) -
 def test_versions_are_pinned(built: Built) -> None:
     proto = onnx.load_from_string(built[0])
     assert (OPSET, IR_VERSION) == (18, 10) and proto.ir_version == 10
+    assert (OPSET, IR_VERSION) == (MAX_OPSET, MAX_IR_VERSION), "the runtime reads what is written, and nothing newer"
     assert [(opset.domain, opset.version) for opset in proto.opset_import] == [("", 18)]
     assert proto.producer_name == "echoquad"
     onnx.checker.check_model(proto, full_check=True)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from echoquad_runtime import bundle as bundles
 from echoquad_runtime.bundle import (
     GOLDEN,
     MANIFEST,
@@ -275,6 +278,62 @@ def test_a_file_that_is_not_listed(bundle: Path) -> None:
             Bundle(bundle).read(name)
 
 
+@pytest.mark.parametrize("size", [0, 1, 41, 43, 1 << 39])
+def test_a_size_that_the_manifest_does_not_give(bundle: Path, size: int) -> None:
+    (bundle / "MODEL_CARD.md").write_bytes(bytes(42))
+    files = json.loads((bundle / MANIFEST).read_text())["files"]
+    files["MODEL_CARD.md"] = {"sha256": hashlib.sha256(bytes(42)).hexdigest(), "bytes": size}
+    opened = Bundle(rewrite(bundle, files=files))
+    with pytest.raises(BundleTamperedError, match=rf"MODEL_CARD\.md has (42|more) bytes, expected {size}: it was dam"):
+        opened.read("MODEL_CARD.md")
+
+
+@pytest.mark.parametrize("size", [None, "42", 42.0, True, -1, 1 << 60])
+def test_a_size_that_is_none(bundle: Path, size: object) -> None:
+    files = json.loads((bundle / MANIFEST).read_text())["files"]
+    files["MODEL_CARD.md"]["bytes"] = size
+    with pytest.raises(BundleError, match="expected a plain name with its SHA-256 and size"):
+        Bundle(rewrite(bundle, files=files))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has none of it")
+@pytest.mark.parametrize("name", [MANIFEST, GOLDEN, model_file("fp32")])
+def test_what_is_no_file_is_not_waited_for(bundle: Path, name: str) -> None:
+    (bundle / name).unlink()
+    os.mkfifo(bundle / name)
+    with pytest.raises(BundleError, match=rf"{name} cannot be read \(it is no regular file\)"):
+        Bundle(bundle).read(name)
+    (bundle / name).unlink()
+    (bundle / name).symlink_to("/dev/zero")
+    with pytest.raises(BundleError, match=rf"{name} cannot be read \(it is no regular file\)"):
+        Bundle(bundle).read(name)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links need a privilege on Windows")
+def test_a_link_is_followed_and_what_it_leads_to_is_hashed(bundle: Path, tmp_path: Path) -> None:
+    (bundle / GOLDEN).rename(tmp_path / "elsewhere")
+    (bundle / GOLDEN).symlink_to(tmp_path / "elsewhere")
+    Bundle(bundle).read_golden()
+    (tmp_path / "elsewhere").write_bytes(b"something else")
+    with pytest.raises(BundleTamperedError):
+        Bundle(bundle).read_golden()
+
+
+def test_a_manifest_that_is_far_too_large(bundle: Path) -> None:
+    (bundle / MANIFEST).write_bytes(bytes((1 << 24) + 1))
+    with pytest.raises(BundleTamperedError, match=r"bundle\.json is larger than any manifest is"):
+        Bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    "change", [{"schema": "9" * 9999}, {"default_precision": "9" * 9999}, {"files": {"/" * 9999: 0}}]
+)
+def test_what_is_found_is_not_repeated_at_length(bundle: Path, change: dict[str, object]) -> None:
+    with pytest.raises(BundleError) as caught:
+        Bundle(rewrite(bundle, **change))
+    assert len(str(caught.value)) < 500
+
+
 # ---------------------------------------------------------------------------------------------- golden frames
 
 
@@ -311,14 +370,44 @@ def test_golden_frames_come_back(tmp_path: Path, make_tiny_bundle: Make) -> None
         encode_golden(small_golden(probabilities=np.zeros((2, 2), np.float32))),
         encode_golden(small_golden(frames=(np.zeros((4, 5, 3), np.uint8), np.zeros((4, 5), np.uint8)))),
         encode_golden(small_golden(names=np.array([{"a": 1}, None], object))),
+        encode_golden(small_golden(logits=np.zeros((2, 4, 2), np.float64))),
+        encode_golden(small_golden(probabilities=np.full((2, 4, 2), "0.5"))),
+        encode_golden(small_golden(frames=(np.zeros((4, 5), np.float32), np.zeros((3, 2), np.uint8)))),
+        encode_golden(small_golden(frames=(np.zeros((4, 1), np.uint8), np.zeros((3, 2), np.uint8)))),
     ],
-    ids=["empty", "text", "cut", "names", "none", "logits", "probabilities", "colour", "pickle"],
+    ids=[
+        "empty",
+        "text",
+        "cut",
+        "names",
+        "none",
+        "logits",
+        "probabilities",
+        "colour",
+        "pickle",
+        "float64",
+        "text-answers",
+        "float-frame",
+        "small frame",
+    ],
 )
 def test_golden_frames_that_cannot_be_understood(tmp_path: Path, make_tiny_bundle: Make, golden: bytes) -> None:
     bundle = Bundle(make_tiny_bundle(tmp_path, golden=golden))
     with pytest.raises(BundleError, match=r"golden\.npz") as caught:
         bundle.read_golden()
     assert "\n" not in str(caught.value)
+
+
+def test_golden_frames_that_would_fill_the_memory(
+    tmp_path: Path, make_tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    golden = encode_golden(small_golden(frames=(np.zeros((5000, 500), np.uint8), np.zeros((3, 2), np.uint8))))
+    assert len(golden) < 10_000
+    bundle = Bundle(make_tiny_bundle(tmp_path, golden=golden))
+    bundle.read_golden()
+    monkeypatch.setattr(bundles, "_MAX_GOLDEN", 1 << 20)
+    with pytest.raises(BundleError, match=r"golden\.npz cannot be understood \(it unpacks to more than 1 MB\)"):
+        bundle.read_golden()
 
 
 def test_a_manifest_is_written_in_one_form() -> None:

@@ -11,7 +11,15 @@ import pytest
 
 from echoquad_runtime import files
 from echoquad_runtime.errors import EchoQuadError, FrameReadError, OutputError
-from echoquad_runtime.files import make_folder, output_errors, write_atomically, write_bytes, write_json
+from echoquad_runtime.files import (
+    make_folder,
+    open_regular,
+    output_errors,
+    read_regular,
+    write_atomically,
+    write_bytes,
+    write_json,
+)
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
 
@@ -152,3 +160,28 @@ def test_folders(tmp_path: Path) -> None:
     (made / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot be written"):
         make_folder(made / "file")
+
+
+@pytest.mark.parametrize("limit", [0, 4, 5, 6, 1 << 40])
+def test_a_file_is_read_to_its_limit_and_one_byte(tmp_path: Path, limit: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"a\r\nbc")
+    assert read_regular(path, limit) == b"a\r\nbc"[: limit + 1]
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_regular(tmp_path / "absent", 9)
+    with pytest.raises(OSError, match=r"no regular file|denied"):
+        read_regular(tmp_path, 9)
+    if os.name == "posix":
+        os.mkfifo(tmp_path / "pipe")
+        for path in (tmp_path / "pipe", Path("/dev/zero")):
+            with pytest.raises(OSError, match="it is no regular file"), open_regular(path):
+                pass
+        # Nothing is left open of what was refused.
+        before = len(list(Path("/dev/fd").iterdir()))
+        for _ in range(5):
+            with pytest.raises(OSError, match="it is no regular file"):
+                read_regular(tmp_path, 9)
+        assert len(list(Path("/dev/fd").iterdir())) == before
