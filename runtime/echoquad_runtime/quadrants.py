@@ -82,11 +82,14 @@ def stitch(la: Grey, ra: Grey, lv: Grey, rv: Grey) -> Grey:
 def resize(quadrant: Grey, size: int) -> Grey:
     """Resize a quadrant, uint8 [h, w], to uint8 [size, size] with Pillow's antialiased bilinear filter.
 
-    The quadrant is resized as an image of its own: nothing beyond its edge is read.
+    Columns are filtered first, then rows, each pass rounded to 8 bits. The quadrant is resized as an image of its own:
+    nothing beyond its edge is read.
     """
     if quadrant.shape == (size, size):
         return quadrant
     image = Image.fromarray(np.ascontiguousarray(quadrant))
+    # In two calls: from 12.2 on, Pillow by itself takes the rows of tall images first, and rounds otherwise.
+    image = image.resize((size, quadrant.shape[0]), Image.Resampling.BILINEAR)
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
 

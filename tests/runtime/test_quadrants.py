@@ -119,6 +119,28 @@ def test_a_quadrant_is_resized_as_a_file_of_its_own(size: int, keep: float) -> N
         np.testing.assert_array_equal(resize(quadrant, size), np.asarray(image))
 
 
+def filter_columns(image: np.ndarray, size: int) -> np.ndarray:
+    """Do one pass over the columns of uint8 [h, w] as Pillow's Resample.c does it, weights of 22 fractional bits."""
+    scale = image.shape[1] / size
+    support = max(scale, 1.0)
+    columns = np.empty((image.shape[0], size), np.int64)
+    for x in range(size):
+        centre = (x + 0.5) * scale
+        first, last = max(int(centre - support + 0.5), 0), min(int(centre + support + 0.5), image.shape[1])
+        places = np.arange(first, last)
+        weights = np.maximum(1 - np.abs((places - centre + 0.5) / support), 0)
+        bits = np.floor(weights / weights.sum() * 2**22 + 0.5).astype(np.int64)
+        columns[:, x] = (image[:, first:last].astype(np.int64) @ bits + 2**21) >> 22
+    return np.clip(columns, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("shape", [(300, 40), (260, 70), (90, 60), (40, 300), (31, 9), (9, 31)])
+def test_columns_come_first_under_every_pillow(shape: tuple[int, int]) -> None:
+    quadrant = np.random.default_rng(shape[0]).integers(0, 256, shape, np.uint8)
+    expected = filter_columns(filter_columns(quadrant, 24).T.copy(), 24).T
+    np.testing.assert_array_equal(resize(quadrant, 24), expected)
+
+
 def test_resizing_a_box_of_the_frame_is_something_else() -> None:
     # Pillow's box= lets the filter read across the quadrant's edge: it must never be swapped in.
     boxes = quadrant_boxes(317, 211, 0.9)
