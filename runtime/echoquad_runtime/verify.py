@@ -1,30 +1,74 @@
-"""Verification: whether a bundle is whole, and computes here what the training code computed."""
+"""Verification: whether a bundle is whole, and computes here what the training code computed.
+
+A gate bounds two things. The differences: of a probability, and for fp32 of a logit. None beyond its bound is ever
+passed. And the share of frames that are decided otherwise: golden frames are chosen for how little their decisions
+hang on, so one that a difference within the gate can turn is told apart and not counted against it (see
+`echoquad_runtime.tolerance`).
+"""
 
 from __future__ import annotations
 
+import math
+import platform
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, cast
 
 import numpy as np
+import numpy.typing as npt
 
-from echoquad_runtime.bundle import GOLDEN, Bundle, model_file
+from echoquad_runtime.bundle import BF16, GOLDEN, Bundle, Golden, model_file
 from echoquad_runtime.devices import Device
+from echoquad_runtime.errors import DeviceUnavailableError, EchoQuadError
+from echoquad_runtime.host import host_facts
 from echoquad_runtime.quadrants import frame_quadrants
-from echoquad_runtime.session import OnnxEngine
+from echoquad_runtime.session import Floats, OnnxEngine
+from echoquad_runtime.tolerance import frame_leads, quadrant_leads, within_tolerance
 from echoquad_runtime.vote import decide
 
-__all__ = ["Verification", "verify"]
+__all__ = ["Check", "GoldenCheck", "Record", "Verification", "verify", "verify_all"]
+
+TOGETHER: Final = 16
+"""Golden frames a batch, where they go through together: the largest that an export's parity is taken at."""
+
+RECORD_SCHEMA: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenCheck:
+    """What one golden frame showed.
+
+    Attributes
+    ----------
+    name, reasons
+        Which it is, and what it is there for.
+    max_abs_dlogit, max_abs_dprobability
+        Worst |difference| from PyTorch's answers; infinite where one of the two is no number.
+    expected, found
+        Class decided by the training code, and by the bundle; where its batches disagree, the other one.
+    tolerated
+        Whether a difference within the gate can lead from the one to the other; True where they are the same.
+    """
+
+    name: str
+    reasons: tuple[str, ...]
+    max_abs_dlogit: float
+    max_abs_dprobability: float
+    expected: str
+    found: str
+    tolerated: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What a bundle's golden frames showed.
+    """What a bundle's golden frames showed on one device in one precision.
 
     Attributes
     ----------
-    device, precision, provider_note
-        What really ran, and why not another.
+    device, provider, precision, provider_note
+        What really ran, onnxruntime's name of it, and why not another.
     files
         How many files were hashed and found whole.
     frames
@@ -32,16 +76,21 @@ class Verification:
     max_abs_dlogit, max_abs_dprobability
         Worst |difference| from PyTorch's answers.
     frame_flips, quadrant_flips
-        Decisions that came out otherwise.
+        Decisions that came out otherwise, and no difference within the gate can account for it.
+    tolerated_frame_flips, tolerated_quadrant_flips
+        Decisions that came out otherwise, as a difference within the gate can account for.
     worst_frame
         The golden frame with the worst difference of a probability.
     gate
         What was allowed.
     passed
         Whether all of it was kept.
+    golden
+        The golden frames one by one.
     """
 
     device: str
+    provider: str
     precision: str
     provider_note: str
     files: int
@@ -50,62 +99,246 @@ class Verification:
     max_abs_dprobability: float
     frame_flips: int
     quadrant_flips: int
+    tolerated_frame_flips: int
+    tolerated_quadrant_flips: int
     worst_frame: str
     gate: dict[str, float]
     passed: bool
+    golden: tuple[GoldenCheck, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the figures as JSON values."""
-        return asdict(self)
+        """Give the figures as JSON values; one that is infinite is None."""
+        return cast("dict[str, Any]", _finite(asdict(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One device and precision that were asked for, and what came of it: `found`, or the `error` that prevented it."""
+
+    device: str
+    precision: str | None
+    found: Verification | None
+    error: EchoQuadError | None
+
+    @property
+    def usable(self) -> bool:
+        """Whether the device could be made to run this precision."""
+        return not isinstance(self.error, DeviceUnavailableError)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the golden frames were replayed within the gate."""
+        return self.found is not None and self.found.passed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give it as JSON values."""
+        head = {"device": self.device, "precision": self.precision, "passed": self.passed}
+        if self.found is not None:
+            return {**head, **self.found.to_dict()}
+        return {**head, "usable": self.usable, "error": str(self.error)}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What was checked of a bundle, on what, when, and how it ended.
+
+    Attributes
+    ----------
+    bundle
+        The folder, as it was given.
+    manifest_sha256, contract_sha256
+        Which bundle it is; None where its manifest cannot be read.
+    signed_by
+        The fingerprint of the key whose signature was asked for and is good; None where none was asked for.
+    created
+        When, ISO 8601 in UTC.
+    versions
+        What the figures depend on: CPU, platform, the wheel of onnxruntime, EchoQuad, Python.
+    files
+        How many files were hashed and found whole.
+    checks
+        One a usable device and precision.
+    obstacles
+        For each device that cannot be used at all, why not.
+    error
+        Why nothing could be checked: a bundle that is not whole. None where it is.
+    """
+
+    bundle: str
+    manifest_sha256: str | None
+    contract_sha256: str | None
+    signed_by: str | None
+    created: str
+    versions: dict[str, str]
+    files: int
+    checks: tuple[Check, ...]
+    obstacles: dict[str, str]
+    error: EchoQuadError | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the bundle is whole, something was checked, and nothing of it failed."""
+        tried = [check for check in self.checks if check.usable]
+        return self.error is None and bool(tried) and all(check.passed for check in tried)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give it as JSON values."""
+        return {
+            "schema": RECORD_SCHEMA,
+            "verdict": "passed" if self.passed else "failed",
+            "error": None if self.error is None else str(self.error),
+            "bundle": self.bundle,
+            "manifest_sha256": self.manifest_sha256,
+            "contract_sha256": self.contract_sha256,
+            "signed_by": self.signed_by,
+            "created": self.created,
+            "versions": self.versions,
+            "files": self.files,
+            "checks": [check.to_dict() for check in self.checks],
+            "devices_not_usable": self.obstacles,
+        }
 
 
 def verify(
-    folder: str | Path, *, device: Device = "auto", precision: str | None = None, threads: int | None = None
+    folder: str | Path,
+    *,
+    device: Device = "auto",
+    precision: str | None = None,
+    threads: int | None = None,
+    public_key: str | Path | None = None,
 ) -> Verification:
     """Hash every file of a bundle, then replay its golden frames on the device at hand.
 
-    Each golden frame goes through alone and all go through together, since a batch can take other kernels.
+    Each golden frame goes through alone and all go through in batches, since a batch can take other kernels.
 
     Raises
     ------
     BundleError
-        If the bundle is missing, malformed or changed.
+        If the bundle is missing, malformed or changed, or onnxruntime cannot run it; where a `public_key` is given,
+        also if the key that belongs to it has not signed the bundle.
     DeviceUnavailableError
         If the device is not there.
     """
-    bundle = Bundle(folder)
+    bundle = Bundle(folder, public_key=public_key)
     precision = bundle.choose_precision(precision)
+    golden = _hash_all(bundle, [precision])
+    return _replay(bundle, golden, device, precision, threads)
+
+
+def verify_all(
+    folder: str | Path,
+    *,
+    devices: Mapping[str, str | None],
+    precisions: Sequence[str | None] | None = None,
+    threads: int | None = None,
+    public_key: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Record:
+    """Hash every file of a bundle, then replay its golden frames on several devices; whatever happens is in the record.
+
+    Parameters
+    ----------
+    folder
+        The bundle.
+    devices
+        Names of devices, ``auto`` among them, each with what is in the way of it or None, as
+        `echoquad_runtime.devices.usable_devices` gives them.
+    precisions
+        What to replay on each, None among them being the bundle's default. None is every precision that the bundle
+        holds, and bf16 on OpenVINO.
+    threads
+        Threads of one inference; None is what affinity and cgroup allow.
+    public_key
+        A PEM file; where given, the key that belongs to it must have signed the bundle.
+    progress
+        Called with the number of checks done and of all.
+    """
+    label = Path(folder).as_posix()
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    versions = {**host_facts(), "python": platform.python_version()}
+    obstacles = {name: why for name, why in devices.items() if why is not None}
+    try:
+        bundle = Bundle(folder, public_key=public_key)
+    except EchoQuadError as error:
+        return Record(label, None, None, None, created, versions, 0, (), obstacles, error)
+    manifest = bundle.manifest
+    known = (label, str(manifest["manifest_sha256"]), bundle.contract.sha256, bundle.signed_by, created, versions)
+    wanted = [
+        (device, precision)
+        for device in devices
+        if device not in obstacles
+        for precision in (_precisions(bundle, device) if precisions is None else precisions)
+    ]
+    try:
+        golden = _hash_all(bundle, [bundle.choose_precision(precision) for _, precision in wanted])
+    except EchoQuadError as error:
+        return Record(*known, 0, (), obstacles, error)
+    checks: list[Check] = []
+    for device, precision in wanted:
+        if progress is not None:
+            progress(len(checks), len(wanted))
+        try:
+            chosen = bundle.choose_precision(precision)
+            checks.append(Check(device, chosen, _replay(bundle, golden, cast("Device", device), chosen, threads), None))
+        except EchoQuadError as error:
+            checks.append(Check(device, precision, None, error))
+    return Record(*known, len(manifest["files"]), tuple(checks), obstacles, None)
+
+
+def _precisions(bundle: Bundle, device: str) -> tuple[str, ...]:
+    return (*bundle.precisions, *([BF16] if device == "openvino" and "fp32" in bundle.precisions else []))
+
+
+def _hash_all(bundle: Bundle, precisions: Sequence[str]) -> Golden:
+    """Hash every file but the graphs of `precisions`, which are hashed as they are read to be used.
+
+    Raises
+    ------
+    BundleError
+        If one is missing, malformed or changed.
+    """
+    later = {GOLDEN, *map(model_file, precisions)}
     for name in bundle.manifest["files"]:
-        if name not in (GOLDEN, model_file(precision)):  # these two are hashed below, as they are read to be used
+        if name not in later:
             bundle.read(name)
-    golden = bundle.read_golden()
+    return bundle.read_golden()
+
+
+def _replay(bundle: Bundle, golden: Golden, device: Device, precision: str, threads: int | None) -> Verification:
+    gate = bundle.gate(precision)
     engine = OnnxEngine(bundle, device=device, precision=precision, threads=threads)
     contract, count = bundle.contract, len(golden.frames)
     quadrants = np.stack([frame_quadrants(frame, contract) for frame in golden.frames])
-    single = [engine.infer(frame) for frame in quadrants]
-    together = engine.infer(quadrants.reshape(-1, *quadrants.shape[2:]))
+    passes = [_infer(engine, quadrants, size) for size in (1, TOGETHER)]
     expected = decide(golden.probabilities, contract.vote, contract.vote_weights)
+    leads = frame_leads(golden.probabilities, contract.vote, contract.vote_weights)
+    patch_leads, allowed = quadrant_leads(golden.probabilities), gate["max_abs_dprobability"]
 
-    dlogit = np.zeros(count)
-    dprobability = np.zeros(count)
-    frame_flips = quadrant_flips = 0
-    for answers in (tuple(np.concatenate(parts) for parts in zip(*single, strict=True)), together):
-        logits, probabilities = (part.reshape(golden.logits.shape) for part in answers)
+    dlogit, dprobability = np.zeros(count), np.zeros(count)
+    labels, tolerated = expected.labels.copy(), np.ones(count, np.bool_)
+    flips = []
+    for logits, probabilities in passes:
         # A NaN compares as no difference at all; as an infinite one it cannot pass.
-        dlogit = np.maximum(dlogit, _largest(logits - golden.logits))
-        dprobability = np.maximum(dprobability, _largest(probabilities - golden.probabilities))
+        dlogit = np.maximum(dlogit, _largest(logits, golden.logits))
+        dprobability = np.maximum(dprobability, _largest(probabilities, golden.probabilities))
         found = decide(probabilities, contract.vote, contract.vote_weights)
-        frame_flips = max(frame_flips, int((found.labels != expected.labels).sum()))
-        quadrant_flips = max(quadrant_flips, int((found.quadrant_labels != expected.quadrant_labels).sum()))
-    gate = bundle.gate(engine.precision)
+        frames, patches = found.labels != expected.labels, found.quadrant_labels != expected.quadrant_labels
+        within = within_tolerance(leads, found.labels, allowed)
+        patches_within = within_tolerance(patch_leads, found.quadrant_labels, allowed)
+        counted = (frames & ~within, patches & ~patches_within, frames & within, patches & patches_within)
+        flips.append([int(turned.sum()) for turned in counted])
+        labels, tolerated = np.where(frames, found.labels, labels), tolerated & (within | ~frames)
+    frame_flips, quadrant_flips, tolerated_frame_flips, tolerated_quadrant_flips = map(max, zip(*flips, strict=True))
     passed = (
         frame_flips <= gate["max_frame_flip_fraction"] * count
         and bool(np.isfinite(dlogit).all())
         and float(dlogit.max()) <= gate.get("max_abs_dlogit", np.inf)
-        and float(dprobability.max()) <= gate["max_abs_dprobability"]
+        and float(dprobability.max()) <= allowed
     )
+    reasons = golden.reasons or ((),) * count
     return Verification(
         device=engine.device,
+        provider=engine.provider,
         precision=engine.precision,
         provider_note=engine.note,
         files=len(bundle.manifest["files"]),
@@ -114,11 +347,45 @@ def verify(
         max_abs_dprobability=float(dprobability.max()),
         frame_flips=frame_flips,
         quadrant_flips=quadrant_flips,
+        tolerated_frame_flips=tolerated_frame_flips,
+        tolerated_quadrant_flips=tolerated_quadrant_flips,
         worst_frame=golden.names[int(dprobability.argmax())],
         gate=gate,
         passed=bool(passed),
+        golden=tuple(
+            GoldenCheck(
+                golden.names[i],
+                reasons[i],
+                float(dlogit[i]),
+                float(dprobability[i]),
+                contract.classes[expected.labels[i]],
+                contract.classes[labels[i]],
+                bool(tolerated[i]),
+            )
+            for i in range(count)
+        ),
     )
 
 
-def _largest(difference: np.ndarray) -> np.ndarray:
-    return np.asarray(np.nan_to_num(np.abs(difference), nan=np.inf).max(axis=(1, 2)))
+def _infer(engine: OnnxEngine, quadrants: npt.NDArray[np.uint8], size: int) -> tuple[Floats, Floats]:
+    """Run frames' quadrants, uint8 [G, 4, 1, S, S], `size` frames at a time; gives float32 [G, 4, C] twice."""
+    parts = [
+        engine.infer(quadrants[start : start + size].reshape(-1, *quadrants.shape[2:]))
+        for start in range(0, len(quadrants), size)
+    ]
+    logits, probabilities = (np.concatenate(kind).reshape(len(quadrants), 4, -1) for kind in zip(*parts, strict=True))
+    return logits, probabilities
+
+
+def _largest(found: Floats, expected: Floats) -> npt.NDArray[np.float64]:
+    difference = np.abs(found.astype(np.float64) - expected)
+    return np.asarray(np.nan_to_num(difference, nan=np.inf).max(axis=(1, 2)))
+
+
+def _finite(value: Any) -> Any:
+    """Give JSON values with None in place of the infinite ones, which JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import platform
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from echoquad_runtime._version import __version__
+from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.devices import CUDA_PROVIDER, load_onnxruntime
 
 FILES = ("bundle.json", "model.fp32.onnx", "golden.npz", "MODEL_CARD.md")
@@ -22,7 +26,14 @@ cpu_wheel_alone = pytest.mark.skipif(
 def test_a_whole_bundle(tiny_bundle: Path, echoquad: Callable[..., Any]) -> None:
     ran = echoquad("verify", tiny_bundle, "--device", "cpu")
     assert ran.out.startswith(f"PASS {tiny_bundle.as_posix()}: 3 files whole, 6 golden frames on cpu in fp32: worst ")
-    assert ran.out.endswith("0 frame flips, 0 quadrant flips\n")
+    assert len(ran.out.splitlines()) == 1
+    what, provider, versions = ran.out.rstrip("\n").split("; ")
+    assert what.endswith("0 frame flips, 0 quadrant flips")
+    assert provider == "CPUExecutionProvider"
+    found = platform.python_version(), f"{platform.system()} {platform.machine()}"
+    assert re.fullmatch(
+        rf"echoquad {re.escape(__version__)}, onnxruntime\S* \S+, Python {found[0]}, {found[1]}", versions
+    )
     assert ran.err == ""  # the CPU was asked for: nothing to explain
 
 
@@ -62,6 +73,119 @@ def test_a_bundle_that_is_not_whole(
     assert f"{lies.as_posix()}: FAILED, 3 files whole" in ran.errors[0]
     assert ran.errors[0].endswith("do not deploy it on this device")
     assert found[-1].code == 1
+
+
+# The record
+
+
+def test_a_record_is_kept_whatever_is_found(
+    tiny_bundle: Path,
+    make_tiny_bundle: Callable[..., Path],
+    many: Callable[..., Any],
+    left_in: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    lies = make_tiny_bundle(tmp_path / "lies", graph={"logit_scale": 1.5})
+    nan = make_tiny_bundle(tmp_path / "nan", graph={"logit_scale": float("nan")})
+    damaged = make_tiny_bundle(tmp_path / "damaged")
+    (damaged / "MODEL_CARD.md").write_text("another")
+    bundles = {"good": tiny_bundle, "lies": lies, "nan": nan, "damaged": damaged, "none": tmp_path / "none"}
+    for name in bundles:
+        (tmp_path / f"{name}.json").write_text("an older record")
+    found, modules = many(
+        [["verify", folder, "--device", "cpu", "--json", tmp_path / f"{name}.json"] for name, folder in bundles.items()]
+    )
+    assert "torch" not in modules
+    assert left_in(tmp_path) == []
+    records = {name: json.loads((tmp_path / f"{name}.json").read_text("utf-8")) for name in bundles}
+    for (name, folder), ran in zip(bundles.items(), found, strict=True):
+        assert ran.code == {"good": 0, "none": 1}.get(name, 3), name
+        assert ran.err.startswith(f"wrote {(tmp_path / name).as_posix()}.json\n"), name
+        assert records[name]["verdict"] == ("failed" if ran.code else "passed"), name
+        assert records[name]["bundle"] == folder.as_posix()
+    (check,) = records["good"]["checks"]
+    assert (check["passed"], check["frame_flips"], len(check["golden"])) == (True, 0, 6)
+    (check,) = records["lies"]["checks"]
+    assert check["passed"] is False and check["max_abs_dlogit"] > 1e-4
+    assert records["nan"]["checks"][0]["max_abs_dlogit"] is None
+    assert "MODEL_CARD.md" in records["damaged"]["error"] and records["damaged"]["checks"] == []
+    assert "no bundle here" in records["none"]["error"] and records["none"]["manifest_sha256"] is None
+
+
+def test_a_record_that_cannot_be_written(
+    tiny_bundle: Path, make_tiny_bundle: Callable[..., Path], many: Callable[..., Any], tmp_path: Path
+) -> None:
+    lies = make_tiny_bundle(tmp_path / "lies", graph={"logit_scale": 1.5})
+    nowhere = tmp_path / "nowhere" / "record.json"
+    lines = [["verify", folder, "--device", "cpu", "--json", nowhere] for folder in (tiny_bundle, lies)]
+    (good, bad), _ = many(lines)
+    assert good.code == 1 and good.out.startswith("PASS ")
+    assert "record.json: cannot be written" in good.errors[0]
+    assert bad.code == 3 and "FAILED" in bad.errors[0]
+    assert bad.err.startswith("the record is not written: ")
+
+
+# Several devices and precisions
+
+# What another machine may find: a device that works, here the CPU under another name, and one that does not.
+OTHER_DEVICES = """
+import echoquad_runtime.devices as devices, echoquad_runtime.session as session
+devices.usable_devices = lambda: {"cpu": None, "openvino": None, "cuda": "no NVIDIA driver was found; do: install it"}
+def open_session(model, *, device, **options):
+    return devices.open_session(model, device="cpu", **{**options, "bfloat16": False})
+session.open_session = open_session
+"""
+
+
+def test_every_precision_and_every_device(
+    make_tiny_bundle: Callable[..., Path], echoquad: Callable[..., Any], many: Callable[..., Any], tmp_path: Path
+) -> None:
+    bundle = make_tiny_bundle(tmp_path / "bundle", precisions=("fp32", "int8"))
+    record = tmp_path / "record.json"
+    cpu = ["--device", "cpu"]
+    (every, both, wrong), _ = many(
+        [
+            ["verify", bundle, "--precision", "all", *cpu],
+            ["verify", bundle, "--all-devices", "--precision", "int8"],
+            ["verify", bundle, "--all-devices", *cpu, "--json", record],
+        ]
+    )
+    assert (every.code, wrong.code) == (0, 2)
+    assert wrong.errors[0].startswith("--all-devices and --device cpu: expected one of the two")
+    assert not record.exists()
+    lines = every.out.splitlines()
+    assert [line.split()[:3] for line in lines[2:-1]] == [
+        ["cpu", "fp32", "CPUExecutionProvider"],
+        ["cpu", "int8", "CPUExecutionProvider"],
+    ]
+    assert all(line.split()[-3:] == ["0", "0", "passed"] for line in lines[2:-1])
+    assert lines[-1].startswith(f"PASS {bundle.as_posix()}: 4 files whole, 2 of 2 checks of 6 golden frames; echoquad ")
+    assert both.out.splitlines()[2].split()[:2] == ["cpu", "int8"] and " fp32 " not in both.out
+
+    ran = echoquad("verify", bundle, "--all-devices", "--json", record, driver=OTHER_DEVICES)
+    lines = ran.out.splitlines()
+    assert [line.split()[1] for line in lines[2:7]] == ["fp32", "int8", "fp32", "int8", "bf16"]
+    assert lines[7] == "cuda is not usable: no NVIDIA driver was found; do: install it"
+    assert "5 of 5 checks of 6 golden frames" in lines[8]
+    found = json.loads(record.read_text("utf-8"))
+    assert found["devices_not_usable"] == {"cuda": "no NVIDIA driver was found; do: install it"}
+    assert [check["passed"] for check in found["checks"]] == [True] * 5
+
+
+def test_one_of_several_that_fails_fails_all(
+    make_tiny_bundle: Callable[..., Path],
+    make_tiny_graph: Callable[..., bytes],
+    many: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    contract = Bundle(make_tiny_bundle(tmp_path / "plain")).contract
+    wrong = make_tiny_graph(contract, logit_scale=1.5)
+    bundle = make_tiny_bundle(tmp_path / "bundle", precisions=("fp32", "int8"), graphs={"int8": wrong})
+    (ran,), _ = many([["verify", bundle, "--precision", "all", "--device", "cpu"]])
+    assert ran.code == 3
+    assert [line.split()[-1] for line in ran.out.splitlines()[2:]] == ["passed", "FAILED"]
+    assert ran.errors[0].startswith(f"{bundle.as_posix()}: FAILED in 1 of 2 checks: int8 on cpu: 4 files whole")
+    assert ran.errors[0].endswith("do not deploy it on this device")
 
 
 def test_a_changed_bundle_judges_nothing(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,16 @@ import numpy as np
 import pytest
 
 from echoquad_runtime.bundle import GOLDEN, Bundle, Golden
-from echoquad_runtime.errors import BundleError, BundleNotFoundError, BundleTamperedError
-from echoquad_runtime.verify import verify
+from echoquad_runtime.devices import open_session
+from echoquad_runtime.errors import (
+    BundleError,
+    BundleNotFoundError,
+    BundleTamperedError,
+    DeviceUnavailableError,
+)
+from echoquad_runtime.session import OnnxEngine
+from echoquad_runtime.tolerance import frame_leads
+from echoquad_runtime.verify import verify, verify_all
 
 Make = Callable[..., Path]
 LOOSE = {"max_abs_dprobability": 0.05, "max_frame_flip_fraction": 0.01}
@@ -33,7 +42,7 @@ def test_a_good_bundle_passes(tiny_bundle: Path) -> None:
     assert (found.frame_flips, found.quadrant_flips) == (0, 0)
     assert 0 < found.max_abs_dlogit < 1e-4  # numpy in float64 against onnxruntime in float32
     assert found.worst_frame in golden_of(tiny_bundle).names
-    assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False)) == found.to_dict()
 
 
 @pytest.mark.parametrize("classes", [("A", "B", "C"), ("A", "B", "C", "D", "E")])
@@ -89,24 +98,78 @@ def test_golden_answers_that_are_no_number_do_not_pass_where_logits_have_no_boun
 def test_flips_are_counted_and_fail(tmp_path: Path, tiny_bundle: Path, make_tiny_bundle: Make) -> None:
     golden = golden_of(tiny_bundle)
     swapped = dataclasses.replace(golden, probabilities=golden.probabilities[:, :, ::-1])
-    bounds = {"max_abs_dprobability": 1.0, "max_frame_flip_fraction": 0.5}
-    found = verify(make_tiny_bundle(tmp_path, golden=swapped, manifest={"parity": gate(**bounds)}), device="cpu")
+    found = verify(make_tiny_bundle(tmp_path, golden=swapped, manifest={"parity": gate(**LOOSE)}), device="cpu")
     assert not found.passed
     assert found.frame_flips > found.frames / 2
     assert found.quadrant_flips > 2 * found.frames
-    assert found.frame_flips <= found.frames
-    assert found.quadrant_flips <= 4 * found.frames
+    assert found.frame_flips + found.tolerated_frame_flips <= found.frames
+    assert found.quadrant_flips + found.tolerated_quadrant_flips <= 4 * found.frames
 
 
-def test_a_gate_that_allows_them_lets_flips_pass(tmp_path: Path, tiny_bundle: Path, make_tiny_bundle: Make) -> None:
-    golden = golden_of(tiny_bundle)
-    probabilities = golden.probabilities.copy()
-    probabilities[1] = probabilities[1, :, ::-1]
-    bounds = {"max_abs_dprobability": 1.0, "max_frame_flip_fraction": 1 / len(golden.names)}
-    changed = dataclasses.replace(golden, probabilities=probabilities)
-    found = verify(make_tiny_bundle(tmp_path, golden=changed, manifest={"parity": gate(**bounds)}), device="cpu")
+# The rule for marginal frames
+
+
+@pytest.fixture
+def undecided(tmp_path: Path, make_tiny_bundle: Make) -> Callable[[float], Path]:
+    """Give bundles whose probabilities are all near a half, and whose golden answers are on the other side of it."""
+    golden = golden_of(make_tiny_bundle(tmp_path / "plain", temperature=100.0))
+    swapped = dataclasses.replace(golden, probabilities=golden.probabilities[:, :, ::-1])
+
+    def make(allowed: float) -> Path:
+        bounds = {"max_abs_dprobability": allowed, "max_frame_flip_fraction": 0.0}
+        folder = tmp_path / f"{allowed}"
+        return make_tiny_bundle(folder, temperature=100.0, golden=swapped, manifest={"parity": gate(**bounds)})
+
+    return make
+
+
+def test_flips_that_a_difference_within_the_gate_accounts_for_are_told_apart(
+    undecided: Callable[[float], Path],
+) -> None:
+    found = verify(undecided(0.2), device="cpu")
+    assert 0.01 < found.max_abs_dprobability < 0.2
     assert found.passed
-    assert found.gate == bounds
+    assert (found.frame_flips, found.tolerated_frame_flips) == (0, found.frames)
+    assert (found.quadrant_flips, found.tolerated_quadrant_flips) == (0, 4 * found.frames)
+    assert all(check.tolerated and check.expected != check.found for check in found.golden)
+
+
+def test_beyond_the_gate_flips_count_and_no_difference_is_excused(undecided: Callable[[float], Path]) -> None:
+    folder = undecided(0.004)
+    found = verify(folder, device="cpu")
+    assert not found.passed
+    golden = golden_of(folder)
+    leads = frame_leads(golden.probabilities, "majority").max(axis=1)
+    assert 0 < (leads > 0.008).sum() < found.frames  # there are both kinds
+    assert found.frame_flips == (leads > 0.008).sum()
+    assert found.tolerated_frame_flips == found.frames - found.frame_flips
+    assert [check.tolerated for check in found.golden] == (leads <= 0.008).tolist()
+
+
+def test_a_difference_beyond_the_gate_fails_though_no_decision_hangs_on_it(
+    tmp_path: Path, tiny_bundle: Path, make_tiny_bundle: Make
+) -> None:
+    golden = golden_of(tiny_bundle)
+    p = np.array([[[0.5, 0.5]] * 4] * len(golden.names), np.float32)
+    bounds = {"max_abs_dprobability": 0.3, "max_frame_flip_fraction": 1.0}
+    changed = dataclasses.replace(golden, probabilities=p)
+    found = verify(make_tiny_bundle(tmp_path, golden=changed, manifest={"parity": gate(**bounds)}), device="cpu")
+    assert (found.frame_flips, found.quadrant_flips) == (0, 0)
+    assert found.max_abs_dprobability > 0.3
+    assert not found.passed
+
+
+def test_each_golden_frame_is_told_of(tmp_path: Path, tiny_bundle: Path, make_tiny_bundle: Make) -> None:
+    golden = golden_of(tiny_bundle)
+    reasons = tuple((f"reason {index}", "another") for index in range(len(golden.names)))
+    found = verify(make_tiny_bundle(tmp_path, golden=dataclasses.replace(golden, reasons=reasons)), device="cpu")
+    assert tuple(check.name for check in found.golden) == golden.names
+    assert tuple(check.reasons for check in found.golden) == reasons
+    assert max(check.max_abs_dlogit for check in found.golden) == found.max_abs_dlogit
+    worst = max(found.golden, key=lambda check: check.max_abs_dprobability)
+    assert (worst.name, worst.max_abs_dprobability) == (found.worst_frame, found.max_abs_dprobability)
+    assert all(check.expected == check.found and check.tolerated for check in found.golden)
+    assert found.provider == "CPUExecutionProvider"
 
 
 def test_every_listed_file_is_hashed(tmp_path: Path, make_tiny_bundle: Make) -> None:
@@ -131,3 +194,129 @@ def test_no_bundle_and_no_gate(tmp_path: Path, make_tiny_bundle: Make) -> None:
         verify(tmp_path)
     with pytest.raises(BundleError, match="no parity gate"):
         verify(make_tiny_bundle(tmp_path, manifest={"parity": {}}), device="cpu")
+
+
+# Several devices and precisions, and the record of it
+
+
+def test_a_record_of_all_devices(tmp_path: Path, make_tiny_bundle: Make) -> None:
+    folder = make_tiny_bundle(tmp_path / "bundle", precisions=("fp32", "int8"))
+    steps: list[tuple[int, int]] = []
+    record = verify_all(
+        folder, devices={"cpu": None, "cuda": "no driver"}, threads=1, progress=lambda *step: steps.append(step)
+    )
+    assert record.passed and record.error is None
+    assert [(check.device, check.precision) for check in record.checks] == [("cpu", "fp32"), ("cpu", "int8")]
+    assert steps == [(0, 2), (1, 2)]
+    assert record.obstacles == {"cuda": "no driver"}
+    manifest = json.loads((folder / "bundle.json").read_text("ascii"))
+    found = json.loads(json.dumps(record.to_dict(), allow_nan=False))
+    assert (found["verdict"], found["error"], found["bundle"]) == ("passed", None, folder.as_posix())
+    assert found["manifest_sha256"] == manifest["manifest_sha256"]
+    assert found["contract_sha256"] == manifest["contract_sha256"]
+    assert (found["files"], found["signed_by"]) == (4, None)
+    assert datetime.fromisoformat(found["created"]).utcoffset() == timedelta(0)
+    assert {"echoquad", "onnxruntime", "python", "platform", "CPU"} <= found["versions"].keys()
+    assert found["devices_not_usable"] == {"cuda": "no driver"}
+    for check, precision in zip(found["checks"], ("fp32", "int8"), strict=True):
+        assert (check["device"], check["provider"], check["precision"]) == ("cpu", "CPUExecutionProvider", precision)
+        assert check["passed"] is True and check["gate"] == manifest["parity"][precision]["gate"]
+        assert [frame["name"] for frame in check["golden"]] == list(golden_of(folder).names)
+
+
+def test_one_that_fails_is_in_the_record_beside_those_that_pass(
+    tmp_path: Path, make_tiny_bundle: Make, make_tiny_graph: Callable[..., bytes]
+) -> None:
+    contract = Bundle(make_tiny_bundle(tmp_path / "plain")).contract
+    wrong = make_tiny_graph(contract, logit_scale=float("nan"))
+    folder = make_tiny_bundle(tmp_path / "bundle", precisions=("fp32", "int8"), graphs={"int8": wrong})
+    record = verify_all(folder, devices={"cpu": None})
+    assert [check.passed for check in record.checks] == [True, False]
+    assert not record.passed and record.error is None
+    found = json.loads(json.dumps(record.to_dict(), allow_nan=False))
+    assert found["verdict"] == "failed"
+    assert found["checks"][1]["max_abs_dlogit"] is None  # no number at all
+    assert found["checks"][1]["golden"][0]["max_abs_dprobability"] is None
+
+
+def test_a_graph_that_cannot_be_run_does_not_end_the_others(
+    tmp_path: Path, make_tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    infer = OnnxEngine.infer
+
+    def breaks(engine: OnnxEngine, quadrants: np.ndarray) -> Any:
+        if engine.precision == "int8" and len(quadrants) > 4:
+            raise BundleError("the int8 graph fails on cpu: out of memory")
+        return infer(engine, quadrants)
+
+    monkeypatch.setattr(OnnxEngine, "infer", breaks)
+    folder = make_tiny_bundle(tmp_path / "bundle", precisions=("int8", "fp32"))
+    record = verify_all(folder, devices={"cpu": None})
+    assert {check.precision: check.passed for check in record.checks} == {"fp32": True, "int8": False}
+    assert [str(check.error) for check in record.checks if check.error] == [
+        "the int8 graph fails on cpu: out of memory"
+    ]
+    assert not record.passed
+
+
+def test_a_device_that_is_not_there_fails_nothing_unless_it_is_all_there_is(
+    tmp_path: Path, make_tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model: bytes, *, device: str, **options: Any) -> Any:
+        if device == "openvino":
+            raise DeviceUnavailableError("device openvino cannot be used: it is not there")
+        return open_session(model, device=device, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("echoquad_runtime.session.open_session", refuse)
+    folder = make_tiny_bundle(tmp_path / "bundle")
+    both = verify_all(folder, devices={"cpu": None, "openvino": None})
+    assert [(check.device, check.precision, check.usable) for check in both.checks] == [
+        ("cpu", "fp32", True),
+        ("openvino", "fp32", False),
+        ("openvino", "bf16", False),
+    ]
+    assert both.passed
+    refused = both.to_dict()["checks"][1]
+    assert (refused["passed"], refused["usable"]) == (False, False)
+    assert refused["error"] == "device openvino cannot be used: it is not there"
+    assert not verify_all(folder, devices={"openvino": None}).passed
+    assert not verify_all(folder, devices={"openvino": "not there"}).passed
+
+
+def test_a_bundle_that_is_not_whole_has_a_record_too(tmp_path: Path, make_tiny_bundle: Make) -> None:
+    folder = make_tiny_bundle(tmp_path / "bundle")
+    (folder / "MODEL_CARD.md").write_text("another")
+    record = verify_all(folder, devices={"cpu": None})
+    assert isinstance(record.error, BundleTamperedError) and not record.passed
+    found = record.to_dict()
+    assert (found["verdict"], found["files"], found["checks"]) == ("failed", 0, [])
+    assert "MODEL_CARD.md" in found["error"] and found["manifest_sha256"] is not None
+    nothing = verify_all(tmp_path / "none", devices={"cpu": None}).to_dict()
+    assert (nothing["verdict"], nothing["manifest_sha256"]) == ("failed", None)
+    assert "no bundle here" in nothing["error"]
+    lacking = verify_all(make_tiny_bundle(tmp_path / "fp32"), devices={"cpu": None}, precisions=["int8"])
+    assert "it holds no int8 graph" in str(lacking.error)
+
+
+def test_many_golden_frames_go_through_in_batches_of_a_bounded_size(
+    tmp_path: Path, tiny_bundle: Path, make_tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cart's memory must not depend on how many golden frames there are."""
+    golden = golden_of(tiny_bundle)
+    many = Golden(
+        golden.names * 7,
+        golden.frames * 7,
+        np.tile(golden.logits, (7, 1, 1)),
+        np.tile(golden.probabilities, (7, 1, 1)),
+    )
+    sizes: list[int] = []
+    infer = OnnxEngine.infer
+
+    def watch(engine: OnnxEngine, quadrants: np.ndarray) -> Any:
+        sizes.append(len(quadrants))
+        return infer(engine, quadrants)
+
+    monkeypatch.setattr(OnnxEngine, "infer", watch)
+    found = verify(make_tiny_bundle(tmp_path, golden=many), device="cpu")
+    assert found.passed and found.frames == 42
+    assert sizes == [4] * 42 + [64, 64, 40]

@@ -1,0 +1,75 @@
+"""Metrics: what a model reached on labelled frames, with intervals, as the manifest holds it.
+
+The runtime shows these figures where there is no scikit-learn: whatever has to be computed is computed here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from echoquad_runtime.errors import RunError
+from echoquad_runtime.session import Floats
+from echoquad_runtime.vote import decide
+from echoquad_train.checkpoint import Run
+from echoquad_train.evaluate import wilson_interval
+
+__all__ = ["measure_run"]
+
+
+def measure_run(run: Run, probabilities: Floats, labels: npt.NDArray[np.int64], source: str) -> dict[str, Any]:
+    """Give what a run reached on labelled frames: in training, and by its weights as they are exported.
+
+    Parameters
+    ----------
+    run
+        Says what was reached on the validation split, in the epoch whose weights were kept.
+    probabilities
+        float32 [F * 4, C], the training code's answers in float32, quadrants of a frame together.
+    labels
+        int64 [F], the true classes of these frames.
+    source
+        What they are, for the record.
+
+    Returns
+    -------
+    dict
+        ``training`` with its ``frame_accuracy``; ``export`` with that, the ``recall`` of each class, and
+        ``quadrant_accuracy``. Each has the number that was right, that of all, the share and its 95 % interval; the
+        last has none, for the quadrants of a frame are not independent.
+
+    Raises
+    ------
+    RunError
+        If ``run.json`` lacks what was reached.
+    """
+    try:
+        best, count = run.info["best"], sum(run.info["data"]["frames"]["validation"].values())
+        reached = _share(round(best["validation_frame_accuracy"] * count), count)
+        training = {"split": "validation", "epoch": best["epoch"], "frame_accuracy": reached}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{run.folder.as_posix()}: run.json does not say what was reached ({error}); train again"
+        ) from error
+    contract = run.contract
+    shape = (-1, 4, len(contract.classes))
+    decision = decide(probabilities.reshape(shape), contract.vote, contract.vote_weights)
+    right, quadrants = decision.labels == labels, decision.quadrant_labels == labels[:, None]
+    of_class = {name: right[labels == index] for index, name in enumerate(contract.classes)}
+    export = {
+        "source": source,
+        "frame_accuracy": _share(int(right.sum()), len(labels)),
+        "recall": {name: _share(int(found.sum()), len(found)) for name, found in of_class.items()},
+        "quadrant_accuracy": {
+            "right": int(quadrants.sum()),
+            "count": quadrants.size,
+            "share": float(quadrants.mean()),
+        },
+    }
+    return {"training": training, "export": export}
+
+
+def _share(right: int, count: int) -> dict[str, Any]:
+    return {"right": right, "count": count, "share": right / count, "ci95": list(wilson_interval(right, count))}
