@@ -14,7 +14,16 @@ from typing import IO, TYPE_CHECKING, Annotated
 import typer
 
 from echoquad.cli.console import STDOUT, Progress, list_failures, note
-from echoquad.cli.options import BatchSize, BundleFolder, Device, DeviceName, Method, Precision, Threads
+from echoquad.cli.options import (
+    BundleFolder,
+    Method,
+    Precision,
+    PublicKey,
+    Threads,
+    TunedBatchSize,
+    TunedDevice,
+    Untuned,
+)
 
 if TYPE_CHECKING:
     from echoquad_runtime.writers import Writer
@@ -37,13 +46,17 @@ def predict(
         Path | None,
         typer.Option("--overlay", metavar="DIR", help="Also draw each frame with its four decisions."),
     ] = None,
-    device: Device = DeviceName.auto,
+    device: TunedDevice = None,
     precision: Precision = None,
-    batch_size: BatchSize = 8,
+    batch_size: TunedBatchSize = None,
     threads: Threads = None,
+    untuned: Untuned = False,
+    public_key: PublicKey = None,
 ) -> None:
     """Judge frames with a bundle. Needs no torch."""
+    from echoquad_runtime.bundle import Bundle
     from echoquad_runtime.errors import FrameError
+    from echoquad_runtime.host import settle
     from echoquad_runtime.inputs import Failure, find_frames
     from echoquad_runtime.overlay import save_overlay
     from echoquad_runtime.predictor import Predictor
@@ -51,20 +64,33 @@ def predict(
 
     if out is not None:
         check_ending(out)
-    predictor = Predictor(
-        bundle,
-        device=device.value,
+    opened = Bundle(bundle, public_key=public_key)
+    settings = settle(
+        opened,
+        device=device.value if device else None,
         precision=precision,
         threads=threads,
-        method=method.value if method else None,
         batch_size=batch_size,
+        untuned=untuned,
+    )
+    predictor = Predictor(
+        opened,
+        device=settings.device,
+        precision=settings.precision,
+        threads=settings.threads,
+        spinning=settings.spinning,
+        method=method.value if method else None,
+        batch_size=settings.batch_size,
     )
     found = list(find_frames(inputs))
     failures = [item for item in found if isinstance(item, Failure)]
     frames = [item for item in found if not isinstance(item, Failure)]
     if not frames:
         raise typer.Exit(list_failures(failures, done=0))
-    note(predictor.engine.note or f"on {predictor.engine.device} in {predictor.engine.precision}")
+    if settings.note:
+        note(settings.note)
+    if predictor.engine.note or not settings.tuned:  # what is tuned has named device and precision
+        note(predictor.engine.note or f"on {predictor.engine.device} in {predictor.engine.precision}")
 
     counts: Counter[str] = Counter()
     begin = time.perf_counter()

@@ -23,11 +23,20 @@ from echoquad_runtime.devices import Device, installed_wheels
 from echoquad_runtime.errors import FrameError, InputNotFoundError
 from echoquad_runtime.frames import decode_frame, read_bytes
 from echoquad_runtime.inputs import Failure, find_frames
-from echoquad_runtime.quadrants import frame_quadrants
-from echoquad_runtime.session import OnnxEngine
+from echoquad_runtime.quadrants import Grey, frame_quadrants
+from echoquad_runtime.session import Engine, OnnxEngine
 from echoquad_runtime.vote import decide
 
-__all__ = ["STAGES", "Benchmark", "encoded_golden_frames", "peak_rss_mb", "read_encoded", "run_benchmark"]
+__all__ = [
+    "STAGES",
+    "Benchmark",
+    "Encoded",
+    "encoded_golden_frames",
+    "peak_rss_mb",
+    "read_encoded",
+    "run_benchmark",
+    "time_stages",
+]
 
 STAGES: Final = ("decode", "quadrants", "infer", "vote")
 
@@ -44,6 +53,10 @@ class Benchmark:
         What really ran.
     batch_size
         Frames a batch in the throughput part; the latency part is one frame at a time.
+    threads
+        CPU threads that were asked for; None is what affinity and cgroup allow.
+    spinning
+        Whether they wait for work in a busy loop.
     frames
         Frames timed in each part.
     stages
@@ -68,6 +81,7 @@ class Benchmark:
     precision: str
     batch_size: int
     threads: int | None
+    spinning: bool
     frames: int
     stages: dict[str, float]
     latency_ms: dict[str, float]
@@ -131,6 +145,8 @@ def run_benchmark(
     precision: str | None = None,
     batch_size: int = 8,
     threads: int | None = None,
+    spinning: bool = True,
+    public_key: str | Path | None = None,
     count: int = 100,
 ) -> Benchmark:
     """Measure latency frame by frame, then throughput in batches, on encoded frames in memory.
@@ -143,8 +159,10 @@ def run_benchmark(
         The bundle.
     frames
         Names and file bytes, gone through again and again; None is the bundle's golden phantoms.
-    device, precision, threads
+    device, precision, threads, spinning
         As `OnnxEngine`.
+    public_key
+        As `Bundle`.
     batch_size
         Frames a batch in the throughput part.
     count
@@ -158,51 +176,37 @@ def run_benchmark(
         If there is no frame to time.
     """
     begin = time.perf_counter()
-    bundle = Bundle(folder)
-    engine = OnnxEngine(bundle, precision=precision, device=device, threads=threads)
+    bundle = Bundle(folder, public_key=public_key)
+    engine = OnnxEngine(bundle, precision=precision, device=device, threads=threads, spinning=spinning)
     load_ms = 1e3 * (time.perf_counter() - begin)
     encoded = [data for _, data in (frames or encoded_golden_frames(bundle))]
     if not encoded:
         raise InputNotFoundError(f"{bundle.folder.as_posix()}: its golden frames hold no phantom; name frames to time")
-    contract, size = bundle.contract, bundle.contract.input_size
+    size = bundle.contract.input_size
     batch = np.empty((batch_size, 4, 1, size, size), np.uint8)
 
-    def one(data: bytes) -> list[float]:
-        marks = [time.perf_counter()]
-        grey = decode_frame(data)
-        marks.append(time.perf_counter())
-        frame_quadrants(grey, contract, out=batch[0])
-        marks.append(time.perf_counter())
-        _, probabilities = engine.infer(batch[0])
-        marks.append(time.perf_counter())
-        decide(probabilities[None], contract.vote, contract.vote_weights)
-        marks.append(time.perf_counter())
-        return np.diff(marks).tolist()
+    def frames_from(start: int, many: int = 1) -> list[float]:
+        return time_stages(engine, [encoded[index % len(encoded)] for index in range(start, start + many)], batch)
 
-    def many(chunk: Sequence[bytes]) -> None:
-        for slot, data in zip(batch, chunk, strict=False):
-            frame_quadrants(decode_frame(data), contract, out=slot)
-        _, probabilities = engine.infer(batch[: len(chunk)].reshape(-1, 1, size, size))
-        decide(probabilities.reshape(len(chunk), 4, -1), contract.vote, contract.vote_weights)
-
-    first_frame_ms = 1e3 * sum(one(encoded[0]))
+    first_frame_ms = 1e3 * sum(frames_from(0))
     for index in range(5):
-        one(encoded[index % len(encoded)])
+        frames_from(index)
     gc.collect()
-    times = np.array([one(encoded[index % len(encoded)]) for index in range(count)])
+    times = np.array([frames_from(index) for index in range(count)])
     latency = 1e3 * times.sum(axis=1)
     p50, p95, p99 = np.percentile(latency, [50, 95, 99])
 
-    many([encoded[index % len(encoded)] for index in range(batch_size)])  # warms this batch's shape
+    frames_from(0, batch_size)  # warms this batch's shape
     begin = time.perf_counter()
     for start in range(0, count, batch_size):
-        many([encoded[index % len(encoded)] for index in range(start, min(start + batch_size, count))])
+        frames_from(start, min(batch_size, count - start))
     elapsed = time.perf_counter() - begin
     return Benchmark(
         device=engine.device,
         precision=engine.precision,
         batch_size=batch_size,
         threads=threads,
+        spinning=spinning,
         frames=count,
         stages=dict(zip(STAGES, (1e3 * np.median(times, axis=0)).tolist(), strict=True)),
         latency_ms={"p50": float(p50), "p95": float(p95), "p99": float(p99), "max": float(latency.max())},
@@ -220,6 +224,34 @@ def run_benchmark(
         },
         note=engine.note,
     )
+
+
+def time_stages(engine: Engine, encoded: Sequence[bytes], batch: Grey) -> list[float]:
+    """Judge frames together, file bytes to decisions, as `Predictor` does; gives the seconds of each of `STAGES`.
+
+    Parameters
+    ----------
+    engine
+        What judges.
+    encoded
+        File bytes, one frame each, as many as `batch` has places or fewer.
+    batch
+        Where their quadrants go, uint8 [B, 4, 1, S, S].
+    """
+    contract, clock = engine.contract, time.perf_counter
+    decoding = quartering = 0.0
+    for slot, data in zip(batch, encoded, strict=False):
+        begin = clock()
+        grey = decode_frame(data)
+        decoded = clock()
+        frame_quadrants(grey, contract, out=slot)
+        quartering += clock() - decoded
+        decoding += decoded - begin
+    begin = clock()
+    _, probabilities = engine.infer(batch[: len(encoded)].reshape(-1, *batch.shape[2:]))
+    inferred = clock()
+    decide(probabilities.reshape(len(encoded), 4, -1), contract.vote, contract.vote_weights)
+    return [decoding, quartering, inferred - begin, clock() - inferred]
 
 
 def peak_rss_mb() -> float:

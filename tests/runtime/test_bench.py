@@ -28,6 +28,7 @@ def test_figures(tiny_bundle: Path) -> None:
         "precision",
         "batch_size",
         "threads",
+        "spinning",
         "frames",
         "stages",
         "latency_ms",

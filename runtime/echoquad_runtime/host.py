@@ -1,0 +1,327 @@
+"""What was chosen for this host: the file that ``echoquad tune`` writes and ``echoquad predict`` reads.
+
+One JSON file a bundle, named by its manifest's hash, in the user's configuration folder. It holds what the choice
+depends on (CPU, how many of it, onnxruntime, EchoQuad) and is used only while all of that still holds. It is a
+convenience, so nothing about it is ever an error to a reader: what cannot be used is ignored, and a line says why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, Literal, cast, get_args
+
+from echoquad_runtime._version import __version__
+from echoquad_runtime.bundle import BF16, Bundle
+from echoquad_runtime.devices import Device, available_cpus, installed_wheels, usable_devices
+from echoquad_runtime.errors import OutputError
+from echoquad_runtime.files import make_folder, output_errors, write_json
+from echoquad_runtime.predictor import DEFAULT_BATCH_SIZE
+
+__all__ = [
+    "Choice",
+    "Goal",
+    "Kept",
+    "Settings",
+    "choice_file",
+    "forget",
+    "host_facts",
+    "keep",
+    "look_up",
+    "precisions_on",
+    "settle",
+]
+
+Goal = Literal["latency", "throughput", "power"]
+
+_SCHEMA: Final = 1
+_MOST: Final = 4096  # threads, or frames at a time: more in a file was not written by `keep`
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One way to run a bundle.
+
+    Attributes
+    ----------
+    device, precision
+        As `OnnxEngine`; never ``auto``.
+    threads
+        CPU threads inside an operator, at least 1.
+    spinning
+        Whether they wait for work in a busy loop.
+    batch_size
+        Frames that go through the network at a time, at least 1.
+    """
+
+    device: str
+    precision: str
+    threads: int
+    spinning: bool
+    batch_size: int
+
+    def __str__(self) -> str:
+        """Give the words for a note."""
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        frames = "one frame" if self.batch_size == 1 else f"{self.batch_size} frames"
+        waiting = "" if not self.can_spin else ", spinning" if self.spinning else ", not spinning"
+        return f"{self.precision} on {self.device}, {threads}{waiting}, {frames} at a time"
+
+    @property
+    def can_spin(self) -> bool:
+        """Whether it matters: one thread has nobody to wait for, and OpenVINO's and CUDA's own take no hint."""
+        return self.device == "cpu" and self.threads > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a file holds: the choice, what it was made for, and when (ISO 8601, UTC)."""
+
+    choice: Choice
+    goal: Goal
+    created: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a command is to run a bundle.
+
+    Attributes
+    ----------
+    device, precision, threads, spinning, batch_size
+        As `Predictor`.
+    note
+        One line on the tuning that is used, or why one is not; empty where there is none.
+    tuned
+        Whether a tuning is used.
+    """
+
+    device: Device
+    precision: str | None
+    threads: int | None
+    spinning: bool
+    batch_size: int
+    note: str
+    tuned: bool
+
+
+def precisions_on(bundle: Bundle, device: str) -> tuple[str, ...]:
+    """Name what a device could compute of a bundle: its graphs, and the fp32 one in bfloat16 on OpenVINO."""
+    return bundle.precisions + ((BF16,) if device == "openvino" and "fp32" in bundle.precisions else ())
+
+
+def host_facts(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
+    """Give what a choice depends on, beside the bundle: while it is the same, the choice is worth something."""
+    return {
+        "CPU": _cpu_model(cpuinfo),
+        "CPUs to use": str(available_cpus()),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "onnxruntime": " and ".join(f"{name} {version}" for name, version in installed_wheels().items()),
+        "echoquad": __version__,
+    }
+
+
+def choice_file(bundle: Bundle) -> Path:
+    """Name the file for a bundle: ``tuning/<manifest_sha256>.json`` in the configuration folder.
+
+    That folder is ``ECHOQUAD_CONFIG_DIR``, else the platform's: ``EchoQuad`` in ``%APPDATA%`` or in
+    ``~/Library/Application Support``, ``echoquad`` in ``XDG_CONFIG_HOME`` or ``~/.config``.
+
+    Raises
+    ------
+    OutputError
+        If there is no such folder: the user has no home.
+    """
+    return _config_folder() / "tuning" / f"{bundle.manifest['manifest_sha256']}.json"
+
+
+def keep(
+    bundle: Bundle,
+    choice: Choice,
+    *,
+    goal: Goal,
+    max_p99_ms: float | None = None,
+    table: Sequence[Mapping[str, Any]] = (),
+) -> Path:
+    """Write the choice for this host and bundle, in place of an older one; gives the file.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written.
+    """
+    path = choice_file(bundle)
+    make_folder(path.parent)
+    content = {
+        "schema": _SCHEMA,
+        "bundle": bundle.manifest["manifest_sha256"],
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "goal": goal,
+        "max_p99_ms": max_p99_ms,
+        "choice": asdict(choice),
+        "host": host_facts(),
+        "table": list(table),
+    }
+    write_json(path, content)
+    return path
+
+
+def forget(bundle: Bundle) -> Path | None:
+    """Remove the choice for this bundle; gives the file that went, None where there was none.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be removed.
+    """
+    path = choice_file(bundle)
+    with output_errors(path):
+        try:
+            path.unlink()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+    return path
+
+
+def look_up(bundle: Bundle) -> tuple[Kept | None, str]:
+    """Give the choice that was kept for this bundle if it holds here and now; if not, one line on why.
+
+    The line is empty where nothing was ever kept.
+    """
+    try:
+        path = choice_file(bundle)
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, OutputError):
+        return None, ""
+    except OSError as error:
+        why = f"it cannot be read ({error.strerror or error})"
+    else:
+        kept, why = _understand(text, bundle)
+        if not why:
+            return kept, ""
+    return None, f"{path.as_posix()}: the tuning is ignored, {why}; run echoquad tune again, or with --forget"
+
+
+def settle(
+    bundle: Bundle,
+    *,
+    device: Device | None = None,
+    precision: str | None = None,
+    threads: int | None = None,
+    batch_size: int | None = None,
+    untuned: bool = False,
+) -> Settings:
+    """Settle how to run a bundle: what is given, else what was kept for this host, else the defaults.
+
+    A choice holds for the device and the precision that it was measured on: where another is given, none of it is
+    used.
+
+    Parameters
+    ----------
+    device, precision, threads, batch_size
+        What the user has given; None is not given.
+    untuned
+        Whether to ignore what was kept.
+    """
+    kept, note = (None, "") if untuned else look_up(bundle)
+    if kept is not None:
+        choice, made = kept.choice, f"{kept.created[:10]} for {kept.goal}"
+        if device in (None, choice.device) and precision in (None, choice.precision):
+            used = replace(choice, threads=threads or choice.threads, batch_size=batch_size or choice.batch_size)
+            given = [
+                name for name, value in (("--threads", threads), ("--batch-size", batch_size)) if value is not None
+            ]
+            note = f"as tuned on {made}: {used}" + (f" ({' and '.join(given)} as given)" if given else "")
+            return Settings(
+                cast("Device", used.device),
+                used.precision,
+                used.threads,
+                used.spinning,
+                used.batch_size,
+                note,
+                tuned=True,
+            )
+        note = f"the tuning of {made} is for {choice.precision} on {choice.device}: it is not used"
+    return Settings(device or "auto", precision, threads, True, batch_size or DEFAULT_BATCH_SIZE, note, tuned=False)
+
+
+def _parse(content: Any, bundle: Bundle) -> Kept:
+    if content["schema"] != _SCHEMA:
+        raise ValueError
+    choice = Choice(**content["choice"])
+    if (
+        choice.device not in get_args(Device)
+        or choice.device == "auto"
+        or choice.precision not in precisions_on(bundle, choice.device)
+        or not all(type(number) is int and 1 <= number <= _MOST for number in (choice.threads, choice.batch_size))
+        or type(choice.spinning) is not bool
+        or content["goal"] not in get_args(Goal)
+    ):
+        raise ValueError
+    datetime.fromisoformat(content["created"])
+    return Kept(choice, content["goal"], content["created"])
+
+
+def _understand(text: bytes, bundle: Bundle) -> tuple[Kept | None, str]:
+    """Read what a file holds; words on why it is of no use here, empty where it is."""
+    try:
+        content = json.loads(text)
+        kept = _parse(content, bundle)
+        host, made_for = dict(content["host"]), content["bundle"]
+    except (ValueError, TypeError, KeyError, RecursionError):  # damaged by whoever, in whatever way
+        return None, "it is not what echoquad tune writes"
+    if made_for != bundle.manifest["manifest_sha256"]:
+        return None, "it is for another bundle"
+    for name, here in host_facts().items():
+        if host.get(name) != here:
+            return None, f"{name} was {_shown(host.get(name))} when it was made and is {here} now"
+    device = kept.choice.device
+    # The CPU is always there; trying the others takes a while, and is done only when one of them was chosen.
+    obstacle = None if device == "cpu" else usable_devices().get(device, "this onnxruntime is built without it")
+    return kept, "" if obstacle is None else f"its device {device} cannot be used: {obstacle}"
+
+
+def _shown(value: object) -> str:
+    """Give a value of a file that anybody may have written, fit for a line."""
+    return ascii(value).strip("'\"")[:80]
+
+
+def _config_folder() -> Path:
+    given = os.environ.get("ECHOQUAD_CONFIG_DIR")
+    if given:
+        return Path(given)
+    try:
+        if sys.platform == "win32":
+            roaming = os.environ.get("APPDATA")
+            return (Path(roaming) if roaming else Path.home() / "AppData" / "Roaming") / "EchoQuad"
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Application Support" / "EchoQuad"
+        named = Path(os.environ.get("XDG_CONFIG_HOME", ""))
+        # The XDG specification has a relative path ignored.
+        return (named if named.is_absolute() else Path.home() / ".config") / "echoquad"
+    except RuntimeError as error:
+        raise OutputError(
+            f"no folder to keep the tuning in ({error}); name one in the variable ECHOQUAD_CONFIG_DIR"
+        ) from error
+
+
+def _cpu_model(cpuinfo: Path) -> str:
+    """Name the CPU as the system does; on Arm, Linux gives numbers of maker and part in place of a name."""
+    found: dict[str, str] = {}
+    try:
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            found.setdefault(key.strip(), value.strip())
+    except OSError:
+        pass
+    if "model name" in found:
+        return found["model name"]
+    if "CPU part" in found:
+        return f"implementer {found.get('CPU implementer', '?')} part {found['CPU part']}"
+    return platform.processor() or platform.machine()

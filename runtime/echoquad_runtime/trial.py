@@ -1,0 +1,177 @@
+"""What ``echoquad tune`` puts a candidate through: the golden frames, then turns of being timed.
+
+What is timed is what ``predict`` does with a frame once its bytes are there: decode, quadrants, inference, vote.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Final, cast
+
+import numpy as np
+
+from echoquad_runtime.bench import time_stages
+from echoquad_runtime.bundle import Bundle
+from echoquad_runtime.devices import Device
+from echoquad_runtime.errors import (
+    BundleTamperedError,
+    DeviceUnavailableError,
+    EchoQuadError,
+    MissingExtraError,
+    UsageError,
+)
+from echoquad_runtime.host import Choice, Goal
+from echoquad_runtime.search import Turn
+from echoquad_runtime.session import OnnxEngine
+from echoquad_runtime.verify import verify
+from echoquad_runtime.wheels import one_line
+
+__all__ = ["FRAME_RATE", "GoldenFrames", "Trial"]
+
+FRAME_RATE: Final = 30.0
+"""Frames a second of the live source that goal ``power`` imitates."""
+
+_PERIOD = 1 / FRAME_RATE
+_WARM_CALLS, _WARM_SECONDS = 3, 0.1  # whichever is first, untimed, at the beginning of a turn
+_SETTLE_SECONDS = 0.06  # threads that spin go on for about half of it after their last work
+_CLOCK_GRAIN = 1e-6  # CPU-seconds: less is none to a coarse clock, and no cost may be 0
+
+
+class GoldenFrames:
+    """Whether the golden frames pass on a device, in a precision, with so many threads; each is tried once.
+
+    Attributes
+    ----------
+    unusable
+        The errors that say that a device, or a precision on it, is not there.
+    """
+
+    def __init__(self, bundle: Bundle, public_key: str | Path | None, tell: Callable[[str], None]) -> None:
+        self.unusable: list[EchoQuadError] = []
+        self._bundle, self._public_key, self._tell = bundle, public_key, tell
+        self._found: dict[tuple[str, str, int], str] = {}
+
+    def fault(self, device: str, precision: str, threads: int) -> str:
+        """Say in one line why not; empty where they pass."""
+        key = device, precision, threads
+        if key not in self._found:
+            self._found[key] = found = self._replay(*key)
+            words = f"golden frames: {precision} on {device}, {threads} thread{'s' * (threads > 1)}"
+            self._tell(f"{words}: {'failed' if found else 'passed'}")
+        return self._found[key]
+
+    def _replay(self, device: str, precision: str, threads: int) -> str:
+        try:
+            found = verify(
+                self._bundle.folder,
+                device=cast("Device", device),
+                precision=precision,
+                threads=threads,
+                public_key=self._public_key,
+            )
+        except (BundleTamperedError, MissingExtraError):  # no candidate's fault
+            raise
+        except (DeviceUnavailableError, UsageError) as error:
+            self.unusable.append(error)
+            return str(error)
+        except Exception as error:  # what a provider raises has no common base
+            return one_line(error)
+        if found.passed:
+            return ""
+        allowed = ", ".join(f"{name} {value:g}" for name, value in found.gate.items())
+        return (
+            f"worst |dlogit| {found.max_abs_dlogit:.2e}, worst |dprobability| {found.max_abs_dprobability:.2e}, "
+            f"{found.frame_flips} frame flips; allowed: {allowed}"
+        )
+
+
+class Trial:
+    """Where candidates are timed: their engines, which share nothing but the frames, and their turns.
+
+    Attributes
+    ----------
+    faults
+        Why a candidate is out, by its number.
+    """
+
+    def __init__(
+        self, bundle: Bundle, encoded: Sequence[bytes], choices: Sequence[Choice], goal: Goal, seconds: float
+    ) -> None:
+        self.faults: dict[int, str] = {}
+        self._bundle, self._encoded, self._choices, self._goal = bundle, encoded, choices, goal
+        # About eight rounds of all, more of those that are left; long enough for the grain of the clocks.
+        shortest, longest = (0.35, 1.0) if goal == "power" else (0.05, 0.5)
+        self._seconds = min(longest, max(shortest, seconds / (8 * max(1, len(choices)))))
+        self._engines: dict[tuple[str, str, int, bool], OnnxEngine] = {}
+        self._next = [0] * len(choices)  # frame, so that over its turns each candidate goes through all of them
+        self._spun = False
+        size, most = bundle.contract.input_size, max((choice.batch_size for choice in choices), default=1)
+        self._batch = np.empty((most, 4, 1, size, size), np.uint8)
+
+    def close_others(self, running: Collection[int]) -> None:
+        """Close the engines that none of these candidates needs: one takes two to three times its graph's memory."""
+        kept = {_engine_key(self._choices[index]) for index in running}
+        self._engines = {key: engine for key, engine in self._engines.items() if key in kept}
+        gc.collect()
+
+    def give_turn(self, index: int) -> Turn | None:
+        """Time a candidate for a while; None where it does not run."""
+        try:
+            return self._measure(index)
+        except BundleTamperedError:
+            raise
+        except Exception as error:  # what a provider raises, out of memory say, has no common base
+            self.faults[index] = one_line(error)
+            return None
+
+    def _measure(self, index: int) -> Turn:
+        choice, clock = self._choices[index], time.perf_counter
+        engine = self._engine(choice)
+        if self._spun:
+            time.sleep(_SETTLE_SECONDS)
+        self._spun = choice.spinning
+        calls: list[float] = []
+        begin, warm = clock(), 0
+        while warm < (1 if self._next[index] else 2) or (warm < _WARM_CALLS and clock() - begin < _WARM_SECONDS):
+            self._call(index, engine)
+            warm += 1
+        if self._goal == "power":
+            time.sleep(_SETTLE_SECONDS)
+        begin, cpu = clock(), time.process_time()
+        while not calls or clock() - begin < self._seconds:
+            calls.append(self._call(index, engine))
+            if self._goal == "power":  # the next frame comes when it comes; those that were missed are gone
+                time.sleep(_PERIOD - (clock() - begin) % _PERIOD)
+        cpu, frames = time.process_time() - cpu, len(calls) * choice.batch_size
+        if self._goal == "latency":
+            score = median(calls)
+        else:
+            score = (max(cpu, _CLOCK_GRAIN) if self._goal == "power" else sum(calls)) / frames
+        return Turn(score, tuple(calls), frames, cpu)
+
+    def _call(self, index: int, engine: OnnxEngine) -> float:
+        begin, count = self._next[index], self._choices[index].batch_size
+        self._next[index] += count
+        chunk = [self._encoded[one % len(self._encoded)] for one in range(begin, begin + count)]
+        return sum(time_stages(engine, chunk, self._batch))
+
+    def _engine(self, choice: Choice) -> OnnxEngine:
+        key = _engine_key(choice)
+        if key not in self._engines:
+            device, precision, threads, spinning = key
+            self._engines[key] = OnnxEngine(
+                self._bundle,
+                device=cast("Device", device),
+                precision=precision,
+                threads=threads,
+                spinning=spinning,
+            )
+        return self._engines[key]
+
+
+def _engine_key(choice: Choice) -> tuple[str, str, int, bool]:
+    return choice.device, choice.precision, choice.threads, choice.spinning
