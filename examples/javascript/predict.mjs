@@ -1,0 +1,158 @@
+// Judges one PNG with a bundle's frame graph and prints what `echoquad predict BUNDLE frame.png` prints.
+//
+//     node predict.mjs BUNDLE frame.png
+//
+// Exit codes are EchoQuad's: 0 done, 1 a bad input or bundle, 2 usage, 3 the bundle is not as it was exported.
+// Research use only: not for diagnosis, triage, or any decision on a patient's care.
+
+import { createHash } from "node:crypto";
+import { readFileSync } from "node:fs";
+import { basename, join } from "node:path";
+import { FrameError, readGrey } from "./png.mjs";
+
+const SCHEMA = 1;
+const QUADRANTS = ["LA", "RA", "LV", "RV"];
+
+/** What ends the program with one line and an exit code. */
+class Refusal extends Error {
+  constructor(message, exitCode) {
+    super(message);
+    this.exitCode = exitCode;
+  }
+}
+
+const sha256 = (data) => createHash("sha256").update(data).digest("hex");
+
+/** Read bundle.json and hold it against its own hash. */
+function readManifest(bundle) {
+  let text, manifest;
+  try {
+    text = readFileSync(join(bundle, "bundle.json"), "latin1");
+  } catch (error) {
+    throw new Refusal(`${bundle}: no bundle here (${error.code}); expected a folder that \`echoquad export\` wrote`, 1);
+  }
+  try {
+    manifest = JSON.parse(text);
+  } catch {
+    throw new Refusal(`${bundle}: bundle.json is not valid JSON; copy the whole bundle again`, 3);
+  }
+  if (manifest?.schema !== SCHEMA) {
+    throw new Refusal(`${bundle}: the bundle has schema ${manifest?.schema}; this client reads ${SCHEMA}`, 1);
+  }
+  // The hash is of all other keys in canonical JSON, which is the same text without the blanks between its parts.
+  const canonical = text.replace(/("(?:[^"\\]|\\.)*")|\s+/g, "$1");
+  const content = canonical.replace(`"manifest_sha256":"${manifest.manifest_sha256}",`, "");
+  if (sha256(content) !== manifest.manifest_sha256) {
+    throw new Refusal(`${bundle}: bundle.json was damaged or changed since the export; copy the whole bundle again`, 3);
+  }
+  return manifest;
+}
+
+/** Read the frame graph of the default precision; the bytes that were hashed are the bytes that are loaded. */
+function readGraph(bundle, manifest) {
+  const name = `frame.${manifest.default_precision}.onnx`;
+  const entry = manifest.files[name];
+  if (entry === undefined) {
+    throw new Refusal(`${bundle}: it holds no ${name}; expected a bundle exported with --frame-graph; export it again`, 1);
+  }
+  let data;
+  try {
+    data = readFileSync(join(bundle, name));
+  } catch (error) {
+    throw new Refusal(`${bundle}: ${name} cannot be read (${error.code}); copy the whole bundle again`, 1);
+  }
+  const found = sha256(data);
+  if (found !== entry.sha256) {
+    throw new Refusal(
+      `${bundle}: ${name} has SHA-256 ${found.slice(0, 12)}..., expected ${entry.sha256.slice(0, 12)}...: ` +
+        "it was damaged or changed since the export; copy the whole bundle again",
+      3,
+    );
+  }
+  return data;
+}
+
+/** Read the frame as grey levels, uint8 [1, H, W]. */
+function readFrame(path) {
+  const name = basename(path);
+  let frame;
+  try {
+    frame = readGrey(readFileSync(path));
+  } catch (error) {
+    if (error instanceof FrameError) throw new Refusal(`${name}: ${error.message}`, 1);
+    if (error.code === undefined) throw error;
+    throw new Refusal(`${name}: it cannot be read (${error.code}); check the path`, 1);
+  }
+  const { width, height } = frame;
+  if (width < 2 || height < 2) {
+    throw new Refusal(`${name}: the frame is ${width}x${height} pixels; expected at least 2x2 to cut four quadrants`, 1);
+  }
+  return frame;
+}
+
+async function loadOnnxruntime() {
+  process.env.ORT_DISABLE_TELEMETRY = "1"; // it is looked at when the library is loaded, so not with an `import` above
+  try {
+    return (await import("onnxruntime-node")).default;
+  } catch (error) {
+    const what = error.message.split("\n")[0];
+    throw new Refusal(`onnxruntime-node cannot be loaded (${what}); do: npm ci --ignore-scripts, in this folder`, 1);
+  }
+}
+
+/** Run the graph; gives its four outputs by name, as flat arrays of numbers. */
+async function judge(graph, { width, height, grey }) {
+  const ort = await loadOnnxruntime();
+  try {
+    const session = await ort.InferenceSession.create(graph, { executionProviders: ["cpu"], logSeverityLevel: 4 });
+    const outputs = await session.run({ frames: new ort.Tensor("uint8", grey, [1, height, width]) });
+    return Object.fromEntries(Object.entries(outputs).map(([name, tensor]) => [name, Array.from(tensor.data, Number)]));
+  } catch (error) {
+    throw new Refusal(`onnxruntime-node refuses the graph (${error.message.split("\n")[0]}); export it again`, 1);
+  }
+}
+
+/** Whether the first place among the votes is shared, so that mean probabilities decided. */
+function tied(votes, classes) {
+  const counts = classes.map((_, index) => votes.filter((vote) => vote === index).length);
+  return counts.filter((count) => count === Math.max(...counts)).length > 1;
+}
+
+/** Lay out the header and the row of a decision. */
+function table(file, { contract, default_precision: precision }, found) {
+  const { classes, vote } = contract;
+  const header = ["file", "method", "pred_image", ...classes.map((name) => `prob_${name}`)];
+  const row = [file, vote, classes[found.label[0]], ...found.probabilities.map((value) => value.toFixed(4))];
+  QUADRANTS.forEach((quadrant, index) => {
+    const start = index * classes.length;
+    const probabilities = found.quadrant_probabilities.slice(start, start + classes.length);
+    header.push(`pred_${quadrant}`, ...classes.map((name) => `p_${quadrant}_${name}`));
+    row.push(classes[found.votes[index]], ...probabilities.map((value) => value.toFixed(4)));
+  });
+  header.push("flags", "device", "precision");
+  row.push(vote === "majority" && tied(found.votes, classes) ? "tie" : "", "cpu", precision);
+  return [header, row];
+}
+
+function csvLine(values) {
+  return `${values.map((value) => (/[",\r\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value)).join(",")}\n`;
+}
+
+async function main(given) {
+  if (given.length !== 2) throw new Refusal("expected two arguments; see: node predict.mjs BUNDLE frame.png", 2);
+  const [bundle, path] = given;
+  const manifest = readManifest(bundle);
+  const graph = readGraph(bundle, manifest);
+  const found = await judge(graph, readFrame(path));
+  if (!found.quadrant_probabilities.every(Number.isFinite)) {
+    const precision = manifest.default_precision;
+    throw new Refusal(`${basename(path)}: the network's answer on cpu in ${precision} is no number; run echoquad verify`, 1);
+  }
+  process.stdout.write(table(basename(path), manifest, found).map(csvLine).join(""));
+}
+
+main(process.argv.slice(2)).catch((error) => {
+  const known = error instanceof Refusal;
+  process.stderr.write(`error: ${known ? "" : "unexpected "}${error.message.replaceAll(/\s+/g, " ")}\n`);
+  process.exitCode = known ? error.exitCode : 1;
+});
