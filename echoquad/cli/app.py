@@ -10,7 +10,7 @@ from typing import Annotated, Final
 
 import typer
 
-from echoquad.cli import bench, data, demo, doctor, evaluate, export, predict, train, verify
+from echoquad.cli import bench, data, demo, doctor, evaluate, export, inspect, predict, sign, train, tune, verify
 from echoquad.cli.console import fail, note, say
 from echoquad.cli.extras import EXTRAS, missing_extra
 from echoquad_runtime._version import __version__
@@ -35,9 +35,12 @@ app = typer.Typer(
 app.command(epilog="Example: echoquad train data/ --out run --recipe scratch --set lr=5e-4")(train.train)
 app.command(epilog="Example: echoquad evaluate run data/ --split test --out evaluation")(evaluate.evaluate)
 app.command(epilog="Example: echoquad export run --out bundle")(export.export)
-app.command(epilog="Example: echoquad verify bundle")(verify.verify)
+app.command(epilog="Example: echoquad sign bundle --key key.pem")(sign.sign)
+app.command(epilog="Example: echoquad verify bundle --all-devices --json record.json")(verify.verify)
+app.command(epilog="Example: echoquad inspect bundle")(inspect.inspect)
 app.command(epilog="Example: echoquad predict bundle exam/ --out decisions.csv --overlay pictures")(predict.predict)
 app.command(epilog="Example: echoquad bench bundle exam/ --json bench.json")(bench.bench)
+app.command(epilog="Example: echoquad tune bundle exam/ --goal latency --max-p99-ms 40")(tune.tune)
 app.command(epilog="Example: echoquad doctor --device cuda")(doctor.doctor)
 app.command(epilog="Example: echoquad demo --out demo")(demo.demo)
 app.add_typer(data.app, name="data")

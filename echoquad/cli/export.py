@@ -22,12 +22,22 @@ def export(
     precision: Annotated[
         str,
         typer.Option(
-            "--precision", metavar="NAME,...", help="Graphs to build, separated by commas; this release builds fp32."
+            "--precision",
+            metavar="NAME,...",
+            help="Graphs to build, of fp32, fp16 and int8, separated by commas; the first is what runs by default.",
         ),
     ] = "fp32",
     calibrate: Annotated[
-        Path | None, typer.Option("--calibrate", metavar="DATA", help="Frames to calibrate int8 on; not for fp32.")
+        Path | None,
+        typer.Option(
+            "--calibrate",
+            metavar="DATA",
+            help="Data folder whose training frames int8 is calibrated on; the run's own where not given.",
+        ),
     ] = None,
+    calibration_frames: Annotated[
+        int, typer.Option("--calibration-frames", metavar="N", min=1, help="Frames that int8 is calibrated on.")
+    ] = 64,
     parity: Annotated[
         Path | None,
         typer.Option(
@@ -36,17 +46,49 @@ def export(
             help="Data folder whose validation frames prove parity; the run's own where not given.",
         ),
     ] = None,
+    golden: Annotated[
+        str,
+        typer.Option(
+            "--golden",
+            metavar="phantom|validation|DIR",
+            help="Where the golden frames, which ship with the bundle, come from: phantoms, the validation frames, "
+            "or the frames of a folder.",
+        ),
+    ] = "phantom",
+    frame_graph: Annotated[
+        bool,
+        typer.Option(
+            "--frame-graph",
+            help="Also write frame.NAME.onnx, from raw grey frames to decisions, for programs that are not Python.",
+        ),
+    ] = False,
+    sign_key: Annotated[
+        Path | None,
+        typer.Option("--sign-key", metavar="PEM", help="Private key that signs the bundle; see echoquad sign."),
+    ] = None,
 ) -> None:
     """Export a run to a bundle, after proof that it decides as the training code does."""
     from echoquad_runtime.errors import UsageError
 
-    if calibrate is not None:
-        raise UsageError("--calibrate: only int8 is calibrated, and it is not built by this release; leave it out")
+    asked = [name.strip() for name in precision.split(",") if name.strip()]
+    if calibrate is not None and "int8" not in asked:
+        raise UsageError("--calibrate: only int8 is calibrated; add int8 to --precision, or leave --calibrate out")
     require_extra("export")
     from echoquad_export.pack import check_precisions, export_run
 
-    wanted = check_precisions([name.strip() for name in precision.split(",") if name.strip()])
-    exported = export_run(run, out, precisions=wanted, parity_data=parity, progress=note)
+    wanted = check_precisions(asked)
+    exported = export_run(
+        run,
+        out,
+        precisions=wanted,
+        calibrate_data=calibrate,
+        calibration_frames=calibration_frames,
+        parity_data=parity,
+        golden=golden,
+        frame_graph=frame_graph,
+        sign_key=sign_key,
+        progress=note,
+    )
     rows = [
         [
             found.precision,
@@ -62,6 +104,8 @@ def export(
     say(table(["precision", "batch", "max |dlogit|", "max |dp|", "patch flips", "frame flips"], rows))
     frames = exported.parities[0].frames
     note(f"parity passed on {frames} validation frames; {exported.verification.frames} golden frames replayed")
+    if golden != "phantom":
+        note("the golden frames are not phantoms: their pixels, burnt-in names included, are in the bundle")
     if exported.unreadable:
         note(f"{exported.unreadable} validation frames could not be read and were left out")
     note(f"wrote {out.as_posix()}/; next: echoquad predict {out.as_posix()} INPUT")

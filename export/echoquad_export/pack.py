@@ -2,53 +2,62 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from echoquad_export.card import model_card
-from echoquad_export.golden import make_golden
+from echoquad_export.calibrate import CALIBRATION_FRAMES, CalibrationSet, draw_calibration_set
+from echoquad_export.frame_graph import make_frame_graph, whole_frames
+from echoquad_export.golden import PHANTOM, golden_source, pack_golden
 from echoquad_export.graph import IR_VERSION, OPSET, build_graph
+from echoquad_export.half import to_half
+from echoquad_export.int8 import build_int8
+from echoquad_export.manifest import make_manifest, provenance
+from echoquad_export.metrics import measure_run
 from echoquad_export.parity import Gate, Parity, infer_all, measure_parity, summary
+from echoquad_export.place import beside, check_target, move_into_place
 from echoquad_runtime.bundle import (
     GOLDEN,
-    INTENDED_USE,
     MANIFEST,
     MODEL_CARD,
     PRECISIONS,
-    SCHEMA,
     Bundle,
-    encode_golden,
-    encode_manifest,
+    frame_file,
     model_file,
 )
-from echoquad_runtime.contract import Contract
-from echoquad_runtime.errors import DatasetError, OutputError, RunError, UsageError, VerificationError
-from echoquad_runtime.files import make_folder, output_errors, write_bytes
+from echoquad_runtime.card import model_card
+from echoquad_runtime.errors import DatasetError, RunError, UsageError, VerificationError
+from echoquad_runtime.files import write_bytes
 from echoquad_runtime.session import OnnxEngine
+from echoquad_runtime.signing import check_private_key, sign_bundle
 from echoquad_runtime.verify import Verification, verify
 from echoquad_train.checkpoint import Run, load_run
 from echoquad_train.dataset import Split, load_quadrants, read_split
 from echoquad_train.engine import TorchEngine
-from echoquad_train.record import versions
 
-__all__ = ["BUILT_PRECISIONS", "Exported", "check_precisions", "export_run"]
+__all__ = ["Exported", "check_precisions", "export_run"]
 
-BUILT_PRECISIONS: Final = ("fp32",)
 REFERENCE_BATCH: Final = 8  # frames that the training code judges at a time
-
-_FILE_MANAGERS: Final = (".DS_Store", "Thumbs.db", "desktop.ini")  # what these leave wherever they look
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """A bundle in its place: folder, parity by precision, and what its golden frames showed here."""
+    """A bundle in its place.
+
+    Attributes
+    ----------
+    folder
+        Where it is.
+    parities
+        One a precision.
+    verification
+        What its golden frames showed here, in the last precision.
+    unreadable
+        Validation frames that could not be read and were left out.
+    """
 
     folder: Path
     parities: tuple[Parity, ...]
@@ -57,7 +66,7 @@ class Exported:
 
 
 def check_precisions(wanted: Sequence[str]) -> tuple[str, ...]:
-    """Refuse precisions that are unknown or not built by this release.
+    """Refuse precisions that are unknown; one that is named twice is built once.
 
     Raises
     ------
@@ -69,11 +78,6 @@ def check_precisions(wanted: Sequence[str]) -> tuple[str, ...]:
         raise UsageError(
             f"--precision {','.join(wanted)!r}: expected some of {', '.join(PRECISIONS)}, separated by commas"
         )
-    later = [name for name in wanted if name not in BUILT_PRECISIONS]
-    if later:
-        raise UsageError(
-            f"--precision {','.join(later)}: not built by this release; expected {', '.join(BUILT_PRECISIONS)}"
-        )
     return tuple(dict.fromkeys(wanted))
 
 
@@ -82,8 +86,13 @@ def export_run(
     out: Path,
     *,
     precisions: Sequence[str] = ("fp32",),
+    calibrate_data: Path | None = None,
+    calibration_frames: int = CALIBRATION_FRAMES,
     parity_data: Path | None = None,
+    golden: str = PHANTOM.name,
     gate: Gate | None = None,
+    frame_graph: bool = False,
+    sign_key: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Exported:
     """Export a run's best checkpoint to a bundle.
@@ -98,11 +107,22 @@ def export_run(
     out
         The bundle's folder: new, empty, or an older bundle with nothing else in it.
     precisions
-        Graphs to build.
+        Graphs to build; the first is what runs where none is asked for.
+    calibrate_data
+        The data folder whose ``train`` frames int8 is calibrated on, where it is built; None is the run's own.
+    calibration_frames
+        How many of them.
     parity_data
         The data folder whose ``validation`` frames parity is measured on; None is the one that the run was trained on.
+    golden
+        Where golden frames come from: ``phantom``, so that no patient's pixels ship, ``validation`` (the frames that
+        parity is measured on), or a folder of frames.
     gate
         Other parity bounds than the precision's own.
+    frame_graph
+        Whether each precision also gets a graph from frame to decision, proved on the golden and the validation frames.
+    sign_key
+        A PEM file with a private key that signs the finished bundle; None leaves it unsigned.
     progress
         Called with a phrase as each step begins.
 
@@ -112,84 +132,142 @@ def export_run(
         If a graph does not decide as the training code does; nothing is left of it.
     VerificationError
         If the finished bundle does not give its own golden answers.
-    RunError, DatasetError, UsageError, OutputError
-        If the run, the data, the precisions or the target stand in the way.
+    RunError, DatasetError, InputNotFoundError, UsageError, OutputError, ConfigError, MissingExtraError
+        If the run, the data, the golden frames, the precisions, the target or the key stand in the way.
     """
     wanted = check_precisions(precisions)
-    _check_target(out)
+    _check_ends(out, sign_key)
     progress("reading the run")
     run = load_run(folder)
     split = _parity_split(run, parity_data)
+    calibration = _calibration_set(run, calibrate_data, calibration_frames) if "int8" in wanted else None
+    source = golden_source(golden, split.files())
     store = load_quadrants(split, run.contract)
 
     progress(f"judging {len(store.names)} validation frames with the training code")
     reference_engine = TorchEngine(run.model, run.contract)
     reference = infer_all(reference_engine, store.quadrants, REFERENCE_BATCH)
-    golden = make_golden(reference_engine)
+    sections = {"metrics": measure_run(run, reference[1], store.labels, f"{split.name} split")}
 
     target = out.resolve()  # a link stays a link, and "." has a name
-    with _beside(target) as partial:
-        files: dict[str, bytes] = {GOLDEN: encode_golden(golden)}
-        for precision in wanted:
-            progress(f"building the {precision} graph")
-            files[model_file(precision)] = build_graph(run.model, run.contract)
+    with beside(target) as place:
+        files: dict[str, bytes] = {}
+        details: dict[str, dict[str, Any]] = {}
+        parities: dict[str, Parity] = {}
+        training = provenance(run)
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        training = _provenance(run)
-        draft = _manifest(run.contract, files, wanted, training, {}, created)
-        for name, data in {**files, MANIFEST: draft}.items():
-            write_bytes(partial / name, data)
 
-        # Parity is taken through the bundle reader, on the bytes as they lie on the disk: what a cart will do.
-        bundle = Bundle(partial)
-        parities = []
+        def write(name: str, data: bytes, figures: Mapping[str, Any]) -> None:
+            files[name] = data
+            write_bytes(place / name, data)
+            manifest = make_manifest(run.contract, files, details, training, figures, created, sections)
+            write_bytes(place / MANIFEST, manifest)
+
+        def judge(precision: str, graph: bytes) -> Parity:
+            """Take parity through the bundle reader, from bytes as they lie on the disk: what a cart will do."""
+            details.setdefault(precision, {"opset": OPSET, "ir_version": IR_VERSION})
+            write(model_file(precision), graph, {})
+            return measure_parity(
+                reference,
+                OnnxEngine(Bundle(place), precision=precision, device="cpu"),
+                store.quadrants,
+                f"{split.name} split",
+                gate=gate,
+            )
+
+        single = build_graph(run.model, run.contract)
         for precision in wanted:
-            progress(f"measuring parity of the {precision} graph")
-            engine = OnnxEngine(bundle, precision=precision, device="cpu")
-            parity = measure_parity(reference, engine, store.quadrants, f"{split.name} split", gate=gate)
-            parity.require()
-            parities.append(parity)
+            progress(f"building the {precision} graph and measuring its parity")
+            if precision == "int8":
+                assert calibration is not None
+                made = build_int8(single, run.contract, calibration, partial(judge, precision), progress)
+                parities[precision] = made.parity
+                details[precision] |= made.details
+                progress(f"int8 passed: {made}")
+            else:
+                parities[precision] = judge(precision, single if precision == "fp32" else to_half(single))
+                parities[precision].require()
 
-        figures = summary(parities)
-        files[MODEL_CARD] = model_card(run.contract, training, figures, created).encode()
-        final = _manifest(run.contract, files, wanted, training, figures, created)
-        write_bytes(partial / MODEL_CARD, files[MODEL_CARD])
-        write_bytes(partial / MANIFEST, final)
-        progress("replaying the golden frames")
-        for precision in wanted:
-            verification = verify(partial, device="cpu", precision=precision)
-            if not verification.passed:
-                raise VerificationError(
-                    f"{out.as_posix()}: the {precision} graph misses its golden frames "
-                    f"(worst: {verification.worst_frame}, |dp| {verification.max_abs_dprobability:.3g}); "
-                    "no bundle was written"
-                )
-        _move_into_place(partial, target)
-    return Exported(out, tuple(parities), verification, len(store.failures))
-
-
-def _check_target(out: Path) -> None:
-    """Refuse a target that holds anything but an older bundle: what lies in it is removed with it."""
-    if not out.exists():
-        return
-    label = out.as_posix()
-    found = {entry.name for entry in out.iterdir()} if out.is_dir() else {out.name}
-    if found and not (out / MANIFEST).is_file():
-        raise OutputError(f"{label}: is there and is no bundle; it is left as it is; choose another --out")
-    others = sorted(found - {MANIFEST, GOLDEN, MODEL_CARD, *map(model_file, PRECISIONS), *_FILE_MANAGERS})
-    if others:
-        raise OutputError(
-            f"{label}: holds {', '.join(others[:6])} beside a bundle; it is left as it is; move that away, or choose "
-            "another --out"
+        figures = summary(tuple(parities.values()))
+        progress("choosing golden frames")
+        packed, sections["golden"] = pack_golden(reference_engine, source)
+        write(GOLDEN, packed, figures)
+        _add_frame_graphs(
+            place, wanted if frame_graph else (), split, sections, partial(write, figures=figures), progress
         )
+        write(MODEL_CARD, model_card(Bundle(place).manifest).markdown().encode(), figures)
+        progress("replaying the golden frames")
+        verification = [_replay(place, precision, out) for precision in wanted][-1]
+        _sign(place, sign_key, progress)
+        move_into_place(place, target)
+    return Exported(out, tuple(parities.values()), verification, len(store.failures))
+
+
+def _add_frame_graphs(
+    place: Path,
+    precisions: Sequence[str],
+    split: Split,
+    sections: dict[str, Any],
+    write: Callable[[str, bytes], None],
+    progress: Callable[[str], None],
+) -> None:
+    """Add the graphs from frame to decision, each once it is proved on the golden frames and on the split's."""
+    for precision in precisions:
+        progress(f"building the {precision} frame graph and measuring its parity")
+        bundle = Bundle(place)
+        graph, parity = make_frame_graph(bundle, precision, whole_frames(split, bundle.contract))
+        sections.setdefault("frame_graphs", {})[precision] = parity.to_dict()
+        write(frame_file(precision), graph)
+
+
+def _replay(place: Path, precision: str, out: Path) -> Verification:
+    """Replay the golden frames of a bundle that is to become `out`, as a cart will."""
+    found = verify(place, device="cpu", precision=precision)
+    if not found.passed:
+        raise VerificationError(
+            f"{out.as_posix()}: the {precision} graph misses its golden frames "
+            f"(worst: {found.worst_frame}, |dp| {found.max_abs_dprobability:.3g}); no bundle was written"
+        )
+    return found
+
+
+def _check_ends(out: Path, sign_key: Path | None) -> None:
+    """Refuse what would stop an export at its end before it begins."""
+    check_target(out)
+    if sign_key is not None:
+        check_private_key(sign_key)
+
+
+def _sign(place: Path, key: Path | None, progress: Callable[[str], None]) -> None:
+    if key is not None:
+        progress("signing the bundle")
+        sign_bundle(place, key)
+
+
+def _calibration_set(run: Run, data: Path | None, frames: int) -> CalibrationSet:
+    try:
+        return draw_calibration_set(data or _data_folder(run, "--calibrate"), run.contract, frames=frames)
+    except DatasetError as error:
+        if data is not None:
+            raise
+        raise RunError(
+            f"{run.folder.as_posix()}: it cannot be calibrated on the frames it was trained on ({error}); "
+            "name a data folder with --calibrate DATA"
+        ) from error
+
+
+def _data_folder(run: Run, option: str) -> Path:
+    """Give the folder that a run was trained on."""
+    try:
+        return Path(run.info["data"]["folder"])
+    except (KeyError, TypeError) as error:
+        raise RunError(
+            f"{run.folder.as_posix()}: run.json names no data folder; name one with {option} DATA"
+        ) from error
 
 
 def _parity_split(run: Run, parity_data: Path | None) -> Split:
-    try:
-        data = parity_data or Path(run.info["data"]["folder"])
-    except (KeyError, TypeError) as error:
-        raise RunError(
-            f"{run.folder.as_posix()}: run.json names no data folder; name one with --parity DATA"
-        ) from error
+    data = parity_data or _data_folder(run, "--parity")
     try:
         return read_split(data, "validation", run.contract.classes)
     except DatasetError as error:
@@ -199,90 +277,3 @@ def _parity_split(run: Run, parity_data: Path | None) -> Split:
             f"{run.folder.as_posix()}: the frames it was validated on are gone ({error}); "
             "name a data folder with --parity DATA"
         ) from error
-
-
-@contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """Make a hidden folder beside `out`, removed when the block ends, however it ends."""
-    make_folder(out.parent)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    with output_errors(partial):
-        partial.mkdir()
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _move_into_place(partial: Path, out: Path) -> None:
-    """Rename over an older bundle. No system renames over a full folder, so the old one steps aside first."""
-    aside = out.with_name(f".{out.name}.{os.getpid()}.replaced")
-    with output_errors(out):
-        held = out.exists()
-        if held:
-            out.rename(aside)
-        try:
-            partial.rename(out)
-        except BaseException:
-            if held and not out.exists():
-                aside.rename(out)
-            raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _manifest(
-    contract: Contract,
-    files: dict[str, bytes],
-    precisions: Sequence[str],
-    training: dict[str, Any],
-    parity: dict[str, Any],
-    created: str,
-) -> bytes:
-    return encode_manifest(
-        {
-            "schema": SCHEMA,
-            "created": created,
-            "contract": contract.to_dict(),
-            "contract_sha256": contract.sha256,
-            "files": {
-                name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()
-            },
-            "precisions": {name: {"opset": OPSET, "ir_version": IR_VERSION} for name in precisions},
-            "default_precision": precisions[0],
-            "parity": parity,
-            "training": training,
-            "versions": versions(),
-            "intended_use": INTENDED_USE,
-        }
-    )
-
-
-def _provenance(run: Run) -> dict[str, Any]:
-    """Give what a bundle says of its training. Folders and file names stay behind: they can name patients."""
-    info, recipe = run.info, run.recipe
-    if recipe.weights not in ("imagenet", "none"):
-        recipe = recipe.replace(weights="file")
-    try:
-        kept = {
-            key: info[key]
-            for key in (
-                "created",
-                "backbone",
-                "seed",
-                "device",
-                "precision",
-                "epochs",
-                "best",
-                "versions",
-                "git_commit",
-            )
-        }
-        data = info["data"]
-        return {
-            **kept,
-            "frames": data["frames"],
-            "unreadable": len(data["unreadable"]),
-            "recipe": recipe.to_toml(),
-        }
-    except (KeyError, TypeError) as error:
-        raise RunError(f"{run.folder.as_posix()}: run.json lacks {error}; train again") from error

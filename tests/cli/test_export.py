@@ -32,8 +32,6 @@ def test_export(exported: tuple[Path, Any], left_in: Callable[..., Any]) -> None
 
 
 REFUSED = {
-    "fp16": (2, "--precision fp16: not built by this release; expected fp32"),
-    "fp32,int8": (2, "--precision int8: not built by this release; expected fp32"),
     "fp8": (2, "--precision 'fp8': expected some of fp32, fp16, int8, separated by commas"),
     ",": (2, "expected some of fp32, fp16, int8"),
 }

@@ -148,3 +148,11 @@ def test_text_that_is_no_contract(text: str) -> None:
     with pytest.raises(ContractError) as caught:
         Contract.from_json(text)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["classes", "vote_weights", "positive", "interpolation", "keep", "schema", "vote"])
+@pytest.mark.parametrize("value", ["9" * 9999, 10**4000, ["9" * 9999, "9"], [10**4000] * 4], ids=type)
+def test_what_is_found_is_not_repeated_at_length(name: str, value: object) -> None:
+    with pytest.raises(ContractError) as caught:
+        Contract.from_dict({**CONTRACT.to_dict(), name: value})
+    assert len(str(caught.value)) < 400

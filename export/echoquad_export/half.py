@@ -1,0 +1,79 @@
+"""Half precision: float16 weights and activations, for GPUs, which have units of their own for it.
+
+Grey levels are still normalised in float32, and the last linear layer and the softmax still computed in it: they cost
+nothing, and it is there that decisions are close.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+__all__ = ["to_half"]
+
+_SINGLE: Final = "Gemm"  # with all that follows it
+_LARGEST: Final = float(np.finfo(np.float16).max)
+
+
+def to_half(graph: bytes) -> bytes:
+    """Convert an exported float32 graph.
+
+    Parameters
+    ----------
+    graph
+        As `echoquad_export.graph.build_graph` makes it.
+
+    Returns
+    -------
+    bytes
+        The ONNX file: inputs, outputs and metadata are the same; from the first convolution to the last linear layer
+        it is float16. Weights beyond float16's range are cut to it: parity judges what comes of that.
+    """
+    model = onnx.load_from_string(graph)
+    nodes = list(model.graph.node)
+    kinds = [node.op_type for node in nodes]
+    begin, end = kinds.index("Conv"), kinds.index(_SINGLE)
+    constants = {item.name: item for item in model.graph.initializer}
+    halved: set[str] = set()  # tensors that are float16 now
+    half_constants: set[str] = set()
+    written: list[onnx.NodeProto] = []
+    casts: dict[tuple[str, int], str] = {}
+
+    def cast(name: str, kind: int) -> str:
+        """Name `name` in another type, by one cast however many read it."""
+        key = (name, kind)
+        if key not in casts:
+            casts[key] = f"{name}.{'half' if kind == onnx.TensorProto.FLOAT16 else 'single'}"
+            written.append(helper.make_node("Cast", [name], [casts[key]], name=f"{casts[key]}.Cast", to=kind))
+        return casts[key]
+
+    for index, node in enumerate(nodes):
+        inside = begin <= index < end
+        for position, name in enumerate(node.input):
+            if name in constants:
+                if inside and constants[name].data_type == onnx.TensorProto.FLOAT:
+                    half_constants.add(name)
+                    node.input[position] = f"{name}.half"
+            elif inside and name not in halved:
+                node.input[position] = cast(name, onnx.TensorProto.FLOAT16)
+            elif not inside and name in halved:
+                node.input[position] = cast(name, onnx.TensorProto.FLOAT)
+        if inside:
+            halved.update(node.output)
+        written.append(node)
+
+    for name in sorted(half_constants):
+        value = np.clip(numpy_helper.to_array(constants[name]), -_LARGEST, _LARGEST).astype(np.float16)
+        model.graph.initializer.append(numpy_helper.from_array(value, f"{name}.half"))
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in written]
+    used = {name for node in copies for name in node.input}
+    kept = [onnx.TensorProto.FromString(item.SerializeToString()) for item in model.graph.initializer]
+    for field in (model.graph.node, model.graph.initializer, model.graph.value_info):
+        del field[:]
+    model.graph.node.extend(copies)
+    model.graph.initializer.extend(item for item in kept if item.name in used)
+    onnx.checker.check_model(model, full_check=True)
+    return bytes(model.SerializeToString(deterministic=True))
