@@ -9,18 +9,22 @@ from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 
-WARM_UP = 5  # rounds: they allocate, choose kernels and wake the processor
+WARM_UP = 3  # rounds: they allocate and choose kernels
+PAUSE = 0.08  # seconds: threads of the engine before, which spin on for half of that, would take a core from the next
 
 
 def alternate(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Call each in turn, `rounds` times, beginning with another one each round; gives median milliseconds by name.
 
-    A machine that slows down in the middle slows all of them down, so their ratios hold.
+    A machine that slows down in the middle slows all of them down, so their ratios hold. Each turn is a pause, a call
+    that wakes the processor, and the call that is timed.
     """
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds + WARM_UP):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            time.sleep(PAUSE)
+            calls[name]()
             begin = time.perf_counter()
             calls[name]()
             if turn >= WARM_UP:

@@ -162,7 +162,7 @@ def draw(points: Sequence[Point], path: Path, where: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 6.5), layout="constrained")
     names = list(dict.fromkeys(point.name for point in points))
     colours = dict(zip(names, pyplot.get_cmap("tab10").colors, strict=False))
     markers = {"fp32": "o", "fp16": "D", "int8": "s"}
@@ -193,7 +193,7 @@ def draw(points: Sequence[Point], path: Path, where: str) -> None:
     axes.set_xlabel("milliseconds a frame, from file bytes to decision (median)")
     axes.set_ylabel(f"frame accuracy on {points[0].frames} validation frames (95 % interval)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     figure.suptitle("Frame accuracy against time; filled: nothing is better at its cost", fontsize=11)
     axes.set_title(where, fontsize=6)
     figure.savefig(path, dpi=120)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -179,8 +179,17 @@ def make_golden(engine: Engine, source: GoldenSource = PHANTOM) -> Golden:
     )
 
 
-def pack_golden(engine: Engine, source: GoldenSource) -> tuple[bytes, dict[str, Any]]:
+def pack_golden(engine: Engine, source: GoldenSource, exported: Iterable[Engine] = ()) -> tuple[bytes, dict[str, Any]]:
     """Choose golden frames; gives the bytes of the golden file, and what the manifest says of them.
+
+    Parameters
+    ----------
+    engine
+        The training code.
+    source
+        Where the pool comes from.
+    exported
+        Graphs of less precision, parity passed: what they give is kept too, for them to be held to elsewhere.
 
     Raises
     ------
@@ -188,8 +197,14 @@ def pack_golden(engine: Engine, source: GoldenSource) -> tuple[bytes, dict[str, 
         As `make_golden`.
     """
     golden = make_golden(engine, source)
+    golden = replace(golden, exported={graph.precision: _answers(graph, golden.frames) for graph in exported})
     data = encode_golden(golden)
     return data, golden_facts(golden, engine.contract, source, len(data))
+
+
+def _answers(engine: Engine, frames: Iterable[Grey]) -> tuple[Floats, Floats]:
+    found = [engine.infer(frame_quadrants(frame, engine.contract)) for frame in frames]
+    return np.stack([logits for logits, _ in found]), np.stack([probabilities for _, probabilities in found])
 
 
 def golden_facts(golden: Golden, contract: Contract, source: GoldenSource, size: int) -> dict[str, Any]:

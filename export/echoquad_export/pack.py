@@ -147,34 +147,20 @@ def export_run(
     progress(f"judging {len(store.names)} validation frames with the training code")
     reference_engine = TorchEngine(run.model, run.contract)
     reference = infer_all(reference_engine, store.quadrants, REFERENCE_BATCH)
-    sections = {"metrics": measure_run(run, reference[1], store.labels, f"{split.name} split")}
 
     target = out.resolve()  # a link stays a link, and "." has a name
     with beside(target) as place:
-        files: dict[str, bytes] = {}
-        details: dict[str, dict[str, Any]] = {}
-        parities: dict[str, Parity] = {}
-        training = provenance(run)
-        created = datetime.now(UTC).isoformat(timespec="seconds")
-
-        def write(name: str, data: bytes, figures: Mapping[str, Any]) -> None:
-            files[name] = data
-            write_bytes(place / name, data)
-            manifest = make_manifest(run.contract, files, details, training, figures, created, sections)
-            write_bytes(place / MANIFEST, manifest)
+        draft = _Draft(place, run)
+        draft.sections["metrics"] = measure_run(run, reference[1], store.labels, f"{split.name} split")
 
         def judge(precision: str, graph: bytes) -> Parity:
             """Take parity through the bundle reader, from bytes as they lie on the disk: what a cart will do."""
-            details.setdefault(precision, {"opset": OPSET, "ir_version": IR_VERSION})
-            write(model_file(precision), graph, {})
+            draft.add_graph(precision, graph)
             return measure_parity(
-                reference,
-                OnnxEngine(Bundle(place), precision=precision, device="cpu"),
-                store.quadrants,
-                f"{split.name} split",
-                gate=gate,
+                reference, draft.open_graph(precision), store.quadrants, f"{split.name} split", gate=gate
             )
 
+        parities: dict[str, Parity] = {}
         single = build_graph(run.model, run.contract)
         for precision in wanted:
             progress(f"building the {precision} graph and measuring its parity")
@@ -182,20 +168,19 @@ def export_run(
                 assert calibration is not None
                 made = build_int8(single, run.contract, calibration, partial(judge, precision), progress)
                 parities[precision] = made.parity
-                details[precision] |= made.details
+                draft.details[precision] |= made.details
                 progress(f"int8 passed: {made}")
             else:
                 parities[precision] = judge(precision, single if precision == "fp32" else to_half(single))
                 parities[precision].require()
+        draft.figures = summary(tuple(parities.values()))
 
-        figures = summary(tuple(parities.values()))
         progress("choosing golden frames")
-        packed, sections["golden"] = pack_golden(reference_engine, source)
-        write(GOLDEN, packed, figures)
-        _add_frame_graphs(
-            place, wanted if frame_graph else (), split, sections, partial(write, figures=figures), progress
-        )
-        write(MODEL_CARD, model_card(Bundle(place).manifest).markdown().encode(), figures)
+        reduced = [draft.open_graph(precision) for precision in wanted if precision != "fp32"]
+        packed, draft.sections["golden"] = pack_golden(reference_engine, source, reduced)
+        draft.write(GOLDEN, packed)
+        _add_frame_graphs(draft, wanted if frame_graph else (), split, progress)
+        draft.write(MODEL_CARD, model_card(Bundle(place).manifest).markdown().encode())
         progress("replaying the golden frames")
         verification = [_replay(place, precision, out) for precision in wanted][-1]
         _sign(place, sign_key, progress)
@@ -203,21 +188,51 @@ def export_run(
     return Exported(out, tuple(parities.values()), verification, len(store.failures))
 
 
-def _add_frame_graphs(
-    place: Path,
-    precisions: Sequence[str],
-    split: Split,
-    sections: dict[str, Any],
-    write: Callable[[str, bytes], None],
-    progress: Callable[[str], None],
-) -> None:
+class _Draft:
+    """A bundle that is being written; after every file its manifest is true of what lies in its folder.
+
+    Attributes
+    ----------
+    details, figures, sections
+        What the manifest says of each graph, of their parity, and under further keys.
+    """
+
+    def __init__(self, place: Path, run: Run) -> None:
+        self.place = place
+        self.details: dict[str, dict[str, Any]] = {}
+        self.figures: Mapping[str, Any] = {}
+        self.sections: dict[str, Any] = {}
+        self._contract, self._training = run.contract, provenance(run)
+        self._created = datetime.now(UTC).isoformat(timespec="seconds")
+        self._files: dict[str, bytes] = {}
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file, and the manifest anew."""
+        self._files[name] = data
+        write_bytes(self.place / name, data)
+        manifest = make_manifest(
+            self._contract, self._files, self.details, self._training, self.figures, self._created, self.sections
+        )
+        write_bytes(self.place / MANIFEST, manifest)
+
+    def add_graph(self, precision: str, graph: bytes) -> None:
+        """Write a precision's graph, in place of an earlier attempt at it."""
+        self.details.setdefault(precision, {"opset": OPSET, "ir_version": IR_VERSION})
+        self.write(model_file(precision), graph)
+
+    def open_graph(self, precision: str) -> OnnxEngine:
+        """Open a graph as a cart does."""
+        return OnnxEngine(Bundle(self.place), precision=precision, device="cpu")
+
+
+def _add_frame_graphs(draft: _Draft, precisions: Sequence[str], split: Split, progress: Callable[[str], None]) -> None:
     """Add the graphs from frame to decision, each once it is proved on the golden frames and on the split's."""
     for precision in precisions:
         progress(f"building the {precision} frame graph and measuring its parity")
-        bundle = Bundle(place)
+        bundle = Bundle(draft.place)
         graph, parity = make_frame_graph(bundle, precision, whole_frames(split, bundle.contract))
-        sections.setdefault("frame_graphs", {})[precision] = parity.to_dict()
-        write(frame_file(precision), graph)
+        draft.sections.setdefault("frame_graphs", {})[precision] = parity.to_dict()
+        draft.write(frame_file(precision), graph)
 
 
 def _replay(place: Path, precision: str, out: Path) -> Verification:

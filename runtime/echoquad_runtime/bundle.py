@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -80,6 +80,9 @@ def frame_file(precision: str) -> str:
     return f"frame.{precision}.onnx"
 
 
+Answers = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+
+
 @dataclass(frozen=True, slots=True)
 class Golden:
     """Frames with the answers that the training code gave for them.
@@ -94,6 +97,8 @@ class Golden:
         float32 [G, 4, C], quadrants in the contract's order; computed by PyTorch in float32.
     reasons
         G tuples of phrases: what each frame is there for. Empty where it is not recorded.
+    exported
+        By precision below fp32: logits and probabilities that its graph gave where it was exported and held to PyTorch.
     """
 
     names: tuple[str, ...]
@@ -101,6 +106,15 @@ class Golden:
     logits: npt.NDArray[np.float32]
     probabilities: npt.NDArray[np.float32]
     reasons: tuple[tuple[str, ...], ...] = ()
+    exported: Mapping[str, Answers] = field(default_factory=dict)
+
+    def expected(self, precision: str) -> Answers:
+        """Give the logits and probabilities that a precision is to give.
+
+        A graph of less precision was proved on frames of the data; on a saturated or a striped one, which is far from
+        these, it may differ from PyTorch by more, and shows its worth by giving here what it gave where it was proved.
+        """
+        return self.exported.get(precision, (self.logits, self.probabilities))
 
 
 class Bundle:
@@ -268,14 +282,20 @@ class Bundle:
                 frames = tuple(arrays[f"frame_{index:03d}"] for index in range(len(names)))
                 lists = [json.loads(str(line)) for line in arrays["reasons"]] if "reasons" in arrays else []
                 reasons = tuple(tuple(map(str, phrases)) for phrases in lists)
-                golden = Golden(names, frames, arrays["logits"], arrays["probabilities"], reasons)
+                exported = {
+                    name: (arrays[f"logits_{name}"], arrays[f"probabilities_{name}"])
+                    for name in PRECISIONS
+                    if f"logits_{name}" in arrays
+                }
+                golden = Golden(names, frames, arrays["logits"], arrays["probabilities"], reasons, exported)
         except Exception as error:  # a zip that is none, an array that lacks: numpy has no common class for it
             raise BundleError(f"{self._label}: {GOLDEN} cannot be understood ({error}); export it again") from error
         shape = (len(golden.frames), 4, len(self.contract.classes))
-        if golden.logits.shape != shape or golden.probabilities.shape != shape or not golden.frames:
-            raise BundleError(f"{self._label}: {GOLDEN} has answers {golden.logits.shape}; expected {shape}")
-        if golden.logits.dtype != np.float32 or golden.probabilities.dtype != np.float32:
-            raise BundleError(f"{self._label}: {GOLDEN} has answers that are not float32; export it again")
+        for answers in ((golden.logits, golden.probabilities), *golden.exported.values()):
+            if any(part.shape != shape for part in answers) or not golden.frames:
+                raise BundleError(f"{self._label}: {GOLDEN} has answers {answers[0].shape}; expected {shape}")
+            if any(part.dtype != np.float32 for part in answers):
+                raise BundleError(f"{self._label}: {GOLDEN} has answers that are not float32; export it again")
         if any(frame.ndim != 2 or frame.dtype != np.uint8 or min(frame.shape) < 2 for frame in golden.frames):
             raise BundleError(
                 f"{self._label}: {GOLDEN} has a frame that is not uint8 [height, width], 2 x 2 or more; export it again"
@@ -293,6 +313,8 @@ def encode_golden(golden: Golden) -> bytes:
         "logits": golden.logits,
         "probabilities": golden.probabilities,
     }
+    for name, (logits, probabilities) in golden.exported.items():
+        arrays |= {f"logits_{name}": logits, f"probabilities_{name}": probabilities}
     if golden.reasons:
         arrays["reasons"] = np.array([canonical_json(phrases) for phrases in golden.reasons])
     stream = io.BytesIO()

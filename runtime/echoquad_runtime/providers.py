@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Final
 
@@ -19,7 +20,16 @@ from echoquad_runtime.wheels import load_onnxruntime, one_line, silent_python
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["CPU_PROVIDER", "CUDA_PROVIDER", "OPENVINO_PROVIDER", "PROBE_MODEL", "create_session", "probe", "strays"]
+__all__ = [
+    "CPU_PROVIDER",
+    "CUDA_PROVIDER",
+    "OPENVINO_PROVIDER",
+    "PROBE_MODEL",
+    "create_session",
+    "integers_overflow",
+    "probe",
+    "strays",
+]
 
 CPU_PROVIDER: Final = "CPUExecutionProvider"
 CUDA_PROVIDER: Final = "CUDAExecutionProvider"
@@ -30,6 +40,13 @@ PROBE_MODEL: Final = base64.b64decode(
     "CAgSCGVjaG9xdWFkOnkKEgoBeAoBdwoBYhIBeSIEQ29udhIFcHJvYmUqEwgBCAEIAQgBEAEiBAAAAEBCAXcqDQgBEAEiBAAAgD9C"
     "AWJaGwoBeBIWChQIARIQCgIIAQoCCAEKAggCCgIIAmIbCgF5EhYKFAgBEhAKAggBCgIIAQoCCAIKAggCQgQKABAR"
 )
+
+# y = x w on uint8 [1, 8] and int8 [8, 4], every weight 127: sums of two products that do not fit into 16 bits.
+_INTEGER_MODEL: Final = base64.b64decode(
+    "CAgSCGVjaG9xdWFkOngKGAoBeAoBdxIBeSINTWF0TXVsSW50ZWdlchIFcHJvYmUqKwgICAQQA0IBd0ogf39/f39/f39/f39/f39/f39/"
+    "f39/f39/f39/f39/f39aEwoBeBIOCgwIAhIICgIIAQoCCAhiEwoBeRIOCgwIBhIICgIIAQoCCARCBAoAEBI="
+)
+_INTEGERS: Final = b"QuantizeLinear"  # in the bytes of every graph that computes in integers
 
 
 def create_session(
@@ -65,9 +82,8 @@ def create_session(
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 4
-    # On x86 without VNNI, uint8 times int8 overflows in 16 bits and int8 would decide otherwise there: this makes
-    # onnxruntime take slower instructions that do not. Where there is VNNI it has no effect.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if _INTEGERS in model and integers_overflow():
+        options.add_session_config_entry("session.x64quantprecision", "1")  # exact, and slower
     if not spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers: list[str | tuple[str, dict[str, str]]] = [provider]
@@ -90,6 +106,22 @@ def create_session(
     if (made := session.get_providers()[0]) != provider:
         raise RuntimeError(f"asked for {provider}, onnxruntime made a session on {made}")
     return session
+
+
+@cache
+def integers_overflow() -> bool:
+    """Say whether onnxruntime's fastest integer products are wrong on this processor: a tiny one is tried, once.
+
+    On x86 without VNNI, uint8 times int8 is added up in 16 bits, which can overflow, and a graph of integers would
+    decide otherwise than on the machine that it was proved on.
+    """
+    ort = load_onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    session = ort.InferenceSession(_INTEGER_MODEL, options, providers=[CPU_PROVIDER])
+    product = np.asarray(session.run(None, {"x": np.full((1, 8), 255, np.uint8)})[0])
+    return bool((product != 8 * 255 * 127).any())
 
 
 def _openvino_options(threads: int, bfloat16: bool) -> dict[str, str]:

@@ -45,7 +45,7 @@ class GoldenCheck:
     name, reasons
         Which it is, and what it is there for.
     max_abs_dlogit, max_abs_dprobability
-        Worst |difference| from PyTorch's answers; infinite where one of the two is no number.
+        Worst |difference| from the answers expected; infinite where one of the two is no number.
     expected, found
         Class decided by the training code, and by the bundle; where its batches disagree, the other one.
     tolerated
@@ -74,7 +74,7 @@ class Verification:
     frames
         How many golden frames were replayed.
     max_abs_dlogit, max_abs_dprobability
-        Worst |difference| from PyTorch's answers.
+        Worst |difference| from the answers expected; see `Golden.expected`.
     frame_flips, quadrant_flips
         Decisions that came out otherwise, and no difference within the gate can account for it.
     tolerated_frame_flips, tolerated_quadrant_flips
@@ -310,17 +310,18 @@ def _replay(bundle: Bundle, golden: Golden, device: Device, precision: str, thre
     contract, count = bundle.contract, len(golden.frames)
     quadrants = np.stack([frame_quadrants(frame, contract) for frame in golden.frames])
     passes = [_infer(engine, quadrants, size) for size in (1, TOGETHER)]
-    expected = decide(golden.probabilities, contract.vote, contract.vote_weights)
-    leads = frame_leads(golden.probabilities, contract.vote, contract.vote_weights)
-    patch_leads, allowed = quadrant_leads(golden.probabilities), gate["max_abs_dprobability"]
+    true_logits, true = golden.expected(precision)
+    expected = decide(true, contract.vote, contract.vote_weights)
+    leads = frame_leads(true, contract.vote, contract.vote_weights)
+    patch_leads, allowed = quadrant_leads(true), gate["max_abs_dprobability"]
 
     dlogit, dprobability = np.zeros(count), np.zeros(count)
     labels, tolerated = expected.labels.copy(), np.ones(count, np.bool_)
     flips = []
     for logits, probabilities in passes:
         # A NaN compares as no difference at all; as an infinite one it cannot pass.
-        dlogit = np.maximum(dlogit, _largest(logits, golden.logits))
-        dprobability = np.maximum(dprobability, _largest(probabilities, golden.probabilities))
+        dlogit = np.maximum(dlogit, _largest(logits, true_logits))
+        dprobability = np.maximum(dprobability, _largest(probabilities, true))
         found = decide(probabilities, contract.vote, contract.vote_weights)
         frames, patches = found.labels != expected.labels, found.quadrant_labels != expected.quadrant_labels
         within = within_tolerance(leads, found.labels, allowed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,30 @@ def test_the_same_every_time(case: Any, thin: None) -> None:
     manifest = Bundle(case.bundle).manifest
     assert manifest["golden"] == facts
     assert facts["bytes"] == len(data) == manifest["files"]["golden.npz"]["bytes"]
+
+
+def test_what_a_graph_of_less_precision_gives_is_kept(tmp_path: Path, make_tiny_bundle: Any) -> None:
+    class Coarse(Brightness):
+        precision = "int8"
+
+        def infer(self, quadrants: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            logits, probabilities = super().infer(quadrants)
+            return logits.round(1), probabilities.round(2)
+
+    contract = replace(TWO, input_size=32)
+    data, facts = pack_golden(Brightness(contract), PHANTOM, [Coarse(contract)])
+    bundle = Bundle(make_tiny_bundle(tmp_path, contract=contract, golden=data))
+    golden = bundle.read_golden()
+    plain, _ = pack_golden(Brightness(contract), PHANTOM)
+    assert (
+        golden.names
+        == Bundle(make_tiny_bundle(tmp_path / "plain", contract=contract, golden=plain)).read_golden().names
+    )
+    np.testing.assert_array_equal(golden.expected("int8")[0], golden.logits.round(1))
+    np.testing.assert_array_equal(golden.expected("int8")[1], golden.probabilities.round(2))
+    for precision in ("fp32", "fp16", "bf16"):
+        assert golden.expected(precision)[0] is golden.logits
+    assert facts["bytes"] == len(data) > len(plain)
 
 
 def test_facts() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from echoquad_runtime import bundle, session
+from echoquad_runtime import bundle, providers, session
 from echoquad_runtime.bundle import REDUCED_GATE, Bundle, model_file
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.devices import OpenedSession, open_session
+from echoquad_runtime.devices import OpenedSession, load_onnxruntime, open_session
 from echoquad_runtime.errors import BundleError, BundleTamperedError, UsageError
+from echoquad_runtime.providers import integers_overflow
 from echoquad_runtime.session import OnnxEngine
 from echoquad_runtime.verify import verify
 
@@ -67,6 +69,52 @@ def test_threads_and_spinning_are_kept(tiny_bundle: Path) -> None:
     engine = open_engine(tiny_bundle, threads=2, spinning=False)
     assert (engine.threads, engine.spinning) == (2, False)
     assert open_engine(tiny_bundle).spinning is True
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+def test_integers_are_exact_where_the_fast_ones_would_overflow(
+    tmp_path: Path, tiny_bundle: Path, make_tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch, overflow: bool
+) -> None:
+    tried: list[bool] = []
+    monkeypatch.setattr(providers, "integers_overflow", lambda: tried.append(overflow) or overflow)
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load_from_string((tiny_bundle / model_file("fp32")).read_bytes())
+    graph.graph.node[0].name = "QuantizeLinear"  # what the bytes of a graph of integers hold
+    folder = make_tiny_bundle(tmp_path, precisions=("fp32", "int8"), graphs={"int8": graph.SerializeToString()})
+    key, asked = "session.x64quantprecision", {}
+    for precision in ("fp32", "int8"):
+        options = open_engine(folder, precision=precision)._session.get_session_options()
+        try:
+            asked[precision] = options.get_session_config_entry(key)
+        except RuntimeError:  # onnxruntime's word for an entry that was not made
+            asked[precision] = None
+    assert asked == {"fp32": None, "int8": "1" if overflow else None}
+    assert len(tried) == 1  # a float graph does not pay for the trial
+
+
+def test_whether_integers_overflow_is_tried_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if "vnni" in flags or platform.machine().lower() in ("arm64", "aarch64"):
+        assert integers_overflow() is False
+    saturated = np.full((1, 4), 4 * 32767, np.int32)  # what pairs added up in 16 bits come to
+    ort = load_onnxruntime()
+    opened = ort.InferenceSession
+
+    class Saturating:
+        def __init__(self, *given: Any, **options: Any) -> None:
+            assert [item.shape for item in opened(*given, **options).run(None, {"x": np.zeros((1, 8), np.uint8)})] == [
+                (1, 4)
+            ]
+
+        def run(self, *_: Any) -> list[np.ndarray]:
+            return [saturated]
+
+    monkeypatch.setattr(ort, "InferenceSession", Saturating)
+    integers_overflow.cache_clear()
+    try:
+        assert integers_overflow() is True
+    finally:
+        integers_overflow.cache_clear()
 
 
 @pytest.fixture

@@ -172,6 +172,25 @@ def test_each_golden_frame_is_told_of(tmp_path: Path, tiny_bundle: Path, make_ti
     assert found.provider == "CPUExecutionProvider"
 
 
+def test_a_graph_of_less_precision_is_held_to_what_it_gave_where_it_was_exported(
+    tmp_path: Path, tiny_bundle: Path, make_tiny_bundle: Make
+) -> None:
+    right = golden_of(tiny_bundle)
+    wrong = (right.logits[..., ::-1].copy(), right.probabilities[..., ::-1].copy())
+    both = ("fp32", "int8")
+    for name, golden, passes in (
+        (
+            "far from torch",
+            Golden(right.names, right.frames, *wrong, exported={"int8": right.expected("fp32")}),
+            "int8",
+        ),
+        ("another device", dataclasses.replace(right, exported={"int8": wrong}), "fp32"),
+    ):
+        folder = make_tiny_bundle(tmp_path / name, precisions=both, golden=golden)
+        found = {precision: verify(folder, device="cpu", precision=precision).passed for precision in both}
+        assert found == {precision: precision == passes for precision in both}
+
+
 def test_every_listed_file_is_hashed(tmp_path: Path, make_tiny_bundle: Make) -> None:
     for name in ("MODEL_CARD.md", GOLDEN, "model.int8.onnx"):
         folder = make_tiny_bundle(tmp_path / name, precisions=("fp32", "int8"))
