@@ -285,8 +285,9 @@ def _golden(manifest: Mapping[str, Any]) -> Section:
             f"{_number(_at(golden, 'smallest_quadrant_margin'), '.2g')}."
         )
     replay = (
-        "`echoquad verify` replays them on the device at hand. A probability that is out by more than the gate allows "
-        "fails; a decision that a difference within the gate can turn is told apart, and does not."
+        "`echoquad verify` replays them on the device at hand: fp32 is held to these answers, one of less precision "
+        "to what it gave itself when it was exported. A probability that is out by more than the gate allows fails; a "
+        "decision that a difference within the gate can turn is told apart, and does not."
     )
     return Section("Golden frames", (Paragraph(text), Paragraph(replay)))
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from echoquad_export.calibrate import Ranges, open_in_memory
 from echoquad_export.graph import DeployedClassifier, build_graph
 from echoquad_export.pack import export_run
+from echoquad_export.quantize import float_tensors, layers, prepare, quantize
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.verify import verify
 from echoquad_train.checkpoint import load_run
@@ -48,11 +50,23 @@ def test_a_graph_gives_what_the_backbone_gives(name: str) -> None:
         deployed = DeployedClassifier(model, contract)(quadrants)[0].numpy()
     np.testing.assert_allclose(deployed, expected, atol=1e-4)
     assert np.ptp(expected, axis=0).min() > 1e-2  # frames that differ are told apart
-    session = onnxruntime.InferenceSession(build_graph(model, contract), providers=["CPUExecutionProvider"])
+    graph = build_graph(model, contract)
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     for batch in (quadrants, quadrants[:1]):
         logits, probabilities = session.run(None, {"quadrants": batch.numpy()})
         np.testing.assert_allclose(logits, expected[: len(batch)], atol=1e-4)
         np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
+
+    prepared = prepare(graph, contract)
+    units = layers(prepared)
+    ranges = Ranges(prepared, quadrants.numpy().reshape(2, 4, 64, 64), float_tensors(prepared))
+    every = [name for unit in units for name in unit]
+    errors = []
+    for kept in (every, [name for unit in units[: len(units) // 2] for name in unit], []):
+        integers = open_in_memory(quantize(prepared, ranges, keep_float=kept))
+        errors.append(np.abs(integers.run(None, {"quadrants": quadrants.numpy()})[0] - expected).mean())
+    # All that float layers differ by is half a grey level at the padded border; integers differ by more, not by much.
+    assert errors[0] < 0.02 * np.ptp(expected) and errors[0] < errors[1] and errors[2] < 0.3 * np.ptp(expected)
 
 
 def test_a_bundle_names_the_teacher_and_none_of_its_paths(case: Any, tmp_path: Path, thin: None) -> None:

@@ -20,7 +20,7 @@ def test_the_cart_is_small_and_has_no_torch(cpu: Any, capsys: pytest.CaptureFixt
     code = sum(path.stat().st_size for path in files if path.suffix == ".pyc") / 1e6
     with capsys.disabled():
         print(f"\nsite-packages with echoquad[cpu]: {size:.0f} MB, {code:.0f} MB of it compiled Python")  # noqa: T201
-    assert size <= 200
+    assert size <= 220  # onnxruntime 1.32 took it from 190 to 202
     assert [name for name in HEAVY if (cpu.site / name).exists()] == []
     assert "No broken requirements found." in cpu.pip("check")
 
