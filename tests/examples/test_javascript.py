@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from echoquad_runtime.bundle import MANIFEST, encode_manifest, model_file
+from echoquad_runtime.bundle import MANIFEST, Bundle, encode_manifest, model_file
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.frames import read_frame
+from echoquad_runtime.quadrants import frame_quadrants
 
 SOURCE = Path(__file__).parents[2] / "examples" / "javascript"
 NO_NETWORK = ("ENOTFOUND", "EAI_AGAIN", "ECONNREFUSED", "ECONNRESET", "ENETUNREACH", "ETIMEDOUT", "ERR_SOCKET_TIMEOUT")
@@ -229,6 +230,34 @@ def test_rows_are_those_of_predict(
                 assert found[name] == value, name
     if count == len(paths):
         assert {row["flags"] for row in expected} == {"", "tie"}  # or the flag is not tested
+
+
+def test_a_graph_of_integers_gives_the_row_of_predict(
+    client: Client,
+    tiny_bundle: Path,
+    make_tiny_bundle: MakeBundle,
+    make_frame: Callable[..., np.ndarray],
+    tmp_path: Path,
+) -> None:
+    from echoquad_export.calibrate import Ranges
+    from echoquad_export.quantize import float_tensors, prepare, quantize
+
+    contract = Bundle(tiny_bundle).contract
+    model = prepare((tiny_bundle / model_file("fp32")).read_bytes(), contract)
+    frames = np.stack([frame_quadrants(make_frame(seed), contract)[:, 0] for seed in range(4)])
+    integers = quantize(model, Ranges(model, frames, float_tensors(model)))
+    assert b"QuantizeLinear" in integers
+    bundle = add_frame_graph(make_tiny_bundle(tmp_path / "bundle", precisions=("int8",), graphs={"int8": integers}))
+    path = tmp_path / "frame.png"
+    Image.fromarray(make_frame(9)).save(path)
+    command = [sys.executable, "-m", "echoquad", "predict", str(bundle), str(path), "--device", "cpu"]
+    ended = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", timeout=SECONDS)
+    (expected,), (found,) = rows(ended.stdout), rows(client(bundle, path).stdout)
+    assert found["precision"] == "int8"
+    assert {name: value for name, value in found.items() if not name.startswith(("prob_", "p_"))} == {
+        name: value for name, value in expected.items() if not name.startswith(("prob_", "p_"))
+    }
+    assert abs(float(found["prob_ASD"]) - float(expected["prob_ASD"])) < 1.5e-4
 
 
 # ---------------------------------------------------------------------------------------------- refusals
