@@ -19,7 +19,7 @@ def bench(
     bundle: BundleFolder,
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="INPUT", help="Frame files, folders, patterns; the bundle's golden phantoms if none."),
+        typer.Argument(metavar="INPUT", help="Frame files, folders, patterns; the bundle's golden frames if none."),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures as JSON.")

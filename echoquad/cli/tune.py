@@ -36,7 +36,7 @@ def tune(
     bundle: BundleFolder,
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="INPUT", help="Frame files, folders, patterns; the bundle's golden phantoms if none."),
+        typer.Argument(metavar="INPUT", help="Frame files, folders, patterns; the bundle's golden frames if none."),
     ] = None,
     goal: Annotated[
         GoalName,

@@ -39,6 +39,11 @@ __all__ = [
 ]
 
 STAGES: Final = ("decode", "quadrants", "infer", "vote")
+_LIKE_FRAMES: Final = (
+    "phantom-",
+    "validation-",
+    "folder-",
+)  # names of golden ones; the others are blank, ramps, stripes
 
 Encoded = tuple[str, bytes]
 
@@ -98,11 +103,11 @@ class Benchmark:
 
 
 def encoded_golden_frames(bundle: Bundle) -> list[Encoded]:
-    """Encode a bundle's golden phantoms as PNG, for a machine that has no frames at hand."""
+    """Encode as PNG the golden frames that look like frames, for a machine that has none at hand."""
     golden = bundle.read_golden()
     found = []
     for name, frame in zip(golden.names, golden.frames, strict=True):
-        if name.startswith("phantom"):
+        if name.startswith(_LIKE_FRAMES):
             stream = io.BytesIO()
             Image.fromarray(frame).save(stream, "PNG")
             found.append((name, stream.getvalue()))
@@ -158,7 +163,7 @@ def run_benchmark(
     folder
         The bundle.
     frames
-        Names and file bytes, gone through again and again; None is the bundle's golden phantoms.
+        Names and file bytes, gone through again and again; None is the bundle's golden frames.
     device, precision, threads, spinning
         As `OnnxEngine`.
     public_key
@@ -181,7 +186,9 @@ def run_benchmark(
     load_ms = 1e3 * (time.perf_counter() - begin)
     encoded = [data for _, data in (frames or encoded_golden_frames(bundle))]
     if not encoded:
-        raise InputNotFoundError(f"{bundle.folder.as_posix()}: its golden frames hold no phantom; name frames to time")
+        raise InputNotFoundError(
+            f"{bundle.folder.as_posix()}: its golden frames hold none to time; name frames to time"
+        )
     size = bundle.contract.input_size
     batch = np.empty((batch_size, 4, 1, size, size), np.uint8)
 

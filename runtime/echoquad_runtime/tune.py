@@ -172,7 +172,7 @@ def tune(
     folder
         The bundle.
     frames
-        Names and file bytes, gone through again and again; None is the bundle's golden phantoms.
+        Names and file bytes, gone through again and again; None is the bundle's golden frames.
     goal
         What is to be best: ``latency``, ``throughput`` or ``power``; see the module.
     max_p99_ms
@@ -216,7 +216,9 @@ def tune(
         bundle.choose_precision(precision)
     encoded = [data for _, data in (encoded_golden_frames(bundle) if frames is None else frames)]
     if not encoded:
-        raise InputNotFoundError(f"{bundle.folder.as_posix()}: its golden frames hold no phantom; name frames to time")
+        raise InputNotFoundError(
+            f"{bundle.folder.as_posix()}: its golden frames hold none to time; name frames to time"
+        )
     cpus = available_cpus()
     batch_sizes = (batch_size,) if batch_size else BATCH_SIZES if goal == "throughput" else (1,)
     devices, left_out = _devices(device, goal)

@@ -75,10 +75,17 @@ def test_golden_phantoms_stand_in_for_frames(tiny_bundle: Path) -> None:
         np.testing.assert_array_equal(decode_frame(data), golden.frames[golden.names.index(name)])
 
 
+def test_real_golden_frames_stand_in_too(tmp_path: Path, tiny_bundle: Path, make_tiny_bundle: Make) -> None:
+    golden = Bundle(tiny_bundle).read_golden()
+    names = tuple(name.replace("phantom-", "validation-00") for name in golden.names)
+    bundle = Bundle(make_tiny_bundle(tmp_path, golden=dataclasses.replace(golden, names=names)))
+    assert [name for name, _ in encoded_golden_frames(bundle)] == [f"validation-00{index}" for index in range(4)]
+
+
 def test_no_phantoms_and_no_frames(tmp_path: Path, tiny_bundle: Path, make_tiny_bundle: Make) -> None:
     golden = Bundle(tiny_bundle).read_golden()
     renamed = dataclasses.replace(golden, names=tuple(f"frame-{index}" for index in range(len(golden.names))))
-    with pytest.raises(InputNotFoundError, match="hold no phantom; name frames to time"):
+    with pytest.raises(InputNotFoundError, match="hold none to time; name frames to time"):
         run_benchmark(make_tiny_bundle(tmp_path, golden=renamed), device="cpu")
 
 

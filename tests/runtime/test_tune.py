@@ -162,7 +162,7 @@ def test_what_spins_costs_power_in_the_pauses(tiny_bundle: Path) -> None:
 def test_golden_phantoms_stand_in_for_frames(tiny_bundle: Path, make_tiny_bundle: Make, tmp_path: Path) -> None:
     golden = Bundle(tiny_bundle).read_golden()
     renamed = dataclasses.replace(golden, names=tuple(f"frame-{index}" for index in range(len(golden.names))))
-    with pytest.raises(InputNotFoundError, match="hold no phantom; name frames to time"):
+    with pytest.raises(InputNotFoundError, match="hold none to time; name frames to time"):
         tune(make_tiny_bundle(tmp_path, golden=renamed))
 
 
