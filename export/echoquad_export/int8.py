@@ -52,6 +52,14 @@ class Attempt:
     float_layers: tuple[str, ...]
     parity: Parity
 
+    @property
+    def excess(self) -> float:
+        """How far from its gate it is: the largest figure over its bound, 1 being the bound."""
+        gate, flips = self.parity.gate, self.parity.worst("frame_flips")
+        # Where there are so few frames that none may flip, every flip is one beyond.
+        allowed = max(gate.max_frame_flip_fraction * self.parity.frames, 1)
+        return max(flips / allowed, self.parity.worst("max_abs_dprobability") / gate.max_abs_dprobability)
+
     def to_dict(self) -> dict[str, Any]:
         """Give what the manifest says of it."""
         return {
@@ -133,19 +141,20 @@ def build_int8(
     for percentile in PERCENTILES:
         if found := attempt(percentile):
             return found
-    best = min(range(len(PERCENTILES)), key=lambda index: attempts[index].parity.worst("max_abs_dprobability"))
+    best = min(range(len(PERCENTILES)), key=lambda index: attempts[index].excess)
     progress(f"comparing {len(units)} layers")
     ranked = _by_sensitivity(model, ranges, PERCENTILES[best], units, calibration.quadrants[:SCAN_FRAMES])
     half = len(units) // 2  # beyond, little would be left of what int8 is for
     for count in sorted({*(2**power for power in range(half.bit_length())), half}):
         if found := attempt(PERCENTILES[best], tuple(ranked[:count])):
             return found
-    closest = min(attempts, key=lambda made: made.parity.worst("max_abs_dprobability"))
+    closest = min(attempts, key=lambda made: made.excess)
+    allowed = ", ".join(f"{name} {value:g}" for name, value in closest.parity.gate.to_dict().items())
     raise ParityError(
         f"parity: no int8 graph of this model decides as the training code does, of {len(attempts)} that were tried "
-        f"({len(PERCENTILES)} calibrations, then up to {half} of {len(units)} layers in float); "
-        f"the closest ({closest}) misses: {'; '.join(closest.parity.misses)}; no bundle was written; "
-        "do: leave int8 out of --precision"
+        f"({len(PERCENTILES)} calibrations, then up to {half} of {len(units)} layers in float) on "
+        f"{closest.parity.frames} frames of the {closest.parity.source}; the closest was {closest}; allowed: "
+        f"{allowed}; no bundle was written; do: leave int8 out of --precision"
     )
 
 

@@ -83,7 +83,8 @@ def test_where_nothing_helps_it_is_refused_and_the_closest_named(single: bytes) 
         build_int8(single, CONTRACT, CALIBRATION, judge, told.append)
     text = str(refusal.value)
     assert "no int8 graph of this model" in text and "1 layers in float: |dp| 0.070, 1 frame flips" in text
-    assert "no bundle was written" in text and "leave int8 out" in text and "\n" not in text
+    assert "allowed: max_abs_dprobability 0.05, max_frame_flip_fraction 0.01; no bundle was written" in text
+    assert "on 100 frames of the validation split" in text and "leave int8 out" in text and "\n" not in text
     # 13 layers: 1, 2, 4 and 6 of them in float, but never more than half.
     assert len(judge.shown) == 4 + 4 and len(told) == 8 + 1
 
@@ -102,6 +103,30 @@ def test_the_scan_finds_the_layer_that_is_hurt(single: bytes, monkeypatch: pytes
     ranges = int8.Ranges(model, CALIBRATION.quadrants, int8.float_tensors(model))
     ranked = int8._by_sensitivity(model, ranges, None, units, CALIBRATION.quadrants)
     assert ranked[0] == units[3] and sorted(ranked) == sorted(units)
+
+
+@pytest.mark.parametrize(
+    ("dp", "flips", "frames", "excess"),
+    [(0.05, 0, 100, 1.0), (0.2, 1, 100, 4.0), (0.02, 6, 200, 3.0), (0.01, 2, 40, 2.0), (0.01, 0, 40, 0.2)],
+)
+def test_how_far_from_the_gate(dp: float, flips: int, frames: int, excess: float) -> None:
+    batch = BatchParity(1, 1.0, dp, 3, flips, 0.1)
+    parity = Parity("int8", "cpu", frames, "validation split", GATES["int8"], (batch,))
+    assert int8.Attempt("min-max", (), parity).excess == pytest.approx(excess)
+
+
+def test_it_goes_on_with_the_calibration_that_is_nearest_in_all(single: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A small worst difference with many flips is further away than a larger one with few.
+    monkeypatch.setattr(int8, "_by_sensitivity", lambda *given: given[3])
+
+    class Flipping(Judge):
+        def __call__(self, graph: bytes) -> Parity:
+            parity = super().__call__(graph)
+            flips = {1: 42, 2: 9, 3: 8, 4: 3}.get(len(self.shown), 1)
+            return replace(parity, batches=(replace(parity.batches[0], frame_flips=flips),))
+
+    made = build_int8(single, CONTRACT, CALIBRATION, Flipping(passes=5, distances={1: 0.06, 4: 0.12}))
+    assert made.details["calibration"]["method"] == "percentile 99.9"
 
 
 def test_attempts_read_well() -> None:
