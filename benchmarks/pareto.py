@@ -22,13 +22,11 @@ import numpy as np
 from common import alternate, machine, versions
 
 from echoquad_export.pack import export_run
+from echoquad_runtime.bench import time_stages
 from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.errors import ParityError
-from echoquad_runtime.frames import decode_frame
 from echoquad_runtime.predictor import Prediction, Predictor
-from echoquad_runtime.quadrants import frame_quadrants
 from echoquad_runtime.session import OnnxEngine
-from echoquad_runtime.vote import decide
 from echoquad_train.checkpoint import load_run
 from echoquad_train.dataset import read_split
 from echoquad_train.evaluate import wilson_interval
@@ -117,14 +115,13 @@ def measure(run: Path, folder: Path, threads: int) -> tuple[Point, Callable[[], 
     count = len(split.frames)
     low, high = wilson_interval(right, count)
     encoded = [frame.path.read_bytes() for frame in split.frames[:16]]
+    batch = np.empty((1, 4, 1, contract.input_size, contract.input_size), np.uint8)
     turn = 0
 
     def call() -> None:
         nonlocal turn
         turn += 1
-        quadrants = frame_quadrants(decode_frame(encoded[turn % len(encoded)]), contract)
-        _, probabilities = engine.infer(quadrants)
-        decide(probabilities[None], contract.vote, contract.vote_weights)
+        time_stages(engine, [encoded[turn % len(encoded)]], batch)
 
     size = bundle.manifest["files"][f"model.{precision}.onnx"]["bytes"] / 1e6
     kept = len(bundle.manifest["precisions"][precision].get("float_layers", []))

@@ -11,17 +11,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.devices import CPU_PROVIDER, load_onnxruntime
+from echoquad_runtime.devices import open_session
 from echoquad_runtime.errors import DatasetError
 from echoquad_runtime.session import INPUT, Floats
 from echoquad_train.dataset import LabelledFrame, Split, load_quadrants, read_split
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 __all__ = ["CALIBRATION_FRAMES", "CalibrationSet", "Ranges", "draw_calibration_set", "open_in_memory"]
 
@@ -213,9 +216,6 @@ class Ranges:
             yield from zip(self._tensors, self._session.run(self._tensors, {INPUT: frame[:, None]}), strict=True)
 
 
-def open_in_memory(graph: bytes) -> Any:
-    """Open a graph that lies on no disk in an onnxruntime session on the CPU."""
-    ort = load_onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    return ort.InferenceSession(graph, options, providers=[CPU_PROVIDER])
+def open_in_memory(graph: bytes) -> onnxruntime.InferenceSession:
+    """Open a graph that lies on no disk as the runtime opens one, on the CPU."""
+    return open_session(graph, device="cpu").session

@@ -32,7 +32,7 @@ from echoquad_runtime.errors import FrameError, InputNotFoundError
 from echoquad_runtime.frames import read_frame
 from echoquad_runtime.inputs import Failure, FrameFile, find_frames
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
-from echoquad_runtime.session import Engine, Floats
+from echoquad_runtime.session import Engine, Floats, infer_all
 from echoquad_runtime.tolerance import frame_leads, quadrant_leads
 from echoquad_runtime.vote import decide
 from echoquad_train.phantom import phantom_frame
@@ -203,8 +203,9 @@ def pack_golden(engine: Engine, source: GoldenSource, exported: Iterable[Engine]
 
 
 def _answers(engine: Engine, frames: Iterable[Grey]) -> tuple[Floats, Floats]:
-    found = [engine.infer(frame_quadrants(frame, engine.contract)) for frame in frames]
-    return np.stack([logits for logits, _ in found]), np.stack([probabilities for _, probabilities in found])
+    quadrants = np.stack([frame_quadrants(frame, engine.contract) for frame in frames])
+    logits, probabilities = (part.reshape(len(quadrants), 4, -1) for part in infer_all(engine, quadrants, 1))
+    return logits, probabilities
 
 
 def golden_facts(golden: Golden, contract: Contract, source: GoldenSource, size: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ __all__ = ["make_manifest", "provenance"]
 
 def make_manifest(
     contract: Contract,
-    files: Mapping[str, bytes],
+    files: Mapping[str, Mapping[str, Any]],
     precisions: Mapping[str, Mapping[str, Any]],
     training: Mapping[str, Any],
     parity: Mapping[str, Any],
@@ -31,7 +30,7 @@ def make_manifest(
     contract
         How a frame becomes a decision.
     files
-        The bytes of every other file, by name.
+        SHA-256 and size of every other file, by name.
     precisions
         What is to be known of each graph: opset, how it was calibrated. The first is the default.
     training, parity
@@ -47,9 +46,7 @@ def make_manifest(
             "created": created,
             "contract": contract.to_dict(),
             "contract_sha256": contract.sha256,
-            "files": {
-                name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()
-            },
+            "files": files,
             "precisions": precisions,
             "default_precision": next(iter(precisions)),
             "parity": parity,

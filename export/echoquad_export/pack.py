@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ from echoquad_export.half import to_half
 from echoquad_export.int8 import build_int8
 from echoquad_export.manifest import make_manifest, provenance
 from echoquad_export.metrics import measure_run
-from echoquad_export.parity import Gate, Parity, infer_all, measure_parity, summary
+from echoquad_export.parity import Gate, Parity, measure_parity, summary
 from echoquad_export.place import beside, check_target, move_into_place
 from echoquad_runtime.bundle import (
     GOLDEN,
@@ -31,7 +32,7 @@ from echoquad_runtime.bundle import (
 from echoquad_runtime.card import model_card
 from echoquad_runtime.errors import DatasetError, RunError, UsageError, VerificationError
 from echoquad_runtime.files import write_bytes
-from echoquad_runtime.session import OnnxEngine
+from echoquad_runtime.session import OnnxEngine, infer_all
 from echoquad_runtime.signing import check_private_key, sign_bundle
 from echoquad_runtime.verify import Verification, verify
 from echoquad_train.checkpoint import Run, load_run
@@ -204,11 +205,11 @@ class _Draft:
         self.sections: dict[str, Any] = {}
         self._contract, self._training = run.contract, provenance(run)
         self._created = datetime.now(UTC).isoformat(timespec="seconds")
-        self._files: dict[str, bytes] = {}
+        self._files: dict[str, dict[str, Any]] = {}
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file, and the manifest anew."""
-        self._files[name] = data
+        self._files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
         write_bytes(self.place / name, data)
         manifest = make_manifest(
             self._contract, self._files, self.details, self._training, self.figures, self._created, self.sections

@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ParityError
-from echoquad_runtime.session import Engine, Floats
+from echoquad_runtime.session import Engine, Floats, infer_all
 from echoquad_runtime.vote import decide
 
-__all__ = ["BATCH_SIZES", "GATES", "BatchParity", "Gate", "Parity", "compare", "infer_all", "measure_parity"]
+__all__ = ["BATCH_SIZES", "GATES", "BatchParity", "Gate", "Parity", "compare", "measure_parity"]
 
 BATCH_SIZES: Final = (1, 2, 5, 16)
 """Frames a batch: single, even, odd, and the largest; a kernel may be chosen by the batch's shape."""
@@ -162,22 +162,6 @@ def measure_parity(
             progress(done, len(BATCH_SIZES))
     chosen = gate or GATES[engine.precision]
     return Parity(engine.precision, engine.device, len(quadrants), source, chosen, tuple(found))
-
-
-def infer_all(engine: Engine, quadrants: npt.NDArray[np.uint8], batch_size: int) -> tuple[Floats, Floats]:
-    """Run frames' quadrants, uint8 [F, 4, S, S], through an engine, `batch_size` frames at a time.
-
-    Returns
-    -------
-    logits, probabilities
-        float32 [F * 4, C] each.
-    """
-    size = quadrants.shape[-1]
-    parts = [
-        engine.infer(np.ascontiguousarray(quadrants[start : start + batch_size]).reshape(-1, 1, size, size))
-        for start in range(0, len(quadrants), batch_size)
-    ]
-    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
 def compare(

@@ -14,7 +14,7 @@ from echoquad_runtime.errors import BundleError
 from echoquad_runtime.onnx_scan import CONTRACT_KEY, INPUT, OUTPUTS, check_graph
 from echoquad_runtime.wheels import one_line
 
-__all__ = ["CONTRACT_KEY", "INPUT", "OUTPUTS", "Engine", "Floats", "OnnxEngine"]
+__all__ = ["CONTRACT_KEY", "INPUT", "OUTPUTS", "Engine", "Floats", "OnnxEngine", "infer_all"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -133,3 +133,19 @@ class OnnxEngine:
                 found = f"{answer.dtype} {answer.shape}"
                 raise BundleError(f"{self._what} gives {name} {found}; expected float32 {expected}; export it again")
         return logits, probabilities
+
+
+def infer_all(engine: Engine, quadrants: npt.NDArray[np.uint8], batch_size: int) -> tuple[Floats, Floats]:
+    """Run frames' quadrants, uint8 [F, 4, S, S] or [F, 4, 1, S, S], through an engine, `batch_size` frames at a time.
+
+    Returns
+    -------
+    logits, probabilities
+        float32 [F * 4, C] each.
+    """
+    size = quadrants.shape[-1]
+    parts = [
+        engine.infer(np.ascontiguousarray(quadrants[start : start + batch_size]).reshape(-1, 1, size, size))
+        for start in range(0, len(quadrants), batch_size)
+    ]
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])

@@ -19,12 +19,12 @@ from typing import Any, Final, cast
 import numpy as np
 import numpy.typing as npt
 
-from echoquad_runtime.bundle import BF16, GOLDEN, Bundle, Golden, model_file
+from echoquad_runtime.bundle import GOLDEN, Bundle, Golden, model_file
 from echoquad_runtime.devices import Device
 from echoquad_runtime.errors import DeviceUnavailableError, EchoQuadError
-from echoquad_runtime.host import host_facts
+from echoquad_runtime.host import host_facts, precisions_on
 from echoquad_runtime.quadrants import frame_quadrants
-from echoquad_runtime.session import Floats, OnnxEngine
+from echoquad_runtime.session import Floats, OnnxEngine, infer_all
 from echoquad_runtime.tolerance import frame_leads, quadrant_leads, within_tolerance
 from echoquad_runtime.vote import decide
 
@@ -267,7 +267,7 @@ def verify_all(
         (device, precision)
         for device in devices
         if device not in obstacles
-        for precision in (_precisions(bundle, device) if precisions is None else precisions)
+        for precision in (precisions_on(bundle, device) if precisions is None else precisions)
     ]
     try:
         golden = _hash_all(bundle, [bundle.choose_precision(precision) for _, precision in wanted])
@@ -283,10 +283,6 @@ def verify_all(
         except EchoQuadError as error:
             checks.append(Check(device, precision, None, error))
     return Record(*known, len(manifest["files"]), tuple(checks), obstacles, None)
-
-
-def _precisions(bundle: Bundle, device: str) -> tuple[str, ...]:
-    return (*bundle.precisions, *([BF16] if device == "openvino" and "fp32" in bundle.precisions else []))
 
 
 def _hash_all(bundle: Bundle, precisions: Sequence[str]) -> Golden:
@@ -309,8 +305,8 @@ def _replay(bundle: Bundle, golden: Golden, device: Device, precision: str, thre
     engine = OnnxEngine(bundle, device=device, precision=precision, threads=threads)
     contract, count = bundle.contract, len(golden.frames)
     quadrants = np.stack([frame_quadrants(frame, contract) for frame in golden.frames])
-    passes = [_infer(engine, quadrants, size) for size in (1, TOGETHER)]
     true_logits, true = golden.expected(precision)
+    passes = [[part.reshape(true.shape) for part in infer_all(engine, quadrants, size)] for size in (1, TOGETHER)]
     expected = decide(true, contract.vote, contract.vote_weights)
     leads = frame_leads(true, contract.vote, contract.vote_weights)
     patch_leads, allowed = quadrant_leads(true), gate["max_abs_dprobability"]
@@ -366,16 +362,6 @@ def _replay(bundle: Bundle, golden: Golden, device: Device, precision: str, thre
             for i in range(count)
         ),
     )
-
-
-def _infer(engine: OnnxEngine, quadrants: npt.NDArray[np.uint8], size: int) -> tuple[Floats, Floats]:
-    """Run frames' quadrants, uint8 [G, 4, 1, S, S], `size` frames at a time; gives float32 [G, 4, C] twice."""
-    parts = [
-        engine.infer(quadrants[start : start + size].reshape(-1, *quadrants.shape[2:]))
-        for start in range(0, len(quadrants), size)
-    ]
-    logits, probabilities = (np.concatenate(kind).reshape(len(quadrants), 4, -1) for kind in zip(*parts, strict=True))
-    return logits, probabilities
 
 
 def _largest(found: Floats, expected: Floats) -> npt.NDArray[np.float64]:

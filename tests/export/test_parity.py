@@ -12,14 +12,13 @@ from echoquad_export.parity import (
     Gate,
     Parity,
     compare,
-    infer_all,
     measure_parity,
     summary,
 )
 from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.contract import Contract, canonical_json
 from echoquad_runtime.errors import ParityError
-from echoquad_runtime.session import OnnxEngine
+from echoquad_runtime.session import OnnxEngine, infer_all
 from echoquad_train.checkpoint import load_run
 from echoquad_train.dataset import load_quadrants, read_split
 from echoquad_train.engine import TorchEngine
