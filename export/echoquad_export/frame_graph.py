@@ -24,6 +24,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, compose, helper
 
+from echoquad_export.graph import replace_nodes
 from echoquad_export.resize_graph import FRAMES, Nodes, add_quadrants
 from echoquad_runtime._version import __version__
 from echoquad_runtime.bundle import Bundle
@@ -270,12 +271,8 @@ def quadrants_part(frame_graph: bytes) -> bytes:
     model = onnx.load_model_from_string(frame_graph)
     graph = model.graph
     end = next(index for index, node in enumerate(graph.node) if _QUADRANTS in node.output)
-    del graph.node[end + 1 :]
-    used = {name for node in graph.node for name in node.input}
-    kept = [item for item in graph.initializer if item.name in used]
     output = next(item for item in graph.value_info if item.name == _QUADRANTS)
-    for field in (graph.initializer, graph.value_info, graph.output):
-        del field[:]
-    graph.initializer.extend(kept)
+    del graph.output[:]
     graph.output.append(output)
+    replace_nodes(graph, graph.node[: end + 1])
     return bytes(model.SerializeToString())

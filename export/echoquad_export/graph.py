@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from collections.abc import Iterable
 from typing import Final
 
 import onnx
@@ -17,7 +18,7 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.onnx_scan import CONTRACT_HASH_KEY, CONTRACT_KEY, INPUT, OUTPUTS
 from echoquad_train.model import QuadrantClassifier
 
-__all__ = ["IR_VERSION", "OPSET", "DeployedClassifier", "build_graph"]
+__all__ = ["IR_VERSION", "OPSET", "DeployedClassifier", "build_graph", "replace_nodes"]
 
 OPSET: Final = 18
 IR_VERSION: Final = 10
@@ -89,6 +90,17 @@ def build_graph(model: QuadrantClassifier, contract: Contract) -> bytes:
     onnx.helper.set_model_props(proto, metadata)
     onnx.checker.check_model(proto, full_check=True)
     return bytes(proto.SerializeToString(deterministic=True))
+
+
+def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Give a graph other nodes, and take out the constants that none of them reads and what was noted of shapes."""
+    chosen = list(nodes)
+    used = {name for node in chosen for name in node.input}
+    constants = [item for item in graph.initializer if item.name in used]
+    for field in (graph.node, graph.initializer, graph.value_info):
+        del field[:]
+    graph.node.extend(chosen)
+    graph.initializer.extend(constants)
 
 
 def _clean(proto: onnx.ModelProto) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from echoquad_export.graph import replace_nodes
+
 __all__ = ["to_half"]
 
 _SINGLE: Final = "Gemm"  # with all that follows it
@@ -68,12 +70,6 @@ def to_half(graph: bytes) -> bytes:
     for name in sorted(half_constants):
         value = np.clip(numpy_helper.to_array(constants[name]), -_LARGEST, _LARGEST).astype(np.float16)
         model.graph.initializer.append(numpy_helper.from_array(value, f"{name}.half"))
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in written]
-    used = {name for node in copies for name in node.input}
-    kept = [onnx.TensorProto.FromString(item.SerializeToString()) for item in model.graph.initializer]
-    for field in (model.graph.node, model.graph.initializer, model.graph.value_info):
-        del field[:]
-    model.graph.node.extend(copies)
-    model.graph.initializer.extend(item for item in kept if item.name in used)
+    replace_nodes(model.graph, written)
     onnx.checker.check_model(model, full_check=True)
     return bytes(model.SerializeToString(deterministic=True))

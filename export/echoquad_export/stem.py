@@ -23,6 +23,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from echoquad_export.graph import replace_nodes
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.session import INPUT
 
@@ -105,10 +106,8 @@ def integer_stem(graph: onnx.ModelProto, contract: Contract, *, regroup: bool = 
             helper.make_node("Reshape", [f"{PREFIX}last", f"{PREFIX}rows"], [f"{PREFIX}unrolled"]),
             helper.make_node("Transpose", [f"{PREFIX}unrolled"], [last], perm=[0, 3, 1, 2]),
         ]
-    del result.graph.node[:]
-    result.graph.node.extend([*front, *rest])
     result.graph.initializer.extend(numpy_helper.from_array(value, f"{PREFIX}{name}") for name, value in added.items())
-    _drop_unused(result.graph)
+    replace_nodes(result.graph, [*front, *rest])
     return result
 
 
@@ -137,11 +136,3 @@ def _regrouped(weight: npt.NDArray[np.float64], padding: int) -> tuple[npt.NDArr
     for r, k, group, column in places:
         regrouped[r * filters : (r + 1) * filters, column, :, group - first] = weight[:, 0, :, k]
     return regrouped, -first, last
-
-
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    used = {name for node in graph.node for name in node.input}
-    kept = [item for item in graph.initializer if item.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-    del graph.value_info[:]
