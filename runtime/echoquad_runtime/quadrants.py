@@ -87,10 +87,7 @@ def resize(quadrant: Grey, size: int) -> Grey:
     """
     if quadrant.shape == (size, size):
         return quadrant
-    image = Image.fromarray(np.ascontiguousarray(quadrant))
-    # In two calls: from 12.2 on, Pillow by itself takes the rows of tall images first, and rounds otherwise.
-    image = image.resize((size, quadrant.shape[0]), Image.Resampling.BILINEAR)
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+    return np.asarray(_filter(_image(quadrant), size))
 
 
 def frame_quadrants(frame: Grey, contract: Contract, out: npt.NDArray[np.uint8] | None = None) -> Grey:
@@ -118,9 +115,26 @@ def frame_quadrants(frame: Grey, contract: Contract, out: npt.NDArray[np.uint8] 
     size = contract.input_size
     if out is None:
         out = np.empty((4, 1, size, size), np.uint8)
-    for index, quadrant in enumerate(split(frame, contract.keep)):
-        out[index, 0] = resize(quadrant, size)
+    quadrants = split(frame, contract.keep)
+    if quadrants[0].shape == quadrants[3].shape != (size, size):
+        # Four channels at once take three quarters of the time. CMYK, since no channel of it weights the others.
+        together = _filter(Image.merge("CMYK", [_image(quadrant) for quadrant in quadrants]), size)
+        for index in range(len(quadrants)):
+            out[index, 0] = np.asarray(together.getchannel(index))
+    else:
+        for index, quadrant in enumerate(quadrants):
+            out[index, 0] = resize(quadrant, size)
     return out
+
+
+def _image(quadrant: Grey) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(quadrant))
+
+
+def _filter(image: Image.Image, size: int) -> Image.Image:
+    # In two calls: from 12.2 on, Pillow by itself takes the rows of tall images first, and rounds otherwise.
+    image = image.resize((size, image.height), Image.Resampling.BILINEAR)
+    return image.resize((size, size), Image.Resampling.BILINEAR)
 
 
 def _cut(frame: Grey, box: Box) -> Grey:

@@ -179,6 +179,24 @@ def test_the_networks_input() -> None:
         np.testing.assert_array_equal(plane[0], resize(quadrant, 48))
 
 
+@given(st.integers(1, 150), st.integers(1, 150), st.integers(8, 90), st.sampled_from([0.7, 0.9, 1.0]))
+def test_quadrants_of_one_shape_are_resized_as_each_alone(width: int, height: int, size: int, keep: float) -> None:
+    # Together, as four channels of one image, where their shapes are the same; one by one where a pixel is odd.
+    for wide, high in ((2 * width, 2 * height), (2 * width + 1, 2 * height), (2 * width, 2 * height + 1)):
+        frame = NOISE[:high, :wide] if high <= 211 and wide <= 317 else np.resize(NOISE, (high, wide))
+        found = frame_quadrants(frame, Contract(classes=("A", "B"), input_size=size, keep=keep))
+        for plane, quadrant in zip(found, split(frame, keep), strict=True):
+            np.testing.assert_array_equal(plane[0], resize(quadrant, size))
+
+
+def test_the_resize_that_is_done_together_is_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = NOISE[:200, :300]
+    expected = [filter_columns(filter_columns(quadrant, 24).T.copy(), 24).T for quadrant in split(frame, 1.0)]
+    monkeypatch.setattr("echoquad_runtime.quadrants.resize", lambda *_: pytest.fail("each alone"))
+    found = frame_quadrants(frame, Contract(classes=("A", "B"), input_size=24, keep=1.0))
+    np.testing.assert_array_equal(found[:, 0], expected)
+
+
 def test_it_is_written_in_place() -> None:
     contract = Contract(classes=("A", "B"), input_size=16)
     batch = np.full((3, 4, 1, 16, 16), 7, np.uint8)
