@@ -50,6 +50,7 @@ FILTERS = 6
 @pytest.fixture(scope="session", autouse=True)
 def _no_tuning_of_the_developer(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["ECHOQUAD_CONFIG_DIR"] = str(tmp_path_factory.mktemp("config"))
+    os.environ["ECHOQUAD_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
 
 
 # ---------------------------------------------------------------------------------------------- frames

@@ -6,64 +6,30 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Final
 
-import typer
+from echoquad.cli import signals
+from echoquad.cli.console import fail, note
+from echoquad.cli.declare import load, read_plainly
+from echoquad_runtime.errors import EchoQuadError
 
-from echoquad.cli import bench, data, demo, doctor, evaluate, export, inspect, predict, sign, train, tune, verify
-from echoquad.cli.console import fail, note, say
-from echoquad.cli.extras import EXTRAS, missing_extra
-from echoquad_runtime._version import __version__
-from echoquad_runtime.errors import EchoQuadError, UsageError
+__all__ = ["COMMANDS", "main"]
 
-__all__ = ["app", "main"]
-
-INTERRUPTED: Final = 130  # 128 + SIGINT, as shells have it
-
-# Typer carries a click of its own, under a private name: its classes are reached through the one that it exports.
-_CommandLineError: Final[type[Exception]] = typer.BadParameter.__mro__[1]
-
-app = typer.Typer(
-    name="echoquad",
-    help="From labelled echo frames to a checked ONNX bundle that a bedside cart can run. Research use only.",
-    epilog="Exit codes: 0 done; 1 bad input, model or configuration; 2 usage; 3 parity or verification failed; "
-    "4 the device asked for is not there; 5 done, but some inputs failed.",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command(epilog="Example: echoquad train data/ --out run --recipe scratch --set lr=5e-4")(train.train)
-app.command(epilog="Example: echoquad evaluate run data/ --split test --out evaluation")(evaluate.evaluate)
-app.command(epilog="Example: echoquad export run --out bundle")(export.export)
-app.command(epilog="Example: echoquad sign bundle --key key.pem")(sign.sign)
-app.command(epilog="Example: echoquad verify bundle --all-devices --json record.json")(verify.verify)
-app.command(epilog="Example: echoquad inspect bundle")(inspect.inspect)
-app.command(epilog="Example: echoquad predict bundle exam/ --out decisions.csv --overlay pictures")(predict.predict)
-app.command(epilog="Example: echoquad bench bundle exam/ --json bench.json")(bench.bench)
-app.command(epilog="Example: echoquad tune bundle exam/ --goal latency --max-p99-ms 40")(tune.tune)
-app.command(epilog="Example: echoquad doctor --device cuda")(doctor.doctor)
-app.command(epilog="Example: echoquad demo --out demo")(demo.demo)
-app.add_typer(data.app, name="data")
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        say(f"echoquad {__version__}")
-        raise typer.Exit
-
-
-@app.callback(invoke_without_command=True)
-def options(
-    context: typer.Context,
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop."),
-    ] = False,
-) -> None:
-    """Show the help where no command is given."""
-    if context.invoked_subcommand is None:
-        context.get_help()  # Typer prints it
-        raise typer.Exit(UsageError.exit_code)
+COMMANDS: Final = {
+    "train": "train data/ --out run --recipe scratch --set lr=5e-4",
+    "evaluate": "evaluate run data/ --split test --out evaluation",
+    "export": "export run --out bundle",
+    "sign": "sign bundle --key key.pem",
+    "verify": "verify bundle --all-devices --json record.json",
+    "inspect": "inspect bundle",
+    "predict": "predict bundle exam/ --out decisions.csv --overlay pictures",
+    "merge": "merge part1.csv part2.csv part3.csv --out decisions.csv",
+    "bench": "bench bundle exam/ --json bench.json",
+    "tune": "tune bundle exam/ --goal latency --max-p99-ms 40",
+    "doctor": "doctor --device cuda",
+    "demo": "demo --out demo",
+}
+"""Commands, in the order of the help, and an example of each. Each is a function in a module, both of its name."""
 
 
 def main() -> None:
@@ -75,7 +41,8 @@ def main() -> None:
         if getattr(sys, name) is None:  # closed by the shell; else the next file that is opened would get its number
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
     warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a frame is told by its own line
-    code = _run()
+    signals.listen()
+    code = _run(sys.argv[1:])
     try:
         sys.stdout.flush()
     except OSError:
@@ -85,27 +52,41 @@ def main() -> None:
     sys.exit(code)
 
 
-def _run() -> int:
+def _run(words: list[str]) -> int:
+    word = words[0] if words else ""
     try:
-        code = int(app(prog_name="echoquad", standalone_mode=False) or 0)
-        return _interrupted() if code == INTERRUPTED else code  # Typer gives the code without a word
-    except SystemExit:  # how Typer ends when the reader of a pipe has gone
+        return int(_call(word, words[1:]) or 0)  # type: ignore[call-overload, no-any-return]
+    except SystemExit as error:
+        return int(error.code or 0)
+    except BrokenPipeError:  # the reader of a pipe has gone: nobody is left to be told
         return 1
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
         return _interrupted()
     except EchoQuadError as error:
         return fail(error)
     except Exception as error:
-        return _misused(error) if isinstance(error, _CommandLineError) else _unexpected(error)
+        return _interrupted() if signals.came() else _unexpected(error)
+
+
+def _call(word: str, rest: list[str]) -> object:
+    if word in COMMANDS:
+        command = load(word)
+        if (values := read_plainly(command, rest)) is not None:
+            return command(**values)
+    from echoquad.cli import full
+
+    return full.run(word, COMMANDS)
 
 
 def _interrupted() -> int:
     note("interrupted")
-    return INTERRUPTED
+    return signals.exit_code()
 
 
 def _unexpected(error: Exception) -> int:
     if isinstance(error, ModuleNotFoundError) and error.name:
+        from echoquad.cli.extras import EXTRAS, missing_extra
+
         package = error.name.partition(".")[0]
         if package in EXTRAS:
             return fail(missing_extra(package, EXTRAS[package]))
@@ -117,11 +98,3 @@ def _unexpected(error: Exception) -> int:
         "ECHOQUAD_TRACEBACK=1"
     )
     return EchoQuadError.exit_code
-
-
-def _misused(error: Exception) -> int:
-    """Say what is wrong with the options, in one line."""
-    context = getattr(error, "ctx", None)
-    command = context.command_path if context else "echoquad"
-    text = getattr(error, "format_message", error.__str__)().rstrip(".")
-    return fail(UsageError(f"{text}; see: {command} --help"))

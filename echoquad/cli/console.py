@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Self, TextIO
 
 from echoquad_runtime.errors import EchoQuadError
 from echoquad_runtime.files import output_errors
-from echoquad_runtime.inputs import Failure
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-__all__ = ["PARTIAL", "STDOUT", "Progress", "fail", "list_failures", "note", "say", "table"]
+    from echoquad_runtime.inputs import Failure
+
+__all__ = ["PARTIAL", "STDOUT", "Progress", "fail", "failure_line", "list_failures", "note", "say", "table"]
 
 PARTIAL = 5
 """Exit code: done, but some inputs failed."""
@@ -52,10 +53,17 @@ def fail(error: EchoQuadError) -> int:
     return error.exit_code
 
 
+def failure_line(failure: Failure) -> str:
+    """Say in one line which input failed, and why, whatever signs its name has."""
+    from echoquad_runtime.names import shown
+
+    return f"error: {shown(failure.file)}: {shown(' '.join(str(failure.error).split()))}"
+
+
 def list_failures(failures: Sequence[Failure], done: int) -> int:
     """Print each failed input on a line of its own; gives the exit code of a command that did `done` others."""
     for failure in failures:
-        note(f"error: {failure.file}: {' '.join(str(failure.error).split())}")
+        note(failure_line(failure))
     if not failures:
         return 0
     return PARTIAL if done else failures[0].error.exit_code
@@ -119,7 +127,7 @@ class Progress:
     def print(self, line: str) -> None:
         """Print a line that stays, above the bar."""
         if self._bar is not None:
-            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(_printable(line, sys.stderr), markup=False, highlight=False, soft_wrap=True)
         else:
             note(line)
 
@@ -131,6 +139,10 @@ class Progress:
 
 
 def _print(text: str, stream: TextIO) -> None:
-    """Print what the stream's encoding has no sign for as an escape: Windows' code pages, names that are not UTF-8."""
+    print(_printable(text, stream), file=stream, flush=True)
+
+
+def _printable(text: str, stream: TextIO) -> str:
+    """Give what the stream's encoding has no sign for as an escape: Windows' code pages, names that are not UTF-8."""
     encoding = stream.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    return text.encode(encoding, "backslashreplace").decode(encoding)

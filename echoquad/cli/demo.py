@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from echoquad.cli.console import note
+from echoquad.cli.declare import Option
 from echoquad.cli.extras import require_extra
 
 __all__ = ["demo"]
@@ -21,13 +20,11 @@ MARK = ".echoquad-demo"  # only a folder with this file in it is ever replaced
 
 
 def demo(
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Folder to write; an older demo is replaced.")
-    ] = Path("demo"),
-    patients: Annotated[
-        int, typer.Option("--patients", metavar="N", min=6, help="Phantom patients, two frames each.")
-    ] = 220,
-    epochs: Annotated[int, typer.Option("--epochs", metavar="N", min=1, help="Epochs of training.")] = 12,
+    out: Annotated[Path, Option("--out", metavar="DIR", help="Folder to write; an older demo is replaced.")] = Path(
+        "demo"
+    ),
+    patients: Annotated[int, Option("--patients", metavar="N", min=6, help="Phantom patients, two frames each.")] = 220,
+    epochs: Annotated[int, Option("--epochs", metavar="N", min=1, help="Epochs of training.")] = 12,
 ) -> None:
     """Run all of it on phantom frames: draw, train, export, verify, predict, bench. A few minutes on a CPU."""
     from echoquad_runtime.errors import OutputError
@@ -78,4 +75,4 @@ def _run(arguments: list[str]) -> None:
     note(f"\n$ echoquad {shlex.join(arguments)}")
     code = subprocess.run([sys.executable, "-m", "echoquad", *arguments], check=False).returncode
     if code:
-        raise typer.Exit(code)
+        raise SystemExit(code)

@@ -6,9 +6,8 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from echoquad.cli.console import note, say
+from echoquad.cli.declare import Option
 from echoquad.cli.options import Device, DeviceName
 
 if TYPE_CHECKING:
@@ -19,9 +18,7 @@ __all__ = ["doctor"]
 
 def doctor(
     device: Device = DeviceName.auto,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")
-    ] = None,
+    json_file: Annotated[Path | None, Option("--json", metavar="FILE", help="Also write the report as JSON.")] = None,
 ) -> None:
     """Say what works on this machine; every device is made to compute."""
     from echoquad_runtime.doctor import examine
@@ -40,7 +37,7 @@ def doctor(
         note(f"wrote {json_file.as_posix()}")
     if failed := [check.name for check in report.checks if check.status == "failed"]:
         note(f"error: failed: {', '.join(failed)}; see the lines above")
-    raise typer.Exit(report.exit_code)
+    raise SystemExit(report.exit_code)
 
 
 def _check_torch() -> Check:

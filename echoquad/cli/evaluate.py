@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from echoquad.cli.console import Progress, list_failures, note, say, table
+from echoquad.cli.declare import Argument, Option
 from echoquad.cli.options import BatchSize, Device, DeviceName, Method, Precision, Threads, TorchDeviceName
 
 if TYPE_CHECKING:
@@ -17,11 +16,11 @@ __all__ = ["evaluate", "summarize"]
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(metavar="RUN_OR_BUNDLE", help="A run (torch) or a bundle (onnxruntime).")],
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder with SPLIT/CLASS/**/*.png|jpg|...")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for metrics, predictions and figures.")],
+    model: Annotated[Path, Argument(metavar="RUN_OR_BUNDLE", help="A run (torch) or a bundle (onnxruntime).")],
+    data: Annotated[Path, Argument(metavar="DATA", help="Folder with SPLIT/CLASS/**/*.png|jpg|...")],
+    out: Annotated[Path, Option("--out", metavar="DIR", help="Folder for metrics, predictions and figures.")],
     split: Annotated[
-        str, typer.Option("--split", metavar="NAME", help="Folder of DATA: train, validation or test.")
+        str, Option("--split", metavar="NAME", help="Folder of DATA: train, validation or test.")
     ] = "test",
     method: Method = None,
     device: Device = DeviceName.auto,
@@ -45,7 +44,7 @@ def evaluate(
     paths = evaluation.write_evaluation(found, out)
     say(summarize(found.metrics))
     note(f"wrote {', '.join(path.as_posix() for path in paths)}")
-    raise typer.Exit(list_failures(found.failures, done=len(found.predictions)))
+    raise SystemExit(list_failures(found.failures, done=len(found.predictions)))
 
 
 def summarize(metrics: dict[str, Any]) -> str:

@@ -5,23 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from echoquad.cli.console import note, say, table
+from echoquad.cli.declare import Argument, Option
 from echoquad.cli.extras import require_extra
 
 __all__ = ["export"]
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `echoquad train` wrote.")],
+    run: Annotated[Path, Argument(metavar="RUN", help="Folder that `echoquad train` wrote.")],
     out: Annotated[
         Path,
-        typer.Option("--out", metavar="BUNDLE", help="Bundle folder to write; an older bundle is replaced."),
+        Option("--out", metavar="BUNDLE", help="Bundle folder to write; an older bundle is replaced."),
     ],
     precision: Annotated[
         str,
-        typer.Option(
+        Option(
             "--precision",
             metavar="NAME,...",
             help="Graphs to build, of fp32, fp16 and int8, separated by commas; the first is what runs by default.",
@@ -29,18 +28,18 @@ def export(
     ] = "fp32",
     calibrate: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--calibrate",
             metavar="DATA",
             help="Data folder whose training frames int8 is calibrated on; the run's own where not given.",
         ),
     ] = None,
     calibration_frames: Annotated[
-        int, typer.Option("--calibration-frames", metavar="N", min=1, help="Frames that int8 is calibrated on.")
+        int, Option("--calibration-frames", metavar="N", min=1, help="Frames that int8 is calibrated on.")
     ] = 64,
     parity: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--parity",
             metavar="DATA",
             help="Data folder whose validation frames prove parity; the run's own where not given.",
@@ -48,7 +47,7 @@ def export(
     ] = None,
     golden: Annotated[
         str,
-        typer.Option(
+        Option(
             "--golden",
             metavar="phantom|validation|DIR",
             help="Where the golden frames, which ship with the bundle, come from: phantoms, the validation frames, "
@@ -57,14 +56,14 @@ def export(
     ] = "phantom",
     frame_graph: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--frame-graph",
             help="Also write frame.NAME.onnx, from raw grey frames to decisions, for programs that are not Python.",
         ),
     ] = False,
     sign_key: Annotated[
         Path | None,
-        typer.Option("--sign-key", metavar="PEM", help="Private key that signs the bundle; see echoquad sign."),
+        Option("--sign-key", metavar="PEM", help="Private key that signs the bundle; see echoquad sign."),
     ] = None,
 ) -> None:
     """Export a run to a bundle, after proof that it decides as the training code does."""

@@ -7,9 +7,8 @@ import shutil
 import textwrap
 from typing import TYPE_CHECKING, Annotated, Final
 
-import typer
-
 from echoquad.cli.console import say
+from echoquad.cli.declare import Option
 from echoquad.cli.options import BundleFolder
 
 if TYPE_CHECKING:
@@ -26,9 +25,9 @@ NARROWEST: Final = 40
 def inspect(
     bundle: BundleFolder,
     as_json: Annotated[
-        bool, typer.Option("--json", help="The manifest and the state of each file, as JSON to stdout.")
+        bool, Option("--json", help="The manifest and the state of each file, as JSON to stdout.")
     ] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="The model card alone, as Markdown to stdout.")] = False,
+    markdown: Annotated[bool, Option("--markdown", help="The model card alone, as Markdown to stdout.")] = False,
 ) -> None:
     """Show what a bundle is: intended use, contract, training, figures, parity, limits. Needs no torch.
 

@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from echoquad.cli.declare import Argument, Option
 
 __all__ = [
     "BatchSize",
@@ -51,27 +51,27 @@ class MethodName(StrEnum):
     weighted = "weighted"
 
 
-BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `echoquad export` wrote.")]
+BundleFolder = Annotated[Path, Argument(metavar="BUNDLE", help="Folder that `echoquad export` wrote.")]
 Device = Annotated[
     DeviceName,
-    typer.Option(
+    Option(
         "--device",
         help="Where to compute. auto takes CUDA where it works, says why if not, and never takes OpenVINO by itself.",
     ),
 ]
 TorchDevice = Annotated[
     TorchDeviceName,
-    typer.Option("--device", help="Where to compute. auto takes CUDA where it works and says why if not."),
+    Option("--device", help="Where to compute. auto takes CUDA where it works and says why if not."),
 ]
 Method = Annotated[
     MethodName | None,
-    typer.Option(
+    Option(
         "--method", metavar="RULE", help="Vote rule: majority, average or weighted; the contract's where not given."
     ),
 ]
 Precision = Annotated[
     str | None,
-    typer.Option(
+    Option(
         "--precision",
         metavar="NAME",
         help="Graph to run: fp32, fp16 or int8; bf16 is fp32 computed in bfloat16, on openvino alone. "
@@ -79,12 +79,12 @@ Precision = Annotated[
     ),
 ]
 BatchSize = Annotated[
-    int, typer.Option("--batch-size", metavar="N", min=1, help="Frames, of four quadrants each, at a time.")
+    int, Option("--batch-size", metavar="N", min=1, help="Frames, of four quadrants each, at a time.")
 ]
 # Of the commands that run as `echoquad tune` chose: there, not given is not the same as given with the default.
 TunedDevice = Annotated[
     DeviceName | None,
-    typer.Option(
+    Option(
         "--device",
         help="Where to compute; auto where neither given nor tuned. auto takes CUDA where it works, says why if not, "
         "and never takes OpenVINO by itself.",
@@ -92,23 +92,23 @@ TunedDevice = Annotated[
 ]
 TunedBatchSize = Annotated[
     int | None,
-    typer.Option(
+    Option(
         "--batch-size",
         metavar="N",
         min=1,
-        help="Frames, of four quadrants each, at a time; 8 where neither given nor tuned.",
+        help="Frames, of four quadrants each, at a time; what suits the device where neither given nor tuned.",
     ),
 ]
 Untuned = Annotated[
-    bool, typer.Option("--untuned", help="Ignore what `echoquad tune` chose here; else it fills in what is not given.")
+    bool, Option("--untuned", help="Ignore what `echoquad tune` chose here; else it fills in what is not given.")
 ]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", metavar="N", min=1, help="CPU threads; what affinity and cgroup allow where not given."),
+    Option("--threads", metavar="N", min=1, help="CPU threads; what affinity and cgroup allow where not given."),
 ]
 PublicKey = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         "--public-key",
         metavar="PEM",
         help="Use the bundle only if the key that belongs to this one has signed all of it; see echoquad sign.",

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from echoquad.cli.console import say
+from echoquad.cli.declare import Option
 from echoquad.cli.options import BundleFolder
 
 __all__ = ["sign"]
@@ -17,7 +16,7 @@ def sign(
     bundle: BundleFolder,
     key: Annotated[
         Path,
-        typer.Option("--key", metavar="PEM", help="Private key that signs: elliptic-curve, as openssl writes it."),
+        Option("--key", metavar="PEM", help="Private key that signs: elliptic-curve, as openssl writes it."),
     ],
 ) -> None:
     """Sign a bundle, so that --public-key can tell it from every other. Needs no torch.

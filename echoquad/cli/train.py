@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from echoquad.cli.console import Progress, list_failures, note
+from echoquad.cli.declare import Argument, Option
 from echoquad.cli.extras import require_extra
 from echoquad.cli.options import TorchDevice, TorchDeviceName
 
@@ -15,15 +14,15 @@ __all__ = ["TrainingProgress", "train"]
 
 
 def train(
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder with {train,validation}/CLASS/**/*.png|jpg|...")],
-    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="Run folder to write; new or empty.")],
+    data: Annotated[Path, Argument(metavar="DATA", help="Folder with {train,validation}/CLASS/**/*.png|jpg|...")],
+    out: Annotated[Path, Option("--out", metavar="RUN", help="Run folder to write; new or empty.")],
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", metavar="NAME|FILE", help="transfer, scratch or a TOML file; transfer if not given."),
+        Option("--recipe", metavar="NAME|FILE", help="transfer, scratch or a TOML file; transfer if not given."),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--set",
             metavar="NAME=VALUE",
             help="Change any field of the recipe, as in backbone=mobilenet_v3_small; may be given again.",
@@ -31,16 +30,16 @@ def train(
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option("--weights", metavar="NAME|FILE", help="Weights to begin from: imagenet, none or a file."),
+        Option("--weights", metavar="NAME|FILE", help="Weights to begin from: imagenet, none or a file."),
     ] = None,
     input_size: Annotated[
-        int | None, typer.Option("--input-size", metavar="N", help="Side in pixels that a quadrant is resized to.")
+        int | None, Option("--input-size", metavar="N", help="Side in pixels that a quadrant is resized to.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", metavar="N", help="Epochs, at most.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", metavar="N", help="Quadrants a batch.")] = None,
+    epochs: Annotated[int | None, Option("--epochs", metavar="N", help="Epochs, at most.")] = None,
+    batch_size: Annotated[int | None, Option("--batch-size", metavar="N", help="Quadrants a batch.")] = None,
     teacher: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--teacher",
             metavar="RUN",
             help="Finished run to distil from, of the same classes; every batch costs its forward pass as well. "
@@ -49,10 +48,8 @@ def train(
         ),
     ] = None,
     device: TorchDevice = TorchDeviceName.auto,
-    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of all draws.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run that RUN holds, by its own recipe.")
-    ] = False,
+    seed: Annotated[int | None, Option("--seed", metavar="N", help="Seed of all draws.")] = None,
+    resume: Annotated[bool, Option("--resume", help="Go on with the run that RUN holds, by its own recipe.")] = False,
 ) -> None:
     """Train a quadrant classifier on labelled frames. What is not given here, the recipe says."""
     from echoquad_runtime.errors import UsageError
@@ -91,7 +88,7 @@ def train(
         f"(quadrants {best.validation_patch_accuracy:.4f}); wrote {out.as_posix()}/"
     )
     note(f"next: echoquad export {out.as_posix()} --out BUNDLE")
-    raise typer.Exit(list_failures(fitted.failures, done=1))
+    raise SystemExit(list_failures(fitted.failures, done=1))
 
 
 class TrainingProgress:

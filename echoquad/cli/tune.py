@@ -6,10 +6,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from echoquad.cli.bench import MAX_FRAMES
 from echoquad.cli.console import Progress, list_failures, note, say, table
+from echoquad.cli.declare import Argument, Option
 from echoquad.cli.options import BundleFolder, DeviceName, PublicKey
 
 if TYPE_CHECKING:
@@ -36,11 +35,11 @@ def tune(
     bundle: BundleFolder,
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="INPUT", help="Frame files, folders, patterns; the bundle's golden frames if none."),
+        Argument(metavar="INPUT", help="Frame files, folders, patterns; the bundle's golden frames if none."),
     ] = None,
     goal: Annotated[
         GoalName,
-        typer.Option(
+        Option(
             "--goal",
             help="What is to be best: the median time of one frame, frames a second in batches, or CPU time a frame "
             "from a source of 30 a second, which stands for power.",
@@ -48,21 +47,21 @@ def tune(
     ] = GoalName.latency,
     max_p99_ms: Annotated[
         float | None,
-        typer.Option("--max-p99-ms", metavar="MS", min=0, help="Choose nothing whose calls have a p99 above this."),
+        Option("--max-p99-ms", metavar="MS", min=0, help="Choose nothing whose calls have a p99 above this."),
     ] = None,
     device: Annotated[
-        DeviceName, typer.Option("--device", help="Device to try; auto tries every one that works here.")
+        DeviceName, Option("--device", help="Device to try; auto tries every one that works here.")
     ] = DeviceName.auto,
     precision: Annotated[
-        str | None, typer.Option("--precision", metavar="NAME", help="Precision to try; all where not given.")
+        str | None, Option("--precision", metavar="NAME", help="Precision to try; all where not given.")
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option("--threads", metavar="N", min=1, help="CPU threads to try; 1, 2, 4, ... where not given."),
+        Option("--threads", metavar="N", min=1, help="CPU threads to try; 1, 2, 4, ... where not given."),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(
+        Option(
             "--batch-size",
             metavar="N",
             min=1,
@@ -71,19 +70,17 @@ def tune(
     ] = None,
     seconds: Annotated[
         float,
-        typer.Option("--seconds", metavar="S", min=0, help="How long to measure; checking golden frames comes before."),
+        Option("--seconds", metavar="S", min=0, help="How long to measure; checking golden frames comes before."),
     ] = 60.0,
     exhaustive: Annotated[
         bool,
-        typer.Option("--exhaustive", help="Measure everything in every round; compare with what is chosen otherwise."),
+        Option("--exhaustive", help="Measure everything in every round; compare with what is chosen otherwise."),
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the order within the rounds.")] = 0,
+    seed: Annotated[int, Option("--seed", metavar="N", help="Of the order within the rounds.")] = 0,
     public_key: PublicKey = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write the findings as JSON.")
-    ] = None,
+    json_file: Annotated[Path | None, Option("--json", metavar="FILE", help="Also write the findings as JSON.")] = None,
     forget: Annotated[
-        bool, typer.Option("--forget", help="Measure nothing; remove what was chosen for this bundle before.")
+        bool, Option("--forget", help="Measure nothing; remove what was chosen for this bundle before.")
     ] = False,
 ) -> None:
     """Find by trying how this host runs a bundle best; predict and bench then run it so. Needs no torch.
@@ -131,7 +128,7 @@ def tune(
         opened, found.choice, goal=goal.value, max_p99_ms=max_p99_ms, table=[row.to_dict() for row in found.rows]
     )
     note(f"kept for this host in {path.as_posix()}; predict and bench use it, unless told --untuned")
-    raise typer.Exit(list_failures(failures, done=1))
+    raise SystemExit(list_failures(failures, done=1))
 
 
 def _print(found: Tuned) -> None:

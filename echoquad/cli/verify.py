@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from echoquad.cli.console import Progress, note, say, table
+from echoquad.cli.declare import Option
 from echoquad.cli.options import BundleFolder, Device, DeviceName, PublicKey, Threads
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ def verify(
     device: Device = DeviceName.auto,
     precision: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--precision",
             metavar="NAME",
             help="Graph to run: fp32, fp16 or int8; bf16 is fp32 computed in bfloat16, on openvino alone; all is "
@@ -35,15 +34,13 @@ def verify(
     ] = None,
     all_devices: Annotated[
         bool,
-        typer.Option(
-            "--all-devices", help="Every device that works here, in every precision unless --precision names one."
-        ),
+        Option("--all-devices", help="Every device that works here, in every precision unless --precision names one."),
     ] = False,
     threads: Threads = None,
     public_key: PublicKey = None,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", help="Also keep a record as JSON, whether it passes or fails."),
+        Option("--json", metavar="FILE", help="Also keep a record as JSON, whether it passes or fails."),
     ] = None,
 ) -> None:
     """Hash a bundle's files and replay its golden frames on the device at hand. Needs no torch."""

@@ -259,6 +259,17 @@ class Bundle:
             )
         return data
 
+    def cached_as(self, precision: str) -> tuple[str, int] | None:
+        """Give SHA-256 and size of a precision's graph, by which the cache knows what onnxruntime makes of it.
+
+        None where a signature was asked for: what was signed must be what runs, and what onnxruntime has made of it and
+        this user has kept is signed by nobody.
+        """
+        if self.signed_by is not None:
+            return None
+        entry = self.manifest["files"][model_file(precision)]
+        return entry["sha256"], entry["bytes"]
+
     def read_model(self, precision: str) -> bytes:
         """Read the graph of a precision; see `read`."""
         return self.read(model_file(precision))

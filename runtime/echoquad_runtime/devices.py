@@ -6,15 +6,17 @@ and OpenVINO are there when they have *computed*: a probe is run on them before 
 
 from __future__ import annotations
 
-import contextlib
-import os
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache, partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal, get_args
 
+from echoquad_runtime.cache import cached_session, find_cache
+from echoquad_runtime.cpus import available_cpus, schedulable_cpus
 from echoquad_runtime.cuda import cuda_obstacle
-from echoquad_runtime.errors import BundleError, DeviceUnavailableError, UsageError
+from echoquad_runtime.errors import BundleError, DeviceUnavailableError, MissingExtraError, UsageError
 from echoquad_runtime.openvino import openvino_obstacle
 from echoquad_runtime.providers import (
     CPU_PROVIDER,
@@ -75,62 +77,23 @@ class OpenedSession:
     threads: int
 
 
-def available_cpus() -> int:
-    """Count the CPUs this process may use: its affinity and its cgroup's quota, rounded down, at least 1."""
-    quotas = _cgroup_quotas(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
-    # Down, not up: onnxruntime's threads spin, and one that has used up the quota stalls the others.
-    return max(1, int(min([_schedulable_cpus(), *quotas])))
-
-
-def _schedulable_cpus() -> int:
-    counts = [os.cpu_count() or 1]
-    if (affinity := getattr(os, "sched_getaffinity", None)) is not None:
-        counts.append(len(affinity(0)))
-    if (process_count := getattr(os, "process_cpu_count", None)) is not None:
-        counts.append(process_count() or 1)
-    return min(counts)
-
-
-def _cgroup_quotas(root: Path, membership: Path) -> list[float]:
-    """Return the CPU quotas, in CPUs, of this process's cgroups (v2 and v1) and of their parents."""
-    quotas: list[float] = []
-    try:
-        lines = membership.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return quotas
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        # The root itself is read too: a container may be told a path that only its host has.
-        folder = root / "cpu" if controllers else root
-        for part in ["", *path.split("/")]:
-            folder = folder / part
-            with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-                if controllers:
-                    texts = [(folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")]
-                else:
-                    texts = (folder / "cpu.max").read_text().split()
-                quota, period = (int(text) for text in texts)  # "max" is no number: no limit
-                if quota > 0:
-                    quotas.append(quota / period)
-    return quotas
-
-
 def open_session(
-    model: bytes,
+    model: bytes | Callable[[], bytes],
     *,
     device: Device = "auto",
     threads: int | None = None,
     spinning: bool = True,
     bfloat16: bool = False,
+    cuda_graphs: bool = False,
+    cached_as: tuple[str, int] | None = None,
 ) -> OpenedSession:
     """Open a model on a device, or say why not.
 
     Parameters
     ----------
     model
-        An ONNX file's bytes.
+        An ONNX file's bytes, or what gives them: with two threads or more it is called in one of its own while
+        onnxruntime is imported, and what it raises is raised here.
     device
         ``"cuda"`` is CUDA or an error, ``"openvino"`` OpenVINO on the CPU or an error, ``"cpu"`` onnxruntime's
         own CPU kernels, whichever wheel is installed. ``"auto"`` is CUDA where it works and else the CPU. It
@@ -139,11 +102,16 @@ def open_session(
     threads
         CPU threads inside an operator; None for :func:`available_cpus`.
     spinning
-        Whether those threads wait for work in a busy loop, as is onnxruntime's habit: quicker, and a core burnt.
-        OpenVINO's threads are its own affair.
+        Whether those threads wait for their part of an inference in a busy loop, which is quicker. Between inferences
+        they sleep whatever is said here. OpenVINO's threads are its own affair.
     bfloat16
         Whether to compute a float32 graph in bfloat16; only on ``"openvino"``, and only where the processor has
         it. Otherwise a float32 graph is computed in float32, whatever the device.
+    cuda_graphs
+        Whether CUDA shall capture the kernels of a run once and replay them; of no effect elsewhere.
+    cached_as
+        SHA-256 and size of `model`, where what onnxruntime makes of it on the CPU may be kept and used again; see
+        :mod:`echoquad_runtime.cache`.
 
     Raises
     ------
@@ -165,8 +133,13 @@ def open_session(
             f"precision bf16 is computed on device openvino alone; found device {device}; "
             "do: ask for device openvino, or for another precision"
         )
-    ort = load_onnxruntime()
     threads = threads or available_cpus()
+    read = _begin(model, aside=threads > 1)  # one thread is one, at the start too
+    try:
+        ort = load_onnxruntime()
+    except MissingExtraError:
+        read()  # what is wrong with the model would be wrong with any onnxruntime, and is told first
+        raise
     obstacle = ""
     if device == "auto" and CUDA_PROVIDER not in (providers := ort.get_available_providers()):
         # Somebody who installed the plain wheel has chosen the CPU: to be told, not to be advised.
@@ -174,36 +147,82 @@ def open_session(
         if OPENVINO_PROVIDER in providers:
             obstacle += "; for OpenVINO ask for device openvino"
     elif device != "cpu":
-        opened = _open_beside_cpu(ort, model, device, threads, spinning, bfloat16)
+        opened = _open_beside_cpu(ort, read(), device, threads, spinning, bfloat16, cuda_graphs)
         if isinstance(opened, OpenedSession):
             return opened
         obstacle = opened
-    try:
-        session = create_session(ort, model, CPU_PROVIDER, threads=threads, spinning=spinning)
-    except Exception as error:  # they share no base
-        raise BundleError(
-            f"onnxruntime {ort.__version__} refuses the model of {len(model)} bytes ({one_line(error)}); "
-            "expected an ONNX graph that it can run; do: export again, or upgrade onnxruntime"
-        ) from error
+    session = _open_on_cpu(ort, read, threads, spinning, cached_as)
     if device in ("cuda", "openvino"):
         raise DeviceUnavailableError(f"device {device} cannot be used: {obstacle}; or ask for device cpu")
     return OpenedSession(session, "cpu", CPU_PROVIDER, f"on the CPU: {obstacle}" if obstacle else "", threads)
 
 
+def _begin(model: bytes | Callable[[], bytes], *, aside: bool) -> Callable[[], bytes]:
+    """Begin to read, in a thread if aside; gives what gives the bytes, or raises what the reading raised."""
+    if not callable(model):
+        return partial(bytes, model)
+    if not aside:
+        return cache(model)
+    given: list[bytes] = []
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            given.append(model())
+        except BaseException as error:  # whatever it is, it is raised where the bytes are wanted
+            raised.append(error)
+
+    def wait() -> bytes:
+        thread.join()
+        if raised:
+            raise raised[0]
+        return given[0]
+
+    thread = threading.Thread(target=run, name="echoquad-read", daemon=True)
+    thread.start()
+    return wait
+
+
+def _open_on_cpu(
+    ort: ModuleType, read: Callable[[], bytes], threads: int, spinning: bool, cached_as: tuple[str, int] | None
+) -> onnxruntime.InferenceSession:
+    """Open a model on the CPU; what is cached of it is read while the model is.
+
+    Raises
+    ------
+    BundleError
+        onnxruntime refuses it.
+    """
+    place = None if cached_as is None else find_cache(ort, *cached_as)
+    cached = None if place is None else place.read()
+    model = read()
+    try:
+        if place is None:
+            return create_session(ort, model, CPU_PROVIDER, threads=threads, spinning=spinning)
+        return cached_session(ort, place, cached, model, threads=threads, spinning=spinning)
+    except Exception as error:  # they share no base
+        raise BundleError(
+            f"onnxruntime {ort.__version__} refuses the model of {len(model)} bytes ({one_line(error)}); "
+            "expected an ONNX graph that it can run; do: export again, or upgrade onnxruntime"
+        ) from error
+
+
 def _open_beside_cpu(
-    ort: ModuleType, model: bytes, device: Device, threads: int, spinning: bool, bfloat16: bool
+    ort: ModuleType, model: bytes, device: Device, threads: int, spinning: bool, bfloat16: bool, cuda_graphs: bool
 ) -> OpenedSession | str:
     """Open a model on OpenVINO, or for ``cuda`` and ``auto`` on CUDA; or say in one line why not."""
     if device == "openvino":
         name, title, provider = "openvino", "OpenVINO", OPENVINO_PROVIDER
-        obstacle, threads = openvino_obstacle(bfloat16=bfloat16), min(threads, _schedulable_cpus())
+        obstacle, threads = openvino_obstacle(bfloat16=bfloat16), min(threads, schedulable_cpus())
     else:
         name, title, provider = "cuda", "CUDA", CUDA_PROVIDER
         obstacle = cuda_obstacle()
     if obstacle is not None:
         return obstacle
     try:
-        session = create_session(ort, model, provider, threads=threads, spinning=spinning, bfloat16=bfloat16)
+        session = create_session(
+            ort, model, provider, threads=threads, spinning=spinning, bfloat16=bfloat16, cuda_graphs=cuda_graphs
+        )
     except Exception as error:  # they share no base; whether it is the model's own fault, the CPU will tell
         return f"{title} works, but not for this model ({one_line(error)}); do: try another precision"
     if (left := strays(session, provider)) is not None:

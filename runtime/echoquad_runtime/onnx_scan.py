@@ -23,7 +23,9 @@ __all__ = [
     "OUTPUTS",
     "Graph",
     "Port",
+    "Tensor",
     "check_graph",
+    "list_tensors",
     "scan_graph",
 ]
 
@@ -48,6 +50,17 @@ class Port(NamedTuple):
     name: str
     elements: str
     shape: tuple[int | str, ...]
+
+
+class Tensor(NamedTuple):
+    """A tensor that a graph holds: its bytes are `length` from `begin` on, in the file or in one outside it."""
+
+    name: str
+    elements: str
+    shape: tuple[int, ...]
+    begin: int
+    length: int
+    outside: bool
 
 
 @dataclass(slots=True)
@@ -157,7 +170,26 @@ def scan_graph(model: bytes, what: str) -> Graph:
         raise BundleError(f"{what} is not an ONNX file ({error}); export it again") from None
 
 
-class _NotProtobufError(Exception):
+def list_tensors(model: bytes) -> list[Tensor]:
+    """List a graph's tensors that are kept as plain bytes, be it in the file or outside it; others are left out.
+
+    Raises
+    ------
+    ValueError
+        If the bytes are no ONNX file.
+    """
+    scan = _Scan(model, "")
+    whole = _Field(0, _BYTES, 0, len(model))
+    return [
+        tensor
+        for graph in scan.fields(whole, {7: _BYTES})
+        if graph.number == 7
+        for part in scan.fields(graph, {5: _BYTES})
+        if part.number == 5 and (tensor := scan.place(part)) is not None
+    ]
+
+
+class _NotProtobufError(ValueError):
     """The bytes cannot be walked."""
 
 
@@ -179,7 +211,7 @@ class _Scan:
     def model(self) -> Graph:
         found, graphs = Graph(), 0
         whole = _Field(0, _BYTES, 0, len(self._data))
-        for part in self._fields(whole, {1: _VARINT, 7: _BYTES, 8: _BYTES, 14: _BYTES}):
+        for part in self.fields(whole, {1: _VARINT, 7: _BYTES, 8: _BYTES, 14: _BYTES}):
             if part.number == 1:
                 found.ir_version = part.value
             elif part.number == 7:
@@ -201,7 +233,7 @@ class _Scan:
         return found
 
     def _graph(self, graph: _Field, found: Graph) -> None:
-        for part in self._fields(graph, {1: _BYTES, 5: _BYTES, 11: _BYTES, 12: _BYTES, 15: _BYTES}):
+        for part in self.fields(graph, {1: _BYTES, 5: _BYTES, 11: _BYTES, 12: _BYTES, 15: _BYTES}):
             if part.number == 1:
                 self._node(part)
             elif part.number == 5:
@@ -215,7 +247,7 @@ class _Scan:
 
     def _node(self, node: _Field) -> None:
         operator, domains = "", [""]
-        for part in self._fields(node, {4: _BYTES, 5: _BYTES, 7: _BYTES}):
+        for part in self.fields(node, {4: _BYTES, 5: _BYTES, 7: _BYTES}):
             if part.number == 4:
                 operator = self._text(part)
             elif part.number == 5:
@@ -229,7 +261,7 @@ class _Scan:
 
     def _attribute(self, attribute: _Field) -> None:
         kinds = {5: _BYTES, 6: _BYTES, 10: _BYTES, 11: _BYTES, 22: _BYTES, 23: _BYTES}
-        for part in self._fields(attribute, kinds):
+        for part in self.fields(attribute, kinds):
             if part.number in (5, 10):
                 self._tensor(part)
             elif part.number in (6, 11):
@@ -239,7 +271,7 @@ class _Scan:
 
     def _tensor(self, tensor: _Field) -> None:
         name, outside = "", False
-        for part in self._fields(tensor, {8: _BYTES, 13: _BYTES, 14: _VARINT}):
+        for part in self.fields(tensor, {8: _BYTES, 13: _BYTES, 14: _VARINT}):
             if part.number == 8:
                 name = self._text(part)
             elif part.number == 13 or (part.number == 14 and part.value != 0):
@@ -247,14 +279,43 @@ class _Scan:
         if outside:
             raise self._refusal(f"keeps the tensor {name[:40]!r} outside its file", "all of it in one file")
 
+    def place(self, tensor: _Field) -> Tensor | None:
+        """Say where a tensor's bytes lie; None where they are not kept as such."""
+        name, elements, shape = "", 0, list[int]()
+        raw: _Field | None = None
+        outside: dict[str, str] = {}
+        for part in self.fields(tensor, {2: _VARINT, 8: _BYTES, 9: _BYTES, 13: _BYTES}):
+            if part.number == 1 and part.kind == _VARINT:
+                shape.append(part.value)
+            elif part.number == 1:  # several in one field
+                at = part.value
+                while at < part.end:
+                    side, at = self._varint(at, part.end)
+                    shape.append(side)
+            elif part.number == 2:
+                elements = part.value
+            elif part.number == 8:
+                name = self._text(part)
+            elif part.number == 9:
+                raw = part
+            elif part.number == 13:
+                outside.update([self._entry(part)])
+        if outside:
+            begin, length = int(outside.get("offset", "0")), int(outside.get("length", "0"))
+        elif raw is not None:
+            begin, length = raw.value, raw.end - raw.value
+        else:
+            return None
+        return Tensor(name, _ELEMENTS.get(elements, ""), tuple(shape), begin, length, bool(outside))
+
     def _sparse(self, sparse: _Field) -> None:
-        for part in self._fields(sparse, {1: _BYTES, 2: _BYTES}):
+        for part in self.fields(sparse, {1: _BYTES, 2: _BYTES}):
             if part.number in (1, 2):
                 self._tensor(part)
 
     def _opset(self, opset: _Field, found: Graph) -> None:
         domain, version = "", 0
-        for part in self._fields(opset, {1: _BYTES, 2: _VARINT}):
+        for part in self.fields(opset, {1: _BYTES, 2: _VARINT}):
             if part.number == 1:
                 domain = self._text(part)
             elif part.number == 2:
@@ -264,7 +325,7 @@ class _Scan:
 
     def _entry(self, entry: _Field) -> tuple[str, str]:
         texts = {1: "", 2: ""}
-        for part in self._fields(entry, {1: _BYTES, 2: _BYTES}):
+        for part in self.fields(entry, {1: _BYTES, 2: _BYTES}):
             if part.number in texts:
                 texts[part.number] = self._text(part)
         return texts[1], texts[2]
@@ -272,32 +333,32 @@ class _Scan:
     def _port(self, port: _Field) -> Port:
         name, elements = "", "no tensor"
         shape: list[int | str] = []
-        for part in self._fields(port, {1: _BYTES, 2: _BYTES}):
+        for part in self.fields(port, {1: _BYTES, 2: _BYTES}):
             if part.number == 1:
                 name = self._text(part)
             elif part.number == 2:
-                for kind in self._fields(part, {1: _BYTES}):
+                for kind in self.fields(part, {1: _BYTES}):
                     if kind.number != 1:  # a sequence, a map: whatever it says of its elements, it is no tensor
                         return Port(name, "no tensor", ())
                     elements = self._tensor_type(kind, elements, shape)
         return Port(name, elements, tuple(shape))
 
     def _tensor_type(self, tensor: _Field, elements: str, shape: list[int | str]) -> str:
-        for part in self._fields(tensor, {1: _VARINT, 2: _BYTES}):
+        for part in self.fields(tensor, {1: _VARINT, 2: _BYTES}):
             if part.number == 1:
                 elements = _ELEMENTS.get(part.value, f"type {part.value}")
             elif part.number == 2:
-                shape += [self._side(side) for side in self._fields(part, {1: _BYTES}) if side.number == 1]
+                shape += [self._side(side) for side in self.fields(part, {1: _BYTES}) if side.number == 1]
         return elements
 
     def _side(self, side: _Field) -> int | str:
         size: int | str = "N"
-        for part in self._fields(side, {1: _VARINT, 2: _BYTES}):
+        for part in self.fields(side, {1: _VARINT, 2: _BYTES}):
             if part.number in (1, 2):  # the last one counts
                 size = part.value if part.number == 1 else "N"
         return size
 
-    def _fields(self, message: _Field, kinds: Mapping[int, int]) -> Iterator[_Field]:
+    def fields(self, message: _Field, kinds: Mapping[int, int]) -> Iterator[_Field]:
         """Walk a message; of the numbers in `kinds` each must be of that kind."""
         at, end = message.value, message.end
         while at < end:

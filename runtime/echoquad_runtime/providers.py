@@ -6,9 +6,10 @@ went: a session that lists a provider first may have given every node to the CPU
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
+from binascii import a2b_base64
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Final
@@ -27,6 +28,7 @@ __all__ = [
     "PROBE_MODEL",
     "create_session",
     "integers_overflow",
+    "needs_exact_products",
     "probe",
     "strays",
 ]
@@ -36,13 +38,13 @@ CUDA_PROVIDER: Final = "CUDAExecutionProvider"
 OPENVINO_PROVIDER: Final = "OpenVINOExecutionProvider"
 
 # y = 2 x + 1 on float32 [1, 1, 2, 2], as a 1 x 1 convolution: cuDNN is loaded only when one runs.
-PROBE_MODEL: Final = base64.b64decode(
+PROBE_MODEL: Final = a2b_base64(
     "CAgSCGVjaG9xdWFkOnkKEgoBeAoBdwoBYhIBeSIEQ29udhIFcHJvYmUqEwgBCAEIAQgBEAEiBAAAAEBCAXcqDQgBEAEiBAAAgD9C"
     "AWJaGwoBeBIWChQIARIQCgIIAQoCCAEKAggCCgIIAmIbCgF5EhYKFAgBEhAKAggBCgIIAQoCCAIKAggCQgQKABAR"
 )
 
 # y = x w on uint8 [1, 8] and int8 [8, 4], every weight 127: sums of two products that do not fit into 16 bits.
-_INTEGER_MODEL: Final = base64.b64decode(
+_INTEGER_MODEL: Final = a2b_base64(
     "CAgSCGVjaG9xdWFkOngKGAoBeAoBdxIBeSINTWF0TXVsSW50ZWdlchIFcHJvYmUqKwgICAQQA0IBd0ogf39/f39/f39/f39/f39/f39/"
     "f39/f39/f39/f39/f39aEwoBeBIOCgwIAhIICgIIAQoCCAhiEwoBeRIOCgwIBhIICgIIAQoCCARCBAoAEBI="
 )
@@ -50,7 +52,16 @@ _INTEGERS: Final = b"QuantizeLinear"  # in the bytes of every graph that compute
 
 
 def create_session(
-    ort: ModuleType, model: bytes, provider: str, *, threads: int, spinning: bool = True, bfloat16: bool = False
+    ort: ModuleType,
+    model: bytes,
+    provider: str,
+    *,
+    threads: int,
+    spinning: bool = True,
+    bfloat16: bool = False,
+    cuda_graphs: bool = False,
+    exact: bool | None = None,
+    adapt: Callable[[onnxruntime.SessionOptions], object] | None = None,
 ) -> onnxruntime.InferenceSession:
     """Make a session on a provider; beside CUDA and OpenVINO, the CPU takes the nodes that they do not.
 
@@ -65,9 +76,17 @@ def create_session(
     threads
         CPU threads inside an operator.
     spinning
-        Whether they wait for work in a busy loop; OpenVINO has threads of its own and does not care.
+        Whether they wait for their part of an inference in a busy loop. Between inferences they sleep, always: left to
+        itself onnxruntime spins on after each, and burns a core between two frames of a live source. OpenVINO has
+        threads of its own and does not care.
     bfloat16
         Whether OpenVINO shall compute a float32 graph in bfloat16; of no effect elsewhere.
+    cuda_graphs
+        Whether CUDA shall capture the kernels of a run once and replay them; of no effect elsewhere.
+    exact
+        Whether integer products are to be exact, at the price of speed; None is `needs_exact_products`.
+    adapt
+        What else to do with the session's options.
 
     Raises
     ------
@@ -82,19 +101,24 @@ def create_session(
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 4
-    if _INTEGERS in model and integers_overflow():
-        options.add_session_config_entry("session.x64quantprecision", "1")  # exact, and slower
+    if needs_exact_products(model) if exact is None else exact:
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if not spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    else:
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # when a run ends
     providers: list[str | tuple[str, dict[str, str]]] = [provider]
     if provider == CUDA_PROVIDER:
         # Without this float32 is rounded to TF32 from Ampere on, and precision fp32 would not be fp32.
-        providers = [(CUDA_PROVIDER, {"use_tf32": "0"}), CPU_PROVIDER]
+        settings = {"use_tf32": "0", **({"enable_cuda_graph": "1"} if cuda_graphs else {})}
+        providers = [(CUDA_PROVIDER, settings), CPU_PROVIDER]
     elif provider == OPENVINO_PROVIDER:
         providers = [(OPENVINO_PROVIDER, _openvino_options(threads, bfloat16)), CPU_PROVIDER]
         options.intra_op_num_threads = 1  # OpenVINO has its own, and these would idle beside them
     if provider != CPU_PROVIDER:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if adapt is not None:
+        adapt(options)
     # A provider that cannot be loaded is reported by the process-wide logger, which the options do not reach.
     ort.set_default_logger_severity(4)
     try:
@@ -106,6 +130,11 @@ def create_session(
     if (made := session.get_providers()[0]) != provider:
         raise RuntimeError(f"asked for {provider}, onnxruntime made a session on {made}")
     return session
+
+
+def needs_exact_products(model: bytes) -> bool:
+    """Say whether a graph computes in integers, and this processor needs the slower way to do that right."""
+    return _INTEGERS in model and integers_overflow()
 
 
 @cache

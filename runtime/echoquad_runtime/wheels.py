@@ -11,7 +11,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from importlib import metadata
 from types import ModuleType
 
 from echoquad_runtime.errors import MissingExtraError
@@ -26,12 +25,21 @@ _REDIRECTING = threading.RLock()
 
 
 def installed_wheels(names: Iterable[str] = _WHEELS) -> dict[str, str]:
-    """Return the versions of the installed wheels among those that provide onnxruntime: two are a clash."""
-    found = {}
-    for name in names:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+    """Return the versions of the installed wheels among those that provide onnxruntime: two are a clash.
+
+    They are read off the names of the folders that pip leaves beside the packages, as ``importlib.metadata`` does; to
+    import that takes as long as to import onnxruntime.
+    """
+    here: dict[str, str] = {}
+    for folder in sys.path:
+        with contextlib.suppress(OSError):  # a zip file, a folder that is not there
+            for entry in os.listdir(folder or "."):  # noqa: PTH208 - a Path takes longer
+                stem, _, kind = entry.rpartition(".")
+                if kind in ("dist-info", "egg-info"):
+                    name, _, version = stem.partition("-")
+                    # What comes first on the path is what would be imported.
+                    here.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version.partition("-")[0])
+    return {name: here[name] for name in names if name in here}
 
 
 def load_onnxruntime() -> ModuleType:
@@ -46,7 +54,6 @@ def load_onnxruntime() -> ModuleType:
     """
     # From 1.29 on it writes a device identifier to disk and reports models and their hashes to Microsoft.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    found = named(installed_wheels())
     try:
         with _silent_import():
             ort = importlib.import_module("onnxruntime")
@@ -54,11 +61,11 @@ def load_onnxruntime() -> ModuleType:
         if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
             found = "onnxruntime is not installed"
         else:
-            found = f"{found or 'onnxruntime'} cannot be imported ({one_line(error)})"
+            found = f"{named(installed_wheels()) or 'onnxruntime'} cannot be imported ({one_line(error)})"
         raise MissingExtraError(f"{found}; do: {reinstall('cpu')} (with an NVIDIA GPU: [gpu])") from error
     if not hasattr(ort, "InferenceSession"):
         # What is left when one of two wheels is uninstalled: it takes the files that they shared.
-        found = f"the onnxruntime package is an empty shell (pip lists {found or 'no wheel of it'})"
+        found = f"the onnxruntime package is an empty shell (pip lists {named(installed_wheels()) or 'no wheel of it'})"
         raise MissingExtraError(f"{found}; do: {reinstall('cpu')} (with an NVIDIA GPU: [gpu])")
     ort.disable_telemetry_events()  # Windows knows only this switch
     return ort

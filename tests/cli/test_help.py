@@ -37,6 +37,8 @@ COMMANDS = {
         "BUNDLE",
         "INPUT",
         "--out",
+        "--resume",
+        "--shard",
         "--method",
         "--overlay",
         "--device",
@@ -46,9 +48,10 @@ COMMANDS = {
         "--untuned",
         "--public-key",
     ],
+    ("merge",): ["FILE", "--out"],
     ("bench",): [
         *["BUNDLE", "INPUT", "--json", "--frames", "--batch-size", "--precision", "--device"],
-        *["--untuned", "--public-key"],
+        *["--fps", "--histogram", "--max-p99-ms", "--untuned", "--public-key"],
     ],
     ("tune",): [
         *["BUNDLE", "INPUT", "--goal", "--max-p99-ms", "--device", "--precision", "--threads", "--batch-size"],

@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import typer
 from corruptions import corrupt
 
 from echoquad.cli import app
@@ -27,8 +26,6 @@ with contextlib.suppress(ImportError):  # Windows
 
     # What asks for more is told so by Python or onnxruntime, and does not take the machine with it.
     resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
-
-app.app = typer.main.get_command(app.app)  # built once; it takes more than the rest
 
 FORBIDDEN = ("Traceback", "this is a fault in EchoQuad", "[E:onnxruntime", "[W:onnxruntime")
 LONGEST_LINE = 2000

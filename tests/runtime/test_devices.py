@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
 import textwrap
+import threading
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -122,16 +125,48 @@ def test_a_session_keeps_its_provider_and_its_threads() -> None:
     assert options.log_severity_level == 4
 
 
-def test_threads_that_do_not_spin() -> None:
-    for spinning, entry in ((True, None), (False, "0")):
+def test_threads_spin_within_an_inference_at_most() -> None:
+    spin, stop = "session.intra_op.allow_spinning", "session.force_spinning_stop"
+    for spinning, made, unmade in ((True, (stop, "1"), spin), (False, (spin, "0"), stop)):
         opened = open_session(PROBE_MODEL, device="cpu", threads=2, spinning=spinning)
         assert opened.threads == 2
-        options, key = opened.session.get_session_options(), "session.intra_op.allow_spinning"
-        if entry is None:  # onnxruntime has no word for an entry that was never made but an exception
-            with pytest.raises(RuntimeError):
-                options.get_session_config_entry(key)
-        else:
-            assert options.get_session_config_entry(key) == entry
+        options = opened.session.get_session_options()
+        assert options.get_session_config_entry(made[0]) == made[1]
+        with pytest.raises(RuntimeError):  # onnxruntime has no other word for an entry that was never made
+            options.get_session_config_entry(unmade)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_a_model_that_is_read_meanwhile(device: devices.Device, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "auto":  # the graph is wanted twice: by CUDA, which fails, and by the CPU
+        pretend_to_list_cuda(monkeypatch)
+        monkeypatch.setattr(devices, "_open_beside_cpu", lambda _, model, *__: f"no CUDA for {len(model)} bytes")
+    read_by = []
+
+    def read() -> bytes:
+        read_by.append(threading.current_thread())
+        return PROBE_MODEL
+
+    opened = open_session(read, device=device, threads=threads)
+    np.testing.assert_allclose(opened.session.run(None, {"x": FRAME})[0], 2.0 * FRAME + 1.0, rtol=0, atol=1e-6)
+    (reader,) = read_by
+    assert (reader is threading.current_thread()) == (threads == 1), "one thread is one"
+    assert threads == 1 or not reader.is_alive()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("missing", [False, True])
+def test_what_is_wrong_with_a_model_that_is_read_meanwhile_is_told(
+    missing: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read() -> bytes:
+        raise BundleError("it is torn")
+
+    if missing:
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BundleError, match="it is torn"):
+        open_session(read, device="auto", threads=threads)
 
 
 def test_threads_are_the_available_cpus_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +320,28 @@ def test_an_import_that_fails_gives_stderr_back(tmp_path: Path) -> None:
     done = run_python(code, home=tmp_path, path=(tmp_path,))
     assert "cannot be imported (DLL load failed); do: pip uninstall -y onnxruntime" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_wheels_are_those_that_python_lists() -> None:
+    listed = {
+        re.sub(r"[-_.]+", "-", found.metadata["Name"]).lower(): found.version for found in metadata.distributions()
+    }
+    assert wheels.installed_wheels(listed) == listed
+    assert wheels.installed_wheels(("none-such", "numpy")) == {"numpy": metadata.version("numpy")}
+
+
+def test_the_first_of_two_wheels_on_the_path_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, found in (
+        ("1", ["onnxruntime_gpu-1.31.1+cu13.dist-info", "onnxruntime-1.30.0.dist-info"]),
+        ("2", ["ONNXRuntime-1.29.0-py3.11.egg-info", "onnxruntime_openvino-1.24.1.dist-info", "onnxruntime-9.dist"]),
+    ):
+        for name in found:
+            (tmp_path / folder / name).mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / name) for name in ("absent", "1", "2")])
+    expected = {"onnxruntime": "1.30.0", "onnxruntime-gpu": "1.31.1+cu13", "onnxruntime-openvino": "1.24.1"}
+    assert wheels.installed_wheels() == expected
+    (tmp_path / "1" / "onnxruntime-1.30.0.dist-info").rmdir()
+    assert wheels.installed_wheels() == {**expected, "onnxruntime": "1.29.0"}
 
 
 def test_without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,43 +508,6 @@ def test_onnxruntime_falling_back_in_silence_is_caught(
 )
 def test_one_line(text: str, line: str) -> None:
     assert wheels.one_line(ValueError(text)) == line
-
-
-# ---------------------------------------------------------------------------------------------- CPUs
-
-
-def test_available_cpus_is_at_least_one_and_no_dream() -> None:
-    assert 1 <= devices.available_cpus() <= (os.cpu_count() or 1)
-
-
-def test_a_quota_below_one_is_one_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_cgroup_quotas", lambda *_: [0.5])
-    assert devices.available_cpus() == 1
-
-
-def test_cgroup_v2(tmp_path: Path) -> None:
-    membership = tmp_path / "cgroup"
-    membership.write_text("0::/pod/box\n")
-    (tmp_path / "pod" / "box").mkdir(parents=True)
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    (tmp_path / "pod" / "cpu.max").write_text("150000 100000\n")
-    (tmp_path / "pod" / "box" / "cpu.max").write_text("400000 100000\n")
-    assert devices._cgroup_quotas(tmp_path, membership) == [1.5, 4.0]
-
-
-def test_cgroup_v1_of_a_container_that_is_told_its_hosts_path(tmp_path: Path) -> None:
-    membership = tmp_path / "cgroup"
-    membership.write_text("5:memory:/docker/x\n4:cpu,cpuacct:/docker/x\n")
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("200000\n")
-    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
-    assert 2.0 in devices._cgroup_quotas(tmp_path, membership)
-    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
-    assert devices._cgroup_quotas(tmp_path, membership) == []
-
-
-def test_no_cgroup(tmp_path: Path) -> None:
-    assert devices._cgroup_quotas(tmp_path, tmp_path / "absent") == []
 
 
 # ---------------------------------------------------------------------------------------------- with a GPU

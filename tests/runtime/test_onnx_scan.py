@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echoquad_runtime import onnx_scan, session
+from echoquad_runtime import devices, onnx_scan
 from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import BundleError, BundleTamperedError
@@ -449,7 +449,8 @@ def test_refused_before_onnxruntime_sees_a_byte(
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("onnxruntime was given the graph")
 
-    monkeypatch.setattr(session, "open_session", opened)
+    for name in ("create_session", "cached_session"):
+        monkeypatch.setattr(devices, name, opened)
     folder = make_tiny_bundle(tmp_path, graphs={"fp32": changed(tiny, OUTSIDE["initializer"])})
     with pytest.raises(BundleError, match=f"{folder.name}: the fp32 graph keeps the tensor 'convolution' outside"):
         OnnxEngine(Bundle(folder), device="cpu")

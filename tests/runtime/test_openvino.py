@@ -174,7 +174,7 @@ def opens(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
 
 
 def test_openvino_when_asked_for(opens: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_schedulable_cpus", lambda: 8)
+    monkeypatch.setattr(devices, "schedulable_cpus", lambda: 8)
     opened = open_session(PROBE_MODEL, device="openvino", threads=3)
     assert (opened.device, opened.provider, opened.note, opened.threads) == ("openvino", OPENVINO_PROVIDER, "", 3)
     assert (opens[0]["threads"], opens[0]["bfloat16"]) == (3, False)
@@ -185,7 +185,7 @@ def test_openvino_when_asked_for(opens: list[dict[str, Any]], monkeypatch: pytes
 def test_threads_that_openvino_would_not_take_are_not_claimed(
     opens: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "_schedulable_cpus", lambda: 2)
+    monkeypatch.setattr(devices, "schedulable_cpus", lambda: 2)
     assert open_session(PROBE_MODEL, device="openvino", threads=5).threads == opens[0]["threads"] == 2
 
 
