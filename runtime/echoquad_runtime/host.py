@@ -19,10 +19,10 @@ from typing import Any, Final, Literal, cast, get_args
 
 from echoquad_runtime._version import __version__
 from echoquad_runtime.bundle import BF16, Bundle
+from echoquad_runtime.cpus import cpu_model
 from echoquad_runtime.devices import Device, available_cpus, installed_wheels, usable_devices
 from echoquad_runtime.errors import OutputError
 from echoquad_runtime.files import make_folder, output_errors, write_json
-from echoquad_runtime.predictor import DEFAULT_BATCH_SIZE
 
 __all__ = [
     "Choice",
@@ -106,7 +106,7 @@ class Settings:
     precision: str | None
     threads: int | None
     spinning: bool
-    batch_size: int
+    batch_size: int | None
     note: str
     tuned: bool
 
@@ -119,7 +119,7 @@ def precisions_on(bundle: Bundle, device: str) -> tuple[str, ...]:
 def host_facts(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
     """Give what a choice depends on, beside the bundle: while it is the same, the choice is worth something."""
     return {
-        "CPU": _cpu_model(cpuinfo),
+        "CPU": cpu_model(cpuinfo),
         "CPUs to use": str(available_cpus()),
         "platform": f"{platform.system()} {platform.machine()}",
         "onnxruntime": " and ".join(f"{name} {version}" for name, version in installed_wheels().items()),
@@ -248,7 +248,7 @@ def settle(
                 tuned=True,
             )
         note = f"the tuning of {made} is for {choice.precision} on {choice.device}: it is not used"
-    return Settings(device or "auto", precision, threads, True, batch_size or DEFAULT_BATCH_SIZE, note, tuned=False)
+    return Settings(device or "auto", precision, threads, True, batch_size, note, tuned=False)
 
 
 def _parse(content: Any, bundle: Bundle) -> Kept:
@@ -309,19 +309,3 @@ def _config_folder() -> Path:
         raise OutputError(
             f"no folder to keep the tuning in ({error}); name one in the variable ECHOQUAD_CONFIG_DIR"
         ) from error
-
-
-def _cpu_model(cpuinfo: Path) -> str:
-    """Name the CPU as the system does; on Arm, Linux gives numbers of maker and part in place of a name."""
-    found: dict[str, str] = {}
-    try:
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            found.setdefault(key.strip(), value.strip())
-    except OSError:
-        pass
-    if "model name" in found:
-        return found["model name"]
-    if "CPU part" in found:
-        return f"implementer {found.get('CPU implementer', '?')} part {found['CPU part']}"
-    return platform.processor() or platform.machine()

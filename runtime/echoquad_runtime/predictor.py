@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, cast
 
 import numpy as np
 
 from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.contract import VOTE_METHODS, Contract, VoteMethod
-from echoquad_runtime.devices import Device
+from echoquad_runtime.devices import Device, available_cpus
 from echoquad_runtime.errors import ConfigError, FrameError
-from echoquad_runtime.frames import read_frame
+from echoquad_runtime.frames import decode_checked, read_checked
 from echoquad_runtime.inputs import Failure, FrameFile, find_frames
+from echoquad_runtime.lanes import Floats, Lane
+from echoquad_runtime.pipeline import Flags, Pipeline, Source
 from echoquad_runtime.quadrants import Grey, frame_quadrants
-from echoquad_runtime.session import Engine, OnnxEngine
+from echoquad_runtime.sanity import flags_of
+from echoquad_runtime.session import Engine, OnnxEngine, open_lane
 from echoquad_runtime.vote import decide
 
-__all__ = ["DEFAULT_BATCH_SIZE", "Failure", "Prediction", "Predictor"]
+__all__ = ["TIME_LIMIT", "Failure", "Prediction", "Predictor"]
 
-DEFAULT_BATCH_SIZE: Final = 8
-"""Frames, of four quadrants each, that go through the network at a time."""
+TIME_LIMIT: Final = 60.0
+"""Seconds for reading and decoding one file."""
+
+# Frames at a time where there are many. On the CPU more than two gain nothing and cost memory; a GPU wants filling.
+_BATCHES: Final = {"cpu": 2, "openvino": 4, "cuda": 16}
+_BATCH_ELSEWHERE: Final = 8  # an engine that is no bundle's
 
 TIE: Final = "tie"
 """Flag of a frame whose quadrants' votes were even, so that mean probabilities decided."""
@@ -65,24 +74,36 @@ class Prediction:
     precision: str
 
 
-Source = tuple[str, Callable[[], Grey]]
-
-
 class Predictor:
     """Judges frames with a bundle, or with any other engine.
+
+    One frame gets all threads, so that its answer is there soonest; of many frames each thread takes its own, so that
+    most are done in a second. On the CPU these are two sessions, each opened when it is first needed.
 
     Parameters
     ----------
     model
         A bundle's folder, an open `Bundle`, or an engine.
-    device, precision, threads, spinning
-        As `OnnxEngine`; of no effect where `model` is an engine.
+    device, precision, threads, spinning, cuda_graphs
+        As `OnnxEngine`; of no effect where `model` is an engine. `threads` bounds the threads that compute, decoding
+        included.
     method
         Vote rule; None is the contract's.
     batch_size
-        Frames that go through the network at a time.
+        Frames that go through the network at a time where there are many; None is what suits the device.
     public_key
         A PEM file; where given, the key that belongs to it must have signed the bundle whose folder `model` names.
+    many
+        Whether many frames come first: which session to open now.
+    warm
+        Whether to run the network once now, so that its first time does not fall into an exam.
+    time_limit
+        Seconds for reading and decoding one file; one that takes longer is a failure.
+
+    Attributes
+    ----------
+    engine
+        The engine that was opened first; it tells the device and the precision that really run.
 
     Raises
     ------
@@ -91,7 +112,7 @@ class Predictor:
     DeviceUnavailableError
         If the device is not there.
     ConfigError
-        If the method or the batch size cannot be.
+        If the method, the batch size or the time limit cannot be.
 
     Examples
     --------
@@ -108,42 +129,75 @@ class Predictor:
         precision: str | None = None,
         threads: int | None = None,
         spinning: bool = True,
+        cuda_graphs: bool = False,
         method: VoteMethod | None = None,
-        batch_size: int = DEFAULT_BATCH_SIZE,
+        batch_size: int | None = None,
         public_key: str | Path | None = None,
+        many: bool = False,
+        warm: bool = True,
+        time_limit: float = TIME_LIMIT,
     ) -> None:
         if isinstance(model, str | Path):
             model = Bundle(model, public_key=public_key)
         elif public_key is not None:  # too late to check, and not to be passed over
             raise ConfigError("public_key is for a bundle's folder; an open Bundle takes its own, an engine has none")
-        if isinstance(model, Bundle):
-            model = OnnxEngine(model, precision=precision, device=device, threads=threads, spinning=spinning)
-        self.engine: Engine = model
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"batch size {batch_size} found; expected at least 1 frame")
+        if not time_limit > 0:
+            raise ConfigError(f"time limit {time_limit:g} found; expected more than 0 seconds")
+        self._bundle = model if isinstance(model, Bundle) else None
+        self._settings: dict[str, Any] = {"precision": precision, "spinning": spinning, "cuda_graphs": cuda_graphs}
+        self._device: Device = device
+        self._threads = threads or available_cpus()
+        self._engines: dict[int, Engine] = {}
+        self.engine: Engine = self._open(many=many) if isinstance(model, Bundle) else model
         self.method: VoteMethod = method or self.contract.vote
         if self.method not in VOTE_METHODS:
             raise ConfigError(f"vote method {method!r} found; expected one of {', '.join(VOTE_METHODS)}")
-        if batch_size < 1:
-            raise ConfigError(f"batch size {batch_size} found; expected at least 1 frame")
-        self.batch_size = batch_size
+        self.batch_size = batch_size or (_BATCHES[self.engine.device] if self._bundle else _BATCH_ELSEWHERE)
+        self.time_limit = time_limit
+        self._lane: Lane | None = None  # of single frames
+        self._lane_lock = threading.Lock()
+        if warm and not many and self._bundle is not None:
+            self._single().run(1)
 
     @property
     def contract(self) -> Contract:
         """What the model was trained under."""
         return self.engine.contract
 
+    @property
+    def threads(self) -> int:
+        """How many threads compute at most, decoding included."""
+        return self._threads
+
     def predict(
-        self, inputs: str | Path | FrameFile | Iterable[str | Path | FrameFile]
+        self,
+        inputs: str | Path | FrameFile | Failure | Iterable[str | Path | FrameFile | Failure],
+        on_decision: Callable[[FrameFile, Prediction], object] | None = None,
     ) -> Iterator[Prediction | Failure]:
         """Judge files: paths, folders, patterns, or frames already found; one, or any number.
+
+        Parameters
+        ----------
+        inputs
+            Taken lazily, a few dozen ahead of what is given; failures among them are given as they are.
+        on_decision
+            Called with each decided frame, in the thread that decided it: for what takes long, such as a picture. A
+            FrameError that it raises takes the decision's place.
 
         Yields
         ------
         Prediction or Failure
-            One a frame, in input order; lazily, a batch at a time.
+            One a frame, in input order.
         """
-        if isinstance(inputs, str | Path | FrameFile):  # a string would be gone through letter by letter
+        if isinstance(inputs, str | Path | FrameFile | Failure):  # a string would be gone through letter by letter
             inputs = [inputs]
-        return self._run(_sources(inputs))
+        return self._run(self._file_source(item, on_decision) for item in _found(inputs))
+
+    def predict_encoded(self, items: Iterable[tuple[str, bytes]]) -> Iterator[Prediction | Failure]:
+        """Judge image files in memory: names, and the files' bytes. As `predict`."""
+        return self._run(Source(name, partial(self._load_bytes, data)) for name, data in items)
 
     def predict_frames(
         self, frames: Iterable[Grey], names: Iterable[str] | None = None
@@ -153,7 +207,8 @@ class Predictor:
         Parameters
         ----------
         frames
-            uint8 [H, W] each, grey levels 0 to 255; sizes may differ.
+            uint8 [H, W] each, grey levels 0 to 255; sizes may differ. Taken lazily, a few dozen ahead of what is given:
+            for a source of which each frame waits for the last one's answer, call the predictor.
         names
             What to call them; numbers from 0 where not given.
 
@@ -163,97 +218,144 @@ class Predictor:
             One a frame, in order.
         """
         if names is None:
-            return self._run((str(index), partial(_grey, frame)) for index, frame in enumerate(frames))
-        return self._run((name, partial(_grey, frame)) for name, frame in zip(names, frames, strict=True))
+            return self._run(Source(str(index), partial(self._load_grey, it)) for index, it in enumerate(frames))
+        return self._run(Source(name, partial(self._load_grey, it)) for name, it in zip(names, frames, strict=True))
 
-    def __call__(self, frame: Grey) -> Prediction:
-        """Judge one frame, uint8 [H, W].
+    def __call__(self, frame: Grey | bytes, name: str = "0") -> Prediction:
+        """Judge one frame, uint8 [H, W] or an image file's bytes, in the caller's thread, as soon as can be.
 
         Raises
         ------
         FrameError
             If it cannot be judged.
         """
-        (result,) = self.predict_frames([frame])
+        load = self._load_bytes if isinstance(frame, bytes) else self._load_grey
+        with self._lane_lock:
+            lane = self._single()
+            flags = load(frame, lane.quadrants[0])  # type: ignore[arg-type]  # each its own kind
+            _, flat = lane.run(1)
+            (result,) = self._judge([Source(name, partial(load, frame))], [flags], flat[None])  # type: ignore[arg-type]
         if isinstance(result, Failure):
             raise result.error
         return result
 
+    # ------------------------------------------------------------------------------------------ engines
+
+    def _open(self, *, many: bool) -> Engine:
+        """Open the bundle for one frame at a time or for many, unless it is open."""
+        assert self._bundle is not None
+        # Where each worker computes for itself; CUDA's and OpenVINO's sessions share out their work by themselves.
+        threads = 1 if many and self._device in ("auto", "cpu") else self._threads
+        if threads not in self._engines:
+            opened = OnnxEngine(self._bundle, device=self._device, threads=threads, **self._settings)
+            self._device = cast("Device", opened.device)  # what auto has found is not looked for again
+            self._engines[threads] = opened
+        return self._engines[threads]
+
+    def _engine(self, *, many: bool) -> Engine:
+        return self.engine if self._bundle is None else self._open(many=many)
+
+    def _single(self) -> Lane:
+        if self._lane is None:
+            self._lane = open_lane(self._engine(many=False), 1)
+        return self._lane
+
+    # ------------------------------------------------------------------------------------------ one frame
+
+    def _file_source(
+        self, item: FrameFile | Failure, on_decision: Callable[[FrameFile, Prediction], object] | None
+    ) -> Source | Failure:
+        if isinstance(item, Failure):
+            return item
+        after = partial(on_decision, item) if on_decision else None
+        return Source(item.name, partial(self._load_file, item.path), after)
+
+    def _load_file(self, path: Path, slot: Grey) -> Flags:
+        grey, flags = read_checked(path)
+        return self._cut(grey, slot, flags)
+
+    def _load_bytes(self, data: bytes, slot: Grey) -> Flags:
+        grey, flags = decode_checked(data)
+        return self._cut(grey, slot, flags)
+
+    def _load_grey(self, frame: Grey, slot: Grey) -> Flags:
+        return self._cut(_grey(frame), slot, ())
+
+    def _cut(self, grey: Grey, slot: Grey, flags: Flags) -> Flags:
+        frame_quadrants(grey, self.contract, out=slot)
+        return (*flags_of(slot), *flags)
+
+    # ------------------------------------------------------------------------------------------ many frames
+
     def _run(self, sources: Iterable[Source | Failure]) -> Iterator[Prediction | Failure]:
-        size = self.contract.input_size
-        batch = np.empty((self.batch_size, 4, 1, size, size), np.uint8)
-        waiting: list[str | Failure] = []  # in input order; a name stands for the next slot of the batch
-        filled = 0
-        for source in sources:
-            result = source if isinstance(source, Failure) else self._load(source, batch[filled])
-            waiting.append(result)
-            filled += isinstance(result, str)
-            if len(waiting) == self.batch_size:
-                yield from self._judge(waiting, batch[:filled])
-                waiting, filled = [], 0
-        yield from self._judge(waiting, batch[:filled])
+        sources = iter(sources)
+        first = list(islice(sources, self._threads + 1))
+        many = len(first) > self._threads
+        engine = self._engine(many=many)
+        frames = self.batch_size if many else 1
+        pipeline = Pipeline(
+            partial(open_lane, engine, frames),
+            self._judge,
+            workers=self._workers(engine) if many else 1,
+            frames=frames,
+            at_once=getattr(engine, "at_once", 1),
+            time_limit=self.time_limit,
+        )
+        yield from pipeline.run(chain(first, sources))
 
-    def _load(self, source: Source, slot: Grey) -> str | Failure:
-        name, read = source
-        try:
-            frame_quadrants(read(), self.contract, out=slot)
-        except FrameError as error:
-            return Failure(name, error)
-        return name
+    def _workers(self, engine: Engine) -> int:
+        if self._bundle is None:  # torch's threads are its own, and would be in decoding's way
+            return 1
+        # OpenVINO computes on all threads at once: one worker to wait for it, one to decode meanwhile.
+        return min(2, self._threads) if engine.device == "openvino" else self._threads
 
-    def _judge(self, waiting: Sequence[str | Failure], batch: Grey) -> Iterator[Prediction | Failure]:
-        judged = self._decide([item for item in waiting if isinstance(item, str)], batch)
-        for item in waiting:
-            yield next(judged) if isinstance(item, str) else item
-
-    def _decide(self, names: Sequence[str], batch: Grey) -> Iterator[Prediction | Failure]:
-        if not names:
-            return
-        classes, size = self.contract.classes, self.contract.input_size
-        _, flat = self.engine.infer(batch.reshape(-1, 1, size, size))
-        probabilities = flat.reshape(len(names), 4, len(classes))
-        finite = np.asarray(np.isfinite(probabilities).all(axis=(1, 2)))
-        judged = np.where(finite[:, None, None], probabilities, 0)
-        decision = decide(judged, self.method, self.contract.vote_weights)
-        for index, name in enumerate(names):
+    def _judge(self, sources: Sequence[Source], flags: Sequence[Flags], answers: Floats) -> list[Prediction | Failure]:
+        classes = self.contract.classes
+        finite = np.asarray(np.isfinite(answers).all(axis=(1, 2)))
+        decision = decide(np.where(finite[:, None, None], answers, 0), self.method, self.contract.vote_weights)
+        results: list[Prediction | Failure] = []
+        for index, source in enumerate(sources):
             if not finite[index]:  # the first class would win by being first
                 what = f"the network's answer on {self.engine.device} in {self.engine.precision} is no number"
-                yield Failure(name, FrameError(f"{what}; try another precision, and run echoquad verify"))
+                error = FrameError(f"{what}; try another precision, and run echoquad verify")
+                results.append(Failure(source.name, error))
                 continue
             tied = self.method == "majority" and decision.margins[index] == 0
-            yield Prediction(
-                file=name,
+            prediction = Prediction(
+                file=source.name,
                 classes=classes,
                 method=self.method,
                 label=classes[decision.labels[index]],
                 probabilities=tuple(decision.probabilities[index].tolist()),
                 quadrant_labels=tuple(classes[label] for label in decision.quadrant_labels[index]),
-                quadrant_probabilities=tuple(tuple(row) for row in probabilities[index].tolist()),
-                flags=(TIE,) if tied else (),
+                quadrant_probabilities=tuple(tuple(row) for row in answers[index].tolist()),
+                flags=(*flags[index], TIE) if tied else flags[index],
                 device=self.engine.device,
                 precision=self.engine.precision,
             )
+            results.append(_after(source, prediction))
+        return results
 
 
-def _sources(inputs: Iterable[str | Path | FrameFile]) -> Iterator[Source | Failure]:
+def _after(source: Source, prediction: Prediction) -> Prediction | Failure:
+    try:
+        if source.on_decision is not None:
+            source.on_decision(prediction)
+    except FrameError as error:
+        return Failure(source.name, error)
+    return prediction
+
+
+def _found(inputs: Iterable[str | Path | FrameFile | Failure]) -> Iterator[FrameFile | Failure]:
     paths: list[str | Path] = []
     for item in inputs:
-        if isinstance(item, FrameFile):
-            yield from _find(paths)
+        if isinstance(item, FrameFile | Failure):
+            yield from find_frames(paths)
             paths = []
-            yield _file_source(item)
+            yield item
         else:
             paths.append(item)
-    yield from _find(paths)
-
-
-def _find(paths: Sequence[str | Path]) -> Iterator[Source | Failure]:
-    for found in find_frames(paths):
-        yield found if isinstance(found, Failure) else _file_source(found)
-
-
-def _file_source(file: FrameFile) -> Source:
-    return file.name, partial(read_frame, file.path)
+    yield from find_frames(paths)
 
 
 def _grey(frame: Grey) -> Grey:

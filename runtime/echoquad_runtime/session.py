@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +11,13 @@ from echoquad_runtime.bundle import BF16, Bundle
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices import Device, open_session
 from echoquad_runtime.errors import BundleError
+from echoquad_runtime.lanes import BoundLane, Floats, Lane, PlainLane, replay
 from echoquad_runtime.onnx_scan import CONTRACT_KEY, INPUT, OUTPUTS, check_graph
-from echoquad_runtime.wheels import one_line
+from echoquad_runtime.wheels import load_onnxruntime, one_line
 
-__all__ = ["CONTRACT_KEY", "INPUT", "OUTPUTS", "Engine", "Floats", "OnnxEngine", "infer_all"]
+__all__ = ["CONTRACT_KEY", "INPUT", "OUTPUTS", "Engine", "Floats", "OnnxEngine", "infer_all", "open_lane"]
 
-Floats = npt.NDArray[np.float32]
+_MANY: Final = 1 << 30
 
 
 class Engine(Protocol):
@@ -59,12 +60,17 @@ class OnnxEngine:
     threads
         Threads of one inference; None is what affinity and cgroup allow.
     spinning
-        Whether they wait for work in a busy loop: quicker, and a core burnt.
+        Whether they wait for their part of an inference in a busy loop: quicker, and never between inferences.
+    cuda_graphs
+        Whether CUDA shall capture each bucket's kernels once and replay them; of no effect elsewhere.
 
     Attributes
     ----------
     provider
         onnxruntime's name of what runs, such as ``CPUExecutionProvider``.
+    at_once
+        Lanes that may run at the same time: on the CPU as many as there are, since each runs on its caller's thread;
+        two on CUDA, so that one is copied while the other is computed.
     note
         One line saying why ``auto`` settled for the CPU; empty where there is nothing to say.
     threads
@@ -88,18 +94,54 @@ class OnnxEngine:
         device: Device = "auto",
         threads: int | None = None,
         spinning: bool = True,
+        cuda_graphs: bool = False,
     ) -> None:
         self.contract = bundle.contract
         self.precision = bundle.choose_precision(precision)
         self.spinning = spinning
-        model = bundle.read_model(self.precision)
         self._what = f"{bundle.folder.as_posix()}: the {self.precision} graph"
-        check_graph(model, self.contract, self._what)
-        bfloat16 = self.precision == BF16
-        opened = open_session(model, device=device, threads=threads, spinning=spinning, bfloat16=bfloat16)
+
+        def read() -> bytes:
+            model = bundle.read_model(self.precision)
+            check_graph(model, self.contract, self._what)
+            return model
+
+        opened = open_session(
+            read,
+            device=device,
+            threads=threads,
+            spinning=spinning,
+            bfloat16=self.precision == BF16,
+            cuda_graphs=cuda_graphs,
+            cached_as=bundle.cached_as(self.precision),
+        )
         self.device, self.provider = opened.device, opened.provider
         self.note, self.threads = opened.note, opened.threads
         self._session = opened.session
+        self._cuda_graphs = cuda_graphs and self.device == "cuda"
+        # A run of any shape, from memory of any address, is nothing to capture.
+        self._options = replay(load_onnxruntime(), -1) if self._cuda_graphs else None
+        self.at_once = {"cpu": _MANY, "cuda": 1 if self._cuda_graphs else 2}.get(self.device, 1)
+
+    def lane(self, frames: int) -> BoundLane:
+        """Make a lane with room for `frames` frames.
+
+        Raises
+        ------
+        BundleError
+            From its run, as `infer`.
+        """
+        try:
+            return BoundLane(
+                self._session,
+                self.contract,
+                frames,
+                fault=self._fault,
+                provider=self.provider,
+                cuda_graphs=self._cuda_graphs,
+            )
+        except Exception as error:  # onnxruntime's share no base; among them, memory that does not suffice
+            raise self._fault(4 * frames, error) from error
 
     def infer(self, quadrants: npt.NDArray[np.uint8]) -> tuple[Floats, Floats]:
         """Run the graph once.
@@ -120,12 +162,9 @@ class OnnxEngine:
             If onnxruntime cannot run the graph, or it gives other answers than it declares.
         """
         try:
-            logits, probabilities = self._session.run(OUTPUTS, {INPUT: quadrants})
+            logits, probabilities = self._session.run(OUTPUTS, {INPUT: quadrants}, self._options)
         except Exception as error:  # onnxruntime's share no base; among them, memory that does not suffice
-            raise BundleError(
-                f"{self._what} fails on {self.device} with {len(quadrants)} quadrants ({one_line(error)}); "
-                "try a smaller batch size, and run echoquad verify"
-            ) from error
+            raise self._fault(len(quadrants), error) from error
         # What a graph declares onnxruntime takes for a hint; an answer of another shape would be read as another.
         expected = (len(quadrants), len(self.contract.classes))
         for name, answer in zip(OUTPUTS, (logits, probabilities), strict=True):
@@ -133,6 +172,19 @@ class OnnxEngine:
                 found = f"{answer.dtype} {answer.shape}"
                 raise BundleError(f"{self._what} gives {name} {found}; expected float32 {expected}; export it again")
         return logits, probabilities
+
+    def _fault(self, quadrants: int, error: Exception) -> BundleError:
+        return BundleError(
+            f"{self._what} fails on {self.device} with {quadrants} quadrants ({one_line(error)}); "
+            "try a smaller batch size, and run echoquad verify"
+        )
+
+
+def open_lane(engine: Engine, frames: int) -> Lane:
+    """Make a lane of any engine: one with memory of its own bound to a session where the engine has such."""
+    if isinstance(engine, OnnxEngine):
+        return engine.lane(frames)
+    return PlainLane(engine.infer, engine.contract, frames)
 
 
 def infer_all(engine: Engine, quadrants: npt.NDArray[np.uint8], batch_size: int) -> tuple[Floats, Floats]:

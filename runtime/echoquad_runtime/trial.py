@@ -1,6 +1,7 @@
 """What ``echoquad tune`` puts a candidate through: the golden frames, then turns of being timed.
 
-What is timed is what ``predict`` does with a frame once its bytes are there: decode, quadrants, inference, vote.
+What is timed is what ``predict`` does with a frame once its bytes are there: decode, quadrants, inference, vote. For
+goal ``throughput`` that is its pipeline, as over a folder; for the others one frame after the other.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import numpy as np
 
@@ -25,12 +26,14 @@ from echoquad_runtime.errors import (
     UsageError,
 )
 from echoquad_runtime.host import Choice, Goal
+from echoquad_runtime.inputs import Failure
+from echoquad_runtime.predictor import Predictor
 from echoquad_runtime.search import Turn
 from echoquad_runtime.session import OnnxEngine
 from echoquad_runtime.verify import verify
 from echoquad_runtime.wheels import one_line
 
-__all__ = ["FRAME_RATE", "GoldenFrames", "Trial"]
+__all__ = ["FRAME_RATE", "GoldenFrames", "Trial", "time_pipeline"]
 
 FRAME_RATE: Final = 30.0
 """Frames a second of the live source that goal ``power`` imitates."""
@@ -38,6 +41,7 @@ FRAME_RATE: Final = 30.0
 _PERIOD = 1 / FRAME_RATE
 _WARM_CALLS, _WARM_SECONDS = 3, 0.1  # whichever is first, untimed, at the beginning of a turn
 _SETTLE_SECONDS = 0.06  # threads that spin go on for about half of it after their last work
+_BATCHES_A_WORKER = 4  # in a call of the pipeline, which shares out at its begin and its end alone
 _CLOCK_GRAIN = 1e-6  # CPU-seconds: less is none to a coarse clock, and no cost may be 0
 
 
@@ -106,7 +110,7 @@ class Trial:
         # About eight rounds of all, more of those that are left; long enough for the grain of the clocks.
         shortest, longest = (0.35, 1.0) if goal == "power" else (0.05, 0.5)
         self._seconds = min(longest, max(shortest, seconds / (8 * max(1, len(choices)))))
-        self._engines: dict[tuple[str, str, int, bool], OnnxEngine] = {}
+        self._engines: dict[tuple[str, str, int, bool], OnnxEngine | Predictor] = {}
         self._next = [0] * len(choices)  # frame, so that over its turns each candidate goes through all of them
         self._spun = False
         size, most = bundle.contract.input_size, max((choice.batch_size for choice in choices), default=1)
@@ -130,47 +134,72 @@ class Trial:
 
     def _measure(self, index: int) -> Turn:
         choice, clock = self._choices[index], time.perf_counter
-        engine = self._engine(choice)
         if self._spun:
             time.sleep(_SETTLE_SECONDS)
         self._spun = choice.spinning
         calls: list[float] = []
         begin, warm = clock(), 0
         while warm < (1 if self._next[index] else 2) or (warm < _WARM_CALLS and clock() - begin < _WARM_SECONDS):
-            self._call(index, engine)
+            self._call(index)
             warm += 1
         if self._goal == "power":
             time.sleep(_SETTLE_SECONDS)
         begin, cpu = clock(), time.process_time()
         while not calls or clock() - begin < self._seconds:
-            calls.append(self._call(index, engine))
+            calls.append(self._call(index))
             if self._goal == "power":  # the next frame comes when it comes; those that were missed are gone
                 time.sleep(_PERIOD - (clock() - begin) % _PERIOD)
-        cpu, frames = time.process_time() - cpu, len(calls) * choice.batch_size
+        cpu, frames = time.process_time() - cpu, len(calls) * self._frames_a_call(choice)
         if self._goal == "latency":
             score = median(calls)
+        elif self._goal == "power":
+            score = max(cpu, _CLOCK_GRAIN) / frames
         else:
-            score = (max(cpu, _CLOCK_GRAIN) if self._goal == "power" else sum(calls)) / frames
+            score = sum(calls) * _BATCHES_A_WORKER / frames
         return Turn(score, tuple(calls), frames, cpu)
 
-    def _call(self, index: int, engine: OnnxEngine) -> float:
-        begin, count = self._next[index], self._choices[index].batch_size
+    def _frames_a_call(self, choice: Choice) -> int:
+        if self._goal != "throughput":
+            return choice.batch_size
+        return choice.batch_size * choice.threads * _BATCHES_A_WORKER
+
+    def _call(self, index: int) -> float:
+        """Judge the next frames; gives the seconds of a batch, of which the pipeline does several at a time."""
+        choice = self._choices[index]
+        begin, count = self._next[index], self._frames_a_call(choice)
         self._next[index] += count
         chunk = [self._encoded[one % len(self._encoded)] for one in range(begin, begin + count)]
-        return sum(time_stages(engine, chunk, self._batch))
+        engine = self._engine(choice)
+        if isinstance(engine, OnnxEngine):
+            return sum(time_stages(engine, chunk, self._batch))
+        engine.batch_size = choice.batch_size
+        return time_pipeline(engine, chunk) / _BATCHES_A_WORKER
 
-    def _engine(self, choice: Choice) -> OnnxEngine:
+    def _engine(self, choice: Choice) -> OnnxEngine | Predictor:
         key = _engine_key(choice)
         if key not in self._engines:
             device, precision, threads, spinning = key
-            self._engines[key] = OnnxEngine(
-                self._bundle,
-                device=cast("Device", device),
-                precision=precision,
-                threads=threads,
-                spinning=spinning,
+            options: dict[str, Any] = {
+                "device": device,
+                "precision": precision,
+                "threads": threads,
+                "spinning": spinning,
+            }
+            self._engines[key] = (
+                Predictor(self._bundle, **options, many=True)
+                if self._goal == "throughput"
+                else OnnxEngine(self._bundle, **options)
             )
         return self._engines[key]
+
+
+def time_pipeline(predictor: Predictor, encoded: Sequence[bytes]) -> float:
+    """Judge frames as those of a folder are, file bytes to decisions; gives the seconds."""
+    begin = time.perf_counter()
+    for result in predictor.predict_encoded((str(number), data) for number, data in enumerate(encoded)):
+        if isinstance(result, Failure):
+            raise result.error
+    return time.perf_counter() - begin
 
 
 def _engine_key(choice: Choice) -> tuple[str, str, int, bool]:

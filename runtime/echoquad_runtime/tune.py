@@ -5,9 +5,9 @@ where the golden frames pass the bundle's gate on that device in that precision.
 does with a frame once its bytes are there: decode, quadrants, inference, vote.
 
 - ``latency``: median seconds of one frame, one at a time.
-- ``throughput``: frames a second, in batches.
+- ``throughput``: frames a second, as over a folder: each thread judges frames of its own, and nothing spins.
 - ``power``: CPU-seconds of the process a frame, threads that spin included, while frames come one at a time and
-  `FRAME_RATE` times a second, since it is in the pauses that spinning costs. It is a proxy: no power meter is read.
+  `FRAME_RATE` times a second. It is a proxy: no power meter is read.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class Row:
     cost
         What decides: its cost over that of the best within the limit, the median of the rounds that both ran in.
     p50_ms, p99_ms
-        Milliseconds of a call: median over the turns of their medians, and the 99th percentile of all calls.
+        Milliseconds of a call, which is one batch of one thread: median over the turns of their medians, and the 99th
+        percentile of all calls.
     frames_per_second
         Median over the turns, back to back even where they were paced.
     cpu_ms
@@ -118,7 +119,12 @@ class Tuned:
 
 
 def candidates(
-    devices: Mapping[str, Sequence[str]], *, batch_sizes: Sequence[int], cpus: int, threads: int | None = None
+    devices: Mapping[str, Sequence[str]],
+    *,
+    batch_sizes: Sequence[int],
+    cpus: int,
+    threads: int | None = None,
+    may_spin: bool = True,
 ) -> list[Choice]:
     """List what is to be tried.
 
@@ -132,6 +138,8 @@ def candidates(
         CPUs that the process may use: thread counts are the powers of two below it, and itself.
     threads
         The only number of threads to try, where given.
+    may_spin
+        Whether to try threads that wait in a busy loop.
     """
     powers = [2**power for power in range(cpus.bit_length()) if 2**power < cpus]
     found = []
@@ -142,7 +150,7 @@ def candidates(
             Choice(device, precision, count, spinning, batch_size)
             for precision in precisions
             for count in dict.fromkeys(counts)
-            for spinning in (False, True)
+            for spinning in ((False, True) if may_spin else (False,))
             for batch_size in batch_sizes
         ]
     return [choice for choice in found if choice.can_spin or not choice.spinning]
@@ -233,7 +241,7 @@ def tune(
                 passed.setdefault(name, []).append(one)
     if device != "auto" and len(golden.unusable) == len(refused) > 0 and not passed:
         raise golden.unusable[0]
-    choices = candidates(passed, batch_sizes=batch_sizes, cpus=cpus, threads=threads)
+    choices = candidates(passed, batch_sizes=batch_sizes, cpus=cpus, threads=threads, may_spin=goal != "throughput")
     limit = np.inf if max_p99_ms is None else max_p99_ms / 1e3
     trial = Trial(bundle, encoded, choices, goal, seconds)
     rounds = race(
@@ -262,7 +270,8 @@ def tune(
     for index in sorted(cost, key=lambda index: cost[index]):
         verdict = "contender" if index in left else "dropped"
         verdict = "chosen" if index == best else verdict if standings[index].keeps(limit) else "too slow"
-        rows.append(_row(choices[index], verdict, cost[index], standings[index]))
+        row = _row(choices[index], verdict, cost[index], standings[index], throughput=goal == "throughput")
+        rows.append(row)
     rows += [Row(choices[index], "refused", fault) for index, fault in sorted(trial.faults.items())]
     closest = min(standings, key=lambda index: standings[index].p99, default=None)
     return Tuned(
@@ -308,7 +317,7 @@ def _gentleness(choice: Choice) -> tuple[int, ...]:
     )
 
 
-def _row(choice: Choice, verdict: str, cost: float, standing: Standing) -> Row:
+def _row(choice: Choice, verdict: str, cost: float, standing: Standing, *, throughput: bool) -> Row:
     turns = standing.turns
     return Row(
         choice,
@@ -318,6 +327,6 @@ def _row(choice: Choice, verdict: str, cost: float, standing: Standing) -> Row:
         cost=cost,
         p50_ms=1e3 * standing.p50,
         p99_ms=1e3 * standing.p99,
-        frames_per_second=median(turn.frames / sum(turn.calls) for turn in turns),
+        frames_per_second=1 / standing.score if throughput else median(turn.frames / sum(turn.calls) for turn in turns),
         cpu_ms=1e3 * median(turn.cpu / turn.frames for turn in turns),
     )

@@ -192,7 +192,7 @@ def test_the_cpu_is_not_probed(config: Path, bundle: Bundle, monkeypatch: pytest
 
 
 def test_nothing_kept_gives_the_defaults(config: Path, bundle: Bundle) -> None:
-    assert settle(bundle) == Settings("auto", None, None, True, 8, "", tuned=False)
+    assert settle(bundle) == Settings("auto", None, None, True, None, "", tuned=False)
     assert settle(bundle, device="cpu", precision="int8", threads=3, batch_size=5) == Settings(
         "cpu", "int8", 3, True, 5, "", tuned=False
     )
@@ -216,8 +216,8 @@ def test_what_is_given_wins_over_what_was_kept(config: Path, bundle: Bundle) -> 
         device, precision = changes.get("device"), changes.get("precision")
         note = f"the tuning of {day} for latency is for fp32 on cpu: it is not used"
         other = settle(bundle, device=device, precision=precision)  # type: ignore[arg-type]
-        assert other == Settings(device or "auto", precision, None, True, 8, note, tuned=False)  # type: ignore[arg-type]
-    assert settle(bundle, untuned=True) == Settings("auto", None, None, True, 8, "", tuned=False)
+        assert other == Settings(device or "auto", precision, None, True, None, note, tuned=False)  # type: ignore[arg-type]
+    assert settle(bundle, untuned=True) == Settings("auto", None, None, True, None, "", tuned=False)
 
 
 @pytest.mark.parametrize(
