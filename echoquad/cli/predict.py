@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from enum import StrEnum
+from itertools import chain, islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated
+from typing import IO, TYPE_CHECKING, Annotated, cast
 
-import typer
-
-from echoquad.cli.console import STDOUT, Progress, list_failures, note
+from echoquad.cli.console import PARTIAL, STDOUT, Progress, failure_line, note
+from echoquad.cli.declare import Argument, Option
 from echoquad.cli.options import (
     BundleFolder,
     Method,
@@ -26,25 +26,56 @@ from echoquad.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from echoquad_runtime.bundle import Bundle
+    from echoquad_runtime.cluster import RayPredictor
+    from echoquad_runtime.contract import VoteMethod
+    from echoquad_runtime.host import Settings
+    from echoquad_runtime.inputs import Failure, FrameFile
+    from echoquad_runtime.predictor import Prediction, Predictor
+    from echoquad_runtime.results import ResultFile
+    from echoquad_runtime.shards import Shard
     from echoquad_runtime.writers import Writer
 
-__all__ = ["predict"]
+    _Results = Generator[Prediction | Failure, None, None]
+
+__all__ = ["EngineName", "predict"]
+
+_MOST_HELD = 1 << 24  # bytes of rows that wait in memory for the bar to end; what is more waits in a file
+
+
+class EngineName(StrEnum):
+    """What runs a prediction, by the names that --engine takes."""
+
+    local = "local"
+    ray = "ray"
 
 
 def predict(
     bundle: BundleFolder,
     inputs: Annotated[
         list[str],
-        typer.Argument(metavar="INPUT", help="Frame files, folders, patterns such as 'exam/*.png'; any number."),
+        Argument(metavar="INPUT", help="Frame files, folders, patterns such as 'exam/*.png'; any number."),
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE", help="Result file, .csv or .jsonl; CSV on stdout where not given."),
+        Option("--out", metavar="FILE", help="Result file, .csv or .jsonl; CSV on stdout where not given."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        Option("--resume", help="Go on behind the rows that an interrupted run has left for --out, or a finished one."),
+    ] = False,
+    shard: Annotated[
+        str | None,
+        Option(
+            "--shard",
+            metavar="I/N",
+            help="Judge only the I-th of N parts of the frames, each with an --out of its own; see echoquad merge.",
+        ),
     ] = None,
     method: Method = None,
     overlay: Annotated[
         Path | None,
-        typer.Option("--overlay", metavar="DIR", help="Also draw each frame with its four decisions."),
+        Option("--overlay", metavar="DIR", help="Also draw each frame with its four decisions."),
     ] = None,
     device: TunedDevice = None,
     precision: Precision = None,
@@ -52,18 +83,44 @@ def predict(
     threads: Threads = None,
     untuned: Untuned = False,
     public_key: PublicKey = None,
+    cuda_graphs: Annotated[
+        bool,
+        Option("--cuda-graphs", help="On CUDA, capture a batch's kernels once and replay them."),
+    ] = False,
+    engine: Annotated[
+        EngineName,
+        Option(
+            "--engine",
+            help="What runs it: this machine, or workers of a Ray cluster (extra ray) with --threads CPUs each or one.",
+        ),
+    ] = EngineName.local,
+    ray_address: Annotated[
+        str | None,
+        Option(
+            "--ray-address",
+            metavar="HOST:PORT",
+            help="Head of the Ray cluster that this machine is a node of, or auto; a Ray of its own where not given.",
+        ),
+    ] = None,
 ) -> None:
-    """Judge frames with a bundle. Needs no torch."""
+    """Judge frames with a bundle. Needs no torch.
+
+    Rows gather in FILE.partial and stay there whatever happens; --resume goes on behind them. FILE.run.json beside the
+    finished file says what made it.
+    """
     from echoquad_runtime.bundle import Bundle
-    from echoquad_runtime.errors import FrameError
+    from echoquad_runtime.devices import available_cpus
     from echoquad_runtime.host import settle
-    from echoquad_runtime.inputs import Failure, find_frames
-    from echoquad_runtime.overlay import save_overlay
-    from echoquad_runtime.predictor import Predictor
+    from echoquad_runtime.results import ResultFile, is_stream, refuse_resume
     from echoquad_runtime.writers import check_ending
 
+    on_ray = engine is EngineName.ray
+    _check_address(ray_address, on_ray=on_ray)
     if out is not None:
         check_ending(out)
+    if resume:
+        refuse_resume(out)
+    part = _parse(shard) if shard is not None else None
     opened = Bundle(bundle, public_key=public_key)
     settings = settle(
         opened,
@@ -71,76 +128,263 @@ def predict(
         precision=precision,
         threads=threads,
         batch_size=batch_size,
-        untuned=untuned,
+        untuned=untuned or on_ray,  # what is tuned is tuned for this host
     )
-    predictor = Predictor(
+    rows = ResultFile(out, resume=resume) if out is not None and not is_stream(out) else None
+    tally, written = _Tally(), rows is None
+    try:
+        with rows or nullcontext():
+            frames = _Frames(inputs, part, rows)
+            first = frames.peek((settings.threads or available_cpus()) + 1)
+            if frames.ended and not frames.wanted and not frames.settled:
+                for failure in first:
+                    tally.fail(failure, note)  # type: ignore[arg-type]  # there is no frame among them
+                raise SystemExit(tally.code(0))
+            rule: VoteMethod | None = method.value if method else None
+            predictor = (
+                _on_ray(opened, settings, rule, ray_address, public_key)
+                if on_ray
+                else _here(opened, settings, rule, many=not frames.ended, cuda_graphs=cuda_graphs)
+            )
+            if settings.note:
+                note(settings.note)
+            if predictor.engine.note or not settings.tuned:  # what is tuned has named device and precision
+                note(predictor.engine.note or f"on {predictor.engine.device} in {predictor.engine.precision}")
+            if rows is not None:
+                rows.begin(
+                    predictor.contract.classes,
+                    {
+                        "bundle": opened.manifest["manifest_sha256"],
+                        "method": predictor.method,
+                        "device": predictor.engine.device,
+                        "precision": predictor.engine.precision,
+                        "shard": str(part) if part else None,
+                    },
+                )
+                _tell_of(rows)
+            with _writer(out, rows, predictor.contract.classes) as writer:
+                _judge(predictor, frames, writer, tally, overlay)
+            if rows is not None and (tally.judged or frames.settled):  # no file of a header alone, but for a shard
+                written = rows.finish()
+    finally:
+        if rows is not None and rows.interrupted:
+            kept = f"{rows.rows} rows are kept in {rows.partial.as_posix()}"
+            note(f"{kept}; the same line with --resume goes on behind them")
+    if tally.judged or frames.settled:
+        places = [f"{'wrote' if written else 'left as it is:'} {out.as_posix()}"] if out is not None else []
+        places += [f"overlays in {overlay.as_posix()}/"] if overlay is not None else []
+        note("; ".join([*tally.words(predictor.contract.classes, frames.kept), *places]))
+    raise SystemExit(tally.code(tally.judged + frames.kept))
+
+
+def _parse(shard: str) -> Shard:
+    from echoquad_runtime.shards import Shard
+
+    return Shard.parse(shard)
+
+
+def _check_address(address: str | None, *, on_ray: bool) -> None:
+    if address is not None and not on_ray:
+        from echoquad_runtime.errors import UsageError
+
+        raise UsageError("--ray-address is given without --engine ray; give both, or neither")
+
+
+def _here(opened: Bundle, settings: Settings, method: VoteMethod | None, *, many: bool, cuda_graphs: bool) -> Predictor:
+    from echoquad_runtime.predictor import Predictor
+
+    return Predictor(
         opened,
         device=settings.device,
         precision=settings.precision,
         threads=settings.threads,
         spinning=settings.spinning,
-        method=method.value if method else None,
+        cuda_graphs=cuda_graphs,
+        method=method,
         batch_size=settings.batch_size,
+        many=many,
+        warm=False,  # the first frame is waited for: an inference before it would only make it late
     )
-    found = list(find_frames(inputs))
-    failures = [item for item in found if isinstance(item, Failure)]
-    frames = [item for item in found if not isinstance(item, Failure)]
-    if not frames:
-        raise typer.Exit(list_failures(failures, done=0))
-    if settings.note:
-        note(settings.note)
-    if predictor.engine.note or not settings.tuned:  # what is tuned has named device and precision
-        note(predictor.engine.note or f"on {predictor.engine.device} in {predictor.engine.precision}")
 
-    counts: Counter[str] = Counter()
+
+def _on_ray(
+    opened: Bundle, settings: Settings, method: VoteMethod | None, address: str | None, public_key: Path | None
+) -> RayPredictor:
+    from echoquad_runtime.cluster import RayPredictor
+
+    return RayPredictor(
+        opened,
+        device=settings.device,
+        precision=settings.precision,
+        threads=settings.threads,
+        method=method,
+        batch_size=settings.batch_size,
+        public_key=public_key,
+        address=address,
+        tell=note,
+    )
+
+
+class _Frames:
+    """The frames that are to be judged, found lazily, and failures among them.
+
+    Attributes
+    ----------
+    found, wanted
+        How many frames were found up to now, and how many of these are to be judged: in this shard, and without a row.
+    given
+        How many frames and failures were given up to now.
+    ended
+        Whether these are all.
+    kept
+        How many rows were there before.
+    """
+
+    def __init__(self, inputs: Sequence[str], shard: Shard | None, rows: ResultFile | None) -> None:
+        from echoquad_runtime.inputs import find_frames
+
+        self.found = self.wanted = self.given = 0
+        self.ended = False
+        self.kept = rows.kept if rows is not None else 0
+        self._shard, self._rows = shard, rows
+        self._ahead: list[FrameFile | Failure] = []
+        self._chosen = self._choose(find_frames(inputs))
+
+    def _choose(self, found: Iterator[FrameFile | Failure]) -> Iterator[FrameFile | Failure]:
+        from echoquad_runtime.inputs import FrameFile
+
+        for item in found:
+            if isinstance(item, FrameFile):
+                self.found += 1
+                if self._shard is not None and not self._shard.holds(item.name):
+                    continue
+                if self._rows is not None and self._rows.take(item.name):
+                    continue
+                self.wanted += 1
+            self.given += 1
+            yield item
+        self.ended = True
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is a result without another row: rows from before, or a shard, which may be empty.
+
+        Not where no frame was found at all: a disk that is not mounted is no finished archive.
+        """
+        return self.found > 0 and (self.kept > 0 or self._shard is not None)
+
+    def peek(self, count: int) -> Sequence[FrameFile | Failure]:
+        """Look at the first `count`, or as many as there are."""
+        self._ahead = list(islice(self._chosen, count))
+        return self._ahead
+
+    def __iter__(self) -> Iterator[FrameFile | Failure]:
+        return chain(self._ahead, self._chosen)
+
+
+class _Tally:
+    """What became of the frames."""
+
+    def __init__(self) -> None:
+        self.decided: Counter[str] = Counter()
+        self.seconds = 0.0
+        self._failed: Failure | None = None  # the first; there may be a million
+
+    @property
+    def judged(self) -> int:
+        """How many have a row."""
+        return self.decided.total()
+
+    def fail(self, failure: Failure, tell: Callable[[str], None]) -> None:
+        """Take note of a failure and tell it on a line."""
+        self._failed = self._failed or failure
+        tell(failure_line(failure))
+
+    def words(self, classes: Sequence[str], kept: int) -> list[str]:
+        """Sum up in a few phrases, beside `kept` rows from before."""
+        if not self.judged:
+            return [f"no new frame; {kept} rows were there" if kept else "no frame of this shard"]
+        shares = ", ".join(f"{self.decided[name]} {name}" for name in classes)
+        words = [f"{self.judged} frames: {shares}", f"{self.judged / self.seconds:.1f} frames a second"]
+        return [*words, f"{kept} rows were there"] if kept else words
+
+    def code(self, done: int) -> int:
+        """Give the exit code of a run of which `done` frames have a row."""
+        if self._failed is None:
+            return 0
+        return PARTIAL if done else self._failed.error.exit_code
+
+
+def _judge(
+    predictor: Predictor | RayPredictor, frames: _Frames, writer: Writer, tally: _Tally, overlay: Path | None
+) -> None:
+    from echoquad_runtime.inputs import Failure
+
+    def draw(frame: FrameFile, prediction: Prediction) -> None:
+        from echoquad_runtime.overlay import save_overlay
+
+        assert overlay is not None
+        save_overlay(overlay, frame.path, prediction, predictor.contract)
+
     begin = time.perf_counter()
     with (
-        _writer(out, predictor.contract.classes) as writer,
-        Progress("predicting", len(frames)) as progress,
+        Progress("predicting") as progress,
+        closing(cast("_Results", predictor.predict(frames, draw if overlay is not None else None))) as results,
     ):
-        results = predictor.predict(frames)
-        for done, (frame, result) in enumerate(zip(frames, results, strict=True), 1):
+        for done, result in enumerate(results, 1):
             if isinstance(result, Failure):
-                failures.append(result)
+                tally.fail(result, progress.print)
             else:
                 writer.write(result)
-                counts[result.label] += 1
-                if overlay is not None:
-                    try:
-                        save_overlay(overlay, frame.path, result, predictor.contract)
-                    except FrameError as error:  # gone since it was judged
-                        failures.append(Failure(result.file, error))
-            progress.update(done)
-        if not counts:  # no file of a header alone, in place of what an older run has written
-            raise typer.Exit(list_failures(failures, done=0))
-    seconds = time.perf_counter() - begin
-    judged = sum(counts.values())
-    shares = ", ".join(f"{counts[name]} {name}" for name in predictor.contract.classes)
-    where = f"; wrote {out.as_posix()}" if out else ""
-    where += f"; overlays in {overlay.as_posix()}/" if overlay else ""
-    note(f"{judged} frames: {shares}; {judged / seconds:.1f} frames a second{where}")
-    raise typer.Exit(list_failures(failures, done=judged))
+                tally.decided[result.label] += 1
+            progress.update(done, frames.given if frames.ended else None)
+    tally.seconds = time.perf_counter() - begin
 
 
 @contextmanager
-def _writer(out: Path | None, classes: tuple[str, ...]) -> Iterator[Writer]:
+def _writer(out: Path | None, rows: ResultFile | None, classes: tuple[str, ...]) -> Iterator[Writer]:
+    """Give what takes the rows; what reads them at the other end of a pipe has each as soon as it is there."""
     from echoquad_runtime.files import output_errors
-    from echoquad_runtime.writers import CsvWriter, open_writer
+    from echoquad_runtime.writers import CsvWriter, writer_of
 
-    if out is not None:
-        with open_writer(out, classes) as writer:
-            yield writer
-        return
-    with output_errors(STDOUT):
-        stream: IO[bytes] = sys.stdout.buffer
-        if not sys.stdout.isatty():
-            yield CsvWriter(stream, classes)
-            stream.flush()
-            return
+    if rows is not None:
+        yield rows
+    elif out is not None:
+        with output_errors(out), out.open("wb") as stream:
+            yield writer_of(out)(_Flushed(stream), classes)
+    elif not sys.stdout.isatty():
+        with output_errors(STDOUT):
+            yield CsvWriter(_Flushed(sys.stdout.buffer), classes)
+    else:
+        import shutil
+        from tempfile import SpooledTemporaryFile
+
         # Rows would be torn by the bar that is drawn on the same terminal: they follow it.
-        held = io.BytesIO()
-        try:
-            yield CsvWriter(held, classes)
-        finally:
-            stream.write(held.getvalue())
-            stream.flush()
+        with output_errors(STDOUT), SpooledTemporaryFile(max_size=_MOST_HELD) as held:
+            try:
+                yield CsvWriter(held, classes)
+            finally:
+                held.seek(0)
+                shutil.copyfileobj(held, sys.stdout.buffer)
+                sys.stdout.buffer.flush()
+
+
+class _Flushed:
+    """A stream whose reader does not wait for what lies in a buffer."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+
+    def write(self, data: bytes) -> int:
+        count = self._stream.write(data)
+        self._stream.flush()
+        return count
+
+
+def _tell_of(rows: ResultFile) -> None:
+    """Say what was found in place of an empty file."""
+    if not rows.certain:
+        note(f"{rows.path.as_posix()}: its disk knows no locks; see to it that no other process writes the file")
+    if rows.kept:
+        torn = f"; {rows.torn} bytes behind them are torn, and dropped" if rows.torn else ""
+        note(f"{rows.kept} rows are there from before{torn}")

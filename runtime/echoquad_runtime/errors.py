@@ -19,14 +19,17 @@ is what the command line ends with.
     ├── DatasetError (ValueError)
     ├── RunError (ValueError)
     ├── OutputError (OSError)
+    ├── ResultError (ValueError)
     ├── BundleError (ValueError)        1
     │   ├── BundleNotFoundError (FileNotFoundError)
     │   └── BundleTamperedError         3
     │       └── SignatureError
     ├── MissingExtraError (ImportError) 1
+    ├── ClusterError (RuntimeError)
     ├── UsageError (ValueError)         2
     ├── VerificationError (ValueError)  3
     │   └── ParityError
+    ├── GateError (ValueError)          3
     └── DeviceUnavailableError (RuntimeError)   4
 
 A message is one line: what was found, what was expected, what to do.
@@ -38,6 +41,7 @@ __all__ = [
     "BundleError",
     "BundleNotFoundError",
     "BundleTamperedError",
+    "ClusterError",
     "ConfigError",
     "ContractError",
     "DatasetError",
@@ -49,10 +53,12 @@ __all__ = [
     "FrameReadError",
     "FrameTooLargeError",
     "FrameTooSmallError",
+    "GateError",
     "InputNotFoundError",
     "MissingExtraError",
     "OutputError",
     "ParityError",
+    "ResultError",
     "RunError",
     "SignatureError",
     "UsageError",
@@ -114,6 +120,10 @@ class OutputError(EchoQuadError, OSError):
     """A result cannot be written."""
 
 
+class ResultError(EchoQuadError, ValueError):
+    """A result file is another run's, unfinished, damaged, or in the way."""
+
+
 class BundleError(EchoQuadError, ValueError):
     """A bundle is malformed or of an unknown schema."""
 
@@ -136,6 +146,10 @@ class MissingExtraError(EchoQuadError, ImportError):
     """A command needs packages that this installation does not have."""
 
 
+class ClusterError(EchoQuadError, RuntimeError):
+    """A cluster cannot be reached, or its workers keep dying."""
+
+
 class UsageError(EchoQuadError, ValueError):
     """Options contradict each other."""
 
@@ -150,6 +164,12 @@ class VerificationError(EchoQuadError, ValueError):
 
 class ParityError(VerificationError):
     """An export does not decide as the training code does."""
+
+
+class GateError(EchoQuadError, ValueError):
+    """A figure that was measured is beyond the bound that was given for it."""
+
+    exit_code = 3
 
 
 class DeviceUnavailableError(EchoQuadError, RuntimeError):

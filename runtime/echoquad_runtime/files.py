@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import json
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BufferedReader
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,10 +21,14 @@ __all__ = [
     "open_regular",
     "output_errors",
     "read_regular",
+    "sync_folder",
+    "write_all",
     "write_atomically",
     "write_bytes",
     "write_json",
 ]
+
+_MADE = itertools.count()
 
 
 @contextmanager
@@ -64,7 +70,8 @@ def write_atomically(path: Path) -> Iterator[IO[bytes]]:
             with path.open("wb") as stream:
                 yield stream
             return
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        # Threads may write the same file, and the longest name has no room for more.
+        partial = path.with_name(f".{path.name[:40]}.{os.getpid()}-{next(_MADE)}.partial")
         try:
             with partial.open("wb") as stream:
                 yield stream
@@ -74,6 +81,29 @@ def write_atomically(path: Path) -> Iterator[IO[bytes]]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk keep a folder's names as they are now, where the system can."""
+    with contextlib.suppress(OSError):  # Windows opens no folder, some disks refuse
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_all(stream: FileIO, data: bytes) -> None:
+    """Write all of `data`, without a buffer: a disk takes what it has room for, and refuses only the next byte.
+
+    Raises
+    ------
+    OSError
+        If the system refuses.
+    """
+    rest = memoryview(data)
+    while rest:
+        rest = rest[stream.write(rest) :]
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -110,7 +140,15 @@ def make_folder(path: Path) -> Path:
         If the system refuses.
     """
     with output_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
+        missing: list[Path] = []
+        for folder in (path, *path.parents):  # a loop, since pathlib's own way goes no deeper than Python's stack
+            try:
+                folder.mkdir(exist_ok=True)
+                break
+            except FileNotFoundError:
+                missing.append(folder)
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
     return path
 
 

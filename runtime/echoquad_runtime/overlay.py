@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 import math
+import os
+import sys
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -27,6 +30,11 @@ _COLOURS: Final = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E
 _INK: Final = "#FFFFFF"
 _BAND: Final = "#101418"
 _FOOTNOTE: Final = "EchoQuad · research use only"
+
+_LONGEST_NAME: Final = 255  # bytes, or on Windows signs, that disks allow
+_LONGEST_PATH: Final = {"win32": 259, "darwin": 1023}.get(
+    sys.platform, 4095
+) - 40  # what is being written is named longer
 
 
 def draw_overlay(image: Image.Image, prediction: Prediction, contract: Contract) -> Image.Image:
@@ -70,7 +78,7 @@ def draw_overlay(image: Image.Image, prediction: Prediction, contract: Contract)
     else:
         headline = _fit(draw, prediction.label, title, room, f"  mean {shown:.2f}")
     draw.text((pad, pad), headline, fill=colour, font=title)
-    detail = _fit(draw, f"{_reason(prediction)}  ·  {prediction.file}", small, room)
+    detail = _fit(draw, "  ·  ".join([*_warning(prediction), _reason(prediction), prediction.file]), small, room)
     draw.text((pad, pad + round(text_size * 1.9)), detail, fill=_INK, font=small)
 
     line = max(2, text_size // 7)
@@ -95,14 +103,26 @@ def draw_overlay(image: Image.Image, prediction: Prediction, contract: Contract)
 
 
 def overlay_path(folder: Path, name: str) -> Path:
-    """Name an overlay after its frame: the same relative path under `folder`, with ``.png`` added.
+    """Name an overlay after its frame: the same relative path under `folder`, with `OVERLAY_ENDING` added.
 
-    The frame's own ending stays in the name, so that ``a.png`` and ``a.jpg`` do not overwrite each other.
+    The frame's own ending stays in the name, so that ``a.png`` and ``a.jpg`` do not overwrite each other. What is too
+    long for a name, or for a path, is cut and has a hash of the whole at its end; too long a path has no folders.
     """
     # A drive's colon and a backslash would lead elsewhere on Windows.
     parts = [part.replace(":", "_").replace("\\", "_") for part in PurePosixPath(name).parts]
     parts = [part for part in parts if part.strip("/") and part != ".."] or ["frame"]
-    return folder.joinpath(*parts[:-1], f"{parts[-1]}{OVERLAY_ENDING}")
+    last = f"{parts[-1]}{OVERLAY_ENDING}"
+    if len(os.fsencode(last)) > _LONGEST_NAME:
+        last = _shortened(parts[-1], name)
+    path = folder.joinpath(*parts[:-1], last)
+    if len(os.fsencode(path.absolute())) > _LONGEST_PATH:
+        path = folder / _shortened(parts[-1], name)
+    return path
+
+
+def _shortened(part: str, name: str) -> str:
+    whole = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return f"{part[:40]}-{whole}{OVERLAY_ENDING}"
 
 
 def save_overlay(folder: Path, source: Path, prediction: Prediction, contract: Contract) -> Path:
@@ -126,6 +146,11 @@ def save_overlay(folder: Path, source: Path, prediction: Prediction, contract: C
 def _enlargement(width: int, height: int) -> int:
     wanted = max(MIN_LONG_SIDE / max(width, height), MIN_SIDE / min(width, height), 1.0)
     return min(MAX_FACTOR, math.ceil(wanted - 0.25))
+
+
+def _warning(prediction: Prediction) -> list[str]:
+    flags = ", ".join(flag for flag in prediction.flags if flag != "tie")  # which the reason has
+    return [f"flagged {flags}"] if flags else []
 
 
 def _reason(prediction: Prediction) -> str:

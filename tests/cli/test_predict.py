@@ -6,6 +6,9 @@ import csv
 import io
 import json
 import os
+import re
+import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
+from echoquad_runtime.files import make_folder
 
 HEADER = (
     "file,method,pred_image,prob_ASD,prob_NORM,pred_LA,p_LA_ASD,p_LA_NORM,pred_RA,p_RA_ASD,p_RA_NORM,"
@@ -173,8 +178,8 @@ def test_bad_frames_among_good_ones(
     options = ["--out", out, "--batch-size", batch_size]
     ran = echoquad("predict", tiny_bundle, mixed, mixed / "gone.png", *options, code=5)
     assert [row["file"] for row in table(out.read_text("utf-8"))] == NAMES
-    assert ran.errors[0] == f"{(mixed / 'gone.png').as_posix()}: no such file or folder; check the path"
-    assert [error.split(": ")[0] for error in ran.errors[1:]] == BAD
+    assert ran.errors[-1] == f"{(mixed / 'gone.png').as_posix()}: no such file or folder; check the path"
+    assert [error.split(": ")[0] for error in ran.errors[:-1]] == BAD
     assert "6 frames: " in ran.err
 
 
@@ -196,6 +201,146 @@ def test_nothing_but_bad_frames(tiny_bundle: Path, mixed: Path, many: Callable[.
     assert "no file matches the pattern" in found[4].errors[0]
     assert out.read_text() == "what an older run has found\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "frames", "out.csv"]
+
+
+# ---------------------------------------------------------------------------------------------- resumed
+
+
+def tear(out: Path, kept: int) -> None:
+    """Have a finished file look as its run left it behind row `kept`, in the middle of the next."""
+    lines = out.read_bytes().splitlines(keepends=True)
+    kept += out.suffix == ".csv"
+    record = out.with_name(f"{out.name}.run.json")
+    out.with_name(f"{out.name}.partial").write_bytes(b"".join(lines[:kept]) + lines[kept][:40])
+    record.rename(out.with_name(f"{out.name}.partial.json"))
+    out.unlink()
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_run_that_was_torn_is_gone_on_with(
+    ending: str, tiny_bundle: Path, mixed: Path, many: Callable[..., Any], tmp_path: Path
+) -> None:
+    out = tmp_path / f"out.{ending}"
+    line = ["predict", tiny_bundle, mixed, "--out", out]
+    ((whole,), _) = many([line])
+    expected = out.read_bytes()
+    tear(out, 4)
+    found, _ = many([line, [*line, "--method", "average", "--resume"], [*line, "--resume"], [*line, "--resume"]])
+    refused, other, resumed, again = found
+    assert refused.code == 1
+    assert refused.errors == [
+        f"{out.as_posix()}.partial: it holds rows of a run that was interrupted; go on with --resume, or delete it"
+    ]
+    assert (other.code, other.errors) == (
+        1,
+        [
+            f"{out.as_posix()}.partial: its vote method is majority, this run's is average; run as it was begun, or "
+            "name another --out"
+        ],
+    )
+    # The frames that failed before are tried again, so that list and exit code are those of the whole run.
+    assert (resumed.code, resumed.errors) == (whole.code, whole.errors) == (5, whole.errors)
+    assert "4 rows are there from before; 40 bytes behind them are torn, and dropped" in resumed.err
+    assert resumed.err.splitlines()[-1].startswith("2 frames: ")
+    assert resumed.err.splitlines()[-1].endswith(f"; 4 rows were there; wrote {out.as_posix()}")
+    assert (again.code, again.errors) == (5, whole.errors)
+    assert again.err.splitlines()[-1] == f"no new frame; 6 rows were there; left as it is: {out.as_posix()}"
+    assert out.read_bytes() == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["frames", out.name, f"{out.name}.run.json"]
+
+
+def test_an_archive_that_has_grown_gets_its_new_rows(
+    tiny_bundle: Path, frames_folder: Path, many: Callable[..., Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out.csv"
+    (frames_folder / "b").rename(tmp_path / "later")
+    line = ["predict", tiny_bundle, frames_folder, "--out", out, "--resume"]
+    many([line])
+    assert [row["file"] for row in table(out.read_text())] == NAMES[:3]
+    (tmp_path / "later").rename(frames_folder / "b")
+    many([line])
+    assert [row["file"] for row in table(out.read_text())] == NAMES
+
+
+def test_an_archive_that_is_not_there_finishes_nothing(
+    tiny_bundle: Path, frames_folder: Path, many: Callable[..., Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out.csv"
+    line = ["predict", tiny_bundle, frames_folder, "--out", out, "--resume"]
+    many([line])
+    expected = out.read_bytes()
+    tear(out, 2)
+    frames_folder.rename(tmp_path / "unmounted")
+    ((ran,), _) = many([line])
+    assert (ran.code, len(ran.errors)) == (1, 1)
+    assert not out.exists()
+    (tmp_path / "unmounted").rename(frames_folder)
+    many([line])
+    assert out.read_bytes() == expected
+
+
+def test_what_cannot_be_resumed_or_split_is_wrong_use(
+    tiny_bundle: Path, frames_folder: Path, many: Callable[..., Any], tmp_path: Path
+) -> None:
+    lines = {
+        ("--resume",): "--resume: rows on stdout cannot be gone on with; name a file with --out",
+        ("--shard", "3/2"): "--shard 3/2: expected i/n, two whole numbers with i from 1 to n, such as 2/4",
+        ("--shard", "half"): "--shard half: expected i/n",
+    }
+    if os.name == "posix":
+        os.mkfifo(tmp_path / "pipe.csv")
+        lines["--resume", "--out", str(tmp_path / "pipe.csv")] = "is no regular file, and cannot be gone on with"
+    found, _ = many([["predict", tiny_bundle, frames_folder, *options] for options in lines])
+    for (options, words), ran in zip(lines.items(), found, strict=True):
+        assert (ran.code, ran.out, len(ran.errors)) == (2, "", 1), options
+        assert words in ran.errors[0]
+
+
+# ---------------------------------------------------------------------------------------------- split and merged
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+@pytest.mark.parametrize("count", [2, 9])
+def test_merged_shards_equal_the_single_run(
+    ending: str, count: int, tiny_bundle: Path, mixed: Path, many: Callable[..., Any], tmp_path: Path
+) -> None:
+    single, merged = tmp_path / f"single.{ending}", tmp_path / f"merged.{ending}"
+    shards = [tmp_path / f"part{index}.{ending}" for index in range(1, count + 1)]
+    line = ["predict", tiny_bundle, mixed]
+    lines: list[Any] = [[*line, "--out", single]]
+    lines += [[*line, "--shard", f"{index}/{count}", "--out", out] for index, out in enumerate(shards, 1)]
+    found, _ = many([*lines, ["merge", *shards, "--out", merged], ["merge", *shards[1:], "--out", tmp_path / "x.csv"]])
+    assert merged.read_bytes() == single.read_bytes()
+    whole, *parts, done, refused = found
+    assert sorted(error for part in parts for error in part.errors) == sorted(whole.errors)
+    assert {part.code for part in parts} <= {0, 1, 5}  # 1 where a shard has bad frames alone; its file is there
+    assert done.err == f"6 rows of {count} shards; wrote {merged.as_posix()}\n"
+    assert refused.code == (1 if ending == "csv" else 2)
+    if count == 9:
+        assert any("no frame of this shard; wrote" in part.err for part in parts)
+
+
+def test_a_shard_on_stdout(tiny_bundle: Path, frames_folder: Path, many: Callable[..., Any]) -> None:
+    found, _ = many([["predict", tiny_bundle, frames_folder, "--shard", f"{index}/3"] for index in (1, 2, 3)])
+    assert sorted(row["file"] for ran in found for row in table(ran.out)) == NAMES
+
+
+def test_a_merge_that_is_refused(many: Callable[..., Any], tmp_path: Path) -> None:
+    ((absent, wrong, unnamed), _) = many(
+        [
+            ["merge", tmp_path / "absent.csv", "--out", tmp_path / "all.csv"],
+            ["merge", tmp_path / "absent.csv", "--out", tmp_path / "all.jsonl"],
+            ["merge", "--out", tmp_path / "all.csv"],
+        ]
+    )
+    assert absent.code == 1
+    assert "no such file; expected a result file of predict --shard" in absent.errors[0]
+    assert wrong.code == 2
+    assert unnamed.code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------- names
 
 
 def test_no_bundle(frames_folder: Path, many: Callable[..., Any], tmp_path: Path) -> None:
@@ -220,3 +365,78 @@ def test_a_name_that_is_no_text(
     ran = echoquad("predict", tiny_bundle, folder, code=5)
     assert sorted(row["file"] for row in table(ran.out)) == ['"quoted".png', "\\udcff.png", "é,☃.png"]
     assert ran.errors[0].startswith("\\udcfe.png: ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere such names cannot be")
+@pytest.mark.timeout(60)
+def test_whatever_a_disk_holds(
+    tiny_bundle: Path, make_frame: Any, many: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Names and kinds of files that an export may leave: a row or a line for each, and its picture."""
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    good = [
+        "=1+1.png",
+        "+1.png",
+        "-1.png",
+        "@a.png",
+        "\ttab.png",
+        "new\nline.png",
+        "\r.png",
+        '"quoted",.png',
+        "a;=1.png",
+    ]
+    good += ["\x1b[31mred.png", "x" * 251 + ".png", "漢" * 83 + ".png", os.fsdecode(b"\xff\n.png")]
+    for name in good:
+        Image.fromarray(make_frame(1)).save(folder / name, "PNG")
+    bad = ["\x1b[2Jclear\n.png", "pipe.png", "socket.png", "nowhere.png", "itself.png"]
+    (folder / bad[0]).write_bytes(b"no image")
+    os.mkfifo(folder / "pipe.png")
+    monkeypatch.chdir(folder)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket.png")
+    (folder / "nowhere.png").symlink_to("absent")
+    (folder / "itself.png").symlink_to("itself.png")
+    for name in ("loop", "again"):
+        (folder / name).symlink_to(folder)
+    pictures = tmp_path / "pictures"
+    outs = [tmp_path / "out.csv", tmp_path / "out.jsonl"]
+    line = ["predict", tiny_bundle, folder]
+    found, _ = many([[*line, "--out", outs[0], "--overlay", pictures], [*line, "--out", outs[1]]])
+    for ran in found:
+        assert ran.code == 5
+        assert len(ran.errors) == len(bad), ran.err
+        assert all(text.isprintable() for text in ran.err.splitlines())
+    rows = list(csv.DictReader(io.StringIO(outs[0].read_bytes().decode(), newline="")))
+    lines = [json.loads(text) for text in outs[1].read_bytes().decode().split("\n")[:-1]]
+    assert [(folder / name).exists() for name in (item["file"] for item in lines)] == [True] * len(good)
+    assert {os.path.normpath(item["file"]) for item in lines} == set(good)
+    assert [row["file"] for row in rows] == [
+        item["file"].encode("utf-8", "backslashreplace").decode() for item in lines
+    ]
+    assert [row["file"] for row in rows if row["file"][:1] in {*"=+-@\t\r"}] == []
+    assert len(list(pictures.iterdir())) == len(good)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a path is shorter")
+@pytest.mark.parametrize("part", ["d" * 199, "d"], ids=["long", "deep"])
+def test_paths_of_four_thousand_characters(
+    part: str, tiny_bundle: Path, make_frame: Any, echoquad: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder, pictures = tmp_path / "frames", tmp_path / "pictures"
+    folders, rest = divmod(4060 - len(os.fspath(folder)) - len("/frame.png"), len(part) + 1)
+    inside = f"{part}/" * folders + "x" * rest
+    try:
+        make_folder((folder / f"{inside}frame.png").parent)
+        Image.fromarray(make_frame(1)).save(folder / f"{inside}frame.png")
+        Image.fromarray(make_frame(1)).save(folder / "frame.png")
+        ran = echoquad("predict", tiny_bundle, folder, "--overlay", pictures)
+        assert sorted(row["file"] for row in table(ran.out)) == sorted([f"{inside}frame.png", "frame.png"])
+        # The picture of the first cannot lie as deep as it does.
+        flat, deep = sorted((path.name for path in pictures.iterdir()), key=len)
+        assert re.fullmatch(r"x{0,40}[frame.png]*-[0-9a-f]{16}\.overlay\.png", deep)
+        assert flat == "frame.png.overlay.png"
+        ran = echoquad("predict", tiny_bundle, f"{folder}/**/*frame.png", folder / f"{inside}frame.png")
+        assert len(table(ran.out)) == 3
+    finally:  # Python's own way to remove them goes no deeper than its stack
+        subprocess.run(["rm", "-rf", folder, pictures], check=True)

@@ -63,13 +63,31 @@ def test_a_folder_without_permission(
 
 
 @posix_only
+@pytest.mark.skipif(os.name == "posix" and os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_folders_and_files_that_may_not_be_read(
+    tiny_bundle: Path, frames_folder: Path, echoquad: Callable[..., Any], tmp_path: Path
+) -> None:
+    (frames_folder / "a").chmod(0)
+    (frames_folder / "b" / "5.png").chmod(0)
+    ran = echoquad("predict", tiny_bundle, frames_folder, "--out", tmp_path / "out.csv", code=5)
+    (frames_folder / "a").chmod(0o700)
+    folder, file = ran.errors
+    assert folder == f"{(frames_folder / 'a').as_posix()}: the folder cannot be read (Permission denied); " + (
+        "check its permissions"
+    )
+    assert file.startswith("b/5.png: it cannot be read (Permission denied)")
+    assert len((tmp_path / "out.csv").read_bytes().splitlines()) == 3
+
+
+@posix_only
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
-def test_a_disk_that_fills_leaves_nothing_half_written(
+def test_a_disk_that_fills_keeps_the_rows_that_it_had_room_for(
     ending: str, tiny_bundle: Path, many_frames: Path, echoquad: Callable[..., Any], left_in: Any, tmp_path: Path
 ) -> None:
     import resource
 
-    out = tmp_path / f"out.{ending}"
+    whole, out = tmp_path / f"whole.{ending}", tmp_path / f"out.{ending}"
+    echoquad("predict", tiny_bundle, many_frames, "--out", whole)
     out.write_text("what an older run has found\n")
     # A file may not grow beyond 4 kB: to the one that writes, that is a full disk.
     limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))}
@@ -78,6 +96,16 @@ def test_a_disk_that_fills_leaves_nothing_half_written(
         f"{out.as_posix()}: cannot be written ({os.strerror(errno.EFBIG)}); check space and permissions"
     ]
     assert out.read_text() == "what an older run has found\n"
+    kept = out.with_name(f"{out.name}.partial").read_bytes()
+    rows = kept.count(b"cpu")
+    assert rows > 5
+    assert kept == whole.read_bytes()[: len(kept)]
+    assert kept.endswith(b"\n")
+    line = f"{rows} rows are kept in {out.as_posix()}.partial; the same line with --resume goes on behind them"
+    assert line in ran.err.splitlines()
+    ran = echoquad("predict", tiny_bundle, many_frames, "--out", out, "--resume")
+    assert f"{60 - rows} frames: " in ran.err
+    assert out.read_bytes() == whole.read_bytes()
     assert left_in(tmp_path) == []
 
 
@@ -94,24 +122,133 @@ def test_dev_full(tiny_bundle: Path, frames_folder: Path, echoquad: Callable[...
             assert ran.errors == ["stdout: cannot be written (No space left on device); check space and permissions"]
 
 
+def wait_for_rows(process: Any, out: Path, count: int) -> None:
+    """Wait until a run has written some rows."""
+    partial, end = out.with_name(f"{out.name}.partial"), time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < end:
+        if partial.exists() and partial.read_bytes().count(b"\n") > count:
+            return
+        time.sleep(0.005)
+    pytest.fail("it was to be caught in the middle of its work")
+
+
 @posix_only
-def test_ctrl_c_leaves_nothing_half_written(
-    tiny_bundle: Path, many_frames: Path, started: Any, left_in: Any, tmp_path: Path
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_keeps_whole_rows(
+    number: int, code: int, tiny_bundle: Path, many_frames: Path, started: Any, echoquad: Any, tmp_path: Path
 ) -> None:
     out, pictures = tmp_path / "out.csv", tmp_path / "pictures"
-    process = started("predict", tiny_bundle, many_frames, "--out", out, "--overlay", pictures)
-    end = time.monotonic() + 60
-    while not list(pictures.glob("*.png")) and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.01)
-    assert left_in(tmp_path), "it was to be caught in the middle of its work"
-    process.send_signal(signal.SIGINT)
+    line = ["predict", tiny_bundle, many_frames, "--out", out, "--overlay", pictures]
+    process = started(*line)
+    wait_for_rows(process, out, 2)
+    process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert stdout == b""
-    assert stderr.decode().splitlines()[-1] == "interrupted"
+    *_, kept, last = stderr.decode().splitlines()
+    assert last == "interrupted"
+    partial = tmp_path / "out.csv.partial"
+    rows = partial.read_bytes().count(b",cpu,fp32\n")
+    assert kept == f"{rows} rows are kept in {partial.as_posix()}; the same line with --resume goes on behind them"
     assert b"Traceback" not in stderr
     assert not out.exists()
-    assert left_in(tmp_path) == []
+    assert partial.read_bytes().endswith(b"\n")
+    assert [path.name for path in pictures.iterdir() if path.name.startswith(".")] == []
+    echoquad(*line, "--resume")
+    echoquad("predict", tiny_bundle, many_frames, "--out", tmp_path / "whole.csv")
+    assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    # A row that is there has its picture.
+    assert len(list(pictures.iterdir())) == 60
+
+
+@posix_only
+def test_an_interruption_that_comes_out_as_another_error_is_one(tiny_bundle: Path, frames_folder: Path) -> None:
+    code = f"""
+import os, signal, sys
+from echoquad_runtime.predictor import Predictor
+def predict(*_):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        raise RuntimeError("release unlocked lock")
+Predictor.predict = predict
+sys.argv[1:] = ["predict", {str(tiny_bundle)!r}, {str(frames_folder)!r}]
+from echoquad.cli.app import main
+main()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
+    assert ended.returncode == 143
+    assert ended.stderr.decode().splitlines()[-1] == "interrupted"
+    assert b"fault" not in ended.stderr
+
+
+@posix_only
+def test_a_second_signal_ends_at_once(tiny_bundle: Path, many_frames: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    code = f"""
+import sys, time
+from echoquad_runtime.results import ResultFile
+ResultFile.close = lambda self: (print("closing", flush=True), time.sleep(60))
+ResultFile.write = lambda self, row: (print("writing", flush=True), time.sleep(60))
+sys.argv[1:] = ["predict", {str(tiny_bundle)!r}, {str(many_frames)!r}, "--out", {str(out)!r}]
+from echoquad.cli.app import main
+main()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"writing\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == b"closing\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == -signal.SIGTERM
+
+
+@posix_only
+def test_a_second_run_on_the_same_file_is_refused(
+    tiny_bundle: Path, many_frames: Path, started: Any, echoquad: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.csv"
+    line = ["predict", tiny_bundle, many_frames, "--out", out]
+    process = started(*line, "--overlay", tmp_path / "pictures")
+    wait_for_rows(process, out, 1)
+    process.send_signal(signal.SIGSTOP)
+    for options in ([], ["--resume"]):
+        ran = echoquad(*line, *options, code=1)
+        assert ran.errors == [
+            f"{out.as_posix()}: another process is writing it; wait for its end, or name another --out"
+        ]
+    process.send_signal(signal.SIGCONT)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert len(out.read_bytes().splitlines()) == 61
+
+
+def test_rows_come_through_a_pipe_as_they_are_there(
+    tiny_bundle: Path, many_frames: Path, started: Any, tmp_path: Path
+) -> None:
+    process = started("predict", tiny_bundle, many_frames, "--overlay", tmp_path / "pictures")
+    for _ in range(4):
+        process.stdout.readline()
+    assert process.poll() is None
+    assert len(list((tmp_path / "pictures").iterdir())) < 50, "the first rows waited for the last"
+    assert len(process.stdout.read().splitlines()) == 57
+
+
+@posix_only
+def test_a_named_pipe_takes_rows_as_they_are_there(
+    tiny_bundle: Path, many_frames: Path, started: Any, tmp_path: Path
+) -> None:
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    process = started("predict", tiny_bundle, many_frames, "--out", pipe, "--overlay", tmp_path / "pictures")
+    with pipe.open("rb") as stream:
+        assert stream.readline().startswith(b'{"file": "00.png"')
+        assert process.poll() is None
+        assert len(stream.readlines()) == 59
+    assert process.wait(timeout=60) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["many", "pictures", "pipe.jsonl"]
 
 
 def test_a_reader_that_has_gone_away(tiny_bundle: Path, frames_folder: Path, started: Any) -> None:

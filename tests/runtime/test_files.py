@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import textwrap
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,8 @@ from echoquad_runtime.files import (
     open_regular,
     output_errors,
     read_regular,
+    sync_folder,
+    write_all,
     write_atomically,
     write_bytes,
     write_json,
@@ -160,6 +164,51 @@ def test_folders(tmp_path: Path) -> None:
     (made / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot be written"):
         make_folder(made / "file")
+
+
+@posix_only
+def test_folders_deeper_than_pythons_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    deep = Path("d/" * 1500)
+    try:
+        assert make_folder(deep).is_dir()
+    finally:  # which Python's own way to remove them does not reach
+        subprocess.run(["rm", "-rf", "d"], check=True)
+
+
+def test_threads_may_write_one_file_at_once(tmp_path: Path) -> None:
+    target = tmp_path / "out.bin"
+    first, second = write_atomically(target), write_atomically(target)
+    with first as one:
+        one.write(b"one")
+        with second as other:
+            other.write(b"other")
+        assert target.read_bytes() == b"other"
+    assert target.read_bytes() == b"one"
+    assert names(tmp_path) == ["out.bin"]
+
+
+@posix_only
+def test_the_longest_name_that_a_disk_takes_can_be_written(tmp_path: Path) -> None:
+    for name in ("x" * 251 + ".csv", "漢" * 83 + "x.csv"):
+        write_bytes(tmp_path / name, b"data")
+        assert (tmp_path / name).read_bytes() == b"data"
+    assert len(names(tmp_path)) == 2
+
+
+def test_all_is_written_where_a_disk_takes_little_at_a_time(tmp_path: Path) -> None:
+    class Little(FileIO):
+        def write(self, data: Any, /) -> int:
+            return super().write(data[:3])
+
+    with Little(tmp_path / "file", "w") as stream:
+        write_all(stream, b"0123456789")
+    assert (tmp_path / "file").read_bytes() == b"0123456789"
+
+
+def test_a_folders_names_are_kept_or_not_but_nothing_is_raised(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "absent"):
+        sync_folder(folder)
 
 
 @pytest.mark.parametrize("limit", [0, 4, 5, 6, 1 << 40])

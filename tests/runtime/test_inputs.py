@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from echoquad_runtime import inputs
+from echoquad_runtime import tree
 from echoquad_runtime.errors import InputNotFoundError
 from echoquad_runtime.inputs import Failure, FrameFile, find_frames, walk
 
@@ -84,7 +85,7 @@ def test_a_folder_that_cannot_be_read_is_told_and_the_rest_is_walked(
             raise PermissionError(13, "Permission denied", str(folder))
         return scandir(folder)
 
-    monkeypatch.setattr(inputs.os, "scandir", refuse)
+    monkeypatch.setattr(tree.os, "scandir", refuse)
     found = list(find_frames([tmp_path]))
     assert [item.name for item in found if isinstance(item, FrameFile)] == ["a/1.png", "c/3.png"]
     assert failures([tmp_path]) == [
@@ -125,6 +126,31 @@ def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found_names(["**/*.png"]) == ["a/1.png", "a/2.png", "b/1.png", "b/c/3.png"]
     assert found_names([str(tmp_path / "b" / "**" / "*.png")]) == ["1.png", "c/3.png"]
     assert found_names(["*"]) == ["a/1.png", "a/2.png", "b/1.png", "b/c/3.png"]
+    assert found_names(["**"]) == ["a/1.png", "a/2.png", "b/1.png", "b/c/3.png"]  # each once
+
+
+def test_a_pattern_has_the_order_of_a_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lay(tmp_path, "a/1.png", "a-b/1.png", "a.png", "b/a/2.png")
+    monkeypatch.chdir(tmp_path)
+    assert found_names(["**/*.png"]) == found_names(["."]) == ["a/1.png", "a-b/1.png", "a.png", "b/a/2.png"]
+
+
+def test_a_folder_that_a_pattern_cannot_search_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lay(tmp_path, "a/1.png", "b/2.png")
+    scandir = os.scandir
+
+    def refuse(folder: str) -> object:
+        if Path(folder).name == "a":
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(tree.os, "scandir", refuse)
+    failure, frame = find_frames([f"{tmp_path}/*/*.png"])
+    assert isinstance(frame, FrameFile)
+    assert frame.name == "2.png"
+    assert isinstance(failure, Failure)
+    assert failure.file == (tmp_path / "a").as_posix()
+    assert str(failure.error) == "the folder cannot be read (Permission denied); check its permissions"
 
 
 def test_a_name_that_looks_like_a_pattern_is_a_name_first(tmp_path: Path) -> None:
@@ -159,6 +185,19 @@ def test_any_bytes_are_a_name(tmp_path: Path) -> None:
     assert sorted(found_names([tmp_path])) == sorted(names)
 
 
+@posix_only
+def test_what_is_no_file_is_found_by_its_name_and_opened_by_no_walk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's path has to be short
+    lay(tmp_path, "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket.png")
+        assert found_names([tmp_path]) == ["a.png", "pipe.png", "socket.png"]  # reading the last two will say why not
+
+
 def test_no_inputs() -> None:
     assert list(find_frames([])) == []
 
@@ -167,6 +206,6 @@ def test_frames_are_found_lazily(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     lay(tmp_path, "a/1.png", "b/2.png")
     frames = find_frames([tmp_path])
     assert next(frames).name == "a/1.png"  # type: ignore[union-attr]
-    monkeypatch.setattr(inputs.os, "scandir", lambda _: pytest.fail("it had been walked to its end"))
+    monkeypatch.setattr(tree.os, "scandir", lambda _: pytest.fail("it had been walked to its end"))
     with pytest.raises(pytest.fail.Exception):
         next(frames)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from PIL import Image, ImageColor
 from echoquad_runtime import overlay
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import FrameReadError, OutputError
+from echoquad_runtime.files import make_folder, write_bytes
+from echoquad_runtime.inputs import OVERLAY_ENDING
 from echoquad_runtime.overlay import draw_overlay, overlay_path, save_overlay
 from echoquad_runtime.predictor import Prediction
 from echoquad_runtime.quadrants import quadrant_boxes
@@ -81,6 +84,23 @@ def test_every_box_is_drawn_in_its_labels_colour_where_the_quadrant_lies(size: t
         # The number stands within the box, in the same colour.
         lettering = inside[6 : inside.shape[0] // 2, 6 : inside.shape[1] * 3 // 4]
         assert (lettering == colour).all(axis=2).sum() > 20
+
+
+@pytest.mark.parametrize(
+    ("flags", "begin"),
+    [
+        ((), "2 of 4 quadrants  ·  "),
+        (("tie",), "2 of 4 quadrants, tie broken by the mean  ·  "),
+        (("blank", "saturated", "tie"), "flagged blank, saturated  ·  2 of 4 quadrants, tie broken by the mean  ·  "),
+        (("no-signal-RV", "colour"), "flagged no-signal-RV, colour  ·  2 of 4 quadrants  ·  "),
+    ],
+)
+def test_flags_come_first_in_the_detail(flags: tuple[str, ...], begin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    fit = overlay._fit
+    monkeypatch.setattr(overlay, "_fit", lambda draw, words, *rest: written.append(words) or fit(draw, words, *rest))
+    draw((640, 480), flags=flags)
+    assert f"{begin}test/ASD/ASD3-0.png" in written
 
 
 def test_the_headline_has_the_decisions_colour() -> None:
@@ -228,6 +248,44 @@ def test_an_overlay_stays_in_its_folder(name: str) -> None:
     inside = Path(os.path.normpath(overlay_path(folder, name)))
     assert inside.is_relative_to(folder)
     assert inside != folder
+
+
+@pytest.mark.parametrize("last", ["x" * 251 + ".png", "漢" * 83 + ".png", "\udcff" * 251 + ".png", "x" * 240 + ".png"])
+def test_a_name_that_leaves_no_room_is_cut_and_told_apart(last: str, tmp_path: Path) -> None:
+    path = overlay_path(tmp_path, f"a/{last}")
+    assert path.parent == tmp_path / "a"
+    assert path.name.startswith(last[:40])
+    assert path.name.endswith(OVERLAY_ENDING)
+    if os.name == "posix":
+        assert len(os.fsencode(path.name)) <= 255
+        write_bytes(make_folder(path.parent) / path.name, b"picture")
+    others = {overlay_path(tmp_path, name) for name in (f"a/{last}", f"b/{last}", f"a/y{last}", f"a/{last[:-4]}.jpg")}
+    assert len(others) == 4
+    assert overlay_path(tmp_path, f"a/{last}") == path
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a path is shorter there")
+def test_a_path_that_is_too_long_has_no_folders(tmp_path: Path) -> None:
+    deep = [overlay_path(tmp_path, f"{'d/' * depth}frame.png") for depth in (10, 2100, 2101)]
+    assert deep[0] == tmp_path / ("d/" * 10) / "frame.png.overlay.png"
+    assert [path.parent for path in deep[1:]] == [tmp_path, tmp_path]
+    assert deep[1] != deep[2]
+
+
+def test_threads_draw_what_one_would(tmp_path: Path) -> None:
+    source = tmp_path / "in.png"
+    Image.new("L", (64, 48), 90).save(source)
+    one = save_overlay(tmp_path / "one", source, prediction(), CONTRACT).read_bytes()
+    with ThreadPoolExecutor(4) as threads:
+        # Some of them the same frame, given twice: the same file at the same time.
+        jobs = [
+            threads.submit(save_overlay, tmp_path / str(index // 8), source, prediction(), CONTRACT)
+            for index in range(32)
+        ]
+        found = [job.result() for job in jobs]
+    assert {path.read_bytes() for path in found} == {one}
+    assert len(list(tmp_path.rglob("*.overlay.png"))) == 5
+    assert list(tmp_path.rglob(".*")) == []
 
 
 def test_it_is_saved(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -13,8 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echoquad_runtime.errors import OutputError, UsageError
+from echoquad_runtime.names import encoded, printed
 from echoquad_runtime.predictor import Prediction
-from echoquad_runtime.writers import CsvWriter, JsonlWriter, check_ending, columns, open_writer
+from echoquad_runtime.writers import (
+    CsvWriter,
+    JsonlWriter,
+    RowReader,
+    check_ending,
+    columns,
+    format_of,
+    open_writer,
+    writer_of,
+)
 
 CLASSES = ("ASD", "NORM")
 # The document's own header, then what EchoQuad adds.
@@ -35,6 +46,7 @@ NAMES = [
     "'",
     "",
 ]
+FORMULAS = ["=1+1.png", "+1.png", "-1.png", "@SUM(A1:A9).png", "\t=1.png", '=HYPERLINK("http://x";"y").png']
 
 
 def prediction(file: str = "test/ASD/ASD3-0.png", **changes: Any) -> Prediction:
@@ -114,8 +126,32 @@ def test_any_name_is_read_back(name: str) -> None:
 def test_any_text_is_read_back(name: str, flag: str) -> None:
     data = as_csv(prediction(name, flags=(flag,) if flag else ()), prediction("next.png"))
     rows = list(csv.reader(io.StringIO(data.decode("utf-8"), newline="")))
-    assert [row[0] for row in rows] == ["file", name, "next.png"]
+    assert [row[0] for row in rows] == ["file", printed(name), "next.png"]
     assert {len(row) for row in rows} == {20}
+
+
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
+def test_a_row_is_what_pythons_own_writer_makes_of_it(name: str) -> None:
+    line = as_csv(prediction(name)).decode().split("\n", 1)[1]
+    stream = io.StringIO()
+    # It quotes what its own line end has a sign of.
+    csv.writer(stream, lineterminator="\r\n;\t").writerow([printed(name)])
+    assert line.startswith(stream.getvalue().removesuffix("\r\n;\t") + ",") or name == ""  # alone, it quotes that too
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_no_cell_is_a_formula(name: str) -> None:
+    data = as_csv(prediction(name, label="-ASD", quadrant_labels=("=1", "ASD", "@x", "ASD")), classes=("-ASD", "+NORM"))
+    for delimiter in ",;":  # a spreadsheet of another country parts cells elsewhere
+        for row in csv.reader(io.StringIO(data.decode(), newline=""), delimiter=delimiter):
+            assert [cell for cell in row if cell[:1] in {*"=+-@\t\r"}] == []
+    found = json.loads(as_jsonl(prediction(name)))
+    assert found["file"] == f"./{name}"  # the two formats name a frame alike
+
+
+def test_a_class_is_told_as_it_is_where_no_spreadsheet_runs_it() -> None:
+    assert b",'-ASD,0.5449," in as_csv(prediction(label="-ASD"))
+    assert json.loads(as_jsonl(prediction(label="-ASD")))["pred_image"] == "-ASD"
 
 
 def test_a_name_that_is_no_text_is_written_with_its_bytes_told() -> None:
@@ -149,6 +185,87 @@ def test_no_rows_is_an_empty_file(tmp_path: Path) -> None:
     assert (tmp_path / "out.jsonl").read_bytes() == b""
 
 
+# ---------------------------------------------------------------------------------------------- read back
+
+ENDINGS = {".csv": as_csv, ".jsonl": as_jsonl}
+names = st.lists(st.text(st.characters(exclude_characters="\0"), max_size=20), min_size=1, max_size=5)
+
+
+def reader(data: bytes, ending: str = ".csv", **options: Any) -> RowReader:
+    return RowReader(io.BytesIO(data), format_of(Path(f"x{ending}")), **options)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@given(names)
+def test_rows_are_read_back_with_their_bytes(ending: str, given_names: list[str]) -> None:
+    data = ENDINGS[ending](*(prediction(name) for name in given_names))
+    found = reader(data, ending)
+    rows = list(found)
+    assert [encoded(row.name) for row in rows] == [encoded(printed(name)) for name in given_names]
+    assert {row.ran for row in rows} == {("majority", "cpu", "fp32")}
+    assert found.columns == columns(CLASSES)
+    assert found.whole == len(data)
+    assert found.hash.hexdigest() == hashlib.sha256(data).hexdigest()
+    assert data.endswith(b"".join(row.data for row in rows))
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@given(names, st.data())
+def test_wherever_it_is_torn_the_whole_rows_are_read(ending: str, given_names: list[str], data: st.DataObject) -> None:
+    rows = [ENDINGS[ending](prediction(name)) for name in given_names]
+    head = ENDINGS[ending]()
+    whole = head + b"".join(row.removeprefix(head) for row in rows)
+    cut = data.draw(st.integers(0, len(whole)))
+    tail = data.draw(st.sampled_from([b"", b"\0" * 9, b"\0" * 5000, b"\0\n", b"\0\n" + whole]))
+    found = reader(whole[:cut] + tail, ending)
+    read = list(found)
+    ends = [len(head)]
+    for row in rows:
+        ends.append(ends[-1] + len(row) - len(head))
+    expected = [end for end in ends if end <= cut]
+    assert found.whole == (expected[-1] if expected else 0)
+    assert len(read) == max(0, len(expected) - 1)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"x.png,majority,ASD\n",  # cells are missing
+        b"\xff" + b",a" * 19 + b"\n",  # no text
+        b'"x"y' + b",a" * 19 + b"\n",  # no CSV
+        b"x" * 5_000_000 + b",a" * 19 + b"\n",  # longer than any row
+        b'"' + b"x\n" * 2_500_000 + b'"' + b",a" * 19 + b"\n",
+        b"\n",
+    ],
+    ids=["short", "bytes", "quotes", "long", "lines", "empty"],
+)
+def test_nothing_is_read_behind_a_row_that_is_none(damaged: bytes) -> None:
+    data = as_csv(prediction("a.png"))
+    found = reader(data + damaged + data)
+    assert [row.name for row in found] == ["a.png"]
+    assert found.whole == len(data)
+
+
+@pytest.mark.parametrize("damaged", [b"{}\n", b"[1]\n", b"1\n", b"nothing\n", b'{"file": "a"}\n', b"[" * 9999 + b"\n"])
+def test_nothing_is_read_behind_a_line_that_is_no_row(damaged: bytes) -> None:
+    data = as_jsonl(prediction("a.png"))
+    assert [row.name for row in reader(data + damaged + data, ".jsonl")] == ["a.png"]
+    assert list(reader(damaged, ".jsonl")) == []
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_row_of_another_run_ends_it(ending: str) -> None:
+    data = ENDINGS[ending](prediction("a.png"), prediction("b.png", precision="int8"), prediction("c.png"))
+    assert [row.name for row in reader(data, ending, ran=("majority", "cpu", "fp32"))] == ["a.png"]
+    assert len(list(reader(data, ending))) == 3
+
+
+def test_another_header_is_seen() -> None:
+    assert reader(b"name,age\n").columns is None
+    assert reader(as_csv()).columns == columns(CLASSES)
+    assert reader(b"").columns is None
+
+
 # ---------------------------------------------------------------------------------------------- files
 
 
@@ -158,6 +275,7 @@ def test_the_ending_decides(tmp_path: Path, name: str, expected: Any) -> None:
         writer.write(prediction())
         assert not (tmp_path / name).exists()
     assert (tmp_path / name).read_bytes() == expected(prediction())
+    assert writer_of(tmp_path / name) is {as_csv: CsvWriter, as_jsonl: JsonlWriter}[expected]
     assert len(list(tmp_path.iterdir())) == 1
 
 
