@@ -48,7 +48,7 @@ def test_what_pip_is_told(wheel: Path) -> None:
     assert metadata["Name"] == "echoquad"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    extras = {"cpu", "gpu", "openvino", "train", "export", "sign", "all", "dev"}
+    extras = {"cpu", "gpu", "openvino", "train", "export", "sign", "ray", "all", "dev"}
     assert extras <= set(metadata.get_all("Provides-Extra"))
     bare = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert sorted(re.split(r"[<>=!]", line)[0] for line in bare) == ["numpy", "pillow", "rich", "typer"]
