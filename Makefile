@@ -21,9 +21,24 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# On a network and frames of one's own: make bench RUN=run BUNDLE=bundle FRAMES=frames MINUTES=10
+RUN ?= demo/run
+BUNDLE ?= demo/bundle
+FRAMES ?= demo/data/test
+MINUTES ?= 0
+RESULTS ?= benchmarks/RESULTS.md
+GIVEN := --frames $(FRAMES) --results $(RESULTS)
+
 bench: $(READY)
-	test -d demo/bundle || $(MAKE) demo
-	$(BIN)/python benchmarks/engines.py demo/run demo/bundle
+	test -d $(BUNDLE) -a -d $(FRAMES) || $(MAKE) demo
+	$(BIN)/python benchmarks/peers.py $(RUN) $(BUNDLE) --kinds rgb-png,l-png,rgb-jpeg,grey-jpeg $(GIVEN)
+	$(BIN)/python benchmarks/engines.py $(RUN) $(BUNDLE) --rounds 30 --results $(RESULTS)
+	$(BIN)/python benchmarks/efficiency.py $(BUNDLE) $(GIVEN)
+	$(BIN)/python benchmarks/latency.py $(BUNDLE) --minutes $(MINUTES) $(GIVEN)
+	$(BIN)/python benchmarks/memory.py $(BUNDLE) $(GIVEN)
+	$(BIN)/python benchmarks/scaling.py $(BUNDLE) --counts 1,10,100,1000 $(GIVEN)
+	frame=$$(find $(FRAMES) -name '*.png' -o -name '*.jpg' | sort | head -n 1) && \
+	$(BIN)/python benchmarks/startup.py $(BUNDLE) "$$frame" --results $(RESULTS)
 
 clean:
 	rm -rf $(VENV) demo build dist

@@ -1,6 +1,6 @@
 """What one frame's four quadrants cost in each engine, alternating in one run, on the same weights.
 
-    python benchmarks/engines.py RUN BUNDLE [--rounds 60] [--threads 2]
+    python benchmarks/engines.py RUN BUNDLE [--rounds 60] [--threads 2] [--results benchmarks/RESULTS.md]
 
 Every precision that the bundle holds is timed in EchoQuad and, where `openvino` is installed, in OpenVINO on the same
 graph; int8 there also with the first convolution left as it was trained, since the stem that suits onnxruntime does not
@@ -9,15 +9,12 @@ suit OpenVINO. Prints a table, then one JSON line. Decoding is left out; `echoqu
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import alternate, machine, versions
+from common import alternate, arguments, report
 
 from echoquad_export.calibrate import Ranges
 from echoquad_export.quantize import float_tensors, prepare, quantize
@@ -31,12 +28,7 @@ Quadrants = np.ndarray
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    options = parser.parse_args()
+    options = arguments(__doc__, run=True, frames=False, rounds=60).parse_args()
 
     bundle = Bundle(options.bundle)
     size = bundle.contract.input_size
@@ -49,17 +41,10 @@ def main() -> None:
 
     medians = alternate(calls, options.rounds)
     single = medians.get("EchoQuad, fp32", next(iter(medians.values())))
-    print(f"{'engine':40} {'ms a frame':>10} {'of EchoQuad, fp32':>18}")
-    for name, median in medians.items():
-        print(f"{name:40} {median:10.2f} {median / single:18.2f}")
-    record = {
-        "input_size": size,
-        "rounds": options.rounds,
-        "median_ms": medians,
-        "machine": machine(options.threads),
-        "versions": versions("torch", "onnxruntime", "openvino", "numpy"),
-    }
-    print(json.dumps(record))
+    rows = [["engine", "ms a frame", "of EchoQuad, fp32"]]
+    rows += [[name, f"{median:.2f}", f"{median / single:.2f}"] for name, median in medians.items()]
+    record = {"input_size": size, "rounds": options.rounds, "median_ms": medians}
+    report("engines", rows, record, options.results, threads=options.threads)
 
 
 def torch_calls(run: Path, quadrants: Quadrants, threads: int) -> dict[str, Callable[[], object]]:

@@ -20,11 +20,15 @@ from PIL import Image
 from echoquad_runtime._version import __version__
 from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.devices import Device, installed_wheels
-from echoquad_runtime.errors import FrameError, InputNotFoundError
-from echoquad_runtime.frames import decode_frame, read_bytes
+from echoquad_runtime.errors import ConfigError, FrameError, GateError, InputNotFoundError
+from echoquad_runtime.frames import decode_checked, decode_frame, read_bytes
+from echoquad_runtime.histogram import count_latencies
 from echoquad_runtime.inputs import Failure, find_frames
+from echoquad_runtime.pacing import pace
+from echoquad_runtime.predictor import Predictor
 from echoquad_runtime.quadrants import Grey, frame_quadrants
-from echoquad_runtime.session import Engine, OnnxEngine
+from echoquad_runtime.sanity import flags_of
+from echoquad_runtime.session import Engine
 from echoquad_runtime.vote import decide
 
 __all__ = [
@@ -39,6 +43,7 @@ __all__ = [
 ]
 
 STAGES: Final = ("decode", "quadrants", "infer", "vote")
+_WARM_UP: Final = 5  # frames
 _LIKE_FRAMES: Final = (
     "phantom-",
     "validation-",
@@ -57,35 +62,45 @@ class Benchmark:
     device, precision
         What really ran.
     batch_size
-        Frames a batch in the throughput part; the latency part is one frame at a time.
+        Frames that went through the network at a time in the throughput part; the latency part is one at a time.
     threads
-        CPU threads that were asked for; None is what affinity and cgroup allow.
+        CPU threads that computed at most.
     spinning
-        Whether they wait for work in a busy loop.
+        Whether they wait for their part of an inference in a busy loop.
     frames
         Frames timed in each part.
     stages
         Median milliseconds a frame by stage, one frame at a time.
     latency_ms
-        p50, p95, p99 and max, file bytes to decision, one frame at a time.
+        p50, p95, p99 and max, one frame at a time: file bytes to decision, and with `fps` from the moment the frame was
+        due, waiting for the one before it included.
     frames_per_second
-        File bytes to decisions, in batches, one thread of Python.
+        File bytes to decisions, as many frames at once as the threads can take.
     load_ms
-        Reading, hashing and loading the bundle.
+        Reading, hashing and loading the bundle, and a first run to warm it.
     first_frame_ms
-        The first frame after loading, with whatever onnxruntime does only once.
+        The first frame after loading, with whatever is done only once.
     peak_rss_mb
         The process's largest resident memory in megabytes (10^6 bytes).
     versions
         What the figures depend on.
     note
         Why another device does not run; empty where there is nothing to say.
+    fps
+        Frames a second of the live source; None where each frame came as soon as the one before was decided.
+    missed_deadlines
+        Frames decided after the next one was due; None without `fps`.
+    cpu_cores, idle_cpu_percent
+        Cores kept busy over the live run, and per cent of one core kept busy while waiting for a frame; None
+        without `fps`, the latter also where there was no wait.
+    latencies_ms
+        Each frame's, in order.
     """
 
     device: str
     precision: str
     batch_size: int
-    threads: int | None
+    threads: int
     spinning: bool
     frames: int
     stages: dict[str, float]
@@ -96,10 +111,32 @@ class Benchmark:
     peak_rss_mb: float
     versions: dict[str, str]
     note: str
+    fps: float | None
+    missed_deadlines: int | None
+    cpu_cores: float | None
+    idle_cpu_percent: float | None
+    latencies_ms: tuple[float, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the figures as JSON values."""
-        return asdict(self)
+        """Give the figures as JSON values; ``histogram`` has the latencies, counted, in place of each of them."""
+        values = asdict(self)
+        found = count_latencies(values.pop("latencies_ms"))
+        return {**values, "histogram": {**asdict(found), "counts": list(found.counts)}}
+
+    def check_p99(self, bound_ms: float) -> None:
+        """Hold the 99th percentile of the latencies against a bound.
+
+        Raises
+        ------
+        GateError
+            If it is above.
+        """
+        found = self.latency_ms["p99"]
+        if found > bound_ms:
+            raise GateError(
+                f"the p99 latency is {found:.2f} ms over {self.frames} frames on {self.device} in {self.precision}; "
+                f"expected at most {bound_ms:g} ms; run echoquad tune, or export a smaller or int8 model"
+            )
 
 
 def encoded_golden_frames(bundle: Bundle) -> list[Encoded]:
@@ -148,13 +185,14 @@ def run_benchmark(
     *,
     device: Device = "auto",
     precision: str | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     threads: int | None = None,
     spinning: bool = True,
     public_key: str | Path | None = None,
     count: int = 100,
+    fps: float | None = None,
 ) -> Benchmark:
-    """Measure latency frame by frame, then throughput in batches, on encoded frames in memory.
+    """Measure latency frame by frame, then throughput, on encoded frames in memory, through a `Predictor`.
 
     The disk is left out: what a frame costs once its bytes are there is what the processor decides.
 
@@ -164,60 +202,67 @@ def run_benchmark(
         The bundle.
     frames
         Names and file bytes, gone through again and again; None is the bundle's golden frames.
-    device, precision, threads, spinning
-        As `OnnxEngine`.
+    device, precision, threads, spinning, batch_size
+        As `Predictor`.
     public_key
         As `Bundle`.
-    batch_size
-        Frames a batch in the throughput part.
     count
         Frames to time in each part.
+    fps
+        Let the frames of the latency part come at so many a second, as from a live source; None is each as soon as the
+        one before is decided.
 
     Raises
     ------
     BundleError, DeviceUnavailableError
-        As `OnnxEngine`.
+        As `Predictor`.
+    ConfigError
+        If `fps` is not a number above 0.
+    FrameError
+        If one of `frames` cannot be judged.
     InputNotFoundError
         If there is no frame to time.
     """
+    if fps is not None and not 0 < fps < float("inf"):
+        raise ConfigError(f"{fps:g} frames a second found; expected a number above 0")
     begin = time.perf_counter()
     bundle = Bundle(folder, public_key=public_key)
-    engine = OnnxEngine(bundle, precision=precision, device=device, threads=threads, spinning=spinning)
+    predictor = Predictor(
+        bundle, device=device, precision=precision, threads=threads, spinning=spinning, batch_size=batch_size
+    )
     load_ms = 1e3 * (time.perf_counter() - begin)
     encoded = [data for _, data in (frames or encoded_golden_frames(bundle))]
     if not encoded:
         raise InputNotFoundError(
             f"{bundle.folder.as_posix()}: its golden frames hold none to time; name frames to time"
         )
-    size = bundle.contract.input_size
-    batch = np.empty((batch_size, 4, 1, size, size), np.uint8)
 
-    def frames_from(start: int, many: int = 1) -> list[float]:
-        return time_stages(engine, [encoded[index % len(encoded)] for index in range(start, start + many)], batch)
+    def judge(index: int) -> float:
+        begin = time.perf_counter()
+        predictor(encoded[index % len(encoded)])
+        return time.perf_counter() - begin
 
-    first_frame_ms = 1e3 * sum(frames_from(0))
-    for index in range(5):
-        frames_from(index)
+    first_frame_ms = 1e3 * judge(0)
+    for index in range(_WARM_UP):
+        judge(index)
     gc.collect()
-    times = np.array([frames_from(index) for index in range(count)])
-    latency = 1e3 * times.sum(axis=1)
-    p50, p95, p99 = np.percentile(latency, [50, 95, 99])
-
-    frames_from(0, batch_size)  # warms this batch's shape
-    begin = time.perf_counter()
-    for start in range(0, count, batch_size):
-        frames_from(start, min(batch_size, count - start))
-    elapsed = time.perf_counter() - begin
+    paced = pace(judge, fps, count) if fps else None
+    seconds = paced.latencies if paced else [judge(index) for index in range(count)]
+    latencies = tuple(1e3 * value for value in seconds)
+    p50, p95, p99 = np.percentile(latencies, [50, 95, 99])
+    engine, size = predictor.engine, bundle.contract.input_size
+    slot = np.empty((1, 4, 1, size, size), np.uint8)
+    stages = np.median([time_stages(engine, [encoded[index % len(encoded)]], slot) for index in range(count)], axis=0)
     return Benchmark(
         device=engine.device,
         precision=engine.precision,
-        batch_size=batch_size,
-        threads=threads,
+        batch_size=predictor.batch_size,
+        threads=predictor.threads,
         spinning=spinning,
         frames=count,
-        stages=dict(zip(STAGES, (1e3 * np.median(times, axis=0)).tolist(), strict=True)),
-        latency_ms={"p50": float(p50), "p95": float(p95), "p99": float(p99), "max": float(latency.max())},
-        frames_per_second=count / elapsed,
+        stages=dict(zip(STAGES, (1e3 * stages).tolist(), strict=True)),
+        latency_ms={"p50": float(p50), "p95": float(p95), "p99": float(p99), "max": max(latencies)},
+        frames_per_second=count / _seconds_for_many(predictor, encoded, count),
         load_ms=load_ms,
         first_frame_ms=first_frame_ms,
         peak_rss_mb=peak_rss_mb(),
@@ -230,7 +275,23 @@ def run_benchmark(
             "machine": f"{platform.system()} {platform.machine()}",
         },
         note=engine.note,
+        fps=fps,
+        missed_deadlines=paced.missed if paced else None,
+        cpu_cores=paced.cpu_cores if paced else None,
+        idle_cpu_percent=100 * paced.idle_cpu if paced and paced.idle_cpu is not None else None,
+        latencies_ms=latencies,
     )
+
+
+def _seconds_for_many(predictor: Predictor, encoded: Sequence[bytes], count: int) -> float:
+    """Time `count` frames that are all there, once so many have gone through as make the predictor open for many."""
+    began = 0.0
+    for many in (predictor.threads + 1, count):
+        began = time.perf_counter()
+        for result in predictor.predict_encoded((str(index), encoded[index % len(encoded)]) for index in range(many)):
+            if isinstance(result, Failure):
+                raise result.error
+    return time.perf_counter() - began
 
 
 def time_stages(engine: Engine, encoded: Sequence[bytes], batch: Grey) -> list[float]:
@@ -249,9 +310,10 @@ def time_stages(engine: Engine, encoded: Sequence[bytes], batch: Grey) -> list[f
     decoding = quartering = 0.0
     for slot, data in zip(batch, encoded, strict=False):
         begin = clock()
-        grey = decode_frame(data)
+        grey, _ = decode_checked(data)
         decoded = clock()
         frame_quadrants(grey, contract, out=slot)
+        flags_of(slot)
         quartering += clock() - decoded
         decoding += decoded - begin
     begin = clock()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,14 @@ def run(*line: str | Path) -> str:
     return done.stdout
 
 
+def record_of(script: str, *line: str | Path) -> tuple[dict[str, Any], list[str]]:
+    """Run a script; give its JSON line and the lines before it."""
+    *lines, last = run(f"benchmarks/{script}.py", *line).splitlines()
+    record = json.loads(last)
+    assert record["benchmark"] == script and "onnxruntime" in record["versions"] and "threads" in record["machine"]
+    return record, lines
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("benchmarks")
@@ -33,14 +42,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_engines(trained: Path, tmp_path: Path) -> None:
-    run("-m", "echoquad", "export", trained, "--out", tmp_path / "bundle", "--precision", "fp32,int8")
-    lines = run("benchmarks/engines.py", trained, tmp_path / "bundle", "--rounds", "3").splitlines()
-    record = json.loads(lines[-1])
+@pytest.fixture(scope="module")
+def bundle(trained: Path) -> Path:
+    folder = trained.with_name("bundle")
+    run("-m", "echoquad", "export", trained, "--out", folder, "--precision", "fp32,int8")
+    return folder
+
+
+def test_engines(trained: Path, bundle: Path) -> None:
+    record, lines = record_of("engines", trained, bundle, "--rounds", "3")
     assert {"torch eager, batch of 4", "EchoQuad, fp32", "EchoQuad, int8"} <= set(record["median_ms"])
     assert all(value > 0 for value in record["median_ms"].values())
-    assert record["input_size"] == 32 and "onnxruntime" in record["versions"] and "threads" in record["machine"]
-    assert len(lines) == len(record["median_ms"]) + 2
+    assert record["input_size"] == 32
+    assert len(lines) == len(record["median_ms"]) + 1
 
 
 def test_pareto(trained: Path, tmp_path: Path) -> None:
@@ -52,3 +66,66 @@ def test_pareto(trained: Path, tmp_path: Path) -> None:
     assert any(point["on_front"] for point in record["points"]) and record["refused"] == []
     assert "| resnet18 at 32 | int8 |" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_peers(trained: Path, bundle: Path, tmp_path: Path) -> None:
+    results = tmp_path / "RESULTS.md"
+    names = ["torch", "ort-fp32", "ort-int8-threads", "echoquad-fp32", "echoquad-int8", "echoquad-int8-process"]
+    names += ["openvino-fp32", "openvino-int8-queue"]
+    options = ["--count", "9", "--rounds", "1", "--peers", ",".join(names), "--results", results]
+    record, _ = record_of("peers", trained, bundle, *options)
+    found = record["kinds"]["rgb-png"]
+    assert {"document", *names[:6]} <= set(found)
+    for peer in found.values():
+        assert peer["frames_per_second"] > 0 and len(peer["seconds"]) == 1
+        assert peer["max_abs_dp"] < 0.05
+    assert found["echoquad-fp32"]["max_abs_dp"] < 1e-3
+    assert "## peers" in results.read_text("utf-8")
+
+
+def test_efficiency(bundle: Path) -> None:
+    record, lines = record_of("efficiency", bundle, "--count", "12", "--rounds", "2")
+    for precision in ("fp32", "int8"):
+        whole = record[precision]["pipeline"]
+        assert set(whole["stage_ms"]) == {"decode", "quadrants", "inference"}
+        assert whole["bound_fps"] > 0 and 0 < whole["share"] < 2
+        assert [one["frames"] for one in record[precision]["engine"]] == [1, 8, 1]
+    assert sum("EchoQuad, files to CSV" in line for line in lines) == 2
+
+
+def test_latency(bundle: Path) -> None:
+    record, lines = record_of("latency", bundle, "--count", "4", "--rounds", "1", "--seconds", "0.5")
+    assert set(record["int8"]["live"]) == {"30", "60"}
+    runs = record["int8"]["live"]["30"]
+    assert {"decode", "quadrants", "infer", "vote", "in all", "in all, not spinning"} <= set(runs)
+    assert runs["in all"]["frames"] == 15 and 0 <= runs["in all"]["missed"] <= 15
+    assert record["fp32"]["burst"]["frames"] == 32 and record["fp32"]["sustained"] == []
+    assert any(line.startswith("int8: burst of 32, drained in ") for line in lines)
+
+
+def test_memory(bundle: Path) -> None:
+    record, lines = record_of("memory", bundle, "--count", "4", "--counts", "20,600", "--size", "120x90")
+    assert [one["frames"] for one in record["trees"]] == [20, 600]
+    assert record["ratio"] < 1.3 and record["resume"]["frames"] == 600
+    steps = [resident for _, resident in record["components_mb"]]
+    assert steps == sorted(steps) and (not steps or steps[-1] <= 1.1 * record["trees"][0]["peak_mb"])
+    assert any("aim: at most 1.05" in line for line in lines)
+
+
+def test_scaling(bundle: Path) -> None:
+    options = ["--count", "4", "--counts", "1,40", "--each", "60", "--rounds", "1", "--size", "200x150"]
+    record, lines = record_of("scaling", bundle, *options, "--threads", "2")
+    assert [one["frames"] for one in record["counts"]] == [1, 40]
+    assert [one["threads"] for one in record["threads"]] == [1, 2]
+    assert record["threads"][0]["efficiency"] == 1
+    assert any(line.startswith("2 threads, start left out") for line in lines)
+
+
+def test_startup(bundle: Path, trained: Path) -> None:
+    frame = next((trained.parent / "data").rglob("*.png"))
+    record, lines = record_of("startup", bundle, frame, "--rounds", "1", "--threads", "2")
+    for precision in ("fp32", "int8"):
+        for state in ("no cache", "empty cache", "cache"):
+            assert record["ratio"][f"{precision}: echoquad predict, {state}"] > 0
+    assert record["median_ms"]["interpreter"] < record["median_ms"]["imports of numpy, Pillow, onnxruntime"]
+    assert len(lines) == len(record["median_ms"]) + 2

@@ -1,20 +1,32 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from echoquad_runtime.bench import STAGES, encoded_golden_frames, peak_rss_mb, read_encoded, run_benchmark
+from echoquad_runtime.bench import (
+    STAGES,
+    encoded_golden_frames,
+    peak_rss_mb,
+    read_encoded,
+    run_benchmark,
+    time_stages,
+)
 from echoquad_runtime.bundle import Bundle
-from echoquad_runtime.errors import BundleNotFoundError, FrameError, InputNotFoundError
+from echoquad_runtime.errors import BundleNotFoundError, ConfigError, FrameError, GateError, InputNotFoundError
 from echoquad_runtime.frames import decode_frame
+from echoquad_runtime.quadrants import frame_quadrants
+from echoquad_runtime.session import OnnxEngine
 
 Make = Callable[..., Path]
 
@@ -38,6 +50,11 @@ def test_figures(tiny_bundle: Path) -> None:
         "peak_rss_mb",
         "versions",
         "note",
+        "fps",
+        "missed_deadlines",
+        "cpu_cores",
+        "idle_cpu_percent",
+        "histogram",
     }
     assert (found["device"], found["precision"], found["batch_size"], found["frames"]) == ("cpu", "fp32", 4, 10)
     assert tuple(found["stages"]) == STAGES == ("decode", "quadrants", "infer", "vote")
@@ -45,7 +62,10 @@ def test_figures(tiny_bundle: Path) -> None:
     latency = found["latency_ms"]
     assert list(latency) == ["p50", "p95", "p99", "max"]
     assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"] <= latency["max"]
-    assert max(found["stages"].values()) <= latency["max"]
+    assert found["threads"] == 1
+    counted = found["histogram"]
+    assert sum(counted["counts"]) + counted["above"] == 10
+    assert {found[name] for name in ("fps", "missed_deadlines", "cpu_cores", "idle_cpu_percent")} == {None}
     assert found["frames_per_second"] > 1
     assert found["load_ms"] > 0
     assert found["first_frame_ms"] > 0
@@ -58,6 +78,54 @@ def test_figures(tiny_bundle: Path) -> None:
 def test_counts_and_batches_need_not_fit(tiny_bundle: Path, count: int, size: int) -> None:
     found = run_benchmark(tiny_bundle, device="cpu", batch_size=size, count=count)
     assert (found.frames, found.batch_size) == (count, size)
+
+
+def test_a_live_source(tiny_bundle: Path) -> None:
+    begin = time.perf_counter()
+    found = run_benchmark(tiny_bundle, device="cpu", threads=1, count=12, fps=40)
+    assert time.perf_counter() - begin > 11 / 40  # they come when they come
+    assert len(found.latencies_ms) == 12
+    assert found.fps == 40
+    assert found.missed_deadlines == sum(one > 25 for one in found.latencies_ms)
+    assert found.cpu_cores is not None and 0 < found.cpu_cores < 4
+    assert found.idle_cpu_percent is not None and found.idle_cpu_percent >= 0
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf")])
+def test_a_source_that_cannot_be(tiny_bundle: Path, fps: float) -> None:
+    with pytest.raises(ConfigError, match="frames a second found; expected a number above 0"):
+        run_benchmark(tiny_bundle, device="cpu", fps=fps)
+
+
+def test_the_gate(tiny_bundle: Path) -> None:
+    found = run_benchmark(tiny_bundle, device="cpu", count=20)
+    p99 = found.latency_ms["p99"]
+    assert p99 == pytest.approx(np.percentile(found.latencies_ms, 99))
+    found.check_p99(p99)
+    with pytest.raises(
+        GateError, match=rf"p99 latency is {p99:.2f} ms over 20 frames on cpu in fp32; expected at most"
+    ):
+        found.check_p99(p99 * 0.999)
+
+
+def test_a_frame_that_cannot_be_judged_is_no_figure(tiny_bundle: Path) -> None:
+    stream = io.BytesIO()
+    Image.new("L", (1, 50)).save(stream, "PNG")
+    with pytest.raises(FrameError, match="the frame is 1x50 pixels"):
+        run_benchmark(tiny_bundle, [("thin.png", stream.getvalue())], device="cpu", count=2)
+
+
+def test_stages_are_timed_and_judged_together(tiny_bundle: Path, frames_folder: Path) -> None:
+    frames, _ = read_encoded([frames_folder], 3)
+    engine = OnnxEngine(Bundle(tiny_bundle), device="cpu", threads=1)
+    batch = np.zeros((4, 4, 1, 32, 32), np.uint8)
+    begin = time.perf_counter()
+    seconds = time_stages(engine, [data for _, data in frames], batch)
+    assert 0 < sum(seconds) <= time.perf_counter() - begin
+    assert len(seconds) == len(STAGES) and min(seconds) > 0
+    for slot, (_, data) in zip(batch, frames, strict=False):
+        np.testing.assert_array_equal(slot, frame_quadrants(decode_frame(data), engine.contract))
+    assert not batch[3].any()
 
 
 def test_given_frames(tiny_bundle: Path, frames_folder: Path) -> None:
