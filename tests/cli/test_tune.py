@@ -110,9 +110,9 @@ def test_predict_and_bench_use_it_and_say_so(
         (tuned, "threads 1, spinning False, batch 1"),
         (batched, "threads 1, spinning False, batch 3"),
         (threads, "threads 2, spinning False, batch 1"),
-        (untuned, "threads None, spinning True, batch 8"),
-        (auto, "threads None, spinning True, batch 8"),
-        (after, "threads None, spinning True, batch 8"),
+        (untuned, "threads None, spinning True, batch None"),
+        (auto, "threads None, spinning True, batch None"),
+        (after, "threads None, spinning True, batch None"),
     ):
         assert ran.err.splitlines()[0] == made
     assert "1 thread, 3 frames at a time (--batch-size as given)" in batched.err
