@@ -122,9 +122,9 @@ def test_predict_and_bench_use_it_and_say_so(
     # It is the same graph: not a digit of a decision hangs on how it is run.
     assert tuned.out == batched.out == threads.out == untuned.out == auto.out == after.out
     assert {(row["device"], row["precision"]) for row in rows(tuned.out)} == {("cpu", "fp32")}
-    assert timed.err.startswith(day)
-    assert "in batches of 1\n" in timed.out
-    assert "in batches of 8\n" in timed_untuned.out
+    assert timed.err.splitlines()[0] == "threads 1, spinning False, batch 1"
+    assert timed.err.splitlines()[1].startswith(day)
+    assert timed_untuned.err.splitlines()[0] == "threads None, spinning True, batch None"
     assert forgot.out == f"removed {kept.as_posix()}\n"
     assert nothing.out == "nothing was kept for this bundle\n"
     assert not kept.exists()
