@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from echoquad_runtime.errors import ClusterError, DeviceUnavailableError, MissingExtraError, UsageError
-from echoquad_runtime.wheels import one_line
+from echoquad_runtime.wheels import one_line, silent_descriptor
 
 __all__ = ["checked_address", "joined", "load_ray", "room_for"]
 
@@ -109,7 +109,7 @@ def joined(address: str, cpus: int, tell: Callable[[str], object]) -> Iterator[N
     with _quiet():
         try:
             try:
-                with _silent_descriptor():
+                with silent_descriptor():
                     ray.init(address, log_to_driver=False, configure_logging=False, **start)
             except Exception as error:  # ConnectionError, ValueError, RuntimeError: whatever its processes died of
                 where = "Ray cannot be started here" if own else f"the Ray cluster at {address} cannot be joined"
@@ -186,19 +186,6 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(kept)
         for handler, level in handlers:
             handler.setLevel(level)
-
-
-@contextmanager
-def _silent_descriptor() -> Iterator[None]:
-    """Keep from the terminal that Ray's core was told to say nothing, which it says before it obeys."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # without a standard error there is nothing to keep clean
-            kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-            stack.callback(os.close, kept)
-            stack.callback(os.dup2, kept, 2)
-            os.dup2(sink, 2)
-            os.close(sink)
-        yield
 
 
 def room_for(device: str, threads: int) -> int:

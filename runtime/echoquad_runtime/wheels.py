@@ -15,7 +15,15 @@ from types import ModuleType
 
 from echoquad_runtime.errors import MissingExtraError
 
-__all__ = ["installed_wheels", "load_onnxruntime", "named", "one_line", "reinstall", "silent_python"]
+__all__ = [
+    "installed_wheels",
+    "load_onnxruntime",
+    "named",
+    "one_line",
+    "reinstall",
+    "silent_descriptor",
+    "silent_python",
+]
 
 # Each of these unpacks into the same `onnxruntime` folder, so two of them overwrite each other's files.
 _WHEELS = ("onnxruntime", *(f"onnxruntime-{of}" for of in ("gpu", "directml", "openvino", "qnn", "rocm")))
@@ -89,12 +97,20 @@ def _silent_import() -> Iterator[None]:
     with _REDIRECTING, contextlib.ExitStack() as stack:
         if "onnxruntime" not in sys.modules:
             stack.enter_context(silent_python())
-            with contextlib.suppress(OSError):  # without a standard error there is nothing to keep clean
-                kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-                stack.callback(os.close, kept)
-                stack.callback(os.dup2, kept, 2)
-                os.dup2(sink, 2)
-                os.close(sink)
+            stack.enter_context(silent_descriptor())
+        yield
+
+
+@contextlib.contextmanager
+def silent_descriptor() -> Iterator[None]:
+    """Keep off the terminal what compiled code writes to the standard error, for the whole process."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # without a standard error there is nothing to keep clean
+            kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, 2)
+            os.dup2(sink, 2)
+            os.close(sink)
         yield
 
 
