@@ -32,7 +32,7 @@ from echoquad_runtime.session import INPUT, OUTPUTS, OnnxEngine, open_lane
 
 AIM, ENGINE_AIM = 0.90, 0.97
 STAGES = ("decode", "quadrants", "inference")
-RUNS = 8  # ready batches one after the other: after a pause, where threads wake up would decide
+IN_A_ROW = 8  # frames in ready batches one after the other: after a pause, where threads wake up would decide
 LANES = ((1, 1), (1, 8), (None, 1))  # threads (None: all) and frames: of a folder's worker, in batches, of a live frame
 
 
@@ -131,13 +131,14 @@ def engine_alone(bundle: Bundle, precision: str, threads: int, rounds: int) -> l
         engine = OnnxEngine(bundle, precision=precision, device="cpu", threads=count)
         lane = open_lane(engine, frames)
         session = open_session(bundle.read_model(precision), device="cpu", threads=count).session
+        runs = IN_A_ROW // frames
         batch = np.random.default_rng(0).integers(0, 256, (4 * frames, 1, size, size), np.uint8)
         lane.quadrants[:] = batch.reshape(lane.quadrants.shape)
         calls = {
-            "bare": lambda s=session, b=batch: [s.run(OUTPUTS, {INPUT: b}) for _ in range(RUNS)],
-            "engine": lambda lane=lane, frames=frames: [lane.run(frames) for _ in range(RUNS)],
+            "bare": lambda s=session, b=batch, runs=runs: [s.run(OUTPUTS, {INPUT: b}) for _ in range(runs)],
+            "engine": lambda lane=lane, frames=frames, runs=runs: [lane.run(frames) for _ in range(runs)],
         }
-        medians = {name: ms / RUNS for name, ms in alternate(calls, rounds).items()}
+        medians = {name: ms / runs for name, ms in alternate(calls, rounds).items()}
         found.append({"threads": count, "frames": frames, **medians, "share": medians["bare"] / medians["engine"]})
     return found
 
