@@ -38,6 +38,7 @@ import numpy.typing as npt
 from echoquad_runtime._version import __version__
 from echoquad_runtime.contract import canonical_json
 from echoquad_runtime.cpus import cpu_model
+from echoquad_runtime.files import user_folder
 from echoquad_runtime.onnx_scan import list_tensors
 from echoquad_runtime.providers import CPU_PROVIDER, create_session, needs_exact_products
 
@@ -333,13 +334,7 @@ def _cache_folder() -> Path | None:
     if given is not None:
         return Path(given).absolute() if given else None
     try:
-        if sys.platform == "win32":
-            local = os.environ.get("LOCALAPPDATA")
-            return (Path(local) if local else Path.home() / "AppData" / "Local") / "EchoQuad" / "Cache"
-        if sys.platform == "darwin":
-            return Path.home() / "Library" / "Caches" / "EchoQuad"
-        named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        # The XDG specification has a relative path ignored.
-        return (named if named.is_absolute() else Path.home() / ".cache") / "echoquad"
+        folder = user_folder(windows=("LOCALAPPDATA", "Local"), mac="Caches", xdg=("XDG_CACHE_HOME", ".cache"))
     except RuntimeError:  # the user has no home
         return None
+    return folder / "Cache" if sys.platform == "win32" else folder

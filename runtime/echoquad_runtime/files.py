@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader, FileIO
@@ -22,6 +23,7 @@ __all__ = [
     "output_errors",
     "read_regular",
     "sync_folder",
+    "user_folder",
     "write_all",
     "write_atomically",
     "write_bytes",
@@ -181,3 +183,28 @@ def read_regular(path: Path, limit: int) -> bytes:
     with open_regular(path) as stream:
         size = os.fstat(stream.fileno()).st_size  # so that a limit of gigabytes does not ask for them
         return stream.read(min(size, limit) + 1)
+
+
+def user_folder(*, windows: tuple[str, str], mac: str, xdg: tuple[str, str]) -> Path:
+    """Name EchoQuad's folder of one kind, settings say or caches, among the user's own.
+
+    Parameters
+    ----------
+    windows, xdg
+        The variable that names the parent, and where that is in ``AppData`` or the home if it does not.
+    mac
+        The parent in ``~/Library``.
+
+    Raises
+    ------
+    RuntimeError
+        If the user has no home.
+    """
+    if sys.platform == "win32":
+        given = os.environ.get(windows[0])
+        return (Path(given) if given else Path.home() / "AppData" / windows[1]) / "EchoQuad"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / mac / "EchoQuad"
+    named = Path(os.environ.get(xdg[0], ""))
+    # The XDG specification has a relative path ignored.
+    return (named if named.is_absolute() else Path.home() / xdg[1]) / "echoquad"

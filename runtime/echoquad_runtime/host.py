@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -22,7 +21,7 @@ from echoquad_runtime.bundle import BF16, Bundle
 from echoquad_runtime.cpus import cpu_model
 from echoquad_runtime.devices import Device, available_cpus, installed_wheels, usable_devices
 from echoquad_runtime.errors import OutputError
-from echoquad_runtime.files import make_folder, output_errors, write_json
+from echoquad_runtime.files import make_folder, output_errors, user_folder, write_json
 
 __all__ = [
     "Choice",
@@ -297,14 +296,9 @@ def _config_folder() -> Path:
     if given:
         return Path(given)
     try:
-        if sys.platform == "win32":
-            roaming = os.environ.get("APPDATA")
-            return (Path(roaming) if roaming else Path.home() / "AppData" / "Roaming") / "EchoQuad"
-        if sys.platform == "darwin":
-            return Path.home() / "Library" / "Application Support" / "EchoQuad"
-        named = Path(os.environ.get("XDG_CONFIG_HOME", ""))
-        # The XDG specification has a relative path ignored.
-        return (named if named.is_absolute() else Path.home() / ".config") / "echoquad"
+        return user_folder(
+            windows=("APPDATA", "Roaming"), mac="Application Support", xdg=("XDG_CONFIG_HOME", ".config")
+        )
     except RuntimeError as error:
         raise OutputError(
             f"no folder to keep the tuning in ({error}); name one in the variable ECHOQUAD_CONFIG_DIR"
