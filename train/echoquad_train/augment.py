@@ -3,7 +3,7 @@
 A random resized crop, a flip, a rotation and an affine map are each a linear map of coordinates; their product is
 sampled once. So a batch costs one bilinear lookup a pixel, on the CPU as on CUDA, and needs no worker process.
 The distributions are those of torchvision's RandomResizedCrop, RandomHorizontalFlip, RandomRotation, RandomAffine
-and RandomErasing, applied in that order.
+and RandomErasing, applied in that order; what `echoquad_train.intensity` varies comes before the erasing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from echoquad_train.intensity import vary
 from echoquad_train.recipe import Recipe
 
 __all__ = ["augment", "erase", "sample_warp"]
@@ -45,7 +46,8 @@ def augment(quadrants: Tensor, recipe: Recipe, generator: torch.Generator) -> Te
     warp = sample_warp(len(quadrants), recipe, generator).to(quadrants.device)
     grid = F.affine_grid(warp, list(quadrants.shape), align_corners=False)
     warped = F.grid_sample(quadrants.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return erase(warped, recipe.erase, 255.0 * recipe.mean, generator)
+    varied = vary(warped, recipe, generator)
+    return erase(varied, recipe.erase, 255.0 * recipe.mean, generator)
 
 
 def sample_warp(count: int, recipe: Recipe, generator: torch.Generator) -> Tensor:

@@ -76,6 +76,11 @@ class Recipe:
     zoom: tuple[float, float] = (0.95, 1.05)
     shear: float = 5.0  # degrees, either way
     erase: float = 0.5  # probability
+    gamma: float = 0.0  # of the grey map, as an exponent of e, either way; see echoquad_train.intensity
+    gain: float = 0.0  # likewise a factor
+    attenuation: float = 0.0  # likewise a factor at the bottom, its inverse at the top
+    shadow: float = 0.0  # probability
+    speckle: float = 0.0  # of the grey level, at most
 
     # Distillation, with `--teacher` alone; without one these do nothing. See echoquad_train.distill
     distill_weight: float = 0.7  # the teacher's share of the loss, 0 to 1; the labels have the rest
@@ -97,7 +102,7 @@ class Recipe:
         for name in ("lr", "warmup_lr", "layer3_lr", "distill_temperature"):
             self._require(getattr(self, name) > 0, name, "a positive number")
         self._require(0 < self.plateau_factor < 1, "plateau_factor", "a fraction above 0, below 1")
-        for name in ("flip", "erase"):
+        for name in ("flip", "erase", "shadow"):
             self._require(0 <= getattr(self, name) <= 1, name, "a probability from 0 to 1")
         for name in ("dropout", "label_smoothing"):
             self._require(0 <= getattr(self, name) < 1, name, "a fraction from 0 to below 1")
@@ -105,7 +110,7 @@ class Recipe:
             low, high = getattr(self, name)
             self._require(0 < low <= high, name, "two positive numbers, the lower first")
         self._require(self.crop_scale[1] <= 1, "crop_scale", "fractions of the area, at most 1")
-        for name in ("weight_decay", "rotate", "translate", "shear"):
+        for name in ("weight_decay", "rotate", "translate", "shear", "gamma", "gain", "attenuation", "speckle"):
             self._require(getattr(self, name) >= 0, name, "0 or more")
         self._require(self.shear < 90, "shear", "degrees below 90")
         try:
