@@ -29,7 +29,7 @@ from echoquad_runtime.bundle import (
     model_file,
 )
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.onnx_scan import CONTRACT_HASH_KEY
+from echoquad_runtime.onnx_scan import CAM, CONTRACT_HASH_KEY
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
 from echoquad_runtime.session import CONTRACT_KEY, INPUT, OUTPUTS
 
@@ -125,8 +125,9 @@ def tiny_graph(
     input_shape: Sequence[int | str] | None = None,
     output_names: Sequence[str] = OUTPUTS,
     logit_scale: float = 1.0,
+    cam: bool = False,
 ) -> bytes:
-    """Build the network as the bytes of an ONNX file.
+    """Build the network as the bytes of an ONNX file; with class activation maps where `cam`.
 
     `carried` is the contract's JSON in its metadata ("" is none; None is the right one); the other options make
     graphs that a session must refuse, and `logit_scale` one that computes something else (NaN among the choices).
@@ -169,6 +170,10 @@ def tiny_graph(
             constant("temperature", contract.temperature),
         ],
     )
+    if cam:
+        graph.initializer.append(constant("cam.weight", (weights.matrix * logit_scale)[:, :, None, None]))
+        graph.node.insert(6, helper.make_node("Conv", ["rectified", "cam.weight"], [CAM]))
+        graph.output.append(helper.make_tensor_value_info(CAM, kinds.FLOAT, ["N", count, size - 2, size - 2]))
     opset = helper.make_opsetid("", 18)
     model = helper.make_model(graph, opset_imports=[opset], ir_version=10, producer_name="echoquad-tests")
     text = contract.to_json() if carried is None else carried

@@ -77,6 +77,10 @@ def predict(
         Path | None,
         Option("--overlay", metavar="DIR", help="Also draw each frame with its four decisions."),
     ] = None,
+    cam: Annotated[
+        bool,
+        Option("--cam", help="Colour the overlays by class activation maps: where the evidence lies, and for what."),
+    ] = False,
     device: TunedDevice = None,
     precision: Precision = None,
     batch_size: TunedBatchSize = None,
@@ -116,6 +120,7 @@ def predict(
 
     on_ray = engine is EngineName.ray
     _check_address(ray_address, on_ray=on_ray)
+    _check_cam(cam, overlay, on_ray=on_ray)
     if out is not None:
         check_ending(out)
     if resume:
@@ -144,7 +149,7 @@ def predict(
             predictor = (
                 _on_ray(opened, settings, rule, ray_address, public_key)
                 if on_ray
-                else _here(opened, settings, rule, many=not frames.ended, cuda_graphs=cuda_graphs)
+                else _here(opened, settings, rule, many=not frames.ended, cuda_graphs=cuda_graphs, cam=cam)
             )
             if settings.note:
                 note(settings.note)
@@ -190,7 +195,18 @@ def _check_address(address: str | None, *, on_ray: bool) -> None:
         raise UsageError("--ray-address is given without --engine ray; give both, or neither")
 
 
-def _here(opened: Bundle, settings: Settings, method: VoteMethod | None, *, many: bool, cuda_graphs: bool) -> Predictor:
+def _check_cam(wanted: bool, overlay: Path | None, *, on_ray: bool) -> None:
+    from echoquad_runtime.errors import UsageError
+
+    if wanted and overlay is None:
+        raise UsageError("--cam is given without --overlay DIR; name the folder for the pictures")
+    if wanted and on_ray:
+        raise UsageError("--cam with --engine ray: maps are not sent between machines; leave out one of the two")
+
+
+def _here(
+    opened: Bundle, settings: Settings, method: VoteMethod | None, *, many: bool, cuda_graphs: bool, cam: bool
+) -> Predictor:
     from echoquad_runtime.predictor import Predictor
 
     return Predictor(
@@ -203,6 +219,7 @@ def _here(opened: Bundle, settings: Settings, method: VoteMethod | None, *, many
         method=method,
         batch_size=settings.batch_size,
         many=many,
+        cam=cam,
         warm=False,  # the first frame is waited for: an inference before it would only make it late
     )
 

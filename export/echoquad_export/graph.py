@@ -12,6 +12,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from echoquad_export.cam import add_cam
 from echoquad_export.fold import fold_first_convolution
 from echoquad_runtime._version import __version__
 from echoquad_runtime.contract import Contract
@@ -83,6 +84,7 @@ def build_graph(model: QuadrantClassifier, contract: Contract) -> bytes:
         exporter_log.setLevel(level)
     assert program is not None
     proto = program.model_proto
+    add_cam(proto.graph)
     _clean(proto)
     proto.ir_version = IR_VERSION
     proto.producer_name, proto.producer_version = "echoquad", __version__

@@ -1,7 +1,7 @@
 """Half precision: float16 weights and activations, for GPUs, which have units of their own for it.
 
-Grey levels are still normalised in float32, and the last linear layer and the softmax still computed in it: they cost
-nothing, and it is there that decisions are close.
+Grey levels are still normalised in float32, and all from the last pooling on is still computed in it: it costs nothing,
+and it is there that decisions are close.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from echoquad_export.cam import last_pooling
 from echoquad_export.graph import replace_nodes
 
 __all__ = ["to_half"]
@@ -37,8 +38,12 @@ def to_half(graph: bytes) -> bytes:
     model = onnx.load_from_string(graph)
     nodes = list(model.graph.node)
     kinds = [node.op_type for node in nodes]
-    begin, end = kinds.index("Conv"), kinds.index(_SINGLE)
+    pooling = last_pooling(model.graph)
+    begin, end = kinds.index("Conv"), nodes.index(pooling) if pooling else len(kinds) - 1 - kinds[::-1].index(_SINGLE)
     constants = {item.name: item for item in model.graph.initializer}
+    # Sizes are computed too, in a transformer: they are integers and stay so.
+    known = onnx.shape_inference.infer_shapes(model).graph.value_info
+    floats = {item.name for item in known if item.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
     halved: set[str] = set()  # tensors that are float16 now
     half_constants: set[str] = set()
     written: list[onnx.NodeProto] = []
@@ -59,12 +64,12 @@ def to_half(graph: bytes) -> bytes:
                 if inside and constants[name].data_type == onnx.TensorProto.FLOAT:
                     half_constants.add(name)
                     node.input[position] = f"{name}.half"
-            elif inside and name not in halved:
+            elif inside and name in floats and name not in halved:
                 node.input[position] = cast(name, onnx.TensorProto.FLOAT16)
             elif not inside and name in halved:
                 node.input[position] = cast(name, onnx.TensorProto.FLOAT)
         if inside:
-            halved.update(node.output)
+            halved.update(floats.intersection(node.output))
         written.append(node)
 
     for name in sorted(half_constants):

@@ -20,13 +20,15 @@ import onnx
 from onnx import helper, numpy_helper
 
 from echoquad_export.calibrate import Ranges
+from echoquad_export.cam import last_pooling
 from echoquad_export.stem import integer_stem
 from echoquad_runtime.contract import Contract
+from echoquad_runtime.onnx_scan import CAM
 
 __all__ = ["float_tensors", "layers", "prepare", "quantize"]
 
 COMPUTED: Final = ("Conv", "Add", "Mul", "GlobalAveragePool", "Sigmoid")
-"""Operators that onnxruntime has integer kernels for. The last linear layer stays float: it costs next to nothing."""
+"""Operators that onnxruntime has integer kernels for. From the last pooling on all stays float: it costs nothing."""
 
 MOVED: Final = ("MaxPool", "Transpose", "Reshape")
 """Operators that choose among values or move them: they act on the integers as they are."""
@@ -58,10 +60,10 @@ def prepare(graph: bytes, contract: Contract, *, regroup: bool = True) -> onnx.M
 
 def layers(model: onnx.ModelProto) -> list[tuple[str, ...]]:
     """Give the names of the nodes that can be quantised, a layer at a time: a convolution and what follows it."""
-    constants = _constants(model)
+    computed = _computed(model, _constants(model), ())
     found: list[list[str]] = []
     for node in model.graph.node:
-        if _is_computed(node, constants):
+        if node.name in computed:
             if node.op_type == "Conv" or not found:
                 found.append([])
             found[-1].append(node.name)
@@ -207,7 +209,9 @@ def _is_computed(node: onnx.NodeProto, constants: Constants) -> bool:
 
 
 def _computed(model: onnx.ModelProto, constants: Constants, keep_float: Collection[str]) -> set[str]:
-    return {node.name for node in model.graph.node if _is_computed(node, constants)} - set(keep_float)
+    pooling = last_pooling(model.graph)
+    kept = {pooling.name, *(node.name for node in model.graph.node if CAM in node.output)} if pooling else set()
+    return {node.name for node in model.graph.node if _is_computed(node, constants)} - set(keep_float) - kept
 
 
 def _quantized_tensors(model: onnx.ModelProto, constants: Constants, computed: Collection[str]) -> dict[str, str]:

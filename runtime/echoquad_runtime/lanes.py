@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.onnx_scan import INPUT, OUTPUTS
+from echoquad_runtime.onnx_scan import CAM, INPUT, OUTPUTS
 from echoquad_runtime.providers import CUDA_PROVIDER
 from echoquad_runtime.wheels import load_onnxruntime
 
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["BoundLane", "Floats", "Lane", "PlainLane", "buckets", "replay"]
+__all__ = ["BoundLane", "Floats", "Lane", "PlainLane", "buckets", "frames_maps", "replay"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -42,13 +42,21 @@ class Lane(Protocol):
     ----------
     quadrants
         uint8 [B, 4, 1, S, S] to write into, grey levels 0 to 255.
+    maps
+        float32 [B * 4, C, h, w], class activation maps of the last run's quadrants; None where none are asked for.
     """
 
     quadrants: npt.NDArray[np.uint8]
+    maps: Floats | None
 
     def run(self, frames: int) -> tuple[Floats, Floats]:
         """Give logits and probabilities, float32 [frames * 4, C], of the first frames; good until the next run."""
         ...
+
+
+def frames_maps(maps: Floats, frames: int) -> Floats:
+    """Copy a lane's maps of its first frames, float32 [frames, 4, C, h, w]: the lane's own are of its last run."""
+    return maps[: frames * 4].reshape(frames, 4, *maps.shape[1:]).copy()
 
 
 class PlainLane:
@@ -59,6 +67,7 @@ class PlainLane:
     ) -> None:
         size = contract.input_size
         self.quadrants = np.zeros((frames, 4, 1, size, size), np.uint8)
+        self.maps: Floats | None = None
         self._infer = infer
 
     def run(self, frames: int) -> tuple[Floats, Floats]:
@@ -86,6 +95,8 @@ class BoundLane:
     cuda_graphs
         Whether the session captures CUDA graphs: they want memory of the device, at one address for good. Such a
         session has one lane.
+    cam
+        Height and width of the class activation maps to be given; None for none.
 
     Raises
     ------
@@ -102,13 +113,17 @@ class BoundLane:
         fault: Callable[[int, Exception], Exception],
         provider: str,
         cuda_graphs: bool = False,
+        cam: tuple[int, int] | None = None,
     ) -> None:
         ort = load_onnxruntime()
         size, classes = contract.input_size, len(contract.classes)
         pinned = _pinned_memory(ort) if provider == CUDA_PROVIDER else None
         made = [_array((frames, 4, 1, size, size), np.uint8, ort, pinned)]
         made += [_array((frames * 4, classes), np.float32, ort, pinned) for _ in OUTPUTS]
+        if cam is not None:
+            made.append(_array((frames * 4, classes, *cam), np.float32, ort, pinned))
         (self.quadrants, *answers), self._owners = zip(*made, strict=True)
+        self.maps = answers[-1] if cam is not None else None
         self._session, self._answers, self._fault = session, answers, fault
         self._buckets = buckets(frames)
         self._runs: dict[int, _Bound] = {}
@@ -123,12 +138,12 @@ class BoundLane:
             self._runs[bucket].run(self._session)
         except Exception as error:  # also an answer of another shape or type than is bound
             raise self._fault(4 * bucket, error) from error
-        logits, probabilities = self._answers
+        logits, probabilities = self._answers[:2]
         return logits[: frames * 4], probabilities[: frames * 4]
 
 
 class _Bound:
-    """One bucket's binding, over views of the lane's arrays: [input, logits, probabilities]."""
+    """One bucket's binding, over views of the lane's arrays: [input, logits, probabilities], and the maps if any."""
 
     def __init__(
         self,
@@ -145,7 +160,7 @@ class _Bound:
             values = self._device = [ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0) for array in host]
             self._options = replay(ort, graph + 1)
         self._binding.bind_ortvalue_input(INPUT, values[0])
-        for name, value in zip(OUTPUTS, values[1:], strict=True):
+        for name, value in zip((*OUTPUTS, CAM), values[1:], strict=False):
             self._binding.bind_ortvalue_output(name, value)
 
     def run(self, session: onnxruntime.InferenceSession) -> None:

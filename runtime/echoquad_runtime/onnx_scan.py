@@ -15,6 +15,7 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import BundleError, ContractError
 
 __all__ = [
+    "CAM",
     "CONTRACT_HASH_KEY",
     "CONTRACT_KEY",
     "INPUT",
@@ -24,6 +25,7 @@ __all__ = [
     "Graph",
     "Port",
     "Tensor",
+    "cam_sides",
     "check_graph",
     "list_tensors",
     "scan_graph",
@@ -31,6 +33,9 @@ __all__ = [
 
 INPUT: Final = "quadrants"
 OUTPUTS: Final = ("logits", "probabilities")
+CAM: Final = "cam"
+"""A further output, float32 [N, C, h, w], of graphs whose network ends in a mean over its feature map and one linear
+layer: a map for each class, whose mean plus the layer's bias is its logit."""
 CONTRACT_KEY: Final = "echoquad.contract"
 CONTRACT_HASH_KEY: Final = "echoquad.contract_sha256"
 
@@ -39,6 +44,7 @@ MAX_OPSET: Final = 18
 """The newest that this release writes. Beyond them a field or an operator can mean what is not known here."""
 
 _ONNX_DOMAINS: Final = ("", "ai.onnx")  # two names of the same
+MAX_CAM_SIDE: Final = 512  # a quarter of the largest input
 _MAX_FIELDS: Final = 1_000_000  # a ResNet-18 has 3000; what is above would only take time
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
 _ELEMENTS: Final = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16"}
@@ -84,8 +90,8 @@ class Graph:
     outputs: list[Port] = field(default_factory=list)
 
 
-def check_graph(model: bytes, contract: Contract, what: str) -> None:
-    """Refuse a graph that is not the contract's, or not of the kind that EchoQuad writes.
+def check_graph(model: bytes, contract: Contract, what: str) -> Graph:
+    """Read what a graph says of itself; refuse one that is not the contract's, or not of the kind that EchoQuad writes.
 
     Parameters
     ----------
@@ -116,8 +122,37 @@ def check_graph(model: bytes, contract: Contract, what: str) -> None:
         *(Port(name, "float32", ("N", classes)) for name in OUTPUTS),
     ]
     found_ports = [*graph.inputs, *graph.outputs]
+    if found_ports[len(expected) :] and _is_cam(found_ports[-1], classes):
+        expected.append(found_ports[-1])
     if found_ports != expected:
         raise BundleError(f"{what} takes and gives {_show(found_ports)}; expected {_show(expected)}; export it again")
+    return graph
+
+
+def cam_sides(graph: Graph, what: str) -> tuple[int, int]:
+    """Give height and width of a checked graph's class activation maps.
+
+    Raises
+    ------
+    BundleError
+        If it has none.
+    """
+    for port in graph.outputs:
+        if port.name == CAM:
+            height, width = port.shape[2:]
+            return int(height), int(width)
+    raise BundleError(
+        f"{what} gives no class activation maps: its network does not end in a mean and one linear layer, or it was "
+        "exported by an earlier release; leave out --cam, or export a single network such as resnet18 again"
+    )
+
+
+def _is_cam(port: Port, classes: int) -> bool:
+    name, elements, shape = port
+    sides = shape[2:]
+    return (name, elements, shape[:2]) == (CAM, "float32", ("N", classes)) and (
+        len(sides) == 2 and all(isinstance(side, int) and 0 < side <= MAX_CAM_SIDE for side in sides)
+    )
 
 
 def _check_contract(metadata: dict[str, str], contract: Contract, what: str) -> None:

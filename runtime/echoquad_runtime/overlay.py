@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from echoquad_runtime.contract import QUADRANTS, Contract
 from echoquad_runtime.files import make_folder, write_atomically
 from echoquad_runtime.frames import decode_image, over_black, read_bytes, to_grey
+from echoquad_runtime.heat import lay_heat
 from echoquad_runtime.inputs import OVERLAY_ENDING
 from echoquad_runtime.predictor import Prediction
 from echoquad_runtime.quadrants import quadrant_boxes
@@ -52,13 +53,17 @@ def draw_overlay(image: Image.Image, prediction: Prediction, contract: Contract)
     Returns
     -------
     RGB image
-        The frame, enlarged by a whole factor where it is small, below a band with the decision.
+        The frame, enlarged by a whole factor where it is small, below a band with the decision; under the colours of
+        its class activation maps where the prediction has them.
     """
     deep = image.mode.startswith("I") or image.mode == "F"
     frame = (Image.fromarray(to_grey(image)) if deep else over_black(image)).convert("RGB")
     factor = _enlargement(*frame.size)
-    boxes = quadrant_boxes(*frame.size, contract.keep)
+    whole = quadrant_boxes(*frame.size, contract.keep)
     frame = frame.resize((frame.width * factor, frame.height * factor), Image.Resampling.NEAREST)
+    boxes = [(left * factor, top * factor, end * factor, bottom * factor) for left, top, end, bottom in whole]
+    if prediction.cam is not None:
+        frame = lay_heat(frame, prediction.cam, boxes, [_colour(name, contract) for name in contract.classes])
 
     text_size = max(15, round(min(frame.size) / 26))
     text, small, title = (_font(text_size * scale) for scale in (1.0, 0.8, 1.45))
@@ -78,12 +83,17 @@ def draw_overlay(image: Image.Image, prediction: Prediction, contract: Contract)
     else:
         headline = _fit(draw, prediction.label, title, room, f"  mean {shown:.2f}")
     draw.text((pad, pad), headline, fill=colour, font=title)
-    detail = _fit(draw, "  ·  ".join([*_warning(prediction), _reason(prediction), prediction.file]), small, room)
+    detail = _fit(
+        draw,
+        "  ·  ".join([*_warning(prediction), _reason(prediction), *_legend(prediction), prediction.file]),
+        small,
+        room,
+    )
     draw.text((pad, pad + round(text_size * 1.9)), detail, fill=_INK, font=small)
 
     line = max(2, text_size // 7)
     for index, quadrant in enumerate(QUADRANTS):
-        left, top, end, bottom = (edge * factor for edge in boxes[index])
+        left, top, end, bottom = boxes[index]
         label = prediction.quadrant_labels[index]
         p = prediction.quadrant_probabilities[index][contract.classes.index(label)]
         colour = _colour(label, contract)
@@ -151,6 +161,10 @@ def _enlargement(width: int, height: int) -> int:
 def _warning(prediction: Prediction) -> list[str]:
     flags = ", ".join(flag for flag in prediction.flags if flag != "tie")  # which the reason has
     return [f"flagged {flags}"] if flags else []
+
+
+def _legend(prediction: Prediction) -> list[str]:
+    return [] if prediction.cam is None else ["colours: evidence"]
 
 
 def _reason(prediction: Prediction) -> str:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from echoquad_runtime.errors import FrameError, FrameReadError
 from echoquad_runtime.inputs import Failure
-from echoquad_runtime.lanes import Floats, Lane
+from echoquad_runtime.lanes import Floats, Lane, frames_maps
 
 __all__ = ["Flags", "Pipeline", "Source"]
 
@@ -76,7 +76,8 @@ class Pipeline(Generic[_Result]):
     open_lane
         Makes a worker's lane, in the worker's thread.
     judge
-        Makes results of sources, their flags, and their probabilities, float32 [N, 4, C]: one each, in order.
+        Makes results of sources, their flags, their probabilities, float32 [N, 4, C], and their class activation maps,
+        float32 [N, 4, C, h, w] or None: one each, in order.
     workers
         Threads.
     frames
@@ -90,7 +91,7 @@ class Pipeline(Generic[_Result]):
     def __init__(
         self,
         open_lane: Callable[[], Lane],
-        judge: Callable[[Sequence[Source], Sequence[Flags], Floats], Sequence[_Result | Failure]],
+        judge: Callable[[Sequence[Source], Sequence[Flags], Floats, Floats | None], Sequence[_Result | Failure]],
         *,
         workers: int,
         frames: int,
@@ -222,7 +223,8 @@ class Pipeline(Generic[_Result]):
         if loaded:
             with self._turn:
                 _, flat = lane.run(len(loaded))
-            judged = iter(self._judge(loaded, flags, flat.reshape(len(loaded), 4, -1)))
+            maps = None if lane.maps is None else frames_maps(lane.maps, len(loaded))
+            judged = iter(self._judge(loaded, flags, flat.reshape(len(loaded), 4, -1), maps))
             chunk.results = [next(judged) if result is None else result for result in results]
         else:
             chunk.results = [result for result in results if result is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from echoquad_runtime.devices import Device, available_cpus
 from echoquad_runtime.errors import ConfigError, FrameError
 from echoquad_runtime.frames import decode_checked, read_checked
 from echoquad_runtime.inputs import Failure, FrameFile, find_frames
-from echoquad_runtime.lanes import Floats, Lane
+from echoquad_runtime.lanes import Floats, Lane, frames_maps
 from echoquad_runtime.pipeline import Flags, Pipeline, Source
 from echoquad_runtime.quadrants import Grey, frame_quadrants
 from echoquad_runtime.sanity import flags_of
@@ -60,6 +60,9 @@ class Prediction:
         What a reader should know of this row: ``tie``.
     device, precision
         What really ran.
+    cam
+        float32 [4, C, h, w], class activation maps of LA, RA, LV, RV, where they were asked for: a map's mean and the
+        head's bias are the class's logit.
     """
 
     file: str
@@ -72,6 +75,7 @@ class Prediction:
     flags: tuple[str, ...]
     device: str
     precision: str
+    cam: Floats | None = field(default=None, compare=False, repr=False)
 
 
 class Predictor:
@@ -99,6 +103,8 @@ class Predictor:
         Whether to run the network once now, so that its first time does not fall into an exam.
     time_limit
         Seconds for reading and decoding one file; one that takes longer is a failure.
+    cam
+        Whether predictions shall carry class activation maps: of bundles whose graphs give them.
 
     Attributes
     ----------
@@ -136,6 +142,7 @@ class Predictor:
         many: bool = False,
         warm: bool = True,
         time_limit: float = TIME_LIMIT,
+        cam: bool = False,
     ) -> None:
         if isinstance(model, str | Path):
             model = Bundle(model, public_key=public_key)
@@ -146,7 +153,12 @@ class Predictor:
         if not time_limit > 0:
             raise ConfigError(f"time limit {time_limit:g} found; expected more than 0 seconds")
         self._bundle = model if isinstance(model, Bundle) else None
-        self._settings: dict[str, Any] = {"precision": precision, "spinning": spinning, "cuda_graphs": cuda_graphs}
+        self._settings: dict[str, Any] = {
+            "precision": precision,
+            "spinning": spinning,
+            "cuda_graphs": cuda_graphs,
+            "cam": cam,
+        }
         self._device: Device = device
         self._threads = threads or available_cpus()
         self._engines: dict[int, Engine] = {}
@@ -234,7 +246,8 @@ class Predictor:
             lane = self._single()
             flags = load(frame, lane.quadrants[0])  # type: ignore[arg-type]  # each its own kind
             _, flat = lane.run(1)
-            (result,) = self._judge([Source(name, partial(load, frame))], [flags], flat[None])  # type: ignore[arg-type]
+            maps = None if lane.maps is None else frames_maps(lane.maps, 1)
+            (result,) = self._judge([Source(name, partial(load, frame))], [flags], flat[None], maps)  # type: ignore[arg-type]
         if isinstance(result, Failure):
             raise result.error
         return result
@@ -309,7 +322,9 @@ class Predictor:
         # OpenVINO computes on all threads at once: one worker to wait for it, one to decode meanwhile.
         return min(2, self._threads) if engine.device == "openvino" else self._threads
 
-    def _judge(self, sources: Sequence[Source], flags: Sequence[Flags], answers: Floats) -> list[Prediction | Failure]:
+    def _judge(
+        self, sources: Sequence[Source], flags: Sequence[Flags], answers: Floats, maps: Floats | None = None
+    ) -> list[Prediction | Failure]:
         classes = self.contract.classes
         finite = np.asarray(np.isfinite(answers).all(axis=(1, 2)))
         decision = decide(np.where(finite[:, None, None], answers, 0), self.method, self.contract.vote_weights)
@@ -332,6 +347,7 @@ class Predictor:
                 flags=(*flags[index], TIE) if tied else flags[index],
                 device=self.engine.device,
                 precision=self.engine.precision,
+                cam=None if maps is None else maps[index],
             )
             results.append(_after(source, prediction))
         return results

@@ -12,7 +12,7 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices import Device, open_session
 from echoquad_runtime.errors import BundleError
 from echoquad_runtime.lanes import BoundLane, Floats, Lane, PlainLane, replay
-from echoquad_runtime.onnx_scan import CONTRACT_KEY, INPUT, OUTPUTS, check_graph
+from echoquad_runtime.onnx_scan import CONTRACT_KEY, INPUT, OUTPUTS, cam_sides, check_graph
 from echoquad_runtime.wheels import load_onnxruntime, one_line
 
 __all__ = ["CONTRACT_KEY", "INPUT", "OUTPUTS", "Engine", "Floats", "OnnxEngine", "infer_all", "open_lane"]
@@ -63,6 +63,8 @@ class OnnxEngine:
         Whether they wait for their part of an inference in a busy loop: quicker, and never between inferences.
     cuda_graphs
         Whether CUDA shall capture each bucket's kernels once and replay them; of no effect elsewhere.
+    cam
+        Whether lanes shall give class activation maps as well.
 
     Attributes
     ----------
@@ -79,7 +81,8 @@ class OnnxEngine:
     Raises
     ------
     BundleError
-        If the bundle lacks the precision, was changed, or its graph is not of the shape it must have.
+        If the bundle lacks the precision, was changed, its graph is not of the shape it must have, or has no maps
+        where they are asked for.
     DeviceUnavailableError
         If `device` is not there, or cannot compute this graph in this precision.
     UsageError
@@ -95,15 +98,20 @@ class OnnxEngine:
         threads: int | None = None,
         spinning: bool = True,
         cuda_graphs: bool = False,
+        cam: bool = False,
     ) -> None:
         self.contract = bundle.contract
         self.precision = bundle.choose_precision(precision)
         self.spinning = spinning
         self._what = f"{bundle.folder.as_posix()}: the {self.precision} graph"
 
+        self._cam: tuple[int, int] | None = None
+
         def read() -> bytes:
             model = bundle.read_model(self.precision)
-            check_graph(model, self.contract, self._what)
+            graph = check_graph(model, self.contract, self._what)
+            if cam:
+                self._cam = cam_sides(graph, self._what)
             return model
 
         opened = open_session(
@@ -139,6 +147,7 @@ class OnnxEngine:
                 fault=self._fault,
                 provider=self.provider,
                 cuda_graphs=self._cuda_graphs,
+                cam=self._cam,
             )
         except Exception as error:  # onnxruntime's share no base; among them, memory that does not suffice
             raise self._fault(4 * frames, error) from error

@@ -142,6 +142,35 @@ def test_precisions_and_classes_are_the_bundles_own(
     assert {row["method"] for row in table(classes.out)} == {"average"}
 
 
+def test_overlays_with_class_activation_maps(
+    make_tiny_bundle: Callable[..., Path], frames_folder: Path, echoquad: Callable[..., Any], tmp_path: Path
+) -> None:
+    bundle = make_tiny_bundle(tmp_path / "bundle", graph={"cam": True})
+    plain, coloured = tmp_path / "plain", tmp_path / "coloured"
+    first = echoquad("predict", bundle, frames_folder, "--overlay", plain)
+    second = echoquad("predict", bundle, frames_folder, "--overlay", coloured, "--cam")
+    assert first.out == second.out
+    for name in NAMES:
+        pictures = [np.asarray(Image.open(folder / f"{name}.overlay.png")).astype(int) for folder in (plain, coloured)]
+        assert pictures[0].shape == pictures[1].shape
+        below = [picture[picture.shape[0] // 2 :] for picture in pictures]
+        saturation = [float((part.max(axis=2) - part.min(axis=2)).mean()) for part in below]
+        assert saturation[1] > saturation[0] + 5
+
+
+def test_maps_that_cannot_be_are_refused_at_once(
+    tiny_bundle: Path, frames_folder: Path, echoquad: Callable[..., Any], tmp_path: Path
+) -> None:
+    ran = echoquad("predict", tiny_bundle, frames_folder, "--cam", code=2)
+    assert "--cam is given without --overlay DIR" in ran.err
+    ran = echoquad("predict", tiny_bundle, frames_folder, "--overlay", tmp_path / "o", "--cam", code=1)
+    assert "gives no class activation maps" in ran.err and not (tmp_path / "o").exists()
+    ran = echoquad(
+        "predict", tiny_bundle, frames_folder, "--overlay", tmp_path / "o", "--cam", "--engine", "ray", code=2
+    )
+    assert "--cam with --engine ray" in ran.err
+
+
 def test_overlays(tiny_bundle: Path, frames_folder: Path, echoquad: Callable[..., Any], tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     ran = echoquad("predict", tiny_bundle, frames_folder, "--overlay", pictures)

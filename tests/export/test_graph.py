@@ -52,7 +52,12 @@ def test_names_and_types(built: Built) -> None:
     (given,) = opened.get_inputs()
     assert (given.name, given.type, given.shape) == ("quadrants", "tensor(uint8)", ["N", 1, size, size])
     outputs = [(out.name, out.type, out.shape) for out in opened.get_outputs()]
-    assert outputs == [("logits", "tensor(float)", ["N", classes]), ("probabilities", "tensor(float)", ["N", classes])]
+    side = -(-size // 32)  # of the thin ResNet's last feature map
+    assert outputs == [
+        ("logits", "tensor(float)", ["N", classes]),
+        ("probabilities", "tensor(float)", ["N", classes]),
+        ("cam", "tensor(float)", ["N", classes, side, side]),
+    ]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 64])
@@ -61,7 +66,7 @@ def test_it_computes_what_the_training_code_computes(built: Built, count: int) -
     size = contract.input_size
     quadrants = np.random.default_rng(count).integers(0, 256, (count, 1, size, size), np.uint8)
     quadrants[0] = 255
-    logits, probabilities = session(data).run(None, {"quadrants": quadrants})
+    logits, probabilities, _ = session(data).run(None, {"quadrants": quadrants})
     expected = TorchEngine(model, contract).infer(quadrants)
     assert logits.dtype == probabilities.dtype == np.float32
     np.testing.assert_allclose(logits, expected[0], atol=2e-5)

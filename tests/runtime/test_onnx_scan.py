@@ -21,6 +21,7 @@ from echoquad_runtime.onnx_scan import (
     CONTRACT_KEY,
     MAX_IR_VERSION,
     MAX_OPSET,
+    cam_sides,
     check_graph,
     scan_graph,
 )
@@ -53,6 +54,28 @@ def refused(graph: bytes) -> str:
     assert "\n" not in text
     assert len(text) < 700
     return text
+
+
+def test_maps_are_a_further_output(make_tiny_graph: Callable[..., bytes], tiny: bytes) -> None:
+    graph = make_tiny_graph(CONTRACT, cam=True)
+    assert cam_sides(check_graph(graph, CONTRACT, "it"), "it") == (30, 30)
+    with pytest.raises(BundleError, match=r"it gives no class activation maps: .*; leave out --cam, or export"):
+        cam_sides(check_graph(tiny, CONTRACT, "it"), "it")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("cam", ["N", 3, 30, 30]), ("cam", ["N", 2, 30]), ("cam", ["N", 2, "H", "W"]), ("heat", ["N", 2, 30, 30]),
+     ("cam", ["N", 2, 30, 100_000]), ("cam", [1, 2, 30, 30])],
+)  # fmt: skip
+def test_other_further_outputs_are_refused(
+    make_tiny_graph: Callable[..., bytes], name: str, shape: list[int | str]
+) -> None:
+    def change(model: Any) -> None:
+        del model.graph.output[-1]
+        model.graph.output.append(helper.make_tensor_value_info(name, kinds.FLOAT, shape))
+
+    assert "takes and gives" in refused(changed(make_tiny_graph(CONTRACT, cam=True), change))
 
 
 def constant(*values: float) -> Any:

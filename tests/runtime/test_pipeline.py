@@ -24,7 +24,10 @@ def infer(quadrants: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return both, both
 
 
-def judge(sources: Sequence[Source], flags: Sequence[tuple[str, ...]], answers: np.ndarray) -> list[Any]:
+def judge(
+    sources: Sequence[Source], flags: Sequence[tuple[str, ...]], answers: np.ndarray, maps: np.ndarray | None
+) -> list[Any]:
+    assert maps is None  # none were asked for
     assert len(sources) == len(flags) == len(answers)
     return [(one.name, int(answer[0, 0]), flag) for one, flag, answer in zip(sources, flags, answers, strict=True)]
 
