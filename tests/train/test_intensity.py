@@ -70,12 +70,15 @@ def test_gamma_keeps_black_and_white():
 
 
 def test_attenuation_is_exponential_in_depth_and_neutral_in_the_middle():
-    logs = (vary_by(flat(size=33), attenuation=0.4)[:, 0, :, 0] / 100).log()
-    assert torch.allclose(logs[:, 16], torch.zeros(64), atol=1e-5)
-    steps = logs.diff(dim=1)
-    assert torch.allclose(steps, steps[:, :1].expand_as(steps), atol=1e-5)
-    assert (logs[:, -1] > 0).any()
-    assert (logs[:, -1] < 0).any()
+    logs = (vary_by(flat(size=33), attenuation=0.4)[:, 0] / 100).log()
+    assert torch.allclose(logs[:, 16, 16], torch.zeros(64), atol=1e-5)
+    downwards, sideways = logs.diff(dim=1), logs.diff(dim=2)
+    for steps in (downwards, sideways):
+        assert torch.allclose(steps, steps[:, :1, :1].expand_as(steps), atol=1e-5)
+        assert (steps[:, 0, 0] > 0).any()
+        assert (steps[:, 0, 0] < 0).any()
+    slopes = 16 * torch.hypot(downwards[:, 0, 0], sideways[:, 0, 0])
+    assert 0.3 < float(slopes.max()) <= 0.4 + 1e-5
 
 
 def test_a_shadow_is_a_band_and_comes_as_often_as_asked():
@@ -85,7 +88,7 @@ def test_a_shadow_is_a_band_and_comes_as_often_as_asked():
     assert dark.max() <= 1
     assert dark.min() >= 0.1 - 1e-6
     shares = (dark[hit] < 0.9).float().mean(dim=(1, 2, 3))
-    assert shares.max() < 0.5
+    assert shares.max() < 0.6
 
 
 def test_speckle_keeps_the_mean_and_has_grains():

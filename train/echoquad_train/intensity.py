@@ -6,8 +6,9 @@ with it. In the order of the list:
 ===============  =====================================================================================================
 ``gamma``        the grey map: ``g ** exp(u)``, u uniform within the strength either way, g in [0, 1]
 ``gain``         the receiver's: ``g * exp(u)``
-``attenuation``  depth: ``g * exp(u * y)``, y from -1 at the top to 1 at the bottom: a misset time gain compensation
-``shadow``       with this probability, a dark band from top to bottom, at any place and a slant, as behind a rib
+``attenuation``  depth: ``g * exp(u * d)``, d from -1 to 1 across the image in any direction: a misset time gain
+                 compensation; data sets are turned either way, so that depth is not always downwards
+``shadow``       with this probability, a dark band across the image, at any place and in any direction, as behind a rib
 ``speckle``      multiplicative normal noise, its grains two pixels wide: ``g * (1 + s n)``, s uniform up to this
 ===============  =====================================================================================================
 
@@ -15,6 +16,8 @@ Black stays black: outside the sector there is nothing to amplify, and the warp'
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +29,6 @@ __all__ = ["vary"]
 
 _WIDTH = (0.05, 0.25)  # of a shadow, its profile's standard deviation is this over sqrt(2); coordinates span 2
 _DEPTH = (0.3, 0.9)  # of the light that it takes at its middle
-_SLANT = (-0.5, 0.5)
 
 
 def vary(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
@@ -60,18 +62,23 @@ def vary(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
         nonlocal factor
         factor = by if factor is None else factor * by
 
-    y = torch.linspace(-1, 1, rows).view(1, 1, rows, 1)
-    x = torch.linspace(-1, 1, columns).view(1, 1, 1, columns)
+    def across() -> Tensor:
+        """Give coordinates along a direction, drawn for each image: 0 in its middle, 1 at the edge."""
+        angle = uniform(-math.pi, math.pi)
+        y = torch.linspace(-1, 1, rows).view(1, 1, rows, 1)
+        x = torch.linspace(-1, 1, columns).view(1, 1, 1, columns)
+        return x * angle.cos() + y * angle.sin()
+
     if recipe.gamma:
         images = 255 * (images / 255) ** torch.exp(uniform(-recipe.gamma, recipe.gamma)).to(where)
     if recipe.gain:
         multiply(torch.exp(uniform(-recipe.gain, recipe.gain)))
     if recipe.attenuation:
-        multiply(torch.exp(uniform(-recipe.attenuation, recipe.attenuation) * y))
+        multiply(torch.exp(uniform(0, recipe.attenuation) * across()))
     if recipe.shadow:
         chosen = (uniform(0, 1) < recipe.shadow).float()
-        centre, width, depth, slant = uniform(-1, 1), uniform(*_WIDTH), uniform(*_DEPTH), uniform(*_SLANT)
-        multiply(1 - chosen * depth * torch.exp(-(((x - centre - slant * y) / width) ** 2)))
+        centre, width, depth = uniform(-1, 1), uniform(*_WIDTH), uniform(*_DEPTH)
+        multiply(1 - chosen * depth * torch.exp(-(((across() - centre) / width) ** 2)))
     if recipe.speckle:
         grains = torch.randn(count, 1, (rows + 1) // 2, (columns + 1) // 2, generator=generator)
         noise = F.interpolate(grains.to(where), size=(rows, columns), mode="bilinear", align_corners=False)

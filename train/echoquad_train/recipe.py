@@ -78,7 +78,7 @@ class Recipe:
     erase: float = 0.5  # probability
     gamma: float = 0.0  # of the grey map, as an exponent of e, either way; see echoquad_train.intensity
     gain: float = 0.0  # likewise a factor
-    attenuation: float = 0.0  # likewise a factor at the bottom, its inverse at the top
+    attenuation: float = 0.0  # likewise a factor at one edge, its inverse at the other
     shadow: float = 0.0  # probability
     speckle: float = 0.0  # of the grey level, at most
 
