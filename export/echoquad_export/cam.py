@@ -10,14 +10,21 @@ The pooling and all behind it stay in float32 in every precision: they cost next
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from echoquad_runtime.onnx_scan import CAM, OUTPUTS
+from echoquad_export.calibrate import open_in_memory
+from echoquad_runtime.errors import ParityError
+from echoquad_runtime.onnx_scan import CAM, INPUT, OUTPUTS
 
-__all__ = ["add_cam", "last_pooling"]
+__all__ = ["CAM_TOLERANCE", "add_cam", "check_cam", "last_pooling"]
+
+CAM_TOLERANCE: Final = 1e-3
+"""Of a logit: float32's rounding over some thousand terms stays a hundred times below it."""
 
 _POOLINGS: Final = ("ReduceMean", "GlobalAveragePool", "AveragePool")
 _PASSED: Final = ("Flatten", "Reshape", "Squeeze", "Identity", "Dropout")
@@ -64,6 +71,44 @@ def add_cam(graph: onnx.GraphProto) -> bool:
     shape = [batch, len(kernel), *sides]
     graph.output.append(helper.make_tensor_value_info(CAM, onnx.TensorProto.FLOAT, shape))
     return True
+
+
+def check_cam(graph: bytes, quadrants: npt.NDArray[np.uint8]) -> dict[str, Any] | None:
+    """Hold a graph's maps against its logits.
+
+    Parameters
+    ----------
+    graph
+        The ONNX file, of any precision.
+    quadrants
+        uint8 [F, 4, S, S], real ones.
+
+    Returns
+    -------
+    dict or None
+        What the manifest says of the maps: their sides, and the largest difference between a map's mean plus the
+        head's bias and its logit. None where the graph gives none.
+
+    Raises
+    ------
+    ParityError
+        If that is above `CAM_TOLERANCE`: the maps would not show what decided.
+    """
+    model = onnx.load_from_string(graph)
+    if CAM not in [output.name for output in model.graph.output]:
+        return None
+    head = next(node for node in model.graph.node if OUTPUTS[0] in node.output)
+    bias = next(numpy_helper.to_array(item) for item in model.graph.initializer if item.name == head.input[2])
+    session, largest = open_in_memory(graph), 0.0
+    for frame in quadrants:
+        logits, maps = session.run([OUTPUTS[0], CAM], {INPUT: frame[:, None]})
+        largest = max(largest, float(np.abs(maps.mean(axis=(2, 3)) + bias - logits).max()))
+    if not largest <= CAM_TOLERANCE:
+        raise ParityError(
+            f"class activation maps: a map's mean plus the bias is up to {largest:.3g} from its logit; expected at most "
+            f"{CAM_TOLERANCE:g}; report this network and precision, and export another"
+        )
+    return {"sides": list(maps.shape[2:]), "max_abs_difference": largest}
 
 
 def _ends(graph: onnx.GraphProto) -> tuple[onnx.NodeProto, onnx.NodeProto] | None:

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from echoquad_export.calibrate import Ranges
-from echoquad_export.cam import add_cam, last_pooling
+from echoquad_export.cam import add_cam, check_cam, last_pooling
 from echoquad_export.graph import build_graph
 from echoquad_export.half import to_half
 from echoquad_export.quantize import float_tensors, prepare, quantize
 from echoquad_runtime.contract import Contract
+from echoquad_runtime.errors import ParityError
 from echoquad_runtime.predictor import Prediction, Predictor
 from echoquad_runtime.wheels import load_onnxruntime
 from echoquad_train.model import QuadrantClassifier
@@ -95,6 +96,22 @@ def test_the_predictor_gives_them_beside_the_same_decisions(
     assert len({one.cam.tobytes() for one in found}) == len(found)  # each its own, whoever used the lane after it
 
 
+def test_the_export_holds_maps_against_logits(thin_model: Callable[[Contract], QuadrantClassifier]) -> None:
+    single = build_graph(thin_model(CONTRACT), CONTRACT)
+    frames = noise(64, 16).reshape(4, 4, 64, 64)
+    for graph in (single, to_half(single), quantized(single)):
+        found = check_cam(graph, frames)
+        assert found is not None and found["sides"] == [2, 2] and 0 < found["max_abs_difference"] < 2e-5
+
+    def shifted(model: onnx.ModelProto) -> bytes:
+        weight = next(item for item in model.graph.initializer if item.name == "cam.weight")
+        weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * 1.1, "cam.weight"))
+        return model.SerializeToString()
+
+    with pytest.raises(ParityError, match=r"a map's mean plus the bias is up to .* from its logit; expected at most"):
+        check_cam(shifted(onnx.load_from_string(single)), frames)
+
+
 def test_a_head_of_two_layers_has_none(thin_model: Callable[[Contract], QuadrantClassifier]) -> None:
     model = thin_model(CONTRACT)
     layer = model.head[-1]
@@ -103,6 +120,7 @@ def test_a_head_of_two_layers_has_none(thin_model: Callable[[Contract], Quadrant
     graph = onnx.load_from_string(build_graph(model.eval(), CONTRACT))
     assert [output.name for output in graph.graph.output] == ["logits", "probabilities"]
     assert last_pooling(graph.graph) is None and not add_cam(graph.graph)
+    assert check_cam(graph.SerializeToString(), noise(64, 4).reshape(1, 4, 64, 64)) is None
 
 
 def test_only_a_pooling_over_the_whole_map_counts() -> None:
