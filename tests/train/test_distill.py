@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from echoquad_runtime.errors import ConfigError, DatasetError, EchoQuadError, RunError
-from echoquad_train import fit as fitting
+from echoquad_train import device as devices
+from echoquad_train import trainer
 from echoquad_train.augment import augment
 from echoquad_train.dataset import load_quadrants, read_split
 from echoquad_train.distill import Teacher, distillation_loss, load_teacher, teacher_quadrants
@@ -103,7 +104,7 @@ def test_the_teacher_is_shown_what_the_student_is(
     """Batch by batch: the same quadrants under the same draws, at the teacher's 16 pixels."""
     drawn: list[tuple[int, bytes]] = []
     judged: list[torch.Tensor] = []
-    real_augment, real_call = fitting.augment, Teacher.__call__
+    real_augment, real_call = trainer.augment, Teacher.__call__
 
     def watched(quadrants: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> torch.Tensor:
         drawn.append((quadrants.shape[-1], generator.get_state().numpy().tobytes()))
@@ -116,7 +117,7 @@ def test_the_teacher_is_shown_what_the_student_is(
         judged.append(view)
         return answers
 
-    monkeypatch.setattr(fitting, "augment", watched)
+    monkeypatch.setattr(trainer, "augment", watched)
     monkeypatch.setattr(Teacher, "__call__", asked)
     recipe = trained.recipe.replace(input_size=size, epochs=1)
     train(trained.data, tmp_path / "run", recipe, quiet(), teacher=trained.folder)
@@ -198,7 +199,7 @@ def test_the_teacher_computes_in_its_own_precision(
         dtypes.append(dtype)
         return real(self, view, dtype)
 
-    monkeypatch.setattr(fitting, "autocast_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr(devices, "autocast_dtype", lambda _: torch.bfloat16)
     monkeypatch.setattr(Teacher, "__call__", asked)
     recipe = trained.recipe.replace(epochs=1, mixed_precision=True)
     train(trained.data, tmp_path / "teacher", recipe.replace(input_size=teacher), quiet())

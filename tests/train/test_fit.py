@@ -16,15 +16,18 @@ import torch
 from echoquad_runtime.errors import ConfigError, ContractError, DatasetError, DeviceUnavailableError, RunError
 from echoquad_runtime.predictor import Predictor
 from echoquad_train import checkpoint, dataset, figures
+from echoquad_train import device as devices
 from echoquad_train import fit as fitting
 from echoquad_train.checkpoint import load_run
 from echoquad_train.dataset import QuadrantStore, read_split
+from echoquad_train.device import mixed_dtype
 from echoquad_train.engine import TorchEngine
 from echoquad_train.evaluate import evaluate
 from echoquad_train.fit import fit
 from echoquad_train.history import best_of
 from echoquad_train.recipe import Recipe
 from echoquad_train.record import versions
+from echoquad_train.sampling import class_weights, draw_batches, take
 
 MakeData = Callable[..., Path]
 
@@ -107,7 +110,7 @@ def test_an_earlier_best_is_kept(tmp_path: Path, flat_data: Path, tiny: Recipe, 
     """Whatever comes after: what best.safetensors holds was the model at the end of the epoch that run.json names."""
     kept = {}
     accuracies = iter([0.5, 0.75, 0.75, 0.6])
-    validate, save = fitting._validate, checkpoint.save_last
+    validate, save = fitting.validate, checkpoint.save_last
 
     def scripted(*arguments: Any) -> dict[str, float]:
         return {**validate(*arguments), "validation_frame_accuracy": next(accuracies), "validation_loss": 0.5}
@@ -117,7 +120,7 @@ def test_an_earlier_best_is_kept(tmp_path: Path, flat_data: Path, tiny: Recipe, 
         save(folder, state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "_validate", scripted)
+        patch.setattr(fitting, "validate", scripted)
         patch.setattr(checkpoint, "save_last", keep)
         fitted = train(flat_data, tmp_path / "run", tiny.replace(epochs=4), quiet())
     assert fitted.best.epoch == 2
@@ -223,10 +226,10 @@ def test_it_stops_when_patience_is_over(tmp_path: Path, flat_data: Path, quiet: 
 
 def test_class_weights_have_the_mean_one() -> None:
     labels = np.repeat([0, 1, 2], [10, 30, 60])
-    weights = fitting._class_weights(labels, 3)
+    weights = class_weights(labels, 3)
     assert weights.dtype == torch.float32 and float(weights.mean()) == pytest.approx(1)
     assert weights[0] / weights[1] == pytest.approx(3) and weights[1] / weights[2] == pytest.approx(2)
-    np.testing.assert_allclose(fitting._class_weights(np.repeat([0, 1], [5, 5]), 2), 1)
+    np.testing.assert_allclose(class_weights(np.repeat([0, 1], [5, 5]), 2), 1)
 
 
 def store(*counts: int) -> QuadrantStore:
@@ -236,7 +239,7 @@ def store(*counts: int) -> QuadrantStore:
 
 def test_the_balanced_sampler_draws_classes_alike() -> None:
     unequal = store(20, 100, 380)
-    batches = list(fitting._batches(unequal, Recipe(batch_size=32), torch.Generator().manual_seed(0)))
+    batches = list(draw_batches(unequal, Recipe(batch_size=32), torch.Generator().manual_seed(0)))
     assert [len(batch) for batch in batches] == [32] * 62 + [16]
     drawn = Counter(unequal.labels[np.concatenate(batches) // 4].tolist())
     assert all(abs(drawn[label] - 2000 / 3) < 80 for label in range(3))  # some four standard deviations
@@ -246,7 +249,7 @@ def test_the_balanced_sampler_draws_classes_alike() -> None:
 
 def test_without_it_every_quadrant_is_drawn_once() -> None:
     recipe = Recipe(balanced_sampler=False, batch_size=32)
-    batches = list(fitting._batches(store(5, 12), recipe, torch.Generator().manual_seed(0)))
+    batches = list(draw_batches(store(5, 12), recipe, torch.Generator().manual_seed(0)))
     assert [len(batch) for batch in batches] == [32, 32, 4]
     order = np.concatenate(batches).tolist()
     assert sorted(order) == list(range(68)) and order != sorted(order)
@@ -254,14 +257,14 @@ def test_without_it_every_quadrant_is_drawn_once() -> None:
 
 def test_a_last_batch_of_one_is_left_out() -> None:
     recipe = Recipe(balanced_sampler=False, batch_size=3)
-    batches = list(fitting._batches(store(2, 2), recipe, torch.Generator()))
+    batches = list(draw_batches(store(2, 2), recipe, torch.Generator()))
     assert [len(batch) for batch in batches] == [3] * 5  # 16 = 5 x 3 + 1
 
 
 def test_a_batch_is_its_quadrants() -> None:
     frames = store(2, 3)
     frames.quadrants[...] = np.arange(20).reshape(5, 4, 1, 1)
-    quadrants, labels = fitting._take(frames, np.array([0, 7, 19, 8]), torch.device("cpu"))
+    quadrants, labels = take(frames, np.array([0, 7, 19, 8]), torch.device("cpu"))
     assert quadrants.shape == (4, 1, 8, 8) and quadrants.dtype == torch.uint8
     assert quadrants[:, 0, 0, 0].tolist() == [0, 7, 19, 8] and labels.tolist() == [0, 0, 1, 1]
     quadrants.zero_()
@@ -368,7 +371,7 @@ def test_mixed_precision(
     dtype: Any,
     name: str,
 ) -> None:
-    monkeypatch.setattr(fitting, "autocast_dtype", lambda _: dtype)
+    monkeypatch.setattr(devices, "autocast_dtype", lambda _: dtype)
     reporter = quiet()
     fitted = train(
         flat_data, tmp_path / "run", tiny.replace(mixed_precision=True, input_size=24, lr=5e-3, epochs=4), reporter
@@ -384,7 +387,7 @@ def test_a_small_input_is_trained_in_float32(
     tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """See SMALLEST_MIXED: what a bfloat16 gradient would hold there changes from run to run."""
-    monkeypatch.setattr(fitting, "autocast_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr(devices, "autocast_dtype", lambda _: torch.bfloat16)
     for size, precision in ((16, "fp32"), (17, "bf16")):
         reporter = quiet()
         recipe = tiny.replace(mixed_precision=True, input_size=size, epochs=1)
@@ -394,16 +397,16 @@ def test_a_small_input_is_trained_in_float32(
 
 def test_depthwise_convolutions_stay_in_float32_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """There, bfloat16 takes them longer; see Backbone.mixed_on_cpu."""
-    monkeypatch.setattr(fitting, "autocast_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr(devices, "autocast_dtype", lambda _: torch.bfloat16)
     found = {
-        (name, device): fitting._mixed_dtype(Recipe(), name, 64, torch.device(device))
+        (name, device): mixed_dtype(Recipe(), name, 64, torch.device(device))
         for name in ("resnet18", "mobilenet_v3_small", "efficientnet_b0")
         for device in ("cpu", "cuda")
     }
     slower = {("mobilenet_v3_small", "cpu"), ("efficientnet_b0", "cpu")}
     assert found == {key: None if key in slower else torch.bfloat16 for key in found}
     never = Recipe(mixed_precision=False)
-    assert fitting._mixed_dtype(never, "mobilenet_v3_small", 64, torch.device("cuda")) is None
+    assert mixed_dtype(never, "mobilenet_v3_small", 64, torch.device("cuda")) is None
 
 
 def test_figures_are_drawn_of_every_epoch(trained: Any) -> None:

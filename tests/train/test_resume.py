@@ -20,7 +20,7 @@ import torch
 
 from echoquad_runtime.errors import RunError
 from echoquad_train import checkpoint, record
-from echoquad_train import fit as fitting
+from echoquad_train import device as devices
 from echoquad_train.fit import fit
 from echoquad_train.recipe import Recipe
 
@@ -157,7 +157,7 @@ def test_killed_again_and_again_in_the_middle_of_epochs(
 ) -> None:
     folder, recipe = tmp_path / "run", RECIPES[name]
     if name == "float16":
-        monkeypatch.setattr(fitting, "autocast_dtype", half)
+        monkeypatch.setattr(devices, "autocast_dtype", half)
 
     def at_decoding(split: str, done: int) -> None:
         if split == "validation":
@@ -237,10 +237,10 @@ def test_a_run_in_float32_may_go_on_in_float16(
         if epoch == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(fitting, "autocast_dtype", lambda _: None)
+    monkeypatch.setattr(devices, "autocast_dtype", lambda _: None)
     with pytest.raises(KeyboardInterrupt):
         fit(trained.data, tmp_path / "run", recipe, device="cpu", resume=False, reporter=quiet(at_batch=at_batch))
-    monkeypatch.setattr(fitting, "autocast_dtype", half)
+    monkeypatch.setattr(devices, "autocast_dtype", half)
     fit(trained.data, tmp_path / "run", recipe, device="cpu", resume=True, reporter=quiet())
     assert result(tmp_path / "run").info["precision"] == "fp16"
 

@@ -8,10 +8,16 @@ from typing import Literal
 import torch
 
 from echoquad_runtime.errors import DeviceUnavailableError
+from echoquad_train.backbones import BACKBONES
+from echoquad_train.recipe import Recipe
 
-__all__ = ["Device", "autocast_dtype", "choose_device", "make_deterministic"]
+__all__ = ["Device", "autocast_dtype", "choose_device", "make_deterministic", "mixed_dtype"]
 
 Device = Literal["auto", "cpu", "cuda"]
+
+SMALLEST_MIXED = 17
+"""Input size from which mixed precision is used. Below it layer4 begins on a 1x1 map, and oneDNN (torch 2.14, bfloat16)
+leaves whatever was in memory as the gradient of weights that see nothing but padding."""
 
 
 def choose_device(device: Device) -> torch.device:
@@ -41,6 +47,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else None
+
+
+def mixed_dtype(recipe: Recipe, backbone: str, size: int, where: torch.device) -> torch.dtype | None:
+    """Choose a network's type of mixed precision; None where it is not wanted, not had, or of no use."""
+    slower = where.type == "cpu" and not BACKBONES[backbone].mixed_on_cpu
+    return autocast_dtype(where) if recipe.mixed_precision and size >= SMALLEST_MIXED and not slower else None
 
 
 def make_deterministic(device: torch.device) -> None:

@@ -1,0 +1,50 @@
+"""Sampling: which quadrants make up a batch, what they count, and the seeds of an epoch's draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from echoquad_train.dataset import QuadrantStore
+from echoquad_train.recipe import Recipe
+
+__all__ = ["class_weights", "draw_batches", "seed_of", "take"]
+
+
+def draw_batches(store: QuadrantStore, recipe: Recipe, generator: torch.Generator) -> Iterator[npt.NDArray[np.int64]]:
+    """Draw an epoch's quadrants, as indices into [F * 4], a batch at a time."""
+    count = 4 * len(store.labels)
+    if recipe.balanced_sampler:
+        per_class = np.bincount(store.labels)
+        weights = torch.from_numpy(np.repeat(1.0 / per_class[store.labels], 4))
+        order = torch.multinomial(weights, count, replacement=True, generator=generator)
+    else:
+        order = torch.randperm(count, generator=generator)
+    for start in range(0, count, recipe.batch_size):
+        chosen = order[start : start + recipe.batch_size].numpy()
+        if len(chosen) > 1:  # batch normalisation cannot be computed over one sample of a 1x1 map
+            yield chosen
+
+
+def take(store: QuadrantStore, chosen: npt.NDArray[np.int64], where: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give a batch on the device: its quadrants, uint8 [B, 1, S, S], and their labels, int64 [B]."""
+    frames, corners = chosen // 4, chosen % 4
+    quadrants = torch.from_numpy(store.quadrants[frames, corners][:, None])
+    labels = torch.from_numpy(store.labels[frames])
+    if where.type == "cuda":
+        return quadrants.pin_memory().to(where, non_blocking=True), labels.to(where)
+    return quadrants, labels
+
+
+def class_weights(labels: npt.NDArray[np.int64], classes: int) -> torch.Tensor:
+    """Weigh each class by 1 / its count, with the mean 1."""
+    weights = 1.0 / np.bincount(labels, minlength=classes)
+    return torch.from_numpy(weights / weights.mean()).float()
+
+
+def seed_of(seed: int, epoch: int, stream: int) -> int:
+    """Give the seed of one of an epoch's streams of draws."""
+    return int(np.random.SeedSequence([seed, epoch, stream]).generate_state(1, np.uint64)[0] >> 1)
