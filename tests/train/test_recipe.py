@@ -63,7 +63,7 @@ def refusal(error: pytest.ExceptionInfo[ConfigError]) -> str:
     return message
 
 
-NOT_IN_IT = {"gamma": 0.0, "gain": 0.0, "attenuation": 0.0, "shadow": 0.0, "speckle": 0.0}  # and so of no effect
+NOT_IN_IT = dict.fromkeys(("gamma", "gain", "attenuation", "shadow", "speckle", "weight_average"), 0.0)  # of no effect
 
 
 def test_transfer_is_the_document() -> None:

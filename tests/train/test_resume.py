@@ -28,7 +28,12 @@ PHASES = Recipe.load("transfer").replace(
     weights="none", input_size=24, epochs=4, warmup_epochs=1, layer3_epoch=3, batch_size=8, plateau_patience=0
 )
 CYCLE = Recipe.load("scratch").replace(input_size=24, epochs=4, batch_size=8, optimizer="sgd", lr=1e-2)
-RECIPES = {"phases": PHASES, "cycle": CYCLE, "float16": CYCLE.replace(mixed_precision=True, optimizer="adamw")}
+RECIPES = {
+    "phases": PHASES,
+    "cycle": CYCLE,
+    "float16": CYCLE.replace(mixed_precision=True, optimizer="adamw"),
+    "average": CYCLE.replace(weight_average=0.8),
+}
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ def test_killed_and_resumed(
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("name", ["phases", "cycle", "float16"])
+@pytest.mark.parametrize("name", ["phases", "cycle", "float16", "average"])
 def test_killed_again_and_again_in_the_middle_of_epochs(
     tmp_path: Path,
     flat_data: Path,
@@ -188,6 +193,9 @@ def test_the_recipes_put_something_at_stake(whole: Callable[[str], Result]) -> N
     cycle = whole("cycle")
     assert len({row["lr"] for row in cycle.metrics}) == 4 and cycle.state["course"]["step"] == 16
     assert phases.best != cycle.best
+    average = whole("average")
+    assert difference(average.state["model"], cycle.state["model"]) is None  # it follows, and does not lead
+    assert average.best != cycle.best
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:

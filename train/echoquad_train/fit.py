@@ -19,6 +19,7 @@ from echoquad_runtime.errors import RunError
 from echoquad_runtime.files import make_folder, write_bytes
 from echoquad_runtime.inputs import Failure
 from echoquad_train import checkpoint, record, schedule
+from echoquad_train.averaging import Average
 from echoquad_train.dataset import Split, load_quadrants, read_classes, read_split
 from echoquad_train.device import Device, choose_device, make_deterministic, mixed_dtype
 from echoquad_train.distill import load_teacher, teacher_quadrants
@@ -146,7 +147,11 @@ def fit(
     if master:
         size = master.contract.input_size
         teaching = Teaching(master, taught_store, mixed_dtype(recipe, master.model.name, size, where))
-    trainer = Trainer(model, recipe, train_store, where, dtype, scaler, weights, teaching)
+    average = Average(model, recipe.weight_average) if recipe.weight_average else None
+    if average and state:
+        average.load_state_dict(state["average"])
+    kept = average.model if average else model  # whose weights are validated and kept
+    trainer = Trainer(model, recipe, train_store, where, dtype, scaler, weights, teaching, average)
 
     for number in range(len(history) + 1, recipe.epochs + 1):
         if out_of_patience(history, recipe):
@@ -166,8 +171,7 @@ def fit(
         state = None
 
         steps = trainer.epoch(batches, generator, course, partial(reporter.batch, number))
-        model.eval()
-        validated = validate(model, contract, validation_store, where)
+        validated = validate(kept, contract, validation_store, where)
         epoch = Epoch(
             epoch=number,
             phase=phase.name,
@@ -188,7 +192,7 @@ def fit(
         # The best weights are written before the state that says this epoch is done: killed in between, the epoch
         # is run again and the same weights are written once more.
         if best:
-            checkpoint.save_best(folder, model, recipe, contract, number)
+            checkpoint.save_best(folder, kept, recipe, contract, number)
         checkpoint.save_last(
             folder,
             {
@@ -197,6 +201,7 @@ def fit(
                 "teacher": master.facts["weights_sha256"] if master else None,
                 "history": [epoch.to_dict() for epoch in history],
                 "model": model.state_dict(),
+                **({"average": average.state_dict()} if average else {}),
                 "course": course.state_dict(),
                 "scaler": scaler.state_dict(),
             },

@@ -65,6 +65,7 @@ class Recipe:
     balanced_sampler: bool = True  # drawn with weights 1 / class count, with replacement
     class_weights: bool = True  # in the loss: 1 / class count, mean 1
     label_smoothing: float = 0.05
+    weight_average: float = 0.0  # what a step leaves of the averaged weights, which are then the run's; 0 is none
     mixed_precision: bool = True  # where the device computes in bfloat16 or float16 natively
 
     # Augmentation, a quadrant at a time; see echoquad_train.augment
@@ -104,7 +105,7 @@ class Recipe:
         self._require(0 < self.plateau_factor < 1, "plateau_factor", "a fraction above 0, below 1")
         for name in ("flip", "erase", "shadow"):
             self._require(0 <= getattr(self, name) <= 1, name, "a probability from 0 to 1")
-        for name in ("dropout", "label_smoothing"):
+        for name in ("dropout", "label_smoothing", "weight_average"):
             self._require(0 <= getattr(self, name) < 1, name, "a fraction from 0 to below 1")
         for name in ("crop_scale", "crop_ratio", "zoom"):
             low, high = getattr(self, name)

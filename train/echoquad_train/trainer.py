@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from echoquad_train.augment import augment
+from echoquad_train.averaging import Average
 from echoquad_train.dataset import QuadrantStore
 from echoquad_train.distill import Teacher, distillation_loss
 from echoquad_train.model import QuadrantClassifier
@@ -61,6 +62,8 @@ class Trainer:
         Of the classes in the loss, float32 [C]; None is all alike.
     teaching
         Whom to distil from, if anybody.
+    average
+        What follows the weights, if anything.
     """
 
     model: QuadrantClassifier
@@ -71,6 +74,7 @@ class Trainer:
     scaler: torch.amp.GradScaler
     weights: torch.Tensor | None
     teaching: Teaching | None = None
+    average: Average | None = None
 
     def epoch(
         self,
@@ -100,6 +104,8 @@ class Trainer:
             quadrants, labels = take(self.store, chosen, self.where)
             loss, logits = self._loss(quadrants, labels, chosen, generator)
             rate = course.step(loss, self.scaler)
+            if self.average is not None:
+                self.average.follow(self.model)
             loss_sum += loss.detach().double() * len(labels)
             correct += (logits.detach().argmax(dim=1) == labels).sum()
             seen += len(labels)
