@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from echoquad_runtime.inputs import Failure
 
-__all__ = ["PARTIAL", "STDOUT", "Progress", "fail", "failure_line", "list_failures", "note", "say", "table"]
+__all__ = ["PARTIAL", "STDOUT", "Progress", "fail", "failure_line", "list_failures", "mute", "note", "say", "table"]
 
 PARTIAL = 5
 """Exit code: done, but some inputs failed."""
@@ -27,6 +27,15 @@ STDOUT = Path("stdout")
 """What errors call the standard output."""
 
 _PLAIN_SECONDS = 10.0  # between two lines where no bar can be drawn
+
+
+_muted = False
+
+
+def mute(muted: bool = True) -> None:
+    """Have `note`, and with it errors and progress, say nothing: one of several processes speaks for all."""
+    global _muted  # noqa: PLW0603 - a process has one stderr
+    _muted = muted
 
 
 def say(message: str) -> None:
@@ -43,6 +52,8 @@ def say(message: str) -> None:
 
 def note(message: str) -> None:
     """Print a line to stderr; one that cannot be printed stops no work."""
+    if _muted:
+        return
     with contextlib.suppress(OSError):
         _print(message, sys.stderr)
 

@@ -9,7 +9,7 @@ from echoquad_runtime.errors import MissingExtraError
 
 __all__ = ["EXTRAS", "missing_extra", "require_extra"]
 
-Extra = Literal["train", "export"]
+Extra = Literal["train", "export", "tensorboard"]
 
 EXTRAS: Final[dict[str, Extra]] = {
     "onnx": "export",

@@ -17,6 +17,7 @@ __all__ = [
     "MethodName",
     "Precision",
     "PublicKey",
+    "StreamName",
     "Threads",
     "TorchDevice",
     "TorchDeviceName",
@@ -41,6 +42,14 @@ class TorchDeviceName(StrEnum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
+
+
+class StreamName(StrEnum):
+    """Ways to keep training frames, by the names that --stream takes."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
 
 
 class MethodName(StrEnum):

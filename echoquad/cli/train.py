@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import util
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from echoquad.cli.console import Progress, list_failures, note
+from echoquad.cli.console import Progress, list_failures, mute, note
 from echoquad.cli.declare import Argument, Option
-from echoquad.cli.extras import require_extra
-from echoquad.cli.options import TorchDevice, TorchDeviceName
+from echoquad.cli.extras import missing_extra, require_extra
+from echoquad.cli.options import StreamName, TorchDevice, TorchDeviceName
+
+if TYPE_CHECKING:
+    from echoquad_train.ranks import Ranks
 
 __all__ = ["TrainingProgress", "train"]
 
@@ -49,14 +55,36 @@ def train(
     ] = None,
     device: TorchDevice = TorchDeviceName.auto,
     seed: Annotated[int | None, Option("--seed", metavar="N", help="Seed of all draws.")] = None,
+    stream: Annotated[
+        StreamName,
+        Option(
+            "--stream",
+            help="Decode frames again for every batch, in worker processes: on, off, or auto, where neither memory nor "
+            "RUN's disk has room for the decoded quadrants. The result is the same.",
+        ),
+    ] = StreamName.auto,
+    workers: Annotated[
+        int | None,
+        Option("--workers", metavar="N", min=1, help="Processes that decode what is streamed; the CPUs, 8 at most."),
+    ] = None,
+    tensorboard: Annotated[
+        bool, Option("--tensorboard", help="Write TensorBoard's event files to RUN/tensorboard as well.")
+    ] = False,
     resume: Annotated[bool, Option("--resume", help="Go on with the run that RUN holds, by its own recipe.")] = False,
 ) -> None:
-    """Train a quadrant classifier on labelled frames. What is not given here, the recipe says."""
+    """Train a quadrant classifier on labelled frames. What is not given here, the recipe says.
+
+    Under torchrun, several processes train one classifier, each with its share of every batch.
+    """
     from echoquad_runtime.errors import UsageError
     from echoquad_train.dataset import read_classes, read_split
     from echoquad_train.recipe import Recipe
+    from echoquad_train.torchrun import place
 
+    mute(place().rank > 0)  # under torchrun, one process speaks for all
     require_extra("train")
+    if tensorboard and util.find_spec("tensorboard") is None:
+        raise missing_extra("tensorboard", "tensorboard")
     given: dict[str, Any] = {
         "weights": weights,
         "input_size": input_size,
@@ -76,12 +104,28 @@ def train(
         raise UsageError(f"--resume: {out.as_posix()} is not there; train without --resume first")
 
     from echoquad_train.checkpoint import RECIPE
+    from echoquad_train.device import choose_device
     from echoquad_train.fit import fit
+    from echoquad_train.ranks import joined
 
     if resume and not (recipe or settings or given) and (out / RECIPE).is_file():
         chosen = Recipe.load(str(out / RECIPE))
-    with TrainingProgress() as progress:
-        fitted = fit(data, out, chosen, device=device.value, resume=resume, reporter=progress, teacher=teacher)
+    with joined(choose_device(device.value)) as ranks, _told_once(ranks), TrainingProgress() as progress:
+        fitted = fit(
+            data,
+            out,
+            chosen,
+            device=device.value,
+            resume=resume,
+            reporter=progress,
+            teacher=teacher,
+            stream=stream.value,
+            workers=workers,
+            tensorboard=tensorboard,
+            ranks=ranks,
+        )
+    if not ranks.first:
+        raise SystemExit(0)
     best = fitted.best
     note(
         f"best: epoch {best.epoch}, validation frame accuracy {best.validation_frame_accuracy:.4f} "
@@ -89,6 +133,16 @@ def train(
     )
     note(f"next: echoquad export {out.as_posix()} --out BUNDLE")
     raise SystemExit(list_failures(fitted.failures, done=1))
+
+
+@contextmanager
+def _told_once(ranks: Ranks) -> Iterator[None]:
+    """Have the process that fails first tell of it, whichever it is, and the others end without a word."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        mute(not ranks.fails_first())
+        raise
 
 
 class TrainingProgress:

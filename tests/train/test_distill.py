@@ -19,10 +19,12 @@ from echoquad_runtime.errors import ConfigError, DatasetError, EchoQuadError, Ru
 from echoquad_train import device as devices
 from echoquad_train import trainer
 from echoquad_train.augment import augment
-from echoquad_train.dataset import load_quadrants, read_split
+from echoquad_train.dataset import QuadrantStore, load_quadrants, read_split
 from echoquad_train.distill import Teacher, distillation_loss, load_teacher, teacher_quadrants
 from echoquad_train.fit import fit
+from echoquad_train.ranks import Share
 from echoquad_train.recipe import Recipe
+from echoquad_train.stream import Storage
 
 CPU = torch.device("cpu")
 
@@ -106,9 +108,9 @@ def test_the_teacher_is_shown_what_the_student_is(
     judged: list[torch.Tensor] = []
     real_augment, real_call = trainer.augment, Teacher.__call__
 
-    def watched(quadrants: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> torch.Tensor:
+    def watched(quadrants: torch.Tensor, recipe: Recipe, generator: torch.Generator, share: Share) -> torch.Tensor:
         drawn.append((quadrants.shape[-1], generator.get_state().numpy().tobytes()))
-        return real_augment(quadrants, recipe, generator)
+        return real_augment(quadrants, recipe, generator, share)
 
     def asked(self: Teacher, view: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
         assert not self.model.training and not any(weight.requires_grad for weight in self.model.parameters())
@@ -130,15 +132,16 @@ def test_the_teacher_is_shown_what_the_student_is(
         assert len({state for _, state in drawn}) == 4
 
 
-def test_the_teachers_quadrants_are_the_frames_at_its_size(trained: Any, thin: None) -> None:
+def test_the_teachers_quadrants_are_the_frames_at_its_size(tmp_path: Path, trained: Any, thin: None) -> None:
     contract = trained.recipe.replace(input_size=24).contract(("bright", "dark"))
     split = read_split(trained.data, "train", contract.classes)
     store = load_quadrants(split, contract)
     teacher = load_teacher(trained.folder, contract, CPU)
-    own = teacher_quadrants(teacher, split, store)
+    own = teacher_quadrants(teacher, split, store, Storage(tmp_path))
+    assert isinstance(own, QuadrantStore)
     assert own.names == store.names and np.array_equal(own.labels, store.labels)
     assert np.array_equal(own.quadrants, load_quadrants(split, teacher.contract).quadrants)
-    assert teacher_quadrants(teacher, split, own) is own
+    assert teacher_quadrants(teacher, split, own, Storage(tmp_path)) is own
 
 
 def test_frames_that_change_while_they_are_read(tmp_path: Path, trained: Any, thin: None) -> None:
@@ -149,7 +152,7 @@ def test_frames_that_change_while_they_are_read(tmp_path: Path, trained: Any, th
     store = load_quadrants(split, contract)
     (data / "train" / "dark" / "train2.png").write_bytes(b"half")
     with pytest.raises(DatasetError, match=r"^train: train/dark/train2\.png changed while the frames were read; "):
-        teacher_quadrants(load_teacher(trained.folder, contract, CPU), split, store)
+        teacher_quadrants(load_teacher(trained.folder, contract, CPU), split, store, Storage(tmp_path))
 
 
 # What a student learns

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from echoquad_train.fit import fit
 from echoquad_train.history import best_of
 from echoquad_train.recipe import Recipe
 from echoquad_train.record import versions
-from echoquad_train.sampling import class_weights, draw_batches, take
+from echoquad_train.sampling import class_weights, draw_batches, to_device
+from echoquad_train.validate import Validated
 
 MakeData = Callable[..., Path]
 
@@ -112,8 +114,8 @@ def test_an_earlier_best_is_kept(tmp_path: Path, flat_data: Path, tiny: Recipe, 
     accuracies = iter([0.5, 0.75, 0.75, 0.6])
     validate, save = fitting.validate, checkpoint.save_last
 
-    def scripted(*arguments: Any) -> dict[str, float]:
-        return {**validate(*arguments), "validation_frame_accuracy": next(accuracies), "validation_loss": 0.5}
+    def scripted(*arguments: Any) -> Validated:
+        return replace(validate(*arguments), frame_accuracy=next(accuracies), loss=0.5)
 
     def keep(folder: Path, state: Any) -> None:
         kept[len(state["history"])] = {name: value.clone() for name, value in state["model"].items()}
@@ -264,7 +266,9 @@ def test_a_last_batch_of_one_is_left_out() -> None:
 def test_a_batch_is_its_quadrants() -> None:
     frames = store(2, 3)
     frames.quadrants[...] = np.arange(20).reshape(5, 4, 1, 1)
-    quadrants, labels = take(frames, np.array([0, 7, 19, 8]), torch.device("cpu"))
+    chosen = np.array([0, 7, 19, 8])
+    (fed,) = frames.feed([chosen])
+    quadrants, labels = to_device(fed, frames.labels[chosen // 4], torch.device("cpu"))
     assert quadrants.shape == (4, 1, 8, 8) and quadrants.dtype == torch.uint8
     assert quadrants[:, 0, 0, 0].tolist() == [0, 7, 19, 8] and labels.tolist() == [0, 0, 1, 1]
     quadrants.zero_()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from echoquad_train.intensity import vary
+from echoquad_train.ranks import Share
 from echoquad_train.recipe import Recipe
 
 __all__ = ["augment", "erase", "sample_warp"]
@@ -25,7 +26,7 @@ _ERASE_RATIO = (0.3, 3.3)
 _TRIES = 10
 
 
-def augment(quadrants: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+def augment(quadrants: Tensor, recipe: Recipe, generator: torch.Generator, share: Share | None = None) -> Tensor:
     """Augment a batch.
 
     Parameters
@@ -36,6 +37,9 @@ def augment(quadrants: Tensor, recipe: Recipe, generator: torch.Generator) -> Te
         Says how strongly.
     generator
         A CPU generator: the same draws whatever the device.
+    share
+        Which rows of how large a batch `quadrants` is; None is all of it. The whole batch's draws are made all
+        the same, so that a share is augmented as it would be in the whole.
 
     Returns
     -------
@@ -43,11 +47,12 @@ def augment(quadrants: Tensor, recipe: Recipe, generator: torch.Generator) -> Te
         Grey levels 0 to 255 on the same device; black where the warp leaves the quadrant, the contract's mean where
         erased.
     """
-    warp = sample_warp(len(quadrants), recipe, generator).to(quadrants.device)
+    share = share or Share(0, len(quadrants), len(quadrants))
+    warp = sample_warp(share.total, recipe, generator)[share.rows].to(quadrants.device)
     grid = F.affine_grid(warp, list(quadrants.shape), align_corners=False)
     warped = F.grid_sample(quadrants.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    varied = vary(warped, recipe, generator)
-    return erase(varied, recipe.erase, 255.0 * recipe.mean, generator)
+    varied = vary(warped, recipe, generator, share)
+    return erase(varied, recipe.erase, 255.0 * recipe.mean, generator, share)
 
 
 def sample_warp(count: int, recipe: Recipe, generator: torch.Generator) -> Tensor:
@@ -73,9 +78,12 @@ def sample_warp(count: int, recipe: Recipe, generator: torch.Generator) -> Tenso
     return (crop @ flip @ rotation @ affine)[:, :2]
 
 
-def erase(images: Tensor, probability: float, value: float, generator: torch.Generator) -> Tensor:
-    """Fill one random box in each of a share of the images, [B, 1, H, W], with `value`."""
-    count, _, rows, columns = images.shape
+def erase(
+    images: Tensor, probability: float, value: float, generator: torch.Generator, share: Share | None = None
+) -> Tensor:
+    """Fill one random box in each of a part of the images, [B, 1, H, W], with `value`; `share` is as in `augment`."""
+    rows, columns = images.shape[2:]
+    count, own = (share.total, share.rows) if share else (len(images), slice(None))
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.empty(count).uniform_(low, high, generator=generator)
@@ -85,8 +93,8 @@ def erase(images: Tensor, probability: float, value: float, generator: torch.Gen
     top, left = uniform(0, 1) * (1 - height), uniform(0, 1) * (1 - width)
     y = (torch.arange(rows) + 0.5) / rows
     x = (torch.arange(columns) + 0.5) / columns
-    inside_y = (y >= top[:, None]) & (y < (top + height)[:, None]) & chosen[:, None]
-    inside_x = (x >= left[:, None]) & (x < (left + width)[:, None])
+    inside_y = ((y >= top[:, None]) & (y < (top + height)[:, None]) & chosen[:, None])[own]
+    inside_x = ((x >= left[:, None]) & (x < (left + width)[:, None]))[own]
     box = (inside_y[:, None, :, None] & inside_x[:, None, None, :]).to(images.device)
     return images.masked_fill(box, value)
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,15 +29,20 @@ __all__ = [
     "LabelledFrame",
     "QuadrantStore",
     "Split",
+    "Store",
+    "decode",
     "load_quadrants",
     "read_classes",
     "read_split",
+    "sift",
+    "stored_bytes",
 ]
 
 SPLITS: Final = ("train", "validation", "test")
 
 MEMORY_BYTES: Final = 4 * 1024**3
-"""Quadrants beyond this size are kept in a memory-mapped file beside the run, which the system pages in and out."""
+"""Quadrants beyond this size are kept in a memory-mapped file beside the run, which the system pages in and out; where
+the disk has no room for that, they are streamed, see `echoquad_train.stream`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,38 @@ class QuadrantStore:
     labels: npt.NDArray[np.int64]
     names: tuple[str, ...]
     failures: tuple[Failure, ...]
+
+    @property
+    def size(self) -> int:
+        """Give S."""
+        return int(self.quadrants.shape[-1])
+
+    def feed(self, batches: Iterable[npt.NDArray[np.int64]]) -> Iterator[npt.NDArray[np.uint8]]:
+        """Give copies of the quadrants, uint8 [B, 1, S, S], of each batch of indices into [F * 4]."""
+        return (self.quadrants[chosen // 4, chosen % 4][:, None] for chosen in batches)
+
+
+class Store(Protocol):
+    """Where training finds its quadrants: decoded, in a `QuadrantStore`, or on disk, in a `StreamedStore`."""
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Give the class indices of the readable frames, int64 [F]."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Give their names."""
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """Give the frames that could not be read."""
+
+    @property
+    def size(self) -> int:
+        """Give the quadrants' side."""
+
+    def feed(self, batches: Iterable[npt.NDArray[np.int64]]) -> Iterator[npt.NDArray[np.uint8]]:
+        """Give the quadrants, uint8 [B, 1, S, S], of each batch of indices into [F * 4]."""
 
 
 def read_classes(data: Path) -> tuple[str, ...]:
@@ -178,36 +215,63 @@ def load_quadrants(
         If the overflow folder's disk is full or cannot be written to.
     """
     count, size = len(split.frames), contract.input_size
-    large = overflow is not None and count * 4 * size * size > MEMORY_BYTES
+    large = overflow is not None and stored_bytes(split, contract) > MEMORY_BYTES
     quadrants = np.empty((0 if large else count, 4, size, size), np.uint8)
-    kept: list[LabelledFrame] = []
-    failures: dict[LabelledFrame, Failure] = {}
     with _overflow_file(overflow if large else None) as file:
-        for done, (frame, outcome) in enumerate(_decoded(split.frames, contract), 1):
-            if isinstance(outcome, FrameError):
-                failures[frame] = Failure(frame.name, outcome)
+
+        def keep(index: int, decoded: npt.NDArray[np.uint8]) -> None:
+            if file is None:
+                quadrants[index] = decoded[:, 0]
             else:
-                if file is None:
-                    quadrants[len(kept)] = outcome[:, 0]
-                else:
-                    file.write(outcome.tobytes())
-                kept.append(frame)
-            if progress is not None:
-                progress(done, count)
-        labels = np.array([frame.label for frame in kept], np.int64)
-        for index, name in enumerate(split.classes):
-            if index not in labels:
-                first = next(failure for frame, failure in failures.items() if frame.label == index)
-                raise DatasetError(
-                    f"{split.name}: no frame of class {name} can be read; "
-                    f"the first failure: {first.file}: {first.error}"
-                )
+                file.write(decoded.tobytes())
+
+        kept, failures = sift(split, contract, keep, progress)
         if file is not None:
             file.flush()
             # Writable, though nothing writes: torch warns of arrays that are not.
             quadrants = np.memmap(file, np.uint8, "r+", shape=(len(kept), 4, size, size))
-    names = tuple(frame.name for frame in kept)
-    return QuadrantStore(quadrants[: len(kept)], labels, names, tuple(failures.values()))
+    labels = np.array([frame.label for frame in kept], np.int64)
+    return QuadrantStore(quadrants[: len(kept)], labels, tuple(frame.name for frame in kept), failures)
+
+
+def stored_bytes(split: Split, contract: Contract) -> int:
+    """Give the bytes that a split's quadrants take."""
+    return len(split.frames) * 4 * contract.input_size**2
+
+
+def sift(
+    split: Split,
+    contract: Contract,
+    keep: Callable[[int, npt.NDArray[np.uint8]], None],
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[LabelledFrame], tuple[Failure, ...]]:
+    """Decode every frame of a split; gives those that can be read, and the failures of the others.
+
+    `keep` is called with each readable frame's place among such, counted from 0, and its quadrants, uint8 [4, 1, S, S].
+
+    Raises
+    ------
+    DatasetError
+        If of some class no frame can be read.
+    """
+    kept: list[LabelledFrame] = []
+    failures: dict[LabelledFrame, Failure] = {}
+    for done, (frame, outcome) in enumerate(_decoded(split.frames, contract), 1):
+        if isinstance(outcome, FrameError):
+            failures[frame] = Failure(frame.name, outcome)
+        else:
+            keep(len(kept), outcome)
+            kept.append(frame)
+        if progress is not None:
+            progress(done, len(split.frames))
+    found = {frame.label for frame in kept}
+    for index, name in enumerate(split.classes):
+        if index not in found:
+            first = next(failure for frame, failure in failures.items() if frame.label == index)
+            raise DatasetError(
+                f"{split.name}: no frame of class {name} can be read; the first failure: {first.file}: {first.error}"
+            )
+    return kept, tuple(failures.values())
 
 
 @contextmanager
@@ -226,24 +290,25 @@ def _overflow_file(folder: Path | None) -> Iterator[IO[bytes] | None]:
 Decoded = npt.NDArray[np.uint8] | FrameError
 
 
+def decode(frame: LabelledFrame, contract: Contract) -> Decoded:
+    """Give a frame's quadrants, uint8 [4, 1, S, S], or why it cannot be read."""
+    try:
+        return frame_quadrants(read_frame(frame.path), contract)
+    except FrameError as error:
+        return error
+
+
 def _decoded(frames: Iterable[LabelledFrame], contract: Contract) -> Iterator[tuple[LabelledFrame, Decoded]]:
     """Decode in threads, in order, a bounded number ahead: Pillow lets go of the GIL, and no process is spawned."""
-
-    def decode(frame: LabelledFrame) -> Decoded:
-        try:
-            return frame_quadrants(read_frame(frame.path), contract)
-        except FrameError as error:
-            return error
-
     workers = min(8, available_cpus())
     rest = iter(frames)
     with ThreadPoolExecutor(workers, "decode") as pool:
         waiting: list[tuple[LabelledFrame, Future[Decoded]]] = []
-        waiting += ((frame, pool.submit(decode, frame)) for frame in islice(rest, 4 * workers))
+        waiting += ((frame, pool.submit(decode, frame, contract)) for frame in islice(rest, 4 * workers))
         while waiting:
             frame, future = waiting.pop(0)
             yield frame, future.result()
-            waiting += ((frame, pool.submit(decode, frame)) for frame in islice(rest, 1))
+            waiting += ((frame, pool.submit(decode, frame, contract)) for frame in islice(rest, 1))
 
 
 def _split_folder(data: Path, split: str) -> Path:

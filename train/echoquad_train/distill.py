@@ -20,8 +20,9 @@ from torch import Tensor
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ConfigError, DatasetError, RunError
 from echoquad_train.checkpoint import BEST, load_run
-from echoquad_train.dataset import QuadrantStore, Split, load_quadrants
+from echoquad_train.dataset import Split, Store
 from echoquad_train.model import QuadrantClassifier
+from echoquad_train.stream import Storage
 
 __all__ = ["Teacher", "distillation_loss", "load_teacher", "teacher_quadrants"]
 
@@ -82,12 +83,11 @@ def load_teacher(folder: Path, contract: Contract, where: torch.device) -> Teach
 def teacher_quadrants(
     teacher: Teacher,
     split: Split,
-    store: QuadrantStore,
-    *,
-    overflow: Path | None = None,
+    store: Store,
+    storage: Storage,
     progress: Callable[[int, int], None] | None = None,
-) -> QuadrantStore:
-    """Decode a student's frames at the teacher's input size; where that is the student's, `store` itself.
+) -> Store:
+    """Open a student's frames at the teacher's input size; where that is the student's, `store` itself.
 
     Raises
     ------
@@ -96,16 +96,18 @@ def teacher_quadrants(
     OutputError
         If the overflow folder's disk is full or cannot be written to.
     """
-    if teacher.contract.input_size == store.quadrants.shape[-1]:
+    if teacher.contract.input_size == store.size:
         return store
-    own = load_quadrants(split, teacher.contract, overflow=overflow, progress=progress)
+    own = storage.open(split, teacher.contract, progress)
     if own.names != store.names:
         changed = sorted(set(own.names) ^ set(store.names))
         raise DatasetError(f"{split.name}: {changed[0]} changed while the frames were read; train again")
     return own
 
 
-def distillation_loss(labelled: Tensor, student: Tensor, teacher: Tensor, weight: float, temperature: float) -> Tensor:
+def distillation_loss(
+    labelled: Tensor, student: Tensor, teacher: Tensor, weight: float, temperature: float, rows: float | None = None
+) -> Tensor:
     """Mix the labels' loss with the teacher's.
 
     Parameters
@@ -118,6 +120,8 @@ def distillation_loss(labelled: Tensor, student: Tensor, teacher: Tensor, weight
         The teacher's share, 0 to 1.
     temperature
         T, by which both logits are divided.
+    rows
+        What the teacher's loss is divided by; None is N. A rank that has N rows of a batch divides by its mean share.
 
     Returns
     -------
@@ -128,7 +132,7 @@ def distillation_loss(labelled: Tensor, student: Tensor, teacher: Tensor, weight
     taught = F.kl_div(
         F.log_softmax(student / temperature, dim=1),
         F.log_softmax(teacher / temperature, dim=1),
-        reduction="batchmean",
+        reduction="sum",
         log_target=True,
-    )
+    ) / (rows or len(student))
     return (1 - weight) * labelled + weight * temperature**2 * taught

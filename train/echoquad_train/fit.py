@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,15 +21,19 @@ from echoquad_runtime.errors import RunError
 from echoquad_runtime.files import make_folder, write_bytes
 from echoquad_runtime.inputs import Failure
 from echoquad_train import checkpoint, record, schedule
+from echoquad_train.augment import augment
 from echoquad_train.averaging import Average
-from echoquad_train.dataset import Split, load_quadrants, read_classes, read_split
+from echoquad_train.board import Board
+from echoquad_train.dataset import Split, read_classes, read_split
 from echoquad_train.device import Device, choose_device, make_deterministic, mixed_dtype
 from echoquad_train.distill import load_teacher, teacher_quadrants
 from echoquad_train.history import Epoch, best_of, out_of_patience
-from echoquad_train.model import build_model, set_trained
+from echoquad_train.model import build_model
+from echoquad_train.ranks import ALONE, Ranks
 from echoquad_train.recipe import Recipe
 from echoquad_train.resume import abandoned_on_failure, begun, open_folder, require_same_teacher
 from echoquad_train.sampling import class_weights, draw_batches, seed_of
+from echoquad_train.stream import Storage, Stream
 from echoquad_train.trainer import Teaching, Trainer
 from echoquad_train.validate import validate
 
@@ -60,6 +66,18 @@ class Fitted:
     failures: tuple[Failure, ...]
 
 
+class _Silent:
+    """Stands for the reporter on the ranks that report nothing."""
+
+    def decoding(self, split: str, done: int, total: int) -> None: ...
+
+    def started(self, device: str, precision: str, train: Split, validation: Split) -> None: ...
+
+    def batch(self, epoch: int, done: int, total: int) -> None: ...
+
+    def epoch(self, epoch: Epoch, epochs: int, best: bool) -> None: ...
+
+
 def fit(
     data: Path,
     folder: Path,
@@ -69,6 +87,10 @@ def fit(
     resume: bool,
     reporter: Reporter,
     teacher: Path | None = None,
+    stream: Stream = "auto",
+    workers: int | None = None,
+    tensorboard: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Fitted:
     """Train a classifier.
 
@@ -88,6 +110,13 @@ def fit(
         Hears of the progress.
     teacher
         A finished run to distil from; a resumed run needs the one that it was begun with.
+    stream, workers
+        Where quadrants are kept, and how many processes decode what is not; see `echoquad_train.stream.Storage`. The
+        result does not depend on them.
+    tensorboard
+        Write event files as well; see `echoquad_train.board`.
+    ranks
+        The processes that train together, from `echoquad_train.ranks.joined`; each calls this function alike.
 
     Raises
     ------
@@ -96,7 +125,29 @@ def fit(
     """
     where = choose_device(device)
     make_deterministic(where)
-    state = open_folder(folder, recipe, resume)
+    with ExitStack() as opened:
+        storage = opened.enter_context(Storage(folder, stream, workers))
+        heard = reporter if ranks.first else _Silent()
+
+        def board(done: int) -> Board | None:
+            return opened.enter_context(Board(folder, done)) if tensorboard and ranks.first else None
+
+        return _fit(data, folder, recipe, where, resume, heard, teacher, storage, board, ranks)
+
+
+def _fit(
+    data: Path,
+    folder: Path,
+    recipe: Recipe,
+    where: torch.device,
+    resume: bool,
+    reporter: Reporter,
+    teacher: Path | None,
+    storage: Storage,
+    open_board: Callable[[int], Board | None],
+    ranks: Ranks,
+) -> Fitted:
+    state = ranks.from_first(lambda: open_folder(folder, recipe, resume))
     classes = read_classes(data)
     contract = recipe.contract(classes)
     train, validation = (read_split(data, split, classes) for split in ("train", "validation"))
@@ -104,24 +155,22 @@ def fit(
     if state and state["data"] != fingerprints:
         raise RunError(f"{folder.as_posix()}: the data has changed since the run was begun; train into another folder")
     master = load_teacher(teacher, contract, where) if teacher else None
-    require_same_teacher(folder, state, master, resume=resume)
+    ranks.from_first(lambda: require_same_teacher(folder, state, master, resume=resume))
     torch.manual_seed(recipe.seed)
     # A resumed run has weights of its own: it needs neither the network nor the file that it once began from.
     begin = recipe.replace(weights="none") if state else recipe
     model = build_model(begin, contract).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     make_folder(folder)
-    write_bytes(folder / checkpoint.RECIPE, recipe.to_toml().encode())
+    if ranks.first:
+        write_bytes(folder / checkpoint.RECIPE, recipe.to_toml().encode())
 
-    # Every frame is decoded once, to 8-bit quadrants; no epoch opens a file again.
-    with abandoned_on_failure(folder, unless=resume):
+    # Every frame is decoded once, to 8-bit quadrants, and no epoch opens a file again; but for what is streamed.
+    with abandoned_on_failure(folder, unless=resume or not ranks.first):
         train_store, validation_store = (
-            load_quadrants(split, contract, overflow=folder, progress=partial(reporter.decoding, split.name))
-            for split in (train, validation)
+            storage.open(split, contract, partial(reporter.decoding, split.name)) for split in (train, validation)
         )
         progress = partial(reporter.decoding, f"{train.name} for the teacher")
-        taught_store = (
-            teacher_quadrants(master, train, train_store, overflow=folder, progress=progress) if master else train_store
-        )
+        taught_store = teacher_quadrants(master, train, train_store, storage, progress) if master else train_store
     failures = (*train_store.failures, *validation_store.failures)
 
     dtype = mixed_dtype(recipe, recipe.backbone, recipe.input_size, where)
@@ -141,8 +190,10 @@ def fit(
         model.load_state_dict(state["model"])
         if state["scaler"]:  # empty where the run was not in float16 before
             scaler.load_state_dict(state["scaler"])
-    record.write(folder, facts, history, finished=False)
-    weights = class_weights(train_store.labels, len(classes)).to(where) if recipe.class_weights else None
+    if ranks.first:
+        record.write(folder, facts, history, finished=False)
+    board = open_board(len(history))
+    weights = class_weights(train_store.labels, len(classes)) if recipe.class_weights else torch.ones(len(classes))
     teaching = None
     if master:
         size = master.contract.input_size
@@ -151,7 +202,9 @@ def fit(
     if average and state:
         average.load_state_dict(state["average"])
     kept = average.model if average else model  # whose weights are validated and kept
-    trainer = Trainer(model, recipe, train_store, where, dtype, scaler, weights, teaching, average)
+    trainer = Trainer(
+        model, recipe, train_store, where, dtype, scaler, weights.to(where), teaching, average, ranks
+    )
 
     for number in range(len(history) + 1, recipe.epochs + 1):
         if out_of_patience(history, recipe):
@@ -163,15 +216,18 @@ def fit(
 
         # A phase trains the layers it names with an optimizer of its own.
         before, phase = phase, schedule.phase_of(recipe, number)
-        groups = set_trained(model, phase.layers)
+        groups = trainer.train_layers(phase.layers)
         if course is None or phase != before:
             course = schedule.Course(groups, recipe, phase, steps_per_epoch=len(batches))
             if state and history and phase == schedule.phase_of(recipe, len(history)):
                 course.load_state_dict(state["course"])
         state = None
 
+        if board and not history:
+            first = next(train_store.feed(batches[:1]))
+            board.batch(augment(torch.from_numpy(first), recipe, generator.clone_state()))
         steps = trainer.epoch(batches, generator, course, partial(reporter.batch, number))
-        validated = validate(kept, contract, validation_store, where)
+        validated = validate(kept, contract, validation_store, where, ranks)
         epoch = Epoch(
             epoch=number,
             phase=phase.name,
@@ -179,7 +235,9 @@ def fit(
             train_loss=steps.loss,
             train_patch_accuracy=steps.accuracy,
             seconds=round(time.perf_counter() - started, 2),
-            **validated,
+            validation_loss=validated.loss,
+            validation_patch_accuracy=validated.patch_accuracy,
+            validation_frame_accuracy=validated.frame_accuracy,
         )
         if not math.isfinite(epoch.train_loss + epoch.validation_loss):
             raise RunError(
@@ -191,23 +249,27 @@ def fit(
         history.append(epoch)
         # The best weights are written before the state that says this epoch is done: killed in between, the epoch
         # is run again and the same weights are written once more.
-        if best:
-            checkpoint.save_best(folder, kept, recipe, contract, number)
-        checkpoint.save_last(
-            folder,
-            {
-                "recipe": recipe.to_toml(),
-                "data": fingerprints,
-                "teacher": master.facts["weights_sha256"] if master else None,
-                "history": [epoch.to_dict() for epoch in history],
-                "model": model.state_dict(),
-                **({"average": average.state_dict()} if average else {}),
-                "course": course.state_dict(),
-                "scaler": scaler.state_dict(),
-            },
-        )
-        record.write(folder, facts, history, finished=False)
+        if ranks.first:
+            if best:
+                checkpoint.save_best(folder, kept, recipe, contract, number)
+            checkpoint.save_last(
+                folder,
+                {
+                    "recipe": recipe.to_toml(),
+                    "data": fingerprints,
+                    "teacher": master.facts["weights_sha256"] if master else None,
+                    "history": [epoch.to_dict() for epoch in history],
+                    "model": model.state_dict(),
+                    **({"average": average.state_dict()} if average else {}),
+                    "course": course.state_dict(),
+                    "scaler": scaler.state_dict(),
+                },
+            )
+            record.write(folder, facts, history, finished=False)
+            if board:
+                board.epoch(epoch, validated.quadrants)
         reporter.epoch(epoch, recipe.epochs, best)
 
-    record.write(folder, facts, history, finished=True)
+    if ranks.first:
+        record.write(folder, facts, history, finished=True)
     return Fitted(folder, tuple(history), best_of(history), failures)

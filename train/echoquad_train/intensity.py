@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from echoquad_train.ranks import Share
 from echoquad_train.recipe import Recipe
 
 __all__ = ["vary"]
@@ -31,7 +32,7 @@ _WIDTH = (0.05, 0.25)  # of a shadow, its profile's standard deviation is this o
 _DEPTH = (0.3, 0.9)  # of the light that it takes at its middle
 
 
-def vary(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+def vary(images: Tensor, recipe: Recipe, generator: torch.Generator, share: Share | None = None) -> Tensor:
     """Vary a batch's intensities.
 
     Parameters
@@ -42,6 +43,8 @@ def vary(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
         Says how strongly.
     generator
         A CPU generator: the same draws whatever the device.
+    share
+        Which rows of how large a batch the images are, as in `echoquad_train.augment.augment`; None is all of it.
 
     Returns
     -------
@@ -50,11 +53,12 @@ def vary(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
     """
     if not any((recipe.gamma, recipe.gain, recipe.attenuation, recipe.shadow, recipe.speckle)):
         return images
-    count, _, rows, columns = images.shape
+    rows, columns = images.shape[2:]
+    count, own = (share.total, share.rows) if share else (len(images), slice(None))
     where = images.device
 
     def uniform(low: float, high: float) -> Tensor:
-        return torch.empty(count, 1, 1, 1).uniform_(low, high, generator=generator)
+        return torch.empty(count, 1, 1, 1).uniform_(low, high, generator=generator)[own]
 
     factor: Tensor | None = None
 
@@ -80,7 +84,7 @@ def vary(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
         centre, width, depth = uniform(-1, 1), uniform(*_WIDTH), uniform(*_DEPTH)
         multiply(1 - chosen * depth * torch.exp(-(((across() - centre) / width) ** 2)))
     if recipe.speckle:
-        grains = torch.randn(count, 1, (rows + 1) // 2, (columns + 1) // 2, generator=generator)
+        grains = torch.randn(count, 1, (rows + 1) // 2, (columns + 1) // 2, generator=generator)[own]
         noise = F.interpolate(grains.to(where), size=(rows, columns), mode="bilinear", align_corners=False)
         strength = uniform(0, recipe.speckle).to(where)
         images = images * (1 + strength * noise)

@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from echoquad_train.dataset import QuadrantStore
+from echoquad_train.dataset import Store
 from echoquad_train.recipe import Recipe
 
-__all__ = ["class_weights", "draw_batches", "seed_of", "take"]
+__all__ = ["class_weights", "draw_batches", "seed_of", "to_device"]
 
 
-def draw_batches(store: QuadrantStore, recipe: Recipe, generator: torch.Generator) -> Iterator[npt.NDArray[np.int64]]:
+def draw_batches(store: Store, recipe: Recipe, generator: torch.Generator) -> Iterator[npt.NDArray[np.int64]]:
     """Draw an epoch's quadrants, as indices into [F * 4], a batch at a time."""
     count = 4 * len(store.labels)
     if recipe.balanced_sampler:
@@ -29,14 +29,14 @@ def draw_batches(store: QuadrantStore, recipe: Recipe, generator: torch.Generato
             yield chosen
 
 
-def take(store: QuadrantStore, chosen: npt.NDArray[np.int64], where: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give a batch on the device: its quadrants, uint8 [B, 1, S, S], and their labels, int64 [B]."""
-    frames, corners = chosen // 4, chosen % 4
-    quadrants = torch.from_numpy(store.quadrants[frames, corners][:, None])
-    labels = torch.from_numpy(store.labels[frames])
+def to_device(
+    quadrants: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], where: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bring a batch to the device: its quadrants, uint8 [B, 1, S, S], and their labels, int64 [B]."""
+    images, classes = torch.from_numpy(quadrants), torch.from_numpy(labels)
     if where.type == "cuda":
-        return quadrants.pin_memory().to(where, non_blocking=True), labels.to(where)
-    return quadrants, labels
+        return images.pin_memory().to(where, non_blocking=True), classes.to(where)
+    return images, classes
 
 
 def class_weights(labels: npt.NDArray[np.int64], classes: int) -> torch.Tensor:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from echoquad_train.augment import augment
 from echoquad_train.averaging import Average
-from echoquad_train.dataset import QuadrantStore
+from echoquad_train.dataset import Store
 from echoquad_train.distill import Teacher, distillation_loss
-from echoquad_train.model import QuadrantClassifier
+from echoquad_train.model import QuadrantClassifier, set_trained
+from echoquad_train.ranks import ALONE, Ranks, Share
 from echoquad_train.recipe import Recipe
-from echoquad_train.sampling import take
+from echoquad_train.sampling import to_device
 from echoquad_train.schedule import Course
+from echoquad_train.shared import Batch, share_layers
 
 __all__ = ["Steps", "Teaching", "Trainer"]
 
@@ -36,7 +42,7 @@ class Teaching:
     """A teacher, the training quadrants at its input size, and its type of mixed precision."""
 
     master: Teacher
-    store: QuadrantStore
+    store: Store
     dtype: torch.dtype | None
 
 
@@ -59,22 +65,45 @@ class Trainer:
     scaler
         Of float16's gradients.
     weights
-        Of the classes in the loss, float32 [C]; None is all alike.
+        Of the classes in the loss, float32 [C].
     teaching
         Whom to distil from, if anybody.
     average
         What follows the weights, if anything.
+    ranks
+        The processes that share each batch.
     """
 
     model: QuadrantClassifier
     recipe: Recipe
-    store: QuadrantStore
+    store: Store
     where: torch.device
     dtype: torch.dtype | None
     scaler: torch.amp.GradScaler
-    weights: torch.Tensor | None
+    weights: torch.Tensor
     teaching: Teaching | None = None
     average: Average | None = None
+    ranks: Ranks = ALONE
+    _network: nn.Module = field(init=False)
+    _layers: dict[str, float] = field(init=False, default_factory=dict)
+    _batch: Batch | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self._network = self.model
+        if self.ranks.count > 1:
+            self._batch = share_layers(self.model, self.where)
+
+    def train_layers(self, layers: Mapping[str, float]) -> list[dict[str, object]]:
+        """Have only the named layers learn; gives the optimizer's parameter groups. See `set_trained`."""
+        groups = set_trained(self.model, layers)
+        if self.ranks.count > 1 and layers != self._layers:
+            # It looks once at which weights learn, and its hooks on them have to be gone before the next one's.
+            self._network = self.model
+            gc.collect()
+            # Batch statistics are the same on every rank as it is.
+            self._network = DistributedDataParallel(self.model, forward_sync_buffers=False)
+        self._layers = dict(layers)
+        return groups
 
     def epoch(
         self,
@@ -88,44 +117,65 @@ class Trainer:
         Parameters
         ----------
         batches
-            Indices into [F * 4], a batch at a time.
+            Indices into [F * 4], a batch at a time; of each, the ranks take their shares.
         generator
-            Of the augmentation's draws.
+            Of the augmentation's draws; the same on every rank.
         course
             The phase's optimizer and learning rate.
         progress
             Called with the number of batches done and of all.
         """
+        shares = [self.ranks.share(len(chosen)) for chosen in batches]
+        own = [chosen[share.rows] for chosen, share in zip(batches, shares, strict=True)]
+        fed = self.store.feed(own)
+        apart = self.teaching is not None and self.teaching.store is not self.store
+        taught = self.teaching.store.feed(own) if self.teaching and apart else repeat(None)
         # Summed on the device: to ask it for a figure after each batch is to wait for it.
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.where)
-        correct = torch.zeros((), dtype=torch.int64, device=self.where)
-        seen, rate = 0, 0.0
-        for done, chosen in enumerate(batches, 1):
-            quadrants, labels = take(self.store, chosen, self.where)
-            loss, logits = self._loss(quadrants, labels, chosen, generator)
+        correct = torch.zeros((), dtype=torch.float64, device=self.where)
+        rate = 0.0
+        for done, (chosen, share, mine) in enumerate(zip(batches, shares, own, strict=True), 1):
+            quadrants, labels = to_device(next(fed), self.store.labels[mine // 4], self.where)
+            # What this rank's sum is divided by: its mean share of the batch's weight, since the ranks' gradients are
+            # averaged. So they are those of the whole batch's weighted mean.
+            every = torch.from_numpy(self.store.labels[chosen // 4]).to(self.where)
+            weight = self.weights[every].sum() / self.ranks.count
+            loss, logits = self._loss(quadrants, labels, weight, share, next(taught), generator)
             rate = course.step(loss, self.scaler)
             if self.average is not None:
                 self.average.follow(self.model)
-            loss_sum += loss.detach().double() * len(labels)
+            loss_sum += loss.detach().double() * share.total / self.ranks.count
             correct += (logits.detach().argmax(dim=1) == labels).sum()
-            seen += len(labels)
             progress(done, len(batches))
-        return Steps(float(loss_sum) / seen, int(correct) / seen, rate)
+        seen = sum(share.total for share in shares)
+        total, right = self.ranks.sum(torch.stack([loss_sum, correct])).tolist()
+        return Steps(total / seen, right / seen, rate)
 
     def _loss(
-        self, quadrants: torch.Tensor, labels: torch.Tensor, chosen: npt.NDArray[np.int64], generator: torch.Generator
+        self,
+        quadrants: torch.Tensor,
+        labels: torch.Tensor,
+        weight: torch.Tensor,
+        share: Share,
+        larger: npt.NDArray[np.uint8] | None,
+        generator: torch.Generator,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give a batch's loss and its logits, float32 [B, C]."""
+        """Give a share's loss and its logits, float32 [B, C]; `larger` are the quadrants at the teacher's own size."""
         recipe, teaching = self.recipe, self.teaching
         twin = generator.clone_state()  # draws what `generator` will: the same view at another size
-        images = augment(quadrants, recipe, generator)
+        images = augment(quadrants, recipe, generator, share)
+        if self._batch is not None:
+            self._batch.share = share
         with torch.autocast(self.where.type, self.dtype, enabled=self.dtype is not None):
-            logits = self.model(images)
+            logits = self._network(images)
         logits = logits.float()
-        loss = F.cross_entropy(logits, labels, self.weights, label_smoothing=recipe.label_smoothing)
+        summed = F.cross_entropy(logits, labels, self.weights, label_smoothing=recipe.label_smoothing, reduction="sum")
+        loss = summed / weight
         if teaching is not None:
-            same = teaching.store is self.store
-            view = images if same else augment(take(teaching.store, chosen, self.where)[0], recipe, twin)
+            view = images
+            if larger is not None:
+                view = augment(torch.from_numpy(larger).to(self.where), recipe, twin, share)
             answers = teaching.master(view, teaching.dtype)
-            loss = distillation_loss(loss, logits, answers, recipe.distill_weight, recipe.distill_temperature)
+            rows = share.total / self.ranks.count
+            loss = distillation_loss(loss, logits, answers, recipe.distill_weight, recipe.distill_temperature, rows)
         return loss, logits
