@@ -247,8 +247,10 @@ def _fit(
         course.epoch_ended(epoch.validation_frame_accuracy)
         best = epoch == best_of([*history, epoch])
         history.append(epoch)
-        # The best weights are written before the state that says this epoch is done: killed in between, the epoch
-        # is run again and the same weights are written once more.
+        # All is written before the state that says this epoch is done: killed in between, the epoch is run again and the
+        # same is written once more.
+        if board:
+            board.epoch(epoch, validated.quadrants)
         if ranks.first:
             if best:
                 checkpoint.save_best(folder, kept, recipe, contract, number)
@@ -266,8 +268,6 @@ def _fit(
                 },
             )
             record.write(folder, facts, history, finished=False)
-            if board:
-                board.epoch(epoch, validated.quadrants)
         reporter.epoch(epoch, recipe.epochs, best)
 
     if ranks.first:

@@ -17,7 +17,7 @@ class Place(NamedTuple):
     """A process's rank, of how many, and its place among those of its machine."""
 
     rank: int = 0
-    count: int = 1
+    ranks: int = 1
     local: int = 0
 
 
@@ -36,7 +36,7 @@ def place() -> Place:
         found = Place(*map(int, told))
     except ValueError:
         found = Place(-1)
-    if not (0 <= found.rank < found.count and found.local >= 0):
+    if not (0 <= found.rank < found.ranks and found.local >= 0):
         raise ConfigError(
             f"torchrun: {', '.join(_TOLD)} are {', '.join(told)}; expected the numbers that torchrun gives; "
             "start with torchrun, or without these variables"
