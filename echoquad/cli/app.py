@@ -43,6 +43,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a frame is told by its own line
     signals.listen()
     code = _run(sys.argv[1:])
+    signals.forget()
     try:
         sys.stdout.flush()
     except OSError:

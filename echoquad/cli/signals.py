@@ -7,7 +7,7 @@ import signal
 from types import FrameType
 from typing import Final
 
-__all__ = ["came", "exit_code", "listen"]
+__all__ = ["came", "exit_code", "forget", "listen"]
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _received = 0
@@ -21,6 +21,13 @@ def listen() -> None:
         if signal.getsignal(number) not in (signal.SIG_IGN, None):
             with contextlib.suppress(ValueError):  # not in the main thread, which alone is told of signals
                 signal.signal(number, _end)
+
+
+def forget() -> None:
+    """Have a signal end the process at once and without a word: what there was to say has been said."""
+    for number in _SIGNALS:
+        if signal.getsignal(number) is _end:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def came() -> bool:

@@ -110,7 +110,7 @@ def train(
 
     if resume and not (recipe or settings or given) and (out / RECIPE).is_file():
         chosen = Recipe.load(str(out / RECIPE))
-    with joined(choose_device(device.value)) as ranks, _told_once(ranks), TrainingProgress() as progress:
+    with TrainingProgress() as progress, joined(choose_device(device.value)) as ranks, _told_once(ranks):
         fitted = fit(
             data,
             out,

@@ -8,15 +8,23 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
+from torch import nn
+from torchvision.ops import StochasticDepth
 
+from echoquad_runtime.errors import ConfigError, DeviceUnavailableError, RunError
+from echoquad_train.augment import augment
 from echoquad_train.fit import fit
+from echoquad_train.ranks import ALONE, Ranks, joined
 from echoquad_train.recipe import Recipe
+from echoquad_train.shared import share_layers
 
 CPU = torch.device("cpu")
 
@@ -146,3 +154,152 @@ def test_two_processes_train_what_one_does(
     assert out == ["epoch 1\nepoch 2\nepoch 2\n", ""]  # rank 0 alone reports
     assert_alike(tmp_path / "two", alone)
     assert_alike(resumed, alone)
+
+
+# The layers, with the ranks' rows in one process
+
+
+def test_dropout_and_stochastic_depth_draw_the_whole_batch() -> None:
+    """Each rank's rows are those that one process would have computed."""
+    x = torch.rand(10, 6, 4, 4) + 0.5
+    for layer in (nn.Dropout(0.4), StochasticDepth(0.3, "row")):
+        model = nn.Sequential(layer)
+        torch.manual_seed(5)
+        whole = model(x)
+        batch = share_layers(model, CPU)
+        parts = []
+        for rank in range(3):
+            batch.share = Ranks(rank, 3).share(10)
+            torch.manual_seed(5)
+            parts.append(model(x[batch.share.rows]))
+        assert torch.equal(torch.cat(parts), whole) and not torch.equal(whole, x)
+        assert torch.equal(model.eval()(x), x)
+
+
+@pytest.mark.parametrize("total", [0, 1, 7, 8, 64])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_shares_are_a_partition(total: int, count: int) -> None:
+    rows = list(range(total))
+    shares = [Ranks(rank, count).share(total) for rank in range(count)]
+    assert [row for share in shares for row in rows[share.rows]] == rows
+    sizes = [share.last - share.first for share in shares]
+    assert max(sizes) - min(sizes) <= 1 and all(share.total == total for share in shares)
+
+
+def test_a_share_is_augmented_as_in_the_whole() -> None:
+    quadrants = torch.randint(0, 256, (9, 1, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(4)
+    whole = augment(quadrants, RECIPE, generator)
+    for rank in range(3):
+        own = torch.Generator().manual_seed(4)
+        share = Ranks(rank, 3).share(9)
+        # A grid of another size is computed in other vectors, so the last bits may differ.
+        torch.testing.assert_close(
+            augment(quadrants[share.rows], RECIPE, own, share), whole[share.rows], atol=1e-3, rtol=0
+        )
+        assert torch.equal(own.get_state(), generator.get_state())
+
+
+# Places
+
+
+def test_a_process_that_torchrun_did_not_start_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")  # some job schedulers set it
+    with joined(CPU) as ranks:
+        assert ranks == ALONE and ranks.first and not dist.is_initialized()
+        assert ranks.gather(7) == [7] and ranks.from_first(lambda: 8) == 8 and ranks.fails_first()
+
+
+def told(monkeypatch: pytest.MonkeyPatch, **values: object) -> None:
+    known = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, **values}
+    for name, value in known.items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize("wrong", [{"RANK": "x"}, {"RANK": 2}, {"RANK": -1}, {"LOCAL_RANK": ""}])
+def test_a_place_that_cannot_be(monkeypatch: pytest.MonkeyPatch, wrong: dict[str, object]) -> None:
+    told(monkeypatch, **wrong)
+    with pytest.raises(ConfigError) as error, joined(CPU):
+        pass
+    assert "\n" not in str(error.value) and "RANK, WORLD_SIZE, LOCAL_RANK are " in str(error.value)
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    told(monkeypatch, RANK=1, LOCAL_RANK=1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(DeviceUnavailableError) as error, joined(torch.device("cuda")):
+        pass
+    assert "process 1 of this machine found 1 GPUs" in str(error.value)
+    assert error.value.exit_code == 4
+
+
+def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    told(monkeypatch, RANK=1, MASTER_PORT=free_port())
+    monkeypatch.setattr("echoquad_train.ranks.PATIENCE", timedelta(seconds=1))
+    with pytest.raises(RunError) as error, joined(CPU):
+        pass
+    message = str(error.value)
+    assert "\n" not in message and message.startswith("torchrun: the processes cannot reach each other (")
+
+
+# As users start it
+
+
+def torchrun(*words: str | Path, count: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "-m", "echoquad", "train"]
+    return subprocess.run([*command, *map(str, words)], capture_output=True, text=True, timeout=240, check=False)
+
+
+def said(ended: subprocess.CompletedProcess[str]) -> list[str]:
+    """Give what EchoQuad said; torchrun has its own report of a process that failed."""
+    return [line for line in ended.stderr.splitlines() if line.startswith(("error:", "Epoch", "interrupted", "best:"))]
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path, make_data: Callable[..., Path]) -> None:
+    """Streamed by workers of its own, each rank trains what it trains from memory; a failure is told once."""
+    data = make_data(tmp_path / "data", frames=4)
+    line = [data, "--recipe", "scratch", "--input-size", "32", "--epochs", "1", "--batch-size", "6", "--device", "cpu"]
+    ended = torchrun(*line, "--out", tmp_path / "run", "--tensorboard")
+    assert ended.returncode == 0 and [text.partition(" ")[0] for text in said(ended)] == ["Epoch", "best:"], (
+        ended.stderr
+    )
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+    streamed = torchrun(*line, "--out", tmp_path / "streamed", "--stream", "on", "--workers", "1")
+    assert streamed.returncode == 0, streamed.stderr
+    first, second = ((tmp_path / name / "best.safetensors").read_bytes() for name in ("run", "streamed"))
+    assert first == second
+    again = torchrun(*line, "--out", tmp_path / "run")
+    held = (
+        f"{(tmp_path / 'run').as_posix()}: is there and not empty; go on with it by --resume, or choose another --out"
+    )
+    assert again.returncode == 1 and said(again) == [f"error: {held}"]
+    missing = torchrun(tmp_path / "gone", "--out", tmp_path / "other")
+    assert missing.returncode == 1 and len(said(missing)) == 1 and "gone: no such folder" in said(missing)[0]
+
+
+@pytest.mark.slow
+def test_three_processes_a_teacher_phases_and_networks(
+    tmp_path: Path, make_data: Callable[..., Path], quiet: Any, thin: None
+) -> None:
+    """Also where a batch is smaller than the number of processes, and where only some layers learn."""
+    data = make_data(tmp_path / "data", frames=3)
+    fit(data, tmp_path / "teacher", RECIPE.replace(epochs=1), device="cpu", resume=False, reporter=quiet())
+    phases = Recipe.load("transfer").replace(
+        weights="none",
+        input_size=40,
+        epochs=4,
+        warmup_epochs=1,
+        layer3_epoch=3,
+        batch_size=11,
+        mixed_precision=False,
+        optimizer="sgd",
+    )
+    jobs, teachers = {"phases": phases, "taught": RECIPE.replace(input_size=48)}, {"taught": tmp_path / "teacher"}
+    for name, recipe in jobs.items():
+        options = {"device": "cpu", "resume": False, "reporter": quiet(), "teacher": teachers.get(name)}
+        fit(data, tmp_path / name, recipe, **options)
+    rows = [job(data, tmp_path / f"three-{name}", recipe, teachers.get(name)) for name, recipe in jobs.items()]
+    run_ranks(tmp_path / "rank.py", 3, rows)
+    for name in jobs:
+        assert_alike(tmp_path / f"three-{name}", tmp_path / name)

@@ -247,7 +247,7 @@ def _fit(
         course.epoch_ended(epoch.validation_frame_accuracy)
         best = epoch == best_of([*history, epoch])
         history.append(epoch)
-        # All is written before the state that says this epoch is done: killed in between, the epoch is run again and the
+        # All is written before the state that says this epoch is done: killed in between, it is run again and the
         # same is written once more.
         if board:
             board.epoch(epoch, validated.quadrants)

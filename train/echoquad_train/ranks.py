@@ -115,8 +115,10 @@ def joined(where: torch.device) -> Iterator[Ranks]:
     ------
     DeviceUnavailableError
         If the machine has fewer GPUs than processes.
-    ConfigError, RunError
-        If torchrun's variables cannot be, or the processes do not find each other.
+    ConfigError
+        If torchrun's variables cannot be.
+    RunError
+        If the processes do not find each other, or lose each other.
     """
     ranks = Ranks(*place())
     if ranks.count == 1:
@@ -133,12 +135,22 @@ def joined(where: torch.device) -> Iterator[Ranks]:
         # Values go over gloo either way, gradients over what is made for the device.
         dist.init_process_group("gloo" if where.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise RunError(
-            f"torchrun: the processes cannot reach each other ({reason}); check MASTER_ADDR and MASTER_PORT"
+            f"torchrun: the processes cannot reach each other ({_first_line(error)}); check MASTER_ADDR and MASTER_PORT"
         ) from error
     try:
         yield ranks
+    except RuntimeError as error:
+        if isinstance(error, EchoQuadError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise RunError(
+            f"torchrun: process {ranks.rank} found another gone; expected all to work to the end; it may have said "
+            "why it ended; start all of them again with --resume"
+        ) from error
     finally:
         with suppress(Exception):  # another rank may have gone before
             dist.destroy_process_group()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
