@@ -49,8 +49,10 @@ def augment(quadrants: Tensor, recipe: Recipe, generator: torch.Generator, share
     """
     share = share or Share(0, len(quadrants), len(quadrants))
     warp = sample_warp(share.total, recipe, generator)[share.rows].to(quadrants.device)
-    grid = F.affine_grid(warp, list(quadrants.shape), align_corners=False)
-    warped = F.grid_sample(quadrants.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    warped = quadrants.float()
+    if len(quadrants):  # a share may be empty, which torch's grid cannot
+        grid = F.affine_grid(warp, list(quadrants.shape), align_corners=False)
+        warped = F.grid_sample(warped, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     varied = vary(warped, recipe, generator, share)
     return erase(varied, recipe.erase, 255.0 * recipe.mean, generator, share)
 
