@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,7 @@ import torch
 
 from echoquad_runtime.errors import ConfigError, ContractError, DatasetError, DeviceUnavailableError, RunError
 from echoquad_runtime.predictor import Predictor
-from echoquad_train import checkpoint, dataset, figures
+from echoquad_train import checkpoint, dataset, figures, record
 from echoquad_train import device as devices
 from echoquad_train import fit as fitting
 from echoquad_train.checkpoint import load_run
@@ -418,6 +421,22 @@ def test_figures_are_drawn_of_every_epoch(trained: Any) -> None:
     losses, accuracies = figure.axes
     assert [list(line.get_xdata()) for line in losses.lines] == [[1, 2, 3]] * 2
     assert list(accuracies.lines[2].get_ydata()) == [e.validation_frame_accuracy for e in trained.fitted.history]
+
+
+def test_curves_are_drawn_now_and_then_and_at_the_end(
+    tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    undrawn = SimpleNamespace(curves=len, save=lambda count, path: [drawn.append(count), path.write_bytes(b"")])
+    monkeypatch.setattr(record, "figures", undrawn)
+    history = trained.fitted.history
+    for done in (1, 2, 3):
+        record.write(tmp_path, {}, history[:done], finished=False)
+    assert drawn == [1]
+    os.utime(tmp_path / "curves.png", (0, time.time() - record.DRAWN_AGAIN - 1))
+    record.write(tmp_path, {}, history[:2], finished=False)
+    record.write(tmp_path, {}, history, finished=True)
+    assert drawn == [1, 2, 3]
 
 
 @pytest.mark.gpu

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import zipfile
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ import torch
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ContractError, RunError
-from echoquad_runtime.files import write_bytes
+from echoquad_runtime.files import write_atomically, write_bytes
 from echoquad_train.model import QuadrantClassifier, first_line
 from echoquad_train.recipe import Recipe
 
@@ -152,9 +151,8 @@ def read_info(folder: Path) -> dict[str, Any]:
 
 def save_last(folder: Path, state: Mapping[str, Any]) -> None:
     """Write what a resumed run needs, atomically: a kill at any moment leaves the old file or the new."""
-    stream = io.BytesIO()
-    torch.save(dict(state), stream)
-    write_bytes(folder / LAST, stream.getvalue())
+    with write_atomically(folder / LAST) as stream:
+        torch.save(dict(state), stream)
 
 
 def load_last(folder: Path) -> dict[str, Any]:

@@ -1,11 +1,13 @@
-"""The record of a run: ``run.json``, ``metrics.csv`` and ``curves.png``, rewritten whole after every epoch."""
+"""The record of a run: ``run.json``, ``metrics.csv`` and ``curves.png``, rewritten whole after epochs."""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 import platform
 import subprocess
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from datetime import UTC, datetime
@@ -25,6 +27,9 @@ from echoquad_train.recipe import Recipe
 __all__ = ["facts", "versions", "write"]
 
 SCHEMA = 1
+
+DRAWN_AGAIN = 20.0
+"""Seconds after which curves are drawn anew, and at the end: drawing takes a fifth of a second."""
 
 
 def versions() -> dict[str, str]:
@@ -100,7 +105,17 @@ def write(folder: Path, known: Mapping[str, Any], history: Sequence[Epoch], *, f
         table.writeheader()
         table.writerows(epoch.to_dict() for epoch in history)
         write_bytes(folder / checkpoint.METRICS, rows.getvalue().encode())
-        figures.save(figures.curves(history), folder / checkpoint.CURVES)
+        if finished or _age(folder / checkpoint.CURVES) > DRAWN_AGAIN:
+            figures.save(figures.curves(history), folder / checkpoint.CURVES)
+
+
+def _age(path: Path) -> float:
+    """Give the seconds since a file was written; infinity where there is none, or its time is to come."""
+    try:
+        age = time.time() - path.stat().st_mtime
+    except OSError:
+        return math.inf
+    return age if age >= 0 else math.inf
 
 
 def _git_commit() -> str | None:
