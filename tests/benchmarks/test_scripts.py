@@ -57,6 +57,19 @@ def test_engines(trained: Path, bundle: Path) -> None:
     assert len(lines) == len(record["median_ms"]) + 1
 
 
+def test_epoch(trained: Path) -> None:
+    data = trained.with_name("data")
+    record, lines = record_of(
+        "epoch", data, "--input-size", "32", "--frames", "8", "--rounds", "1", "--workers", "0", "1"
+    )
+    assert set(record["ways"]) == {"echoquad", "dataloader, 0 workers", "dataloader, 1 workers"}
+    for way in record["ways"].values():
+        assert way["data_s"] > 0 and way["compute_s"] > 0
+        assert abs(way["data_s"] + way["compute_s"] - way["epoch_s"]) < 1e-6
+    assert record["ways"]["echoquad"]["over_echoquad"] == 1 and record["frames"] == 8
+    assert len(lines) == 5
+
+
 def test_pareto(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "pareto"
     printed = run("benchmarks/pareto.py", trained, "--out", out, "--rounds", "3")

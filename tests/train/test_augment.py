@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms import RandomErasing, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from echoquad_train.augment import augment, erase, sample_warp
+from echoquad_train.augment import _sides, augment, erase, sample_warp
 from echoquad_train.recipe import Recipe
 
 SIZE = 32
@@ -163,6 +163,70 @@ def test_black_where_the_warp_leaves_the_quadrant() -> None:
     assert out.min() == 0 and out.max() == pytest.approx(255, abs=1e-3)
 
 
+# The whole against torchvision's own steps
+
+
+def flat_field(seed: int, side: int = 96) -> Tensor:
+    """Draw a smooth picture, float [1, side, side], grey levels, which a further bilinear lookup hardly changes."""
+    coarse = torch.rand(1, 1, 5, 5, generator=seeded(seed))
+    return 255 * F.interpolate(coarse, size=(side, side), mode="bicubic", align_corners=True)[0].clamp(0, 1)
+
+
+def torchvisions(image: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+    """Do with torchvision, a step at a time, what `sample_warp` draws for a batch of one.
+
+    The draws are made again in its order. torchvision's erasing comes last and is compared on its own.
+    """
+
+    def uniform(low: float, high: float) -> float:
+        return float(torch.empty(1).uniform_(low, high, generator=generator))
+
+    side = image.shape[-1]
+    width, height = (float(value) for value in _sides(1, recipe.crop_scale, recipe.crop_ratio, generator))
+    x, y = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
+    # torchvision crops whole pixels: the picture is cut out of a larger one, on whose grid the box's edges lie.
+    fine = 8 * side
+    large = F.interpolate(image[None], size=(fine, fine), mode="bilinear", align_corners=False)[0]
+    box = [round(v * fine) for v in ((y - height + 1) / 2, (x - width + 1) / 2, height, width)]
+    image = TF.resized_crop(large, *box, [side, side], TF.InterpolationMode.BILINEAR, antialias=True)
+    if uniform(0, 1) < recipe.flip:
+        image = TF.hflip(image)
+    image = TF.rotate(image, uniform(-recipe.rotate, recipe.rotate), TF.InterpolationMode.BILINEAR)
+    zoom, shear = uniform(*recipe.zoom), uniform(-recipe.shear, recipe.shear)
+    shift = [-uniform(-recipe.translate, recipe.translate) * side for _ in range(2)]
+    return TF.affine(image, 0, shift, zoom, [shear, 0.0], TF.InterpolationMode.BILINEAR)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(erase=0), Recipe.load("scratch").replace(erase=0, flip=0.5)])
+def test_one_warp_is_torchvisions_four_steps(recipe: Recipe) -> None:
+    """RandomResizedCrop, flip, RandomRotation and RandomAffine in their order, by the same draws.
+
+    Compared where no step looks beyond the picture's edge: what it finds there is black, and is carried on.
+    """
+    disagreed, compared = [], 0.0
+    for seed in range(24):
+        image = flat_field(seed)
+        found = augment(image[None].round().to(torch.uint8), recipe, seeded(seed))[0]
+        expected = torchvisions(image.round(), recipe, seeded(seed))
+        inside = torchvisions(torch.full_like(image, 255.0), recipe, seeded(seed)) > 254.5
+        inside &= augment(torch.full((1, 1, 96, 96), 255, dtype=torch.uint8), recipe, seeded(seed))[0] > 254.5
+        inside = F.max_pool2d((~inside).float()[None], 5, 1, 2)[0] == 0  # and a step away from such an edge
+        compared += float(inside.float().mean()) / 24
+        disagreed.append((found - expected).abs()[inside])
+    difference = torch.cat(disagreed)
+    assert compared > 0.5
+    assert difference.max() < 3 and difference.mean() < 0.4, (difference.max(), difference.mean())
+
+
+def test_the_order_of_the_steps_shows() -> None:
+    """With a flip after the rotation, say, the comparison above would be off by far more than it allows."""
+    recipe = Recipe(erase=0, flip=1)
+    image = flat_field(2)
+    right = torchvisions(image, recipe, seeded(2))
+    other = TF.hflip(torchvisions(image, recipe.replace(flip=0), seeded(2)))
+    assert (right - other).abs().mean() > 4
+
+
 # Erasing
 
 
@@ -184,11 +248,19 @@ def test_erased_boxes_are_distributed_as_torchvisions() -> None:
     blank = torch.zeros(2500, 1, side, side)
     filled = (erase(blank, 1.0, 7.0, seeded()) == 7)[:, 0]
     area = filled.flatten(1).float().mean(dim=1)
-    height, width = filled.any(dim=2).sum(dim=1) / side, filled.any(dim=1).sum(dim=1) / side
+    rows, columns = filled.any(dim=2).int(), filled.any(dim=1).int()
+    height, width = rows.sum(dim=1) / side, columns.sum(dim=1) / side
+    top, left = rows.argmax(dim=1) / side, columns.argmax(dim=1) / side
     torch.manual_seed(0)
-    theirs = [RandomErasing.get_params(blank[0], (0.02, 0.33), (0.3, 3.3), [7.0])[2:4] for _ in range(2500)]
-    their_height, their_width = torch.tensor(theirs).T / side
-    for ours, expected in ((area, their_height * their_width), (height, their_height), (width, their_width)):
+    theirs = [RandomErasing.get_params(blank[0], (0.02, 0.33), (0.3, 3.3), [7.0])[:4] for _ in range(2500)]
+    their_top, their_left, their_height, their_width = torch.tensor(theirs).T / side
+    for ours, expected in (
+        (area, their_height * their_width),
+        (height, their_height),
+        (width, their_width),
+        (top, their_top),
+        (left, their_left),
+    ):
         for quantile in (0.05, 0.25, 0.5, 0.75, 0.95):
             assert abs(ours.quantile(quantile) - expected.quantile(quantile)) < 0.035
 

@@ -1,0 +1,225 @@
+"""Time an epoch of EchoQuad's training loop against a plain DataLoader with torchvision's transforms.
+
+Both train the same network from the same weights by the same recipe, batch size and precision on the same frames; only
+the way from a file to a batch differs:
+
+echoquad          every frame decoded once to 8-bit quadrants; the whole batch augmented as one warp
+dataloader, N     a quadrant an item: PNG opened, grey, cropped, cut, resized, then RandomResizedCrop, flip, rotation,
+                  affine and erasing, each by torchvision on a PIL image; N worker processes
+
+Rounds alternate; the first of each warms up. "data" is the time in which the loop waits for a batch, augmentation
+included; "compute" is the rest: forward, backward, optimizer. Both validate alike, so validation is left out.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+import time
+from argparse import ArgumentParser, RawTextHelpFormatter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).parent))  # so that a worker that is spawned finds it too
+from common import paired_ratio, report, rotated
+
+from echoquad_runtime.contract import Contract
+from echoquad_runtime.cpus import available_cpus
+from echoquad_runtime.quadrants import quadrant_boxes
+from echoquad_train.augment import augment
+from echoquad_train.dataset import LabelledFrame, Split, load_quadrants, read_classes, read_split
+from echoquad_train.device import choose_device, make_deterministic, mixed_dtype
+from echoquad_train.model import QuadrantClassifier, build_model, set_trained
+from echoquad_train.recipe import Recipe
+from echoquad_train.sampling import class_weights, draw_batches, to_device
+from echoquad_train.schedule import Course, phase_of
+
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # grey levels 0 to 255, float [B, 1, S, S]; labels, int64 [B]
+
+
+class PngQuadrants(Dataset[tuple[torch.Tensor, int]]):
+    """What a script with torchvision's transforms does for each quadrant, as the document's does."""
+
+    def __init__(self, frames: tuple[LabelledFrame, ...], recipe: Recipe, contract: Contract) -> None:
+        self.frames, self.contract = frames, contract
+        size, bilinear = recipe.input_size, transforms.InterpolationMode.BILINEAR
+        shear, move = recipe.shear, (recipe.translate, recipe.translate)
+        self.transform = transforms.Compose(
+            [
+                transforms.Resize((size, size), bilinear),
+                transforms.RandomResizedCrop(size, recipe.crop_scale, recipe.crop_ratio, bilinear),
+                transforms.RandomHorizontalFlip(recipe.flip),
+                transforms.RandomRotation(recipe.rotate, bilinear),
+                transforms.RandomAffine(0, move, recipe.zoom, [-shear, shear], bilinear),
+                transforms.PILToTensor(),
+                transforms.ConvertImageDtype(torch.float32),
+                transforms.RandomErasing(recipe.erase, value=recipe.mean),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return 4 * len(self.frames)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        frame = self.frames[index // 4]
+        with Image.open(frame.path) as image:
+            grey = image.convert("L")
+        quadrant = grey.crop(quadrant_boxes(*grey.size, self.contract.keep)[index % 4])
+        return 255 * self.transform(quadrant), frame.label
+
+
+class Loop:
+    """A network with its optimizer, trained by either way alike."""
+
+    def __init__(self, recipe: Recipe, contract: Contract, labels: np.ndarray, where: torch.device) -> None:
+        torch.manual_seed(recipe.seed)
+        self.where = where
+        self.recipe = recipe
+        self.model: QuadrantClassifier = build_model(recipe, contract).to(where, memory_format=torch.channels_last)
+        self.dtype = mixed_dtype(recipe, recipe.backbone, recipe.input_size, where)
+        self.weights = class_weights(labels, len(contract.classes)).to(where)
+        self.scaler = torch.amp.GradScaler(where.type, enabled=self.dtype is torch.float16)
+        phase = phase_of(recipe, recipe.epochs)
+        groups = set_trained(self.model, phase.layers)
+        self.course = Course(groups, recipe, phase, steps_per_epoch=10**6)  # the rate does not matter here
+
+    def epoch(self, batches: Batches) -> tuple[float, float]:
+        """Give the seconds of an epoch that went into waiting for batches, and into computing."""
+        begin = time.perf_counter()
+        waited = 0.0
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            waited += time.perf_counter() - asked
+            if batch is None:
+                break
+            images, labels = batch
+            with torch.autocast(self.where.type, self.dtype, enabled=self.dtype is not None):
+                logits = self.model(images)
+            smoothing = self.recipe.label_smoothing
+            self.course.step(
+                F.cross_entropy(logits.float(), labels, self.weights, label_smoothing=smoothing), self.scaler
+            )
+        if self.where.type == "cuda":
+            torch.cuda.synchronize()
+        return waited, time.perf_counter() - begin - waited
+
+
+class Spent(NamedTuple):
+    """Seconds of an epoch."""
+
+    data: float
+    compute: float
+
+    @property
+    def total(self) -> float:
+        return self.data + self.compute
+
+
+def ours(split: Split, recipe: Recipe, contract: Contract, where: torch.device) -> Callable[[int], Batches]:
+    """EchoQuad's way; decoding, once a run, is not in an epoch."""
+    store = load_quadrants(split, contract)
+
+    def batches(round_: int) -> Batches:
+        generator = torch.Generator().manual_seed(round_)
+        chosen = list(draw_batches(store, recipe, generator))
+        for rows, quadrants in zip(chosen, store.feed(chosen), strict=True):
+            images, labels = to_device(quadrants, store.labels[rows // 4], where)
+            yield augment(images, recipe, generator), labels
+
+    return batches
+
+
+def theirs(
+    split: Split, recipe: Recipe, contract: Contract, where: torch.device, workers: int
+) -> Callable[[int], Batches]:
+    """A plain DataLoader; its workers stay from epoch to epoch."""
+    labels = np.repeat([frame.label for frame in split.frames], 4)
+    balanced = WeightedRandomSampler((1.0 / np.bincount(labels))[labels].tolist(), len(labels))
+    loader = DataLoader(
+        PngQuadrants(split.frames, recipe, contract),
+        recipe.batch_size,
+        shuffle=not recipe.balanced_sampler,
+        sampler=balanced if recipe.balanced_sampler else None,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=where.type == "cuda",
+    )
+
+    def batches(round_: int) -> Batches:
+        for images, labels in loader:
+            if len(labels) > 1:
+                yield images.to(where, non_blocking=True), labels.to(where)
+
+    return batches
+
+
+def main() -> None:
+    first, _, rest = (__doc__ or "").partition("\n")
+    parser = ArgumentParser(description=first, epilog=rest, formatter_class=RawTextHelpFormatter)
+    parser.add_argument("data", type=Path, help="DATA/{train,validation}/CLASS/**/*.png")
+    parser.add_argument("--recipe", default="scratch", help="default %(default)s")
+    parser.add_argument("--input-size", type=int, default=112, help="default %(default)s")
+    parser.add_argument("--frames", type=int, help="train on this many frames, drawn by lot; all where not given")
+    parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2], help="default %(default)s")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--rounds", type=int, default=3, help="default %(default)s")
+    parser.add_argument("--threads", type=int, default=available_cpus(), help="default: all CPUs, %(default)s")
+    parser.add_argument("--results", type=Path, help="file whose section of this script is to be rewritten")
+    options = parser.parse_args()
+
+    torch.set_num_threads(options.threads)
+    where = choose_device(options.device)
+    make_deterministic(where)
+    recipe = Recipe.load(options.recipe).replace(weights="none", input_size=options.input_size)
+    classes = read_classes(options.data)
+    contract = recipe.contract(classes)
+    split = read_split(options.data, "train", classes)
+    if options.frames and options.frames < len(split.frames):
+        chosen = sorted(random.Random(0).sample(range(len(split.frames)), options.frames))
+        split = Split(split.name, split.classes, tuple(split.frames[index] for index in chosen))
+    labels = np.array([frame.label for frame in split.frames])
+
+    ways: dict[str, Callable[[int], Batches]] = {"echoquad": ours(split, recipe, contract, where)}
+    ways |= {f"dataloader, {n} workers": theirs(split, recipe, contract, where, n) for n in options.workers}
+    loops = {name: Loop(recipe, contract, labels, where) for name in ways}
+    spent: dict[str, list[Spent]] = {name: [] for name in ways}
+    for turn in range(options.rounds + 1):
+        for name in rotated(list(ways), turn):
+            took = Spent(*loops[name].epoch(ways[name](turn)))
+            if turn:
+                spent[name].append(took)
+
+    own = [took.total for took in spent["echoquad"]]
+    rows = [["way", "epoch s", "data s", "compute s", "frames/s", "over echoquad"]]
+    record = {}
+    for name, found in spent.items():
+        epoch, data, compute = (
+            statistics.median(getattr(took, field) for took in found) for field in ("total", "data", "compute")
+        )
+        ratio = paired_ratio([took.total for took in found], own)
+        rows.append([name, *(f"{value:.2f}" for value in (epoch, data, compute, len(labels) / epoch, ratio))])
+        record[name] = {"epoch_s": epoch, "data_s": data, "compute_s": compute, "over_echoquad": ratio}
+    precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[loops["echoquad"].dtype]
+    how = f"{recipe.backbone} at {recipe.input_size}, batch {recipe.batch_size}, {precision} on {where.type}"
+    report(
+        "epoch",
+        rows,
+        {"frames": len(labels), "rounds": options.rounds, "training": how, "ways": record},
+        options.results,
+        threads=options.threads,
+        notes=[f"{len(labels)} frames, {how}; medians of {options.rounds} epochs after one to warm up."],
+    )
+
+
+if __name__ == "__main__":
+    main()
