@@ -45,6 +45,7 @@ RECIPE = Recipe.load("scratch").replace(
     attenuation=0.2,
     shadow=0.5,
     speckle=0.2,
+    weight_average=0.9,
 )
 
 SCRIPT = """

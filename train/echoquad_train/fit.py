@@ -202,9 +202,7 @@ def _fit(
     if average and state:
         average.load_state_dict(state["average"])
     kept = average.model if average else model  # whose weights are validated and kept
-    trainer = Trainer(
-        model, recipe, train_store, where, dtype, scaler, weights.to(where), teaching, average, ranks
-    )
+    trainer = Trainer(model, recipe, train_store, where, dtype, scaler, weights.to(where), teaching, average, ranks)
 
     for number in range(len(history) + 1, recipe.epochs + 1):
         if out_of_patience(history, recipe):
