@@ -8,8 +8,10 @@ process with running threads may stand still.
 from __future__ import annotations
 
 import shutil
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -70,6 +72,20 @@ class _Sampler:
         return self.batches
 
 
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Have processes that are started now ignore Ctrl-C, which reaches all of a terminal's: the main one ends them."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not in the main thread, which alone may say so
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+
+
 class StreamedStore:
     """Frames that are decoded again whenever they are wanted.
 
@@ -121,7 +137,9 @@ class StreamedStore:
         """
         self._sampler.batches = ([(self._frames[i // 4], int(i % 4)) for i in chosen] for chosen in batches)
         try:
-            for batch in self._loader:
+            with _deaf_to_interrupts():
+                batches_decoded = iter(self._loader)
+            for batch in batches_decoded:
                 if isinstance(batch, str):
                     raise DatasetError(f"{batch}; bring it back, and go on by `echoquad train --resume`")
                 yield batch

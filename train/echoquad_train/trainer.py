@@ -133,13 +133,12 @@ class Trainer:
         # Summed on the device: to ask it for a figure after each batch is to wait for it.
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.where)
         correct = torch.zeros((), dtype=torch.float64, device=self.where)
-        rate = 0.0
+        counts, rate = self.weights.cpu(), 0.0
         for done, (chosen, share, mine) in enumerate(zip(batches, shares, own, strict=True), 1):
             quadrants, labels = to_device(next(fed), self.store.labels[mine // 4], self.where)
             # What this rank's sum is divided by: its mean share of the batch's weight, since the ranks' gradients are
             # averaged. So they are those of the whole batch's weighted mean.
-            every = torch.from_numpy(self.store.labels[chosen // 4]).to(self.where)
-            weight = self.weights[every].sum() / self.ranks.count
+            weight = float(counts[self.store.labels[chosen // 4]].sum()) / self.ranks.count
             loss, logits = self._loss(quadrants, labels, weight, share, next(taught), generator)
             rate = course.step(loss, self.scaler)
             if self.average is not None:
@@ -155,7 +154,7 @@ class Trainer:
         self,
         quadrants: torch.Tensor,
         labels: torch.Tensor,
-        weight: torch.Tensor,
+        weight: float,
         share: Share,
         larger: npt.NDArray[np.uint8] | None,
         generator: torch.Generator,
