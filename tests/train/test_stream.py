@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -177,3 +182,21 @@ def test_where_quadrants_are_kept(
         assert found == expected
     del store
     gc.collect()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="a group of processes is interrupted")
+@pytest.mark.parametrize("moment", ["training on", "Epoch 01"])
+def test_ctrl_c_is_one_line(tmp_path: Path, trained: Any, moment: str) -> None:
+    """A terminal sends it to the workers too, which may be in the middle of an import."""
+    options = ["--recipe", "scratch", "--input-size", "32", "--epochs", "99", "--stream", "on", "--workers", "2"]
+    line = [sys.executable, "-m", "echoquad", "train", str(trained.data), "--out", str(tmp_path / "run"), *options]
+    started = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert started.stderr is not None
+    said = iter(started.stderr.readline, "")
+    assert any(moment in text for text in said)
+    time.sleep(1)
+    os.killpg(started.pid, signal.SIGINT)
+    rest = [text for text in said if not text.startswith("Epoch")]
+    assert (started.wait(60), rest) == (130, ["interrupted\n"])
+    started.stderr.close()
