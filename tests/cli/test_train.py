@@ -201,6 +201,13 @@ def test_what_only_torch_can_tell_is_refused_as_plainly(
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
 
 
+def test_tensorboard_has_an_extra_of_its_own(data: Path, echoquad: Callable[..., Any], tmp_path: Path) -> None:
+    hidden = "sys.modules['tensorboard'] = None"
+    ran = echoquad("train", data, "--out", tmp_path / "x", "--tensorboard", code=1, driver=hidden)
+    assert ran.errors == ['this needs tensorboard, which is not installed; do: pip install "echoquad[tensorboard]"']
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("command", ["train", "evaluate", "export", "demo"])
 def test_without_its_extra_a_command_says_which(
     command: str, data: Path, many: Callable[..., Any], echoquad: Callable[..., Any], tmp_path: Path

@@ -19,7 +19,7 @@ import torch
 
 from echoquad_runtime.errors import ConfigError, ContractError, DatasetError, DeviceUnavailableError, RunError
 from echoquad_runtime.predictor import Predictor
-from echoquad_train import checkpoint, dataset, figures, record
+from echoquad_train import checkpoint, dataset, figures, record, sampling
 from echoquad_train import device as devices
 from echoquad_train import fit as fitting
 from echoquad_train.checkpoint import load_run
@@ -242,12 +242,19 @@ def store(*counts: int) -> QuadrantStore:
     return QuadrantStore(np.zeros((len(labels), 4, 8, 8), np.uint8), labels, ("",) * len(labels), ())
 
 
-def test_the_balanced_sampler_draws_classes_alike() -> None:
+@pytest.mark.parametrize("limit", [sampling.MULTINOMIAL_LIMIT, 100])
+def test_the_balanced_sampler_draws_classes_alike(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """Also where there are more quadrants than torch can weigh."""
+    monkeypatch.setattr(sampling, "MULTINOMIAL_LIMIT", limit)
     unequal = store(20, 100, 380)
+    unequal.labels[:] = unequal.labels[np.random.default_rng(1).permutation(500)]
     batches = list(draw_batches(unequal, Recipe(batch_size=32), torch.Generator().manual_seed(0)))
     assert [len(batch) for batch in batches] == [32] * 62 + [16]
     drawn = Counter(unequal.labels[np.concatenate(batches) // 4].tolist())
     assert all(abs(drawn[label] - 2000 / 3) < 80 for label in range(3))  # some four standard deviations
+    rare = np.flatnonzero(unequal.labels == 0)
+    often = Counter((np.concatenate(batches) // 4).tolist())
+    assert all(abs(often[frame] - 100 / 3) < 30 for frame in rare)  # some five
     corners = Counter((np.concatenate(batches) % 4).tolist())
     assert all(abs(corners[corner] - 500) < 80 for corner in range(4))
 

@@ -13,11 +13,16 @@ from echoquad_train.recipe import Recipe
 
 __all__ = ["class_weights", "draw_batches", "seed_of", "to_device"]
 
+MULTINOMIAL_LIMIT = 2**24
+"""Categories that torch.multinomial takes at most."""
+
 
 def draw_batches(store: Store, recipe: Recipe, generator: torch.Generator) -> Iterator[npt.NDArray[np.int64]]:
     """Draw an epoch's quadrants, as indices into [F * 4], a batch at a time."""
     count = 4 * len(store.labels)
-    if recipe.balanced_sampler:
+    if recipe.balanced_sampler and count > MULTINOMIAL_LIMIT:
+        order = _draw_balanced(store.labels, count, generator)
+    elif recipe.balanced_sampler:
         per_class = np.bincount(store.labels)
         weights = torch.from_numpy(np.repeat(1.0 / per_class[store.labels], 4))
         order = torch.multinomial(weights, count, replacement=True, generator=generator)
@@ -27,6 +32,18 @@ def draw_batches(store: Store, recipe: Recipe, generator: torch.Generator) -> It
         chosen = order[start : start + recipe.batch_size].numpy()
         if len(chosen) > 1:  # batch normalisation cannot be computed over one sample of a 1x1 map
             yield chosen
+
+
+def _draw_balanced(labels: npt.NDArray[np.int64], count: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw quadrants with weights 1 / class count in two steps: a class, then one of its frames."""
+    frames, per_class = np.argsort(labels, kind="stable"), np.bincount(labels)
+    present = torch.from_numpy(np.flatnonzero(per_class))
+    first = torch.from_numpy(np.cumsum(per_class) - per_class)
+    size = torch.from_numpy(per_class)
+    drawn = present[torch.randint(len(present), (count,), generator=generator)]
+    place = (torch.rand(count, dtype=torch.float64, generator=generator) * size[drawn]).long()  # below 1, so below size
+    corner = torch.randint(4, (count,), generator=generator)
+    return 4 * torch.from_numpy(frames)[first[drawn] + place] + corner
 
 
 def to_device(
