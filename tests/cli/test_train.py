@@ -185,6 +185,7 @@ def test_what_only_torch_can_tell_is_refused_as_plainly(
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
+    (tmp_path / "vgg.toml").write_text('backbone = "vgg"\nweights = "none"\n')
     out = ["--out", tmp_path / "run"]
     refusals = [
         (1, ["train", spoilt["unreadable"], *out, *tiny], "no frame of class NORM can be read; the first failure"),
@@ -193,12 +194,19 @@ def test_what_only_torch_can_tell_is_refused_as_plainly(
         (2, ["train", data, "--out", tmp_path / "new", *tiny, "--resume"], "is not there; train without --resume"),
         (1, ["train", data, "--out", tmp_path / "2", *tiny, "--weights", tmp_path / "no.pt"], "no.pt"),
         (1, ["train", data, "--out", tmp_path / "3", *tiny, "--set", "backbone=resnet1000"], "resnet1000"),
+        (
+            1,
+            ["train", data, "--out", tmp_path / "4", "--recipe", tmp_path / "vgg.toml"],
+            "did you mean vgg16? expected",
+        ),
+        (1, ["train", data, "--out", tmp_path / "5", *tiny, "--set", "backbone=vit_b_16", "--input-size", "40"], "48"),
     ]
     found = warm([line for _, line, _ in refusals])
     for (code, line, words), ran in zip(refusals, found, strict=True):
         assert (ran.code, ran.out, len(ran.errors)) == (code, "", 1), (line, ran)
         assert words in ran.err, line
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+    assert not [name for name in "2345" if (tmp_path / name).exists()]
 
 
 def test_tensorboard_has_an_extra_of_its_own(data: Path, echoquad: Callable[..., Any], tmp_path: Path) -> None:

@@ -43,13 +43,14 @@ def states_equal(a: nn.Module, b: nn.Module) -> bool:
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_backbones_have_the_head_that_the_contract_asks_for(backbone: str) -> None:
-    contract = Contract(("a", "b", "c"), input_size=32)
-    model = QuadrantClassifier(backbone, contract, dropout=0.25)
+    contract = Contract(("a", "b", "c"), input_size=64)
+    with torch.device("meta"):  # shapes are enough: to draw weights by the hundred million takes seconds
+        model = QuadrantClassifier(backbone, contract, dropout=0.25)
     dropout, linear = model.head
     assert isinstance(dropout, nn.Dropout) and dropout.p == 0.25
     assert isinstance(linear, nn.Linear) and linear.out_features == 3
     with torch.inference_mode():
-        assert model.eval()(torch.zeros(2, 1, 32, 32, dtype=torch.uint8)).shape == (2, 3)
+        assert model.eval()(torch.zeros(2, 1, 64, 64, dtype=torch.uint8, device="meta")).shape == (2, 3)
 
 
 def test_grey_levels_are_normalised_inside(thin: None) -> None:
@@ -79,7 +80,7 @@ def test_an_engine_gives_what_the_model_gives(thin: None) -> None:
     np.testing.assert_allclose(probabilities, scaled / scaled.sum(axis=1, keepdims=True), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["resnet19", "", "vit_b_16", "ResNet18"])
+@pytest.mark.parametrize("name", ["squeeze", "", "mri"])
 def test_an_unknown_backbone(name: str) -> None:
     with pytest.raises(ConfigError) as error:
         QuadrantClassifier(name, TWO)

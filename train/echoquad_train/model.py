@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import pickle
+import re
 import sys
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
@@ -17,16 +20,19 @@ import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.vision_transformer import interpolate_embeddings
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ConfigError
-from echoquad_train.backbones import BACKBONES, build_body
+from echoquad_train.backbones import BACKBONES, build_body, check_backbone
 from echoquad_train.recipe import Recipe
 
 __all__ = ["QuadrantClassifier", "build_model", "first_line", "load_pretrained", "set_trained"]
 
 # What torch raises for a file that it cannot read as tensors, besides OSError.
 _UNREADABLE: Final = (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
+
+_PLACES: Final = "encoder.pos_embedding"  # of a network with patches: an embedding for each, float [1, 1 + patches, F]
 
 
 class QuadrantClassifier(nn.Module):
@@ -37,21 +43,20 @@ class QuadrantClassifier(nn.Module):
     backbone
         A name from `echoquad_train.backbones.BACKBONES`.
     contract
-        Gives the number of classes, the mean and the standard deviation.
+        Gives the number of classes, the input size, the mean and the standard deviation.
     dropout
         Before the head's linear layer.
 
     Raises
     ------
     ConfigError
-        If the backbone is unknown.
+        If the backbone is unknown, or cannot take the input size.
     """
 
     def __init__(self, backbone: str, contract: Contract, dropout: float = 0.0) -> None:
         super().__init__()
-        if backbone not in BACKBONES:
-            raise ConfigError(f"backbone {backbone!r} found; expected one of {', '.join(BACKBONES)}")
-        self.backbone, features = build_body(backbone)
+        check_backbone(backbone, contract.input_size)
+        self.backbone, features = build_body(backbone, contract.input_size)
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(features, len(contract.classes)))
         self.mean, self.std = contract.mean, contract.std
         self.name, self.parts = backbone, BACKBONES[backbone]
@@ -69,7 +74,7 @@ def build_model(recipe: Recipe, contract: Contract) -> QuadrantClassifier:
     Raises
     ------
     ConfigError
-        If the backbone is unknown, or the weights cannot be had or do not fit.
+        If the backbone is unknown or cannot take the input size, or the weights cannot be had or do not fit.
     """
     model = QuadrantClassifier(recipe.backbone, contract, recipe.dropout)
     if recipe.weights != "none":
@@ -80,7 +85,9 @@ def build_model(recipe: Recipe, contract: Contract) -> QuadrantClassifier:
 def load_pretrained(body: nn.Module, backbone: str, weights: str) -> None:
     """Load ``imagenet`` weights or a file's into a backbone; a classifier at its end is left out.
 
-    A file is ``.safetensors``, a run's ``best.safetensors`` among them, or a ``.pt`` that holds tensors alone.
+    A file is ``.safetensors``, a run's ``best.safetensors`` among them, or a ``.pt`` that holds tensors alone. What
+    torchvision's own checkpoints differ in from its networks is evened out: names and heads of former days, counts
+    of batches that were not kept then, and embeddings of another input size, which are interpolated.
 
     Raises
     ------
@@ -92,9 +99,8 @@ def load_pretrained(body: nn.Module, backbone: str, weights: str) -> None:
     prefix = "backbone."
     if any(name.startswith(prefix) for name in state):
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    end = f"{BACKBONES[backbone].end}."
-    state = {name: value for name, value in state.items() if not name.startswith(end)}
     own = body.state_dict()
+    state = _as_built(state, own, backbone)
     wrong = sorted(
         [name for name in own if name not in state]
         + [name for name, value in state.items() if name not in own or own[name].shape != value.shape]
@@ -105,6 +111,28 @@ def load_pretrained(body: nn.Module, backbone: str, weights: str) -> None:
             f"expected weights of a {backbone}"
         )
     body.load_state_dict(state)
+
+
+def _as_built(state: Mapping[str, Tensor], own: Mapping[str, Tensor], backbone: str) -> dict[str, Tensor]:
+    """Bring a checkpoint's tensors to the names and the shapes that torchvision's code has today."""
+    parts = BACKBONES[backbone]
+    dropped = tuple(f"{part}." for part in (parts.end, *parts.unused))
+    found: dict[str, Tensor] = {}
+    for old, value in state.items():
+        name = old
+        for pattern, now in parts.renamed:
+            name = re.sub(pattern, now, name)
+        if not name.startswith(dropped):
+            found[name] = value
+    for name, value in own.items():
+        if name.endswith(".num_batches_tracked"):  # of no influence where momentum is a number
+            found.setdefault(name, value)
+    places = found.get(_PLACES)
+    if parts.patch and places is not None and places.ndim == 3 and places.shape[0] == 1:
+        side = math.isqrt(own[_PLACES].shape[1] - 1)  # a place for each patch, and one for the class token
+        if math.isqrt(places.shape[1] - 1) ** 2 == places.shape[1] - 1:
+            found = dict(interpolate_embeddings(side * parts.patch, parts.patch, OrderedDict(found)))
+    return found
 
 
 def set_trained(model: QuadrantClassifier, layers: Mapping[str, float]) -> list[dict[str, object]]:
