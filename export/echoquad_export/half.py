@@ -1,7 +1,8 @@
 """Half precision: float16 weights and activations, for GPUs, which have units of their own for it.
 
 Grey levels are still normalised in float32, and all from the last pooling on is still computed in it: it costs nothing,
-and it is there that decisions are close.
+and it is there that decisions are close. So are layer normalisations, whose squares overflow float16, and whose float16
+kernel in onnxruntime gives other answers from its second run on (its issue 27768).
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from echoquad_export.graph import replace_nodes
 __all__ = ["to_half"]
 
 _SINGLE: Final = "Gemm"  # with all that follows it
+_KEPT: Final = ("LayerNormalization",)
+_MOVED: Final = ("Reshape", "Squeeze", "Transpose", "Unsqueeze")
+"""Values that are only moved keep their type: cast before a transposition that a product follows, the graph makes
+onnxruntime 1.32 crash as it opens it on a CPU."""
 _LARGEST: Final = float(np.finfo(np.float16).max)
 
 
@@ -58,7 +63,8 @@ def to_half(graph: bytes) -> bytes:
         return casts[key]
 
     for index, node in enumerate(nodes):
-        inside = begin <= index < end
+        moved = node.op_type in _MOVED and node.input[0] not in halved
+        inside = begin <= index < end and node.op_type not in _KEPT and not moved
         for position, name in enumerate(node.input):
             if name in constants:
                 if inside and constants[name].data_type == onnx.TensorProto.FLOAT:

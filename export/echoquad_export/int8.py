@@ -9,6 +9,7 @@ all of them are told.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -21,7 +22,7 @@ from echoquad_export.calibrate import CalibrationSet, Ranges, open_in_memory
 from echoquad_export.parity import Parity
 from echoquad_export.quantize import float_tensors, layers, prepare, quantize
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.errors import ParityError
+from echoquad_runtime.errors import ConfigError, ParityError
 from echoquad_runtime.session import INPUT, OUTPUTS, Floats
 
 __all__ = ["Attempt", "Quantized", "build_int8"]
@@ -116,8 +117,11 @@ def build_int8(
     ------
     ParityError
         If no way passes: int8 is not for this model.
+    ConfigError
+        If the network does its work in matrix products, which stay in float.
     """
     model = prepare(graph, contract)
+    _require_convolutions(model)
     units = layers(model)
     ranges = Ranges(model, calibration.quadrants, float_tensors(model))
     attempts: list[Attempt] = []
@@ -156,6 +160,21 @@ def build_int8(
         f"{closest.parity.frames} frames of the {closest.parity.source}; the closest was {closest}; allowed: "
         f"{allowed}; no bundle was written; do: leave int8 out of --precision"
     )
+
+
+def _require_convolutions(model: onnx.ModelProto) -> None:
+    """Refuse a transformer: of its weights, integers would hold those of the first layer alone."""
+    sizes = {item.name: math.prod(item.dims) for item in model.graph.initializer}
+
+    def weights(operator: str) -> int:
+        return sum(sizes.get(node.input[1], 0) for node in model.graph.node if node.op_type == operator)
+
+    convolutions, products = weights("Conv"), weights("MatMul")
+    if products > convolutions:
+        raise ConfigError(
+            f"precision int8: {products} weights in matrix products found, {convolutions} in convolutions; expected a "
+            "network of convolutions, which is what is computed in integers; do: leave int8 out of --precision"
+        )
 
 
 def _by_sensitivity(

@@ -16,6 +16,7 @@ k = 0 ... K - 1, P the padding: column c is channel c mod 4 of group c // 4.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -61,6 +62,7 @@ def integer_stem(graph: onnx.ModelProto, contract: Contract, *, regroup: bool = 
     if position is None or not 0 <= zero_point <= WHITE:
         return result
     convolution, rest = nodes[position], nodes[position + 1 :]
+    kept = _read_by(rest, nodes[:position])
     constants = {item.name: numpy_helper.to_array(item) for item in result.graph.initializer}
     attributes = {item.name: helper.get_attribute_value(item) for item in convolution.attribute}
     weight = constants[convolution.input[1]].astype(np.float64)
@@ -107,8 +109,19 @@ def integer_stem(graph: onnx.ModelProto, contract: Contract, *, regroup: bool = 
             helper.make_node("Transpose", [f"{PREFIX}unrolled"], [last], perm=[0, 3, 1, 2]),
         ]
     result.graph.initializer.extend(numpy_helper.from_array(value, f"{PREFIX}{name}") for name, value in added.items())
-    replace_nodes(result.graph, [*front, *rest])
+    replace_nodes(result.graph, [*front, *kept, *rest])
     return result
+
+
+def _read_by(nodes: Sequence[onnx.NodeProto], before: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Find what stands before the first convolution and is read behind it: a transformer counts the quadrants."""
+    wanted = {name for node in nodes for name in node.input}
+    found: list[onnx.NodeProto] = []
+    for node in reversed(before):
+        if wanted.intersection(node.output):
+            wanted.update(node.input)
+            found.insert(0, node)
+    return found
 
 
 def _regroups(attributes: dict[str, Any], weight: npt.NDArray[np.float64], size: int) -> bool:
