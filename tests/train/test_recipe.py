@@ -196,7 +196,7 @@ def test_what_set_refuses(setting: str, words: str) -> None:
         ("crop_ratio", (-1, 1)),
         ("vote", "loudest"),
         ("trained_layers", "layer2"),
-        ("optimizer", "rmsprop"),
+        ("optimizer", "lion"),
         ("input_size", 4),
         ("input_size", 5000),
         ("keep", 0),

@@ -27,7 +27,7 @@ from echoquad_train.recipe import Recipe
 PHASES = Recipe.load("transfer").replace(
     weights="none", input_size=24, epochs=4, warmup_epochs=1, layer3_epoch=3, batch_size=8, plateau_patience=0
 )
-CYCLE = Recipe.load("scratch").replace(input_size=24, epochs=4, batch_size=8, optimizer="sgd", lr=1e-2)
+CYCLE = Recipe.load("scratch").replace(input_size=24, epochs=4, batch_size=8, optimizer="momentum", lr=1e-2)
 RECIPES = {
     "phases": PHASES,
     "cycle": CYCLE,

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from echoquad_runtime.contract import Contract
+from echoquad_runtime.errors import RunError
 from echoquad_train.history import Epoch, best_of, out_of_patience
 from echoquad_train.model import QuadrantClassifier, set_trained
 from echoquad_train.recipe import Recipe
@@ -158,7 +159,10 @@ def test_a_constant_rate_stays() -> None:
         assert under_test.step((head * body).sum(), NO_SCALER) == 1e-4
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+OPTIMIZERS = ["adamw", "adam", "rmsprop", "momentum", "sgd"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("schedule", ["plateau", "onecycle", "constant"])
 def test_a_course_goes_on_from_its_state(optimizer: Any, schedule: Any) -> None:
     recipe = replace(TRANSFER, optimizer=optimizer, schedule=schedule, plateau_patience=0)
@@ -182,6 +186,51 @@ def test_a_course_goes_on_from_its_state(optimizer: Any, schedule: Any) -> None:
         fresh.load_state_dict(state)
         broken, lost = fresh, parameters
         assert all(torch.equal(a, b) for a, b in zip(kept, lost, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_optimizer_is_what_its_name_says(optimizer: Any) -> None:
+    """Two steps down the gradients 2 and 1 from the weight 1, by the textbook."""
+    recipe = Recipe(optimizer=optimizer, schedule="constant", lr=0.1, weight_decay=0.5, warmup_epochs=0)
+    weight = nn.Parameter(torch.ones(1))
+    under_test = Course([{"params": [weight], "lr": 0.1}], recipe, phase_of(recipe, 1), 1)
+    w, velocity, mean, square = 1.0, 0.0, 0.0, 0.0
+    for step, slope in enumerate((2.0, 1.0), 1):
+        under_test.step((slope * weight).sum(), NO_SCALER)
+        gradient = slope if optimizer == "adamw" else slope + 0.5 * w
+        velocity = 0.9 * velocity + gradient
+        mean = 0.9 * mean + 0.1 * gradient
+        if optimizer == "rmsprop":
+            square = 0.99 * square + 0.01 * gradient**2
+        else:
+            square = 0.999 * square + 0.001 * gradient**2
+        adam = (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)) ** 0.5 + 1e-8)
+        w -= (
+            0.1
+            * {
+                "sgd": gradient,
+                "momentum": velocity,
+                "rmsprop": gradient / (square**0.5 + 1e-8),
+                "adam": adam,
+                "adamw": adam + 0.5 * w,
+            }[optimizer]
+        )
+        assert weight.item() == pytest.approx(w, rel=1e-5, abs=1e-6)
+
+
+def test_an_optimizer_that_is_fused_where_torch_has_it() -> None:
+    for optimizer in OPTIMIZERS:
+        under_test, _ = course(replace(TRANSFER, optimizer=optimizer), phase_of(TRANSFER, 4))
+        (group, _) = under_test.state_dict()["optimizer"]["param_groups"]
+        assert group.get("fused") is (None if optimizer == "rmsprop" else True)
+
+
+def test_a_run_of_the_sgd_that_had_momentum_is_not_gone_on_with_in_silence() -> None:
+    phase = phase_of(TRANSFER, 4)
+    before, _ = course(replace(TRANSFER, optimizer="momentum"), phase)  # what sgd was until then
+    after, _ = course(replace(TRANSFER, optimizer="sgd"), phase)
+    with pytest.raises(RunError, match=r"momentum is 0\.9; this release's has 0; do: .* --set optimizer=momentum"):
+        after.load_state_dict(before.state_dict())
 
 
 # History

@@ -56,8 +56,8 @@ class Recipe:
     lr: float = 1e-4
     layer3_epoch: int = 0  # first epoch, from 1, in which layer3 is trained as well; 0 is never
     layer3_lr: float = 5e-5
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    weight_decay: float = 1e-4
+    optimizer: Literal["adamw", "adam", "rmsprop", "momentum", "sgd"] = "adamw"  # momentum is sgd with one of 0.9
+    weight_decay: float = 1e-4  # adamw shrinks weights by lr * this; the others add this * weight to the gradient
     schedule: Literal["plateau", "onecycle", "constant"] = "plateau"
     plateau_factor: float = 0.5
     plateau_patience: int = 2
