@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from echoquad_export.calibrate import CALIBRATION_FRAMES, CalibrationSet, draw_calibration_set
+from echoquad_export.cam import check_cam
 from echoquad_export.frame_graph import make_frame_graph, whole_frames
 from echoquad_export.golden import PHANTOM, golden_source, pack_golden
 from echoquad_export.graph import IR_VERSION, OPSET, build_graph
@@ -42,6 +43,7 @@ from echoquad_train.engine import TorchEngine
 __all__ = ["Exported", "check_precisions", "export_run"]
 
 REFERENCE_BATCH: Final = 8  # frames that the training code judges at a time
+CAM_FRAMES: Final = 8  # on which class activation maps are held against logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ def export_run(
     Raises
     ------
     ParityError
-        If a graph does not decide as the training code does; nothing is left of it.
+        If a graph does not decide as the training code does, or its maps are not what decided; nothing is left of it.
     VerificationError
         If the finished bundle does not give its own golden answers.
     RunError, DatasetError, InputNotFoundError, UsageError, OutputError, ConfigError, MissingExtraError
@@ -169,11 +171,15 @@ def export_run(
                 assert calibration is not None
                 made = build_int8(single, run.contract, calibration, partial(judge, precision), progress)
                 parities[precision] = made.parity
+                graph = made.graph
                 draft.details[precision] |= made.details
                 progress(f"int8 passed: {made}")
             else:
-                parities[precision] = judge(precision, single if precision == "fp32" else to_half(single))
+                graph = single if precision == "fp32" else to_half(single)
+                parities[precision] = judge(precision, graph)
                 parities[precision].require()
+            if maps := check_cam(graph, store.quadrants[:CAM_FRAMES]):
+                draft.details[precision]["cam"] = maps
         draft.figures = summary(tuple(parities.values()))
 
         progress("choosing golden frames")

@@ -105,7 +105,11 @@ def test_a_bundle_decides_as_its_run(other_case: Any, thin: None) -> None:
 def test_the_manifest_says_where_it_comes_from(case: Any) -> None:
     found, info = manifest(case), json.loads((case.run / "run.json").read_text("utf-8"))
     assert found["intended_use"] == INTENDED_USE and "Research use only" in INTENDED_USE
-    assert found["precisions"] == {"fp32": {"opset": 18, "ir_version": 10}} and found["default_precision"] == "fp32"
+    assert set(found["precisions"]) == {"fp32"} and found["default_precision"] == "fp32"
+    maps = found["precisions"]["fp32"].pop("cam")
+    assert found["precisions"]["fp32"] == {"opset": 18, "ir_version": 10}
+    assert maps["sides"] == [1, 1] and maps["max_abs_difference"] < 1e-4
+    assert "fp32, cam: sides 1, 1, max abs difference" in (case.bundle / "MODEL_CARD.md").read_text("utf-8")
     training = found["training"]
     assert training["frames"] == info["data"]["frames"] and training["unreadable"] == 0
     assert training["best"] == info["best"] and training["epochs"] == 2 and training["git_commit"] == info["git_commit"]
@@ -476,6 +480,15 @@ def test_the_documents_network_exports(case: Any, tmp_path: Path) -> None:
     assert export_run(tmp_path / "run", tmp_path / "bundle").verification.passed
 
 
+def test_maps_that_are_not_what_decided_leave_no_bundle(
+    case: Any, thin: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("echoquad_export.cam.CAM_TOLERANCE", 0.0)
+    with pytest.raises(ParityError, match="a map's mean plus the bias is up to"):
+        export_run(case.run, tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
+
+
 # Precisions
 
 
@@ -491,7 +504,8 @@ def test_every_precision_in_one_bundle(case: Any, thin: None, tmp_path: Path) ->
     assert details["calibration"]["frames"] == 5 and details["calibration"]["split"] == "train"
     assert details["calibration"]["method"] == "min-max" and len(details["calibration"]["sha256"]) == 64
     assert details["float_layers"] == [] and details["attempts"][0]["passed"] is True
-    assert bundle.manifest["precisions"]["fp16"] == {"opset": 18, "ir_version": 10}
+    assert set(bundle.manifest["precisions"]["fp16"]) == {"opset", "ir_version", "cam"}
+    assert all(found["cam"]["max_abs_difference"] < 1e-4 for found in bundle.manifest["precisions"].values())
     assert "int8 passed: min-max calibration on 5 training frames" in told
     quadrants = np.random.default_rng(0).integers(0, 256, (8, 1, 24, 24), np.uint8)
     engines = {name: OnnxEngine(bundle, precision=name, device="cpu") for name in bundle.precisions}
