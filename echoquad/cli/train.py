@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +17,14 @@ from echoquad.cli.options import StreamName, TorchDevice, TorchDeviceName
 if TYPE_CHECKING:
     from echoquad_train.ranks import Ranks
 
-__all__ = ["TrainingProgress", "train"]
+__all__ = ["LinearName", "TrainingProgress", "train"]
+
+
+class LinearName(StrEnum):
+    """Linear classifiers, by the names that --fit takes."""
+
+    linear_svm = "linear-svm"
+    logistic = "logistic"
 
 
 def train(
@@ -51,6 +59,14 @@ def train(
             help="Finished run to distil from, of the same classes; every batch costs its forward pass as well. "
             "Backbone (--set backbone=mobilenet_v3_small) and input size may be smaller than its own; how much it "
             "counts: --set distill_weight=0.7, --set distill_temperature=4.",
+        ),
+    ] = None,
+    linear: Annotated[
+        LinearName | None,
+        Option(
+            "--fit",
+            help="Train no layer of the network: fit a linear classifier to what the backbone gives with its --weights "
+            "(imagenet, or a file such as RUN/best.safetensors), its C chosen by cross-validation by patient.",
         ),
     ] = None,
     device: TorchDevice = TorchDeviceName.auto,
@@ -100,30 +116,37 @@ def train(
         raise UsageError(f"--teacher: {teacher.as_posix()} is not there; expected a folder that `echoquad train` wrote")
     if not teacher and any(setting.strip().startswith("distill_") for setting in settings or ()):
         note("without --teacher, distill_weight and distill_temperature do nothing")
+    _check_linear(linear, resume=resume, epochs=epochs, teacher=teacher)
     if resume and not out.exists():
         raise UsageError(f"--resume: {out.as_posix()} is not there; train without --resume first")
 
     from echoquad_train.checkpoint import RECIPE
     from echoquad_train.device import choose_device
     from echoquad_train.fit import fit
+    from echoquad_train.linear import fit_linear
     from echoquad_train.ranks import joined
 
     if resume and not (recipe or settings or given) and (out / RECIPE).is_file():
         chosen = Recipe.load(str(out / RECIPE))
     with TrainingProgress() as progress, joined(choose_device(device.value)) as ranks, _told_once(ranks):
-        fitted = fit(
-            data,
-            out,
-            chosen,
-            device=device.value,
-            resume=resume,
-            reporter=progress,
-            teacher=teacher,
-            stream=stream.value,
-            workers=workers,
-            tensorboard=tensorboard,
-            ranks=ranks,
-        )
+        if linear and ranks.count > 1:
+            raise UsageError(f"--fit {linear.value} under torchrun: one process fits it; start it without torchrun")
+        if linear:
+            fitted = fit_linear(data, out, chosen, linear.value, device=device.value, reporter=progress)
+        else:
+            fitted = fit(
+                data,
+                out,
+                chosen,
+                device=device.value,
+                resume=resume,
+                reporter=progress,
+                teacher=teacher,
+                stream=stream.value,
+                workers=workers,
+                tensorboard=tensorboard,
+                ranks=ranks,
+            )
     if not ranks.first:
         raise SystemExit(0)
     best = fitted.best
@@ -143,6 +166,17 @@ def _told_once(ranks: Ranks) -> Iterator[None]:
     except (Exception, KeyboardInterrupt):
         mute(not ranks.fails_first())
         raise
+
+
+def _check_linear(linear: LinearName | None, *, resume: bool, epochs: int | None, teacher: Path | None) -> None:
+    from echoquad_runtime.errors import UsageError
+
+    given = {"--resume": resume, "--epochs": epochs is not None, "--teacher": teacher is not None}
+    if linear and (found := [name for name, is_given in given.items() if is_given]):
+        raise UsageError(
+            f"--fit {linear.value} with {', '.join(found)}: a linear classifier is fitted at once, to the labels; "
+            f"leave out {'it' if len(found) == 1 else 'them'}, or --fit"
+        )
 
 
 class TrainingProgress:

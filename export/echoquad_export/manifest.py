@@ -81,7 +81,7 @@ def provenance(run: Run) -> dict[str, Any]:
         data = info["data"]
         return {
             **kept,
-            **({"teacher": info["teacher"]} if "teacher" in info else {}),
+            **{key: info[key] for key in ("teacher", "fit") if key in info},
             "frames": data["frames"],
             "unreadable": len(data["unreadable"]),
             "recipe": recipe.to_toml(),

@@ -160,6 +160,9 @@ def _training(manifest: Mapping[str, Any]) -> Section:
     ]
     if (teacher := _at(training, "teacher")) is not None:
         blocks.append(Paragraph(f"Distilled from a teacher ({phrase(teacher)})."))
+    if (linear := _at(training, "fit")) is not None:
+        words = "No layer was trained but the last, a linear classifier on the backbone's features as it began"
+        blocks.append(Paragraph(f"{words} ({phrase(linear)}); of the recipe, what concerns training did nothing."))
     recipe = _recipe(manifest)
     if kept := tuple((_name(key), phrase(recipe[key])) for key in _RECIPE if key in recipe):
         blocks += [Table(("recipe", "value"), kept), Paragraph("`bundle.json` holds the whole recipe.")]

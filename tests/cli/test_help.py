@@ -24,6 +24,7 @@ COMMANDS = {
         "--input-size",
         "--epochs",
         "--batch-size",
+        "--fit",
         "--device",
         "--seed",
         "--stream",

@@ -105,6 +105,27 @@ def test_a_student(
     assert "do nothing" not in taught.err
 
 
+def test_a_linear_classifier_of_frozen_features(
+    trained: tuple[Path, Any], data: Path, warm: Callable[..., Any], tmp_path: Path, tiny: tuple[str, ...]
+) -> None:
+    plain = [word for word in tiny if word not in ("--epochs", "1")]
+    train = ["train", data, "--out", tmp_path / "svm", *plain, "--fit", "linear-svm"]
+    fitted, again, long, taught, unknown = warm(
+        [
+            train,
+            [*train, "--resume"],
+            [*train, "--epochs", "3"],
+            [*train, "--teacher", trained[0], "--resume"],
+            [*train[:-1], "forest"],
+        ]
+    )
+    assert fitted.code == 0 and "Epoch 01/1 [linear-svm]" in fitted.err, fitted
+    assert json.loads((tmp_path / "svm" / "run.json").read_text("utf-8"))["fit"]["kind"] == "linear-svm"
+    for ran, words in ((again, "--resume"), (long, "--epochs"), (taught, "--resume, --teacher")):
+        assert ran.code == 2 and ran.errors[0].startswith(f"--fit linear-svm with {words}: a linear classifier is fit")
+    assert unknown.code == 2 and "linear-svm" in unknown.err and "logistic" in unknown.err
+
+
 def test_an_unreadable_frame_among_good_ones(
     data_copy: Path, warm: Callable[..., Any], tmp_path: Path, tiny: tuple[str, ...]
 ) -> None:

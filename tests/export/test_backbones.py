@@ -16,10 +16,15 @@ from echoquad_export.calibrate import Ranges, open_in_memory
 from echoquad_export.graph import DeployedClassifier, build_graph
 from echoquad_export.pack import export_run
 from echoquad_export.quantize import float_tensors, layers, prepare, quantize
+from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.contract import Contract
+from echoquad_runtime.session import OnnxEngine, infer_all
 from echoquad_runtime.verify import verify
+from echoquad_train import linear
 from echoquad_train.checkpoint import load_run
+from echoquad_train.dataset import load_quadrants, read_split
 from echoquad_train.fit import fit
+from echoquad_train.linear import Chosen, Kind, fold_into
 from echoquad_train.model import QuadrantClassifier
 
 
@@ -67,6 +72,57 @@ def test_a_graph_gives_what_the_backbone_gives(name: str) -> None:
         errors.append(np.abs(integers.run(None, {"quadrants": quadrants.numpy()})[0] - expected).mean())
     # All that float layers differ by is half a grey level at the padded border; integers differ by more, not by much.
     assert errors[0] < 0.02 * np.ptp(expected) and errors[0] < errors[1] and errors[2] < 0.3 * np.ptp(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "resnet50",
+        "mobilenet_v3_small",
+        "efficientnet_b0",
+        "densenet121",
+        "vgg16",
+        "alexnet",
+        "googlenet",
+        "vit_b_16",
+    ],
+)
+def test_a_backbone_goes_through_phases_export_and_verification(name: str, case: Any, tmp_path: Path) -> None:
+    recipe = load_run(case.run).recipe.replace(
+        backbone=name, input_size=64, epochs=3, warmup_epochs=1, trained_layers="layer4", layer3_epoch=3, lr=1e-4
+    )
+    fitted = fit(case.data, tmp_path / "run", recipe, device="cpu", resume=False, reporter=Silent())
+    assert [epoch.phase for epoch in fitted.history] == ["head", "layer4", "layer3"]
+    export_run(tmp_path / "run", tmp_path / "bundle", frame_graph=True)
+    found = verify(tmp_path / "bundle", device="cpu")
+    assert found.passed and found.frame_flips == 0
+
+
+@pytest.mark.parametrize("kind", ["linear-svm", "logistic"])
+def test_a_linear_classifiers_graph_decides_as_scikit_learn_does(
+    kind: Kind, other_case: Any, tmp_path: Path, thin: None
+) -> None:
+    """On every quadrant of every split, three classes, by what sklearn's own pipeline predicts from the features."""
+    recipe = load_run(other_case.run).recipe.replace(weights=(other_case.run / "best.safetensors").as_posix())
+    fitted: list[Chosen] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "fold_into", lambda model, chosen: (fitted.append(chosen), fold_into(model, chosen)))
+        # The frames of this case are all of one patient, by their names.
+        patch.setattr(linear, "patients_of", lambda frames: [frame.name for frame in frames])
+        linear.fit_linear(other_case.data, tmp_path / "run", recipe, kind, device="cpu", reporter=Silent())
+    export_run(tmp_path / "run", tmp_path / "bundle")
+    assert verify(tmp_path / "bundle", device="cpu").passed
+    run, engine = load_run(tmp_path / "run"), OnnxEngine(Bundle(tmp_path / "bundle"), device="cpu")
+    for split in ("train", "validation"):
+        store = load_quadrants(read_split(other_case.data, split, run.contract.classes), run.contract)
+        expected = fitted[0].pipeline.predict(linear.quadrant_features(run.model, store).astype(np.float64))
+        logits, _ = infer_all(engine, store.quadrants, 4)
+        assert np.array_equal(logits.argmax(axis=1), expected) and len(set(expected)) == 3
+    manifest = json.loads((tmp_path / "bundle" / "bundle.json").read_text("utf-8"))
+    assert manifest["training"]["fit"] == run.info["fit"] and manifest["training"]["fit"]["kind"] == kind
+    assert "No layer was trained but the last" in (tmp_path / "bundle" / "MODEL_CARD.md").read_text("utf-8")
 
 
 def test_a_bundle_names_the_teacher_and_none_of_its_paths(case: Any, tmp_path: Path, thin: None) -> None:
