@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import RandomErasing, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from echoquad_train.augment import _sides, augment, erase, sample_warp
+from echoquad_train.augment import _sides, augment, erase, sample_warp, shrink
 from echoquad_train.recipe import Recipe
 
 SIZE = 32
@@ -301,3 +302,12 @@ def test_values_stay_grey_levels(batch: Tensor) -> None:
     assert out.min() >= 0 and out.max() <= 255.001 and np.isfinite(out.numpy()).all()
     grid = F.affine_grid(sample_warp(6, Recipe(), seeded()), list(batch.shape), align_corners=False)
     assert grid.shape == (6, SIZE, SIZE, 2)
+
+
+def test_shrinking_is_pillows_up_to_rounding() -> None:
+    """Smooth pictures, since noise would only show that Pillow rounds between its two passes."""
+    x = np.linspace(0, 3, 112)
+    picture = (127 + 60 * np.sin(x)[:, None] + 60 * np.cos(2 * x)[None]).astype(np.uint8)
+    found = shrink(torch.from_numpy(picture)[None, None], 64)[0, 0].numpy()
+    expected = np.asarray(Image.fromarray(picture).resize((64, 64), Image.Resampling.BILINEAR), np.float64)
+    assert found.shape == (64, 64) and np.abs(found - expected).max() < 1.1

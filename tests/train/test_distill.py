@@ -17,7 +17,7 @@ from PIL import Image
 
 from echoquad_runtime.errors import ConfigError, DatasetError, EchoQuadError, RunError
 from echoquad_train import device as devices
-from echoquad_train import trainer
+from echoquad_train import schedule, trainer
 from echoquad_train.augment import augment
 from echoquad_train.dataset import QuadrantStore, load_quadrants, read_split
 from echoquad_train.distill import Teacher, distillation_loss, load_teacher, teacher_quadrants
@@ -99,9 +99,9 @@ def test_both_see_one_view_each_at_its_own_size() -> None:
         assert (other - small).abs().mean() > 15
 
 
-@pytest.mark.parametrize("size", [16, 24])
+@pytest.mark.parametrize(("size", "small"), [(16, 16), (24, 24), (16, 8)])
 def test_the_teacher_is_shown_what_the_student_is(
-    tmp_path: Path, trained: Any, quiet: Any, thin: None, monkeypatch: pytest.MonkeyPatch, size: int
+    tmp_path: Path, trained: Any, quiet: Any, thin: None, monkeypatch: pytest.MonkeyPatch, size: int, small: int
 ) -> None:
     """Batch by batch: the same quadrants under the same draws, at the teacher's 16 pixels."""
     drawn: list[tuple[int, bytes]] = []
@@ -121,13 +121,14 @@ def test_the_teacher_is_shown_what_the_student_is(
 
     monkeypatch.setattr(trainer, "augment", watched)
     monkeypatch.setattr(Teacher, "__call__", asked)
-    recipe = trained.recipe.replace(input_size=size, epochs=1)
+    monkeypatch.setattr(schedule, "_SMALLEST", 8)
+    recipe = trained.recipe.replace(input_size=size, epochs=1, small_share=1.0, small_scale=small / size)
     train(trained.data, tmp_path / "run", recipe, quiet(), teacher=trained.folder)
     assert len(judged) == 4 and all(view.shape == (8, 1, 16, 16) for view in judged)
-    if size == 16:
+    if small == 16:
         assert len(drawn) == 4  # one view serves both
     else:
-        assert [side for side, _ in drawn] == [24, 16] * 4
+        assert [side for side, _ in drawn] == [small, 16] * 4
         assert [state for _, state in drawn[::2]] == [state for _, state in drawn[1::2]]
         assert len({state for _, state in drawn}) == 4
 

@@ -29,6 +29,7 @@ from echoquad_train.engine import TorchEngine
 from echoquad_train.evaluate import evaluate
 from echoquad_train.fit import fit
 from echoquad_train.history import best_of
+from echoquad_train.model import QuadrantClassifier
 from echoquad_train.recipe import Recipe
 from echoquad_train.record import versions
 from echoquad_train.sampling import class_weights, draw_batches, to_device
@@ -479,3 +480,21 @@ def test_a_run_whose_frames_cannot_be_read_leaves_no_folder_in_the_way(
     with pytest.raises(DatasetError, match="no frame of class a can be read"):
         train(tmp_path / "data", tmp_path / "run", tiny, quiet())
     assert not (tmp_path / "run").exists()
+
+
+def test_smaller_quadrants_at_first(
+    tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, bool]] = []
+    forward = QuadrantClassifier.forward
+
+    def watched(model: QuadrantClassifier, quadrants: torch.Tensor) -> torch.Tensor:
+        seen.append((quadrants.shape[-1], model.training))
+        return forward(model, quadrants)
+
+    monkeypatch.setattr(QuadrantClassifier, "forward", watched)
+    recipe = tiny.replace(input_size=64, epochs=3, small_share=0.7, small_scale=0.5)
+    fit(flat_data, tmp_path / "run", recipe, device="cpu", resume=False, reporter=quiet())
+    sides = [side for side, training in seen if training]
+    assert sides == sorted(sides) and set(sides) == {32, 64} and sides.count(32) == 2 * sides.count(64)
+    assert {side for side, training in seen if not training} == {64}  # validated as it will be used

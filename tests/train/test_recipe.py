@@ -63,11 +63,11 @@ def refusal(error: pytest.ExceptionInfo[ConfigError]) -> str:
     return message
 
 
-NOT_IN_IT = dict.fromkeys(("gamma", "gain", "attenuation", "shadow", "speckle", "weight_average"), 0.0)  # of no effect
+NOT_IN_IT = dict.fromkeys(("gamma", "gain", "attenuation", "shadow", "speckle", "weight_average", "small_share"), 0.0)
 
 
 def test_transfer_is_the_document() -> None:
-    assert dataclasses.asdict(Recipe.load("transfer")) == DOCUMENT | NOT_IN_IT
+    assert dataclasses.asdict(Recipe.load("transfer")) == DOCUMENT | NOT_IN_IT | {"small_scale": 0.5}
     assert Recipe() == Recipe.load("transfer")  # a TOML file that names little means the document otherwise
 
 

@@ -18,7 +18,7 @@ from echoquad_train.intensity import vary
 from echoquad_train.ranks import Share
 from echoquad_train.recipe import Recipe
 
-__all__ = ["augment", "erase", "sample_warp"]
+__all__ = ["augment", "erase", "sample_warp", "shrink"]
 
 # torchvision's defaults for RandomErasing: share of the area, and height over width.
 _ERASE_SCALE = (0.02, 0.33)
@@ -32,7 +32,7 @@ def augment(quadrants: Tensor, recipe: Recipe, generator: torch.Generator, share
     Parameters
     ----------
     quadrants
-        uint8 [B, 1, S, S], on any device.
+        Grey levels 0 to 255, uint8 or float [B, 1, S, S], on any device.
     recipe
         Says how strongly.
     generator
@@ -55,6 +55,11 @@ def augment(quadrants: Tensor, recipe: Recipe, generator: torch.Generator, share
         warped = F.grid_sample(warped, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     varied = vary(warped, recipe, generator, share)
     return erase(varied, recipe.erase, 255.0 * recipe.mean, generator, share)
+
+
+def shrink(quadrants: Tensor, side: int) -> Tensor:
+    """Bring quadrants, uint8 [B, 1, S, S], down to float32 [B, 1, side, side], with an antialiased bilinear filter."""
+    return F.interpolate(quadrants.float(), (side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
 def sample_warp(count: int, recipe: Recipe, generator: torch.Generator) -> Tensor:

@@ -224,7 +224,8 @@ def _fit(
         if board and not history:
             first = next(train_store.feed(batches[:1]))
             board.batch(augment(torch.from_numpy(first), recipe, generator.clone_state()))
-        steps = trainer.epoch(batches, generator, course, partial(reporter.batch, number))
+        side = schedule.side_of(recipe, number)
+        steps = trainer.epoch(batches, generator, course, partial(reporter.batch, number), side)
         validated = validate(kept, contract, validation_store, where, ranks)
         epoch = Epoch(
             epoch=number,

@@ -59,6 +59,8 @@ class Recipe:
     optimizer: Literal["adamw", "adam", "rmsprop", "momentum", "sgd"] = "adamw"  # momentum is sgd with one of 0.9
     weight_decay: float = 1e-4  # adamw shrinks weights by lr * this; the others add this * weight to the gradient
     schedule: Literal["plateau", "onecycle", "constant"] = "plateau"
+    small_share: float = 0.0  # of the epochs, the first: on smaller quadrants, which cost less
+    small_scale: float = 0.5  # their side over the input size; see echoquad_train.schedule
     plateau_factor: float = 0.5
     plateau_patience: int = 2
     stop_patience: int = 3  # epochs without a better one, after the warm-up; 0 is never
@@ -99,7 +101,9 @@ class Recipe:
         for name in ("warmup_epochs", "layer3_epoch", "plateau_patience", "stop_patience"):
             self._require(getattr(self, name) >= 0, name, "0 or more")
         self._require(0 <= self.seed < 2**63, "seed", "0 or more, below 2**63")
-        self._require(0 <= self.distill_weight <= 1, "distill_weight", "a share from 0 to 1")
+        for name in ("distill_weight", "small_share"):
+            self._require(0 <= getattr(self, name) <= 1, name, "a share from 0 to 1")
+        self._require(0 < self.small_scale <= 1, "small_scale", "a fraction above 0, at most 1")
         for name in ("lr", "warmup_lr", "layer3_lr", "distill_temperature"):
             self._require(getattr(self, name) > 0, name, "a positive number")
         self._require(0 < self.plateau_factor < 1, "plateau_factor", "a fraction above 0, below 1")

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from echoquad_runtime.errors import RunError
+from echoquad_train.backbones import BACKBONES
 from echoquad_train.recipe import Recipe
 
-__all__ = ["MOMENTUM", "Course", "Phase", "one_cycle", "phase_of"]
+__all__ = ["MOMENTUM", "Course", "Phase", "one_cycle", "phase_of", "side_of"]
 
 MOMENTUM: Final = 0.9
 """Of optimizer ``momentum``: the heavy ball, not Nesterov's."""
+
+_SMALLEST: Final = 32
+"""Pixels a side below which no quadrant is made smaller: little of a heart is left, or of a network's last map."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,19 @@ def phase_of(recipe: Recipe, epoch: int) -> Phase:
         return Phase("layer3", third, recipe.epochs, {**layers["layer4"], "layer3": recipe.layer3_lr})
     last = third - 1 if third else recipe.epochs
     return Phase(recipe.trained_layers, warmup + 1, last, layers[recipe.trained_layers])
+
+
+def side_of(recipe: Recipe, epoch: int) -> int:
+    """Give the side in pixels that an epoch, counted from 1, is trained at: progressive resizing.
+
+    A convolutional network learns most of what it needs from smaller pictures, at a third of the cost; its last
+    epochs then see the size that it will judge. M. Tan, Q. V. Le, "EfficientNetV2", arXiv:2104.00298, section 4. A
+    network with an embedding for each place has one size alone.
+    """
+    size, parts = recipe.input_size, BACKBONES[recipe.backbone]
+    if parts.patch or epoch > int(recipe.small_share * recipe.epochs):
+        return size
+    return min(size, max(round(recipe.small_scale * size), _SMALLEST, parts.smallest))
 
 
 def one_cycle(step: int, steps: int) -> float:

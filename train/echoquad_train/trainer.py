@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from echoquad_train.augment import augment
+from echoquad_train.augment import augment, shrink
 from echoquad_train.averaging import Average
 from echoquad_train.dataset import Store
 from echoquad_train.distill import Teacher, distillation_loss
@@ -111,6 +111,7 @@ class Trainer:
         generator: torch.Generator,
         course: Course,
         progress: Callable[[int, int], None],
+        side: int | None = None,
     ) -> Steps:
         """Go through the batches once.
 
@@ -124,6 +125,8 @@ class Trainer:
             The phase's optimizer and learning rate.
         progress
             Called with the number of batches done and of all.
+        side
+            Pixels a side that the quadrants are brought down to before they are augmented; None is as they are.
         """
         shares = [self.ranks.share(len(chosen)) for chosen in batches]
         own = [chosen[share.rows] for chosen, share in zip(batches, shares, strict=True)]
@@ -139,7 +142,7 @@ class Trainer:
             # What this rank's sum is divided by: its mean share of the batch's weight, since the ranks' gradients are
             # averaged. So they are those of the whole batch's weighted mean.
             weight = float(counts[self.store.labels[chosen // 4]].sum()) / self.ranks.count
-            loss, logits = self._loss(quadrants, labels, weight, share, next(taught), generator)
+            loss, logits = self._loss(quadrants, labels, weight, share, next(taught), generator, side)
             rate = course.step(loss, self.scaler)
             if self.average is not None:
                 self.average.follow(self.model)
@@ -158,11 +161,14 @@ class Trainer:
         share: Share,
         larger: npt.NDArray[np.uint8] | None,
         generator: torch.Generator,
+        side: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Give a share's loss and its logits, float32 [B, C]; `larger` are the quadrants at the teacher's own size."""
         recipe, teaching = self.recipe, self.teaching
         twin = generator.clone_state()  # draws what `generator` will: the same view at another size
-        images = augment(quadrants, recipe, generator, share)
+        size = quadrants.shape[-1]
+        target = min(side or size, size) if len(quadrants) else size  # a share may be empty
+        images = augment(shrink(quadrants, target) if target < size else quadrants, recipe, generator, share)
         if self._batch is not None:
             self._batch.share = share
         with torch.autocast(self.where.type, self.dtype, enabled=self.dtype is not None):
@@ -172,8 +178,9 @@ class Trainer:
         loss = summed / weight
         if teaching is not None:
             view = images
-            if larger is not None:
-                view = augment(torch.from_numpy(larger).to(self.where), recipe, twin, share)
+            if larger is not None or target < size:
+                own = quadrants if larger is None else torch.from_numpy(larger).to(self.where)
+                view = augment(own, recipe, twin, share)
             answers = teaching.master(view, teaching.dtype)
             rows = share.total / self.ranks.count
             loss = distillation_loss(loss, logits, answers, recipe.distill_weight, recipe.distill_temperature, rows)
