@@ -7,9 +7,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from echoquad.cli.console import Progress, list_failures, note, say, table
 from echoquad.cli.declare import Argument, Option
-from echoquad.cli.options import BatchSize, Device, DeviceName, Method, Precision, Threads, TorchDeviceName
+from echoquad.cli.options import (
+    BatchSize,
+    Device,
+    DeviceName,
+    Every,
+    Flip,
+    Matrices,
+    Method,
+    Precision,
+    Threads,
+    TorchDeviceName,
+    reading_of,
+)
 
 if TYPE_CHECKING:
+    from echoquad_runtime.kinds import Reading
     from echoquad_runtime.predictor import Predictor
 
 __all__ = ["evaluate", "summarize"]
@@ -27,6 +40,9 @@ def evaluate(
     precision: Precision = None,
     batch_size: BatchSize = 8,
     threads: Threads = None,
+    matrices: Matrices = False,
+    flip: Flip = None,
+    every: Every = 1,
 ) -> None:
     """Measure a run or a bundle on a labelled split."""
     from echoquad_runtime.errors import RunError
@@ -37,7 +53,8 @@ def evaluate(
     from echoquad_train.dataset import read_split
 
     predictor = _predictor(model, device, precision, threads, method, batch_size)
-    frames = read_split(data, split, predictor.contract.classes)
+    reading = reading_of(matrices, flip, every, _trained(model))
+    frames = read_split(data, split, predictor.contract.classes, reading)
     note(f"{split}: {len(frames.frames)} frames on {predictor.engine.device} in {predictor.engine.precision}")
     with Progress("evaluating", len(frames.frames)) as progress:
         found = evaluation.evaluate(predictor, frames, progress=progress.update)
@@ -72,6 +89,18 @@ def summarize(metrics: dict[str, Any]) -> str:
             table(["class", "precision", "recall", "F1", "frames", *(f"as {name}" for name in classes)], rows),
         ]
     )
+
+
+def _trained(model: Path) -> Reading:
+    """Find how the data were read that a run or a bundle was trained on."""
+    from echoquad_runtime.bundle import MANIFEST, Bundle
+    from echoquad_runtime.kinds import Reading
+
+    if (model / MANIFEST).exists():
+        return Reading.found_in(Bundle(model).manifest["training"])
+    from echoquad_train.checkpoint import read_info
+
+    return Reading.found_in(read_info(model).get("data"))
 
 
 def _predictor(

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from echoquad.cli.declare import Argument, Option
+
+if TYPE_CHECKING:
+    from echoquad_runtime.kinds import Reading
 
 __all__ = [
     "BatchSize",
     "BundleFolder",
     "Device",
     "DeviceName",
+    "Every",
+    "Flip",
+    "FlipName",
+    "Matrices",
     "Method",
     "MethodName",
     "Precision",
@@ -24,6 +31,7 @@ __all__ = [
     "TunedBatchSize",
     "TunedDevice",
     "Untuned",
+    "reading_of",
 ]
 
 
@@ -58,6 +66,15 @@ class MethodName(StrEnum):
     majority = "majority"
     average = "average"
     weighted = "weighted"
+
+
+class FlipName(StrEnum):
+    """Ways to turn a matrix over, by the names that --flip takes."""
+
+    none = "none"
+    vertical = "vertical"
+    horizontal = "horizontal"
+    both = "both"
 
 
 BundleFolder = Annotated[Path, Argument(metavar="BUNDLE", help="Folder that `echoquad export` wrote.")]
@@ -115,6 +132,24 @@ Threads = Annotated[
     int | None,
     Option("--threads", metavar="N", min=1, help="CPU threads; what affinity and cgroup allow where not given."),
 ]
+Matrices = Annotated[
+    bool,
+    Option(
+        "--matrices", help="Also take the .txt, .csv, .tsv and .npy files in folders as frames: as numeric matrices."
+    ),
+]
+Flip = Annotated[
+    FlipName | None,
+    Option(
+        "--flip",
+        help="Turn numeric matrices over: vertical swaps top and bottom, horizontal left and right. As in training "
+        "where not given.",
+    ),
+]
+Every = Annotated[
+    int,
+    Option("--every", metavar="N", min=1, help="Of clips, take the first and each N-th frame after it."),
+]
 PublicKey = Annotated[
     Path | None,
     Option(
@@ -123,3 +158,10 @@ PublicKey = Annotated[
         help="Use the bundle only if the key that belongs to this one has signed all of it; see echoquad sign.",
     ),
 ]
+
+
+def reading_of(matrices: bool, flip: FlipName | None, every: int, trained: Reading) -> Reading:
+    """Say how frames are read: as told, and where nothing is told of --flip, as those that the model was trained on."""
+    from echoquad_runtime.kinds import Reading
+
+    return Reading(matrices, flip.value if flip is not None else trained.flip, every)

@@ -16,6 +16,10 @@ from echoquad.cli.console import PARTIAL, STDOUT, Progress, failure_line, note
 from echoquad.cli.declare import Argument, Option
 from echoquad.cli.options import (
     BundleFolder,
+    Every,
+    Flip,
+    FlipName,
+    Matrices,
     Method,
     Precision,
     PublicKey,
@@ -23,6 +27,7 @@ from echoquad.cli.options import (
     TunedBatchSize,
     TunedDevice,
     Untuned,
+    reading_of,
 )
 
 if TYPE_CHECKING:
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
     from echoquad_runtime.contract import VoteMethod
     from echoquad_runtime.host import Settings
     from echoquad_runtime.inputs import Failure, FrameFile
+    from echoquad_runtime.kinds import Reading
     from echoquad_runtime.predictor import Prediction, Predictor
     from echoquad_runtime.results import ResultFile
     from echoquad_runtime.shards import Shard
@@ -54,7 +60,11 @@ def predict(
     bundle: BundleFolder,
     inputs: Annotated[
         list[str],
-        Argument(metavar="INPUT", help="Frame files, folders, patterns such as 'exam/*.png'; any number."),
+        Argument(
+            metavar="INPUT",
+            help="Images, DICOM files, clips, matrices; folders; patterns such as 'exam/*.png'; any number. "
+            "clip.dcm#12 is a clip's twelfth frame.",
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -81,6 +91,9 @@ def predict(
         bool,
         Option("--cam", help="Colour the overlays by class activation maps: where the evidence lies, and for what."),
     ] = False,
+    matrices: Matrices = False,
+    flip: Flip = None,
+    every: Every = 1,
     device: TunedDevice = None,
     precision: Precision = None,
     batch_size: TunedBatchSize = None,
@@ -139,7 +152,7 @@ def predict(
     tally, written = _Tally(), rows is None
     try:
         with rows or nullcontext():
-            frames = _Frames(inputs, part, rows)
+            frames = _Frames(inputs, _reading(opened, matrices, flip, every), part, rows)
             first = frames.peek((settings.threads or available_cpus()) + 1)
             if frames.ended and not frames.wanted and not frames.settled:
                 for failure in first:
@@ -204,6 +217,18 @@ def _check_cam(wanted: bool, overlay: Path | None, *, on_ray: bool) -> None:
         raise UsageError("--cam with --engine ray: maps are not sent between machines; leave out one of the two")
 
 
+def _reading(opened: Bundle, matrices: bool, flip: FlipName | None, every: int) -> Reading:
+    """Settle how frames are read, and tell what is done to matrices that their files do not say."""
+    from echoquad_runtime.kinds import Reading
+
+    trained = Reading.found_in(opened.manifest["training"])
+    if flip is None and trained.flip != "none":
+        note(f"matrices are turned over ({trained.flip}), as in training")
+    elif flip is not None and flip.value != trained.flip:
+        note(f"--flip {flip.value}: the model was trained on matrices with --flip {trained.flip}")
+    return reading_of(matrices, flip, every, trained)
+
+
 def _here(
     opened: Bundle, settings: Settings, method: VoteMethod | None, *, many: bool, cuda_graphs: bool, cam: bool
 ) -> Predictor:
@@ -257,7 +282,7 @@ class _Frames:
         How many rows were there before.
     """
 
-    def __init__(self, inputs: Sequence[str], shard: Shard | None, rows: ResultFile | None) -> None:
+    def __init__(self, inputs: Sequence[str], reading: Reading, shard: Shard | None, rows: ResultFile | None) -> None:
         from echoquad_runtime.inputs import find_frames
 
         self.found = self.wanted = self.given = 0
@@ -265,7 +290,7 @@ class _Frames:
         self.kept = rows.kept if rows is not None else 0
         self._shard, self._rows = shard, rows
         self._ahead: list[FrameFile | Failure] = []
-        self._chosen = self._choose(find_frames(inputs))
+        self._chosen = self._choose(find_frames(inputs, reading))
 
     def _choose(self, found: Iterator[FrameFile | Failure]) -> Iterator[FrameFile | Failure]:
         from echoquad_runtime.inputs import FrameFile
@@ -341,7 +366,7 @@ def _judge(
         from echoquad_runtime.overlay import save_overlay
 
         assert overlay is not None
-        save_overlay(overlay, frame.path, prediction, predictor.contract)
+        save_overlay(overlay, frame, prediction, predictor.contract)
 
     begin = time.perf_counter()
     with (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from importlib import util
 from pathlib import Path
@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from echoquad.cli.console import Progress, list_failures, mute, note
 from echoquad.cli.declare import Argument, Option
 from echoquad.cli.extras import missing_extra, require_extra
-from echoquad.cli.options import StreamName, TorchDevice, TorchDeviceName
+from echoquad.cli.options import Every, Flip, Matrices, StreamName, TorchDevice, TorchDeviceName, reading_of
 
 if TYPE_CHECKING:
+    from echoquad.cli.options import FlipName
+    from echoquad_runtime.kinds import Reading
     from echoquad_train.ranks import Ranks
 
 __all__ = ["LinearName", "TrainingProgress", "train"]
@@ -69,6 +71,9 @@ def train(
             "(imagenet, or a file such as RUN/best.safetensors), its C chosen by cross-validation by patient.",
         ),
     ] = None,
+    matrices: Matrices = False,
+    flip: Flip = None,
+    every: Every = 1,
     device: TorchDevice = TorchDeviceName.auto,
     seed: Annotated[int | None, Option("--seed", metavar="N", help="Seed of all draws.")] = None,
     stream: Annotated[
@@ -110,8 +115,9 @@ def train(
     }
     given = {name: value for name, value in given.items() if value is not None}
     chosen = Recipe.load(recipe or "transfer").replace(settings or (), **given)
+    reading = _reading(out, resume, matrices, flip, every)
     for split in ("train", "validation"):  # a wrong path is told now, not once torch is there
-        read_split(data, split, read_classes(data))
+        read_split(data, split, read_classes(data), reading)
     if teacher and not teacher.is_dir():
         raise UsageError(f"--teacher: {teacher.as_posix()} is not there; expected a folder that `echoquad train` wrote")
     if not teacher and any(setting.strip().startswith("distill_") for setting in settings or ()):
@@ -132,7 +138,7 @@ def train(
         if linear and ranks.count > 1:
             raise UsageError(f"--fit {linear.value} under torchrun: one process fits it; start it without torchrun")
         if linear:
-            fitted = fit_linear(data, out, chosen, linear.value, device=device.value, reporter=progress)
+            fitted = fit_linear(data, out, chosen, linear.value, device=device.value, reporter=progress, reading=reading)
         else:
             fitted = fit(
                 data,
@@ -146,6 +152,7 @@ def train(
                 workers=workers,
                 tensorboard=tensorboard,
                 ranks=ranks,
+                reading=reading,
             )
     if not ranks.first:
         raise SystemExit(0)
@@ -158,7 +165,7 @@ def train(
     raise SystemExit(list_failures(fitted.failures, done=1))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _told_once(ranks: Ranks) -> Iterator[None]:
     """Have the process that fails first tell of it, whichever it is, and the others end without a word."""
     try:
@@ -177,6 +184,19 @@ def _check_linear(linear: LinearName | None, *, resume: bool, epochs: int | None
             f"--fit {linear.value} with {', '.join(found)}: a linear classifier is fitted at once, to the labels; "
             f"leave out {'it' if len(found) == 1 else 'them'}, or --fit"
         )
+
+
+def _reading(out: Path, resume: bool, matrices: bool, flip: FlipName | None, every: int) -> Reading:
+    """Say how frames are read: as told, and where nothing is told of a run that is resumed, as it was begun."""
+    from echoquad_runtime.kinds import AS_IT_IS, Reading
+
+    if resume and (matrices, flip, every) == (False, None, 1):
+        from echoquad_runtime.errors import RunError
+        from echoquad_train.checkpoint import read_info
+
+        with contextlib.suppress(RunError):  # killed before it was written, or not there, which is told elsewhere
+            return Reading.found_in(read_info(out).get("data"))
+    return reading_of(matrices, flip, every, AS_IT_IS)
 
 
 class TrainingProgress:

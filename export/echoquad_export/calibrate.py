@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,6 +20,7 @@ import onnx
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices import open_session
 from echoquad_runtime.errors import DatasetError
+from echoquad_runtime.kinds import AS_IT_IS, Reading
 from echoquad_runtime.session import INPUT, Floats
 from echoquad_train.dataset import LabelledFrame, Split, load_quadrants, read_split
 
@@ -70,7 +71,12 @@ class CalibrationSet:
 
 
 def draw_calibration_set(
-    data: Path, contract: Contract, *, frames: int = CALIBRATION_FRAMES, seed: int = 0
+    data: Path,
+    contract: Contract,
+    *,
+    frames: int = CALIBRATION_FRAMES,
+    seed: int = 0,
+    reading: Reading = AS_IT_IS,
 ) -> CalibrationSet:
     """Draw frames of ``DATA/train``, as many of each class as of another where there are enough.
 
@@ -84,6 +90,8 @@ def draw_calibration_set(
         How many; all there are where there are fewer.
     seed
         Of the draw.
+    reading
+        How the data's files are read.
 
     Raises
     ------
@@ -96,7 +104,7 @@ def draw_calibration_set(
             f"{label}: no {SOURCE}/ folder found; calibration takes frames of a training split alone (those of a test "
             f"would flatter it); expected a data folder with {SOURCE}/CLASS/ in it"
         )
-    split = read_split(data, SOURCE, contract.classes)
+    split = read_split(data, SOURCE, contract.classes, reading)
     held_out = _contents(data, [frame.path.stat().st_size for frame in split.frames if frame.path.is_file()])
     generator = np.random.default_rng(seed)
     queues: list[list[LabelledFrame]] = []
@@ -125,7 +133,7 @@ def draw_calibration_set(
     subset = Split(
         SOURCE,
         tuple(split.classes[index] for index in present),
-        tuple(LabelledFrame(frame.path, frame.name, present.index(frame.label)) for frame in chosen),
+        tuple(replace(frame, label=present.index(frame.label)) for frame in chosen),
     )
     quadrants = load_quadrants(subset, contract).quadrants
     digest = hashlib.sha256(np.ascontiguousarray(quadrants).tobytes()).hexdigest()

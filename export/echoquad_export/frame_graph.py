@@ -31,9 +31,10 @@ from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.contract import QUADRANTS, Contract
 from echoquad_runtime.devices import open_session
 from echoquad_runtime.errors import BundleError, FrameError, ParityError
-from echoquad_runtime.frames import read_frame
+from echoquad_runtime.inputs import Failure
 from echoquad_runtime.quadrants import Grey, crop_box, frame_quadrants
 from echoquad_runtime.session import CONTRACT_KEY, INPUT, OUTPUTS, Engine, OnnxEngine
+from echoquad_runtime.sources import load_grey
 from echoquad_runtime.vote import decide
 from echoquad_train.dataset import Split
 
@@ -257,9 +258,11 @@ def make_frame_graph(bundle: Bundle, precision: str, frames: Iterable[Grey]) -> 
 
 def whole_frames(split: Split, contract: Contract) -> Iterator[Grey]:
     """Read a split's frames again, at full size, one at a time; those that cannot be judged are passed over."""
-    for file in split.frames:
+    for file in split.files():
+        if isinstance(file, Failure):
+            continue
         try:
-            frame = read_frame(file.path)
+            frame = load_grey(file)
             crop_box(frame.shape[1], frame.shape[0], contract.keep)
         except FrameError:  # `load_quadrants` has counted them
             continue

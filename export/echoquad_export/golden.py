@@ -29,10 +29,10 @@ import numpy as np
 from echoquad_runtime.bundle import Golden, encode_golden
 from echoquad_runtime.contract import QUADRANTS, Contract
 from echoquad_runtime.errors import FrameError, InputNotFoundError
-from echoquad_runtime.frames import read_frame
 from echoquad_runtime.inputs import Failure, FrameFile, find_frames
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
 from echoquad_runtime.session import Engine, Floats, infer_all
+from echoquad_runtime.sources import load_grey
 from echoquad_runtime.tolerance import frame_leads, quadrant_leads
 from echoquad_runtime.vote import decide
 from echoquad_train.phantom import phantom_frame
@@ -92,7 +92,7 @@ class _Candidate:
     cost: int
 
 
-def golden_source(wanted: str, validation: Iterable[FrameFile]) -> GoldenSource:
+def golden_source(wanted: str, validation: Iterable[FrameFile | Failure]) -> GoldenSource:
     """Understand what ``--golden`` names: ``phantom``, ``validation`` (these files), or a folder of frames.
 
     Raises
@@ -103,7 +103,7 @@ def golden_source(wanted: str, validation: Iterable[FrameFile]) -> GoldenSource:
     if wanted == PHANTOM.name:
         return PHANTOM
     if wanted == "validation":
-        return GoldenSource(wanted, tuple(validation))
+        return GoldenSource(wanted, tuple(file for file in validation if isinstance(file, FrameFile)))
     files: list[FrameFile] = []
     for found in find_frames([Path(wanted)]):
         if isinstance(found, Failure):
@@ -236,7 +236,7 @@ def _read(source: GoldenSource) -> Iterator[tuple[str, Grey]]:
     """Read a pool from files, evenly spread where there are more than it takes. Other files' frames are passed over."""
     for index, file in _spread(list(enumerate(source.files)), POOL):
         try:
-            frame = read_frame(file.path)
+            frame = load_grey(file)
             quadrant_boxes(frame.shape[1], frame.shape[0], 1.0)
         except FrameError:
             continue

@@ -84,6 +84,7 @@ def provenance(run: Run) -> dict[str, Any]:
             **{key: info[key] for key in ("teacher", "fit") if key in info},
             "frames": data["frames"],
             "unreadable": len(data["unreadable"]),
+            **({"reading": data["reading"]} if "reading" in data else {}),
             "recipe": recipe.to_toml(),
         }
     except (KeyError, TypeError) as error:

@@ -33,6 +33,7 @@ from echoquad_runtime.bundle import (
 from echoquad_runtime.card import model_card
 from echoquad_runtime.errors import DatasetError, RunError, UsageError, VerificationError
 from echoquad_runtime.files import write_bytes
+from echoquad_runtime.kinds import Reading
 from echoquad_runtime.session import OnnxEngine, infer_all
 from echoquad_runtime.signing import check_private_key, sign_bundle
 from echoquad_runtime.verify import Verification, verify
@@ -268,7 +269,12 @@ def _sign(place: Path, key: Path | None, progress: Callable[[str], None]) -> Non
 
 def _calibration_set(run: Run, data: Path | None, frames: int) -> CalibrationSet:
     try:
-        return draw_calibration_set(data or _data_folder(run, "--calibrate"), run.contract, frames=frames)
+        return draw_calibration_set(
+            data or _data_folder(run, "--calibrate"),
+            run.contract,
+            frames=frames,
+            reading=Reading.found_in(run.info.get("data")),
+        )
     except DatasetError as error:
         if data is not None:
             raise
@@ -291,7 +297,7 @@ def _data_folder(run: Run, option: str) -> Path:
 def _parity_split(run: Run, parity_data: Path | None) -> Split:
     data = parity_data or _data_folder(run, "--parity")
     try:
-        return read_split(data, "validation", run.contract.classes)
+        return read_split(data, "validation", run.contract.classes, Reading.found_in(run.info.get("data")))
     except DatasetError as error:
         if parity_data is not None:
             raise

@@ -23,12 +23,14 @@ from echoquad_runtime.devices import Device, installed_wheels
 from echoquad_runtime.errors import ConfigError, FrameError, GateError, InputNotFoundError
 from echoquad_runtime.frames import decode_checked, decode_frame, read_bytes
 from echoquad_runtime.histogram import count_latencies
-from echoquad_runtime.inputs import Failure, find_frames
+from echoquad_runtime.inputs import Failure, FrameFile, find_frames
+from echoquad_runtime.kinds import MATRIX_ENDINGS
 from echoquad_runtime.pacing import pace
 from echoquad_runtime.predictor import Predictor
 from echoquad_runtime.quadrants import Grey, frame_quadrants
 from echoquad_runtime.sanity import flags_of
 from echoquad_runtime.session import Engine
+from echoquad_runtime.sources import load_grey
 from echoquad_runtime.vote import decide
 
 __all__ = [
@@ -145,14 +147,14 @@ def encoded_golden_frames(bundle: Bundle) -> list[Encoded]:
     found = []
     for name, frame in zip(golden.names, golden.frames, strict=True):
         if name.startswith(_LIKE_FRAMES):
-            stream = io.BytesIO()
-            Image.fromarray(frame).save(stream, "PNG")
-            found.append((name, stream.getvalue()))
+            found.append((name, _as_png(frame)))
     return found
 
 
 def read_encoded(inputs: Sequence[str | Path], limit: int) -> tuple[list[Encoded], list[Failure]]:
     """Read the bytes of up to `limit` frames that decode, and what failed among those tried.
+
+    Frames of clips, and matrices that are text, are no files of their own: they are decoded, and timed as grey PNG.
 
     Raises
     ------
@@ -166,9 +168,7 @@ def read_encoded(inputs: Sequence[str | Path], limit: int) -> tuple[list[Encoded
             failures.append(found)
             continue
         try:
-            data = read_bytes(found.path)
-            decode_frame(data)
-            frames.append((found.name, data))
+            frames.append((found.name, _encoded(found)))
         except FrameError as error:
             failures.append(Failure(found.name, error))
         if len(frames) == limit:
@@ -177,6 +177,20 @@ def read_encoded(inputs: Sequence[str | Path], limit: int) -> tuple[list[Encoded
         first = f"; the first: {failures[0].file}: {failures[0].error}" if failures else ""
         raise InputNotFoundError(f"no frame can be read for the benchmark{first}")
     return frames, failures
+
+
+def _encoded(file: FrameFile) -> bytes:
+    if file.frame is None and file.path.suffix.lower() not in MATRIX_ENDINGS:
+        data = read_bytes(file.path)
+        decode_frame(data)
+        return data
+    return _as_png(load_grey(file))
+
+
+def _as_png(frame: Grey) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(frame).save(stream, "PNG")
+    return stream.getvalue()
 
 
 def run_benchmark(

@@ -176,8 +176,13 @@ class RayPredictor:
             arguments = _ship(job)
             begin = 0
             while chunk := list(islice(frames, min(_LARGEST_SLICE, _SLICE_A_WORKER * pool))):
-                items = [
-                    {"frame": number, "path": os.fspath(item.path.absolute()).encode(*CODEC)}
+                items: list[dict[str, object]] = [
+                    {
+                        "frame": number,
+                        "path": os.fspath(item.path.absolute()).encode(*CODEC),
+                        "of_clip": item.frame,
+                        "flip": item.flip,
+                    }
                     for number, item in enumerate(chunk, begin)
                     if isinstance(item, FrameFile)
                 ]

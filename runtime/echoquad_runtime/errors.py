@@ -12,7 +12,8 @@ is what the command line ends with.
     │   ├── FrameFormatError
     │   ├── FrameDamagedError
     │   ├── FrameTooLargeError
-    │   └── FrameTooSmallError
+    │   ├── FrameTooSmallError
+    │   └── FrameExtraError (ImportError)
     ├── InputNotFoundError (FileNotFoundError)
     ├── ContractError (ValueError)
     ├── ConfigError (ValueError)
@@ -49,6 +50,7 @@ __all__ = [
     "EchoQuadError",
     "FrameDamagedError",
     "FrameError",
+    "FrameExtraError",
     "FrameFormatError",
     "FrameReadError",
     "FrameTooLargeError",
@@ -94,6 +96,10 @@ class FrameTooLargeError(FrameError):
 
 class FrameTooSmallError(FrameError):
     """The frame has too few pixels for four quadrants."""
+
+
+class FrameExtraError(FrameError, ImportError):
+    """A frame is of a kind whose packages this installation does not have; others may be judged."""
 
 
 class InputNotFoundError(EchoQuadError, FileNotFoundError):

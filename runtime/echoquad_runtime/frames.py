@@ -40,6 +40,7 @@ from echoquad_runtime.errors import (
     FrameTooLargeError,
 )
 from echoquad_runtime.files import open_regular
+from echoquad_runtime.kinds import CLIP_ENDINGS, DICOM_ENDINGS, HEAD, IMAGE_ENDINGS, kind_of
 from echoquad_runtime.quadrants import Grey
 from echoquad_runtime.sanity import COLOUR, is_coloured
 from echoquad_runtime.whole import PNG_SIGNATURE, Unwritten, check_jpeg, check_jpeg_pixels, check_png, check_tiff
@@ -61,7 +62,7 @@ __all__ = [
     "to_grey",
 ]
 
-EXTENSIONS: Final = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
+EXTENSIONS: Final = IMAGE_ENDINGS | DICOM_ENDINGS | CLIP_ENDINGS
 """Endings, in lower case, by which a folder's files count as frames. A file named outright may end in anything."""
 
 MAX_PIXELS: Final = 36_000_000  # 6000 x 6000; an 8K screen has 33 million
@@ -147,13 +148,18 @@ def read_checked(path: Path) -> tuple[Grey, tuple[str, ...]]:
 
 
 def decode_checked(data: bytes) -> tuple[Grey, tuple[str, ...]]:
-    """Decode an image file's bytes as `read_checked` does.
+    """Decode a file's bytes as `read_checked` does: those of an image, or of DICOM or numpy with one frame.
 
     Raises
     ------
     FrameError
         As `read_frame`.
     """
+    if _is_other(data):
+        from echoquad_runtime.sources import decode_pixels
+
+        pixels = decode_pixels(data)
+        return pixels.grey(), (*pixels.flags, COLOUR) if pixels.is_coloured() else pixels.flags
     with _frame_errors(data):
         image = _decode(data, luma_only=True)
         grey = _upright_grey(image)
@@ -162,13 +168,17 @@ def decode_checked(data: bytes) -> tuple[Grey, tuple[str, ...]]:
 
 
 def decode_frame(data: bytes) -> Grey:
-    """Decode an image file's bytes to grey, uint8 [H, W].
+    """Decode a file's bytes to grey, uint8 [H, W]; as `decode_checked`.
 
     Raises
     ------
     FrameError
         As `read_frame`.
     """
+    if _is_other(data):
+        from echoquad_runtime.sources import decode_pixels
+
+        return decode_pixels(data).grey()
     with _frame_errors(data):
         return _upright_grey(_decode(data, luma_only=True))
 
@@ -188,10 +198,19 @@ def decode_image(data: bytes, *, luma_only: bool = False) -> Image.Image:
     FrameError
         As `read_frame`.
     """
+    if _is_other(data):
+        from echoquad_runtime.sources import decode_pixels
+
+        return decode_pixels(data).image()
     with _frame_errors(data):
         image = _decode(data, luma_only=luma_only)
         turn = _turn(image)
         return image if turn is None else image.transpose(turn)
+
+
+def _is_other(data: bytes) -> bool:
+    """Say whether bytes are of a kind that tells itself, and are no image's: DICOM, numpy; a clip is refused there."""
+    return kind_of(data[:HEAD], "") in ("dicom", "matrix")
 
 
 def _decode(data: bytes, *, luma_only: bool) -> ImageFile.ImageFile:

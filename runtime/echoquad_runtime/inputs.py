@@ -1,26 +1,36 @@
 """Inputs: from files, folders and patterns, as a user names them, to frame files and the names their rows carry.
 
-A tree is walked lazily: no more is held of it than the names in the folders that lead to the frame at hand.
+A tree is walked lazily: no more is held of it than the names in the folders that lead to the frame at hand. Of a file
+with several frames the header is read to know how many they are.
 """
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Final
 
-from echoquad_runtime.errors import EchoQuadError, InputNotFoundError
+from echoquad_runtime.errors import EchoQuadError, FrameError, InputNotFoundError
 from echoquad_runtime.frames import EXTENSIONS
+from echoquad_runtime.kinds import AS_IT_IS, IMAGE_ENDINGS, MATRIX_ENDINGS, Flip, Reading, could_be_dicom, is_dicom
 from echoquad_runtime.tree import descend, expand
 
-__all__ = ["OVERLAY_ENDING", "Failure", "FrameFile", "find_frames", "walk"]
+__all__ = ["EXPECTED", "OVERLAY_ENDING", "Failure", "FrameFile", "find_frames", "find_in_folder", "walk"]
 
 
 OVERLAY_ENDING: Final = ".overlay.png"
 """Ending of the pictures that EchoQuad draws; in a folder they are no frames to judge."""
+
+
+EXPECTED: Final = f"expected {', '.join(sorted(IMAGE_ENDINGS))} files, DICOM or clips"
+"""What a folder is to hold."""
+
+_KNOWN: Final = EXTENSIONS | MATRIX_ENDINGS
+_FRAME_NUMBER: Final = re.compile(r"(.+)#([1-9][0-9]{0,5})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +42,18 @@ class FrameFile:
     path
         Where it lies.
     name
-        How it is named in results: relative to what the user gave, with forward slashes.
+        How it is named in results: relative to what the user gave, with forward slashes; ``#12`` at its end is the
+        twelfth frame of a file of several.
+    frame
+        Which of the file's frames, counted from 1; None where it is its only one.
+    flip
+        How it is turned over if it is a numeric matrix.
     """
 
     path: Path
     name: str
+    frame: int | None = None
+    flip: Flip = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +64,14 @@ class Failure:
     error: EchoQuadError
 
 
-def find_frames(inputs: Sequence[str | Path]) -> Iterator[FrameFile | Failure]:
+def find_frames(inputs: Sequence[str | Path], reading: Reading = AS_IT_IS) -> Iterator[FrameFile | Failure]:
     """Find the frames that `inputs` name, one after the other, lazily.
 
-    A folder is walked for image files in sorted order; a file named outright is taken whatever it is called; a pattern
-    (``*``, ``?``, ``[...]``, ``**``) that the shell left alone is expanded, in the same order, all of it at the start.
-    Names are relative to the folder where one folder is given, else to the deepest folder that holds all inputs.
+    A folder is walked, in sorted order, for images, DICOM files (also such as have no ending), clips, and matrices where
+    `reading` says so; a file named outright is taken whatever it is called; a pattern (``*``, ``?``, ``[...]``, ``**``)
+    that the shell left alone is expanded, in the same order, all of it at the start. ``clip.dcm#12`` is the twelfth
+    frame of a clip. Names are relative to the folder where one folder is given, else to the deepest folder that holds
+    all inputs.
 
     Yields
     ------
@@ -77,50 +96,102 @@ def find_frames(inputs: Sequence[str | Path]) -> Iterator[FrameFile | Failure]:
             if isinstance(path, OSError):
                 yield _unreadable(path)
             elif os.path.isdir(path):  # noqa: PTH112 - as above
-                yield from _in_folder(path, root, may_be_empty=len(paths) > 1)
-            elif os.path.exists(path):  # noqa: PTH110 - as above
-                yield FrameFile(Path(path), root.name(path))
+                yield from _in_folder(path, root, reading, may_be_empty=len(paths) > 1)
             else:
-                yield _missing(path, "no such file or folder; check the path")
+                yield from _named(path, root, reading)
 
 
-def _in_folder(folder: str, root: _Root, *, may_be_empty: bool) -> Iterator[FrameFile | Failure]:
-    prefix = root.name(folder)
-    prefix = "" if prefix == "." else prefix if prefix.endswith("/") else f"{prefix}/"
-    empty = True
-    for found in _frames_in(folder):
-        empty = False
+def _named(path: str, root: _Root, reading: Reading) -> Iterator[FrameFile | Failure]:
+    if os.path.exists(path):  # noqa: PTH110 - as above
+        yield from _in_file(path, root.name(path), reading)
+    elif (numbered := _FRAME_NUMBER.fullmatch(path)) and os.path.isfile(numbered[1]):  # noqa: PTH113 - as above
+        yield FrameFile(Path(numbered[1]), root.name(path), int(numbered[2]), reading.flip)
+    else:
+        yield _missing(path, "no such file or folder; check the path")
+
+
+def find_in_folder(folder: Path, prefix: str = "", reading: Reading = AS_IT_IS) -> Iterator[FrameFile | Failure]:
+    """Find the frames in a folder, as `find_frames` does; `prefix` goes before their names.
+
+    Yields
+    ------
+    FrameFile or Failure
+        Nothing where the folder holds none.
+    """
+    for found in _files_in(os.fspath(folder), matrices=reading.matrices):
         if isinstance(found, OSError):
             yield _unreadable(found)
         else:
-            yield FrameFile(Path(folder, found), prefix + found)
+            yield from _in_file(os.path.join(folder, found), prefix + found, reading)  # noqa: PTH118 - as in tree
+
+
+def _in_folder(folder: str, root: _Root, reading: Reading, *, may_be_empty: bool) -> Iterator[FrameFile | Failure]:
+    prefix = root.name(folder)
+    prefix = "" if prefix == "." else prefix if prefix.endswith("/") else f"{prefix}/"
+    empty = True
+    for found in find_in_folder(Path(folder), prefix, reading):
+        empty = False
+        yield found
     if empty and not may_be_empty:
-        yield _missing(folder, f"the folder holds no image; expected {', '.join(sorted(EXTENSIONS))} files")
+        yield _missing(folder, f"the folder holds no image; {EXPECTED}{_hint(folder, reading)}")
+
+
+def _in_file(path: str, name: str, reading: Reading) -> Iterator[FrameFile | Failure]:
+    if os.path.splitext(path)[1].lower() in IMAGE_ENDINGS:  # noqa: PTH122 - nothing more is asked of most files
+        yield FrameFile(Path(path), name)
+    else:
+        from echoquad_runtime.sources import frames_in
+
+        yield from frames_in(Path(path), name, reading)
+
+
+def _hint(folder: str, reading: Reading) -> str:
+    """Say what a folder has to offer that is not taken from folders."""
+    if reading.matrices or not any(isinstance(found, str) for found in _files_in(folder, matrices=True)):
+        return ""
+    return "; its .txt, .csv, .tsv and .npy files are read as matrices with --matrices"
 
 
 def walk(folder: Path, on_error: Callable[[OSError], object] | None = None) -> Iterator[Path]:
-    """Walk a folder for image files, depth first, in sorted order, hidden names and overlays left out, link loops cut.
+    """Walk a folder for files with frames, depth first, in sorted order, hidden names and overlays left out.
 
     Linked folders are followed, since data sets are often laid out with links; one that leads back to a folder
     above itself is not entered again. A folder that cannot be read is passed over, and `on_error` is told.
     """
-    for found in _frames_in(os.fspath(folder)):
+    for found in _files_in(os.fspath(folder), matrices=False):
         if isinstance(found, str):
             yield folder / found
         elif on_error is not None:
             on_error(found)
 
 
-def _frames_in(folder: str) -> Iterator[str | OSError]:
-    return descend(folder, True, _step)
+def _files_in(folder: str, *, matrices: bool) -> Iterator[str | OSError]:
+    for found in descend(folder, matrices, _step):
+        if isinstance(found, OSError) or _ending(found) in _KNOWN or _begins_as_dicom(Path(folder, found)):
+            yield found
 
 
-def _step(_: bool, name: str, is_folder: bool) -> tuple[bool, bool | None]:
+def _step(matrices: bool, name: str, is_folder: bool) -> tuple[bool, bool | None]:
     if name.startswith("."):  # also the "._name.png" twins that macOS leaves on foreign disks
         return False, None
     if is_folder:
-        return False, True
-    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.endswith(OVERLAY_ENDING), None  # noqa: PTH122
+        return False, matrices
+    ending = _ending(name)
+    wanted = ending in EXTENSIONS or (matrices and ending in MATRIX_ENDINGS) or could_be_dicom(name)
+    return wanted and not name.endswith(OVERLAY_ENDING), None
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122
+
+
+def _begins_as_dicom(path: Path) -> bool:
+    from echoquad_runtime.sources import head_of
+
+    try:
+        return is_dicom(head_of(path))
+    except FrameError:  # what it is cannot be told
+        return False
 
 
 def _missing(given: str, reason: str) -> Failure:

@@ -15,6 +15,7 @@ DIGEST_BYTES: Final = 16
 
 _FORMULA: Final = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
 """What a spreadsheet runs, or may once it has trimmed it; the last four are the full-width forms of the first."""
+_FRAME_NUMBER: Final = re.compile(r"#([1-9][0-9]{0,5})\Z")
 _LONE: Final = re.compile(r"\\udc([89a-f][0-9a-f])")
 
 
@@ -41,10 +42,12 @@ def digest(row_name: str) -> bytes:
 def walk_order(row_name: str) -> str:
     """Give a key that sorts names, as rows carry them, into the order in which a folder is walked.
 
-    The walk compares names one folder at a time, so that ``a/1.png`` comes before ``a-b/1.png``.
+    The walk compares names one folder at a time, so that ``a/1.png`` comes before ``a-b/1.png``, and gives the frames
+    of a file of several in their order, ``a.dcm#2`` before ``a.dcm#10``.
     """
     name = row_name.removeprefix("./")
     name = _LONE.sub(lambda found: chr(0xDC00 + int(found[1], 16)), name)
+    name = _FRAME_NUMBER.sub(lambda found: f"/{int(found[1]):06}", name)  # as if a file of several were a folder
     return name.replace("/", "\0")
 
 

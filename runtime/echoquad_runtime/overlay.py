@@ -14,11 +14,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from echoquad_runtime.contract import QUADRANTS, Contract
 from echoquad_runtime.files import make_folder, write_atomically
-from echoquad_runtime.frames import decode_image, over_black, read_bytes, to_grey
+from echoquad_runtime.frames import over_black, to_grey
 from echoquad_runtime.heat import lay_heat
-from echoquad_runtime.inputs import OVERLAY_ENDING
+from echoquad_runtime.inputs import OVERLAY_ENDING, FrameFile
 from echoquad_runtime.predictor import Prediction
 from echoquad_runtime.quadrants import quadrant_boxes
+from echoquad_runtime.sources import load_image
 
 __all__ = ["draw_overlay", "overlay_path", "save_overlay"]
 
@@ -135,7 +136,7 @@ def _shortened(part: str, name: str) -> str:
     return f"{part[:40]}-{whole}{OVERLAY_ENDING}"
 
 
-def save_overlay(folder: Path, source: Path, prediction: Prediction, contract: Contract) -> Path:
+def save_overlay(folder: Path, source: FrameFile | Path, prediction: Prediction, contract: Contract) -> Path:
     """Read the frame again, draw its overlay and save it under `folder`; gives the file's path.
 
     Raises
@@ -145,7 +146,8 @@ def save_overlay(folder: Path, source: Path, prediction: Prediction, contract: C
     OutputError
         If the system refuses to write.
     """
-    picture = draw_overlay(decode_image(read_bytes(source)), prediction, contract)
+    file = source if isinstance(source, FrameFile) else FrameFile(source, source.name)
+    picture = draw_overlay(load_image(file), prediction, contract)
     target = overlay_path(folder, prediction.file)
     make_folder(target.parent)
     with write_atomically(target) as stream:

@@ -16,13 +16,14 @@ from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.contract import VOTE_METHODS, Contract, VoteMethod
 from echoquad_runtime.devices import Device, available_cpus
 from echoquad_runtime.errors import ConfigError, FrameError
-from echoquad_runtime.frames import decode_checked, read_checked
+from echoquad_runtime.frames import decode_checked
 from echoquad_runtime.inputs import Failure, FrameFile, find_frames
 from echoquad_runtime.lanes import Floats, Lane, frames_maps
 from echoquad_runtime.pipeline import Flags, Pipeline, Source
 from echoquad_runtime.quadrants import Grey, frame_quadrants
 from echoquad_runtime.sanity import flags_of
 from echoquad_runtime.session import Engine, OnnxEngine, open_lane
+from echoquad_runtime.sources import load_checked
 from echoquad_runtime.vote import decide
 
 __all__ = ["TIME_LIMIT", "Failure", "Prediction", "Predictor"]
@@ -208,7 +209,7 @@ class Predictor:
         return self._run(self._file_source(item, on_decision) for item in _found(inputs))
 
     def predict_encoded(self, items: Iterable[tuple[str, bytes]]) -> Iterator[Prediction | Failure]:
-        """Judge image files in memory: names, and the files' bytes. As `predict`."""
+        """Judge files of one frame in memory, images, DICOM or numpy: names, and the files' bytes. As `predict`."""
         return self._run(Source(name, partial(self._load_bytes, data)) for name, data in items)
 
     def predict_frames(
@@ -234,7 +235,9 @@ class Predictor:
         return self._run(Source(name, partial(self._load_grey, it)) for name, it in zip(names, frames, strict=True))
 
     def __call__(self, frame: Grey | bytes, name: str = "0") -> Prediction:
-        """Judge one frame, uint8 [H, W] or an image file's bytes, in the caller's thread, as soon as can be.
+        """Judge one frame in the caller's thread, as soon as can be.
+
+        It is uint8 [H, W], or the bytes of a file as `predict_encoded` takes them.
 
         Raises
         ------
@@ -281,10 +284,10 @@ class Predictor:
         if isinstance(item, Failure):
             return item
         after = partial(on_decision, item) if on_decision else None
-        return Source(item.name, partial(self._load_file, item.path), after)
+        return Source(item.name, partial(self._load_file, item), after)
 
-    def _load_file(self, path: Path, slot: Grey) -> Flags:
-        grey, flags = read_checked(path)
+    def _load_file(self, file: FrameFile, slot: Grey) -> Flags:
+        grey, flags = load_checked(file)
         return self._cut(grey, slot, flags)
 
     def _load_bytes(self, data: bytes, slot: Grey) -> Flags:

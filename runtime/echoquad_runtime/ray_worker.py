@@ -60,7 +60,7 @@ class Worker:
         self._predictor: Predictor | None = None
 
     def __call__(self, table: Any) -> Any:
-        """Judge a block: columns ``frame`` and ``path`` in, `_schema` out."""
+        """Judge a block: columns ``frame``, ``path``, ``of_clip`` and ``flip`` in, `_schema` out."""
         import pyarrow
         import ray
 
@@ -75,7 +75,10 @@ class Worker:
                 )
             if self._predictor is None:
                 self._predictor = _open(ray.get(self._job))
-            frames = [FrameFile(path, path.as_posix()) for path in paths]
+            frames = [
+                FrameFile(path, path.as_posix(), item["of_clip"], item["flip"])
+                for path, item in zip(paths, items, strict=True)
+            ]
             results = self._predictor.predict(frames)
             rows = [_row(item["frame"], result) for item, result in zip(items, results, strict=True)]
         except EchoQuadError as error:  # what no frame can be judged after

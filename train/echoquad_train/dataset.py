@@ -18,11 +18,12 @@ import numpy.typing as npt
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices import available_cpus
-from echoquad_runtime.errors import DatasetError, FrameError
+from echoquad_runtime.errors import DatasetError, EchoQuadError, FrameError
 from echoquad_runtime.files import output_errors
-from echoquad_runtime.frames import EXTENSIONS, read_frame
-from echoquad_runtime.inputs import Failure, FrameFile, walk
+from echoquad_runtime.inputs import EXPECTED, Failure, FrameFile, find_in_folder
+from echoquad_runtime.kinds import AS_IT_IS, Flip, Reading
 from echoquad_runtime.quadrants import frame_quadrants
+from echoquad_runtime.sources import load_grey
 
 __all__ = [
     "SPLITS",
@@ -47,11 +48,29 @@ the disk has no room for that, they are streamed, see `echoquad_train.stream`.""
 
 @dataclass(frozen=True, slots=True)
 class LabelledFrame:
-    """A frame on disk and the index of its class. `name` is relative to the data folder, with forward slashes."""
+    """A frame on disk and the index of its class.
+
+    Attributes
+    ----------
+    path, name, frame, flip
+        As of a `FrameFile`; `name` is relative to the data folder.
+    label
+        The index of its class.
+    fault
+        Why it cannot be read, where that is known already.
+    """
 
     path: Path
     name: str
     label: int
+    frame: int | None = None
+    flip: Flip = "none"
+    fault: EchoQuadError | None = None
+
+    @property
+    def file(self) -> FrameFile:
+        """Give it as a reader takes it."""
+        return FrameFile(self.path, self.name, self.frame, self.flip)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +87,9 @@ class Split:
         counted = Counter(frame.label for frame in self.frames)
         return {name: counted[index] for index, name in enumerate(self.classes)}
 
-    def files(self) -> Iterator[FrameFile]:
+    def files(self) -> Iterator[FrameFile | Failure]:
         """Give the frames as a predictor takes them."""
-        return (FrameFile(frame.path, frame.name) for frame in self.frames)
+        return (frame.file if frame.fault is None else Failure(frame.name, frame.fault) for frame in self.frames)
 
     @property
     def fingerprint(self) -> str:
@@ -81,7 +100,8 @@ class Split:
                 size = frame.path.stat().st_size
             except OSError:  # a broken link: decoding will say so
                 size = -1
-            digest.update(f"{frame.name}\0{size}\n".encode("utf-8", "surrogateescape"))
+            turned = "" if frame.flip == "none" else f"\0{frame.flip}"
+            digest.update(f"{frame.name}\0{size}{turned}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
 
@@ -155,8 +175,10 @@ def read_classes(data: Path) -> tuple[str, ...]:
     return classes
 
 
-def read_split(data: Path, split: str, classes: Sequence[str]) -> Split:
+def read_split(data: Path, split: str, classes: Sequence[str], reading: Reading = AS_IT_IS) -> Split:
     """List a split's frames by class: ``DATA/SPLIT/CLASS/**/*.png`` and the other endings that frames have.
+
+    Each frame of a clip is a frame, of the clip's class.
 
     Raises
     ------
@@ -164,8 +186,8 @@ def read_split(data: Path, split: str, classes: Sequence[str]) -> Split:
         If the split or a class in it is missing, is empty, or has a class that is not among `classes`.
     """
     folder = _split_folder(data, split)
-    found = sorted(entry.name for entry in folder.iterdir() if _is_class(entry))
-    missing, unknown = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
+    there = {entry.name for entry in folder.iterdir() if _is_class(entry)}
+    missing, unknown = sorted(set(classes) - there), sorted(there - set(classes))
     if missing:
         raise DatasetError(
             f"{folder.as_posix()}: class {', '.join(missing)} is missing; "
@@ -177,13 +199,17 @@ def read_split(data: Path, split: str, classes: Sequence[str]) -> Split:
         )
     frames: list[LabelledFrame] = []
     for label, name in enumerate(classes):
-        paths = list(walk(folder / name))
-        if not paths:
-            raise DatasetError(
-                f"{(folder / name).as_posix()}: no frame found; expected {', '.join(sorted(EXTENSIONS))} files"
-            )
-        frames += (LabelledFrame(path, path.relative_to(data).as_posix(), label) for path in paths)
+        found = [_labelled(item, data, label) for item in find_in_folder(folder / name, f"{split}/{name}/", reading)]
+        if not found:
+            raise DatasetError(f"{(folder / name).as_posix()}: no frame found; {EXPECTED}")
+        frames += found
     return Split(split, tuple(classes), tuple(frames))
+
+
+def _labelled(item: FrameFile | Failure, data: Path, label: int) -> LabelledFrame:
+    if isinstance(item, Failure):
+        return LabelledFrame(data / item.file, item.file, label, fault=item.error)
+    return LabelledFrame(item.path, item.name, label, item.frame, item.flip)
 
 
 def load_quadrants(
@@ -257,7 +283,7 @@ def sift(
     kept: list[LabelledFrame] = []
     failures: dict[LabelledFrame, Failure] = {}
     for done, (frame, outcome) in enumerate(_decoded(split.frames, contract), 1):
-        if isinstance(outcome, FrameError):
+        if isinstance(outcome, EchoQuadError):
             failures[frame] = Failure(frame.name, outcome)
         else:
             keep(len(kept), outcome)
@@ -287,13 +313,15 @@ def _overflow_file(folder: Path | None) -> Iterator[IO[bytes] | None]:
         yield file
 
 
-Decoded = npt.NDArray[np.uint8] | FrameError
+Decoded = npt.NDArray[np.uint8] | EchoQuadError
 
 
 def decode(frame: LabelledFrame, contract: Contract) -> Decoded:
     """Give a frame's quadrants, uint8 [4, 1, S, S], or why it cannot be read."""
+    if frame.fault is not None:
+        return frame.fault
     try:
-        return frame_quadrants(read_frame(frame.path), contract)
+        return frame_quadrants(load_grey(frame.file), contract)
     except FrameError as error:
         return error
 

@@ -20,6 +20,7 @@ import torch
 from echoquad_runtime.errors import RunError
 from echoquad_runtime.files import make_folder, write_bytes
 from echoquad_runtime.inputs import Failure
+from echoquad_runtime.kinds import AS_IT_IS, Reading
 from echoquad_train import checkpoint, record, schedule
 from echoquad_train.augment import augment
 from echoquad_train.averaging import Average
@@ -91,6 +92,7 @@ def fit(
     workers: int | None = None,
     tensorboard: bool = False,
     ranks: Ranks = ALONE,
+    reading: Reading = AS_IT_IS,
 ) -> Fitted:
     """Train a classifier.
 
@@ -117,6 +119,8 @@ def fit(
         Write event files as well; see `echoquad_train.board`.
     ranks
         The processes that train together, from `echoquad_train.ranks.joined`; each calls this function alike.
+    reading
+        How the data's files are read.
 
     Raises
     ------
@@ -132,11 +136,12 @@ def fit(
         def board(done: int) -> Board | None:
             return opened.enter_context(Board(folder, done)) if tensorboard and ranks.first else None
 
-        return _fit(data, folder, recipe, where, resume, heard, teacher, storage, board, ranks)
+        return _fit(data, reading, folder, recipe, where, resume, heard, teacher, storage, board, ranks)
 
 
 def _fit(
     data: Path,
+    reading: Reading,
     folder: Path,
     recipe: Recipe,
     where: torch.device,
@@ -150,7 +155,7 @@ def _fit(
     state = ranks.from_first(lambda: open_folder(folder, recipe, resume))
     classes = read_classes(data)
     contract = recipe.contract(classes)
-    train, validation = (read_split(data, split, classes) for split in ("train", "validation"))
+    train, validation = (read_split(data, split, classes, reading) for split in ("train", "validation"))
     fingerprints = [train.fingerprint, validation.fingerprint]
     if state and state["data"] != fingerprints:
         raise RunError(f"{folder.as_posix()}: the data has changed since the run was begun; train into another folder")
@@ -176,7 +181,8 @@ def _fit(
     dtype = mixed_dtype(recipe, recipe.backbone, recipe.input_size, where)
     precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     teacher_facts = master.facts if master else None
-    facts = record.facts(data, recipe, contract, (train, validation), failures, where.type, precision, teacher_facts)
+    splits = train, validation
+    facts = record.facts(data, recipe, contract, splits, failures, where.type, precision, teacher_facts, reading)
     if resume:
         facts["created"] = begun(folder) or facts["created"]
     reporter.started(where.type, precision, train, validation)

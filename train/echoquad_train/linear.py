@@ -32,6 +32,7 @@ from torch import nn
 
 from echoquad_runtime.errors import DatasetError, RunError
 from echoquad_runtime.files import make_folder, write_bytes
+from echoquad_runtime.kinds import AS_IT_IS, Reading
 from echoquad_train import checkpoint, record
 from echoquad_train.dataset import LabelledFrame, QuadrantStore, Split, load_quadrants, read_classes, read_split
 from echoquad_train.device import Device, choose_device, make_deterministic
@@ -79,13 +80,20 @@ class Chosen:
 
 
 def fit_linear(
-    data: Path, folder: Path, recipe: Recipe, kind: Kind, *, device: Device = "auto", reporter: Reporter
+    data: Path,
+    folder: Path,
+    recipe: Recipe,
+    kind: Kind,
+    *,
+    device: Device = "auto",
+    reporter: Reporter,
+    reading: Reading = AS_IT_IS,
 ) -> Fitted:
     """Train a linear classifier on a backbone as it is.
 
     Parameters
     ----------
-    data, folder, device, reporter
+    data, folder, device, reporter, reading
         As `echoquad_train.fit.fit` takes them.
     recipe
         Gives backbone, weights, contract, seed, and whether classes are weighted; of no effect is what concerns
@@ -103,7 +111,7 @@ def fit_linear(
     open_folder(folder, recipe, resume=False)
     classes = read_classes(data)
     contract = recipe.contract(classes)
-    train, validation = (read_split(data, split, classes) for split in ("train", "validation"))
+    train, validation = (read_split(data, split, classes, reading) for split in ("train", "validation"))
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, contract).to(where).eval()
     make_folder(folder)
@@ -139,7 +147,7 @@ def fit_linear(
             f"{folder.as_posix()}: the backbone's features are no finite numbers; expected weights of a trained "
             "network; give others by --weights"
         )
-    facts = record.facts(data, recipe, contract, (train, validation), failures, where.type, "fp32")
+    facts = record.facts(data, recipe, contract, (train, validation), failures, where.type, "fp32", reading=reading)
     facts["fit"] = chosen.facts
     checkpoint.save_best(folder, model, recipe, contract, epoch.epoch)
     record.write(folder, facts, [epoch], finished=True)

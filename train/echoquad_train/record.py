@@ -19,6 +19,7 @@ from echoquad_runtime._version import __version__
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.files import write_bytes, write_json
 from echoquad_runtime.inputs import Failure
+from echoquad_runtime.kinds import AS_IT_IS, Reading
 from echoquad_train import checkpoint, figures
 from echoquad_train.dataset import Split
 from echoquad_train.history import Epoch, best_of
@@ -61,6 +62,7 @@ def facts(
     device: str,
     precision: str,
     teacher: Mapping[str, Any] | None = None,
+    reading: Reading = AS_IT_IS,
 ) -> dict[str, Any]:
     """Collect what is known of a run before its first epoch. Frames that could not be read are not counted."""
     unread = {failure.file for failure in failures}
@@ -82,6 +84,7 @@ def facts(
             "folder": data.resolve().as_posix(),
             "frames": {split.name: readable(split) for split in splits},
             "unreadable": [{"file": failure.file, "error": str(failure.error)} for failure in failures],
+            **({"reading": reading.to_dict()} if reading != AS_IT_IS else {}),
         },
         "versions": versions(),
         "git_commit": _git_commit(),
