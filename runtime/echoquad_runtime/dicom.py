@@ -1,174 +1,45 @@
-"""DICOM: what a file's header says of its pixels, and where in the file each frame's bytes lie.
+"""DICOM files: where each frame's bytes lie.
 
-Of a header only what concerns pixels is read (`_WANTED`); patient, study and dates are passed over unread. No
-message says a value that was found in a file: a damaged one may have a name anywhere. pydicom's own warnings and
-errors, which quote values, are kept back. The file is opened for its header, and again for each frame, so that a
-clip is never in memory.
+The file is opened for its header (`echoquad_runtime.dicom_header`), and again for each frame, so that a clip is never
+in memory.
 """
 
 from __future__ import annotations
 
 import io
-import logging
 import os
 import struct
-import warnings
-import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+from typing import IO, Final
 
+from echoquad_runtime.dicom_header import (
+    DEFLATED,
+    MAX_VALUE,
+    NATIVE,
+    UNDEFINED,
+    Header,
+    inflated,
+    read_header,
+    reworded,
+    transfer_syntax,
+)
 from echoquad_runtime.errors import (
     FrameDamagedError,
-    FrameError,
-    FrameExtraError,
     FrameFormatError,
     FrameReadError,
     FrameTooLargeError,
 )
-from echoquad_runtime.frames import MAX_FILE_BYTES, MAX_PIXELS
-from echoquad_runtime.kinds import MAX_FRAMES, is_dicom
-from echoquad_runtime.quadrants import Box
+from echoquad_runtime.frames import MAX_FILE_BYTES
+from echoquad_runtime.kinds import MAX_FRAMES
 
-if TYPE_CHECKING:
-    from pydicom.dataset import Dataset
+__all__ = ["DicomFile"]
 
-__all__ = ["DicomFile", "Header", "Palette", "Window", "reworded"]
-
-_Given = ParamSpec("_Given")
-_Result = TypeVar("_Result")
-
-IMPLICIT: Final = "1.2.840.10008.1.2"
-DEFLATED: Final = "1.2.840.10008.1.2.1.99"
-BIG_ENDIAN: Final = "1.2.840.10008.1.2.2"
-NATIVE: Final = frozenset({IMPLICIT, "1.2.840.10008.1.2.1", DEFLATED, BIG_ENDIAN})
-
-_WANTED: Final = {
-    "sop_class": 0x00080016,
-    "samples": 0x00280002,
-    "photometric": 0x00280004,
-    "planar": 0x00280006,
-    "frames": 0x00280008,
-    "rows": 0x00280010,
-    "columns": 0x00280011,
-    "allocated": 0x00280100,
-    "stored": 0x00280101,
-    "high_bit": 0x00280102,
-    "signed": 0x00280103,
-    "center": 0x00281050,
-    "width": 0x00281051,
-    "intercept": 0x00281052,
-    "slope": 0x00281053,
-    "window_function": 0x00281056,
-    "modality_lut": 0x00283000,
-    "voi_lut": 0x00283010,
-    "regions": 0x00186011,
-    "red": 0x00281201,
-    "green": 0x00281202,
-    "blue": 0x00281203,
-    "descriptor": 0x00281101,
-    "red_segments": 0x00281221,
-    "green_segments": 0x00281222,
-    "blue_segments": 0x00281223,
-    "offsets": 0x7FE00001,
-}
-_PIXELS: Final = 0x7FE00010
-_OTHER_PIXELS: Final = frozenset({0x7FE00008, 0x7FE00009})  # floats
-_NO_FRAMES: Final = tuple(
-    f"1.2.840.10008.5.1.4.1.1.{end}"
-    for end in ("66", "481.2", "11.", "88.", "104.", "9.", "30", "68.")  # with pixels or without
-)
-"""SOP classes that are no pictures: raw data, segmentations, dose, presentation states, reports, documents, curves."""
-
-_LONG: Final = frozenset({"OB", "OD", "OF", "OL", "OV", "OW", "SQ", "SV", "UC", "UN", "UR", "UT", "UV"})
-_UNDEFINED: Final = 0xFFFFFFFF
 _ITEM, _END_OF_SEQUENCE = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
-
-_MAX_ELEMENTS: Final = 100_000  # a header has some hundreds
-_MAX_VALUE: Final = 4 << 20  # bytes of a value that is read: an offset table of half a million frames
 _MAX_FRAGMENTS: Final = 4 * MAX_FRAMES
-_MAX_META: Final = 1 << 16
 
 Open = Callable[[], AbstractContextManager[IO[bytes]]]
 """Opens the file's bytes, each time at their beginning."""
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Which values of ``slope * stored + intercept`` a screen shows from black to white (DICOM PS3.3, C.11.2)."""
-
-    center: float
-    width: float
-    slope: float
-    intercept: float
-    function: str
-
-
-@dataclass(frozen=True, slots=True)
-class Palette:
-    """A palette as stored: entries, first value mapped, bits of an entry; red, green, blue; whether in segments."""
-
-    entries: int
-    first: int
-    bits: int
-    tables: tuple[bytes, bytes, bytes]
-    segmented: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What of a header is needed to decode a frame.
-
-    Attributes
-    ----------
-    syntax
-        The transfer syntax's UID, one of those that are read.
-    swapped
-        Whether single bytes are swapped in pairs: 8 bits stored as big-endian words.
-    box
-        The ultrasound region to crop to; None for the whole frame.
-    """
-
-    syntax: str
-    swapped: bool
-    rows: int
-    columns: int
-    samples: int
-    photometric: str
-    planar: int
-    allocated: int
-    stored: int
-    high_bit: int
-    signed: bool
-    window: Window | None
-    palette: Palette | None
-    box: Box | None
-
-    @property
-    def big_endian(self) -> bool:
-        """Whether a word's first byte is its most significant."""
-        return self.syntax == BIG_ENDIAN
-
-
-def reworded(what: str, function: Callable[_Given, _Result], *args: _Given.args, **options: _Given.kwargs) -> _Result:
-    """Call what may raise anything, with a patient's name in it; gives what it gives.
-
-    Raises
-    ------
-    FrameError
-        In place of any other, without its text and without a reference to it.
-    """
-    try:
-        return function(*args, **options)
-    except FrameError:
-        raise
-    except MemoryError:
-        kind = "MemoryError"
-    except Exception as error:
-        kind = type(error).__name__
-    # Outside of the handler, or the first error would hang from this one.
-    raise FrameDamagedError(f"{what} ({kind}); the file is damaged or truncated: copy it again")
 
 
 class DicomFile:
@@ -223,270 +94,25 @@ class DicomFile:
                     raise FrameReadError("the file became shorter while it was read; wait until it is written")
         return b"".join(parts)
 
-    # ------------------------------------------------------------------------------------------ header
-
     def _read(self, stream: IO[bytes]) -> tuple[Header, int, list[list[tuple[int, int]]]]:
-        syntax, begin = _syntax(stream)
+        syntax, begin = transfer_syntax(stream)
         if syntax == DEFLATED:
             stream.seek(begin)
-            inflated, begin = _inflated(stream), 0
-            self._open, self.inflated = (lambda: io.BytesIO(inflated)), True
-            stream = io.BytesIO(inflated)
-        dataset, vr, length, pixels = _dataset(stream, syntax, begin)
-        values = _Values(dataset, "<>"[syntax == BIG_ENDIAN])
-        header, frames = _header(values, syntax, swapped=vr == "OW")
+            data, begin = inflated(stream), 0
+            self._open, self.inflated = (lambda: io.BytesIO(data)), True
+            stream = io.BytesIO(data)
+        found = read_header(stream, syntax, begin)
         size = stream.seek(0, os.SEEK_END)
-        if header.syntax in NATIVE:
-            if length == _UNDEFINED:
+        if syntax in NATIVE:
+            if found.length == UNDEFINED:
                 raise FrameDamagedError("the DICOM file's pixels have no length; save it again")
-            places, self._whole = _native(header, frames, pixels, min(length, size - pixels))
+            length = min(found.length, size - found.begin)
+            places, self._whole = _native(found.header, found.frames, found.begin, length)
         else:
-            if length != _UNDEFINED:
+            if found.length != UNDEFINED:
                 raise FrameDamagedError("the DICOM file's compressed pixels are in no sequence; save it again")
-            places, self._whole = _encapsulated(stream, pixels, size, frames, values.longs("offsets"))
-        return header, frames, places
-
-
-def _syntax(stream: IO[bytes]) -> tuple[str, int]:
-    """Read the transfer syntax, and where the data set begins: behind group 2, which is explicit and little-endian."""
-    head = stream.read(132 + _MAX_META)
-    if not is_dicom(head):
-        raise FrameFormatError(
-            "the file is no DICOM, or lacks the 128 bytes and 'DICM' at its beginning; save it again"
-        )
-    at, syntax = 132, ""
-    while at + 8 <= len(head):
-        group, element, vr, length = struct.unpack_from("<HH2sH", head, at)
-        if group != 2:
-            break
-        at += 8
-        if vr.decode("latin-1") in _LONG:
-            (length,) = struct.unpack_from("<I", head, at)
-            at += 4
-        if element == 0x10:
-            syntax = head[at : at + length].decode("latin-1").rstrip("\0 ")
-        at += length
-    if not syntax:
-        raise FrameFormatError("the DICOM file does not say its transfer syntax; save it again")
-    return syntax, at
-
-
-def _inflated(stream: IO[bytes]) -> bytes:
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    data = inflater.decompress(stream.read(MAX_FILE_BYTES), MAX_FILE_BYTES)
-    if not inflater.eof:
-        if len(data) >= MAX_FILE_BYTES:
-            raise FrameTooLargeError(
-                f"the DICOM file inflates to more than {MAX_FILE_BYTES} bytes; save it uncompressed"
-            )
-        raise FrameDamagedError("the DICOM file ends before its data do: it is truncated; copy it again")
-    return data
-
-
-class _Bounded(io.BytesIO):
-    """A stream of which no value beyond `_MAX_VALUE` is read, whatever length a header gives it."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        super().__init__()
-        self._stream = stream
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= _MAX_VALUE:
-            raise FrameDamagedError(
-                "the DICOM header has a value beyond all bounds; the file is damaged: copy it again"
-            )
-        return self._stream.read(size)
-
-    def seek(self, offset: int, whence: int = 0, /) -> int:
-        return self._stream.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._stream.tell()
-
-
-def _dataset(stream: IO[bytes], syntax: str, begin: int) -> tuple[Dataset, str, int, int]:
-    """Read what is wanted up to the pixels; gives VR and length of these, and where they begin."""
-    read_dataset = _load_pydicom()
-    found: list[tuple[int, str | None, int]] = []
-    passed = 0
-
-    def stop(tag: int, vr: str | None, length: int) -> bool:
-        nonlocal passed
-        passed += 1
-        if passed > _MAX_ELEMENTS:
-            raise FrameDamagedError(f"the DICOM header has more than {_MAX_ELEMENTS} elements; save it again")
-        if tag == _PIXELS or tag in _OTHER_PIXELS:
-            found.append((tag, vr, length))
-            return True
-        return False
-
-    stream.seek(begin)
-    implicit = syntax == IMPLICIT
-    dataset = read_dataset(
-        _Bounded(stream), implicit, syntax != BIG_ENDIAN, stop_when=stop, specific_tags=list(_WANTED.values())
-    )
-    if not found:
-        raise FrameFormatError("the DICOM file has no pixels: a report, a directory or the like; expected images")
-    tag, vr, length = found[-1]
-    if tag != _PIXELS:
-        raise FrameFormatError("the DICOM file's pixels are floating-point numbers; expected 8 or 16 bits")
-    return dataset, vr or "", length, stream.tell() + (12 if not implicit and vr in _LONG else 8)
-
-
-def _load_pydicom() -> Any:
-    try:
-        from pydicom.filereader import read_dataset
-    except ImportError:
-        read_dataset = None
-    if read_dataset is None:
-        raise FrameExtraError(
-            'the file is DICOM, which needs pydicom, which is not installed; do: pip install "echoquad[dicom]"'
-        )
-    # What it logs and warns of quotes values, names among them.
-    logging.getLogger("pydicom").propagate = False
-    warnings.filterwarnings("ignore", module=r"(pydicom|openjpeg|echoquad_runtime\.dicom)")
-    return read_dataset
-
-
-class _Values:
-    """A data set's values, read from their bytes: pydicom's own conversion warns of odd ones, and quotes them."""
-
-    def __init__(self, dataset: Dataset, order: str) -> None:
-        self._dataset, self._order = dataset, order
-
-    def __contains__(self, name: str) -> bool:
-        return _WANTED[name] in self._dataset
-
-    def sequence(self, name: str) -> list[Dataset]:
-        return list(self._dataset[_WANTED[name]].value) if name in self else []
-
-    def bytes(self, name: str) -> bytes:
-        value = self._dataset.get_item(_WANTED[name]).value if name in self else b""
-        return value if isinstance(value, bytes) else b""
-
-    def text(self, name: str) -> str:
-        return self.bytes(name).decode("latin-1").strip("\0 ")
-
-    def shorts(self, name: str) -> tuple[int, ...]:
-        return self._numbers(name, "H", 2)
-
-    def longs(self, name: str) -> tuple[int, ...]:
-        return self._numbers(name, "Q", 8)
-
-    def _numbers(self, name: str, kind: str, size: int) -> tuple[int, ...]:
-        data = self.bytes(name)
-        return struct.unpack(f"{self._order}{len(data) // size}{kind}", data[: len(data) // size * size])
-
-    def short(self, name: str, default: int | None = None) -> int:
-        found = self.shorts(name)
-        if found:
-            return found[0]
-        if default is None:
-            raise FrameFormatError(f"the DICOM header does not say {_IN_WORDS[name]}; save the file again")
-        return default
-
-    def decimal(self, name: str, default: float) -> float:
-        """Read the first of a value's decimals."""
-        text = self.text(name).partition("\\")[0].strip()
-        return float(text) if text else default
-
-
-_IN_WORDS: Final = {
-    "rows": "how many rows its pixels have",
-    "columns": "how many columns its pixels have",
-    "samples": "how many samples a pixel has",
-    "allocated": "how many bits its samples have",
-}
-
-
-def _header(values: _Values, syntax: str, *, swapped: bool) -> tuple[Header, int]:
-    from echoquad_runtime.dicom_pixels import check_header
-
-    if values.text("sop_class").startswith(_NO_FRAMES):
-        raise FrameFormatError("the DICOM file is no picture but a report, a mask, a dose or the like; leave it out")
-    frames = int(values.decimal("frames", 1.0))
-    allocated = values.short("allocated")
-    stored = values.short("stored", allocated)
-    header = Header(
-        syntax=syntax,
-        swapped=swapped and syntax == BIG_ENDIAN and allocated == 8,
-        rows=values.short("rows"),
-        columns=values.short("columns"),
-        samples=values.short("samples", 1),
-        photometric=values.text("photometric"),
-        planar=values.short("planar", 0),
-        allocated=allocated,
-        stored=stored,
-        high_bit=values.short("high_bit", stored - 1),
-        signed=values.short("signed", 0) == 1,
-        window=_window(values),
-        palette=_palette(values),
-        box=None,
-    )
-    check_header(header)
-    if not 1 <= frames <= MAX_FRAMES:
-        raise FrameTooLargeError(f"the DICOM header announces {frames} frames; expected 1 to {MAX_FRAMES}")
-    if header.rows * header.columns > MAX_PIXELS:
-        raise FrameTooLargeError(
-            f"the DICOM header announces {header.columns}x{header.rows} pixels; expected at most "
-            f"{MAX_PIXELS // 1_000_000} million"
-        )
-    if "modality_lut" in values or "voi_lut" in values:
-        raise FrameFormatError("the DICOM file maps its levels by tables (Modality or VOI LUT); save it with a window")
-    from dataclasses import replace
-
-    return replace(header, box=_region(values, header)), frames
-
-
-def _window(values: _Values) -> Window | None:
-    if not values.text("center") or not values.text("width"):
-        return None
-    return Window(
-        center=values.decimal("center", 0),
-        width=values.decimal("width", 0),
-        slope=values.decimal("slope", 1),
-        intercept=values.decimal("intercept", 0),
-        function=values.text("window_function") or "LINEAR",
-    )
-
-
-def _palette(values: _Values) -> Palette | None:
-    descriptor = values.shorts("descriptor")
-    if len(descriptor) != 3:
-        return None
-    entries, first, bits = descriptor
-    segmented = not values.bytes("red")
-    red, green, blue = (values.bytes(f"{name}{'_segments' * segmented}") for name in ("red", "green", "blue"))
-    if first >= 0x8000 and values.short("signed", 0):
-        first -= 0x10000
-    return Palette(entries or 0x10000, first, bits, (red, green, blue), segmented)
-
-
-def _region(values: _Values, header: Header) -> Box | None:
-    """Find the one 2D tissue region (DICOM PS3.3, C.8.5.5), if it lies inside the frame; its last pixels are in it."""
-    boxes = []
-    for item in values.sequence("regions"):
-        inside = _Values(item, "<>"[header.big_endian])
-        kind = [_region_number(inside, tag) for tag in (0x00186012, 0x00186014)]
-        if kind == [1, 1]:
-            boxes.append([_region_number(inside, tag) for tag in (0x00186018, 0x0018601A, 0x0018601C, 0x0018601E)])
-    if len(boxes) != 1:
-        return None
-    left, top, right, bottom = boxes[0]
-    if not (0 <= left < right < header.columns and 0 <= top < bottom < header.rows):
-        return None
-    return left, top, right + 1, bottom + 1
-
-
-def _region_number(values: _Values, tag: int) -> int:
-    """Read a number of a region; -1 where it is not there, which is no coordinate and no kind."""
-    item = values._dataset.get_item(tag) if tag in values._dataset else None
-    data = item.value if item is not None else b""
-    if isinstance(data, int):
-        return data
-    if not isinstance(data, bytes) or len(data) not in (2, 4):
-        return -1
-    return int(struct.unpack(values._order + ("H" if len(data) == 2 else "I"), data)[0])
+            places, self._whole = _encapsulated(stream, found.begin, size, found.frames, found.offsets)
+        return found.header, found.frames, places
 
 
 # ---------------------------------------------------------------------------------------------- frames' places
@@ -521,7 +147,7 @@ def _encapsulated(
         if (group, element) != _ITEM or at + 8 + length > size:
             break
         if at == begin:
-            table = stream.read(length) if length <= _MAX_VALUE else b""
+            table = stream.read(length) if length <= MAX_VALUE else b""
         else:
             pieces.append((at + 8, length))
         at += 8 + length
