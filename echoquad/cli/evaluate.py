@@ -53,7 +53,8 @@ def evaluate(
     from echoquad_train.dataset import read_split
 
     predictor = _predictor(model, device, precision, threads, method, batch_size)
-    reading = reading_of(matrices, flip, every, _trained(model))
+    trained = _trained(model)
+    reading = reading_of(matrices or trained.matrices, flip, every, trained)
     frames = read_split(data, split, predictor.contract.classes, reading)
     note(f"{split}: {len(frames.frames)} frames on {predictor.engine.device} in {predictor.engine.precision}")
     with Progress("evaluating", len(frames.frames)) as progress:

@@ -164,12 +164,16 @@ class Clip:
         for packet in _until_damaged(container.demux(stream)):
             if packet.is_corrupt:
                 continue
-            with contextlib.suppress(Exception):  # what cannot be decoded is told when it is asked for
-                for frame in packet.decode():
-                    shown += 1
-                    number = shown if self._numbers is None else self._numbers.get(frame.pts, 0)
-                    if number and not frame.is_corrupt:
-                        yield number, frame
+            try:
+                frames = packet.decode()
+            except Exception:  # it is told when it is asked for; where nothing says which it was, it was the next
+                shown += 1
+                continue
+            for frame in frames:
+                shown += 1
+                number = shown if self._numbers is None else self._numbers.get(frame.pts, 0)
+                if number and not frame.is_corrupt:
+                    yield number, frame
 
     def _shut(self) -> None:
         self._frames = None

@@ -19,7 +19,16 @@ from echoquad_runtime.frames import EXTENSIONS
 from echoquad_runtime.kinds import AS_IT_IS, IMAGE_ENDINGS, MATRIX_ENDINGS, Flip, Reading, could_be_dicom, is_dicom
 from echoquad_runtime.tree import descend, expand
 
-__all__ = ["EXPECTED", "OVERLAY_ENDING", "Failure", "FrameFile", "find_frames", "find_in_folder", "walk"]
+__all__ = [
+    "EXPECTED",
+    "OVERLAY_ENDING",
+    "Failure",
+    "FrameFile",
+    "find_frames",
+    "find_in_folder",
+    "matrices_hint",
+    "walk",
+]
 
 
 OVERLAY_ENDING: Final = ".overlay.png"
@@ -133,7 +142,7 @@ def _in_folder(folder: str, root: _Root, reading: Reading, *, may_be_empty: bool
         empty = False
         yield found
     if empty and not may_be_empty:
-        yield _missing(folder, f"the folder holds no image; {EXPECTED}{_hint(folder, reading)}")
+        yield _missing(folder, f"the folder holds no image; {EXPECTED}{matrices_hint(folder, reading)}")
 
 
 def _in_file(path: str, name: str, reading: Reading) -> Iterator[FrameFile | Failure]:
@@ -145,8 +154,8 @@ def _in_file(path: str, name: str, reading: Reading) -> Iterator[FrameFile | Fai
         yield from frames_in(Path(path), name, reading)
 
 
-def _hint(folder: str, reading: Reading) -> str:
-    """Say what a folder has to offer that is not taken from folders."""
+def matrices_hint(folder: str, reading: Reading) -> str:
+    """Say that a folder without frames has matrices to offer, where it has: they are not taken by themselves."""
     if reading.matrices or not any(isinstance(found, str) for found in _files_in(folder, matrices=True)):
         return ""
     return "; its .txt, .csv, .tsv and .npy files are read as matrices with --matrices"

@@ -68,10 +68,10 @@ def test_an_input_given_twice_is_judged_twice(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_a_failure(tmp_path: Path) -> None:
-    lay(tmp_path, "notes.txt")
+    lay(tmp_path, "notes.doc")
     ((file, message),) = failures([tmp_path])
     assert file == tmp_path.as_posix()
-    assert message == "the folder holds no image; expected .bmp, .jpeg, .jpg, .png, .tif, .tiff files"
+    assert message == "the folder holds no image; expected .bmp, .jpeg, .jpg, .png, .tif, .tiff files, DICOM or clips"
 
 
 def test_a_folder_that_cannot_be_read_is_told_and_the_rest_is_walked(

@@ -265,3 +265,34 @@ def test_a_file_that_goes_away_is_no_crash(tmp_path: Path, make_data: MakeData, 
     split.frames[2].path.unlink()
     assert split.fingerprint != before
     assert [failure.file for failure in load_quadrants(split, contract).failures] == [split.frames[2].name]
+
+
+# ---------------------------------------------------------------------------------------------- other kinds of files
+
+
+def test_the_frames_of_a_clip_are_frames_of_its_class(tmp_path: Path, contract: Contract) -> None:
+    from echoquad_runtime.kinds import Reading
+
+    rng = np.random.default_rng(2)
+    for name in ("bright", "dark"):
+        folder = tmp_path / "train" / name
+        folder.mkdir(parents=True)
+        np.save(folder / "clip.npy", rng.integers(0, 200, (3, 20, 30)).astype(np.uint8))
+        np.savetxt(folder / "one.txt", rng.integers(0, 200, (20, 30)), fmt="%d")
+        (folder / "torn.npy").write_bytes((folder / "clip.npy").read_bytes()[:-9])
+    with pytest.raises(DatasetError, match="no frame found.*are read as matrices with --matrices"):
+        read_split(tmp_path, "train", ("bright", "dark"))
+    split = read_split(tmp_path, "train", ("bright", "dark"), Reading(matrices=True))
+    names = ["clip.npy#1", "clip.npy#2", "clip.npy#3", "one.txt", "torn.npy"]
+    assert [frame.name for frame in split.frames] == [f"train/{c}/{n}" for c in ("bright", "dark") for n in names]
+    store = load_quadrants(split, contract)
+    assert store.labels.tolist() == [0] * 4 + [1] * 4
+    assert [failure.file for failure in store.failures] == ["train/bright/torn.npy", "train/dark/torn.npy"]
+    assert len({store.quadrants[index].tobytes() for index in range(8)}) == 8
+
+    turned = read_split(tmp_path, "train", ("bright", "dark"), Reading(matrices=True, flip="vertical"))
+    assert turned.fingerprint != split.fingerprint
+    upside_down = load_quadrants(turned, contract.__class__(**{**contract.to_dict(), "keep": 1.0})).quadrants
+    straight = load_quadrants(split, contract.__class__(**{**contract.to_dict(), "keep": 1.0})).quadrants
+    # LA and LV, RA and RV change places; what is resized is turned, too, up to a rounding.
+    assert np.abs(upside_down[:, [2, 3]].astype(int) - straight[:, [0, 1], ::-1].astype(int)).max() <= 1

@@ -20,7 +20,7 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices import available_cpus
 from echoquad_runtime.errors import DatasetError, EchoQuadError, FrameError
 from echoquad_runtime.files import output_errors
-from echoquad_runtime.inputs import EXPECTED, Failure, FrameFile, find_in_folder
+from echoquad_runtime.inputs import EXPECTED, Failure, FrameFile, find_in_folder, matrices_hint
 from echoquad_runtime.kinds import AS_IT_IS, Flip, Reading
 from echoquad_runtime.quadrants import frame_quadrants
 from echoquad_runtime.sources import load_grey
@@ -201,7 +201,8 @@ def read_split(data: Path, split: str, classes: Sequence[str], reading: Reading 
     for label, name in enumerate(classes):
         found = [_labelled(item, data, label) for item in find_in_folder(folder / name, f"{split}/{name}/", reading)]
         if not found:
-            raise DatasetError(f"{(folder / name).as_posix()}: no frame found; {EXPECTED}")
+            hint = matrices_hint(str(folder / name), reading)
+            raise DatasetError(f"{(folder / name).as_posix()}: no frame found; {EXPECTED}{hint}")
         frames += found
     return Split(split, tuple(classes), tuple(frames))
 
