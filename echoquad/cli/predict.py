@@ -225,7 +225,7 @@ def _reading(opened: Bundle, matrices: bool, flip: FlipName | None, every: int) 
     if flip is None and trained.flip != "none":
         note(f"matrices are turned over ({trained.flip}), as in training")
     elif flip is not None and flip.value != trained.flip:
-        note(f"--flip {flip.value}: the model was trained on matrices with --flip {trained.flip}")
+        note(f"--flip {flip.value}: matrices are turned over otherwise than in training, which had {trained.flip}")
     return reading_of(matrices, flip, every, trained)
 
 

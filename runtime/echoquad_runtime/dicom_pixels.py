@@ -136,7 +136,7 @@ def _grey_table(bits: int, low: int, window: Window | None) -> Grey:
         shares = (values - window.center) / window.width + 0.5
     else:
         shares = 1 / (1 + np.exp(np.clip(-4 * (values - window.center) / window.width, -700, 700)))
-    return np.floor(np.clip(shares, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return np.asarray(np.floor(np.clip(shares, 0, 1) * 255 + 0.5), np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------- palettes

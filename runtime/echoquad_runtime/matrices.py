@@ -3,7 +3,7 @@
 Of text, a line is a row. Numbers stand between commas, semicolons, tabs, blanks, or a mixture of these. Lines before
 the first row of numbers, blank ones and such as begin with ``#``, ``%`` or ``//`` are passed over, as is a line that
 gives the matrix's own size, and what pandas puts before rows and columns. A comma is the decimal sign where no point is
-in the file, blanks, tabs or semicolons part the numbers, and each comma stands between two digits, one to a number.
+in the row, blanks, tabs or semicolons part the numbers, and each comma stands between two digits, one to a number.
 NaN, ``NA`` and an empty cell are black, and flagged.
 
 How numbers become grey levels is in `echoquad_runtime.pixels.grey_of_numbers`; numpy's ``uint8`` are grey levels, its

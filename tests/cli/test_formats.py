@@ -172,7 +172,7 @@ def test_train_records_how_matrices_are_read_and_the_rest_follows(
     told = echoquad("predict", bundle, one, "--out", tmp_path / "told.csv", "--device", "cpu")
     assert "matrices are turned over (vertical), as in training" in told.err
     other = echoquad("predict", bundle, one, "--out", tmp_path / "other.csv", "--device", "cpu", "--flip", "none")
-    assert "--flip none: the model was trained on matrices with --flip vertical" in other.err
+    assert "--flip none: matrices are turned over otherwise than in training, which had vertical" in other.err
     (as_trained,), (as_stored,) = rows_of(tmp_path / "told.csv"), rows_of(tmp_path / "other.csv")
     assert as_trained != as_stored
     evaluated = rows_of(tmp_path / "evaluation" / "predictions.csv")[3]

@@ -166,6 +166,11 @@ def read(path: Path) -> tuple[list[str], list[str]]:
     return outcomes, faults
 
 
+def tell(what: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(what) + "\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     scratch, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     seeds = make_seeds()
@@ -177,11 +182,11 @@ def main() -> None:
             data = damage(data or b"?", rng)
         path = scratch / f"{number}{Path(name).suffix}"
         path.write_bytes(data)
-        print(json.dumps({"number": number, "name": name}), flush=True)
+        tell({"number": number, "name": name})
         begin = time.monotonic()
         outcomes, faults = read(path)
         result = {"outcomes": outcomes[:40], "faults": faults, "seconds": time.monotonic() - begin}
-        print(json.dumps(result), flush=True)
+        tell(result)
         path.unlink()
 
 

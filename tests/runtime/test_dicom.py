@@ -354,10 +354,8 @@ def clip(frames: int, announced: int | None = None, **values: Any) -> bytes:
 
 
 def read_all(path: Path) -> list[np.ndarray | str]:
-    found: list[np.ndarray | str] = []
-    for item in find_frames([path]):
-        found.append(f"{item.file}: {item.error}" if isinstance(item, Failure) else load_grey(item))
-    return found
+    found = find_frames([path])
+    return [f"{item.file}: {item.error}" if isinstance(item, Failure) else load_grey(item) for item in found]
 
 
 def test_a_clip_is_read_frame_by_frame(tmp_path: Path) -> None:

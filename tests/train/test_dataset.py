@@ -280,7 +280,7 @@ def test_the_frames_of_a_clip_are_frames_of_its_class(tmp_path: Path, contract: 
         np.save(folder / "clip.npy", rng.integers(0, 200, (3, 20, 30)).astype(np.uint8))
         np.savetxt(folder / "one.txt", rng.integers(0, 200, (20, 30)), fmt="%d")
         (folder / "torn.npy").write_bytes((folder / "clip.npy").read_bytes()[:-9])
-    with pytest.raises(DatasetError, match="no frame found.*are read as matrices with --matrices"):
+    with pytest.raises(DatasetError, match=r"no frame found.*are read as matrices with --matrices"):
         read_split(tmp_path, "train", ("bright", "dark"))
     split = read_split(tmp_path, "train", ("bright", "dark"), Reading(matrices=True))
     names = ["clip.npy#1", "clip.npy#2", "clip.npy#3", "one.txt", "torn.npy"]
