@@ -152,7 +152,8 @@ def predict(
     tally, written = _Tally(), rows is None
     try:
         with rows or nullcontext():
-            frames = _Frames(inputs, _reading(opened, matrices, flip, every), part, rows)
+            reading = _reading(opened, matrices, flip, every)
+            frames = _Frames(inputs, reading, part, rows)
             first = frames.peek((settings.threads or available_cpus()) + 1)
             if frames.ended and not frames.wanted and not frames.settled:
                 for failure in first:
@@ -177,6 +178,7 @@ def predict(
                         "device": predictor.engine.device,
                         "precision": predictor.engine.precision,
                         "shard": str(part) if part else None,
+                        **({} if reading.flip == "none" else {"flip": reading.flip}),
                     },
                 )
                 _tell_of(rows)

@@ -77,10 +77,10 @@ def find_frames(inputs: Sequence[str | Path], reading: Reading = AS_IT_IS) -> It
     """Find the frames that `inputs` name, one after the other, lazily.
 
     A folder is walked, in sorted order, for images, DICOM files (also such as have no ending), clips, and for matrices
-    if `reading` says so; a file named outright is taken whatever it is called; a pattern (``*``, ``?``, ``[...]``, ``**``)
-    that the shell left alone is expanded, in the same order, all of it at the start. ``clip.dcm#12`` is the twelfth
-    frame of a clip. Names are relative to the folder where one folder is given, else to the deepest folder that holds
-    all inputs.
+    if `reading` says so; a file named outright is taken whatever it is called; a pattern (``*``, ``?``, ``[...]``,
+    ``**``) that the shell left alone is expanded, in the same order, all of it at the start. ``clip.dcm#12`` is the
+    twelfth frame of a clip. Names are relative to the folder where one folder is given, else to the deepest folder that
+    holds all inputs.
 
     Yields
     ------

@@ -84,14 +84,16 @@ class ColourPixels:
 
     def is_coloured(self) -> bool:
         """Look at 64 x 64 pixels at most."""
-        few = Image.fromarray(np.ascontiguousarray(thin(self.levels)), self.mode)
-        return is_coloured(np.asarray(few.convert("RGB")))
+        return is_coloured(np.asarray(_picture(thin(self.levels), self.mode)))
 
     def image(self) -> Image.Image:
         """Give a picture in RGB."""
-        return Image.frombuffer(
-            self.mode, self.levels.shape[1::-1], np.ascontiguousarray(self.levels), "raw", self.mode, 0, 1
-        ).convert("RGB")
+        return _picture(self.levels, self.mode)
+
+
+def _picture(levels: npt.NDArray[np.uint8], mode: str) -> Image.Image:
+    """Make a picture in RGB; `Image.fromarray` with a mode is deprecated in some releases."""
+    return Image.frombuffer(mode, levels.shape[1::-1], np.ascontiguousarray(levels), "raw", mode, 0, 1).convert("RGB")
 
 
 def thin(levels: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -57,9 +57,10 @@ IDENTITY: Final[Mapping[str, str]] = {
     "device": "device",
     "precision": "precision",
     "shard": "shard",
+    "flip": "turning over of matrices",
 }
 """What must be the same for rows to go into one file, and what each is called."""
-_OTHER: Final = {"schema", "shard"}  # than text: a number, and text or nothing
+_OTHER: Final = {"schema", "shard", "flip"}  # than text: a number, and text or nothing
 
 
 def is_stream(path: Path) -> bool:
@@ -100,7 +101,7 @@ def _understand(data: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(found, dict) or not all(isinstance(found.get(name), str) for name in IDENTITY.keys() - _OTHER):
         return None
-    return found if isinstance(found.get("shard"), str | None) else None
+    return found if all(isinstance(found.get(name), str | None) for name in ("shard", "flip")) else None
 
 
 class Named:
@@ -255,7 +256,8 @@ class ResultFile:
         classes
             The model's.
         identity
-            ``bundle``, ``method``, ``device``, ``precision`` and ``shard`` of this run.
+            ``bundle``, ``method``, ``device``, ``precision`` and ``shard`` of this run, and ``flip`` where matrices are
+            turned over.
 
         Raises
         ------

@@ -30,7 +30,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Merged", "Shard", "merge"]
 
-_SAME: Final = ("schema", "echoquad", "bundle", "method", "precision")  # the device may differ: each row has its own
+_SAME: Final = (
+    "schema",
+    "echoquad",
+    "bundle",
+    "method",
+    "precision",
+    "flip",
+)  # the device may differ: each row has its own
 _MOST_STRETCHES: Final = 4096
 _BUFFER: Final = 1 << 14  # bytes a stretch
 
@@ -134,7 +141,7 @@ def merge(paths: Sequence[Path], out: Path) -> Merged:
             hashed.update(data)
     if complete and not is_stream(out):
         records = [part.record for part in parts if part.record is not None]
-        identity = {name: records[0][name] for name in ("bundle", "method", "precision")}
+        identity = {name: records[0][name] for name in ("bundle", "method", "precision", "flip") if name in records[0]}
         devices = "+".join(sorted({record["device"] for record in records}))
         write_run_record(out, {**identity, "device": devices, "shard": None}, rows, hashed.hexdigest())
     return Merged(rows, complete)
@@ -185,10 +192,10 @@ def _check(parts: Sequence[_Part]) -> bool:
     for part, record in known:
         there, label = known[0][1], part.path.as_posix()
         for name in _SAME:
-            if record[name] != there[name]:
+            if record.get(name) != there.get(name):
                 raise ResultError(
-                    f"{label}: its {IDENTITY[name]} is {in_words(name, record[name])}, that of "
-                    f"{known[0][0].path.as_posix()} is {in_words(name, there[name])}; expected shards of one run"
+                    f"{label}: its {IDENTITY[name]} is {in_words(name, record.get(name))}, that of "
+                    f"{known[0][0].path.as_posix()} is {in_words(name, there.get(name))}; expected shards of one run"
                 )
         if record["shard"] is None:
             raise ResultError(f"{label}: it is no shard but a whole run; expected files of predict --shard")

@@ -129,6 +129,21 @@ def test_from_python(exam: Path, tiny_bundle: Path) -> None:
     assert same == alone
 
 
+def test_rows_of_matrices_turned_otherwise_do_not_mix(
+    exam: Path, tiny_bundle: Path, tmp_path: Path, echoquad: Callable[..., Any]
+) -> None:
+    line = ("predict", tiny_bundle, exam / "c.txt", "--device", "cpu")
+    echoquad(*line, "--out", tmp_path / "a.csv", "--flip", "both")
+    record = json.loads((tmp_path / "a.csv.run.json").read_text("utf-8"))
+    assert record["flip"] == "both"
+    ran = echoquad(*line, "--out", tmp_path / "a.csv", "--resume", code=1)
+    assert "its turning over of matrices is both, this run's is none" in ran.errors[0]
+    echoquad(*line, "--out", tmp_path / "1.csv", "--flip", "both", "--shard", "1/2")
+    echoquad(*line, "--out", tmp_path / "2.csv", "--shard", "2/2")
+    ran = echoquad("merge", tmp_path / "1.csv", tmp_path / "2.csv", "--out", tmp_path / "m.csv", code=1)
+    assert "turning over of matrices" in ran.errors[0]
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a data folder of clips and matrices: the class is which half is bright."""

@@ -388,8 +388,10 @@ def test_what_is_called_on_each_decision(tiny_bundle: Path, frames_folder: Path)
 def test_a_file_that_does_not_come_to_an_end(
     tiny_bundle: Path, frames_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    release, read = threading.Event(), module.read_checked
-    monkeypatch.setattr(module, "read_checked", lambda path: release.wait() if path.name == "1.jpg" else read(path))
+    release, read = threading.Event(), module.load_checked
+    monkeypatch.setattr(
+        module, "load_checked", lambda file: release.wait() if file.path.name == "1.jpg" else read(file)
+    )
     found = list(Predictor(tiny_bundle, device="cpu", time_limit=0.2).predict(frames_folder))
     release.set()
     assert [one.file for one in found if isinstance(one, Failure)] == ["a/1.jpg"]
