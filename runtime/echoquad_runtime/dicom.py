@@ -13,17 +13,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import IO, Final
 
-from echoquad_runtime.dicom_header import (
+from echoquad_runtime.dicom_elements import (
     DEFLATED,
     MAX_VALUE,
     NATIVE,
     UNDEFINED,
-    Header,
     inflated,
-    read_header,
     reworded,
     transfer_syntax,
 )
+from echoquad_runtime.dicom_header import Header, read_header
 from echoquad_runtime.errors import (
     FrameDamagedError,
     FrameFormatError,

@@ -26,7 +26,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from echoquad_runtime.dicom_header import NATIVE, Header
+from echoquad_runtime.dicom_elements import NATIVE
+from echoquad_runtime.dicom_header import Header
 from echoquad_runtime.errors import FrameDamagedError, FrameExtraError
 from echoquad_runtime.frames import decode_image
 

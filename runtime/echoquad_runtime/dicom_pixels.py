@@ -14,7 +14,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from echoquad_runtime.dicom_decoders import JPEG, KNOWN, Samples, samples_of
-from echoquad_runtime.dicom_header import NATIVE, Header, Palette, Window, reworded
+from echoquad_runtime.dicom_elements import NATIVE, reworded
+from echoquad_runtime.dicom_header import Header, Palette, Window
 from echoquad_runtime.errors import FrameDamagedError, FrameFormatError
 from echoquad_runtime.frames import decode_checked, decode_image
 from echoquad_runtime.pixels import ColourPixels, GreyPixels, Pixels, cut

@@ -141,7 +141,8 @@ def merge(paths: Sequence[Path], out: Path) -> Merged:
             hashed.update(data)
     if complete and not is_stream(out):
         records = [part.record for part in parts if part.record is not None]
-        identity = {name: records[0][name] for name in ("bundle", "method", "precision", "flip") if name in records[0]}
+        kept = ("bundle", "method", "precision", "flip")
+        identity: dict[str, str | None] = {name: records[0][name] for name in kept if name in records[0]}
         devices = "+".join(sorted({record["device"] for record in records}))
         write_run_record(out, {**identity, "device": devices, "shard": None}, rows, hashed.hexdigest())
     return Merged(rows, complete)

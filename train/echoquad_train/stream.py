@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.cpus import available_cpus
-from echoquad_runtime.errors import DatasetError, FrameError, RunError
+from echoquad_runtime.errors import DatasetError, EchoQuadError, RunError
 from echoquad_runtime.inputs import Failure
 from echoquad_train import dataset
 from echoquad_train.dataset import LabelledFrame, Split, Store, decode, load_quadrants, sift, stored_bytes
@@ -51,7 +51,7 @@ class _Decoder:
         for frame, _ in wanted:
             if frame not in known:
                 outcome = decode(frame, self.contract)
-                if isinstance(outcome, FrameError):
+                if isinstance(outcome, EchoQuadError):
                     return f"{frame.name}: could be read when training began and cannot be now ({outcome})"
                 known[frame] = outcome
         size = self.contract.input_size
