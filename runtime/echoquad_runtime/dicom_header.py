@@ -127,7 +127,7 @@ def _header(values: Values, syntax: str, *, swapped: bool) -> tuple[Header, int]
     )
     check_header(header)
     if not 1 <= frames <= MAX_FRAMES:
-        raise FrameTooLargeError(f"the DICOM header announces {frames} frames; expected 1 to {MAX_FRAMES}")
+        raise FrameTooLargeError(f"the DICOM header announces no frames, or too many; expected 1 to {MAX_FRAMES}")
     if header.rows * header.columns > MAX_PIXELS:
         raise FrameTooLargeError(
             f"the DICOM header announces {header.columns}x{header.rows} pixels; expected at most "
