@@ -1,7 +1,7 @@
 """Elements of a DICOM file's header: those that concern pixels, and no others.
 
-Patient, study and dates are passed over unread. No message says a value that was found in a file: a damaged one may
-have a name anywhere. pydicom's own warnings and errors, which quote values, are kept back.
+Patient, study and dates are passed over unread. But for sizes, no message says a value that was found in a file: a
+damaged one may have a name anywhere. pydicom's own warnings and errors, which quote values, are kept back.
 """
 
 from __future__ import annotations
