@@ -138,7 +138,9 @@ def train(
         if linear and ranks.count > 1:
             raise UsageError(f"--fit {linear.value} under torchrun: one process fits it; start it without torchrun")
         if linear:
-            fitted = fit_linear(data, out, chosen, linear.value, device=device.value, reporter=progress, reading=reading)
+            fitted = fit_linear(
+                data, out, chosen, linear.value, device=device.value, reporter=progress, reading=reading
+            )
         else:
             fitted = fit(
                 data,
