@@ -13,6 +13,7 @@ from echoquad.cli.options import (
     DeviceName,
     Every,
     Flip,
+    FlipName,
     Matrices,
     Method,
     Precision,
@@ -22,19 +23,76 @@ from echoquad.cli.options import (
 )
 
 if TYPE_CHECKING:
+    import re
+
     from echoquad_runtime.kinds import Reading
     from echoquad_runtime.predictor import Predictor
+    from echoquad_train.evaluate import Evaluation, Settings
 
-__all__ = ["evaluate", "summarize"]
+__all__ = ["evaluate", "summarize", "summarize_pair"]
 
 
 def evaluate(
     model: Annotated[Path, Argument(metavar="RUN_OR_BUNDLE", help="A run (torch) or a bundle (onnxruntime).")],
-    data: Annotated[Path, Argument(metavar="DATA", help="Folder with SPLIT/CLASS/**/*.png|jpg|...")],
-    out: Annotated[Path, Option("--out", metavar="DIR", help="Folder for metrics, predictions and figures.")],
+    rest: Annotated[
+        list[Path],
+        Argument(
+            metavar="[OTHER] DATA",
+            help="Folder with SPLIT/CLASS/**/*.png|jpg|...; before it, if at all, a second run or bundle to compare "
+            "with the first on the same frames.",
+        ),
+    ],
+    out: Annotated[Path, Option("--out", metavar="DIR", help="Folder for metrics, predictions, figures and report.")],
     split: Annotated[
         str, Option("--split", metavar="NAME", help="Folder of DATA: train, validation or test.")
     ] = "test",
+    threshold_from: Annotated[
+        Path | None,
+        Option(
+            "--threshold-from",
+            metavar="DATA",
+            help="Choose thresholds on the validation split of this folder; that of DATA where not given. They are "
+            "never chosen on the patients that they are reported on.",
+        ),
+    ] = None,
+    at_specificity: Annotated[
+        list[float] | None,
+        Option(
+            "--at-specificity",
+            metavar="RATE",
+            help="Operating point: sensitivity at this specificity; 0.9 if not given.",
+        ),
+    ] = None,
+    at_sensitivity: Annotated[
+        list[float] | None,
+        Option(
+            "--at-sensitivity",
+            metavar="RATE",
+            help="Operating point: specificity at this sensitivity; 0.9 if not given.",
+        ),
+    ] = None,
+    abstain_below: Annotated[
+        float | None,
+        Option(
+            "--abstain-below", metavar="P", help="Also measure what predict with this option would leave undecided."
+        ),
+    ] = None,
+    patient_regex: Annotated[
+        str | None,
+        Option(
+            "--patient-regex",
+            metavar="REGEX",
+            help="Whom a frame is of: its first group, found in the name; what names like patient0001_4CH, ASD3-101 "
+            "and NORMS-39 say where not given.",
+        ),
+    ] = None,
+    bootstrap: Annotated[
+        int, Option("--bootstrap", metavar="N", min=0, help="Resamples of patients for the intervals; 0 is none.")
+    ] = 1000,
+    seed: Annotated[int, Option("--seed", metavar="N", min=0, help="Seed of the resamples.")] = 0,
+    gallery: Annotated[
+        int, Option("--gallery", metavar="N", min=0, help="Draw the N most confident mistakes into DIR/mistakes.")
+    ] = 12,
     method: Method = None,
     device: Device = DeviceName.auto,
     precision: Precision = None,
@@ -44,25 +102,79 @@ def evaluate(
     flip: Flip = None,
     every: Every = 1,
 ) -> None:
-    """Measure a run or a bundle on a labelled split."""
-    from echoquad_runtime.errors import RunError
+    """Measure a run or a bundle on a labelled split, or two of them against each other.
 
-    if not model.is_dir():
-        raise RunError(f"{model.as_posix()}: no such folder; expected a run or a bundle; check the path")
+    DIR/report.html holds all of it, opens offline, and is as private as the frames are.
+    """
+    from echoquad_runtime.errors import RunError, UsageError
+
+    *others, data = rest
+    models = [model, *others]
+    if len(models) > 2:
+        raise UsageError(f"{len(models)} models found before {data.as_posix()}; expected one, or two to compare")
+    for folder in models:
+        if not folder.is_dir():
+            raise RunError(f"{folder.as_posix()}: no such folder; expected a run or a bundle; check the path")
+    from echoquad_train import evaluate as evaluation
+    from echoquad_train.operating import check_targets
+    from echoquad_train.patients import patient_pattern
+
+    check_targets(at_specificity or (), "--at-specificity")
+    check_targets(at_sensitivity or (), "--at-sensitivity")
+    settings = evaluation.Settings(
+        bootstrap, seed, tuple(at_specificity or (0.9,)), tuple(at_sensitivity or (0.9,)), abstain_below
+    )
+    pattern = patient_pattern(patient_regex)
+    found = []
+    for folder in models:
+        predictor = _predictor(folder, device, precision, threads, method, batch_size, abstain_below)
+        reading = _reading(folder, matrices, flip, every)
+        found.append(_measure(predictor, folder, data, reading, split, threshold_from, settings, pattern))
+    if len(found) > 1:
+        from echoquad_train.compare import compare, write_comparison
+
+        compared = compare(found[0], found[1], settings)
+        paths = write_comparison(found[0], found[1], compared, out, gallery=gallery)
+        say("\n\n".join([*(summarize(one.metrics) for one in found), summarize_pair(compared)]))
+    else:
+        paths = evaluation.write_evaluation(found[0], out, gallery=gallery)
+        say(summarize(found[0].metrics))
+    note(f"wrote {', '.join(path.as_posix() for path in paths)}")
+    failures = {failure.file: failure for one in found for failure in one.failures}
+    raise SystemExit(list_failures(list(failures.values()), done=min(len(one.predictions) for one in found)))
+
+
+def _measure(
+    predictor: Predictor,
+    folder: Path,
+    data: Path,
+    reading: Reading,
+    split: str,
+    threshold_from: Path | None,
+    settings: Settings,
+    pattern: re.Pattern[str] | None,
+) -> Evaluation:
+    """Evaluate one model, with thresholds from validation frames where there are any beside those reported."""
+    from dataclasses import replace
+
     from echoquad_train import evaluate as evaluation
     from echoquad_train.dataset import read_split
 
-    predictor = _predictor(model, device, precision, threads, method, batch_size)
-    trained = _trained(model)
-    reading = reading_of(matrices or trained.matrices, flip, every, trained)
-    frames = read_split(data, split, predictor.contract.classes, reading)
-    note(f"{split}: {len(frames.frames)} frames on {predictor.engine.device} in {predictor.engine.precision}")
-    with Progress("evaluating", len(frames.frames)) as progress:
-        found = evaluation.evaluate(predictor, frames, progress=progress.update)
-    paths = evaluation.write_evaluation(found, out)
-    say(summarize(found.metrics))
-    note(f"wrote {', '.join(path.as_posix() for path in paths)}")
-    raise SystemExit(list_failures(found.failures, done=len(found.predictions)))
+    classes = predictor.contract.classes
+    frames = read_split(data, split, classes, reading)
+    source = threshold_from or data
+    same = split == "validation" and source.resolve() == data.resolve()
+    wanted = not same and (threshold_from is not None or (source / "validation").is_dir())
+    reference = read_split(source, "validation", classes, reading) if wanted else None
+    count = len(frames.frames) + (len(reference.frames) if reference else 0)
+    also = f" and {len(reference.frames)} of validation for the thresholds" if reference else ""
+    note(f"{split}: {len(frames.frames)} frames{also} on {predictor.engine.device} in {predictor.engine.precision}")
+    with Progress("evaluating", count) as progress:
+        found = evaluation.evaluate(
+            predictor, frames, settings=settings, reference=reference, pattern=pattern, progress=progress.update
+        )
+    told = {**evaluation.model_facts(folder), "data": data.as_posix()}
+    return replace(found, metrics=found.metrics | told)
 
 
 def summarize(metrics: dict[str, Any]) -> str:
@@ -80,32 +192,88 @@ def summarize(metrics: dict[str, Any]) -> str:
         for index, name in enumerate(classes)
     ]
     quadrants = "  ".join(f"{name} {value:.4f}" for name, value in metrics["per_quadrant"].items())
+    patients, calibration = metrics["patients"], metrics["calibration"]
+    ece = f"{calibration['reported']['ece']:.4f} as reported"
+    if refitted := calibration["refitted"]:
+        ece += f", {refitted['ece']:.4f} "
+        ece += "cross-fitted by patient" if "temperatures" in refitted else "under temperatures from validation"
+    points = [_point_line(point) for point in metrics["operating_points"] if point["sensitivity"]]
+    abstained = []
+    if at := metrics["abstention"].get("at"):
+        accuracy = at["accuracy"]["estimate"]
+        share = "none decided" if accuracy is None else f"accuracy {accuracy:.4f}{_bounds(at['accuracy']['ci95'])}"
+        abstained = [f"abstaining     below {at['below']:g}: coverage {at['coverage']['estimate']:.4f}, {share}"]
     return "\n".join(
         [
             f"frame accuracy {metrics['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), "
             f"{metrics['frames']} frames",
-            f"ROC AUC        {auc}",
+            f"by patient     {patients['accuracy']:.4f}{_bounds(patients['intervals']['accuracy']['ci95'])}, "
+            f"{patients['count']} decisions, one a {patients['unit']}",
+            f"ROC AUC        {auc}{_bounds(metrics['intervals']['roc_auc']['ci95'])}",
             f"quadrants      {quadrants}",
+            f"ECE            {ece}",
+            *points,
+            *abstained,
             "",
             table(["class", "precision", "recall", "F1", "frames", *(f"as {name}" for name in classes)], rows),
         ]
     )
 
 
-def _trained(model: Path) -> Reading:
-    """Find how the data were read that a run or a bundle was trained on."""
+def summarize_pair(found: dict[str, Any]) -> str:
+    """Lay out a comparison for a terminal."""
+    difference = found["difference"]["accuracy"]
+    return "\n".join(
+        [
+            table(
+                ["frames", "B right", "B wrong"],
+                [
+                    ["A right", str(found["both_right"]), str(found["first_only"])],
+                    ["A wrong", str(found["second_only"]), str(found["both_wrong"])],
+                ],
+            ),
+            f"McNemar's exact test p = {found['mcnemar_p']:.4g}; accuracy A less B {difference['estimate']:+.4f}"
+            f"{_bounds(difference['ci95'])}",
+        ]
+    )
+
+
+def _point_line(point: dict[str, Any]) -> str:
+    fixed = point["fixed"]
+    other = "sensitivity" if fixed == "specificity" else "specificity"
+    reached, found = point[fixed]["estimate"], point[other]["estimate"]
+    if reached is None or found is None:
+        return f"at {fixed} {point['target']:g}: no frame of one of the two kinds"
+    words = f"{other} {found:.4f}{_bounds(point[other]['ci95'])}, {fixed} reached {reached:.4f}"
+    return f"at {fixed} {point['target']:g}: {words}"
+
+
+def _bounds(values: list[float] | None) -> str:
+    return "" if values is None else f" ({values[0]:.4f} to {values[1]:.4f})"
+
+
+def _reading(model: Path, matrices: bool, flip: FlipName | None, every: int) -> Reading:
+    """Settle how frames are read: as told, else as the data were that a run or a bundle was trained on."""
     from echoquad_runtime.bundle import MANIFEST, Bundle
     from echoquad_runtime.kinds import Reading
 
     if (model / MANIFEST).exists():
-        return Reading.found_in(Bundle(model).manifest["training"])
-    from echoquad_train.checkpoint import read_info
+        trained = Reading.found_in(Bundle(model).manifest["training"])
+    else:
+        from echoquad_train.checkpoint import read_info
 
-    return Reading.found_in(read_info(model).get("data"))
+        trained = Reading.found_in(read_info(model).get("data"))
+    return reading_of(matrices or trained.matrices, flip, every, trained)
 
 
 def _predictor(
-    model: Path, device: DeviceName, precision: str | None, threads: int | None, method: Any, batch_size: int
+    model: Path,
+    device: DeviceName,
+    precision: str | None,
+    threads: int | None,
+    method: Any,
+    batch_size: int,
+    abstain_below: float | None = None,
 ) -> Predictor:
     from echoquad_runtime.bundle import MANIFEST
     from echoquad_runtime.errors import RunError, UsageError
@@ -120,6 +288,7 @@ def _predictor(
             threads=threads,
             method=rule,
             batch_size=batch_size,
+            abstain_below=abstain_below,
         )
         note(bundled.engine.note or f"bundle {model.as_posix()}")
         return bundled
@@ -142,4 +311,4 @@ def _predictor(
         torch.set_num_threads(threads)
     run = load_run(model)
     engine = TorchEngine(run.model, run.contract, choose_device(TorchDeviceName(device).value))
-    return Predictor(engine, method=rule, batch_size=batch_size)
+    return Predictor(engine, method=rule, batch_size=batch_size, abstain_below=abstain_below)

@@ -91,6 +91,17 @@ def predict(
         bool,
         Option("--cam", help="Colour the overlays by class activation maps: where the evidence lies, and for what."),
     ] = False,
+    abstain_below: Annotated[
+        float | None,
+        Option(
+            "--abstain-below",
+            metavar="P",
+            min=0,
+            max=1,
+            help="Call a frame INDETERMINATE where the confidence in its class, its mean probability as calibrated by "
+            "the bundle, is below P.",
+        ),
+    ] = None,
     matrices: Matrices = False,
     flip: Flip = None,
     every: Every = 1,
@@ -161,9 +172,17 @@ def predict(
                 raise SystemExit(tally.code(0))
             rule: VoteMethod | None = method.value if method else None
             predictor = (
-                _on_ray(opened, settings, rule, ray_address, public_key)
+                _on_ray(opened, settings, rule, ray_address, public_key, abstain_below)
                 if on_ray
-                else _here(opened, settings, rule, many=not frames.ended, cuda_graphs=cuda_graphs, cam=cam)
+                else _here(
+                    opened,
+                    settings,
+                    rule,
+                    many=not frames.ended,
+                    cuda_graphs=cuda_graphs,
+                    cam=cam,
+                    abstain_below=abstain_below,
+                )
             )
             if settings.note:
                 note(settings.note)
@@ -179,6 +198,7 @@ def predict(
                         "precision": predictor.engine.precision,
                         "shard": str(part) if part else None,
                         **({} if reading.flip == "none" else {"flip": reading.flip}),
+                        "abstain_below": None if abstain_below is None else f"{abstain_below:g}",
                     },
                 )
                 _tell_of(rows)
@@ -232,7 +252,14 @@ def _reading(opened: Bundle, matrices: bool, flip: FlipName | None, every: int) 
 
 
 def _here(
-    opened: Bundle, settings: Settings, method: VoteMethod | None, *, many: bool, cuda_graphs: bool, cam: bool
+    opened: Bundle,
+    settings: Settings,
+    method: VoteMethod | None,
+    *,
+    many: bool,
+    cuda_graphs: bool,
+    cam: bool,
+    abstain_below: float | None,
 ) -> Predictor:
     from echoquad_runtime.predictor import Predictor
 
@@ -247,12 +274,18 @@ def _here(
         batch_size=settings.batch_size,
         many=many,
         cam=cam,
+        abstain_below=abstain_below,
         warm=False,  # the first frame is waited for: an inference before it would only make it late
     )
 
 
 def _on_ray(
-    opened: Bundle, settings: Settings, method: VoteMethod | None, address: str | None, public_key: Path | None
+    opened: Bundle,
+    settings: Settings,
+    method: VoteMethod | None,
+    address: str | None,
+    public_key: Path | None,
+    abstain_below: float | None,
 ) -> RayPredictor:
     from echoquad_runtime.cluster import RayPredictor
 
@@ -266,6 +299,7 @@ def _on_ray(
         public_key=public_key,
         address=address,
         tell=note,
+        abstain_below=abstain_below,
     )
 
 
@@ -346,9 +380,12 @@ class _Tally:
 
     def words(self, classes: Sequence[str], kept: int) -> list[str]:
         """Sum up in a few phrases, beside `kept` rows from before."""
+        from echoquad_runtime.contract import INDETERMINATE
+
         if not self.judged:
             return [f"no new frame; {kept} rows were there" if kept else "no frame of this shard"]
-        shares = ", ".join(f"{self.decided[name]} {name}" for name in classes)
+        undecided = [INDETERMINATE] if self.decided[INDETERMINATE] else []
+        shares = ", ".join(f"{self.decided[name]} {name}" for name in [*classes, *undecided])
         words = [f"{self.judged} frames: {shares}", f"{self.judged / self.seconds:.1f} frames a second"]
         return [*words, f"{kept} rows were there"] if kept else words
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from importlib import util
 from pathlib import Path
@@ -163,6 +163,8 @@ def train(
         f"best: epoch {best.epoch}, validation frame accuracy {best.validation_frame_accuracy:.4f} "
         f"(quadrants {best.validation_patch_accuracy:.4f}); wrote {out.as_posix()}/"
     )
+    if fitted.calibration:
+        note(calibration_line(fitted.calibration))
     note(f"next: echoquad export {out.as_posix()} --out BUNDLE")
     raise SystemExit(list_failures(fitted.failures, done=1))
 
@@ -199,6 +201,17 @@ def _reading(out: Path, resume: bool, matrices: bool, flip: FlipName | None, eve
         with contextlib.suppress(RunError):  # killed before it was written, or not there, which is told elsewhere
             return Reading.found_in(read_info(out).get("data"))
     return reading_of(matrices, flip, every, AS_IT_IS)
+
+
+def calibration_line(found: Mapping[str, Any]) -> str:
+    """Say what calibrating a run has come to, of the ``calibration`` in its record."""
+    before, after, crossed = found["before"], found["after"], found["cross_fitted"]
+    fitted = f"temperatures {found['temperature']:g} of a quadrant, {found['frame_temperature']:g} of a frame" + (
+        f", {found['note']}" if found["note"] else ""
+    )
+    words = f"calibration: {fitted}; ECE {before['ece']:.3f} before, {after['ece']:.3f} after"
+    words += f", {crossed['ece']:.3f} cross-fitted by patient" if crossed else ""
+    return f"{words}; validation frame accuracy {after['frame_accuracy']:.4f}"
 
 
 class TrainingProgress:

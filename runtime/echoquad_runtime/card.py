@@ -34,6 +34,7 @@ _CONTRACT: Final[Mapping[str, str]] = {
     "vote": "vote rule",
     "vote_weights": "weights of the quadrants, for the weighted rule",
     "temperature": "temperature of the softmax",
+    "frame_temperature": "temperature of the frame's mean, for its confidence",
     "schema": "schema",
 }
 _RECIPE: Final = (

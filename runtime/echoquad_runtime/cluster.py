@@ -29,7 +29,7 @@ from echoquad_runtime.devices import Device, available_cpus
 from echoquad_runtime.errors import ClusterError, ConfigError, EchoQuadError, FrameError
 from echoquad_runtime.files import read_regular
 from echoquad_runtime.inputs import Failure, FrameFile
-from echoquad_runtime.predictor import Prediction
+from echoquad_runtime.predictor import Prediction, checked_bound
 from echoquad_runtime.ray_session import checked_address, joined, load_ray, room_for
 from echoquad_runtime.ray_worker import CODEC, Job, Ledger, Worker
 from echoquad_runtime.wheels import one_line
@@ -61,6 +61,8 @@ class RayPredictor:
     ----------
     bundle
         An open bundle. Its bytes go to the workers, which check them again.
+    abstain_below
+        As `Predictor`.
     device
         ``auto`` is the CPU, whatever the nodes have, so that all rows are of one kind; with ``cuda`` a worker takes a
         GPU.
@@ -112,12 +114,14 @@ class RayPredictor:
         address: str | None = None,
         workers: int | None = None,
         tell: Callable[[str], object] | None = None,
+        abstain_below: float | None = None,
     ) -> None:
         for name, value in (("threads", threads), ("workers", workers), ("batch size", batch_size)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} {value} found; expected at least 1")
         if method is not None and method not in VOTE_METHODS:
             raise ConfigError(f"vote method {method!r} found; expected one of {', '.join(VOTE_METHODS)}")
+        self._abstain_below = checked_bound(abstain_below)
         if (public_key is None) != (bundle.signed_by is None):
             raise ConfigError("the workers need the public key that the bundle was opened with, and no other")
         address = address or os.environ.get("RAY_ADDRESS") or "local"
@@ -227,7 +231,7 @@ class RayPredictor:
             flags=tuple(row["flags"]),
             device=row["device"],
             precision=row["precision"],
-        )
+        ).abstaining(self._abstain_below, self.contract)
         try:
             if on_decision is not None:
                 on_decision(item, prediction)

@@ -15,10 +15,13 @@ from typing import Any, Final, Literal, get_args
 
 from echoquad_runtime.errors import ContractError
 
-__all__ = ["QUADRANTS", "VOTE_METHODS", "Contract", "VoteMethod", "canonical_json"]
+__all__ = ["INDETERMINATE", "QUADRANTS", "VOTE_METHODS", "Contract", "VoteMethod", "canonical_json"]
 
 QUADRANTS: Final = ("LA", "RA", "LV", "RV")
 """Names of the quadrants in their fixed order: top-left, top-right, bottom-left, bottom-right of the cropped frame."""
+
+INDETERMINATE: Final = "INDETERMINATE"
+"""What stands for a frame's class where the model abstains; no class is called so."""
 
 VoteMethod = Literal["majority", "average", "weighted"]
 VOTE_METHODS: Final[tuple[VoteMethod, ...]] = get_args(VoteMethod)
@@ -60,6 +63,10 @@ class Contract:
         `QUADRANTS`, that the ``weighted`` rule uses.
     temperature
         Logits are divided by it before the softmax. Positive; 1 changes nothing.
+    frame_temperature
+        Of the quadrants' mean, after the vote: the frame's confidence is the decided class's share of the mean
+        probabilities to the power of 1 / frame_temperature. Positive; 1 changes nothing, and is left out of the JSON,
+        so that contracts from before there was one keep their identity.
     interpolation, quadrants
         Fixed in this schema; stored so that a reader in another language need not guess.
 
@@ -81,6 +88,7 @@ class Contract:
     interpolation: str = "bilinear"
     quadrants: tuple[str, ...] = QUADRANTS
     schema: int = SCHEMA
+    frame_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("classes", "vote_weights", "quadrants"):
@@ -90,7 +98,7 @@ class Contract:
             object.__setattr__(self, name, tuple(value))
         if self.positive == "" and self.classes:
             object.__setattr__(self, "positive", self.classes[0])
-        for name in ("keep", "mean", "std", "temperature"):
+        for name in ("keep", "mean", "std", "temperature", "frame_temperature"):
             object.__setattr__(self, name, _finite(name, getattr(self, name)))
         weights = tuple(_finite("vote_weights", weight) for weight in self.vote_weights)
         object.__setattr__(self, "vote_weights", weights)
@@ -112,6 +120,7 @@ class Contract:
             "two or more names",
         )
         require(list(self.classes) == sorted(set(self.classes)), "classes", "distinct names in sorted order")
+        require(INDETERMINATE not in self.classes, "classes", f"none that is called {INDETERMINATE}; rename the folder")
         require(self.positive in self.classes, "positive", f"one of {', '.join(self.classes)}")
         require(0 < self.keep <= 1, "keep", "a fraction above 0, at most 1")
         require(
@@ -121,6 +130,7 @@ class Contract:
         )
         require(self.std > 0, "std", "a positive number")
         require(self.temperature > 0, "temperature", "a positive number")
+        require(self.frame_temperature > 0, "frame_temperature", "a positive number")
         require(self.vote in VOTE_METHODS, "vote", f"one of {', '.join(VOTE_METHODS)}")
         require(
             len(self.vote_weights) == len(QUADRANTS) and min(self.vote_weights) >= 0 and sum(self.vote_weights) > 0,
@@ -138,6 +148,8 @@ class Contract:
     def to_dict(self) -> dict[str, Any]:
         """Give the contract as plain JSON values."""
         values = asdict(self)
+        if self.frame_temperature == 1:
+            del values["frame_temperature"]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def to_json(self) -> str:
@@ -151,7 +163,7 @@ class Contract:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Contract:
-        """Read a contract from JSON values; every field must be there and no other.
+        """Read a contract from JSON values; every field must be there and no other, a frame temperature of 1 not.
 
         Raises
         ------
@@ -159,7 +171,7 @@ class Contract:
             If a field is missing, unknown, or has a value that cannot be.
         """
         expected = {field.name for field in fields(cls)}
-        missing, unknown = expected - set(values), set(values) - expected
+        missing, unknown = expected - {"frame_temperature"} - set(values), set(values) - expected
         if missing or unknown:
             what = [f"lacks {', '.join(sorted(missing))}"] if missing else []
             what += [f"has the unknown {', '.join(sorted(unknown))}"] if unknown else []

@@ -12,7 +12,7 @@ from typing import Final
 
 from PIL import Image, ImageDraw, ImageFont
 
-from echoquad_runtime.contract import QUADRANTS, Contract
+from echoquad_runtime.contract import INDETERMINATE, QUADRANTS, Contract
 from echoquad_runtime.files import make_folder, write_atomically
 from echoquad_runtime.frames import over_black, to_grey
 from echoquad_runtime.heat import lay_heat
@@ -30,6 +30,7 @@ MAX_FACTOR: Final = 8
 # Okabe and Ito's palette, which readers with a colour vision deficiency can tell apart. doi:10.1038/nmeth.1618
 _COLOURS: Final = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
 _INK: Final = "#FFFFFF"
+_UNDECIDED: Final = "#C8CDD2"  # of no class
 _BAND: Final = "#101418"
 _FOOTNOTE: Final = "EchoQuad · research use only"
 
@@ -75,7 +76,7 @@ def draw_overlay(image: Image.Image, prediction: Prediction, contract: Contract)
     draw = ImageDraw.Draw(canvas, "RGBA")
 
     colour = _colour(prediction.label, contract)
-    shown = prediction.probabilities[contract.classes.index(prediction.label)]
+    shown = prediction.probabilities[contract.classes.index(prediction.decided)]
     room = frame.width - 2 * pad
     right = draw.textlength(_FOOTNOTE, small)
     if right < frame.width / 2:
@@ -170,11 +171,12 @@ def _legend(prediction: Prediction) -> list[str]:
 
 
 def _reason(prediction: Prediction) -> str:
+    leaning = f"leans to {prediction.leaning}, " if prediction.leaning else ""
     if prediction.method != "majority":
-        return f"{prediction.method} of four quadrants"
-    votes = prediction.quadrant_labels.count(prediction.label)
+        return f"{leaning}{prediction.method} of four quadrants"
+    votes = prediction.quadrant_labels.count(prediction.decided)
     tie = ", tie broken by the mean" if prediction.flags and "tie" in prediction.flags else ""
-    return f"{votes} of {len(QUADRANTS)} quadrants{tie}"
+    return f"{leaning}{votes} of {len(QUADRANTS)} quadrants{tie}"
 
 
 def _fit(draw: ImageDraw.ImageDraw, words: str, font: ImageFont.ImageFont, width: float, tail: str = "") -> str:
@@ -191,6 +193,8 @@ def _fit(draw: ImageDraw.ImageDraw, words: str, font: ImageFont.ImageFont, width
 
 
 def _colour(label: str, contract: Contract) -> str:
+    if label == INDETERMINATE:
+        return _UNDECIDED
     return _COLOURS[contract.classes.index(label) % len(_COLOURS)]
 
 

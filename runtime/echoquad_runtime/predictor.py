@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 import numpy as np
 
 from echoquad_runtime.bundle import Bundle
-from echoquad_runtime.contract import VOTE_METHODS, Contract, VoteMethod
+from echoquad_runtime.contract import INDETERMINATE, VOTE_METHODS, Contract, VoteMethod
 from echoquad_runtime.devices import Device, available_cpus
 from echoquad_runtime.errors import ConfigError, FrameError
 from echoquad_runtime.frames import decode_checked
@@ -24,9 +24,9 @@ from echoquad_runtime.quadrants import Grey, frame_quadrants
 from echoquad_runtime.sanity import flags_of
 from echoquad_runtime.session import Engine, OnnxEngine, open_lane
 from echoquad_runtime.sources import load_checked
-from echoquad_runtime.vote import decide
+from echoquad_runtime.vote import decide, tempered
 
-__all__ = ["TIME_LIMIT", "Failure", "Prediction", "Predictor"]
+__all__ = ["TIME_LIMIT", "Failure", "Prediction", "Predictor", "checked_bound"]
 
 TIME_LIMIT: Final = 60.0
 """Seconds for reading and decoding one file."""
@@ -52,7 +52,7 @@ class Prediction:
     method
         The vote rule that decided.
     label
-        The decided class.
+        The decided class, or ``INDETERMINATE`` where the predictor abstains.
     probabilities
         C numbers in [0, 1]: the plain mean over the quadrants, whatever the method.
     quadrant_labels, quadrant_probabilities
@@ -64,6 +64,8 @@ class Prediction:
     cam
         float32 [4, C, h, w], class activation maps of LA, RA, LV, RV, where they were asked for: a map's mean and the
         head's bias are the class's logit.
+    leaning
+        The class that the vote decided, where `label` is ``INDETERMINATE``; else empty.
     """
 
     file: str
@@ -77,6 +79,23 @@ class Prediction:
     device: str
     precision: str
     cam: Floats | None = field(default=None, compare=False, repr=False)
+    leaning: str = ""
+
+    @property
+    def decided(self) -> str:
+        """The class that the vote decided, abstained or not."""
+        return self.leaning or self.label
+
+    def confidence(self, contract: Contract) -> float:
+        """Tell how sure the decision is, 0 to 1: the decided class's mean probability, calibrated by the contract."""
+        shares = tempered(np.array(self.probabilities), contract.frame_temperature)
+        return float(shares[self.classes.index(self.decided)])
+
+    def abstaining(self, below: float | None, contract: Contract) -> Prediction:
+        """Give the prediction, as ``INDETERMINATE`` where its confidence is below a bound; None has no bound."""
+        if below is None or self.confidence(contract) >= below:
+            return self
+        return replace(self, label=INDETERMINATE, leaning=self.decided)
 
 
 class Predictor:
@@ -106,6 +125,8 @@ class Predictor:
         Seconds for reading and decoding one file; one that takes longer is a failure.
     cam
         Whether predictions shall carry class activation maps: of bundles whose graphs give them.
+    abstain_below
+        Where given, a frame whose confidence is below it is ``INDETERMINATE``; see `Prediction.confidence`.
 
     Attributes
     ----------
@@ -119,7 +140,7 @@ class Predictor:
     DeviceUnavailableError
         If the device is not there.
     ConfigError
-        If the method, the batch size or the time limit cannot be.
+        If the method, the batch size, the time limit or the bound for abstaining cannot be.
 
     Examples
     --------
@@ -144,6 +165,7 @@ class Predictor:
         warm: bool = True,
         time_limit: float = TIME_LIMIT,
         cam: bool = False,
+        abstain_below: float | None = None,
     ) -> None:
         if isinstance(model, str | Path):
             model = Bundle(model, public_key=public_key)
@@ -153,6 +175,7 @@ class Predictor:
             raise ConfigError(f"batch size {batch_size} found; expected at least 1 frame")
         if not time_limit > 0:
             raise ConfigError(f"time limit {time_limit:g} found; expected more than 0 seconds")
+        self.abstain_below = checked_bound(abstain_below)
         self._bundle = model if isinstance(model, Bundle) else None
         self._settings: dict[str, Any] = {
             "precision": precision,
@@ -352,8 +375,21 @@ class Predictor:
                 precision=self.engine.precision,
                 cam=None if maps is None else maps[index],
             )
-            results.append(_after(source, prediction))
+            results.append(_after(source, prediction.abstaining(self.abstain_below, self.contract)))
         return results
+
+
+def checked_bound(below: float | None) -> float | None:
+    """Refuse a bound for abstaining that cannot be.
+
+    Raises
+    ------
+    ConfigError
+        If it is not above 0 and at most 1.
+    """
+    if below is not None and not 0 < below <= 1:
+        raise ConfigError(f"abstain below {below:g} found; expected a probability above 0, at most 1")
+    return below
 
 
 def _after(source: Source, prediction: Prediction) -> Prediction | Failure:

@@ -127,7 +127,7 @@ def _row(frame: int, result: Prediction | Failure) -> dict[str, Any]:
     return {
         "frame": frame,
         "fatal": False,
-        "label": place[result.label],
+        "label": place[result.decided],
         "probabilities": result.probabilities,
         "quadrant_labels": [place[label] for label in result.quadrant_labels],
         "quadrant_probabilities": [value for row in result.quadrant_probabilities for value in row],

@@ -58,9 +58,11 @@ IDENTITY: Final[Mapping[str, str]] = {
     "precision": "precision",
     "shard": "shard",
     "flip": "turning over of matrices",
+    "abstain_below": "bound for abstaining",
 }
 """What must be the same for rows to go into one file, and what each is called."""
-_OTHER: Final = {"schema", "shard", "flip"}  # than text: a number, and text or nothing
+_OPTIONAL: Final = ("shard", "flip", "abstain_below")  # text or nothing
+_OTHER: Final = {"schema", *_OPTIONAL}  # than text
 
 
 def is_stream(path: Path) -> bool:
@@ -101,7 +103,7 @@ def _understand(data: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(found, dict) or not all(isinstance(found.get(name), str) for name in IDENTITY.keys() - _OTHER):
         return None
-    return found if all(isinstance(found.get(name), str | None) for name in ("shard", "flip")) else None
+    return found if all(isinstance(found.get(name), str | None) for name in _OPTIONAL) else None
 
 
 class Named:
@@ -256,8 +258,8 @@ class ResultFile:
         classes
             The model's.
         identity
-            ``bundle``, ``method``, ``device``, ``precision`` and ``shard`` of this run, and ``flip`` where matrices are
-            turned over.
+            ``bundle``, ``method``, ``device``, ``precision``, ``shard`` and ``abstain_below`` of this run, and ``flip``
+            where matrices are turned over.
 
         Raises
         ------

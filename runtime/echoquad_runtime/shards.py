@@ -37,6 +37,7 @@ _SAME: Final = (
     "method",
     "precision",
     "flip",
+    "abstain_below",
 )  # the device may differ: each row has its own
 _MOST_STRETCHES: Final = 4096
 _BUFFER: Final = 1 << 14  # bytes a stretch
@@ -141,7 +142,7 @@ def merge(paths: Sequence[Path], out: Path) -> Merged:
             hashed.update(data)
     if complete and not is_stream(out):
         records = [part.record for part in parts if part.record is not None]
-        kept = ("bundle", "method", "precision", "flip")
+        kept = ("bundle", "method", "precision", "flip", "abstain_below")
         identity: dict[str, str | None] = {name: records[0][name] for name in kept if name in records[0]}
         devices = "+".join(sorted({record["device"] for record in records}))
         write_run_record(out, {**identity, "device": devices, "shard": None}, rows, hashed.hexdigest())

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from echoquad_runtime.contract import VOTE_METHODS, VoteMethod
 from echoquad_runtime.errors import ConfigError
 
-__all__ = ["Decision", "decide"]
+__all__ = ["Decision", "decide", "tempered"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,20 @@ def decide(
     else:
         raise ConfigError(f"vote method {method!r} found; expected one of {', '.join(VOTE_METHODS)}")
     return Decision(labels, mean, quadrant_labels, _margins(score, labels))
+
+
+def tempered(probabilities: npt.NDArray[np.floating], temperature: float) -> npt.NDArray[np.float64]:
+    """Bring probabilities, [..., C], to another temperature: as if their logits were divided by it.
+
+    p^(1/T) over the sum of it, since a probability is exp(logit) but for a factor; no order changes. A probability
+    below what float32 can hold counts as the smallest of these. At 1 nothing changes, to the last bit.
+    """
+    p = np.asarray(probabilities, np.float64)
+    if temperature == 1:
+        return p
+    scaled = np.log(np.maximum(p, np.finfo(np.float32).tiny)) / temperature
+    powers = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=-1, keepdims=True), np.float64)
 
 
 def _margins(score: npt.NDArray[np.floating], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.errors import ContractError, RunError
+from echoquad_runtime.errors import RunError
 from echoquad_runtime.files import write_atomically, write_bytes
 from echoquad_train.model import QuadrantClassifier, first_line
 from echoquad_train.recipe import Recipe
@@ -36,7 +36,9 @@ __all__ = [
     "METRICS",
     "RECIPE",
     "RUN",
+    "Best",
     "Run",
+    "load_best",
     "load_last",
     "load_run",
     "save_best",
@@ -65,6 +67,15 @@ class Run:
     recipe: Recipe
     contract: Contract
     model: QuadrantClassifier
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """What ``best.safetensors`` holds: the model in float32, its contract, its epoch; 0 where none is named."""
+
+    model: QuadrantClassifier
+    contract: Contract
+    epoch: int
 
 
 def save_best(folder: Path, model: QuadrantClassifier, recipe: Recipe, contract: Contract, epoch: int) -> None:
@@ -97,35 +108,44 @@ def load_run(folder: Path) -> Run:
     info = read_info(folder)
     try:
         recipe = Recipe.from_toml((folder / RECIPE).read_text("utf-8"), f"{label}/{RECIPE}")
+    except FileNotFoundError as error:
+        raise RunError(f"{label}: {RECIPE} is missing; let `echoquad train` finish an epoch first") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{label}: {RECIPE} cannot be used ({first_line(error)}); train again") from error
+    found = load_best(folder, recipe)
+    cut = "the run was cut off in between; go on with it by `echoquad train --resume`"
+    if info.get("contract_sha256") != found.contract.sha256:
+        if info.get("contract_sha256") == replace(found.contract, temperature=1.0, frame_temperature=1.0).sha256:
+            raise RunError(f"{label}: {BEST} is calibrated, {RUN} does not say so yet: {cut}")
+        raise RunError(f"{label}: {BEST} and {RUN} have different contracts; they are of two runs; train again")
+    best = info.get("best")
+    epoch = best.get("epoch") if isinstance(best, dict) else "none"
+    if found.epoch not in (0, epoch):
+        raise RunError(f"{label}: {BEST} is of epoch {found.epoch}, the best epoch of {RUN} is {epoch}: {cut}")
+    return Run(folder, info, recipe, found.contract, found.model)
+
+
+def load_best(folder: Path, recipe: Recipe) -> Best:
+    """Read ``best.safetensors`` alone, whatever ``run.json`` says; the model is in evaluation mode.
+
+    Raises
+    ------
+    RunError
+        If it is missing or damaged.
+    """
+    label = folder.as_posix()
+    try:
         with safetensors.safe_open(folder / BEST, "pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping, it has only keys()
         contract = Contract.from_json(metadata[_CONTRACT])
         model = QuadrantClassifier(metadata[_BACKBONE], contract, recipe.dropout)
         model.load_state_dict(state)
+        return Best(model.eval(), contract, int(metadata.get(_EPOCH, 0)))
     except FileNotFoundError as error:
-        raise RunError(
-            f"{label}: {Path(error.filename or BEST).name} is missing; let `echoquad train` finish an epoch first"
-        ) from error
-    except (
-        KeyError,
-        OSError,
-        RuntimeError,
-        UnicodeDecodeError,
-        ContractError,
-        safetensors.SafetensorError,
-    ) as error:
+        raise RunError(f"{label}: {BEST} is missing; let `echoquad train` finish an epoch first") from error
+    except (KeyError, OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
         raise RunError(f"{label}: {BEST} cannot be used ({first_line(error)}); train again") from error
-    if info.get("contract_sha256") != contract.sha256:
-        raise RunError(f"{label}: {BEST} and {RUN} have different contracts; they are of two runs; train again")
-    best = info.get("best")
-    epoch = str(best.get("epoch")) if isinstance(best, dict) else "none"
-    if metadata.get(_EPOCH, epoch) != epoch:
-        raise RunError(
-            f"{label}: {BEST} is of epoch {metadata[_EPOCH]}, the best epoch of {RUN} is {epoch}: the run was cut "
-            "off in between; go on with it by `echoquad train --resume`"
-        )
-    return Run(folder, info, recipe, contract, model.eval())
 
 
 def read_info(folder: Path) -> dict[str, Any]:

@@ -5,26 +5,44 @@ A run's probabilities come from torch, a bundle's from onnxruntime; everything a
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn import metrics
 
-from echoquad_runtime.contract import QUADRANTS
+from echoquad_runtime.bundle import MANIFEST, Bundle
+from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import DatasetError
-from echoquad_runtime.files import make_folder, write_json
+from echoquad_runtime.files import make_folder, write_bytes, write_json
 from echoquad_runtime.inputs import Failure
 from echoquad_runtime.predictor import Prediction, Predictor
 from echoquad_runtime.writers import open_writer
-from echoquad_train import figures
-from echoquad_train.dataset import Split
+from echoquad_train.dataset import LabelledFrame, Split
+from echoquad_train.drawn import draw_all
+from echoquad_train.gallery import save_mistakes
+from echoquad_train.intervals import wilson_interval
+from echoquad_train.judged import Judged, judged_of
+from echoquad_train.metrics import Settings, measure, measure_more, roc_curves
+from echoquad_train.patients import patients_of
+from echoquad_train.report import evaluation_report
 
-__all__ = ["Evaluation", "evaluate", "measure", "wilson_interval", "write_evaluation"]
+__all__ = [
+    "Evaluation",
+    "Settings",
+    "evaluate",
+    "measure",
+    "model_facts",
+    "roc_curves",
+    "wilson_interval",
+    "write_evaluation",
+]
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,128 +59,157 @@ class Evaluation:
         int64 [F], the true classes of these frames.
     failures
         Frames that could not be read.
+    frames
+        The readable frames themselves.
+    judged
+        The same as arrays.
+    contract
+        What the model was trained under.
     """
 
     metrics: dict[str, Any]
     predictions: tuple[Prediction, ...]
     labels: npt.NDArray[np.int64]
     failures: tuple[Failure, ...]
+    frames: tuple[LabelledFrame, ...]
+    judged: Judged
+    contract: Contract
 
 
-def evaluate(predictor: Predictor, split: Split, *, progress: Callable[[int, int], None] | None = None) -> Evaluation:
+@dataclass(frozen=True, slots=True)
+class _Read:
+    predictions: tuple[Prediction, ...]
+    frames: tuple[LabelledFrame, ...]
+    failures: tuple[Failure, ...]
+    judged: Judged
+
+
+def evaluate(
+    predictor: Predictor,
+    split: Split,
+    *,
+    settings: Settings | None = None,
+    reference: Split | None = None,
+    pattern: re.Pattern[str] | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
     """Judge every frame of a split and hold the decisions against its labels.
+
+    Parameters
+    ----------
+    predictor
+        The model.
+    split
+        The frames to report on.
+    settings
+        What to measure beside the plain figures.
+    reference
+        Validation frames to choose thresholds and a temperature on, judged as well; None where there are none, or where
+        `split` is the validation split itself: then they are chosen on its other patients.
+    pattern
+        Whom a frame is of; see `echoquad_train.patients`.
+    progress
+        Called with the number of frames judged and of all.
 
     Raises
     ------
     DatasetError
         If no frame can be read.
     """
-    predictions: list[Prediction] = []
-    labels: list[int] = []
-    failures: list[Failure] = []
-    results = predictor.predict(split.files())
-    for done, (frame, result) in enumerate(zip(split.frames, results, strict=True), 1):
-        if isinstance(result, Failure):
-            failures.append(result)
-        else:
-            predictions.append(result)
-            labels.append(frame.label)
-        if progress is not None:
-            progress(done, len(split.frames))
-    if not predictions:
-        raise DatasetError(
-            f"{split.name}: no frame can be read; the first failure: {failures[0].file}: {failures[0].error}"
-        )
-    true = np.array(labels, np.int64)
-    measured = measure(predictions, true, predictor.contract.positive)
-    head = {
+    settings = settings or Settings()
+    total = len(split.frames) + (len(reference.frames) if reference else 0)
+    found = _judge(predictor, split, pattern, 0, total, progress)
+    chosen = _judge(predictor, reference, pattern, len(split.frames), total, progress) if reference else None
+    metrics = {
         "split": split.name,
         "device": predictor.engine.device,
         "precision": predictor.engine.precision,
         "method": predictor.method,
         "contract_sha256": predictor.contract.sha256,
+        **measure(found.predictions, found.judged.labels, predictor.contract.positive),
+        "unreadable": len(found.failures),
+        **measure_more(
+            found.judged,
+            settings,
+            split=split.name,
+            contract=predictor.contract,
+            reference=chosen.judged if chosen else None,
+        ),
     }
-    return Evaluation({**head, **measured, "unreadable": len(failures)}, tuple(predictions), true, tuple(failures))
-
-
-def measure(predictions: Sequence[Prediction], labels: npt.NDArray[np.int64], positive: str) -> dict[str, Any]:
-    """Compute the metrics of predictions against labels, int64 [F].
-
-    ``roc_auc`` is of the positive class's mean probability for two classes, the unweighted mean of one-against-rest
-    areas for more, and None where a class has no frame.
-    """
-    classes = predictions[0].classes
-    index = {name: position for position, name in enumerate(classes)}
-    decided = np.array([index[prediction.label] for prediction in predictions])
-    probabilities = np.array([prediction.probabilities for prediction in predictions])
-    quadrants = np.array([[index[label] for label in prediction.quadrant_labels] for prediction in predictions])
-    every = list(range(len(classes)))
-    right = int((decided == labels).sum())
-    precision, recall, f1, support = metrics.precision_recall_fscore_support(
-        labels, decided, labels=every, zero_division=0.0
+    return Evaluation(
+        metrics, found.predictions, found.judged.labels, found.failures, found.frames, found.judged, predictor.contract
     )
-    areas = [area for _, _, _, area in roc_curves(probabilities, labels, classes, positive)]
-    return {
-        "frames": len(labels),
-        "accuracy": right / len(labels),
-        "accuracy_ci95": list(wilson_interval(right, len(labels))),
-        "balanced_accuracy": float(np.mean(recall[support > 0])),
-        "patch_accuracy": float((quadrants == labels[:, None]).mean()),
-        "roc_auc": float(np.mean(areas)) if len(np.unique(labels)) == len(classes) else None,
-        "positive": positive,
-        "classes": list(classes),
-        "confusion": metrics.confusion_matrix(labels, decided, labels=every).tolist(),
-        "per_class": {
-            name: {
-                "precision": float(precision[i]),
-                "recall": float(recall[i]),
-                "f1": float(f1[i]),
-                "support": int(support[i]),
-            }
-            for i, name in enumerate(classes)
-        },
-        "per_quadrant": {name: float((quadrants[:, i] == labels).mean()) for i, name in enumerate(QUADRANTS)},
-    }
 
 
-def roc_curves(
-    probabilities: npt.NDArray[np.float64],
-    labels: npt.NDArray[np.int64],
-    classes: Sequence[str],
-    positive: str,
-) -> list[tuple[str, npt.NDArray[np.float64], npt.NDArray[np.float64], float]]:
-    """Give name, false and true positive rates and area of each ROC curve.
+def _judge(
+    predictor: Predictor,
+    split: Split,
+    pattern: re.Pattern[str] | None,
+    before: int,
+    total: int,
+    progress: Progress | None,
+) -> _Read:
+    predictions: list[Prediction] = []
+    frames: list[LabelledFrame] = []
+    failures: list[Failure] = []
+    results = predictor.predict(split.files())
+    for done, (frame, result) in enumerate(zip(split.frames, results, strict=True), before + 1):
+        if isinstance(result, Failure):
+            failures.append(result)
+        else:
+            predictions.append(result)
+            frames.append(frame)
+        if progress is not None:
+            progress(done, total)
+    if not predictions:
+        raise DatasetError(
+            f"{split.name}: no frame can be read; the first failure: {failures[0].file}: {failures[0].error}"
+        )
+    judged = judged_of(
+        predictions,
+        np.array([frame.label for frame in frames], np.int64),
+        predictor.contract.positive,
+        predictor.contract,
+        patients_of(frames, pattern),
+    )
+    return _Read(tuple(predictions), tuple(frames), tuple(failures), judged)
 
-    One curve, of the positive class, for two classes; one a class, against the rest, for more. A class without frames,
-    or with all of them, has none.
+
+def model_facts(folder: Path) -> dict[str, Any]:
+    """Say which model a folder holds.
+
+    Returns
+    -------
+    dict
+        ``model``: its name, and the SHA-256 of the bundle's manifest or of the run's weights; and
+        ``trained_calibration``, what its training says of its temperatures, None where it says nothing.
     """
-    wanted = [positive] if len(classes) == 2 else list(classes)
-    curves = []
-    for name in wanted:
-        column = classes.index(name)
-        truth = labels == column
-        if truth.all() or not truth.any():
-            continue
-        false_positive, true_positive, _ = metrics.roc_curve(truth, probabilities[:, column])
-        curves.append((name, false_positive, true_positive, float(metrics.auc(false_positive, true_positive))))
-    return curves
+    facts: dict[str, Any] = {"name": folder.resolve().name, "kind": "folder"}
+    told: Any = None
+    if (folder / MANIFEST).exists():
+        manifest = Bundle(folder).manifest
+        facts |= {"kind": "bundle", "manifest_sha256": manifest["manifest_sha256"]}
+        told = manifest.get("training")
+    else:
+        from echoquad_train.checkpoint import BEST, RUN, read_info
+
+        if (folder / BEST).is_file():
+            facts |= {"kind": "run", "weights_sha256": hashlib.sha256((folder / BEST).read_bytes()).hexdigest()}
+        told = read_info(folder) if (folder / RUN).is_file() else None
+    return {"model": facts, "trained_calibration": told.get("calibration") if isinstance(told, dict) else None}
 
 
-def wilson_interval(right: int, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Give the Wilson score interval of a proportion; at the default z it covers 95 %.
+def write_evaluation(evaluation: Evaluation, folder: Path, *, gallery: int = 0) -> list[Path]:
+    """Write ``metrics.json``, ``predictions.csv``, the figures, ``mistakes/`` and ``report.html``; gives their paths.
 
-    E. B. Wilson, JASA 22 (1927) 209. Frames of one patient are not independent, so where a patient has several
-    the interval is too narrow.
-    """
-    share = right / count
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    centre, scale = share + z * z / (2 * count), 1 + z * z / count
-    # At its ends it is 0 and 1 exactly, whatever rounding says.
-    return (centre - spread) / scale if right else 0.0, (centre + spread) / scale if right < count else 1.0
-
-
-def write_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
-    """Write ``metrics.json``, ``predictions.csv``, ``confusion.png`` and ``roc.png``; gives their paths.
+    Parameters
+    ----------
+    evaluation
+        What was found.
+    folder
+        Where to; made where it is not there.
+    gallery
+        How many of the most confident mistakes to draw.
 
     Raises
     ------
@@ -170,17 +217,15 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
         If the system refuses.
     """
     make_folder(folder)
-    found = evaluation.metrics
-    classes = tuple(found["classes"])
-    low, high = found["accuracy_ci95"]
-    paths = [folder / name for name in ("metrics.json", "predictions.csv", "confusion.png", "roc.png")]
-    write_json(paths[0], found)
-    with open_writer(paths[1], classes) as writer:
+    mistakes = save_mistakes(evaluation, folder, gallery) if gallery else []
+    metrics = {**evaluation.metrics, "mistakes": [mistake.to_dict() for mistake in mistakes]}
+    found = replace(evaluation, metrics=metrics)
+    paths = [folder / "metrics.json", folder / "predictions.csv"]
+    write_json(paths[0], metrics)
+    with open_writer(paths[1], tuple(metrics["classes"])) as writer:
         for prediction in evaluation.predictions:
             writer.write(prediction)
-    title = f"{found['split']}: accuracy {found['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
-    figures.save(figures.confusion(np.array(found["confusion"]), classes, title), paths[2])
-    probabilities = np.array([prediction.probabilities for prediction in evaluation.predictions])
-    curves = roc_curves(probabilities, evaluation.labels, classes, found["positive"])
-    figures.save(figures.roc(curves, f"{found['split']}: {found['frames']} frames"), paths[3])
-    return paths
+    pictures = draw_all(found.judged, found.contract, metrics, folder)
+    report = folder / "report.html"
+    write_bytes(report, evaluation_report(metrics, pictures, mistakes, folder).encode("utf-8", "backslashreplace"))
+    return [*paths, *(picture.path for picture in pictures), report]

@@ -1,10 +1,14 @@
-"""Figures: training curves, confusion matrix, ROC curve. Drawn without a display and without pyplot's global state."""
+"""Figures: what all of them share, training curves, and the confusion matrix.
+
+Drawn without a display and without pyplot's global state. `figures_scores` and `figures_votes` have the others.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +20,24 @@ from matplotlib.ticker import MaxNLocator
 from echoquad_runtime.files import write_atomically
 from echoquad_train.history import Epoch, best_of
 
-__all__ = ["confusion", "curves", "roc", "save"]
+__all__ = ["BLUE", "GREY", "ORANGE", "confusion", "curves", "save", "short", "stroke"]
 
 # Okabe and Ito's palette, which readers with a colour vision deficiency can tell apart. doi:10.1038/nmeth.1618
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#7F7F7F"
-_CLASSES = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#7F7F7F"
+_CLASSES = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+_LONGEST = 28  # characters of a class's name in a figure
+
+
+def stroke(index: int) -> tuple[str, str]:
+    """Give the colour and the line style of the class of an index: 21 pairs, then from the beginning."""
+    return _CLASSES[index % len(_CLASSES)], ("-", "--", "-.")[index // len(_CLASSES) % 3]
+
+
+def short(name: str, longest: int = _LONGEST) -> str:
+    """Shorten a class's name to what a figure has room for."""
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -45,27 +62,27 @@ def curves(history: Sequence[Epoch]) -> Figure:
     losses, accuracies = figure.subplots(1, 2)
     epochs = [epoch.epoch for epoch in history]
     marker = "o" if len(history) < 2 else None  # a line of one point would not be seen
-    losses.plot(epochs, [epoch.train_loss for epoch in history], color=_GREY, marker=marker, label="train")
-    losses.plot(epochs, [epoch.validation_loss for epoch in history], color=_BLUE, marker=marker, label="validation")
+    losses.plot(epochs, [epoch.train_loss for epoch in history], color=GREY, marker=marker, label="train")
+    losses.plot(epochs, [epoch.validation_loss for epoch in history], color=BLUE, marker=marker, label="validation")
     losses.set(title="Loss (quadrants)", xlabel="epoch", ylabel="cross-entropy in nats")
     accuracies.plot(
         epochs,
         [e.train_patch_accuracy for e in history],
-        color=_GREY,
+        color=GREY,
         marker=marker,
         label="train, quadrants",
     )
     accuracies.plot(
         epochs,
         [e.validation_patch_accuracy for e in history],
-        color=_BLUE,
+        color=BLUE,
         marker=marker,
         label="validation, quadrants",
     )
     accuracies.plot(
         epochs,
         [e.validation_frame_accuracy for e in history],
-        color=_ORANGE,
+        color=ORANGE,
         marker=marker,
         label="validation, frames",
     )
@@ -74,7 +91,7 @@ def curves(history: Sequence[Epoch]) -> Figure:
         best.epoch,
         best.validation_frame_accuracy,
         "*",
-        color=_ORANGE,
+        color=ORANGE,
         markersize=13,
         label=f"best: {best.validation_frame_accuracy:.3f} in epoch {best.epoch}",
     )
@@ -89,7 +106,7 @@ def curves(history: Sequence[Epoch]) -> Figure:
 
 def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str], title: str) -> Figure:
     """Draw a confusion matrix, int64 [C, C], true classes in rows: counts, and each row's shares as shades."""
-    side = 3.2 + 0.7 * len(classes)
+    side = 3.2 + 0.7 * len(classes) + 0.06 * max(len(short(name)) for name in classes)
     figure = Figure(figsize=(side + 0.9, side), layout="constrained")
     axes = figure.subplots()
     shares = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
@@ -99,31 +116,10 @@ def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str], title: str)
         words = f"{matrix[row, column]}\n{share:.1%}"
         axes.text(column, row, words, ha="center", va="center", color="white" if share > 0.55 else "black")
     ticks = range(len(classes))
-    axes.set_xticks(ticks, classes, rotation=45 if max(map(len, classes)) > 8 else 0)
-    axes.set_yticks(ticks, classes)
+    names = [short(name) for name in classes]
+    slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(ticks, names, **(slanted if max(map(len, names)) > 8 else {}))
+    axes.set_yticks(ticks, names)
     axes.set(title=title, xlabel="decided", ylabel="true")
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
-    return figure
-
-
-def roc(curve: Sequence[tuple[str, npt.NDArray[np.float64], npt.NDArray[np.float64], float]], title: str) -> Figure:
-    """Draw ROC curves: name, false positive rate, true positive rate and area of each."""
-    figure = Figure(figsize=(5, 4.8), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color=_GREY, linestyle=":", label="chance")
-    for index, (name, false_positive, true_positive, area) in enumerate(curve):
-        colour, style = _CLASSES[index % len(_CLASSES)], ("-", "--", "-.")[index // len(_CLASSES) % 3]
-        axes.plot(false_positive, true_positive, color=colour, linestyle=style, label=f"{name}, area {area:.3f}")
-    if not curve:
-        axes.text(0.5, 0.55, "needs frames of both classes", ha="center")
-    axes.set(
-        title=title,
-        xlabel="false positive rate",
-        ylabel="true positive rate",
-        xlim=(-0.01, 1),
-        ylim=(0, 1.01),
-    )
-    axes.set_aspect("equal")
-    axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", fontsize="small")
     return figure

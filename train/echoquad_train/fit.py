@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -33,6 +33,7 @@ from echoquad_train.model import build_model
 from echoquad_train.ranks import ALONE, Ranks
 from echoquad_train.recipe import Recipe
 from echoquad_train.resume import abandoned_on_failure, begun, open_folder, require_same_teacher
+from echoquad_train.run_calibration import calibrate_run
 from echoquad_train.sampling import class_weights, draw_batches, seed_of
 from echoquad_train.stream import Storage, Stream
 from echoquad_train.trainer import Teaching, Trainer
@@ -59,12 +60,13 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A finished run: its folder, its epochs, the best of them, and the frames that could not be read."""
+    """A finished run: its folder, its epochs, the best of them, the frames that could not be read, its calibration."""
 
     folder: Path
     history: tuple[Epoch, ...]
     best: Epoch
     failures: tuple[Failure, ...]
+    calibration: dict[str, Any] | None = None
 
 
 class _Silent:
@@ -276,5 +278,6 @@ def _fit(
         reporter.epoch(epoch, recipe.epochs, best)
 
     if ranks.first:
+        facts = calibrate_run(folder, facts, recipe, validation, validation_store, where)
         record.write(folder, facts, history, finished=True)
-    return Fitted(folder, tuple(history), best_of(history), failures)
+    return Fitted(folder, tuple(history), best_of(history), failures, facts.get("calibration"))

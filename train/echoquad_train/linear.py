@@ -42,6 +42,7 @@ from echoquad_train.model import QuadrantClassifier, build_model
 from echoquad_train.patients import patients_of
 from echoquad_train.recipe import Recipe
 from echoquad_train.resume import abandoned_on_failure, open_folder
+from echoquad_train.run_calibration import calibrate_run
 from echoquad_train.validate import validate
 
 __all__ = ["KINDS", "REGULARISATIONS", "Chosen", "Kind", "fit_linear", "fold_into", "quadrant_features"]
@@ -150,9 +151,10 @@ def fit_linear(
     facts = record.facts(data, recipe, contract, (train, validation), failures, where.type, "fp32", reading=reading)
     facts["fit"] = chosen.facts
     checkpoint.save_best(folder, model, recipe, contract, epoch.epoch)
+    facts = calibrate_run(folder, facts, recipe, validation, validation_store, where)
     record.write(folder, facts, [epoch], finished=True)
     reporter.epoch(epoch, 1, True)
-    return Fitted(folder, (epoch,), epoch, failures)
+    return Fitted(folder, (epoch,), epoch, failures, facts.get("calibration"))
 
 
 @torch.inference_mode()

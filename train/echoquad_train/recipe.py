@@ -89,6 +89,8 @@ class Recipe:
     distill_weight: float = 0.7  # the teacher's share of the loss, 0 to 1; the labels have the rest
     distill_temperature: float = 4.0  # by which both models' logits are divided
 
+    calibrate: bool = True  # fit the contract's temperature on the validation frames at the end
+
     seed: int = 0
 
     def __post_init__(self) -> None:
