@@ -81,7 +81,7 @@ def provenance(run: Run) -> dict[str, Any]:
         data = info["data"]
         return {
             **kept,
-            **{key: info[key] for key in ("teacher", "fit") if key in info},
+            **{key: info[key] for key in ("teacher", "fit", "calibration") if key in info},
             "frames": data["frames"],
             "unreadable": len(data["unreadable"]),
             **({"reading": data["reading"]} if "reading" in data else {}),

@@ -188,7 +188,33 @@ def _metrics(manifest: Mapping[str, Any]) -> Section:
         "several they are too narrow. The quadrants of a frame are not independent, so they have none."
     )
     header = ("judged rightly", "right", "of", "share", "95 % interval")
-    return Section("Metrics", (Table(header, tuple(rows)), Paragraph(caveat)))
+    blocks: list[Block] = [Table(header, tuple(rows)), Paragraph(caveat)]
+    if (calibration := _at(manifest, "training", "calibration")) is not None:
+        blocks += _calibration(calibration)
+    return Section("Metrics", tuple(blocks))
+
+
+def _calibration(found: Any) -> tuple[Block, ...]:
+    """Say how reliable probabilities are, and how that was found."""
+    kinds = (
+        ("plain mean, no temperatures", "before"),
+        ("as calibrated, on the frames of the fit", "after"),
+        ("as calibrated on other patients, cross-fitted", "cross_fitted"),
+    )
+    rows = [
+        (words, *(_number(_at(found, key, figure), ".3f") for figure in ("ece", "ece_equal_width", "nll")))
+        for words, key in kinds
+        if _at(found, key) is not None
+    ]
+    text = (
+        f"Confidence in the decided class, on {_number(_at(found, 'frames'), 'd')} validation frames of "
+        f"{_number(_at(found, 'patients'), 'd')} patients: temperature {_number(_at(found, 'temperature'), 'g')} of a "
+        f"quadrant's softmax, {_number(_at(found, 'frame_temperature'), 'g')} of a frame's mean. ECE is the expected "
+        f"calibration error, bins: {_text(_at(found, 'binning'))}. A perfect model would show "
+        f"{_number(_at(found, 'after', 'ece_if_calibrated', 'mean'), '.3f')} on so few frames."
+    )
+    header = ("calibration", "ECE", "ECE, 15 equal widths", "negative log-likelihood")
+    return Table(header, tuple(rows)), Paragraph(text)
 
 
 def _share(label: str, found: Any) -> tuple[str, ...]:

@@ -36,8 +36,9 @@ COMMANDS = {
         "--every",
     ],
     ("evaluate",): [
-        *["RUN_OR_BUNDLE", "DATA", "--split", "--out", "--method", "--device", "--precision"],
+        *["RUN_OR_BUNDLE", "DATA", "--split", "--out", "--method", "--device", "--precision", "--threshold-from"],
         *["--matrices", "--flip", "--every"],
+        *["--at-specificity", "--at-sensitivity", "--abstain-below", "--patient-regex", "--bootstrap", "--gallery"],
     ],
     ("export",): ["RUN", "--out", "--precision", "--calibrate", "--parity", "--golden", "--frame-graph", "--sign-key"],
     ("sign",): ["BUNDLE", "--key"],
@@ -51,6 +52,7 @@ COMMANDS = {
         "--shard",
         "--method",
         "--overlay",
+        "--abstain-below",
         "--device",
         "--precision",
         "--batch-size",

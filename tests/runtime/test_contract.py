@@ -124,12 +124,28 @@ def test_what_cannot_be_is_refused_in_one_line(name: str, value: object) -> None
         Contract(**values)
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Contract)])
+@pytest.mark.parametrize(
+    "name", [field.name for field in dataclasses.fields(Contract) if field.name != "frame_temperature"]
+)
 def test_a_missing_field_is_named(name: str) -> None:
     values = CONTRACT.to_dict()
     del values[name]
     with pytest.raises(ContractError, match=f"lacks {name};"):
         Contract.from_dict(values)
+
+
+def test_a_frame_temperature_of_one_is_left_out_and_any_other_is_not() -> None:
+    assert "frame_temperature" not in CONTRACT.to_dict()
+    assert Contract.from_dict(CONTRACT.to_dict()).frame_temperature == 1
+    sharper = dataclasses.replace(CONTRACT, frame_temperature=0.25)
+    assert Contract.from_json(sharper.to_json()) == sharper and sharper.sha256 != CONTRACT.sha256
+    with pytest.raises(ContractError, match="frame_temperature is 0.0; expected a positive number"):
+        dataclasses.replace(CONTRACT, frame_temperature=0)
+
+
+def test_no_class_is_called_as_what_has_none() -> None:
+    with pytest.raises(ContractError, match="expected none that is called INDETERMINATE; rename the folder"):
+        Contract(("ASD", "INDETERMINATE"))
 
 
 def test_unknown_fields_are_named() -> None:

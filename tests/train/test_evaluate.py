@@ -16,7 +16,7 @@ from echoquad_runtime.contract import QUADRANTS, Contract
 from echoquad_runtime.errors import DatasetError, OutputError
 from echoquad_runtime.predictor import Prediction, Predictor
 from echoquad_runtime.vote import decide
-from echoquad_train import figures
+from echoquad_train import figures, figures_scores
 from echoquad_train.dataset import read_split
 from echoquad_train.evaluate import evaluate, measure, roc_curves, wilson_interval, write_evaluation
 from echoquad_train.history import Epoch
@@ -244,13 +244,16 @@ def test_an_evaluation_is_written(tmp_path: Path, make_data: Callable[..., Path]
     ordered = tuple(sorted(classes))
     found = evaluate(Predictor(Brightness(Contract(ordered, input_size=16))), read_split(data, "test", ordered))
     paths = write_evaluation(found, tmp_path / "new" / "out")
-    assert [path.name for path in paths] == ["metrics.json", "predictions.csv", "confusion.png", "roc.png"]
-    assert json.loads(paths[0].read_text("utf-8")) == found.metrics
+    assert [path.name for path in paths] == [
+        *["metrics.json", "predictions.csv", "confusion.png", "roc.png", "precision_recall.png", "reliability.png"],
+        *["probabilities.png", "quadrants.png", "agreement.png", "risk_coverage.png", "report.html"],
+    ]
+    assert json.loads(paths[0].read_text("utf-8")) == found.metrics | {"mistakes": []}
     with paths[1].open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == [prediction.file for prediction in found.predictions]
     assert [row["pred_image"] for row in rows] == [prediction.label for prediction in found.predictions]
-    for path in paths[2:]:
+    for path in paths[2:-1]:
         width, height = png_size(path)
         assert 500 < width < 1500 and 500 < height < 1500
     (tmp_path / "file").write_text("")
@@ -281,11 +284,12 @@ def test_roc_curves_are_drawn(tmp_path: Path) -> None:
     p = np.random.default_rng(0).dirichlet(np.ones(9), 60)
     labels = np.arange(60) % 9
     for curve in (roc_curves(p, labels, tuple("abcdefghi"), "a"), []):
-        figure = figures.roc(curve, "test: 60 frames")
+        figure = figures_scores.roc(curve, "test: 60 frames")
         lines = figure.axes[0].lines
         assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines) == 1 + len(curve)
         figures.save(figure, tmp_path / "roc.png")
-        assert png_size(tmp_path / "roc.png") == (750, 720)
+        width, height = png_size(tmp_path / "roc.png")
+        assert width == 960 and 900 <= height < 1300
 
 
 @pytest.mark.parametrize("count", [1, 2, 20])
@@ -300,7 +304,7 @@ def test_curves_are_drawn(tmp_path: Path, count: int) -> None:
 def test_a_figure_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "roc.png"
     path.write_bytes(b"old")
-    figure = figures.roc([], "x")
+    figure = figures_scores.roc([], "x")
 
     def broken(stream: Any, **_: Any) -> None:
         stream.write(b"half")

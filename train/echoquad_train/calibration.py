@@ -88,7 +88,7 @@ def fit_temperature(
 
     low, high = np.log(bounds)
     found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6})
-    if not low + 1e-3 < found.x < high - 1e-3:
+    if min(loss(low), loss(high)) < found.fun + 1e-9:  # at an end, or level up to it
         return None
     return round(float(np.exp(found.x)), 4)
 

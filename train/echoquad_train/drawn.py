@@ -95,7 +95,7 @@ def draw_all(judged: Judged, contract: Contract, metrics: Mapping[str, Any], fol
             figures_scores.roc(curves, which, marks),
             "ROC",
             "Sensitivity against the false positive rate as the threshold on the mean probability moves. Marked: the "
-            "vote, and operating points with thresholds as stated below.",
+            "vote, and operating points with thresholds as stated below; cross-fitted ones need not lie on the curve.",
         ),
         (
             "precision_recall",

@@ -137,7 +137,8 @@ def reliability_diagram(
     counts = f"{len(confidence)} frames in bins of {bins.counts.min()}" + (
         f" to {bins.counts.max()}" if bins.counts.max() > bins.counts.min() else ""
     )
-    upper.set(title=title, ylabel=f"accuracy ({counts})", xlim=(begin - 0.01, 1.01), ylim=(-0.02, 1.02))
+    low = min(begin, float(np.floor(bounds.min() * 10) / 10))
+    upper.set(title=title, ylabel=f"accuracy ({counts})", xlim=(begin - 0.01, 1.01), ylim=(low - 0.02, 1.02))
     upper.legend(loc="lower right", fontsize="small")
     upper.grid(alpha=0.25)
     edges = np.linspace(begin, 1, 21)
@@ -151,6 +152,7 @@ def reliability_diagram(
     lower.set(xlabel="confidence in the decided class", ylabel="frames")
     lower.legend(loc="upper left", fontsize="small")
     lower.grid(alpha=0.25)
+    lower.set_axisbelow(True)
     return figure
 
 
@@ -181,6 +183,7 @@ def histograms(
         axes.set_ylabel("frames", fontsize="small")
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
         axes.set_xlim(0, 1)
         if not len(values):
             axes.set_ylim(0, 1)

@@ -33,6 +33,7 @@ def quadrants(shares: Mapping[str, tuple[float, Sequence[float] | None]], title:
     axes.set_yticks(np.linspace(0, 1, 6))
     axes.legend(loc="upper left", fontsize="small")
     axes.grid(alpha=0.25, axis="y")
+    axes.set_axisbelow(True)
     return figure
 
 
@@ -53,4 +54,5 @@ def agreement(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     axes.set(title=title, xlabel="quadrants that agree with the decision", ylabel="frames", ylim=(0, 1.25 * most))
     axes.legend(loc="upper left", fontsize="small")
     axes.grid(alpha=0.25, axis="y")
+    axes.set_axisbelow(True)
     return figure

@@ -13,6 +13,9 @@ from typing import Final
 
 __all__ = ["figure", "figures", "items", "page", "paragraph", "section", "table"]
 
+MANY: Final = 9
+"""Columns beyond which a table is printed small, so that no page cuts it off."""
+
 _STYLE: Final = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
@@ -24,8 +27,9 @@ p, li { max-width: 48rem; overflow-wrap: anywhere; }
 .strong { font-weight: 600; border-left: .35rem solid #d55e00; padding: .4rem .8rem; background: #fdf3ec; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6rem 0 1rem; }
-th, td { padding: .28rem .7rem; border-bottom: 1px solid #d8dee4; text-align: right; vertical-align: top;
-  overflow-wrap: anywhere; }
+th, td { padding: .28rem .7rem; border-bottom: 1px solid #d8dee4; text-align: right; vertical-align: top; }
+td:first-child { min-width: 9rem; max-width: 26rem; overflow-wrap: anywhere; }
+table.words td { overflow-wrap: anywhere; }
 th:first-child, td:first-child { text-align: left; }
 table.words th, table.words td { text-align: left; }
 th { border-bottom: 2px solid #57606a; font-weight: 600; }
@@ -43,6 +47,8 @@ figcaption { font-size: .88rem; color: #3d444d; margin-top: .35rem; overflow-wra
   .wide { overflow: visible; }
   table { font-size: 9pt; max-width: 100%; }
   th, td { padding: .18rem .4rem; }
+  table.many { font-size: 7pt; table-layout: fixed; width: 100%; }
+  table.many th, table.many td { overflow-wrap: anywhere; min-width: 0; padding: .1rem .2rem; }
   .figures { display: block; }
   .figures figure { display: inline-block; width: 48%; margin: 0 1% 5mm 0; vertical-align: top; }
   .strong { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
@@ -82,7 +88,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool =
     """Give a table of plain texts: the first column to the left, the others to the right, or all left where `words`."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     lines = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-    kind = ' class="words"' if words else ""
+    kind = ' class="words"' if words else ' class="many"' if len(header) > MANY else ""
     body = "\n".join(lines)
     return f'<div class="wide"><table{kind}>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 

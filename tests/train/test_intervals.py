@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import confusion_matrix, roc_auc_score
+
+from echoquad_train.intervals import Bootstrap, estimate, weighted_auc, weighted_counts, weighted_ece
+from echoquad_train.reliability import sweep_bins
+
+
+def sample(frames: int, patients: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, frames)
+    score = np.clip(0.5 + 0.2 * (labels - 0.5) + rng.normal(0, 0.2, frames), 0, 1).round(2)  # with ties
+    return labels, score, (score > 0.5).astype(int), rng.integers(0, patients, frames)
+
+
+def numbered(patients: np.ndarray) -> np.ndarray:
+    return np.unique(patients, return_inverse=True)[1]
+
+
+def test_every_resample_against_sklearn() -> None:
+    labels, score, decided, patients = sample(60, 20)
+    sampler = Bootstrap(numbered(patients), 40, seed=3)
+    areas = weighted_auc(sampler, score, labels == 1)
+    counts = weighted_counts(sampler, labels, decided, 2)
+    bins = sweep_bins(score, labels == 1)
+    errors = weighted_ece(sampler, bins, score, labels == 1)
+    for number, weights in enumerate(sampler.weights):
+        weight = weights[numbered(patients)]
+        assert areas[number] == pytest.approx(roc_auc_score(labels, score, sample_weight=weight))
+        assert counts[number] == pytest.approx(confusion_matrix(labels, decided, sample_weight=weight))
+        assert sampler.mean(score)[number] == pytest.approx(np.average(score, weights=weight))
+        by_bin = [abs(((labels - score) * weight)[bins.index == at].sum()) for at in range(len(bins.counts))]
+        assert errors[number] == pytest.approx(sum(by_bin) / weight.sum())
+
+
+def test_patients_are_drawn_and_not_frames() -> None:
+    patients = np.repeat(np.arange(10), 50)
+    right = np.repeat(np.arange(10) < 8, 50).astype(float)  # of two patients everything is wrong
+    clustered, single = (Bootstrap(whom, 2000).mean(right) for whom in (patients, np.arange(500)))
+    assert clustered.std() == pytest.approx(np.sqrt(0.16 / 10), rel=0.1)
+    assert single.std() == pytest.approx(np.sqrt(0.16 / 500), rel=0.1)
+
+
+def test_a_seed_gives_the_same_again() -> None:
+    patients = np.arange(30)
+    assert np.array_equal(Bootstrap(patients, 50, 1).weights, Bootstrap(patients, 50, 1).weights)
+    assert not np.array_equal(Bootstrap(patients, 50, 1).weights, Bootstrap(patients, 50, 2).weights)
+    assert Bootstrap(patients, 50).weights.sum(axis=1).tolist() == [30] * 50
+
+
+@given(st.integers(8, 60), st.integers(0, 2**32 - 1))
+def test_an_interval_holds_its_estimate(frames: int, seed: int) -> None:
+    labels, score, decided, patients = sample(frames, max(4, frames // 2), seed)
+    sampler = Bootstrap(numbered(patients), 200)
+    right = decided == labels
+    found = estimate(float(right.mean()), sampler.mean(right))
+    low, high = found["ci95"]
+    assert 0 <= low <= found["estimate"] <= high <= 1
+    if 2 < labels.sum() < frames - 2 and sampler.count > 5:
+        area = estimate(float(roc_auc_score(labels, score)), weighted_auc(sampler, score, labels == 1))
+        assert area["ci95"] is None or area["ci95"][0] <= area["estimate"] <= area["ci95"][1]
+
+
+def test_what_cannot_be_estimated_has_no_interval() -> None:
+    assert estimate(None, np.ones(10)) == {"estimate": None, "ci95": None}
+    assert estimate(float("nan"), np.ones(10)) == {"estimate": None, "ci95": None}
+    assert estimate(0.5, np.empty(0)) == {"estimate": 0.5, "ci95": None}
+    mostly = np.array([np.nan] * 6 + [0.5] * 4)  # six of ten resamples lack the class
+    assert estimate(0.5, mostly) == {"estimate": 0.5, "ci95": None}
+    one_kind = weighted_auc(Bootstrap(np.arange(5), 20), np.linspace(0, 1, 5), np.ones(5, bool))
+    assert np.isnan(one_kind).all()
+    assert len(weighted_auc(Bootstrap(np.arange(5), 0), np.linspace(0, 1, 5), np.arange(5) > 2)) == 0
+
+
+def test_a_thousand_resamples_of_a_thousand_frames_are_quick() -> None:
+    labels, score, decided, patients = sample(1000, 500)
+    begin = time.process_time()
+    sampler = Bootstrap(numbered(patients), 1000)
+    weighted_auc(sampler, score, labels == 1)
+    weighted_counts(sampler, labels, decided, 2)
+    assert time.process_time() - begin < 1
