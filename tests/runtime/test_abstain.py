@@ -124,7 +124,7 @@ def test_rows_of_a_release_that_knew_no_bound_are_gone_on_with(tmp_path: Path) -
     del old["abstain_below"]
     begun(path, old)
     begun(path, identity(None), resume=True)
-    with pytest.raises(ResultError, match="its bound for abstaining is none, this run's is 0.8"):
+    with pytest.raises(ResultError, match=r"its bound for abstaining is none, this run's is 0.8"):
         begun(path, identity("0.8"), resume=True)
 
 
@@ -138,7 +138,7 @@ def test_shards_of_other_bounds_are_not_merged(tmp_path: Path) -> None:
         begun(path, identity(below, f"{index}/2"), name=name)
         parts.append(path)
     with pytest.raises(
-        ResultError, match="its bound for abstaining is none, that of .* is 0.8; expected shards of one"
+        ResultError, match=r"its bound for abstaining is none, that of .* is 0.8; expected shards of one"
     ):
         merge(parts, tmp_path / "all.csv")
 

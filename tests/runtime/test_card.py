@@ -124,6 +124,21 @@ MANIFEST: dict[str, Any] = {
 }
 
 
+def test_the_card_tells_of_the_calibration() -> None:
+    def figures(ece: float) -> dict[str, Any]:
+        return {"ece": ece, "ece_equal_width": 0.1, "nll": 0.3, "ece_if_calibrated": {"mean": 0.038, "q95": 0.065}}
+
+    facts = {"temperature": 1.12, "frame_temperature": 0.246, "frames": 100, "patients": 50, "binning": "equal mass"}
+    facts |= {"before": figures(0.22), "after": figures(0.053), "cross_fitted": figures(0.057)}
+    training = {**MANIFEST["training"], "calibration": facts}
+    text = model_card({**MANIFEST, "training": training}).markdown()
+    assert "| as calibrated on other patients, cross-fitted | 0.057 | 0.100 | 0.300 |" in text
+    assert "100 validation frames of 50 patients" in text and "0.246 of a frame's mean" in " ".join(text.split())
+    alone = model_card({**MANIFEST, "training": training | {"calibration": facts | {"cross_fitted": None}}}).markdown()
+    assert "cross-fitted" not in alone
+    assert "not stated" in model_card({**MANIFEST, "training": training | {"calibration": 7}}).markdown()
+
+
 def test_the_card_of_a_manifest() -> None:
     assert model_card(MANIFEST).markdown() == EXPECTED.read_text("utf-8")
 

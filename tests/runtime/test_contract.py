@@ -139,7 +139,7 @@ def test_a_frame_temperature_of_one_is_left_out_and_any_other_is_not() -> None:
     assert Contract.from_dict(CONTRACT.to_dict()).frame_temperature == 1
     sharper = dataclasses.replace(CONTRACT, frame_temperature=0.25)
     assert Contract.from_json(sharper.to_json()) == sharper and sharper.sha256 != CONTRACT.sha256
-    with pytest.raises(ContractError, match="frame_temperature is 0.0; expected a positive number"):
+    with pytest.raises(ContractError, match=r"frame_temperature is 0\.0; expected a positive number"):
         dataclasses.replace(CONTRACT, frame_temperature=0)
 
 

@@ -107,10 +107,8 @@ def test_a_report_is_whole_and_loads_nothing(tmp_path: Path) -> None:
     assert metrics["contract_sha256"] in page.text
     low, high = metrics["intervals"]["accuracy"]["ci95"]
     assert f"{metrics['accuracy']:.3f} {low:.3f} to {high:.3f}" in page.text
-    assert (
-        f"ECE of a perfect model as reported, temperatures 1.3 and 0.4 {found.metrics['calibration']['reported']['ece']:.4f}"
-        in page.text
-    )
+    error = found.metrics["calibration"]["reported"]["ece"]
+    assert f"ECE of a perfect model as reported, temperatures 1.3 and 0.4 {error:.4f}" in page.text
     assert "not chosen: there are no validation frames of other patients" in page.text
     assert f"{metrics['abstention']['at']['indeterminate']} frames are INDETERMINATE" in page.text
 

@@ -36,8 +36,9 @@ def stroke(index: int) -> tuple[str, str]:
 
 
 def short(name: str, longest: int = _LONGEST) -> str:
-    """Shorten a class's name to what a figure has room for."""
-    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+    """Shorten a class's name to what a figure has room for; long names often differ at their ends."""
+    tail = longest // 3
+    return name if len(name) <= longest else f"{name[: longest - 1 - tail]}…{name[-tail:]}"
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
 from echoquad_train.figures import BLUE, GREY, ORANGE, short, stroke
@@ -37,7 +38,7 @@ def _legend(axes: Axes, entries: int, where: str) -> None:
     if entries <= 6:
         axes.legend(loc=where, fontsize="small")
     else:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize="small", ncols=2)
+        axes.figure.legend(loc="outside lower center", fontsize="small", ncols=2)  # type: ignore[union-attr]
 
 
 def _square(title: str, entries: int) -> tuple[Figure, Axes]:
@@ -69,7 +70,7 @@ def roc(curve: Sequence[Curve], title: str, points: Sequence[Point] = ()) -> Fig
             label=point.label,
         )
     if not curve:
-        axes.text(0.5, 0.55, "needs frames of both classes", ha="center")
+        axes.text(0.5, 0.8, "needs frames of both classes", ha="center")
     axes.set(xlabel="false positive rate (1 - specificity)", ylabel="true positive rate (sensitivity)")
     _legend(axes, len(curve) + len(points) + 1, "lower right")
     return figure
@@ -115,7 +116,7 @@ def reliability_diagram(
     before
         The bins of the same frames without temperatures, where there were any.
     """
-    figure = Figure(figsize=(6.4, 7.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 8.0), layout="constrained")
     upper, lower = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
     begin = min(0.5, float(np.floor(confidence.min() * 10) / 10))
     upper.plot([begin, 1], [begin, 1], color=GREY, linestyle=":", label="perfectly calibrated")
@@ -139,7 +140,6 @@ def reliability_diagram(
     )
     low = min(begin, float(np.floor(bounds.min() * 10) / 10))
     upper.set(title=title, ylabel=f"accuracy ({counts})", xlim=(begin - 0.01, 1.01), ylim=(low - 0.02, 1.02))
-    upper.legend(loc="lower right", fontsize="small")
     upper.grid(alpha=0.25)
     edges = np.linspace(begin, 1, 21)
     lower.hist(
@@ -150,7 +150,8 @@ def reliability_diagram(
         label=[f"right ({int(right.sum())})", f"wrong ({int((~right).sum())})"],
     )
     lower.set(xlabel="confidence in the decided class", ylabel="frames")
-    lower.legend(loc="upper left", fontsize="small")
+    lower.yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside lower center", fontsize="small", ncols=2)
     lower.grid(alpha=0.25)
     lower.set_axisbelow(True)
     return figure
@@ -181,7 +182,7 @@ def histograms(
         words = f"true {short(name)}, {len(values)} frames" if len(values) else f"true {short(name)}, no frame"
         axes.set_title(words, loc="left", fontsize="small")
         axes.set_ylabel("frames", fontsize="small")
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         axes.grid(alpha=0.25)
         axes.set_axisbelow(True)
         axes.set_xlim(0, 1)

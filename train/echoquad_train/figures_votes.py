@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from echoquad_train.figures import BLUE, GREY, ORANGE
 
@@ -51,6 +52,7 @@ def agreement(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
         words = f"{row['accuracy']:.1%} right" if row["frames"] else "no frame"
         axes.text(row["quadrants"], row["frames"] + 0.02 * most, words, ha="center", fontsize="small")
     axes.set_xticks(counts)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(title=title, xlabel="quadrants that agree with the decision", ylabel="frames", ylim=(0, 1.25 * most))
     axes.legend(loc="upper left", fontsize="small")
     axes.grid(alpha=0.25, axis="y")
