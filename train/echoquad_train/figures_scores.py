@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -33,12 +34,12 @@ class Point:
     specificity: float
 
 
-def _legend(axes: Axes, entries: int, where: str) -> None:
+def _legend(axes: Axes, entries: int, where: Literal["lower left", "lower right"]) -> None:
     """Put a legend inside while there is room for it, else below the axes."""
     if entries <= 6:
         axes.legend(loc=where, fontsize="small")
     else:
-        axes.figure.legend(loc="outside lower center", fontsize="small", ncols=2)  # type: ignore[union-attr]
+        axes.figure.legend(loc="outside lower center", fontsize="small", ncols=2)
 
 
 def _square(title: str, entries: int) -> tuple[Figure, Axes]:
