@@ -57,7 +57,7 @@ def demo(
     for path, what in (
         (f"{root}/data/", "the phantoms: synthetic, ASD against NORM, patients apart between splits"),
         (f"{root}/run/curves.png", "how training went; run.json and metrics.csv beside it"),
-        (f"{root}/evaluation/confusion.png", "what is mistaken for what; roc.png and metrics.json beside it"),
+        (f"{root}/evaluation/report.html", "every figure with its interval, in one page; metrics.json beside it"),
         (
             f"{root}/bundle/MODEL_CARD.md",
             "what a reader must know of the model; the folder is what a cart gets",

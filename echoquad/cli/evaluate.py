@@ -207,10 +207,10 @@ def summarize(metrics: dict[str, Any]) -> str:
         [
             f"frame accuracy {metrics['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), "
             f"{metrics['frames']} frames",
-            f"by patient     {patients['accuracy']:.4f}{_bounds(patients['intervals']['accuracy']['ci95'])}, "
-            f"{patients['count']} decisions, one a {patients['unit']}",
             f"ROC AUC        {auc}{_bounds(metrics['intervals']['roc_auc']['ci95'])}",
             f"quadrants      {quadrants}",
+            f"by patient     {patients['accuracy']:.4f}{_bounds(patients['intervals']['accuracy']['ci95'])}, "
+            f"{patients['count']} decisions, one a {patients['unit']}",
             f"ECE            {ece}",
             *points,
             *abstained,

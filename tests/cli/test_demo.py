@@ -35,7 +35,7 @@ def test_the_demo_runs_from_end_to_end_and_again(echoquad: Callable[..., Any], l
         assert steps == ["data", "train", "evaluate", "export", "verify", "predict", "bench"]
         assert "PASS " in ran.out
         shown = [line.strip() for line in ran.err.partition("What to look at:")[2].splitlines()]
-        for path in ("data/", "run/curves.png", "evaluation/confusion.png", "bundle/MODEL_CARD.md", "bench.json"):
+        for path in ("data/", "run/curves.png", "evaluation/report.html", "bundle/MODEL_CARD.md", "bench.json"):
             assert f"{out.as_posix()}/{path}" in shown
             assert (out / path).exists()
         overlays = [Path(line) for line in shown if line.endswith(".overlay.png")]

@@ -114,8 +114,18 @@ def evaluations(
 def test_evaluate(model: str, evaluations: dict[str, tuple[Path, Any]], left_in: Callable[..., Any]) -> None:
     folder, ran = evaluations[model]
     assert ran.code == 0
-    files = ["confusion.png", "metrics.json", "predictions.csv", "roc.png"]
-    assert sorted(path.name for path in folder.iterdir()) == files
+    files = ["metrics.json", "predictions.csv", "report.html"]
+    pictures = [
+        "agreement",
+        "confusion",
+        "precision_recall",
+        "probabilities",
+        "quadrants",
+        "reliability",
+        "risk_coverage",
+    ]
+    files += [f"{name}.png" for name in [*pictures, "roc"]]
+    assert {path.name for path in folder.iterdir()} - {"mistakes"} == set(files)
     assert left_in(folder.parent) == []
     metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
     wanted = "split frames accuracy accuracy_ci95 roc_auc confusion classes per_class per_quadrant device precision"
@@ -125,10 +135,11 @@ def test_evaluate(model: str, evaluations: dict[str, tuple[Path, Any]], left_in:
     lines = ran.out.splitlines()
     assert lines[0].startswith(f"frame accuracy {metrics['accuracy']:.4f} (95 % interval ")
     assert lines[0].endswith(", 4 frames")
-    assert lines[2].startswith("quadrants      LA ")
-    assert lines[4].split() == ["class", "precision", "recall", "F1", "frames", "as", "ASD", "as", "NORM"]
-    assert [line.split()[0] for line in lines[6:]] == ["ASD", "NORM"]
-    assert "test: 4 frames on cpu in fp32" in ran.err
+    assert lines[2].startswith("quadrants      LA ") and lines[3].startswith("by patient     ")
+    head = lines.index("") + 1
+    assert lines[head].split() == ["class", "precision", "recall", "F1", "frames", "as", "ASD", "as", "NORM"]
+    assert [line.split()[0] for line in lines[head + 2 :]] == ["ASD", "NORM"]
+    assert "test: 4 frames and 2 of validation for the thresholds on cpu in fp32" in ran.err
     assert all(f"{folder.as_posix()}/{name}" in ran.err for name in files)
 
 
