@@ -164,7 +164,7 @@ def compare_report(
     """Give the page of a comparison; each model has a page of its own."""
     a, b = (of["intervals"] for of in metrics)
     names = [
-        f"{letter}: {model.get('kind', 'model')} {model.get('name', '')}"
+        f"{letter}: {model.get('name', '')} ({model.get('kind', 'model')})"
         for letter, model in zip("AB", found["models"], strict=True)
     ]
     hashes = [

@@ -22,7 +22,7 @@ __all__ = ["Point", "histograms", "precision_recall", "reliability_diagram", "ri
 Curve = tuple[str, Floats, Floats, float]
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _SIZE = (6.4, 6.0)  # inches
-_FEWEST = 2
+_FEWEST = _PAIR = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,9 @@ def roc(curve: Sequence[Curve], title: str, points: Sequence[Point] = ()) -> Fig
     for index, (name, false_positive, true_positive, area) in enumerate(curve):
         colour, style = stroke(index)
         label = f"{short(name)}, area {area:.3f}"
-        axes.plot(false_positive, true_positive, color=colour, linestyle=style, label=label)
+        # The first of a pair is drawn broad, so that it is seen below another that is the same.
+        width = 4.0 if index == 0 and len(curve) == _PAIR else 1.6
+        axes.plot(false_positive, true_positive, color=colour, linestyle=style, linewidth=width, label=label)
     for index, point in enumerate(points):
         axes.plot(
             1 - point.specificity,

@@ -34,7 +34,7 @@ th:first-child, td:first-child { text-align: left; }
 table.words th, table.words td { text-align: left; }
 th { border-bottom: 2px solid #57606a; font-weight: 600; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1.4rem; }
-figure { margin: 0; break-inside: avoid; page-break-inside: avoid; }
+figure { margin: 0; max-width: 36rem; break-inside: avoid; page-break-inside: avoid; }
 figure img { width: 100%; height: auto; display: block; border: 1px solid #d8dee4; background: #fff; }
 figcaption { font-size: .88rem; color: #3d444d; margin-top: .35rem; overflow-wrap: anywhere; }
 @media (max-width: 34rem) { .figures { grid-template-columns: 1fr; } }

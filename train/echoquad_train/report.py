@@ -110,7 +110,7 @@ def _measured(metrics: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{name} {metrics['per_class'][name]['support']}" for name in classes)
     hashes = {"manifest_sha256": "SHA-256 of the bundle's manifest", "weights_sha256": "SHA-256 of the run's weights"}
     rows = [
-        ["model", f"{model.get('kind', 'model')} {model.get('name', '')}".strip()],
+        ["model", f"{model.get('name', '')} ({model.get('kind', 'model')})".strip()],
         *([words, model[key]] for key, words in hashes.items() if key in model),
         ["SHA-256 of the contract", metrics["contract_sha256"]],
         ["ran on", f"{metrics['device']} in {metrics['precision']}, vote: {metrics['method']}"],
