@@ -163,6 +163,18 @@ def test_the_validation_split_is_cross_fitted_and_another_is_not(flat_data: Path
     assert "temperature" in chosen["calibration"]["refitted"]
 
 
+def test_no_threshold_is_chosen_on_a_patient_that_is_reported(tmp_path: Path) -> None:
+    predictor = Predictor(Level(Contract(("a", "b"), input_size=16)))
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    reported, other = frames(tmp_path / "one", ("a", "b"), 4), frames(tmp_path / "two", ("a", "b"), 9)
+    found = evaluate(predictor, reported, reference=other).metrics  # patients 0 to 3 are in both
+    assert found["chosen_on"] == "on 10 frames of 5 patients of the validation split"
+    alone = evaluate(predictor, reported, reference=reported).metrics
+    assert alone["chosen_on"].startswith("not chosen") and alone["calibration"]["refitted"] is None
+    assert alone["operating_points"][0]["sensitivity"] is None
+
+
 def test_a_patients_frames_of_one_class_are_one_decision(tmp_path: Path) -> None:
     _, _, metrics = written(tmp_path, ("a", "b"), 6)  # each patient has a frame of both classes
     assert metrics["patients"]["unit"] == "patient and true class"

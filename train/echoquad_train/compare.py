@@ -8,7 +8,6 @@ independent; the differences' intervals come from a bootstrap over patients, the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -106,15 +105,9 @@ def compare(first: Evaluation, second: Evaluation, settings: Settings | None = N
 
 
 def _only(judged: Judged, names: set[str]) -> Judged:
-    kept = np.array([index for index, name in enumerate(judged.names) if name in names])
-    return replace(
-        judged,
-        names=tuple(judged.names[index] for index in kept),
-        labels=judged.labels[kept],
-        quadrants=judged.quadrants[kept],
-        decided=judged.decided[kept],
-        patients=tuple(judged.patients[index] for index in kept),
-    )
+    kept = judged.only([index for index, name in enumerate(judged.names) if name in names])
+    assert kept is not None
+    return kept
 
 
 def _auc_difference(a: Judged, b: Judged, sampler: Bootstrap) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def draw_all(judged: Judged, contract: Contract, metrics: Mapping[str, Any], fol
     which = f"{split}: {len(judged)} frames"
     curves = roc_curves(judged.probabilities, judged.labels, classes, positive)
     wanted = [positive] if len(classes) == 2 else list(classes)
-    points = [(point_words(point), point) for point in metrics["operating_points"] if point["sensitivity"]]
+    points = [(point_words(point), point) for point in metrics["operating_points"] if _measured(point)]
     marks = [figures_scores.Point(f"{figures.short(positive)}: {words}", *_rates(point)) for words, point in points]
     vote = metrics["intervals"]
     if vote["sensitivity"]["estimate"] is not None and vote["specificity"]["estimate"] is not None:
@@ -151,5 +151,9 @@ def draw_all(judged: Judged, contract: Contract, metrics: Mapping[str, Any], fol
     return pictures
 
 
+def _measured(point: Mapping[str, Any]) -> bool:
+    return all(point[name] and point[name]["estimate"] is not None for name in ("sensitivity", "specificity"))
+
+
 def _rates(point: Mapping[str, Any]) -> tuple[float, float]:
-    return point["sensitivity"]["estimate"] or 0.0, point["specificity"]["estimate"] or 0.0
+    return point["sensitivity"]["estimate"], point["specificity"]["estimate"]

@@ -98,6 +98,20 @@ class Judged:
         number = {name: index for index, name in enumerate(dict.fromkeys(self.patients))}
         return np.array([number[name] for name in self.patients], np.int64)
 
+    def only(self, kept: Sequence[int]) -> Judged | None:
+        """Give the frames of these indices alone; None where there is no index."""
+        if not len(kept):
+            return None
+        rows = np.asarray(kept, np.int64)
+        return replace(
+            self,
+            names=tuple(self.names[row] for row in rows),
+            labels=self.labels[rows],
+            quadrants=self.quadrants[rows],
+            decided=self.decided[rows],
+            patients=tuple(self.patients[row] for row in rows),
+        )
+
     def under(self, factor: float, frame_temperature: float) -> Judged:
         """Give what is decided where all logits are divided by `factor` once more, under another frame temperature."""
         quadrants = tempered(self.quadrants, factor)

@@ -25,7 +25,7 @@ from echoquad_train.intervals import (
 )
 from echoquad_train.judged import Indices, Judged, judged_of
 from echoquad_train.operating import operating_points
-from echoquad_train.reliability import BINNING, Floats, reliability, sweep_bins
+from echoquad_train.reliability import BINNING, Floats, losses, reliability, squares, sweep_bins
 
 __all__ = ["Settings", "measure", "measure_more", "plain", "roc_curves"]
 
@@ -142,10 +142,13 @@ def measure_more(
     contract
         What the model was trained under: its temperatures.
     reference
-        Validation frames of the same model, to choose thresholds and temperature on; None where there are none, or
-        where they are the frames that are reported.
+        Validation frames of the same model, to choose thresholds and temperatures on, but for those of patients that
+        are reported; None where there are none, or where they are the frames that are reported.
     """
     sampler = Bootstrap(judged.patient_index, settings.resamples, settings.seed)
+    if reference is not None:
+        known = set(judged.patients)
+        reference = reference.only([index for index, name in enumerate(reference.patients) if name not in known])
     folds = patient_folds(judged.patients) if reference is None and split == VALIDATION else None
     if reference is not None:
         chosen = f"on {len(reference)} frames of {len(set(reference.patients))} patients of the validation split"
@@ -186,12 +189,10 @@ def _intervals(judged: Judged, sampler: Bootstrap, settings: Settings) -> dict[s
         float(np.mean([area for *_, area in curves])) if complete else None,
         np.mean(areas, axis=0) if areas else np.empty(0),
     )
-    truth = judged.shares[np.arange(len(judged)), judged.labels]
-    losses = -np.log(np.maximum(truth, 1e-12))
-    squares = ((judged.shares - np.eye(len(judged.classes))[judged.labels]) ** 2).sum(axis=1)
     figures["ece"] = estimate(bins.error, weighted_ece(sampler, bins, judged.confidence, judged.right))
-    figures["nll"] = estimate(float(losses.mean()), sampler.mean(losses))
-    figures["brier"] = estimate(float(squares.mean()), sampler.mean(squares))
+    for name, values in (("nll", losses), ("brier", squares)):
+        of_frames = values(judged.shares, judged.labels)
+        figures[name] = estimate(float(of_frames.mean()), sampler.mean(of_frames))
     return {
         "method": "percentile bootstrap over patients",
         "resamples": settings.resamples,

@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BINNING", "Bins", "brier", "equal_width_bins", "nll", "reliability", "sweep_bins"]
+__all__ = ["BINNING", "Bins", "brier", "equal_width_bins", "losses", "nll", "reliability", "squares", "sweep_bins"]
 
 BINNING: Final = "equal mass, as many bins as leave the accuracy rising (at most 100)"
 """How ``ece`` is binned, in words."""
@@ -112,18 +112,27 @@ def _sweep_error(confidence: Floats, right: npt.NDArray[np.bool_]) -> float:
     return float(np.abs(gaps).sum() / len(right))
 
 
+def losses(probabilities: Floats, labels: npt.NDArray[np.int64]) -> Floats:
+    """Give each frame's negative log-likelihood, float64 [F], in nats; an impossible truth costs 28."""
+    return np.asarray(-np.log(np.maximum(probabilities[np.arange(len(labels)), labels], _SMALLEST)))
+
+
+def squares(probabilities: Floats, labels: npt.NDArray[np.int64]) -> Floats:
+    """Give each frame's squared distance to the true class's corner, summed over classes: float64 [F], 0 to 2."""
+    return np.asarray(((probabilities - np.eye(probabilities.shape[1])[labels]) ** 2).sum(axis=1))
+
+
 def nll(probabilities: Floats, labels: npt.NDArray[np.int64]) -> float:
     """Give the mean negative log-likelihood, in nats, of probabilities, float64 [F, C], at labels, int64 [F]."""
-    return float(-np.log(np.maximum(probabilities[np.arange(len(labels)), labels], _SMALLEST)).mean())
+    return float(losses(probabilities, labels).mean())
 
 
 def brier(probabilities: Floats, labels: npt.NDArray[np.int64]) -> float:
-    """Give the Brier score, 0 to 2: the mean squared distance to the true class's corner, summed over classes.
+    """Give the Brier score, 0 to 2: the mean of `squares`.
 
     G. W. Brier, Monthly Weather Review 78 (1950) 1. For two classes it is twice what is given of the positive one.
     """
-    truth = np.eye(probabilities.shape[1])[labels]
-    return float(((probabilities - truth) ** 2).sum(axis=1).mean())
+    return float(squares(probabilities, labels).mean())
 
 
 def reliability(
