@@ -40,8 +40,9 @@ figcaption { font-size: .88rem; color: #3d444d; margin-top: .35rem; overflow-wra
 @media (max-width: 34rem) { .figures { grid-template-columns: 1fr; } }
 @page { size: A4; margin: 16mm 14mm; }
 @media print {
-  body { font-size: 10pt; max-width: none; margin: 0; padding: 0; }
-  h2 { break-after: avoid; page-break-after: avoid; }
+  body { font-size: 9.5pt; line-height: 1.35; max-width: none; margin: 0; padding: 0; }
+  h2 { margin-top: 1.3rem; break-after: avoid; page-break-after: avoid; }
+  h2 + p { break-after: avoid; page-break-after: avoid; }
   tr { break-inside: avoid; page-break-inside: avoid; }
   thead { display: table-header-group; }
   .wide { overflow: visible; }
@@ -51,6 +52,7 @@ figcaption { font-size: .88rem; color: #3d444d; margin-top: .35rem; overflow-wra
   table.many th, table.many td { overflow-wrap: anywhere; min-width: 0; padding: .1rem .2rem; }
   .figures { display: block; }
   .figures figure { display: inline-block; width: 48%; margin: 0 1% 5mm 0; vertical-align: top; }
+  .figures img { width: auto; max-width: 100%; max-height: 104mm; margin: 0 auto; }
   .strong { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
 }
 """

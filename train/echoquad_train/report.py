@@ -170,7 +170,7 @@ def _points(metrics: Mapping[str, Any]) -> str:
         f"A frame is called {metrics['positive']} where its mean probability of it is at or above the threshold. "
         f"Thresholds were chosen {metrics['chosen_on']}; what they reach here need not be what they were chosen for."
         if not metrics["chosen_on"].startswith("not")
-        else f"No threshold was {metrics['chosen_on']}; name some with --threshold-from DATA."
+        else f"Thresholds were {metrics['chosen_on']}; name some with --threshold-from DATA."
     )
     header = ("held", "threshold", "sensitivity", "95 % interval", "specificity", "95 % interval")
     return section("Operating points", [table(header, rows), paragraph(words)])
