@@ -25,8 +25,8 @@ def calibrate_run(
 ) -> dict[str, Any]:
     """Fit the temperature of a run's best weights, and write ``best.safetensors`` under the contract that has it.
 
-    Of several processes the first alone does it. The record has to be written next, from what is given back: killed in between, the run is one that `load_run`
-    refuses and ``--resume`` goes on with, to the same end.
+    Of several processes the first alone does it. The record has to be written next, from what is given back: killed in
+    between, the run is one that `load_run` refuses and ``--resume`` goes on with, to the same end.
 
     Parameters
     ----------
