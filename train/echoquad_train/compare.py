@@ -138,11 +138,13 @@ def write_comparison(
     for letter, evaluation in zip(LETTERS, (first, second), strict=True):
         paths += write_evaluation(evaluation, folder / letter, gallery=gallery)
     picture = folder / "roc.png"
-    curves = []
+    curves: list[figures_scores.Curve] = []
     for letter, evaluation in zip("AB", (first, second), strict=True):
         judged = evaluation.judged
-        for name, *rest in roc_curves(judged.probabilities, judged.labels, judged.classes, judged.positive):
-            curves.append((f"{letter}: {figures.short(name, 20)}", *rest))
+        for name, false_positive, true_positive, area in roc_curves(
+            judged.probabilities, judged.labels, judged.classes, judged.positive
+        ):
+            curves.append((f"{letter}: {figures.short(name, 20)}", false_positive, true_positive, area))
     figures.save(figures_scores.roc(curves, f"{found['split']}: {found['frames']} frames, A against B"), picture)
     report = folder / "report.html"
     write_json(folder / "compare.json", found)

@@ -17,7 +17,7 @@ from echoquad_train.figures import BLUE, GREY, ORANGE, short, stroke
 from echoquad_train.intervals import wilson_interval
 from echoquad_train.reliability import Bins, Floats
 
-__all__ = ["Point", "histograms", "precision_recall", "reliability_diagram", "risk_coverage_curve", "roc"]
+__all__ = ["Curve", "Point", "histograms", "precision_recall", "reliability_diagram", "risk_coverage_curve", "roc"]
 
 Curve = tuple[str, Floats, Floats, float]
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")

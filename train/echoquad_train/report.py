@@ -45,7 +45,7 @@ def bounds(values: Sequence[float] | None) -> str:
 
 def figure_row(label: str, found: Mapping[str, Any] | None) -> list[str]:
     """Give the row of a figure with its interval."""
-    return [label, number(found and found["estimate"]), bounds(found and found["ci95"])]
+    return [label, number(found["estimate"]), bounds(found["ci95"])] if found else [label, NONE, NONE]
 
 
 def evaluation_report(
