@@ -74,7 +74,7 @@ def save_mistakes(evaluation: Evaluation, folder: Path, count: int) -> list[Mist
             break
         frame, prediction = evaluation.frames[index], evaluation.predictions[index]
         try:
-            picture = save_overlay(place, frame.path, prediction, evaluation.contract)
+            picture = save_overlay(place, frame.file, prediction, evaluation.contract)
         except FrameError:
             continue
         mistakes.append(
