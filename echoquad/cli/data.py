@@ -8,11 +8,13 @@ from typing import Annotated
 import typer
 
 from echoquad.cli.console import Progress, note, say
+from echoquad.cli.data_audit import audit
+from echoquad.cli.data_make import patches, split
 from echoquad_runtime.errors import UsageError
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Make data sets.")
+app = typer.Typer(help="Check data sets, and make them.")
 
 
 @app.callback(invoke_without_command=True)
@@ -21,6 +23,11 @@ def options(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         context.get_help()  # Typer prints it
         raise typer.Exit(UsageError.exit_code)
+
+
+app.command("audit", epilog="Example: echoquad data audit data --out audit --strict")(audit)
+app.command("split", epilog="Example: echoquad data split frames --out data --mode link")(split)
+app.command("patches", epilog="Example: echoquad data patches data --out data_patches")(patches)
 
 
 @app.command(epilog="Example: echoquad data phantom data --patients 80")
@@ -37,6 +44,6 @@ def phantom(
 
     with Progress("drawing", patients * frames) as progress:
         counts = write_dataset(out, patients=patients, frames_per_patient=frames, seed=seed, progress=progress.update)
-    for split, by_class in counts.items():
-        say(f"{split}: {', '.join(f'{name} {count}' for name, count in by_class.items())}")
+    for part, by_class in counts.items():
+        say(f"{part}: {', '.join(f'{name} {count}' for name, count in by_class.items())}")
     note(f"wrote {out.as_posix()}/")

@@ -14,7 +14,7 @@ from typing import Final
 from echoquad_runtime.errors import ConfigError
 from echoquad_train.dataset import LabelledFrame
 
-__all__ = ["patient_of", "patient_pattern", "patients_of"]
+__all__ = ["owner", "patient_of", "patient_pattern", "patients_of"]
 
 _PATIENT: Final = re.compile(r"(?i)(?:patient|subject|subj|sub|case|pat)[-_ ]?\d+")
 """``patient0001_4CH``: the patient by name, wherever it stands."""
@@ -72,8 +72,13 @@ def patient_of(name: str, pattern: re.Pattern[str] | None = None) -> str | None:
     return prefix.rstrip("/") or (place.name if mark else None)
 
 
+def owner(name: str, pattern: re.Pattern[str] | None = None) -> str:
+    """Tell whom a frame called ``SPLIT/CLASS/...`` is of; one whose name does not tell is somebody by itself."""
+    return patient_of(name.split("/", 2)[2], pattern) or name
+
+
 def patients_of(frames: Iterable[LabelledFrame], pattern: re.Pattern[str] | None = None) -> tuple[str, ...]:
-    """Tell whom each frame of a split is of; one whose name does not tell is somebody by itself.
+    """Tell whom each frame of a split is of; see `owner`.
 
     Parameters
     ----------
@@ -82,8 +87,4 @@ def patients_of(frames: Iterable[LabelledFrame], pattern: re.Pattern[str] | None
     pattern
         See `patient_of`.
     """
-
-    def of(frame: LabelledFrame) -> str:
-        return patient_of(frame.name.split("/", 2)[2], pattern) or frame.name
-
-    return tuple(of(frame) for frame in frames)
+    return tuple(owner(frame.name, pattern) for frame in frames)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from echoquad_runtime.errors import ConfigError, OutputError
+from echoquad_runtime.errors import ConfigError
+from echoquad_train.building import built_beside
 from echoquad_train.dataset import SPLITS
 from echoquad_train.phantom import LABELS, draw_patient, generator_of, render
 
@@ -41,30 +41,6 @@ def _check_numbers(patients: int, frames: int, split: tuple[float, ...]) -> None
         raise ConfigError(f"frames per patient is {frames}, expected 1 or more: ask for more")
     if len(split) != len(SPLITS) or not all(part > 0.0 for part in split) or abs(sum(split) - 1.0) > 1e-6:
         raise ConfigError(f"split is {tuple(split)}, expected three shares above 0 with sum 1: change them")
-
-
-def _start(out: Path) -> Path:
-    """Make the folder to write into before it becomes ``out``; raise OutputError if ``out`` is in the way."""
-    try:
-        if out.is_dir():
-            if found := sum(1 for _ in out.iterdir()):
-                raise OutputError(f"{out} has {found} entries, expected a new or empty folder: name another")
-        elif out.exists():
-            raise OutputError(f"{out} is a file, expected a new or empty folder: name another")
-        partial = out.with_name(out.name + ".partial")
-        partial.mkdir(parents=True)
-    except FileExistsError as error:
-        wanted = "no unfinished dataset: wait for its writer, or remove it"
-        raise OutputError(f"{partial} exists, expected {wanted}") from error
-    except OutputError:
-        raise
-    except OSError as error:
-        raise _unwritable(out, error) from error
-    return partial
-
-
-def _unwritable(out: Path, error: OSError) -> OutputError:
-    return OutputError(f"{out} cannot be written ({error}), expected a writable place: name another")
 
 
 def write_dataset(
@@ -109,11 +85,9 @@ def write_dataset(
     """
     _check_numbers(patients, frames_per_patient, split)
     shuffle = generator_of(seed, 0)
-    out = Path(out).resolve()
-    partial = _start(out)
     total, done = patients * frames_per_patient, 0
     counts = {name: dict.fromkeys(LABELS, 0) for name in SPLITS}
-    try:
+    with built_beside(Path(out)) as partial:
         for kind, label in enumerate(LABELS):
             members = patients // 2 if label == "ASD" else patients - patients // 2
             order = shuffle.permutation(members) + 1  # a series number must not tell its split
@@ -131,12 +105,4 @@ def write_dataset(
                         done += 1
                         if progress is not None:
                             progress(done, total)
-        if out.is_dir():
-            out.rmdir()  # empty; Windows does not rename onto an existing folder
-        partial.replace(out)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise _unwritable(out, error) from error
-        raise
     return counts
