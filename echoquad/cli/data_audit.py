@@ -141,6 +141,7 @@ def _twins(twins: Twins) -> str:
 
     kind = {"file": "same file", "pixels": "same pixels", "near": f"alike {twins.likeness:.3f}"}[twins.kind]
     people = "" if len(set(twins.patients)) == 1 else ", of different patients"
+    people += ", IN TWO CLASSES" if twins.conflict else ""
     return f"  {'LEAK ' if twins.leak else ''}{' = '.join(map(shown, twins.names[:4]))} ({kind}{people})"
 
 

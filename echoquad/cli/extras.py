@@ -19,6 +19,8 @@ EXTRAS: Final[dict[str, Extra]] = {
     "safetensors": "train",
     "sklearn": "train",
     "matplotlib": "train",
+    "scipy": "train",
+    "imagehash": "train",
 }
 """The extra of each package that some command imports when it runs; ``export`` brings those of ``train`` too."""
 

@@ -74,6 +74,14 @@ def train(
     matrices: Matrices = False,
     flip: Flip = None,
     every: Every = 1,
+    patient_regex: Annotated[
+        str | None,
+        Option(
+            "--patient-regex",
+            metavar="RE",
+            help="Says whom a frame is of, as for `echoquad data audit`; to tell whether somebody is in both splits.",
+        ),
+    ] = None,
     device: TorchDevice = TorchDeviceName.auto,
     seed: Annotated[int | None, Option("--seed", metavar="N", help="Seed of all draws.")] = None,
     stream: Annotated[
@@ -99,6 +107,7 @@ def train(
     """
     from echoquad_runtime.errors import UsageError
     from echoquad_train.dataset import read_classes, read_split
+    from echoquad_train.patients import patient_pattern
     from echoquad_train.recipe import Recipe
     from echoquad_train.torchrun import place
 
@@ -116,6 +125,7 @@ def train(
     given = {name: value for name, value in given.items() if value is not None}
     chosen = Recipe.load(recipe or "transfer").replace(settings or (), **given)
     reading = _reading(out, resume, matrices, flip, every)
+    patient_pattern(patient_regex)
     for split in ("train", "validation"):  # a wrong path is told now, not once torch is there
         read_split(data, split, read_classes(data), reading)
     if teacher and not teacher.is_dir():
@@ -155,6 +165,7 @@ def train(
                 tensorboard=tensorboard,
                 ranks=ranks,
                 reading=reading,
+                patient_regex=patient_regex,
             )
     if not ranks.first:
         raise SystemExit(0)
@@ -238,6 +249,10 @@ class TrainingProgress:
             counts = ", ".join(f"{name} {count}" for name, count in split.counts.items())
             note(f"{split.name}: {len(split.frames)} frames ({counts})")
         note(f"training on {device} in {precision}")
+
+    def audited(self, leaks: Any) -> None:
+        """Say what is in both splits."""
+        note(leaks.line)
 
     def batch(self, epoch: int, done: int, total: int) -> None:
         """Show that a batch is done."""

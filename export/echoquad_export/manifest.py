@@ -81,7 +81,8 @@ def provenance(run: Run) -> dict[str, Any]:
         data = info["data"]
         return {
             **kept,
-            **{key: info[key] for key in ("teacher", "fit", "calibration") if key in info},
+            # Of the audit the counts alone are in a run: no name.
+            **{key: info[key] for key in ("teacher", "fit", "calibration", "audit") if key in info},
             "frames": data["frames"],
             "unreadable": len(data["unreadable"]),
             **({"reading": data["reading"]} if "reading" in data else {}),

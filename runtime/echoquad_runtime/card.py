@@ -159,6 +159,8 @@ def _training(manifest: Mapping[str, Any]) -> Section:
             f"{_text(_at(training, 'device'))} in {_text(_at(training, 'precision'))}."
         ),
     ]
+    if (audit := _at(training, "audit")) is not None:
+        blocks.append(_leaks(audit))
     if (teacher := _at(training, "teacher")) is not None:
         blocks.append(Paragraph(f"Distilled from a teacher ({phrase(teacher)})."))
     if (linear := _at(training, "fit")) is not None:
@@ -168,6 +170,16 @@ def _training(manifest: Mapping[str, Any]) -> Section:
     if kept := tuple((_name(key), phrase(recipe[key])) for key in _RECIPE if key in recipe):
         blocks += [Table(("recipe", "value"), kept), Paragraph("`bundle.json` holds the whole recipe.")]
     return Section("Training data", tuple(blocks))
+
+
+def _leaks(audit: Any) -> Paragraph:
+    across = [_number(_at(audit, key), "d") for key in ("patients_across", "exact_across", "near_across")]
+    people = ", ".join(f"{_name(split)} {_number(count, 'd')}" for split, count in _items(_at(audit, "patients")))
+    return Paragraph(
+        f"In more than one of its splits: {across[0]} patients, {across[1]} exact and {across[2]} near duplicates of "
+        f"frames (patients by file name: {people or NOT_STATED}). Any but 0 makes figures too good.",
+        strong=any(count not in ("0", NOT_STATED) for count in across),
+    )
 
 
 def _metrics(manifest: Mapping[str, Any]) -> Section:

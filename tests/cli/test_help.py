@@ -34,6 +34,7 @@ COMMANDS = {
         "--matrices",
         "--flip",
         "--every",
+        "--patient-regex",
     ],
     ("evaluate",): [
         *["RUN_OR_BUNDLE", "DATA", "--split", "--out", "--method", "--device", "--precision", "--threshold-from"],
@@ -73,7 +74,10 @@ COMMANDS = {
         *["--seconds", "--exhaustive", "--seed", "--public-key", "--json", "--forget"],
     ],
     ("doctor",): ["--device", "--json"],
-    ("data",): ["phantom"],
+    ("data",): ["audit", "split", "patches", "phantom"],
+    ("data", "audit"): ["DATA", "--out", "--patient-regex", "--strict", "--seed"],
+    ("data", "split"): ["SOURCE", "--out", "--fractions", "--mode", "--patient-regex", "--seed"],
+    ("data", "patches"): ["DATA", "--out", "--keep"],
     ("data", "phantom"): ["DIR", "--patients", "--frames", "--seed"],
     ("demo",): ["--out", "--patients", "--epochs"],
 }

@@ -45,8 +45,12 @@ def test_train(trained: tuple[Path, Any], left_in: Callable[..., Any]) -> None:
     assert lines[0].startswith("train: 4 frames (ASD 2, NORM 2)")
     assert lines[1].startswith("validation: 4 frames (ASD 2, NORM 2)")
     assert lines[2].startswith("training on cpu in ")
-    assert lines[3].startswith("Epoch 01/1 [all] train loss ")
-    assert lines[3].endswith("| best")
+    assert lines[3] == (
+        "leaks: 0 patients, 0 exact duplicates and 0 near duplicates in more than one split (patients: train 2, "
+        "validation 2)"
+    )
+    assert lines[4].startswith("Epoch 01/1 [all] train loss ")
+    assert lines[4].endswith("| best")
     assert "validation frame accuracy" in lines[-2]
     assert lines[-1] == f"next: echoquad export {folder.as_posix()} --out BUNDLE"
     wanted = {"recipe.toml", "run.json", "metrics.csv", "curves.png", "best.safetensors", "last.pt"}

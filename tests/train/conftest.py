@@ -22,6 +22,7 @@ from echoquad_train import record
 from echoquad_train.dataset import Split
 from echoquad_train.fit import Fitted, fit
 from echoquad_train.history import Epoch
+from echoquad_train.leaks import Leaks
 from echoquad_train.recipe import Recipe
 
 TINY = Recipe(
@@ -112,6 +113,7 @@ class Quiet:
 
     device: str = ""
     precision: str = ""
+    leaks: Leaks | None = None
     decoded: list[tuple[str, int, int]] = field(default_factory=list)
     batches: list[tuple[int, int, int]] = field(default_factory=list)
     epochs: list[tuple[Epoch, bool]] = field(default_factory=list)
@@ -124,6 +126,9 @@ class Quiet:
 
     def started(self, device: str, precision: str, train: Split, validation: Split) -> None:
         self.device, self.precision = device, precision
+
+    def audited(self, leaks: Leaks) -> None:
+        self.leaks = leaks
 
     def batch(self, epoch: int, done: int, total: int) -> None:
         self.batches.append((epoch, done, total))

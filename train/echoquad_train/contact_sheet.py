@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from echoquad_runtime.errors import FrameError
 from echoquad_runtime.names import shown
@@ -61,8 +62,10 @@ def contact_sheet(audit: Audit) -> Figure:
     means = _means(audit)
     groups = [twins[start : start + COLUMNS // 2] for start in range(0, len(twins), COLUMNS // 2)]
     rows = len(chosen) + 1 + len(groups)
-    figure = Figure(figsize=(COLUMNS * _INCH + 0.6, rows * (_INCH + 0.35) + 0.8), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.06, w_pad=0.03)  # type: ignore[union-attr]
+    figure = Figure(
+        figsize=(COLUMNS * _INCH + 0.6, rows * (_INCH + 0.35) + 0.8),
+        layout=ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.03),
+    )
     figure.suptitle(_headline(audit), fontsize=11, color=_LEAK if leaks.found else "black")
     grid = figure.subplots(rows, COLUMNS, squeeze=False)
     for axes in grid.ravel():
@@ -122,6 +125,7 @@ def _show_twins(left: Axes, right: Axes, twins: Twins, pixels: dict[str, Grey]) 
     colour = _LEAK if twins.leak else _TWIN
     names = _ends(twins)
     more = f", {len(twins.names)} in all" if len(twins.names) > 2 else ""
+    more += "" if len(set(twins.patients)) == 1 else ", other patient"
     kind = {"file": "same file", "pixels": "same pixels", "near": f"alike {twins.likeness:.3f}"}[twins.kind]
     for axes, name, title in zip(
         (left, right), names, (f"{'LEAK: ' if twins.leak else ''}{kind}{more}", ""), strict=True

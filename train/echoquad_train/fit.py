@@ -29,7 +29,9 @@ from echoquad_train.dataset import Split, read_classes, read_split
 from echoquad_train.device import Device, choose_device, make_deterministic, mixed_dtype
 from echoquad_train.distill import load_teacher, teacher_quadrants
 from echoquad_train.history import Epoch, best_of, out_of_patience
+from echoquad_train.leaks import Leaks, leaks_of_stores
 from echoquad_train.model import build_model
+from echoquad_train.patients import patient_pattern
 from echoquad_train.ranks import ALONE, Ranks
 from echoquad_train.recipe import Recipe
 from echoquad_train.resume import abandoned_on_failure, begun, open_folder, require_same_teacher
@@ -50,6 +52,9 @@ class Reporter(Protocol):
 
     def started(self, device: str, precision: str, train: Split, validation: Split) -> None:
         """Hear what will be trained, on what."""
+
+    def audited(self, leaks: Leaks) -> None:
+        """Hear what is in both splits."""
 
     def batch(self, epoch: int, done: int, total: int) -> None:
         """Hear that a batch is done."""
@@ -76,6 +81,8 @@ class _Silent:
 
     def started(self, device: str, precision: str, train: Split, validation: Split) -> None: ...
 
+    def audited(self, leaks: Leaks) -> None: ...
+
     def batch(self, epoch: int, done: int, total: int) -> None: ...
 
     def epoch(self, epoch: Epoch, epochs: int, best: bool) -> None: ...
@@ -95,6 +102,7 @@ def fit(
     tensorboard: bool = False,
     ranks: Ranks = ALONE,
     reading: Reading = AS_IT_IS,
+    patient_regex: str | None = None,
 ) -> Fitted:
     """Train a classifier.
 
@@ -123,6 +131,8 @@ def fit(
         The processes that train together, from `echoquad_train.ranks.joined`; each calls this function alike.
     reading
         How the data's files are read.
+    patient_regex
+        Says whom a frame is of, see `echoquad_train.patients.patient_of`; a resumed run knows it where it is not given.
 
     Raises
     ------
@@ -138,7 +148,7 @@ def fit(
         def board(done: int) -> Board | None:
             return opened.enter_context(Board(folder, done)) if tensorboard and ranks.first else None
 
-        return _fit(data, reading, folder, recipe, where, resume, heard, teacher, storage, board, ranks)
+        return _fit(data, reading, folder, recipe, where, resume, heard, teacher, storage, board, ranks, patient_regex)
 
 
 def _fit(
@@ -153,8 +163,11 @@ def _fit(
     storage: Storage,
     open_board: Callable[[int], Board | None],
     ranks: Ranks,
+    patient_regex: str | None,
 ) -> Fitted:
     state = ranks.from_first(lambda: open_folder(folder, recipe, resume))
+    patient_regex = begun(folder, "patient_regex") if resume and patient_regex is None else patient_regex
+    pattern = patient_pattern(patient_regex)
     classes = read_classes(data)
     contract = recipe.contract(classes)
     train, validation = (read_split(data, split, classes, reading) for split in ("train", "validation"))
@@ -186,8 +199,12 @@ def _fit(
     splits = train, validation
     facts = record.facts(data, recipe, contract, splits, failures, where.type, precision, teacher_facts, reading)
     if resume:
-        facts["created"] = begun(folder) or facts["created"]
+        facts["created"] = begun(folder, "created") or facts["created"]
     reporter.started(where.type, precision, train, validation)
+    if ranks.first:
+        leaks = leaks_of_stores((train_store, validation_store), pattern)
+        facts |= {"patient_regex": patient_regex, "audit": leaks.counts}
+        reporter.audited(leaks)
 
     # Training state: what a resumed run finds again.
     history = [Epoch(**row) for row in state["history"]] if state else []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from echoquad_runtime.quadrants import Grey, stitch
-from echoquad_train.dataset import QuadrantStore
+from echoquad_train.dataset import Store
 from echoquad_train.likeness import CENTRED, Bits, View, alike, hashes, thumbnail
 from echoquad_train.patients import owner
 
@@ -25,6 +25,7 @@ __all__ = ["Leaks", "Twins", "find_leaks", "leaks_of_stores", "split_of"]
 
 LOOKS: Final = 20_000
 """Second looks at most, nearest hashes first: some minutes."""
+_BATCH: Final = 64  # frames that are taken from a store at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,11 @@ class Twins:
         return tuple(sorted({split_of(name) for name in self.names}))
 
     @property
+    def conflict(self) -> bool:
+        """Whether one picture is in two classes."""
+        return len({name.split("/")[1] for name in self.names}) > 1
+
+    @property
     def leak(self) -> bool:
         """Whether they are in more than one split."""
         return len(self.splits) > 1
@@ -65,6 +71,7 @@ class Twins:
             "patients": sorted(set(self.patients)),
             "splits": list(self.splits),
             "leak": self.leak,
+            "conflict": self.conflict,
             "distance": self.distance,
             "likeness": round(self.likeness, 4),
         }
@@ -160,15 +167,14 @@ def find_leaks(
     for patient, split in zip(patients, splits, strict=True):
         homes[patient].add(split)
 
-    def twins(kind: str, members: Sequence[int]) -> Twins:
+    def twins(kind: str, members: Sequence[int], distance: int = 0, alike: float = 1.0) -> Twins:
         ordered = sorted(members, key=lambda index: names[index])
-        return Twins(kind, tuple(names[i] for i in ordered), tuple(patients[i] for i in ordered))
+        people = tuple(patients[index] for index in ordered)
+        return Twins(kind, tuple(names[index] for index in ordered), people, distance, alike)
 
-    same = [members for members in _groups(pixels) if len(members) > 1]
-    exact = [
-        twins("file" if files and len({files[i] for i in members}) == 1 else "pixels", members) for members in same
-    ]
-    spare = {index for members in same for index in members[1:]}  # their picture is compared once
+    same = [group for group in _groups(pixels) if len(group) > 1]
+    exact = [twins("file" if files and len({files[i] for i in group}) == 1 else "pixels", group) for group in same]
+    spare = {index for group in same for index in group[1:]}  # their picture is compared once
     left = [index for index in range(len(names)) if index not in spare]
     code = np.unique(splits, return_inverse=True)[1][left] if left else np.zeros(0, int)
 
@@ -176,40 +182,52 @@ def find_leaks(
         return code[first] != code[second] if across_only else np.ones(len(first), bool)
 
     pairs, unchecked = alike([bits[i] for i in left], lambda place: thumb(left[place]), views, compared, looks)
-    near = []
-    for pair in pairs:
-        members = sorted((left[pair.first], left[pair.second]), key=lambda index: names[index])
-        near.append(
-            Twins("near", *zip(*((names[i], patients[i]) for i in members), strict=True), pair.distance, pair.likeness)
-        )
+    near = [twins("near", (left[pair.first], left[pair.second]), pair.distance, pair.likeness) for pair in pairs]
 
     def kept(found: Sequence[Twins]) -> tuple[Twins, ...]:
         chosen = [one for one in found if one.leak or not across_only]
         return tuple(sorted(chosen, key=lambda one: (not one.leak, one.names)))
 
-    members = {
-        split: len({p for p, s in zip(patients, splits, strict=True) if s == split}) for split in _in_order(splits)
-    }
+    members: dict[str, set[str]] = {split: set() for split in splits}
+    for patient, split in zip(patients, splits, strict=True):
+        members[split].add(patient)
     across = {patient: tuple(sorted(found)) for patient, found in sorted(homes.items()) if len(found) > 1}
-    return Leaks(members, across, kept(exact), kept(near), unchecked)
+    counts = {split: len(people) for split, people in members.items()}
+    return Leaks(counts, across, kept(exact), kept(near), unchecked)
 
 
-def leaks_of_stores(stores: Sequence[QuadrantStore], pattern: re.Pattern[str] | None = None) -> Leaks:
-    """Find what is in more than one of several decoded splits: by the quadrants, no file is opened.
+def leaks_of_stores(stores: Sequence[Store], pattern: re.Pattern[str] | None = None) -> Leaks:
+    """Find what is in more than one of several decoded splits: by the quadrants, no file is opened but of a stream.
 
     Pictures are compared as the network gets them, cropped and resized; copies that were cut are found where all sides
     were cut alike.
     """
     names = [name for store in stores for name in store.names]
-    quadrants = [quadrant for store in stores for quadrant in store.quadrants]
+    places = [(store, index) for store in stores for index in range(len(store.names))]
 
     def thumb(index: int) -> Grey:
-        return thumbnail(stitch(*quadrants[index]))
+        store, place = places[index]
+        return thumbnail(next(_pictures(store, [place])))
 
-    pixels = [hashlib.blake2b(np.ascontiguousarray(part), digest_size=16).digest() for part in quadrants]
-    bits = [hashes(thumb(index), CENTRED) for index in range(len(names))]
+    pixels: list[bytes] = []
+    bits: list[Bits] = []
+    for store in stores:
+        for picture in _pictures(store, range(len(store.names))):
+            pixels.append(hashlib.blake2b(picture.tobytes(), digest_size=16).digest())
+            bits.append(hashes(thumbnail(picture), CENTRED))
     people = [owner(name, pattern) for name in names]
     return find_leaks(names, people, None, pixels, bits, thumb, CENTRED, across_only=True)
+
+
+def _pictures(store: Store, frames: Sequence[int]) -> Iterator[Grey]:
+    """Give frames of a store, stitched again: uint8 [2 S, 2 S]."""
+    batches = (
+        np.concatenate([np.arange(4 * frame, 4 * frame + 4) for frame in frames[start : start + _BATCH]])
+        for start in range(0, len(frames), _BATCH)
+    )
+    for batch in store.feed(batches):
+        for quadrants in batch.reshape(-1, 4, store.size, store.size):
+            yield stitch(*quadrants)
 
 
 def _groups(keys: Sequence[Hashable]) -> list[list[int]]:
@@ -217,10 +235,6 @@ def _groups(keys: Sequence[Hashable]) -> list[list[int]]:
     for index, key in enumerate(keys):
         groups[key].append(index)
     return list(groups.values())
-
-
-def _in_order(splits: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(splits))
 
 
 def _many(count: int, what: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from echoquad_runtime.errors import DatasetError, RunError
 from echoquad_train import checkpoint
@@ -67,10 +67,10 @@ def abandoned_on_failure(folder: Path, *, unless: bool) -> Iterator[None]:
         raise
 
 
-def begun(folder: Path) -> str | None:
-    """Find when a run that is resumed was begun."""
+def begun(folder: Path, key: Literal["created", "patient_regex"]) -> str | None:
+    """Find when a run that is resumed was begun, or by what regular expression it knows its patients."""
     try:
-        created = checkpoint.read_info(folder).get("created")
+        value = checkpoint.read_info(folder).get(key)
     except RunError:  # killed before it was written
         return None
-    return created if isinstance(created, str) else None
+    return value if isinstance(value, str) else None

@@ -185,7 +185,8 @@ def _border(grey: Grey) -> npt.NDArray[np.float32]:
     cells = np.asarray(Image.fromarray(grey).resize((_FIELD, _FIELD), Image.Resampling.BOX), np.float32)
     cells = np.where(_field(cells), np.float32(0), cells)
     step = _FIELD // _BORDER
-    return cells.reshape(_BORDER, step, _BORDER, step).mean(axis=(1, 3)).ravel()
+    mean: npt.NDArray[np.float32] = cells.reshape(_BORDER, step, _BORDER, step).mean(axis=(1, 3))
+    return mean.ravel()
 
 
 def _field(cells: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
