@@ -67,7 +67,7 @@ def test_nothing_is_found_where_nothing_is(sound: Audit) -> None:
     assert (leaks.found, leaks.patients, leaks.exact, leaks.near, leaks.unchecked) == (False, {}, (), (), 0)
     assert (sound.failures, sound.flagged, sound.notes, sound.unknown) == ((), (), (), 0)
     assert sound.counts["train"]["ASD"] == {"frames": 14, "unreadable": 0, "patients": 7}
-    assert leaks.members == {"train": 14, "validation": 3, "test": 3} or sum(leaks.members.values()) == 20
+    assert leaks.members["train"] == 14 and sum(leaks.members.values()) == 20
     assert len(sound.shortcuts) == 3  # two classes: one of each kind
     assert all(shortcut.auc is not None for shortcut in sound.shortcuts)
     assert sound.classes["NORM"]["kinds"] == {"PNG L": 20}
@@ -119,7 +119,7 @@ def test_the_keys_of_the_record(spoilt: Audit) -> None:
 
 def test_the_same_seed_gives_the_same_record(sound: Audit, clean: Path) -> None:
     assert audit(clean).to_dict() == sound.to_dict()
-    assert audit(clean, seed=1).to_dict() != sound.to_dict()
+    assert audit(clean, seed=1).shortcuts != sound.shortcuts
 
 
 def test_the_counts_name_nobody(spoilt: Audit) -> None:

@@ -167,6 +167,6 @@ def _label(axes: Axes, text: str) -> None:
     )
 
 
-def _short(name: str, width: int = 30) -> str:
+def _short(name: str, width: int = 34) -> str:
     text = shown(name)
     return text if len(text) <= width else f"...{text[3 - width :]}"

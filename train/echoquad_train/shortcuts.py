@@ -154,8 +154,9 @@ def _measure(
     scores = np.empty_like(targets)
     # The penalty grows with the number of figures, so that of many no more is believed than of few.
     penalty = float(varied.shape[1])
-    folds = GroupKFold(min(FOLDS, int(group.max()) + 1), shuffle=True, random_state=seed)
-    for seen, unseen in folds.split(varied, groups=group):
+    count = int(group.max()) + 1
+    shuffled = rng.permutation(count)[group]  # GroupKFold deals out groups in the order of their numbers
+    for seen, unseen in GroupKFold(min(FOLDS, count)).split(varied, groups=shuffled):
         scaler = StandardScaler().fit(varied[seen])
         model = Ridge(penalty).fit(scaler.transform(varied[seen]), targets[seen])
         scores[unseen] = model.predict(scaler.transform(varied[unseen]))
