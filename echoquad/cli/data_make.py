@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
@@ -51,7 +51,7 @@ def split(
     shares = partition.parse_fractions(fractions)
     with Progress("reading") as progress:
         parts = partition.partition(source, shares, pattern, seed=seed, progress=progress.update)
-    copied = partition.write_partition(parts, out, cast("partition.Mode", mode.value))
+    copied = partition.write_partition(parts, out, mode.value)
     rows = [
         [f"{part}/{shown(name)}", str(frames), str(patients)]
         for part, by_class in parts.counts.items()
