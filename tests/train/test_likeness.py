@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -93,6 +93,7 @@ def test_only_what_is_asked_is_compared(frames) -> None:
     assert alike([], thumbs.__getitem__, CENTRED, lambda a, b: np.ones(len(a), bool), 10) == ([], 0)
 
 
+@settings(max_examples=20)
 @given(st.integers(0, 255), st.integers(2, 40), st.integers(2, 40))
 def test_a_flat_frame_is_like_nothing(level: int, width: int, height: int) -> None:
     flat = thumbnail(np.full((height, width), level, np.uint8))
