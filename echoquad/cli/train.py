@@ -149,7 +149,14 @@ def train(
             raise UsageError(f"--fit {linear.value} under torchrun: one process fits it; start it without torchrun")
         if linear:
             fitted = fit_linear(
-                data, out, chosen, linear.value, device=device.value, reporter=progress, reading=reading
+                data,
+                out,
+                chosen,
+                linear.value,
+                device=device.value,
+                reporter=progress,
+                reading=reading,
+                patient_regex=patient_regex,
             )
         else:
             fitted = fit(

@@ -8,6 +8,7 @@ together are one linear layer, which becomes the head. So the run evaluates and 
 from __future__ import annotations
 
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -38,8 +39,9 @@ from echoquad_train.dataset import LabelledFrame, QuadrantStore, Split, load_qua
 from echoquad_train.device import Device, choose_device, make_deterministic
 from echoquad_train.fit import Fitted, Reporter
 from echoquad_train.history import Epoch
+from echoquad_train.leaks import leaks_of_stores
 from echoquad_train.model import QuadrantClassifier, build_model
-from echoquad_train.patients import patients_of
+from echoquad_train.patients import patient_pattern, patients_of
 from echoquad_train.recipe import Recipe
 from echoquad_train.resume import abandoned_on_failure, open_folder
 from echoquad_train.run_calibration import calibrate_run
@@ -89,12 +91,13 @@ def fit_linear(
     device: Device = "auto",
     reporter: Reporter,
     reading: Reading = AS_IT_IS,
+    patient_regex: str | None = None,
 ) -> Fitted:
     """Train a linear classifier on a backbone as it is.
 
     Parameters
     ----------
-    data, folder, device, reporter, reading
+    data, folder, device, reporter, reading, patient_regex
         As `echoquad_train.fit.fit` takes them.
     recipe
         Gives backbone, weights, contract, seed, and whether classes are weighted; of no effect is what concerns
@@ -110,6 +113,7 @@ def fit_linear(
     where = choose_device(device)
     make_deterministic(where)
     open_folder(folder, recipe, resume=False)
+    pattern = patient_pattern(patient_regex)
     classes = read_classes(data)
     contract = recipe.contract(classes)
     train, validation = (read_split(data, split, classes, reading) for split in ("train", "validation"))
@@ -122,10 +126,12 @@ def fit_linear(
             load_quadrants(split, contract, overflow=folder, progress=partial(reporter.decoding, split.name))
             for split in (train, validation)
         )
-        groups = _patients(train, train_store)
+        groups = _patients(train, train_store, pattern)
         _require_patients(train_store.labels, groups, classes)
     failures = (*train_store.failures, *validation_store.failures)
     reporter.started(where.type, "fp32", train, validation)
+    leaks = leaks_of_stores((train_store, validation_store), pattern)
+    reporter.audited(leaks)
     started = time.perf_counter()
     features = quadrant_features(model, train_store, partial(reporter.batch, 1))
     labels = np.repeat(train_store.labels, 4)
@@ -149,7 +155,7 @@ def fit_linear(
             "network; give others by --weights"
         )
     facts = record.facts(data, recipe, contract, (train, validation), failures, where.type, "fp32", reading=reading)
-    facts["fit"] = chosen.facts
+    facts |= {"fit": chosen.facts, "patient_regex": patient_regex, "audit": leaks.counts}
     checkpoint.save_best(folder, model, recipe, contract, epoch.epoch)
     facts = calibrate_run(folder, facts, recipe, validation, validation_store, where)
     record.write(folder, facts, [epoch], finished=True)
@@ -302,10 +308,10 @@ def _layer(model: QuadrantClassifier) -> nn.Linear:
     return layer
 
 
-def _patients(split: Split, store: QuadrantStore) -> npt.NDArray[np.str_]:
+def _patients(split: Split, store: QuadrantStore, pattern: re.Pattern[str] | None) -> npt.NDArray[np.str_]:
     """Tell whom each frame of a store is of."""
     by_name: dict[str, LabelledFrame] = {frame.name: frame for frame in split.frames}
-    return np.array(patients_of(by_name[name] for name in store.names))
+    return np.array(patients_of((by_name[name] for name in store.names), pattern))
 
 
 def _require_patients(labels: Labels, groups: npt.NDArray[np.str_], classes: Iterable[str]) -> None:
