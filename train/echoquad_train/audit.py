@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from echoquad_runtime._version import __version__
-from echoquad_runtime.errors import DatasetError, FrameError
+from echoquad_runtime.errors import DatasetError, EchoQuadError
 from echoquad_runtime.inputs import Failure
 from echoquad_runtime.quadrants import Grey
 from echoquad_train.dataset import SPLITS
@@ -183,7 +183,7 @@ def audit(
     pixels: list[bytes] = []
     modes: list[str] = []
     for done, (frame, content) in enumerate(read_all(frames), 1):
-        if isinstance(content, FrameError):
+        if isinstance(content, EchoQuadError):
             failures.append(Failure(frame.name, content))
         else:
             read.append(frame)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from echoquad_runtime.errors import FrameError
+from echoquad_runtime.errors import EchoQuadError
 from echoquad_runtime.names import shown
 from echoquad_runtime.quadrants import Grey
 from echoquad_train.audit import Audit
@@ -57,7 +57,7 @@ def contact_sheet(audit: Audit) -> Figure:
     pixels = {
         frame.name: content.grey
         for frame, content in read_all(list(wanted.values()))
-        if not isinstance(content, FrameError)  # gone since the audit
+        if not isinstance(content, EchoQuadError)  # gone since the audit
     }
     means = _means(audit)
     groups = [twins[start : start + COLUMNS // 2] for start in range(0, len(twins), COLUMNS // 2)]

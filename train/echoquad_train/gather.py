@@ -18,10 +18,12 @@ from typing import NamedTuple
 from PIL import Image
 
 from echoquad_runtime.devices import available_cpus
-from echoquad_runtime.errors import DatasetError, FrameError
-from echoquad_runtime.frames import EXTENSIONS, decode_frame, read_bytes
-from echoquad_runtime.inputs import walk
+from echoquad_runtime.errors import DatasetError, EchoQuadError, FrameReadError
+from echoquad_runtime.frames import decode_frame, read_bytes
+from echoquad_runtime.inputs import EXPECTED, Failure, FrameFile, find_in_folder
+from echoquad_runtime.kinds import IMAGE_ENDINGS
 from echoquad_runtime.quadrants import Grey
+from echoquad_runtime.sources import load_grey
 from echoquad_train.dataset import SPLITS
 
 __all__ = ["Content", "Found", "class_folders", "frames_below", "gather", "read_all"]
@@ -29,16 +31,31 @@ __all__ = ["Content", "Found", "class_folders", "frames_below", "gather", "read_
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A frame on disk: its name below the data folder, its class, its split (empty where there are none)."""
+    """A frame on disk, or what is known not to be read as one.
+
+    Attributes
+    ----------
+    path, name, frame
+        As of a `FrameFile`; `name` is relative to the data folder.
+    label, split
+        Its class and its split; the split is empty where there are none.
+    fault
+        Why it cannot be read, where that is known already.
+    """
 
     path: Path
     name: str
     label: str
     split: str
+    frame: int | None = None
+    fault: EchoQuadError | None = None
 
 
 class Content(NamedTuple):
-    """What a file holds: grey levels, uint8 [H, W]; the SHA-256 and number of its bytes; how it is stored."""
+    """What a frame holds: grey levels, uint8 [H, W]; the SHA-256 and number of its file's bytes; how it is stored.
+
+    The digest is empty for a frame of a clip: its file is not its own.
+    """
 
     grey: Grey
     digest: bytes
@@ -66,15 +83,18 @@ def gather(data: Path) -> list[Found]:
         )
     frames = [frame for split in there for frame in frames_below(data, data / split, split)]
     if not frames:
-        raise DatasetError(f"{data.as_posix()}: no frame found; expected {', '.join(sorted(EXTENSIONS))} files")
+        raise DatasetError(f"{data.as_posix()}: no frame found; {EXPECTED}")
     return frames
 
 
 def frames_below(data: Path, folder: Path, split: str) -> Iterator[Found]:
     """List the frames in the class folders of a folder; named by their paths below `data`."""
     for name in class_folders(folder):
-        for path in walk(folder / name):
-            yield Found(path, path.relative_to(data).as_posix(), name, split)
+        for item in find_in_folder(folder / name, f"{split}/{name}/" if split else f"{name}/"):
+            if isinstance(item, Failure):
+                yield Found(data / item.file, item.file, name, split, fault=item.error)
+            else:
+                yield Found(item.path, item.name, name, split, item.frame)
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -82,12 +102,12 @@ def class_folders(folder: Path) -> list[str]:
     return sorted(e.name for e in folder.iterdir() if e.is_dir() and not e.name.startswith((".", "__")))
 
 
-def read_all(frames: Iterable[Found]) -> Iterator[tuple[Found, Content | FrameError]]:
+def read_all(frames: Iterable[Found]) -> Iterator[tuple[Found, Content | EchoQuadError]]:
     """Read frames in threads, in order, a bounded number ahead; an error takes the place of what cannot be read."""
     workers = min(8, available_cpus())
     rest = iter(frames)
     with ThreadPoolExecutor(workers, "read") as pool:
-        waiting: list[tuple[Found, Future[Content | FrameError]]] = []
+        waiting: list[tuple[Found, Future[Content | EchoQuadError]]] = []
         waiting += ((frame, pool.submit(_read, frame)) for frame in islice(rest, 4 * workers))
         while waiting:
             frame, future = waiting.pop(0)
@@ -95,12 +115,23 @@ def read_all(frames: Iterable[Found]) -> Iterator[tuple[Found, Content | FrameEr
             waiting += ((frame, pool.submit(_read, frame)) for frame in islice(rest, 1))
 
 
-def _read(frame: Found) -> Content | FrameError:
+def _read(frame: Found) -> Content | EchoQuadError:
+    if frame.fault is not None:
+        return frame.fault
     try:
+        if frame.path.suffix.lower() in IMAGE_ENDINGS:  # its bytes are read once for all
+            data = read_bytes(frame.path)
+            return Content(decode_frame(data), hashlib.sha256(data).digest(), len(data), _mode(data))
+        grey = load_grey(FrameFile(frame.path, frame.name, frame.frame))
+        kind = frame.path.suffix.lower().removeprefix(".") or "other"
+        if frame.frame is not None:
+            return Content(grey, b"", frame.path.stat().st_size, kind)
         data = read_bytes(frame.path)
-        return Content(decode_frame(data), hashlib.sha256(data).digest(), len(data), _mode(data))
-    except FrameError as error:
+        return Content(grey, hashlib.sha256(data).digest(), len(data), kind)
+    except EchoQuadError as error:
         return error
+    except OSError as error:  # gone between two looks
+        return FrameReadError(f"it cannot be read ({error.strerror}); expected an image file")
 
 
 def _mode(data: bytes) -> str:

@@ -173,7 +173,11 @@ def find_leaks(
         return Twins(kind, tuple(names[index] for index in ordered), people, distance, alike)
 
     same = [group for group in _groups(pixels) if len(group) > 1]
-    exact = [twins("file" if files and len({files[i] for i in group}) == 1 else "pixels", group) for group in same]
+    exact = [
+        # A frame of a clip has no file of its own.
+        twins("file" if files and files[group[0]] and len({files[i] for i in group}) == 1 else "pixels", group)
+        for group in same
+    ]
     spare = {index for group in same for index in group[1:]}  # their picture is compared once
     left = [index for index in range(len(names)) if index not in spare]
     code = np.unique(splits, return_inverse=True)[1][left] if left else np.zeros(0, int)

@@ -23,7 +23,7 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from echoquad_runtime.errors import ConfigError, DatasetError, FrameError
+from echoquad_runtime.errors import ConfigError, DatasetError, EchoQuadError
 from echoquad_runtime.files import write_bytes
 from echoquad_runtime.inputs import Failure
 from echoquad_runtime.names import encoded, printed
@@ -128,7 +128,7 @@ def partition(
     pixels: list[bytes] = []
     views = SHIFTED if len(frames) <= THOROUGH else CENTRED
     for done, (frame, content) in enumerate(read_all(frames), 1):
-        if isinstance(content, FrameError):
+        if isinstance(content, EchoQuadError):
             failures.append(Failure(frame.name, content))
         else:
             read.append(frame)

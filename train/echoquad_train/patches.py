@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from echoquad_runtime.contract import QUADRANTS
-from echoquad_runtime.errors import DatasetError, FrameError, VerificationError
+from echoquad_runtime.errors import DatasetError, EchoQuadError, VerificationError
 from echoquad_runtime.files import write_bytes
 from echoquad_runtime.frames import read_frame
 from echoquad_runtime.inputs import Failure
@@ -77,7 +77,7 @@ def write_patches(data: Path, out: Path, keep: float, *, progress: Callable[[int
     with built_beside(out) as partial:
         for done, (frame, content) in enumerate(read_all(frames), 1):
             try:
-                if isinstance(content, FrameError):
+                if isinstance(content, EchoQuadError):
                     raise content
                 height, width = content.grey.shape
                 box = crop_box(width, height, keep)
@@ -85,7 +85,7 @@ def write_patches(data: Path, out: Path, keep: float, *, progress: Callable[[int
                 _write(partial, names, content.grey, keep)
             except VerificationError:
                 raise
-            except FrameError as error:
+            except EchoQuadError as error:
                 failures.append(Failure(frame.name, error))
             else:
                 left, top, right, bottom = box
