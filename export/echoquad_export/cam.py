@@ -31,9 +31,12 @@ _PASSED: Final = ("Flatten", "Reshape", "Squeeze", "Identity", "Dropout")
 """What may stand between the pooling and the linear layer: nothing that changes a value."""
 
 
-def last_pooling(graph: onnx.GraphProto) -> onnx.NodeProto | None:
-    """Find the mean over the last feature map, where the head's linear layer follows it and nothing else does."""
-    found = _ends(graph)
+def last_pooling(graph: onnx.GraphProto, answer: str = OUTPUTS[0]) -> onnx.NodeProto | None:
+    """Find the mean over the last feature map, where the head's linear layer follows it and nothing else does.
+
+    `answer` is what that layer gives: the logits, or in an ensemble a member's own.
+    """
+    found = _ends(graph, answer)
     return found[0] if found else None
 
 
@@ -112,15 +115,15 @@ def check_cam(graph: bytes, quadrants: npt.NDArray[np.uint8]) -> dict[str, Any] 
     return {"sides": list(maps.shape[2:]), "max_abs_difference": largest}
 
 
-def _ends(graph: onnx.GraphProto) -> tuple[onnx.NodeProto, onnx.NodeProto] | None:
-    """Give the last pooling and the linear layer that gives the logits; None where one does not lead to the other."""
+def _ends(graph: onnx.GraphProto, answer: str = OUTPUTS[0]) -> tuple[onnx.NodeProto, onnx.NodeProto] | None:
+    """Give the last pooling and the linear layer that gives `answer`; None where one does not lead to the other."""
     producers = {name: node for node in graph.node for name in node.output}
     constants = {item.name for item in graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    head = producers.get(OUTPUTS[0])
+    head = producers.get(answer)
     if head is None or head.op_type != "Gemm" or head.input[1] not in constants:
         return None
     node = producers.get(head.input[0])

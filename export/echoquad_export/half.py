@@ -13,12 +13,11 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from echoquad_export.cam import last_pooling
+from echoquad_export.ends import float_end
 from echoquad_export.graph import replace_nodes
 
 __all__ = ["to_half"]
 
-_SINGLE: Final = "Gemm"  # with all that follows it
 _KEPT: Final = ("LayerNormalization",)
 _MOVED: Final = ("Reshape", "Squeeze", "Transpose", "Unsqueeze")
 """Values that are only moved keep their type: cast before a transposition that a product follows, the graph makes
@@ -42,9 +41,7 @@ def to_half(graph: bytes) -> bytes:
     """
     model = onnx.load_from_string(graph)
     nodes = list(model.graph.node)
-    kinds = [node.op_type for node in nodes]
-    pooling = last_pooling(model.graph)
-    begin, end = kinds.index("Conv"), nodes.index(pooling) if pooling else len(kinds) - 1 - kinds[::-1].index(_SINGLE)
+    begin, single = [node.op_type for node in nodes].index("Conv"), float_end(model.graph)
     constants = {item.name: item for item in model.graph.initializer}
     # Sizes are computed too, in a transformer: they are integers and stay so.
     known = onnx.shape_inference.infer_shapes(model).graph.value_info
@@ -64,7 +61,7 @@ def to_half(graph: bytes) -> bytes:
 
     for index, node in enumerate(nodes):
         moved = node.op_type in _MOVED and node.input[0] not in halved
-        inside = begin <= index < end and node.op_type not in _KEPT and not moved
+        inside = index >= begin and node.output[0] not in single and node.op_type not in _KEPT and not moved
         for position, name in enumerate(node.input):
             if name in constants:
                 if inside and constants[name].data_type == onnx.TensorProto.FLOAT:

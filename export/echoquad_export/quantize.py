@@ -20,10 +20,9 @@ import onnx
 from onnx import helper, numpy_helper
 
 from echoquad_export.calibrate import Ranges
-from echoquad_export.cam import last_pooling
+from echoquad_export.ends import float_end
 from echoquad_export.stem import integer_stem
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.onnx_scan import CAM
 
 __all__ = ["float_tensors", "layers", "prepare", "quantize"]
 
@@ -209,9 +208,9 @@ def _is_computed(node: onnx.NodeProto, constants: Constants) -> bool:
 
 
 def _computed(model: onnx.ModelProto, constants: Constants, keep_float: Collection[str]) -> set[str]:
-    pooling = last_pooling(model.graph)
-    kept = {pooling.name, *(node.name for node in model.graph.node if CAM in node.output)} if pooling else set()
-    return {node.name for node in model.graph.node if _is_computed(node, constants)} - set(keep_float) - kept
+    end = float_end(model.graph)
+    nodes = [node for node in model.graph.node if node.output[0] not in end]
+    return {node.name for node in nodes if _is_computed(node, constants)} - set(keep_float)
 
 
 def _quantized_tensors(model: onnx.ModelProto, constants: Constants, computed: Collection[str]) -> dict[str, str]:

@@ -26,7 +26,6 @@ from onnx import helper, numpy_helper
 
 from echoquad_export.graph import replace_nodes
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.session import INPUT
 
 __all__ = ["PREFIX", "integer_stem"]
 
@@ -41,7 +40,8 @@ def integer_stem(graph: onnx.ModelProto, contract: Contract, *, regroup: bool = 
     Parameters
     ----------
     graph
-        As `echoquad_export.graph.build_graph` makes it, in float32: a cast, the normalisation, a convolution.
+        As `echoquad_export.graph.build_graph` makes it, in float32: a cast, the normalisation, a convolution; of an
+        ensemble, perhaps a flip before these, and the convolutions of all its members.
     contract
         Gives mean, standard deviation and input size.
     regroup
@@ -57,26 +57,59 @@ def integer_stem(graph: onnx.ModelProto, contract: Contract, *, regroup: bool = 
     result = onnx.ModelProto()
     result.CopyFrom(graph)
     nodes = list(result.graph.node)
-    position = next((i for i, node in enumerate(nodes) if node.op_type == "Conv"), None)
-    zero_point = round(WHITE * contract.mean)
-    if position is None or not 0 <= zero_point <= WHITE:
+    kinds = [node.op_type for node in nodes]
+    if not 0 <= round(WHITE * contract.mean) <= WHITE or not {"Cast", "Conv"} <= set(kinds):
         return result
-    convolution, rest = nodes[position], nodes[position + 1 :]
-    kept = _read_by(rest, nodes[:position])
+    cast, position = kinds.index("Cast"), kinds.index("Conv")
+    grey, image = nodes[cast].input[0], nodes[position].input[0]
     constants = {item.name: numpy_helper.to_array(item) for item in result.graph.initializer}
+    rest = nodes[position:]
+    readers = [node for node in rest if node.op_type != "Conv" or node.input[0] != image]
+    written = _read_by([nodes[cast], *readers], nodes[:position])
+    first = 0
+    while rest:
+        node = rest.pop(0)
+        if node.op_type != "Conv" or node.input[0] != image:
+            written.append(node)
+            continue
+        # With its convolution, as the integers join the two.
+        follows = rest and rest[0].op_type == "Relu" and rest[0].input[0] == node.output[0]
+        relu = rest[0] if follows else None
+        prefix = f"{PREFIX}{first}." if first else PREFIX
+        front, added, taken = _front(node, relu, grey, prefix, constants, contract, regroup=regroup)
+        written += front
+        result.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in added.items())
+        rest, first = rest[taken:], first + 1
+    replace_nodes(result.graph, written)
+    return result
+
+
+def _front(
+    convolution: onnx.NodeProto,
+    relu: onnx.NodeProto | None,
+    grey: str,
+    prefix: str,
+    constants: dict[str, npt.NDArray[Any]],
+    contract: Contract,
+    *,
+    regroup: bool,
+) -> tuple[list[onnx.NodeProto], dict[str, npt.NDArray[Any]], int]:
+    """Give the nodes that take a first convolution's place, their constants, and whether (1) its ReLU is in them."""
     attributes = {item.name: helper.get_attribute_value(item) for item in convolution.attribute}
     weight = constants[convolution.input[1]].astype(np.float64)
     bias = constants[convolution.input[2]].astype(np.float64) if len(convolution.input) > 2 else np.zeros(len(weight))
     # (g / 255 - mean) / std = (g - zero_point) / (255 std) + (zero_point / 255 - mean) / std, the last a constant.
+    zero_point = round(WHITE * contract.mean)
     bias = bias + (zero_point / WHITE - contract.mean) / contract.std * weight.sum(axis=(1, 2, 3))
 
     added: dict[str, npt.NDArray[Any]] = {
-        "scale": np.array(1 / (WHITE * contract.std), np.float32),
-        "zero_point": np.array(zero_point, np.uint8),
+        f"{prefix}scale": np.array(1 / (WHITE * contract.std), np.float32),
+        f"{prefix}zero_point": np.array(zero_point, np.uint8),
     }
     front: list[onnx.NodeProto] = []
-    grey, after = INPUT, list(convolution.output)
-    if regroup and _regroups(attributes, weight, contract.input_size):
+    after = list(convolution.output)
+    regrouped = regroup and _regroups(attributes, weight, contract.input_size)
+    if regrouped:
         size, filters = contract.input_size, len(weight)
         weight, before, behind = _regrouped(weight, attributes["pads"][1])
         attributes |= {
@@ -85,36 +118,34 @@ def integer_stem(graph: onnx.ModelProto, contract: Contract, *, regroup: bool = 
             "pads": [attributes["pads"][0], before, attributes["pads"][2], behind],
         }
         bias = np.tile(bias, 2)
-        added["columns"] = np.array([0, size, size // COLUMNS, COLUMNS], np.int64)
-        added["rows"] = np.array([0, size // 2, size // 2, filters], np.int64)
+        added[f"{prefix}columns"] = np.array([0, size, size // COLUMNS, COLUMNS], np.int64)
+        added[f"{prefix}rows"] = np.array([0, size // 2, size // 2, filters], np.int64)
         front += [
-            helper.make_node("Reshape", [INPUT, f"{PREFIX}columns"], [f"{PREFIX}grouped"]),
-            helper.make_node("Transpose", [f"{PREFIX}grouped"], [f"{PREFIX}grey"], perm=[0, 3, 1, 2]),
+            helper.make_node("Reshape", [grey, f"{prefix}columns"], [f"{prefix}grouped"]),
+            helper.make_node("Transpose", [f"{prefix}grouped"], [f"{prefix}grey"], perm=[0, 3, 1, 2]),
         ]
-        grey, after = f"{PREFIX}grey", [f"{PREFIX}features"]
-    added["weight"], added["bias"] = weight.astype(np.float32), bias.astype(np.float32)
-    scaled = [grey, f"{PREFIX}scale", f"{PREFIX}zero_point"]
-    front.append(helper.make_node("DequantizeLinear", scaled, [f"{PREFIX}image"]))
-    inputs = [f"{PREFIX}image", f"{PREFIX}weight", f"{PREFIX}bias"]
+        grey, after = f"{prefix}grey", [f"{prefix}features"]
+    added[f"{prefix}weight"], added[f"{prefix}bias"] = weight.astype(np.float32), bias.astype(np.float32)
+    scaled = [grey, f"{prefix}scale", f"{prefix}zero_point"]
+    front.append(helper.make_node("DequantizeLinear", scaled, [f"{prefix}image"]))
+    inputs = [f"{prefix}image", f"{prefix}weight", f"{prefix}bias"]
     front.append(helper.make_node("Conv", inputs, after, **attributes))
-    if after != list(convolution.output):
-        last = convolution.output[0]
-        if rest and rest[0].op_type == "Relu":  # with its convolution, as the integers join the two
-            relu, rest = rest[0], rest[1:]
-            front.append(helper.make_node("Relu", after, [f"{PREFIX}active"]))
-            after, last = [f"{PREFIX}active"], relu.output[0]
-        front += [
-            helper.make_node("Transpose", after, [f"{PREFIX}last"], perm=[0, 2, 3, 1]),
-            helper.make_node("Reshape", [f"{PREFIX}last", f"{PREFIX}rows"], [f"{PREFIX}unrolled"]),
-            helper.make_node("Transpose", [f"{PREFIX}unrolled"], [last], perm=[0, 3, 1, 2]),
-        ]
-    result.graph.initializer.extend(numpy_helper.from_array(value, f"{PREFIX}{name}") for name, value in added.items())
-    replace_nodes(result.graph, [*front, *kept, *rest])
-    return result
+    if not regrouped:
+        return front, added, 0
+    last = convolution.output[0]
+    if relu is not None:
+        front.append(helper.make_node("Relu", after, [f"{prefix}active"]))
+        after, last = [f"{prefix}active"], relu.output[0]
+    front += [
+        helper.make_node("Transpose", after, [f"{prefix}last"], perm=[0, 2, 3, 1]),
+        helper.make_node("Reshape", [f"{prefix}last", f"{prefix}rows"], [f"{prefix}unrolled"]),
+        helper.make_node("Transpose", [f"{prefix}unrolled"], [last], perm=[0, 3, 1, 2]),
+    ]
+    return front, added, int(relu is not None)
 
 
 def _read_by(nodes: Sequence[onnx.NodeProto], before: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """Find what stands before the first convolution and is read behind it: a transformer counts the quadrants."""
+    """Find what stands before the first convolution and is read behind it: flips, a transformer's count."""
     wanted = {name for node in nodes for name in node.input}
     found: list[onnx.NodeProto] = []
     for node in reversed(before):

@@ -25,7 +25,7 @@ from echoquad_train.dataset import Split
 from echoquad_train.history import Epoch, best_of
 from echoquad_train.recipe import Recipe
 
-__all__ = ["facts", "versions", "write"]
+__all__ = ["facts", "git_commit", "versions", "write"]
 
 SCHEMA = 1
 
@@ -87,7 +87,7 @@ def facts(
             **({"reading": reading.to_dict()} if reading != AS_IT_IS else {}),
         },
         "versions": versions(),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
     }
 
 
@@ -121,7 +121,7 @@ def _age(path: Path) -> float:
     return age if age >= 0 else math.inf
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Find the commit of EchoQuad's own checkout, ``-dirty`` where files differ; None for an installed wheel."""
     # Without its optional locks, git does not stand in the way of another git at work.
     git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]
