@@ -17,6 +17,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS: Final = {
     "train": "train data/ --out run --recipe scratch --set lr=5e-4",
+    "ensemble": "ensemble run-1 run-2 run-3 --out ensemble --vote soft --flip",
     "evaluate": "evaluate run data/ --split test --out evaluation",
     "export": "export run --out bundle",
     "sign": "sign bundle --key key.pem",

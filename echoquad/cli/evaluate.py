@@ -33,7 +33,9 @@ __all__ = ["evaluate", "summarize", "summarize_pair"]
 
 
 def evaluate(
-    model: Annotated[Path, Argument(metavar="RUN_OR_BUNDLE", help="A run (torch) or a bundle (onnxruntime).")],
+    model: Annotated[
+        Path, Argument(metavar="RUN_OR_BUNDLE", help="A run or ensemble (torch), or a bundle (onnxruntime).")
+    ],
     rest: Annotated[
         list[Path],
         Argument(
@@ -293,9 +295,10 @@ def _predictor(
         note(bundled.engine.note or f"bundle {model.as_posix()}")
         return bundled
 
-    from echoquad_train.checkpoint import RUN, load_run
+    from echoquad_train.checkpoint import RUN
     from echoquad_train.device import choose_device
     from echoquad_train.engine import TorchEngine
+    from echoquad_train.members import Ensemble, load_trained
 
     if not (model / RUN).exists():
         raise RunError(f"{model.as_posix()}: neither a run ({RUN}) nor a bundle ({MANIFEST}) is here; check the path")
@@ -309,6 +312,8 @@ def _predictor(
         import torch
 
         torch.set_num_threads(threads)
-    run = load_run(model)
+    run = load_trained(model)
+    if isinstance(run, Ensemble) and run.trained_in_folds:
+        note(f"of train and validation most members have learned, so figures on them flatter; out-of-fold: {RUN}")
     engine = TorchEngine(run.model, run.contract, choose_device(TorchDeviceName(device).value))
     return Predictor(engine, method=rule, batch_size=batch_size, abstain_below=abstain_below)

@@ -13,7 +13,7 @@ __all__ = ["export"]
 
 
 def export(
-    run: Annotated[Path, Argument(metavar="RUN", help="Folder that `echoquad train` wrote.")],
+    run: Annotated[Path, Argument(metavar="RUN", help="Folder that `echoquad train` or `ensemble` wrote.")],
     out: Annotated[
         Path,
         Option("--out", metavar="BUNDLE", help="Bundle folder to write; an older bundle is replaced."),

@@ -58,9 +58,20 @@ def train(
         Option(
             "--teacher",
             metavar="RUN",
-            help="Finished run to distil from, of the same classes; every batch costs its forward pass as well. "
-            "Backbone (--set backbone=mobilenet_v3_small) and input size may be smaller than its own; how much it "
-            "counts: --set distill_weight=0.7, --set distill_temperature=4.",
+            help="Finished run or ensemble to distil from, of the same classes; every batch costs its forward pass as "
+            "well. Backbone (--set backbone=mobilenet_v3_small) and input size may be smaller than its own; how much "
+            "it counts: --set distill_weight=0.7, --set distill_temperature=4.",
+        ),
+    ] = None,
+    folds: Annotated[
+        int | None,
+        Option(
+            "--folds",
+            metavar="K",
+            min=2,
+            help="Cross-validate: deal the train and validation frames (never test) into K folds, no patient in two, "
+            "and train K runs, RUN/fold-1 and so on, each validated on the fold that it has not learned from. RUN "
+            "then is an ensemble of them, with their out-of-fold figures.",
         ),
     ] = None,
     linear: Annotated[
@@ -79,7 +90,8 @@ def train(
         Option(
             "--patient-regex",
             metavar="RE",
-            help="Says whom a frame is of, as for `echoquad data audit`; to tell whether somebody is in both splits.",
+            help="Says whom a frame is of, as for `echoquad data audit`; to tell whether somebody is in both splits, "
+            "and to deal --folds.",
         ),
     ] = None,
     device: TorchDevice = TorchDeviceName.auto,
@@ -105,6 +117,7 @@ def train(
 
     Under torchrun, several processes train one classifier, each with its share of every batch.
     """
+    from echoquad.cli.folds import is_folded, require_folds, train_folds
     from echoquad_runtime.errors import UsageError
     from echoquad_train.dataset import read_classes, read_split
     from echoquad_train.patients import patient_pattern
@@ -133,6 +146,9 @@ def train(
     if not teacher and any(setting.strip().startswith("distill_") for setting in settings or ()):
         note("without --teacher, distill_weight and distill_temperature do nothing")
     _check_linear(linear, resume=resume, epochs=epochs, teacher=teacher)
+    require_folds(folds, patient_regex, teacher, resume=resume)
+    if folds and linear:
+        raise UsageError(f"--folds with --fit {linear.value}: folds train networks; leave out one of the two")
     if resume and not out.exists():
         raise UsageError(f"--resume: {out.as_posix()} is not there; train without --resume first")
 
@@ -144,6 +160,20 @@ def train(
 
     if resume and not (recipe or settings or given) and (out / RECIPE).is_file():
         chosen = Recipe.load(str(out / RECIPE))
+    if folds or (resume and is_folded(out)):
+        code = train_folds(
+            data,
+            out,
+            chosen,
+            folds,
+            patient_regex,
+            device=device.value,
+            resume=resume,
+            stream=stream.value,
+            workers=workers,
+            tensorboard=tensorboard,
+        )
+        raise SystemExit(code)
     with TrainingProgress() as progress, joined(choose_device(device.value)) as ranks, _told_once(ranks):
         if linear and ranks.count > 1:
             raise UsageError(f"--fit {linear.value} under torchrun: one process fits it; start it without torchrun")

@@ -17,9 +17,10 @@ from echoquad_export.fold import fold_first_convolution
 from echoquad_runtime._version import __version__
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.onnx_scan import CONTRACT_HASH_KEY, CONTRACT_KEY, INPUT, OUTPUTS
+from echoquad_train.ensemble import EnsembleClassifier, views_of
 from echoquad_train.model import QuadrantClassifier
 
-__all__ = ["IR_VERSION", "OPSET", "DeployedClassifier", "build_graph", "replace_nodes"]
+__all__ = ["IR_VERSION", "OPSET", "DeployedClassifier", "DeployedEnsemble", "build_graph", "replace_nodes"]
 
 OPSET: Final = 18
 IR_VERSION: Final = 10
@@ -52,8 +53,34 @@ class DeployedClassifier(nn.Module):
         return logits, torch.softmax(scaled, dim=1)
 
 
-def build_graph(model: QuadrantClassifier, contract: Contract) -> bytes:
-    """Export a model to ONNX: float32, one file, any number of quadrants.
+class DeployedEnsemble(nn.Module):
+    """An ensemble as it is deployed: its members as they would be, flips and vote inside.
+
+    Parameters
+    ----------
+    model
+        The ensemble; its members are copied, not changed.
+    contract
+        The ensemble's own, whose temperature comes after the vote.
+    """
+
+    def __init__(self, model: EnsembleClassifier, contract: Contract) -> None:
+        super().__init__()
+        members = [member for member in model.members if isinstance(member, QuadrantClassifier)]
+        self.members = nn.ModuleList(DeployedClassifier(member, contract) for member in members)
+        self.join, self.flip, self.temperature = model.join, model.flip, contract.temperature
+        self.eval()
+
+    def forward(self, quadrants: Tensor) -> tuple[Tensor, Tensor]:
+        """Give logits and probabilities, float32 [N, C], for uint8 [N, 1, S, S]."""
+        seen = views_of(quadrants, self.flip)
+        logits = self.join([member(seen)[0] for member in self.members])
+        scaled = logits if self.temperature == 1 else logits / self.temperature
+        return logits, torch.softmax(scaled, dim=1)
+
+
+def build_graph(model: QuadrantClassifier | EnsembleClassifier, contract: Contract) -> bytes:
+    """Export a run's or an ensemble's model to ONNX: float32, one file, any number of quadrants.
 
     Returns
     -------
@@ -63,6 +90,11 @@ def build_graph(model: QuadrantClassifier, contract: Contract) -> bytes:
     size = contract.input_size
     # With a single sample the exporter would take N for the constant 1.
     sample = torch.zeros(2, 1, size, size, dtype=torch.uint8)
+    deployed: nn.Module = (
+        DeployedEnsemble(model.cpu(), contract)
+        if isinstance(model, EnsembleClassifier)
+        else DeployedClassifier(model.cpu(), contract)
+    )
     exporter_log = logging.getLogger("torch.onnx")
     level = exporter_log.level
     exporter_log.setLevel(logging.ERROR)  # it reports optional packages that are missing; nothing here needs them
@@ -70,7 +102,7 @@ def build_graph(model: QuadrantClassifier, contract: Contract) -> bytes:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own deprecations, which nobody here can act on
             program = torch.onnx.export(
-                DeployedClassifier(model.cpu(), contract),
+                deployed,
                 (sample,),
                 dynamo=True,
                 opset_version=OPSET,

@@ -9,6 +9,7 @@ from echoquad_runtime.bundle import INTENDED_USE, SCHEMA, encode_manifest
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import RunError
 from echoquad_train.checkpoint import Run
+from echoquad_train.members import Ensemble
 from echoquad_train.record import versions
 
 __all__ = ["make_manifest", "provenance"]
@@ -58,8 +59,33 @@ def make_manifest(
     )
 
 
-def provenance(run: Run) -> dict[str, Any]:
+def provenance(run: Run | Ensemble) -> dict[str, Any]:
     """Give what a bundle says of its training. Folders and file names stay behind: they can name patients."""
+    return _of_ensemble(run) if isinstance(run, Ensemble) else _of_run(run)
+
+
+def _of_ensemble(ensemble: Ensemble) -> dict[str, Any]:
+    """Say of an ensemble how its members judge together, and of each what would be said of it alone."""
+    info = ensemble.info
+    members = []
+    for entry, run in zip(info["members"], ensemble.members, strict=True):
+        fold = {"fold": entry["fold"]} if "fold" in entry else {}
+        own = {"weights_sha256": entry["weights_sha256"], "temperature": entry["temperature"], **fold}
+        members.append({**_of_run(run), **own})
+    recipes = {member["recipe"] for member in members}
+    try:
+        return {
+            **{key: info[key] for key in ("kind", "created", "backbone", "vote", "views", "versions", "git_commit")},
+            "members": members,
+            "frames": info["data"]["frames"],
+            "unreadable": len(info["data"]["unreadable"]),
+            **({"recipe": recipes.pop()} if len(recipes) == 1 else {}),
+        }
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{ensemble.folder.as_posix()}: run.json lacks {error}; make the ensemble again") from error
+
+
+def _of_run(run: Run) -> dict[str, Any]:
     info, recipe = run.info, run.recipe
     if recipe.weights not in ("imagenet", "none"):
         recipe = recipe.replace(weights="file")

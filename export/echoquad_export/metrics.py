@@ -15,12 +15,15 @@ from echoquad_runtime.session import Floats
 from echoquad_runtime.vote import decide
 from echoquad_train.checkpoint import Run
 from echoquad_train.evaluate import wilson_interval
+from echoquad_train.members import Ensemble
 
 __all__ = ["measure_run"]
 
 
-def measure_run(run: Run, probabilities: Floats, labels: npt.NDArray[np.int64], source: str) -> dict[str, Any]:
-    """Give what a run reached on labelled frames: in training, and by its weights as they are exported.
+def measure_run(
+    run: Run | Ensemble, probabilities: Floats, labels: npt.NDArray[np.int64], source: str
+) -> dict[str, Any]:
+    """Give what a run or an ensemble reached on labelled frames: in training, and by its weights as they are exported.
 
     Parameters
     ----------
@@ -36,23 +39,22 @@ def measure_run(run: Run, probabilities: Floats, labels: npt.NDArray[np.int64], 
     Returns
     -------
     dict
-        ``training`` with its ``frame_accuracy``; ``export`` with that, the ``recall`` of each class, and
-        ``quadrant_accuracy``. Each has the number that was right, that of all, the share and its 95 % interval; the
-        last has none, for the quadrants of a frame are not independent.
+        ``training`` with its ``frame_accuracy`` (not for an ensemble, which was not validated as such; for one of folds
+        ``out_of_fold`` instead, which its members reached one by one); ``export`` with that, the ``recall`` of each
+        class, and ``quadrant_accuracy``. Each has the number that was right, that of all, the share and its 95 %
+        interval; the last has none, for the quadrants of a frame are not independent.
 
     Raises
     ------
     RunError
         If ``run.json`` lacks what was reached.
     """
-    try:
-        best, count = run.info["best"], sum(run.info["data"]["frames"]["validation"].values())
-        reached = _share(round(best["validation_frame_accuracy"] * count), count)
-        training = {"split": "validation", "epoch": best["epoch"], "frame_accuracy": reached}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"{run.folder.as_posix()}: run.json does not say what was reached ({error}); train again"
-        ) from error
+    if isinstance(run, Ensemble):
+        reached_before = _out_of_fold(run)
+        if run.trained_in_folds:
+            source = f"{source}, whose frames most members have learned from,"
+    else:
+        reached_before = {"training": _in_training(run)}
     contract = run.contract
     shape = (-1, 4, len(contract.classes))
     decision = decide(probabilities.reshape(shape), contract.vote, contract.vote_weights)
@@ -68,7 +70,34 @@ def measure_run(run: Run, probabilities: Floats, labels: npt.NDArray[np.int64], 
             "share": float(quadrants.mean()),
         },
     }
-    return {"training": training, "export": export}
+    return {**reached_before, "export": export}
+
+
+def _in_training(run: Run) -> dict[str, Any]:
+    try:
+        best, count = run.info["best"], sum(run.info["data"]["frames"]["validation"].values())
+        reached = _share(round(best["validation_frame_accuracy"] * count), count)
+        return {"split": "validation", "epoch": best["epoch"], "frame_accuracy": reached}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{run.folder.as_posix()}: run.json does not say what was reached ({error}); train again"
+        ) from error
+
+
+def _out_of_fold(ensemble: Ensemble) -> dict[str, Any]:
+    """Give what an ensemble's folds reached on the frames that each had not learned from; nothing for another one."""
+    try:
+        found = ensemble.info["out_of_fold"]
+        count = found["pooled"]["frames"]
+        return {
+            "out_of_fold": {
+                "folds": len(found["folds"]),
+                "frame_accuracy": _share(round(found["pooled"]["accuracy"] * count), count),
+                "standard_deviation": found["standard_deviation"]["accuracy"],
+            }
+        }
+    except (KeyError, TypeError):
+        return {}
 
 
 def _share(right: int, count: int) -> dict[str, Any]:

@@ -37,9 +37,10 @@ from echoquad_runtime.kinds import Reading
 from echoquad_runtime.session import OnnxEngine, infer_all
 from echoquad_runtime.signing import check_private_key, sign_bundle
 from echoquad_runtime.verify import Verification, verify
-from echoquad_train.checkpoint import Run, load_run
+from echoquad_train.checkpoint import Run
 from echoquad_train.dataset import Split, load_quadrants, read_split
 from echoquad_train.engine import TorchEngine
+from echoquad_train.members import Ensemble, load_trained
 
 __all__ = ["Exported", "check_precisions", "export_run"]
 
@@ -99,7 +100,7 @@ def export_run(
     sign_key: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Exported:
-    """Export a run's best checkpoint to a bundle.
+    """Export a run's best checkpoint, or an ensemble, to a bundle.
 
     Everything is written beside `out` and takes its name only when parity and verification have passed. A
     bundle that `out` held before is there, unchanged, until then.
@@ -107,7 +108,7 @@ def export_run(
     Parameters
     ----------
     folder
-        The run.
+        The run or the ensemble.
     out
         The bundle's folder: new, empty, or an older bundle with nothing else in it.
     precisions
@@ -142,7 +143,7 @@ def export_run(
     wanted = check_precisions(precisions)
     _check_ends(out, sign_key)
     progress("reading the run")
-    run = load_run(folder)
+    run = load_trained(folder)
     split = _parity_split(run, parity_data)
     calibration = _calibration_set(run, calibrate_data, calibration_frames) if "int8" in wanted else None
     source = golden_source(golden, split.files())
@@ -205,7 +206,7 @@ class _Draft:
         What the manifest says of each graph, of their parity, and under further keys.
     """
 
-    def __init__(self, place: Path, run: Run) -> None:
+    def __init__(self, place: Path, run: Run | Ensemble) -> None:
         self.place = place
         self.details: dict[str, dict[str, Any]] = {}
         self.figures: Mapping[str, Any] = {}
@@ -267,7 +268,7 @@ def _sign(place: Path, key: Path | None, progress: Callable[[str], None]) -> Non
         sign_bundle(place, key)
 
 
-def _calibration_set(run: Run, data: Path | None, frames: int) -> CalibrationSet:
+def _calibration_set(run: Run | Ensemble, data: Path | None, frames: int) -> CalibrationSet:
     try:
         return draw_calibration_set(
             data or _data_folder(run, "--calibrate"),
@@ -284,7 +285,7 @@ def _calibration_set(run: Run, data: Path | None, frames: int) -> CalibrationSet
         ) from error
 
 
-def _data_folder(run: Run, option: str) -> Path:
+def _data_folder(run: Run | Ensemble, option: str) -> Path:
     """Give the folder that a run was trained on."""
     try:
         return Path(run.info["data"]["folder"])
@@ -294,7 +295,7 @@ def _data_folder(run: Run, option: str) -> Path:
         ) from error
 
 
-def _parity_split(run: Run, parity_data: Path | None) -> Split:
+def _parity_split(run: Run | Ensemble, parity_data: Path | None) -> Split:
     data = parity_data or _data_folder(run, "--parity")
     try:
         return read_split(data, "validation", run.contract.classes, Reading.found_in(run.info.get("data")))

@@ -151,14 +151,12 @@ def _training(manifest: Mapping[str, Any]) -> Section:
         for split, counts in _items(_at(training, "frames"))
     ]
     table = Table(("frames", *classes), tuple(counted)) if counted else Paragraph(f"Counts of frames: {NOT_STATED}.")
-    blocks: list[Block] = [
-        table,
-        Paragraph(
-            f"Frames that could not be read: {_number(_at(training, 'unreadable'), 'd')}. "
-            f"Seed {_number(_at(training, 'seed'), 'd')}, {_number(_at(training, 'epochs'), 'd')} epochs, trained on "
-            f"{_text(_at(training, 'device'))} in {_text(_at(training, 'precision'))}."
-        ),
-    ]
+    unread = f"Frames that could not be read: {_number(_at(training, 'unreadable'), 'd')}."
+    blocks: list[Block] = [table]
+    if _at(training, "kind") == "ensemble":
+        blocks += _members(training, unread)
+    else:
+        blocks.append(Paragraph(f"{unread} {_course(training)}."))
     if (audit := _at(training, "audit")) is not None:
         blocks.append(_leaks(audit))
     if (teacher := _at(training, "teacher")) is not None:
@@ -182,13 +180,50 @@ def _leaks(audit: Any) -> Paragraph:
     )
 
 
+def _course(training: Any) -> str:
+    return (
+        f"Seed {_number(_at(training, 'seed'), 'd')}, {_number(_at(training, 'epochs'), 'd')} epochs, trained on "
+        f"{_text(_at(training, 'device'))} in {_text(_at(training, 'precision'))}"
+    )
+
+
+def _members(training: Any, unread: str) -> list[Block]:
+    """Say who the members of an ensemble are, and how they judge together."""
+    rows = []
+    for member in _list(_at(training, "members")):
+        fold = f"{_number(_at(member, 'fold', 'number'), 'd')} of {_number(_at(member, 'fold', 'of'), 'd')}"
+        best = _at(member, "best")
+        rows.append(
+            (
+                _text(_at(member, "backbone")),
+                fold if _at(member, "fold") is not None else "none",
+                _number(_at(member, "seed"), "d"),
+                _number(_at(best, "epoch"), "d"),
+                _number(_at(best, "validation_frame_accuracy"), ".3f"),
+                _text(_at(member, "weights_sha256"))[:12],
+            )
+        )
+    header = ("member", "held-out fold", "seed", "epoch kept", "its validation frames", "weights, SHA-256")
+    text = (
+        f"{unread} {len(rows)} members judge every quadrant, {_text(_at(training, 'vote'))} vote, each in the views: "
+        f"{phrase(_at(training, 'views'))}. Their latencies add up, and so do those of the views."
+    )
+    return [Paragraph(text), Table(header, tuple(rows))]
+
+
 def _metrics(manifest: Mapping[str, Any]) -> Section:
     metrics = _at(manifest, "metrics")
     if not isinstance(metrics, Mapping):
         return Section("Metrics", (Paragraph(f"Figures: {NOT_STATED}. Measure with `echoquad evaluate`."),))
     trained, exported = _at(metrics, "training"), _at(metrics, "export")
+    epoch = _number(_at(trained, "epoch"), "d")
+    first = [_share(f"frames, in training's epoch {epoch}", _at(trained, "frame_accuracy"))]
+    if _at(manifest, "training", "kind") == "ensemble":  # its members' epochs are told with them
+        held_out = _at(metrics, "out_of_fold")
+        label = f"frames, each by the member of {_number(_at(held_out, 'folds'), 'd')} that had not learned from it"
+        first = [_share(label, _at(held_out, "frame_accuracy"))] if held_out is not None else []
     rows = [
-        _share(f"frames, in training's epoch {_number(_at(trained, 'epoch'), 'd')}", _at(trained, "frame_accuracy")),
+        *first,
         _share("frames, at the export", _at(exported, "frame_accuracy")),
         *(_share(f"frames of {_plain(name)}, at the export", found) for name, found in _items(_at(exported, "recall"))),
         _share("quadrants, at the export", _at(exported, "quadrant_accuracy")),

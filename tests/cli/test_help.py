@@ -34,8 +34,10 @@ COMMANDS = {
         "--matrices",
         "--flip",
         "--every",
+        "--folds",
         "--patient-regex",
     ],
+    ("ensemble",): ["RUN", "--out", "--vote", "--flip"],
     ("evaluate",): [
         *["RUN_OR_BUNDLE", "DATA", "--split", "--out", "--method", "--device", "--precision", "--threshold-from"],
         *["--matrices", "--flip", "--every"],

@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from echoquad_runtime.contract import Contract
+from echoquad_runtime.contract import Contract, canonical_json
 from echoquad_runtime.errors import ConfigError, DatasetError, RunError
-from echoquad_train.checkpoint import BEST, load_run
+from echoquad_train.checkpoint import BEST, RUN, Run
 from echoquad_train.dataset import Split, Store
+from echoquad_train.ensemble import EnsembleClassifier
+from echoquad_train.members import Ensemble, load_trained
 from echoquad_train.model import QuadrantClassifier
 from echoquad_train.stream import Storage
 
@@ -29,9 +31,12 @@ __all__ = ["Teacher", "distillation_loss", "load_teacher", "teacher_quadrants"]
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """A finished run's best model, in evaluation mode and frozen; its contract; what a student's record says of it."""
+    """A finished run's best model, or an ensemble's; its contract; what a student's record says of it.
 
-    model: QuadrantClassifier
+    It is in evaluation mode and frozen.
+    """
+
+    model: QuadrantClassifier | EnsembleClassifier
     contract: Contract
     facts: dict[str, Any]
 
@@ -46,7 +51,7 @@ class Teacher:
 
 
 def load_teacher(folder: Path, contract: Contract, where: torch.device) -> Teacher:
-    """Read a run that is to teach, on a device, a student of the given contract.
+    """Read a run or an ensemble that is to teach, on a device, a student of the given contract.
 
     Raises
     ------
@@ -55,7 +60,7 @@ def load_teacher(folder: Path, contract: Contract, where: torch.device) -> Teach
     ConfigError
         If the run is not finished, or judges other classes or another part of the frame.
     """
-    run = load_run(folder)
+    run = load_trained(folder)
     label = f"--teacher {folder.as_posix()}"
     if run.info.get("status") != "finished":
         raise ConfigError(f"{label}: the run is not finished; go on with it by `echoquad train --resume` first")
@@ -65,19 +70,31 @@ def load_teacher(folder: Path, contract: Contract, where: torch.device) -> Teach
     ):
         if found != expected:
             raise ConfigError(f"{label}: its {name} is {found}; expected the student's, {expected}")
-    try:
-        accuracy = run.info["best"]["validation_frame_accuracy"]
-    except (KeyError, TypeError) as error:
-        raise RunError(f"{folder.as_posix()}: run.json lacks {error}; train again") from error
     facts = {
-        "backbone": run.model.name,
+        "backbone": run.info["backbone"] if isinstance(run, Ensemble) else run.model.name,
         "input_size": run.contract.input_size,
         "contract_sha256": run.contract.sha256,
-        "weights_sha256": hashlib.sha256((folder / BEST).read_bytes()).hexdigest(),
-        "validation_frame_accuracy": accuracy,
+        **(_ensemble_facts(run) if isinstance(run, Ensemble) else _run_facts(run)),
     }
     model = run.model.requires_grad_(False).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Teacher(model, run.contract, facts)
+
+
+def _run_facts(run: Run) -> dict[str, Any]:
+    try:
+        accuracy = run.info["best"]["validation_frame_accuracy"]
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{run.folder.as_posix()}: {RUN} lacks {error}; train again") from error
+    digest = hashlib.sha256((run.folder / BEST).read_bytes()).hexdigest()
+    return {"weights_sha256": digest, "validation_frame_accuracy": accuracy}
+
+
+def _ensemble_facts(ensemble: Ensemble) -> dict[str, Any]:
+    """Identify an ensemble by its members' weights and how they judge together; it was not validated as such."""
+    kept = {"vote": ensemble.info["vote"], "views": ensemble.info["views"]}
+    hashes = [member["weights_sha256"] for member in ensemble.info["members"]]
+    digest = hashlib.sha256(canonical_json({**kept, "members": hashes}).encode("ascii")).hexdigest()
+    return {"weights_sha256": digest, **kept, "members": hashes, "trained_in_folds": ensemble.trained_in_folds}
 
 
 def teacher_quadrants(

@@ -5,22 +5,22 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.session import Floats
 from echoquad_train.device import make_deterministic
-from echoquad_train.model import QuadrantClassifier
 
 __all__ = ["TorchEngine"]
 
 
 class TorchEngine:
-    """A model in eager PyTorch, float32; the same calls as `echoquad_runtime.session.OnnxEngine`."""
+    """A run's or an ensemble's model in eager PyTorch, float32; the calls of `echoquad_runtime.session.OnnxEngine`."""
 
     precision = "fp32"
     note = ""
 
-    def __init__(self, model: QuadrantClassifier, contract: Contract, device: torch.device | None = None) -> None:
+    def __init__(self, model: nn.Module, contract: Contract, device: torch.device | None = None) -> None:
         where = device or torch.device("cpu")
         make_deterministic(where)
         self.contract = contract

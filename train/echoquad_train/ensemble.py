@@ -1,12 +1,12 @@
 """Ensembles: several runs, or several views of one, that judge a quadrant together and travel as one model.
 
-For a quadrant, member m of M and view v of V (the quadrant as it is, and flipped where asked for) give the probabilities
+For a quadrant, member m of M and view v of V (the quadrant as it is, and flipped where asked for) give probabilities
 p_mv, a softmax at the member's own temperature; p_m is their mean over the views, p that over the members as well.
 
 - ``soft``: the ensemble's probabilities are p.
-- ``hard``: every member casts a vote, for the class with its largest p_m (the first of equal ones); with the votes n_c
-  the ensemble's probability of class c is (n_c + w p_c) / (M + w), w = `MEAN_VOTE`: the share of the votes, and p counts
-  as a hundredth of one. No sum of it outweighs a vote, so it decides between equal numbers of votes and nowhere else.
+- ``hard``: every member casts a vote, for the class with its largest p_m (the first of equal ones). With n_c votes the
+  ensemble's probability of class c is (n_c + w p_c) / (M + w), w = `MEAN_VOTE`: the share of the votes, but that p
+  counts as a hundredth of a vote. That never outweighs one: it decides between equal numbers of votes and nowhere else.
 
 Logits are the logarithms of these, so that their softmax at the temperature 1 gives the probabilities back, and their
 largest is the decision. The quadrants of a frame are joined by the contract's rule, as for any model.
@@ -83,8 +83,8 @@ class EnsembleClassifier(nn.Module):
                 F.log_softmax(logits.float() / temperature, dim=1)
                 for logits, temperature in zip(answers, self.temperatures, strict=True)
             ]
-        ).unflatten(1, (views, -1))
-        by_member = _log_mean(each, 1)
+        )
+        by_member = _log_mean(each.reshape(len(answers), views, -1, each.shape[2]), 1)
         mean = _log_mean(by_member, 0)
         if self.vote == "soft":
             return mean

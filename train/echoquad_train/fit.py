@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -103,6 +103,8 @@ def fit(
     ranks: Ranks = ALONE,
     reading: Reading = AS_IT_IS,
     patient_regex: str | None = None,
+    splits: tuple[Split, Split] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Fitted:
     """Train a classifier.
 
@@ -133,6 +135,10 @@ def fit(
         How the data's files are read.
     patient_regex
         Says whom a frame is of, see `echoquad_train.patients.patient_of`; a resumed run knows it where it is not given.
+    splits
+        What to train and to validate on instead of `data`'s own splits, of the same classes: a fold.
+    about
+        What else ``run.json`` shall say.
 
     Raises
     ------
@@ -148,7 +154,22 @@ def fit(
         def board(done: int) -> Board | None:
             return opened.enter_context(Board(folder, done)) if tensorboard and ranks.first else None
 
-        return _fit(data, reading, folder, recipe, where, resume, heard, teacher, storage, board, ranks, patient_regex)
+        return _fit(
+            data,
+            reading,
+            folder,
+            recipe,
+            where,
+            resume,
+            heard,
+            teacher,
+            storage,
+            board,
+            ranks,
+            patient_regex,
+            splits,
+            about,
+        )
 
 
 def _fit(
@@ -164,13 +185,15 @@ def _fit(
     open_board: Callable[[int], Board | None],
     ranks: Ranks,
     patient_regex: str | None,
+    splits: tuple[Split, Split] | None,
+    about: Mapping[str, Any] | None,
 ) -> Fitted:
     state = ranks.from_first(lambda: open_folder(folder, recipe, resume))
     patient_regex = begun(folder, "patient_regex") if resume and patient_regex is None else patient_regex
     pattern = patient_pattern(patient_regex)
     classes = read_classes(data)
     contract = recipe.contract(classes)
-    train, validation = (read_split(data, split, classes, reading) for split in ("train", "validation"))
+    train, validation = splits or (read_split(data, split, classes, reading) for split in ("train", "validation"))
     fingerprints = [train.fingerprint, validation.fingerprint]
     if state and state["data"] != fingerprints:
         raise RunError(f"{folder.as_posix()}: the data has changed since the run was begun; train into another folder")
@@ -196,8 +219,9 @@ def _fit(
     dtype = mixed_dtype(recipe, recipe.backbone, recipe.input_size, where)
     precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     teacher_facts = master.facts if master else None
-    splits = train, validation
-    facts = record.facts(data, recipe, contract, splits, failures, where.type, precision, teacher_facts, reading)
+    both = train, validation
+    facts = record.facts(data, recipe, contract, both, failures, where.type, precision, teacher_facts, reading)
+    facts |= about or {}
     if resume:
         facts["created"] = begun(folder, "created") or facts["created"]
     reporter.started(where.type, precision, train, validation)

@@ -30,7 +30,7 @@ from echoquad_train.checkpoint import BEST, RECIPE, RUN, Run, load_run, read_inf
 from echoquad_train.ensemble import VOTES, EnsembleClassifier, EnsembleVote
 from echoquad_train.record import git_commit, versions
 
-__all__ = ["ENSEMBLE", "Ensemble", "ensemble_facts", "is_ensemble", "load_trained", "write_ensemble"]
+__all__ = ["ENSEMBLE", "Ensemble", "begin_facts", "ensemble_facts", "is_ensemble", "load_trained", "write_ensemble"]
 
 ENSEMBLE: Final = "ensemble"
 """``kind`` in the ``run.json`` of an ensemble; a run's has none."""
@@ -167,9 +167,7 @@ def ensemble_facts(members: Sequence[tuple[str, Run]], vote: EnsembleVote, flip:
     contract = replace(runs[0].contract, temperature=1.0)
     backbones = ", ".join(sorted({run.model.name for run in runs}))
     return {
-        "schema": SCHEMA,
-        "kind": ENSEMBLE,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **begin_facts(),
         "vote": vote,
         "views": list(VIEWS if flip else VIEWS[:1]),
         "contract": contract.to_dict(),
@@ -181,6 +179,12 @@ def ensemble_facts(members: Sequence[tuple[str, Run]], vote: EnsembleVote, flip:
         "git_commit": git_commit(),
         "status": "finished",
     }
+
+
+def begin_facts(**known: Any) -> dict[str, Any]:
+    """Give what ``run.json`` says of an ensemble whose members are not all trained, and `known`."""
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"schema": SCHEMA, "kind": ENSEMBLE, "created": created, **known, "status": "running"}
 
 
 def _entry(name: str, run: Run) -> dict[str, Any]:
