@@ -24,7 +24,7 @@ def ensemble(
     runs: Annotated[
         list[Path],
         Argument(
-            metavar="RUN...",
+            metavar="RUN",
             help="Folders that `echoquad train` wrote, of the same classes, crop and input size; backbones may differ. "
             "An ensemble among them stands for its members.",
         ),

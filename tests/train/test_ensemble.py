@@ -243,7 +243,6 @@ def test_what_was_changed_since_is_refused(tmp_path: Path, trained: Any, others:
     out = tmp_path / "ensemble"
     write_ensemble([trained.folder, others["seed"]], out)
     info = json.loads((out / "run.json").read_text("utf-8"))
-    shutil.copy(out / "members/1/best.safetensors", tmp_path / "kept")
     changes: list[tuple[dict[str, Any], str]] = [
         ({"vote": "loud"}, "names a vote, views or members that this release does not know"),
         ({"members": [{**info["members"][0], "folder": "../run"}]}, "names a vote, views or members"),
