@@ -97,10 +97,11 @@ def curves(history: Sequence[Epoch]) -> Figure:
         label=f"best: {best.validation_frame_accuracy:.3f} in epoch {best.epoch}",
     )
     accuracies.set(title="Accuracy", xlabel="epoch", ylabel="fraction right", ylim=(0, 1.02))
-    for axes in (losses, accuracies):
+    # Where "best" is, matplotlib would look for, and warn on a machine that is busy.
+    for axes, place in ((losses, "upper right"), (accuracies, "lower right")):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
-        axes.legend(fontsize="small")
+        axes.legend(loc=place, fontsize="small")
     losses.set_ylim(bottom=0)
     return figure
 
