@@ -191,6 +191,8 @@ def test_an_ensemble_is_whole_without_its_runs(
         "run.json",
         "best.safetensors",
     }
+    with pytest.raises(RunError, match="an ensemble is here; expected a single run"):
+        load_run(tmp_path / "ensemble")
     assert [path.name for path in tmp_path.iterdir()] == ["ensemble"]  # nothing half-written beside it
     info = json.loads((tmp_path / "ensemble" / "run.json").read_text("utf-8"))
     assert [member["seed"] for member in info["members"]] == [0, 5] and info["data"] == trained.info["data"]

@@ -106,6 +106,8 @@ def load_run(folder: Path) -> Run:
     """
     label = folder.as_posix()
     info = read_info(folder)
+    if info.get("kind") == "ensemble":  # where one will do, `echoquad_train.members.load_trained` reads it
+        raise RunError(f"{label}: an ensemble is here; expected a single run, such as one of the folders in it")
     try:
         recipe = Recipe.from_toml((folder / RECIPE).read_text("utf-8"), f"{label}/{RECIPE}")
     except FileNotFoundError as error:
