@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from importlib import util
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from echoquad.cli.console import Progress, list_failures, mute, note
 from echoquad.cli.declare import Argument, Option
@@ -269,7 +269,7 @@ class TrainingProgress:
         self._progress: Progress | None = None
         self._key: object = None
 
-    def __enter__(self) -> TrainingProgress:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
