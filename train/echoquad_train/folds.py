@@ -186,11 +186,16 @@ def fit_folds(
         As `echoquad_train.fit.fit`; or if a fold would lack a class.
     """
     where = choose_device(device)
+    facts = _begun(folder, recipe, settings, resume=resume)
     classes = read_classes(data)
     recipe.contract(classes)  # what cannot be is refused before anything is written
     splits = [read_split(data, name, classes) for name in ("train", "validation")]
     parts = deal(splits, settings, recipe.seed)
-    facts = _open(folder, recipe, settings, resume=resume)
+    if facts is None:
+        facts = begin_facts(folds={"folds": settings.folds, "patient_regex": settings.patient_regex})
+        make_folder(folder)
+        write_bytes(folder / RECIPE, recipe.to_toml().encode())
+        write_json(folder / RUN, facts)
     evaluations: list[Evaluation] = []
     failures: dict[str, Failure] = {}
     for number, (train, validation) in enumerate(parts, 1):
@@ -227,25 +232,21 @@ def fit_folds(
     return Folded(folder, figures, tuple(failures.values()))
 
 
-def _open(folder: Path, recipe: Recipe, settings: FoldSettings, *, resume: bool) -> dict[str, Any]:
-    """Begin an ensemble's folder, or refuse; gives what its record says while its folds are trained."""
+def _begun(folder: Path, recipe: Recipe, settings: FoldSettings, *, resume: bool) -> dict[str, Any] | None:
+    """Give the record of folds to go on with, None for new ones; refuse what is in the way, or was begun otherwise."""
     label = folder.as_posix()
-    facts = begin_facts(folds={"folds": settings.folds, "patient_regex": settings.patient_regex})
     if not resume:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunError(f"{label}: is there and not empty; go on with it by --resume, or choose another --out")
-    elif (begun := begun_with(folder)) is None:
+        return None
+    begun = begun_with(folder)
+    if begun is None:
         raise RunError(f"{label}: no folds here to go on with; train without --resume, or leave --folds out")
-    elif begun != settings:
+    if begun != settings:
         raise RunError(f"{label}: was begun with --folds {begun.folds} and the regex {begun.patient_regex}; resume so")
-    elif Recipe.load(str(folder / RECIPE)) != recipe:
+    if Recipe.load(str(folder / RECIPE)) != recipe:
         raise RunError(f"{label}: was begun with another recipe; resume it with the options it was begun with")
-    else:
-        return read_info(folder)
-    make_folder(folder)
-    write_bytes(folder / RECIPE, recipe.to_toml().encode())
-    write_json(folder / RUN, facts)
-    return facts
+    return read_info(folder)
 
 
 def _is_finished(place: Path, splits: Sequence[Split]) -> bool:
