@@ -172,6 +172,7 @@ def train(
             stream=stream.value,
             workers=workers,
             tensorboard=tensorboard,
+            reading=reading,
         )
         raise SystemExit(code)
     with TrainingProgress() as progress, joined(choose_device(device.value)) as ranks, _told_once(ranks):

@@ -79,6 +79,7 @@ def _of_ensemble(ensemble: Ensemble) -> dict[str, Any]:
             "members": members,
             "frames": info["data"]["frames"],
             "unreadable": len(info["data"]["unreadable"]),
+            **({"reading": info["data"]["reading"]} if "reading" in info["data"] else {}),
             **({"recipe": recipes.pop()} if len(recipes) == 1 else {}),
         }
     except (KeyError, TypeError) as error:

@@ -24,6 +24,7 @@ import numpy as np
 from echoquad_runtime.errors import ConfigError, DatasetError, RunError
 from echoquad_runtime.files import make_folder, write_atomically, write_bytes, write_json
 from echoquad_runtime.inputs import Failure
+from echoquad_runtime.kinds import AS_IT_IS, Reading
 from echoquad_runtime.names import without_formula
 from echoquad_runtime.predictor import Predictor
 from echoquad_runtime.writers import format_of
@@ -158,6 +159,7 @@ def fit_folds(
     stream: Stream = "auto",
     workers: int | None = None,
     tensorboard: bool = False,
+    reading: Reading = AS_IT_IS,
 ) -> Folded:
     """Train a run a fold, and make them an ensemble with soft vote.
 
@@ -177,7 +179,7 @@ def fit_folds(
         Go on with the folds that `folder` holds: finished ones are left as they are.
     reporter
         Hears of the progress.
-    stream, workers, tensorboard
+    stream, workers, tensorboard, reading
         As `echoquad_train.fit.fit`.
 
     Raises
@@ -189,10 +191,11 @@ def fit_folds(
     facts = _begun(folder, recipe, settings, resume=resume)
     classes = read_classes(data)
     recipe.contract(classes)  # what cannot be is refused before anything is written
-    splits = [read_split(data, name, classes) for name in ("train", "validation")]
+    splits = [read_split(data, name, classes, reading) for name in ("train", "validation")]
     parts = deal(splits, settings, recipe.seed)
     if facts is None:
-        facts = begin_facts(folds={"folds": settings.folds, "patient_regex": settings.patient_regex})
+        dealt = {"folds": settings.folds, "patient_regex": settings.patient_regex}
+        facts = begin_facts(folds=dealt, data={"reading": reading.to_dict()})
         make_folder(folder)
         write_bytes(folder / RECIPE, recipe.to_toml().encode())
         write_json(folder / RUN, facts)
@@ -214,6 +217,7 @@ def fit_folds(
                 stream=stream,
                 workers=workers,
                 tensorboard=tensorboard,
+                reading=reading,
                 splits=(train, validation),
                 about=about,
             )

@@ -215,6 +215,7 @@ def _shared_data(runs: Sequence[Run]) -> dict[str, Any]:
         folders = [found["folder"] for found in data]
         folds = any("fold" in run.info for run in runs)
         frames = [_pooled(found["frames"]) if folds else found["frames"] for found in data]
+        readings = [found.get("reading") for found in data]
         unreadable = {failure["file"]: failure for found in data for failure in found["unreadable"]}
     except (KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{runs[0].folder.as_posix()}: {RUN} does not name its data ({error}); train again") from error
@@ -222,6 +223,7 @@ def _shared_data(runs: Sequence[Run]) -> dict[str, Any]:
         "folder": folders[0] if len(set(folders)) == 1 else None,
         "frames": frames[0] if all(found == frames[0] for found in frames) else {},
         "unreadable": list(unreadable.values()),
+        **({"reading": readings[0]} if readings[0] and all(found == readings[0] for found in readings) else {}),
     }
 
 
