@@ -56,7 +56,9 @@ def train_folds(
     return list_failures(folded.failures, done=1)
 
 
-def require_folds(folds: int | None, patient_regex: str | None, teacher: Path | None, *, resume: bool) -> None:
+def require_folds(
+    folds: int | None, patient_regex: str | None, teacher: Path | None, linear: str | None, *, resume: bool
+) -> None:
     """Refuse options that contradict each other.
 
     Raises
@@ -68,6 +70,8 @@ def require_folds(folds: int | None, patient_regex: str | None, teacher: Path | 
     """
     from echoquad_train.patients import patient_pattern
 
+    if folds is not None and linear is not None:
+        raise UsageError(f"--folds with --fit {linear}: folds train networks; leave out one of the two")
     if folds is not None and teacher is not None:
         raise UsageError(
             "--folds with --teacher: the teacher has learned from frames that folds hold out; leave out one of the two"

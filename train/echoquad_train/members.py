@@ -6,8 +6,8 @@
 ``fold-1`` ...                     needs, of ``echoquad train --folds`` the folds' own runs
 =================================  ===============================================================================
 
-The contract is the members' own but for the temperature: theirs are applied before they are joined, and the ensemble
-has one of its own in ``run.json``, 1 unless it was calibrated.
+The contract is the members' own but for its temperatures: those of their softmax are applied before they are joined,
+those of their frames are not used, and the ensemble has its own in ``run.json``, 1 unless it was calibrated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -164,7 +164,7 @@ def ensemble_facts(members: Sequence[tuple[str, Run]], vote: EnsembleVote, flip:
         If a run's record lacks what has to be known of it.
     """
     runs = [run for _, run in members]
-    contract = replace(runs[0].contract, temperature=1.0)
+    contract = replace(runs[0].contract, temperature=1.0, frame_temperature=1.0)
     backbones = ", ".join(sorted({run.model.name for run in runs}))
     return {
         **begin_facts(),
@@ -248,8 +248,8 @@ def _join(runs: Sequence[Run], vote: EnsembleVote, *, flip: bool) -> EnsembleCla
 
 def _difference(a: Contract, b: Contract) -> str | None:
     """Name the first field in which two contracts differ; temperatures may."""
-    one, other = a.to_dict(), b.to_dict()
-    return next((name for name in one if name != "temperature" and one[name] != other[name]), None)
+    names = [field.name for field in fields(Contract) if not field.name.endswith("temperature")]
+    return next((name for name in names if getattr(a, name) != getattr(b, name)), None)
 
 
 def _shown(contract: Contract, field: str) -> str:
