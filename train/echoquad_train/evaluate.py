@@ -33,8 +33,10 @@ from echoquad_train.report import evaluation_report
 
 __all__ = [
     "Evaluation",
+    "Read",
     "Settings",
     "evaluate",
+    "judge",
     "measure",
     "model_facts",
     "roc_curves",
@@ -77,7 +79,9 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class _Read:
+class Read:
+    """The readable frames of a split, a prediction each, and the same as arrays; and those that could not be read."""
+
     predictions: tuple[Prediction, ...]
     frames: tuple[LabelledFrame, ...]
     failures: tuple[Failure, ...]
@@ -118,8 +122,12 @@ def evaluate(
     """
     settings = settings or Settings()
     total = len(split.frames) + (len(reference.frames) if reference else 0)
-    found = _judge(predictor, split, pattern, 0, total, progress)
-    chosen = _judge(predictor, reference, pattern, len(split.frames), total, progress) if reference else None
+    found = judge(predictor, split, pattern, total=total, progress=progress)
+    chosen = (
+        judge(predictor, reference, pattern, before=len(split.frames), total=total, progress=progress)
+        if reference
+        else None
+    )
     metrics = {
         "split": split.name,
         "device": predictor.engine.device,
@@ -141,14 +149,23 @@ def evaluate(
     )
 
 
-def _judge(
+def judge(
     predictor: Predictor,
     split: Split,
-    pattern: re.Pattern[str] | None,
-    before: int,
-    total: int,
-    progress: Progress | None,
-) -> _Read:
+    pattern: re.Pattern[str] | None = None,
+    *,
+    before: int = 0,
+    total: int | None = None,
+    progress: Progress | None = None,
+) -> Read:
+    """Judge every frame of a split; `progress` is called with the number done, `before` included, and of all.
+
+    Raises
+    ------
+    DatasetError
+        If no frame can be read.
+    """
+    total = total or len(split.frames)
     predictions: list[Prediction] = []
     frames: list[LabelledFrame] = []
     failures: list[Failure] = []
@@ -172,7 +189,7 @@ def _judge(
         predictor.contract,
         patients_of(frames, pattern),
     )
-    return _Read(tuple(predictions), tuple(frames), tuple(failures), judged)
+    return Read(tuple(predictions), tuple(frames), tuple(failures), judged)
 
 
 def model_facts(folder: Path) -> dict[str, Any]:

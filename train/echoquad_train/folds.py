@@ -32,7 +32,7 @@ from echoquad_train.checkpoint import RECIPE, RUN, load_last, load_run, read_inf
 from echoquad_train.dataset import Split, read_classes, read_split
 from echoquad_train.device import Device, choose_device
 from echoquad_train.engine import TorchEngine
-from echoquad_train.evaluate import Evaluation, evaluate, measure
+from echoquad_train.evaluate import Read, judge, measure
 from echoquad_train.fit import Reporter, fit
 from echoquad_train.members import begin_facts, ensemble_facts, is_ensemble
 from echoquad_train.patients import patient_pattern, patients_of
@@ -199,7 +199,7 @@ def fit_folds(
         make_folder(folder)
         write_bytes(folder / RECIPE, recipe.to_toml().encode())
         write_json(folder / RUN, facts)
-    evaluations: list[Evaluation] = []
+    held_out: list[Read] = []
     failures: dict[str, Failure] = {}
     for number, (train, validation) in enumerate(parts, 1):
         place = folder / f"fold-{number}"
@@ -224,12 +224,12 @@ def fit_folds(
             failures |= {failure.file: failure for failure in fitted.failures}
         run = load_run(place)
         predictor = Predictor(TorchEngine(run.model, run.contract, where))
-        found = evaluate(predictor, validation, progress=_told(reporter, number))
+        found = judge(predictor, validation, settings.pattern, progress=_told(reporter, number))
         failures |= {failure.file: failure for failure in found.failures}
-        evaluations.append(found)
+        held_out.append(found)
 
-    figures = _figures(evaluations, [validation for _, validation in parts], settings)
-    _write_predictions(folder / OUT_OF_FOLD, evaluations, classes)
+    figures = _figures(held_out, recipe.contract(classes).positive)
+    _write_predictions(folder / OUT_OF_FOLD, held_out, classes)
     members = [(f"fold-{number}", load_run(folder / f"fold-{number}")) for number in range(1, settings.folds + 1)]
     made = ensemble_facts(members, "soft", flip=False)
     write_json(folder / RUN, {**made, "created": facts["created"], "folds": facts["folds"], "out_of_fold": figures})
@@ -271,35 +271,40 @@ def _told(reporter: FoldReporter, number: int) -> Callable[[int, int], None]:
     return lambda done, total: reporter.judging(number, done, total)
 
 
-def _figures(evaluations: Sequence[Evaluation], splits: Sequence[Split], settings: FoldSettings) -> dict[str, Any]:
+def _figures(held_out: Sequence[Read], positive: str) -> dict[str, Any]:
     """Give each fold's figures, those of all frames together, and the folds' mean and standard deviation.
 
     The deviation is the sample's, with K - 1: how far one fold's figure lies from another's, which is no interval of
     the mean, since the folds' training frames overlap.
     """
     folds = [
-        {"fold": number, "patients": len(set(patients_of(split.frames, settings.pattern))), **found.metrics}
-        for number, (found, split) in enumerate(zip(evaluations, splits, strict=True), 1)
+        {
+            "fold": number,
+            "patients": len(set(found.judged.patients)),
+            **measure(found.predictions, found.judged.labels, positive),
+            "unreadable": len(found.failures),
+        }
+        for number, found in enumerate(held_out, 1)
     ]
-    predictions = [prediction for found in evaluations for prediction in found.predictions]
-    labels = np.concatenate([found.labels for found in evaluations])
+    predictions = [prediction for found in held_out for prediction in found.predictions]
+    labels = np.concatenate([found.judged.labels for found in held_out])
     columns = {name: [fold[name] for fold in folds if fold[name] is not None] for name in FIGURES}
     return {
         "folds": folds,
-        "pooled": measure(predictions, labels, evaluations[0].metrics["positive"]),
+        "pooled": measure(predictions, labels, positive),
         "mean": {name: statistics.fmean(column) for name, column in columns.items() if column},
         "standard_deviation": {name: statistics.stdev(column) for name, column in columns.items() if len(column) > 1},
         "caveat": "each fold's epoch was chosen on the frames that it is measured on",
     }
 
 
-def _write_predictions(path: Path, evaluations: Sequence[Evaluation], classes: Sequence[str]) -> None:
+def _write_predictions(path: Path, held_out: Sequence[Read], classes: Sequence[str]) -> None:
     """Write the predictions' table with the fold that a frame was held out in, and its true class, behind it."""
     layout = format_of(path)
     with write_atomically(path) as stream:
         stream.write(layout.header(classes).rstrip(b"\n") + b",fold,true_class\n")
-        for number, found in enumerate(evaluations, 1):
-            for prediction, label in zip(found.predictions, found.labels, strict=True):
+        for number, found in enumerate(held_out, 1):
+            for prediction, label in zip(found.predictions, found.judged.labels, strict=True):
                 cells = io.StringIO()
                 csv.writer(cells, lineterminator="\n").writerow([number, without_formula(classes[label])])
                 stream.write(layout.row(prediction).removesuffix(b"\n") + b"," + cells.getvalue().encode())
