@@ -56,29 +56,20 @@ def train_folds(
     return list_failures(folded.failures, done=1)
 
 
-def require_folds(
-    folds: int | None, patient_regex: str | None, teacher: Path | None, linear: str | None, *, resume: bool
-) -> None:
+def require_folds(folds: int | None, teacher: Path | None, linear: str | None) -> None:
     """Refuse options that contradict each other.
 
     Raises
     ------
     UsageError
         If they do.
-    ConfigError
-        If the regular expression is none.
     """
-    from echoquad_train.patients import patient_pattern
-
     if folds is not None and linear is not None:
         raise UsageError(f"--folds with --fit {linear}: folds train networks; leave out one of the two")
     if folds is not None and teacher is not None:
         raise UsageError(
             "--folds with --teacher: the teacher has learned from frames that folds hold out; leave out one of the two"
         )
-    patient_pattern(patient_regex)
-    if patient_regex is not None and folds is None and not resume:
-        raise UsageError("--patient-regex: only --folds K deals by patient; add it, or leave --patient-regex out")
 
 
 def summarize_folds(found: dict[str, Any]) -> str:

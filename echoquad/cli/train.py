@@ -146,7 +146,7 @@ def train(
     if not teacher and any(setting.strip().startswith("distill_") for setting in settings or ()):
         note("without --teacher, distill_weight and distill_temperature do nothing")
     _check_linear(linear, resume=resume, epochs=epochs, teacher=teacher)
-    require_folds(folds, patient_regex, teacher, linear, resume=resume)
+    require_folds(folds, teacher, linear)
     if resume and not out.exists():
         raise UsageError(f"--resume: {out.as_posix()} is not there; train without --resume first")
 

@@ -92,7 +92,6 @@ def test_refusals(trained: tuple[Path, Any], data: Path, many: Callable[..., Any
     refusals = [
         (2, ["train", data, *out, "--folds", "1"], "'--folds'"),
         (2, ["train", data, *out, "--folds", "2", "--teacher", trained[0]], "--folds with --teacher: the teacher has"),
-        (2, ["train", data, *out, "--patient-regex", "x"], "--patient-regex: only --folds K deals by patient"),
         (
             1,
             ["train", data, *out, "--folds", "2", "--patient-regex", "("],

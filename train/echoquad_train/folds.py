@@ -218,6 +218,7 @@ def fit_folds(
                 workers=workers,
                 tensorboard=tensorboard,
                 reading=reading,
+                patient_regex=settings.patient_regex,
                 splits=(train, validation),
                 about=about,
             )
