@@ -13,7 +13,7 @@ from echoquad_train import checkpoint
 from echoquad_train.calibration import Temperatures, calibration_facts
 from echoquad_train.dataset import Split, Store
 from echoquad_train.engine import TorchEngine
-from echoquad_train.patients import patients_of
+from echoquad_train.patients import patient_pattern, patients_of
 from echoquad_train.recipe import Recipe
 from echoquad_train.validate import VALIDATION_BATCH
 
@@ -33,7 +33,7 @@ def calibrate_run(
     folder
         The run, its best weights written.
     facts
-        What the record says of it up to now.
+        What the record says of it up to now; ``patient_regex`` says whom a frame is of.
     recipe
         How it was trained; with ``calibrate = false`` nothing is done.
     split, store
@@ -62,7 +62,8 @@ def calibrate_run(
     batches = [every[start : start + VALIDATION_BATCH] for start in range(0, len(every), VALIDATION_BATCH)]
     logits = np.concatenate([engine.infer(quadrants)[0] for quadrants in store.feed(batches)])
     read = set(store.names)
-    patients = patients_of(frame for frame in split.frames if frame.name in read)
+    pattern = patient_pattern(facts.get("patient_regex"))
+    patients = patients_of((frame for frame in split.frames if frame.name in read), pattern)
     fitted, found = calibration_facts(logits.reshape(len(store.labels), 4, -1), store.labels, patients, plain)
     contract = fitted.of(plain)
     checkpoint.save_best(folder, best.model, recipe, contract, best.epoch)
