@@ -79,7 +79,7 @@ def test_from_an_ensemble_to_decisions(
     assert [line.split()[0] for line in joined.out.splitlines()[2:]] == ["members/1", "members/2", "members/3"]
     assert "every quadrant passes 6 times through a network: latency is the sum of these" in joined.err
     assert "members of folds have learned from each other's validation frames" in joined.err
-    assert measured.code == 0 and "so the figures flatter" in measured.err
+    assert measured.code == 0 and "so figures on them flatter" in measured.err
     assert (exported.code, verified.code, predicted.code) == (0, 0, 0), exported
     with (tmp_path / "decisions.csv").open(encoding="utf-8", newline="") as stream:
         assert len(list(csv.DictReader(stream))) == 4

@@ -139,7 +139,7 @@ def test_evaluate(model: str, evaluations: dict[str, tuple[Path, Any]], left_in:
     head = lines.index("") + 1
     assert lines[head].split() == ["class", "precision", "recall", "F1", "frames", "as", "ASD", "as", "NORM"]
     assert [line.split()[0] for line in lines[head + 2 :]] == ["ASD", "NORM"]
-    assert "test: 4 frames and 2 of validation for the thresholds on cpu in fp32" in ran.err
+    assert "test: 4 frames and 4 of validation for the thresholds on cpu in fp32" in ran.err
     assert all(f"{folder.as_posix()}/{name}" in ran.err for name in files)
 
 

@@ -110,12 +110,13 @@ def test_a_student(
 
 
 def test_a_linear_classifier_of_frozen_features(
-    trained: tuple[Path, Any], data: Path, warm: Callable[..., Any], tmp_path: Path, tiny: tuple[str, ...]
+    trained: tuple[Path, Any], warm: Callable[..., Any], tmp_path: Path, tiny: tuple[str, ...]
 ) -> None:
     plain = [word for word in tiny if word not in ("--epochs", "1")]
-    train = ["train", data, "--out", tmp_path / "svm", *plain, "--fit", "linear-svm"]
-    fitted, again, long, taught, unknown = warm(
+    train = ["train", tmp_path / "data", "--out", tmp_path / "svm", *plain, "--fit", "linear-svm"]
+    _, fitted, again, long, taught, unknown = warm(
         [
+            ["data", "phantom", tmp_path / "data", "--patients", "12", "--frames", "1"],
             train,
             [*train, "--resume"],
             [*train, "--epochs", "3"],
@@ -247,7 +248,7 @@ def test_without_its_extra_a_command_says_which(
 ) -> None:
     lines = {
         "train": (["train", data, "--out", tmp_path / "x"], "torch", "train"),
-        "evaluate": (["evaluate", data, data, "--out", tmp_path / "x"], "sklearn", "train"),
+        "evaluate": (["evaluate", data, data, "--out", tmp_path / "x"], "matplotlib", "train"),
         "export": (["export", tmp_path, "--out", tmp_path / "x"], "onnx", "export"),
         "demo": (["demo", "--out", tmp_path / "x"], "onnx", "export"),
     }

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -55,13 +56,15 @@ Found = list[FrameFile | Failure]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def environment() -> Iterator[None]:
     """Set what Ray reads when it is imported, and what its processes and those of the command line inherit."""
-    with pytest.MonkeyPatch.context() as patch:
+    # pytest's own folder, one for each of its processes, makes the names of Ray's sockets too long.
+    made = tempfile.TemporaryDirectory(prefix="eq-", ignore_cleanup_errors=True)
+    with pytest.MonkeyPatch.context() as patch, made as folder:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("worker")))  # what a killed worker leaves
+        patch.setenv("TMPDIR", folder)  # what a killed worker leaves
         patch.delenv("RAY_ADDRESS", raising=False)
         yield
 

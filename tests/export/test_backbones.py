@@ -110,7 +110,7 @@ def test_a_linear_classifiers_graph_decides_as_scikit_learn_does(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear, "fold_into", lambda model, chosen: (fitted.append(chosen), fold_into(model, chosen)))
         # The frames of this case are all of one patient, by their names.
-        patch.setattr(linear, "patients_of", lambda frames: [frame.name for frame in frames])
+        patch.setattr(linear, "patients_of", lambda frames, _: [frame.name for frame in frames])
         linear.fit_linear(other_case.data, tmp_path / "run", recipe, kind, device="cpu", reporter=Silent())
     export_run(tmp_path / "run", tmp_path / "bundle")
     assert verify(tmp_path / "bundle", device="cpu").passed

@@ -68,7 +68,7 @@ def test_the_first_convolution_is_replaced_wherever_it_is() -> None:
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_begins_so(name: str) -> None:
     torch.manual_seed(1)
-    body, _ = build_body(name)
+    body, _ = build_body(name, 64)
     grey = torch.randn(2, 1, 64, 64)
     with torch.inference_mode():
         expected = body.eval()(grey.expand(-1, 3, -1, -1))

@@ -23,7 +23,9 @@ from echoquad_train.history import Epoch, best_of
 __all__ = ["BLUE", "GREY", "ORANGE", "confusion", "curves", "save", "short", "stroke"]
 
 # Okabe and Ito's palette, which readers with a colour vision deficiency can tell apart. doi:10.1038/nmeth.1618
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#7F7F7F"
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREY = "#7F7F7F"
 _CLASSES = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
