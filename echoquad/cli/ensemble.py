@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -46,9 +47,17 @@ def ensemble(
             help="Have every member judge each quadrant flipped left to right as well; useful with one RUN too.",
         ),
     ] = False,
+    calibrate: Annotated[
+        Path | None,
+        Option(
+            "--calibrate",
+            metavar="DATA",
+            help="Data folder on whose validation frames the ensemble's own temperatures are fitted; they are 1 else.",
+        ),
+    ] = None,
 ) -> None:
     """Join runs into one model, which evaluates and exports as a run does. Its latency is the sum of its members'."""
-    from echoquad_runtime.errors import RunError
+    from echoquad_runtime.errors import EchoQuadError, RunError
 
     require_extra("train")
     for run in runs:
@@ -57,6 +66,16 @@ def ensemble(
     from echoquad_train.members import write_ensemble
 
     made = write_ensemble(runs, out, vote=vote.value, flip=flip)
+    if calibrate is not None:
+        from echoquad.cli.train import calibration_line
+        from echoquad_train.run_calibration import calibrate_ensemble
+
+        try:
+            made = calibrate_ensemble(made, calibrate)
+        except EchoQuadError:
+            shutil.rmtree(out, ignore_errors=True)  # it was new or empty: all of it, or nothing
+            raise
+        note(calibration_line(made.info["calibration"]))
     rows = [
         [
             entry["folder"],

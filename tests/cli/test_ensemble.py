@@ -87,6 +87,32 @@ def test_from_an_ensemble_to_decisions(
     assert "gives no class activation maps" in mapped.errors[0]
 
 
+def test_an_ensemble_is_calibrated_as_asked(
+    folds: tuple[Path, Any], trained: tuple[Path, Any], data: Path, warm: Callable[..., Any], tmp_path: Path
+) -> None:
+    ensemble = tmp_path / "ensemble"
+    made, refused, exported, measured = warm(
+        [
+            ["ensemble", trained[0], "--out", ensemble, "--flip", "--calibrate", data],
+            ["ensemble", folds[0], "--out", tmp_path / "none", "--calibrate", data],
+            ["export", ensemble, "--out", tmp_path / "bundle"],
+            ["evaluate", tmp_path / "bundle", data, "--split", "validation", "--out", tmp_path / "out"],
+        ]
+    )
+    assert made.code == 0 and "calibration: temperatures " in made.err
+    info = json.loads((ensemble / "run.json").read_text("utf-8"))
+    fitted = info["calibration"]
+    assert fitted["split"] == "validation" and fitted["frames"] == 4
+    assert info["contract"]["temperature"] == fitted["temperature"]
+    assert (refused.code, len(refused.errors)) == (1, 1) and "leave --calibrate out" in refused.errors[0]
+    assert not (tmp_path / "none").exists()
+    assert (exported.code, measured.code) == (0, 0), (exported, measured)
+    manifest = json.loads((tmp_path / "bundle" / "bundle.json").read_text("utf-8"))
+    assert manifest["contract"] == info["contract"]
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text("utf-8"))
+    assert metrics["accuracy"] == pytest.approx(fitted["after"]["frame_accuracy"])
+
+
 def test_refusals(trained: tuple[Path, Any], data: Path, many: Callable[..., Any], tmp_path: Path) -> None:
     out = ["--out", tmp_path / "new"]
     refusals = [

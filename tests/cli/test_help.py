@@ -37,7 +37,7 @@ COMMANDS = {
         "--folds",
         "--patient-regex",
     ],
-    ("ensemble",): ["RUN", "--out", "--vote", "--flip"],
+    ("ensemble",): ["RUN", "--out", "--vote", "--flip", "--calibrate"],
     ("evaluate",): [
         *["RUN_OR_BUNDLE", "DATA", "--split", "--out", "--method", "--device", "--precision", "--threshold-from"],
         *["--matrices", "--flip", "--every"],

@@ -1,23 +1,31 @@
-"""The last step of training: the best weights get their temperature, in the checkpoint and in the record alike."""
+"""The last step of training: a run's best weights, or an ensemble, get their temperatures."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from echoquad_runtime.contract import Contract
+from echoquad_runtime.errors import ConfigError
+from echoquad_runtime.files import write_json
+from echoquad_runtime.kinds import Reading
 from echoquad_train import checkpoint
 from echoquad_train.calibration import Temperatures, calibration_facts
-from echoquad_train.dataset import Split, Store
+from echoquad_train.dataset import Split, Store, load_quadrants, read_split
 from echoquad_train.engine import TorchEngine
+from echoquad_train.ensemble import EnsembleClassifier
+from echoquad_train.members import Ensemble
+from echoquad_train.model import QuadrantClassifier
 from echoquad_train.patients import patient_pattern, patients_of
 from echoquad_train.recipe import Recipe
 from echoquad_train.validate import VALIDATION_BATCH
 
-__all__ = ["calibrate_run"]
+__all__ = ["calibrate_ensemble", "calibrate_run"]
 
 
 def calibrate_run(
@@ -56,19 +64,66 @@ def calibrate_run(
     if not recipe.calibrate:
         return dict(facts)
     best = checkpoint.load_best(folder, recipe)
-    plain = Temperatures().of(best.contract)
-    engine = TorchEngine(best.model, plain, where)
+    contract, changed = _fitted(best.model, best.contract, split, store, where, facts.get("patient_regex"))
+    checkpoint.save_best(folder, best.model, recipe, contract, best.epoch)
+    return {**facts, **changed}
+
+
+def calibrate_ensemble(ensemble: Ensemble, data: Path, patient_regex: str | None = None) -> Ensemble:
+    """Fit an ensemble's own temperatures on validation frames, and write its record under the contract that has them.
+
+    Parameters
+    ----------
+    ensemble
+        As `echoquad_train.members.write_ensemble` gives it.
+    data
+        The data folder; its files are read as the members' were.
+    patient_regex
+        Says whom a frame is of, for cross-fitting; see `echoquad_train.patients.patient_of`.
+
+    Raises
+    ------
+    ConfigError
+        If the members are of folds, and so have learned from each other's validation frames.
+    DatasetError
+        If the frames cannot be had.
+    OutputError
+        If the system refuses to write.
+    """
+    if ensemble.trained_in_folds:
+        raise ConfigError(
+            f"{ensemble.folder.as_posix()}: members of folds have learned from each other's validation frames; "
+            "expected runs of one split to calibrate together; leave --calibrate out"
+        )
+    contract, data_facts = ensemble.contract, ensemble.info.get("data")
+    reading = Reading.found_in(data_facts)
+    split = read_split(data, "validation", contract.classes, reading)
+    store = load_quadrants(split, contract)
+    contract, changed = _fitted(ensemble.model, contract, split, store, torch.device("cpu"), patient_regex)
+    facts = {**ensemble.info, **changed}
+    write_json(ensemble.folder / checkpoint.RUN, facts)
+    return replace(ensemble, info=facts, contract=contract)
+
+
+def _fitted(
+    model: QuadrantClassifier | EnsembleClassifier,
+    contract: Contract,
+    split: Split,
+    store: Store,
+    where: torch.device,
+    patient_regex: str | None,
+) -> tuple[Contract, dict[str, Any]]:
+    """Fit a model's temperatures; gives the contract that has them, and what they change in its record."""
+    plain = Temperatures().of(contract)
+    engine = TorchEngine(model, plain, where)
     every = np.arange(4 * len(store.labels))
     batches = [every[start : start + VALIDATION_BATCH] for start in range(0, len(every), VALIDATION_BATCH)]
     logits = np.concatenate([engine.infer(quadrants)[0] for quadrants in store.feed(batches)])
     read = set(store.names)
-    pattern = patient_pattern(facts.get("patient_regex"))
-    patients = patients_of((frame for frame in split.frames if frame.name in read), pattern)
+    patients = patients_of((frame for frame in split.frames if frame.name in read), patient_pattern(patient_regex))
     fitted, found = calibration_facts(logits.reshape(len(store.labels), 4, -1), store.labels, patients, plain)
     contract = fitted.of(plain)
-    checkpoint.save_best(folder, best.model, recipe, contract, best.epoch)
-    return {
-        **facts,
+    return contract, {
         "contract": contract.to_dict(),
         "contract_sha256": contract.sha256,
         "calibration": {"split": split.name, **found},
