@@ -258,3 +258,24 @@ def test_a_contract_without_a_frame_temperature_is_what_it_was() -> None:
     assert "frame_temperature" not in TWO.to_dict()
     other = replace(TWO, frame_temperature=0.25)
     assert Contract.from_json(other.to_json()) == other and other.sha256 != TWO.sha256
+
+
+def test_a_given_temperature_is_kept_and_the_frames_fitted_under_it() -> None:
+    generator = np.random.default_rng(5)
+    labels = generator.integers(0, 2, 400)
+    scores = generator.normal(0, 1.5, (400, 4, 2)) + np.eye(2)[labels][:, None] * 2
+    found = fit_temperatures(scores, labels, 3.0)
+    mean = softmax(scores / 3.0, axis=2).mean(axis=1)
+    assert found.quadrants == 3.0
+    assert (
+        found.frames == fit_temperature(scores_of(mean), labels, (0.05, 5.0)) != fit_temperatures(scores, labels).frames
+    )
+
+
+def test_a_high_temperature_pools_the_logits() -> None:
+    """One sure quadrant against three hesitant ones: the mean of probabilities goes with the three."""
+    contract = Contract(("a", "b"), vote="average")
+    scores = np.array([[[6.0, 0.0], [0.0, 1.2], [0.0, 1.2], [0.0, 1.2]]])
+    assert scores.sum(axis=1).argmax() == 0
+    decided = [int(under(Temperatures(temperature), scores, contract)[1][0]) for temperature in (1.0, 50.0)]
+    assert decided == [1, 0]

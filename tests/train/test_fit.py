@@ -498,3 +498,13 @@ def test_smaller_quadrants_at_first(
     sides = [side for side, training in seen if training]
     assert sides == sorted(sides) and set(sides) == {32, 64} and sides.count(32) == 2 * sides.count(64)
     assert {side for side, training in seen if not training} == {64}  # validated as it will be used
+
+
+def test_a_recipes_temperature_is_the_contracts(
+    tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tiny: Recipe
+) -> None:
+    recipe = tiny.replace(temperature=3.0, vote="average", epochs=1)
+    fitted = fit(flat_data, tmp_path / "run", recipe, device="cpu", resume=False, reporter=quiet())
+    run = load_run(tmp_path / "run")
+    assert run.contract.temperature == run.info["contract"]["temperature"] == 3.0
+    assert fitted.calibration is not None and fitted.calibration["temperature"] == 3.0

@@ -63,7 +63,9 @@ def refusal(error: pytest.ExceptionInfo[ConfigError]) -> str:
     return message
 
 
-NOT_IN_IT = dict.fromkeys(("gamma", "gain", "attenuation", "shadow", "speckle", "weight_average", "small_share"), 0.0)
+NOT_IN_IT = dict.fromkeys(
+    ("gamma", "gain", "attenuation", "shadow", "speckle", "weight_average", "small_share", "temperature"), 0.0
+)
 
 
 def test_transfer_is_the_document() -> None:

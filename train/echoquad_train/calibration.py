@@ -6,6 +6,11 @@ not reliable itself, but too timid (R. Ranjan, T. Gneiting, "Combining probabili
 four quadrants that are right in three of four cases agree on what is right in nine of ten. So a frame's mean has a
 temperature of its own, after the vote, of which its confidence is made. One alone cannot do: what makes the mean of
 the softmax as sure as it should be, makes each quadrant far too sure, and turns decisions at ties.
+
+A recipe may give the first. A high one softens the quadrants, and the nearer their means come to the mean of their
+logits: to the logarithmic opinion pool, in which a sure quadrant counts more than a hesitant one (C. Genest, J. V.
+Zidek, "Combining probability distributions", Statistical Science 1 (1986) 114). A quadrant's probability is too timid
+then; the frame's confidence is not, since the second is fitted under it.
 """
 
 from __future__ import annotations
@@ -93,14 +98,16 @@ def fit_temperature(
     return round(float(np.exp(found.x)), 4)
 
 
-def fit_temperatures(scores: npt.NDArray[np.floating], labels: Indices) -> Temperatures:
+def fit_temperatures(scores: npt.NDArray[np.floating], labels: Indices, quadrants: float | None = None) -> Temperatures:
     """Fit both temperatures to logits of frames' quadrants, [F, 4, C]; true classes are int64 [F].
 
-    First that of the quadrants, each with its frame's class; then, under it, that of the frames' means.
+    First that of the quadrants, each with its frame's class, unless one is given; then, under it, that of the frames'
+    means.
     """
     x = np.asarray(scores, np.float64)
     notes = []
-    quadrants = fit_temperature(x.reshape(-1, x.shape[2]), np.repeat(labels, x.shape[1]))
+    if quadrants is None:
+        quadrants = fit_temperature(x.reshape(-1, x.shape[2]), np.repeat(labels, x.shape[1]))
     if quadrants is None:
         notes.append(f"no temperature of the quadrants from {_QUADRANTS[0]:g} to {_QUADRANTS[1]:g} is the likeliest")
     mean = softmax(x / (quadrants or 1.0), axis=2).mean(axis=1)
@@ -137,7 +144,11 @@ def patient_folds(patients: Sequence[str], count: int = FOLDS) -> Indices | None
 
 
 def cross_fit(
-    scores: npt.NDArray[np.floating], labels: Indices, folds: Indices, contract: Contract
+    scores: npt.NDArray[np.floating],
+    labels: Indices,
+    folds: Indices,
+    contract: Contract,
+    quadrants: float | None = None,
 ) -> tuple[dict[str, Any], list[Temperatures]]:
     """Measure the reliability of frames under temperatures that were fitted on the other folds' frames.
 
@@ -149,6 +160,8 @@ def cross_fit(
         int64 [F], true classes, and which fold a frame is in.
     contract
         Says how quadrants vote.
+    quadrants
+        Their temperature, where it is not fitted.
 
     Returns
     -------
@@ -162,7 +175,7 @@ def cross_fit(
     decided = np.empty(len(labels), np.int64)
     for fold in range(int(folds.max()) + 1):
         held = folds == fold
-        fitted.append(fit_temperatures(scores[~held], labels[~held]))
+        fitted.append(fit_temperatures(scores[~held], labels[~held], quadrants))
         shares[held], decided[held] = under(fitted[-1], scores[held], contract)
     return reliability(shares, labels, decided), fitted
 
@@ -175,7 +188,11 @@ def under(temperatures: Temperatures, scores: npt.NDArray[np.floating], contract
 
 
 def calibration_facts(
-    scores: npt.NDArray[np.floating], labels: Indices, patients: Sequence[str], contract: Contract
+    scores: npt.NDArray[np.floating],
+    labels: Indices,
+    patients: Sequence[str],
+    contract: Contract,
+    quadrants: float | None = None,
 ) -> tuple[Temperatures, dict[str, Any]]:
     """Fit the temperatures, and measure what they are worth.
 
@@ -189,6 +206,8 @@ def calibration_facts(
         Whom each frame is of: cross-fitting keeps a patient's frames together.
     contract
         Says how quadrants vote.
+    quadrants
+        Their temperature, where the recipe gives it; None is fitted.
 
     Returns
     -------
@@ -202,12 +221,12 @@ def calibration_facts(
         fitted without its patient.
     """
     x = np.asarray(scores, np.float64)
-    fitted = fit_temperatures(x, labels)
+    fitted = fit_temperatures(x, labels, quadrants)
     before, after = (under(temperatures, x, contract) for temperatures in (Temperatures(), fitted))
     folds = patient_folds(patients)
     crossed = None
     if folds is not None:
-        figures, temperatures = cross_fit(x, labels, folds, contract)
+        figures, temperatures = cross_fit(x, labels, folds, contract, quadrants)
         crossed = {
             "folds": len(temperatures),
             "temperatures": [found.quadrants for found in temperatures],

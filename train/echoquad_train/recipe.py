@@ -42,6 +42,7 @@ class Recipe:
     keep: float = 0.9
     mean: float = 0.5
     std: float = 0.5
+    temperature: float = 0.0  # of each quadrant's softmax; 0 is fitted, see echoquad_train.calibration
     positive: str = ""
     vote: VoteMethod = "majority"
     vote_weights: tuple[float, float, float, float] = (1.0, 1.0, 1.5, 1.5)
@@ -117,7 +118,17 @@ class Recipe:
             low, high = getattr(self, name)
             self._require(0 < low <= high, name, "two positive numbers, the lower first")
         self._require(self.crop_scale[1] <= 1, "crop_scale", "fractions of the area, at most 1")
-        for name in ("weight_decay", "rotate", "translate", "shear", "gamma", "gain", "attenuation", "speckle"):
+        for name in (
+            "temperature",
+            "weight_decay",
+            "rotate",
+            "translate",
+            "shear",
+            "gamma",
+            "gain",
+            "attenuation",
+            "speckle",
+        ):
             self._require(getattr(self, name) >= 0, name, "0 or more")
         self._require(self.shear < 90, "shear", "degrees below 90")
         try:
@@ -146,6 +157,7 @@ class Recipe:
             std=self.std,
             vote=self.vote,
             vote_weights=self.vote_weights,
+            temperature=self.temperature or 1.0,
         )
 
     @classmethod

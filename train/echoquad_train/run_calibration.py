@@ -64,7 +64,8 @@ def calibrate_run(
     if not recipe.calibrate:
         return dict(facts)
     best = checkpoint.load_best(folder, recipe)
-    contract, changed = _fitted(best.model, best.contract, split, store, where, facts.get("patient_regex"))
+    given = recipe.temperature or None
+    contract, changed = _fitted(best.model, best.contract, split, store, where, facts.get("patient_regex"), given)
     checkpoint.save_best(folder, best.model, recipe, contract, best.epoch)
     return {**facts, **changed}
 
@@ -112,6 +113,7 @@ def _fitted(
     store: Store,
     where: torch.device,
     patient_regex: str | None,
+    quadrants: float | None = None,
 ) -> tuple[Contract, dict[str, Any]]:
     """Fit a model's temperatures; gives the contract that has them, and what they change in its record."""
     plain = Temperatures().of(contract)
@@ -121,7 +123,8 @@ def _fitted(
     logits = np.concatenate([engine.infer(quadrants)[0] for quadrants in store.feed(batches)])
     read = set(store.names)
     patients = patients_of((frame for frame in split.frames if frame.name in read), patient_pattern(patient_regex))
-    fitted, found = calibration_facts(logits.reshape(len(store.labels), 4, -1), store.labels, patients, plain)
+    scores = logits.reshape(len(store.labels), 4, -1)
+    fitted, found = calibration_facts(scores, store.labels, patients, plain, quadrants)
     contract = fitted.of(plain)
     return contract, {
         "contract": contract.to_dict(),
