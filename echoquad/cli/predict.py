@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from enum import StrEnum
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
-from echoquad.cli.console import PARTIAL, STDOUT, Progress, failure_line, note
+from echoquad.cli.console import PARTIAL, Progress, failure_line, note
 from echoquad.cli.declare import Argument, Option
 from echoquad.cli.options import (
     BundleFolder,
@@ -29,6 +28,7 @@ from echoquad.cli.options import (
     Untuned,
     reading_of,
 )
+from echoquad.cli.rows import rows_writer, tell_of
 
 if TYPE_CHECKING:
     from echoquad_runtime.bundle import Bundle
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     _Results = Generator[Prediction | Failure, None, None]
 
 __all__ = ["EngineName", "predict"]
-
-_MOST_HELD = 1 << 24  # bytes of rows that wait in memory for the bar to end; what is more waits in a file
 
 
 class EngineName(StrEnum):
@@ -201,8 +199,8 @@ def predict(
                         "abstain_below": None if abstain_below is None else f"{abstain_below:g}",
                     },
                 )
-                _tell_of(rows)
-            with _writer(out, rows, predictor.contract.classes) as writer:
+                tell_of(rows)
+            with rows_writer(out, rows, predictor.contract.classes) as writer:
                 _judge(predictor, frames, writer, tally, overlay)
             if rows is not None and (tally.judged or frames.settled):  # no file of a header alone, but for a shard
                 written = rows.finish()
@@ -420,52 +418,3 @@ def _judge(
                 tally.decided[result.label] += 1
             progress.update(done, frames.given if frames.ended else None)
     tally.seconds = time.perf_counter() - begin
-
-
-@contextmanager
-def _writer(out: Path | None, rows: ResultFile | None, classes: tuple[str, ...]) -> Iterator[Writer]:
-    """Give what takes the rows; what reads them at the other end of a pipe has each as soon as it is there."""
-    from echoquad_runtime.files import output_errors
-    from echoquad_runtime.writers import CsvWriter, writer_of
-
-    if rows is not None:
-        yield rows
-    elif out is not None:
-        with output_errors(out), out.open("wb") as stream:
-            yield writer_of(out)(_Flushed(stream), classes)
-    elif not sys.stdout.isatty():
-        with output_errors(STDOUT):
-            yield CsvWriter(_Flushed(sys.stdout.buffer), classes)
-    else:
-        import shutil
-        from tempfile import SpooledTemporaryFile
-
-        # Rows would be torn by the bar that is drawn on the same terminal: they follow it.
-        with output_errors(STDOUT), SpooledTemporaryFile(max_size=_MOST_HELD) as held:
-            try:
-                yield CsvWriter(held, classes)
-            finally:
-                held.seek(0)
-                shutil.copyfileobj(held, sys.stdout.buffer)
-                sys.stdout.buffer.flush()
-
-
-class _Flushed:
-    """A stream whose reader does not wait for what lies in a buffer."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-
-    def write(self, data: bytes) -> int:
-        count = self._stream.write(data)
-        self._stream.flush()
-        return count
-
-
-def _tell_of(rows: ResultFile) -> None:
-    """Say what was found in place of an empty file."""
-    if not rows.certain:
-        note(f"{rows.path.as_posix()}: its disk knows no locks; see to it that no other process writes the file")
-    if rows.kept:
-        torn = f"; {rows.torn} bytes behind them are torn, and dropped" if rows.torn else ""
-        note(f"{rows.kept} rows are there from before{torn}")
