@@ -7,7 +7,6 @@ each finding means and by which rule it is one.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -191,7 +190,7 @@ def audit(
             bits.append(hashes(thumbs[-1], views))
             traces.append(traces_of(content.grey, content.size))
             files.append(content.digest)
-            pixels.append(_digest(content.grey))
+            pixels.append(content.pixel_digest)
             modes.append(content.mode)
         if progress is not None:
             progress(done, len(frames))
@@ -219,10 +218,6 @@ def audit(
         patient_regex=pattern.pattern if pattern else None,
         seed=seed,
     )
-
-
-def _digest(grey: Grey) -> bytes:
-    return hashlib.sha256(repr(grey.shape).encode() + np.ascontiguousarray(grey).tobytes()).digest()
 
 
 def _by_class(read: Sequence[Found], traces: Sequence[Traces], modes: Sequence[str]) -> dict[str, dict[str, Any]]:

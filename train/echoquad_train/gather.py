@@ -62,6 +62,11 @@ class Content(NamedTuple):
     size: int
     mode: str
 
+    @property
+    def pixel_digest(self) -> bytes:
+        """SHA-256 of the grey levels and their shape: equal for equal pictures, however they are stored."""
+        return hashlib.sha256(repr(self.grey.shape).encode() + self.grey.tobytes()).digest()
+
 
 def gather(data: Path) -> list[Found]:
     """List the frames of ``DATA/SPLIT/CLASS/**``, of as many splits and classes as there are.

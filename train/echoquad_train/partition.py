@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import errno
-import hashlib
 import io
 import os
 import re
@@ -134,7 +133,7 @@ def partition(
             read.append(frame)
             thumbs.append(thumbnail(content.grey))
             bits.append(hashes(thumbs[-1], views))
-            pixels.append(hashlib.sha256(repr(content.grey.shape).encode() + content.grey.tobytes()).digest())
+            pixels.append(content.pixel_digest)
         if progress is not None:
             progress(done, len(frames))
     inner = [_inner(frame) for frame in read]
