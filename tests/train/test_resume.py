@@ -27,12 +27,14 @@ from echoquad_train.recipe import Recipe
 PHASES = Recipe.load("transfer").replace(
     weights="none", input_size=24, epochs=4, warmup_epochs=1, layer3_epoch=3, batch_size=8, plateau_patience=0
 )
-CYCLE = Recipe.load("scratch").replace(input_size=24, epochs=4, batch_size=8, optimizer="momentum", lr=1e-2)
+CYCLE = Recipe.load("scratch").replace(
+    input_size=24, epochs=4, batch_size=8, optimizer="momentum", lr=1e-2, weight_average=0.0
+)
 RECIPES = {
     "phases": PHASES,
     "cycle": CYCLE,
     "float16": CYCLE.replace(mixed_precision=True, optimizer="adamw"),
-    "average": CYCLE.replace(weight_average=0.8),
+    "average": CYCLE.replace(weight_average=0.5),
 }
 
 
