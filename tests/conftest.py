@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime looks at it when it is imported
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # torch takes as many threads as there are cores, in each of the processes that share them: threads that wait for
+    # each other at small networks cost more than they bring. torch looks at it when it is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
