@@ -91,7 +91,7 @@ def make_frames(
 
 def _grey_images(source: Path | None, count: int, size: tuple[int, int]) -> Iterator[Image.Image]:
     if source is None:
-        from echoquad_train.phantom import LABELS, phantom_frame
+        from echoquad_train.data.phantom import LABELS, phantom_frame
 
         for seed in range(count):
             yield Image.fromarray(phantom_frame(seed, LABELS[seed % 2], (size[1], size[0])))

@@ -22,7 +22,7 @@ from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.quadrants import frame_quadrants
 from echoquad_runtime.session import INPUT, OnnxEngine
 from echoquad_train.checkpoint import load_run
-from echoquad_train.engine import TorchEngine
+from echoquad_train.networks.engine import TorchEngine
 
 Quadrants = np.ndarray
 

@@ -36,9 +36,9 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.cpus import available_cpus
 from echoquad_runtime.quadrants import quadrant_boxes
 from echoquad_train.augment import augment
-from echoquad_train.dataset import LabelledFrame, Split, load_quadrants, read_classes, read_split
+from echoquad_train.data.dataset import LabelledFrame, Split, load_quadrants, read_classes, read_split
 from echoquad_train.device import choose_device, make_deterministic, mixed_dtype
-from echoquad_train.model import QuadrantClassifier, build_model, set_trained
+from echoquad_train.networks.model import QuadrantClassifier, build_model, set_trained
 from echoquad_train.recipe import Recipe
 from echoquad_train.sampling import class_weights, draw_batches, to_device
 from echoquad_train.schedule import Course, phase_of

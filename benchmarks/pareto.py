@@ -28,8 +28,8 @@ from echoquad_runtime.errors import ParityError
 from echoquad_runtime.predictor import Prediction, Predictor
 from echoquad_runtime.session import OnnxEngine
 from echoquad_train.checkpoint import load_run
-from echoquad_train.dataset import read_split
-from echoquad_train.evaluate import wilson_interval
+from echoquad_train.data.dataset import read_split
+from echoquad_train.evaluation.evaluate import wilson_interval
 
 
 @dataclass

@@ -11,8 +11,8 @@ from echoquad.cli.console import Progress, failure_line, note, say, table
 from echoquad.cli.extras import require_extra
 
 if TYPE_CHECKING:
-    from echoquad_train.audit import Audit
-    from echoquad_train.leaks import Twins
+    from echoquad_train.data.audit import Audit
+    from echoquad_train.data.leaks import Twins
 
 __all__ = ["PatientRegex", "audit", "summarize"]
 
@@ -44,11 +44,11 @@ def audit(
     """Look for what spoils a data set: leaks between splits, duplicates, unreadable files, shortcuts to the class."""
     from echoquad_runtime.errors import DatasetError
     from echoquad_runtime.files import make_folder, write_json
-    from echoquad_train.patients import patient_pattern
+    from echoquad_train.data.patients import patient_pattern
 
     require_extra("train")
     pattern = patient_pattern(patient_regex)
-    from echoquad_train import audit as auditing
+    from echoquad_train.data import audit as auditing
 
     if out is not None:
         make_folder(out)  # told now, and not after all the work
@@ -58,7 +58,7 @@ def audit(
     for failure in found.failures:
         note(failure_line(failure).removeprefix("error: "))
     if out is not None:
-        from echoquad_train.contact_sheet import write_contact_sheet
+        from echoquad_train.data.contact_sheet import write_contact_sheet
 
         paths = out / "audit.json", out / "contact-sheet.png"
         write_json(paths[0], found.to_dict())
@@ -108,7 +108,7 @@ def _figures(found: Audit) -> str:
 
 def _findings(found: Audit) -> list[str]:
     from echoquad_runtime.names import shown
-    from echoquad_train.shortcuts import KINDS
+    from echoquad_train.data.shortcuts import KINDS
 
     leaks = found.leaks
     lines = [f"note: {text}" for text in found.notes]

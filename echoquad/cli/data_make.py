@@ -42,11 +42,11 @@ def split(
 ) -> None:
     """Divide frames into train, validation and test by patient, each class alike. Never a patient in two."""
     from echoquad_runtime.names import shown
-    from echoquad_train.patients import patient_pattern
+    from echoquad_train.data.patients import patient_pattern
 
     require_extra("train")
     pattern = patient_pattern(patient_regex)
-    from echoquad_train import partition
+    from echoquad_train.data import partition
 
     shares = partition.parse_fractions(fractions)
     with Progress("reading") as progress:
@@ -77,7 +77,7 @@ def patches(
     """Write every frame's four quadrants, and the table that leads back; check that stitched they are the frame."""
     require_extra("train")
     from echoquad_runtime.names import shown
-    from echoquad_train.patches import MAPPING, write_patches
+    from echoquad_train.data.patches import MAPPING, write_patches
 
     with Progress("cutting") as progress:
         done = write_patches(data, out, keep, progress=progress.update)

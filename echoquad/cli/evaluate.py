@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from echoquad_runtime.kinds import Reading
     from echoquad_runtime.predictor import Predictor
-    from echoquad_train.evaluate import Evaluation, Settings
+    from echoquad_train.evaluation.evaluate import Evaluation, Settings
 
 __all__ = ["evaluate", "summarize", "summarize_pair"]
 
@@ -117,9 +117,9 @@ def evaluate(
     for folder in models:
         if not folder.is_dir():
             raise RunError(f"{folder.as_posix()}: no such folder; expected a run or a bundle; check the path")
-    from echoquad_train import evaluate as evaluation
-    from echoquad_train.operating import check_targets
-    from echoquad_train.patients import patient_pattern
+    from echoquad_train.data.patients import patient_pattern
+    from echoquad_train.evaluation import evaluate as evaluation
+    from echoquad_train.evaluation.operating import check_targets
 
     check_targets(at_specificity or (), "--at-specificity")
     check_targets(at_sensitivity or (), "--at-sensitivity")
@@ -133,7 +133,7 @@ def evaluate(
         reading = _reading(folder, matrices, flip, every)
         found.append(_measure(predictor, folder, data, reading, split, threshold_from, settings, pattern))
     if len(found) > 1:
-        from echoquad_train.compare import compare, write_comparison
+        from echoquad_train.evaluation.compare import compare, write_comparison
 
         compared = compare(found[0], found[1], settings)
         paths = write_comparison(found[0], found[1], compared, out, gallery=gallery)
@@ -159,8 +159,8 @@ def _measure(
     """Evaluate one model, with thresholds from validation frames where there are any beside those reported."""
     from dataclasses import replace
 
-    from echoquad_train import evaluate as evaluation
-    from echoquad_train.dataset import read_split
+    from echoquad_train.data.dataset import read_split
+    from echoquad_train.evaluation import evaluate as evaluation
 
     classes = predictor.contract.classes
     frames = read_split(data, split, classes, reading)
@@ -297,8 +297,8 @@ def _predictor(
 
     from echoquad_train.checkpoint import RUN
     from echoquad_train.device import choose_device
-    from echoquad_train.engine import TorchEngine
     from echoquad_train.members import Ensemble, load_trained
+    from echoquad_train.networks.engine import TorchEngine
 
     if not (model / RUN).exists():
         raise RunError(f"{model.as_posix()}: neither a run ({RUN}) nor a bundle ({MANIFEST}) is here; check the path")

@@ -36,7 +36,7 @@ def train_folds(
     UsageError
         Under torchrun.
     """
-    from echoquad_train.torchrun import place
+    from echoquad_train.parallel.torchrun import place
 
     if place().ranks > 1:
         raise UsageError("--folds under torchrun: folds are trained by one process; start it without torchrun")

@@ -17,7 +17,7 @@ from echoquad.cli.options import Every, Flip, Matrices, StreamName, TorchDevice,
 if TYPE_CHECKING:
     from echoquad.cli.options import FlipName
     from echoquad_runtime.kinds import Reading
-    from echoquad_train.ranks import Ranks
+    from echoquad_train.parallel.ranks import Ranks
 
 __all__ = ["LinearName", "TrainingProgress", "train"]
 
@@ -119,10 +119,10 @@ def train(
     """
     from echoquad.cli.folds import is_folded, require_folds, train_folds
     from echoquad_runtime.errors import UsageError
-    from echoquad_train.dataset import read_classes, read_split
-    from echoquad_train.patients import patient_pattern
+    from echoquad_train.data.dataset import read_classes, read_split
+    from echoquad_train.data.patients import patient_pattern
+    from echoquad_train.parallel.torchrun import place
     from echoquad_train.recipe import Recipe
-    from echoquad_train.torchrun import place
 
     mute(place().rank > 0)  # under torchrun, one process speaks for all
     require_extra("train")
@@ -154,7 +154,7 @@ def train(
     from echoquad_train.device import choose_device
     from echoquad_train.fit import fit
     from echoquad_train.linear import fit_linear
-    from echoquad_train.ranks import joined
+    from echoquad_train.parallel.ranks import joined
 
     if resume and not (recipe or settings or given) and (out / RECIPE).is_file():
         chosen = Recipe.load(str(out / RECIPE))

@@ -22,7 +22,7 @@ from echoquad_runtime.devices import open_session
 from echoquad_runtime.errors import DatasetError
 from echoquad_runtime.kinds import AS_IT_IS, Reading
 from echoquad_runtime.session import INPUT, Floats
-from echoquad_train.dataset import LabelledFrame, Split, load_quadrants, read_split
+from echoquad_train.data.dataset import LabelledFrame, Split, load_quadrants, read_split
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -36,7 +36,7 @@ from echoquad_runtime.quadrants import Grey, crop_box, frame_quadrants
 from echoquad_runtime.session import CONTRACT_KEY, INPUT, OUTPUTS, Engine, OnnxEngine
 from echoquad_runtime.sources import load_grey
 from echoquad_runtime.vote import decide
-from echoquad_train.dataset import Split
+from echoquad_train.data.dataset import Split
 
 __all__ = [
     "CLASSES_KEY",

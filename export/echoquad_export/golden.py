@@ -35,7 +35,7 @@ from echoquad_runtime.session import Engine, Floats, infer_all
 from echoquad_runtime.sources import load_grey
 from echoquad_runtime.tolerance import frame_leads, quadrant_leads
 from echoquad_runtime.vote import decide
-from echoquad_train.phantom import phantom_frame
+from echoquad_train.data.phantom import phantom_frame
 
 __all__ = [
     "MAX_BYTES",

@@ -17,8 +17,8 @@ from echoquad_export.fold import fold_first_convolution
 from echoquad_runtime._version import __version__
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.onnx_scan import CONTRACT_HASH_KEY, CONTRACT_KEY, INPUT, OUTPUTS
-from echoquad_train.ensemble import EnsembleClassifier, views_of
-from echoquad_train.model import QuadrantClassifier
+from echoquad_train.networks.ensemble import EnsembleClassifier, views_of
+from echoquad_train.networks.model import QuadrantClassifier
 
 __all__ = ["IR_VERSION", "OPSET", "DeployedClassifier", "DeployedEnsemble", "build_graph", "replace_nodes"]
 

@@ -14,7 +14,7 @@ from echoquad_runtime.errors import RunError
 from echoquad_runtime.session import Floats
 from echoquad_runtime.vote import decide
 from echoquad_train.checkpoint import Run
-from echoquad_train.evaluate import wilson_interval
+from echoquad_train.evaluation.evaluate import wilson_interval
 from echoquad_train.members import Ensemble
 
 __all__ = ["measure_run"]

@@ -38,9 +38,9 @@ from echoquad_runtime.session import OnnxEngine, infer_all
 from echoquad_runtime.signing import check_private_key, sign_bundle
 from echoquad_runtime.verify import Verification, verify
 from echoquad_train.checkpoint import Run
-from echoquad_train.dataset import Split, load_quadrants, read_split
-from echoquad_train.engine import TorchEngine
+from echoquad_train.data.dataset import Split, load_quadrants, read_split
 from echoquad_train.members import Ensemble, load_trained
+from echoquad_train.networks.engine import TorchEngine
 
 __all__ = ["Exported", "check_precisions", "export_run"]
 

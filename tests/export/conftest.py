@@ -20,7 +20,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from echoquad_export.pack import Exported, export_run
 from echoquad_runtime.contract import Contract
 from echoquad_train.fit import fit
-from echoquad_train.model import QuadrantClassifier
+from echoquad_train.networks.model import QuadrantClassifier
 from echoquad_train.recipe import Recipe
 
 PATIENT = "DOE-JANE-19600213"

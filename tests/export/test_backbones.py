@@ -22,10 +22,10 @@ from echoquad_runtime.session import OnnxEngine, infer_all
 from echoquad_runtime.verify import verify
 from echoquad_train import linear
 from echoquad_train.checkpoint import load_run
-from echoquad_train.dataset import load_quadrants, read_split
+from echoquad_train.data.dataset import load_quadrants, read_split
 from echoquad_train.fit import fit
 from echoquad_train.linear import Chosen, Kind, fold_into
-from echoquad_train.model import QuadrantClassifier
+from echoquad_train.networks.model import QuadrantClassifier
 
 
 class Silent:

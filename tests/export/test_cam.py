@@ -18,7 +18,7 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ParityError
 from echoquad_runtime.predictor import Prediction, Predictor
 from echoquad_runtime.wheels import load_onnxruntime
-from echoquad_train.model import QuadrantClassifier
+from echoquad_train.networks.model import QuadrantClassifier
 
 CONTRACT = Contract(classes=("A", "B", "C"), input_size=64, temperature=1.7)
 

@@ -24,13 +24,13 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import BundleError
 from echoquad_runtime.onnx_scan import check_graph
 from echoquad_runtime.predictor import Predictor
-from echoquad_train.dataset import read_split
-from echoquad_train.engine import TorchEngine
-from echoquad_train.ensemble import EnsembleClassifier
-from echoquad_train.evaluate import evaluate
+from echoquad_train.data.dataset import read_split
+from echoquad_train.evaluation.evaluate import evaluate
 from echoquad_train.fit import fit
 from echoquad_train.folds import FoldSettings, fit_folds
 from echoquad_train.members import load_trained, write_ensemble
+from echoquad_train.networks.engine import TorchEngine
+from echoquad_train.networks.ensemble import EnsembleClassifier
 from echoquad_train.recipe import Recipe
 
 CONTRACT = Contract(("a", "b", "c"), input_size=32, mean=0.4, std=0.22, temperature=1.3)

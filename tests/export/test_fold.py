@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from echoquad_export.fold import fold_first_convolution, sum_input_channels
-from echoquad_train.backbones import BACKBONES, build_body
+from echoquad_train.networks.backbones import BACKBONES, build_body
 
 
 @settings(max_examples=40, deadline=None)

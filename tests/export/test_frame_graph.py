@@ -37,7 +37,7 @@ from echoquad_runtime.quadrants import Grey, frame_quadrants
 from echoquad_runtime.session import CONTRACT_KEY, INPUT, OUTPUTS, OnnxEngine
 from echoquad_runtime.verify import verify
 from echoquad_runtime.vote import decide
-from echoquad_train.dataset import read_split
+from echoquad_train.data.dataset import read_split
 
 TINY = Contract(classes=("ASD", "NORM"), input_size=32)
 

@@ -33,7 +33,7 @@ from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
 from echoquad_runtime.tolerance import frame_leads, quadrant_leads
 from echoquad_runtime.vote import decide
 from echoquad_train.checkpoint import load_run
-from echoquad_train.engine import TorchEngine
+from echoquad_train.networks.engine import TorchEngine
 
 TWO = Contract(classes=("ASD", "NORM"), input_size=16)
 

@@ -21,8 +21,8 @@ from echoquad_runtime.devices import load_onnxruntime
 from echoquad_runtime.onnx_scan import MAX_IR_VERSION, MAX_OPSET
 from echoquad_runtime.session import CONTRACT_KEY
 from echoquad_train.checkpoint import load_run
-from echoquad_train.engine import TorchEngine
-from echoquad_train.model import QuadrantClassifier
+from echoquad_train.networks.engine import TorchEngine
+from echoquad_train.networks.model import QuadrantClassifier
 
 OTHER = Contract(("a", "b", "c"), positive="b", input_size=33, mean=0.31, std=0.22, temperature=1.7, vote="weighted")
 MakeModel = Callable[[Contract], QuadrantClassifier]
@@ -134,7 +134,7 @@ SCRIPT = """
 import hashlib, torch
 from echoquad_export.graph import build_graph
 from echoquad_runtime.contract import Contract
-from echoquad_train.model import QuadrantClassifier
+from echoquad_train.networks.model import QuadrantClassifier
 torch.manual_seed(0)
 contract = Contract(("a", "b"), input_size=32)
 print(hashlib.sha256(build_graph(QuadrantClassifier("resnet18", contract), contract)).hexdigest())

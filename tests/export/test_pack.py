@@ -29,8 +29,8 @@ from echoquad_runtime.predictor import Prediction, Predictor
 from echoquad_runtime.session import OnnxEngine
 from echoquad_runtime.verify import verify
 from echoquad_train.checkpoint import load_run
-from echoquad_train.engine import TorchEngine
-from echoquad_train.evaluate import wilson_interval
+from echoquad_train.evaluation.evaluate import wilson_interval
+from echoquad_train.networks.engine import TorchEngine
 from echoquad_train.recipe import Recipe
 
 FILES = {"bundle.json", "model.fp32.onnx", "golden.npz", "MODEL_CARD.md"}

@@ -20,8 +20,8 @@ from echoquad_runtime.contract import Contract, canonical_json
 from echoquad_runtime.errors import ParityError
 from echoquad_runtime.session import OnnxEngine, infer_all
 from echoquad_train.checkpoint import load_run
-from echoquad_train.dataset import load_quadrants, read_split
-from echoquad_train.engine import TorchEngine
+from echoquad_train.data.dataset import load_quadrants, read_split
+from echoquad_train.networks.engine import TorchEngine
 
 TWO = Contract(("a", "b"), input_size=8)
 

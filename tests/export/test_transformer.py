@@ -20,7 +20,7 @@ from echoquad_export.stem import integer_stem
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ConfigError
 from echoquad_runtime.onnx_scan import check_graph
-from echoquad_train.model import QuadrantClassifier
+from echoquad_train.networks.model import QuadrantClassifier
 
 CONTRACT = Contract(("a", "b", "c"), input_size=48, mean=0.4, std=0.3)
 

@@ -56,7 +56,7 @@ def test_a_frame_with_signal_has_no_flag(size: int) -> None:
 
 
 def test_phantoms_have_no_flag() -> None:
-    phantom = pytest.importorskip("echoquad_train.phantom")
+    phantom = pytest.importorskip("echoquad_train.data.phantom")
     for seed in range(6):
         assert flags(phantom.phantom_frame(seed, phantom.LABELS[seed % 2])) == ()
 

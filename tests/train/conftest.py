@@ -19,10 +19,10 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from echoquad_train import record
-from echoquad_train.dataset import Split
+from echoquad_train.data.dataset import Split
+from echoquad_train.data.leaks import Leaks
 from echoquad_train.fit import Fitted, fit
 from echoquad_train.history import Epoch
-from echoquad_train.leaks import Leaks
 from echoquad_train.recipe import Recipe
 
 TINY = Recipe(

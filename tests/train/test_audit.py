@@ -11,10 +11,10 @@ import pytest
 from PIL import Image, ImageDraw
 
 from echoquad_runtime.errors import DatasetError
-from echoquad_train.audit import Audit, audit
-from echoquad_train.contact_sheet import contact_sheet, write_contact_sheet
-from echoquad_train.patients import patient_pattern
-from echoquad_train.phantom_data import write_dataset
+from echoquad_train.data.audit import Audit, audit
+from echoquad_train.data.contact_sheet import contact_sheet, write_contact_sheet
+from echoquad_train.data.patients import patient_pattern
+from echoquad_train.data.phantom_data import write_dataset
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from echoquad_runtime.errors import ConfigError
 from echoquad_train.averaging import Average, share_kept
 from echoquad_train.checkpoint import load_last, load_run
 from echoquad_train.fit import fit
-from echoquad_train.model import QuadrantClassifier
+from echoquad_train.networks.model import QuadrantClassifier
 from echoquad_train.recipe import Recipe
 
 CONTRACT = Contract(("a", "b"), input_size=16)

@@ -12,8 +12,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ConfigError
-from echoquad_train.backbones import BACKBONES, build_body, check_backbone
-from echoquad_train.model import QuadrantClassifier, load_pretrained, set_trained
+from echoquad_train.networks.backbones import BACKBONES, build_body, check_backbone
+from echoquad_train.networks.model import QuadrantClassifier, load_pretrained, set_trained
 from echoquad_train.recipe import Recipe
 from echoquad_train.schedule import Course, Phase
 
@@ -215,7 +215,7 @@ def test_imagenets_end_is_left_out_of_weights(name: str, monkeypatch: pytest.Mon
 
 
 def assert_loads(name: str, file: dict[str, Any], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("echoquad_train.model._read_weights", lambda _: file)
+    monkeypatch.setattr("echoquad_train.networks.model._read_weights", lambda _: file)
     body, _ = build_body(name, 64)
     load_pretrained(body, name, "weights.pth")
     for key, value in body.state_dict().items():
@@ -254,7 +254,7 @@ def test_embeddings_of_places_are_interpolated(monkeypatch: pytest.MonkeyPatch) 
     state = small_transformer("vit_b_16").state_dict()
     ramp = torch.linspace(0, 1, 14)
     state["encoder.pos_embedding"][0, 1:] = (ramp[:, None] + 3 * ramp).reshape(-1, 1)
-    monkeypatch.setattr("echoquad_train.model._read_weights", lambda _: state)
+    monkeypatch.setattr("echoquad_train.networks.model._read_weights", lambda _: state)
     body, _ = build_body("vit_b_16", 64)
     load_pretrained(body, "vit_b_16", "weights.pth")
     found = body.state_dict()["encoder.pos_embedding"]
@@ -274,6 +274,8 @@ def test_a_transformers_former_names_and_what_cannot_be_interpolated(monkeypatch
     assert set(then) != set(state)
     assert_loads("vit_b_16", then, state, monkeypatch)
     for places in (torch.zeros(1, 20, 8), torch.zeros(2, 17, 8), torch.zeros(1, 10, 9), torch.zeros(17, 8)):
-        monkeypatch.setattr("echoquad_train.model._read_weights", lambda _, it=places: {**state, POSITIONS: it})
+        monkeypatch.setattr(
+            "echoquad_train.networks.model._read_weights", lambda _, it=places: {**state, POSITIONS: it}
+        )
         with pytest.raises(ConfigError, match="pos_embedding"):
             load_pretrained(build_body("vit_b_16", 64)[0], "vit_b_16", "weights.pth")

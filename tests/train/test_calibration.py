@@ -19,7 +19,7 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import RunError
 from echoquad_runtime.vote import decide, tempered
 from echoquad_train import checkpoint, run_calibration
-from echoquad_train.calibration import (
+from echoquad_train.evaluation.calibration import (
     Temperatures,
     calibration_facts,
     cross_fit,
@@ -29,8 +29,8 @@ from echoquad_train.calibration import (
     scores_of,
     under,
 )
+from echoquad_train.evaluation.reliability import brier, equal_width_bins, nll, reliability, sweep_bins
 from echoquad_train.fit import fit
-from echoquad_train.reliability import brier, equal_width_bins, nll, reliability, sweep_bins
 
 TWO = Contract(("ASD", "NORM"))
 

@@ -15,7 +15,7 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import OutputError, RunError
 from echoquad_train import checkpoint
 from echoquad_train.checkpoint import load_last, load_run, save_best, save_last
-from echoquad_train.model import QuadrantClassifier
+from echoquad_train.networks.model import QuadrantClassifier
 from echoquad_train.recipe import Recipe
 
 

@@ -15,9 +15,9 @@ from sklearn.metrics import cohen_kappa_score
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ConfigError
 from echoquad_runtime.predictor import Predictor
-from echoquad_train.compare import compare, mcnemar, write_comparison
-from echoquad_train.dataset import read_split
-from echoquad_train.evaluate import Evaluation, Settings, evaluate
+from echoquad_train.data.dataset import read_split
+from echoquad_train.evaluation.compare import compare, mcnemar, write_comparison
+from echoquad_train.evaluation.evaluate import Evaluation, Settings, evaluate
 
 CONTRACT = Contract(("bright", "dark"), input_size=16)
 

@@ -14,8 +14,8 @@ from PIL import Image
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import DatasetError, FrameError, OutputError
 from echoquad_runtime.quadrants import frame_quadrants
-from echoquad_train import dataset
-from echoquad_train.dataset import Split, load_quadrants, read_classes, read_split
+from echoquad_train.data import dataset
+from echoquad_train.data.dataset import Split, load_quadrants, read_classes, read_split
 
 MakeData = Callable[..., Path]
 

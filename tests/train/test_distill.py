@@ -19,12 +19,12 @@ from echoquad_runtime.errors import ConfigError, DatasetError, EchoQuadError, Ru
 from echoquad_train import device as devices
 from echoquad_train import schedule, trainer
 from echoquad_train.augment import augment
-from echoquad_train.dataset import QuadrantStore, load_quadrants, read_split
+from echoquad_train.data.dataset import QuadrantStore, load_quadrants, read_split
+from echoquad_train.data.stream import Storage
 from echoquad_train.distill import Teacher, distillation_loss, load_teacher, teacher_quadrants
 from echoquad_train.fit import fit
-from echoquad_train.ranks import Share
+from echoquad_train.parallel.ranks import Share
 from echoquad_train.recipe import Recipe
-from echoquad_train.stream import Storage
 
 CPU = torch.device("cpu")
 

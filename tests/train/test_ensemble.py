@@ -18,13 +18,13 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ConfigError, EchoQuadError, RunError
 from echoquad_runtime.predictor import Predictor
 from echoquad_train.checkpoint import load_run
-from echoquad_train.dataset import read_split
+from echoquad_train.data.dataset import read_split
 from echoquad_train.distill import load_teacher
-from echoquad_train.engine import TorchEngine
-from echoquad_train.ensemble import MEAN_VOTE, EnsembleClassifier
-from echoquad_train.evaluate import evaluate
+from echoquad_train.evaluation.evaluate import evaluate
 from echoquad_train.fit import fit
 from echoquad_train.members import Ensemble, load_trained, write_ensemble
+from echoquad_train.networks.engine import TorchEngine
+from echoquad_train.networks.ensemble import MEAN_VOTE, EnsembleClassifier
 
 QUADRANTS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 1, 16, 16), np.uint8))
 
@@ -92,7 +92,7 @@ def test_extreme_answers_have_logits(vote: Any) -> None:
 @pytest.fixture
 def members(thin: None) -> list[Any]:
     """Give three thin networks whose answers differ."""
-    from echoquad_train.model import QuadrantClassifier
+    from echoquad_train.networks.model import QuadrantClassifier
 
     torch.manual_seed(1)
     contract = Contract(("a", "b", "c"), input_size=16)

@@ -16,9 +16,9 @@ from echoquad_runtime.contract import QUADRANTS, Contract
 from echoquad_runtime.errors import DatasetError, OutputError
 from echoquad_runtime.predictor import Prediction, Predictor
 from echoquad_runtime.vote import decide
-from echoquad_train import figures, figures_scores
-from echoquad_train.dataset import read_split
-from echoquad_train.evaluate import evaluate, measure, roc_curves, wilson_interval, write_evaluation
+from echoquad_train.data.dataset import read_split
+from echoquad_train.evaluation import figures, figures_scores
+from echoquad_train.evaluation.evaluate import evaluate, measure, roc_curves, wilson_interval, write_evaluation
 from echoquad_train.history import Epoch
 
 

@@ -19,17 +19,19 @@ import torch
 
 from echoquad_runtime.errors import ConfigError, ContractError, DatasetError, DeviceUnavailableError, RunError
 from echoquad_runtime.predictor import Predictor
-from echoquad_train import checkpoint, dataset, figures, record, sampling
+from echoquad_train import checkpoint, record, sampling
 from echoquad_train import device as devices
 from echoquad_train import fit as fitting
 from echoquad_train.checkpoint import load_run
-from echoquad_train.dataset import QuadrantStore, read_split
+from echoquad_train.data import dataset
+from echoquad_train.data.dataset import QuadrantStore, read_split
 from echoquad_train.device import mixed_dtype
-from echoquad_train.engine import TorchEngine
-from echoquad_train.evaluate import evaluate
+from echoquad_train.evaluation import figures
+from echoquad_train.evaluation.evaluate import evaluate
 from echoquad_train.fit import fit
 from echoquad_train.history import best_of
-from echoquad_train.model import QuadrantClassifier
+from echoquad_train.networks.engine import TorchEngine
+from echoquad_train.networks.model import QuadrantClassifier
 from echoquad_train.recipe import Recipe
 from echoquad_train.record import versions
 from echoquad_train.sampling import class_weights, draw_batches, to_device

@@ -17,10 +17,10 @@ from PIL import Image
 
 from echoquad_runtime.errors import ConfigError, DatasetError, RunError
 from echoquad_train.checkpoint import load_run
-from echoquad_train.dataset import LabelledFrame, Split
+from echoquad_train.data.dataset import LabelledFrame, Split
+from echoquad_train.data.patients import patients_of
 from echoquad_train.folds import FoldSettings, deal, fit_folds
 from echoquad_train.members import Ensemble, load_trained
-from echoquad_train.patients import patients_of
 from echoquad_train.recipe import Recipe
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix, roc_auc_score
 
-from echoquad_train.intervals import Bootstrap, estimate, weighted_auc, weighted_counts, weighted_ece
-from echoquad_train.reliability import sweep_bins
+from echoquad_train.evaluation.intervals import Bootstrap, estimate, weighted_auc, weighted_counts, weighted_ece
+from echoquad_train.evaluation.reliability import sweep_bins
 
 
 def sample(frames: int, patients: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from PIL import Image
 
 from echoquad_runtime.contract import Contract
-from echoquad_train.dataset import load_quadrants, read_classes, read_split
-from echoquad_train.leaks import Leaks, leaks_of_stores
-from echoquad_train.patients import patient_pattern
+from echoquad_train.data.dataset import load_quadrants, read_classes, read_split
+from echoquad_train.data.leaks import Leaks, leaks_of_stores
+from echoquad_train.data.patients import patient_pattern
 
 
 def leaks_of(data: Path, regex: str | None = None) -> Leaks:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from echoquad_train.likeness import CENTRED, LIKENESS, SHIFTED, alike, hashes, likeness, thumbnail
-from echoquad_train.phantom import draw_patient, generator_of, render
+from echoquad_train.data.likeness import CENTRED, LIKENESS, SHIFTED, alike, hashes, likeness, thumbnail
+from echoquad_train.data.phantom import draw_patient, generator_of, render
 
 
 def phantom(patient: int, frame: int = 0) -> np.ndarray:

@@ -18,9 +18,9 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import DatasetError, RunError
 from echoquad_train import linear
 from echoquad_train.checkpoint import load_run
-from echoquad_train.dataset import load_quadrants, read_split
+from echoquad_train.data.dataset import load_quadrants, read_split
 from echoquad_train.linear import Chosen, choose, fit_linear, fit_scale, fold_into, quadrant_features
-from echoquad_train.model import QuadrantClassifier
+from echoquad_train.networks.model import QuadrantClassifier
 from echoquad_train.recipe import Recipe
 
 CLASSES = ("dark", "grey", "light")

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ConfigError, DeviceUnavailableError
-from echoquad_train.backbones import BACKBONES
 from echoquad_train.device import autocast_dtype, choose_device
-from echoquad_train.engine import TorchEngine
-from echoquad_train.model import QuadrantClassifier, build_model, first_line, load_pretrained
+from echoquad_train.networks.backbones import BACKBONES
+from echoquad_train.networks.engine import TorchEngine
+from echoquad_train.networks.model import QuadrantClassifier, build_model, first_line, load_pretrained
 from echoquad_train.recipe import Recipe
 
 TWO = Contract(("a", "b"), input_size=32)
@@ -134,7 +134,7 @@ def test_weights_of_another_network() -> None:
     before = {name: value.clone() for name, value in body.state_dict().items()}
     with pytest.MonkeyPatch.context() as patch:
         other = torchvision.models.get_model("resnet34", weights=None).state_dict()
-        patch.setattr("echoquad_train.model._read_weights", lambda _: other)
+        patch.setattr("echoquad_train.networks.model._read_weights", lambda _: other)
         with pytest.raises(ConfigError) as error:
             load_pretrained(body, "resnet18", "other.pth")
     assert "weights other.pth: " in line(error) and "expected weights of a resnet18" in line(error)

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echoquad_runtime.errors import ConfigError
-from echoquad_train.abstention import abstention, risk_coverage
-from echoquad_train.intervals import Bootstrap
-from echoquad_train.judged import Judged
-from echoquad_train.operating import check_targets, choose_threshold, operating_points
+from echoquad_train.evaluation.abstention import abstention, risk_coverage
+from echoquad_train.evaluation.intervals import Bootstrap
+from echoquad_train.evaluation.judged import Judged
+from echoquad_train.evaluation.operating import check_targets, choose_threshold, operating_points
 
 
 def judged(positive: Any, truth: Any) -> Judged:

@@ -14,9 +14,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from echoquad_runtime.errors import ConfigError, DatasetError, OutputError
-from echoquad_train.audit import audit
-from echoquad_train.partition import assign, parse_fractions, partition, write_partition
-from echoquad_train.phantom_data import write_dataset
+from echoquad_train.data.audit import audit
+from echoquad_train.data.partition import assign, parse_fractions, partition, write_partition
+from echoquad_train.data.phantom_data import write_dataset
 
 SHARES = (0.7, 0.15, 0.15)
 

@@ -12,8 +12,8 @@ from PIL import Image
 from echoquad_runtime.errors import DatasetError, VerificationError
 from echoquad_runtime.frames import read_frame
 from echoquad_runtime.quadrants import crop_box, stitch
-from echoquad_train import patches
-from echoquad_train.patches import write_patches
+from echoquad_train.data import patches
+from echoquad_train.data.patches import write_patches
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.9, 0.5])

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from echoquad_runtime.errors import ConfigError
-from echoquad_train.dataset import LabelledFrame
-from echoquad_train.patients import patient_of, patient_pattern, patients_of
+from echoquad_train.data.dataset import LabelledFrame
+from echoquad_train.data.patients import patient_of, patient_pattern, patients_of
 
 
 @pytest.mark.parametrize(

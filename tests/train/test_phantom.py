@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from echoquad_runtime.errors import ConfigError, OutputError
-from echoquad_train import phantom, phantom_data
-from echoquad_train.phantom import (
+from echoquad_train.data import phantom, phantom_data
+from echoquad_train.data.phantom import (
     LABELS,
     Anatomy,
     draw_patient,
@@ -21,7 +21,7 @@ from echoquad_train.phantom import (
     phantom_frame,
     render,
 )
-from echoquad_train.phantom_data import write_dataset
+from echoquad_train.data.phantom_data import write_dataset
 
 HEART = {"lv", "rv", "la", "ra", "bow", "gap", "label"}  # all that a label may change
 

@@ -22,9 +22,9 @@ from torchvision.ops import StochasticDepth
 from echoquad_runtime.errors import ConfigError, DeviceUnavailableError, RunError
 from echoquad_train.augment import augment
 from echoquad_train.fit import fit
-from echoquad_train.ranks import ALONE, Ranks, joined
+from echoquad_train.parallel.ranks import ALONE, Ranks, joined
+from echoquad_train.parallel.shared import share_layers
 from echoquad_train.recipe import Recipe
-from echoquad_train.shared import share_layers
 
 CPU = torch.device("cpu")
 
@@ -55,7 +55,7 @@ import torch, torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 from echoquad_train.fit import fit
-from echoquad_train.ranks import joined
+from echoquad_train.parallel.ranks import joined
 from echoquad_train.recipe import Recipe
 
 class Thin(ResNet):
@@ -253,7 +253,7 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     told(monkeypatch, RANK=1, MASTER_PORT=free_port())
-    monkeypatch.setattr("echoquad_train.ranks.PATIENCE", timedelta(seconds=1))
+    monkeypatch.setattr("echoquad_train.parallel.ranks.PATIENCE", timedelta(seconds=1))
     with pytest.raises(RunError) as error, joined(CPU):
         pass
     message = str(error.value)

@@ -10,7 +10,7 @@ from torch import nn
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import RunError
 from echoquad_train.history import Epoch, best_of, out_of_patience
-from echoquad_train.model import QuadrantClassifier, set_trained
+from echoquad_train.networks.model import QuadrantClassifier, set_trained
 from echoquad_train.recipe import Recipe
 from echoquad_train.schedule import Course, Phase, one_cycle, phase_of, side_of
 

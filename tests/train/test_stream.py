@@ -21,10 +21,10 @@ import pytest
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import DatasetError, RunError
-from echoquad_train import dataset, stream
-from echoquad_train.dataset import QuadrantStore, Split, load_quadrants, read_split
+from echoquad_train.data import dataset, stream
+from echoquad_train.data.dataset import QuadrantStore, Split, load_quadrants, read_split
+from echoquad_train.data.stream import Storage, StreamedStore, stream_quadrants
 from echoquad_train.fit import fit
-from echoquad_train.stream import Storage, StreamedStore, stream_quadrants
 
 CONTRACT = Contract(("bright", "dark"), input_size=24, keep=0.8)
 

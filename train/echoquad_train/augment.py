@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from echoquad_train.intensity import vary
-from echoquad_train.ranks import Share
+from echoquad_train.parallel.ranks import Share
 from echoquad_train.recipe import Recipe
 
 __all__ = ["augment", "erase", "sample_warp", "shrink"]

@@ -26,7 +26,7 @@ import torch
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import RunError
 from echoquad_runtime.files import write_atomically, write_bytes
-from echoquad_train.model import QuadrantClassifier, first_line
+from echoquad_train.networks.model import QuadrantClassifier, first_line
 from echoquad_train.recipe import Recipe
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from echoquad_runtime.errors import DeviceUnavailableError
-from echoquad_train.backbones import BACKBONES
+from echoquad_train.networks.backbones import BACKBONES
 from echoquad_train.recipe import Recipe
 
 __all__ = ["Device", "autocast_dtype", "choose_device", "make_deterministic", "mixed_dtype"]

@@ -20,11 +20,11 @@ from torch import Tensor
 from echoquad_runtime.contract import Contract, canonical_json
 from echoquad_runtime.errors import ConfigError, DatasetError, RunError
 from echoquad_train.checkpoint import BEST, RUN, Run
-from echoquad_train.dataset import Split, Store
-from echoquad_train.ensemble import EnsembleClassifier
+from echoquad_train.data.dataset import Split, Store
+from echoquad_train.data.stream import Storage
 from echoquad_train.members import Ensemble, load_trained
-from echoquad_train.model import QuadrantClassifier
-from echoquad_train.stream import Storage
+from echoquad_train.networks.ensemble import EnsembleClassifier
+from echoquad_train.networks.model import QuadrantClassifier
 
 __all__ = ["Teacher", "distillation_loss", "load_teacher", "teacher_quadrants"]
 

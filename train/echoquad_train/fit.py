@@ -25,19 +25,19 @@ from echoquad_train import checkpoint, record, schedule
 from echoquad_train.augment import augment
 from echoquad_train.averaging import Average
 from echoquad_train.board import Board
-from echoquad_train.dataset import Split, read_classes, read_split
+from echoquad_train.data.dataset import Split, read_classes, read_split
+from echoquad_train.data.leaks import Leaks, leaks_of_stores
+from echoquad_train.data.patients import patient_pattern
+from echoquad_train.data.stream import Storage, Stream
 from echoquad_train.device import Device, choose_device, make_deterministic, mixed_dtype
 from echoquad_train.distill import load_teacher, teacher_quadrants
 from echoquad_train.history import Epoch, best_of, out_of_patience
-from echoquad_train.leaks import Leaks, leaks_of_stores
-from echoquad_train.model import build_model
-from echoquad_train.patients import patient_pattern
-from echoquad_train.ranks import ALONE, Ranks
+from echoquad_train.networks.model import build_model
+from echoquad_train.parallel.ranks import ALONE, Ranks
 from echoquad_train.recipe import Recipe
 from echoquad_train.resume import abandoned_on_failure, begun, open_folder, require_same_teacher
 from echoquad_train.run_calibration import calibrate_run
 from echoquad_train.sampling import class_weights, draw_batches, seed_of
-from echoquad_train.stream import Storage, Stream
 from echoquad_train.trainer import Teaching, Trainer
 from echoquad_train.validate import validate
 
@@ -125,16 +125,17 @@ def fit(
     teacher
         A finished run to distil from; a resumed run needs the one that it was begun with.
     stream, workers
-        Where quadrants are kept, and how many processes decode what is not; see `echoquad_train.stream.Storage`. The
-        result does not depend on them.
+        Where quadrants are kept, and how many processes decode what is not; see `echoquad_train.data.stream.Storage`.
+        The result does not depend on them.
     tensorboard
         Write event files as well; see `echoquad_train.board`.
     ranks
-        The processes that train together, from `echoquad_train.ranks.joined`; each calls this function alike.
+        The processes that train together, from `echoquad_train.parallel.ranks.joined`; each calls this function alike.
     reading
         How the data's files are read.
     patient_regex
-        Says whom a frame is of, see `echoquad_train.patients.patient_of`; a resumed run knows it where it is not given.
+        Says whom a frame is of, see `echoquad_train.data.patients.patient_of`; a resumed run knows it where it is
+        not given.
     splits
         What to train and to validate on instead of `data`'s own splits, of the same classes: a fold.
     about

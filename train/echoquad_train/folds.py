@@ -29,21 +29,21 @@ from echoquad_runtime.names import without_formula
 from echoquad_runtime.predictor import Predictor
 from echoquad_runtime.writers import format_of
 from echoquad_train.checkpoint import RECIPE, RUN, load_last, load_run, read_info
-from echoquad_train.dataset import Split, read_classes, read_split
+from echoquad_train.data.dataset import Split, read_classes, read_split
+from echoquad_train.data.patients import patient_pattern, patients_of
+from echoquad_train.data.stream import Stream
 from echoquad_train.device import Device, choose_device
-from echoquad_train.engine import TorchEngine
-from echoquad_train.evaluate import Read, judge, measure
+from echoquad_train.evaluation.evaluate import Read, judge, measure
 from echoquad_train.fit import Reporter, fit
 from echoquad_train.members import begin_facts, ensemble_facts, is_ensemble
-from echoquad_train.patients import patient_pattern, patients_of
+from echoquad_train.networks.engine import TorchEngine
 from echoquad_train.recipe import Recipe
-from echoquad_train.stream import Stream
 
 __all__ = ["OUT_OF_FOLD", "FoldReporter", "FoldSettings", "Folded", "begun_with", "deal", "fit_folds"]
 
 OUT_OF_FOLD: Final = "out_of_fold.csv"
 FIGURES: Final = ("accuracy", "balanced_accuracy", "roc_auc", "patch_accuracy")
-"""Of `echoquad_train.evaluate.measure`: those of which mean and standard deviation over the folds are told."""
+"""Of `echoquad_train.evaluation.evaluate.measure`: those of which mean and deviation over the folds are told."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from echoquad_train.ranks import Share
+from echoquad_train.parallel.ranks import Share
 from echoquad_train.recipe import Recipe
 
 __all__ = ["vary"]

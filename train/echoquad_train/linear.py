@@ -35,13 +35,13 @@ from echoquad_runtime.errors import DatasetError, RunError
 from echoquad_runtime.files import make_folder, write_bytes
 from echoquad_runtime.kinds import AS_IT_IS, Reading
 from echoquad_train import checkpoint, record
-from echoquad_train.dataset import LabelledFrame, QuadrantStore, Split, load_quadrants, read_classes, read_split
+from echoquad_train.data.dataset import LabelledFrame, QuadrantStore, Split, load_quadrants, read_classes, read_split
+from echoquad_train.data.leaks import leaks_of_stores
+from echoquad_train.data.patients import patient_pattern, patients_of
 from echoquad_train.device import Device, choose_device, make_deterministic
 from echoquad_train.fit import Fitted, Reporter
 from echoquad_train.history import Epoch
-from echoquad_train.leaks import leaks_of_stores
-from echoquad_train.model import QuadrantClassifier, build_model
-from echoquad_train.patients import patient_pattern, patients_of
+from echoquad_train.networks.model import QuadrantClassifier, build_model
 from echoquad_train.recipe import Recipe
 from echoquad_train.resume import abandoned_on_failure, open_folder
 from echoquad_train.run_calibration import calibrate_run

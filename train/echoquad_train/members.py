@@ -27,7 +27,7 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ConfigError, ContractError, RunError
 from echoquad_runtime.files import make_folder, output_errors, write_bytes, write_json
 from echoquad_train.checkpoint import BEST, RECIPE, RUN, Run, load_run, read_info
-from echoquad_train.ensemble import VOTES, EnsembleClassifier, EnsembleVote
+from echoquad_train.networks.ensemble import VOTES, EnsembleClassifier, EnsembleVote
 from echoquad_train.record import git_commit, versions
 
 __all__ = ["ENSEMBLE", "Ensemble", "begin_facts", "ensemble_facts", "is_ensemble", "load_trained", "write_ensemble"]
@@ -109,7 +109,7 @@ def write_ensemble(folders: Sequence[Path], out: Path, *, vote: EnsembleVote = "
     out
         The folder to make, new or empty; it is there whole or not at all.
     vote
-        ``soft`` or ``hard``; see `echoquad_train.ensemble`.
+        ``soft`` or ``hard``; see `echoquad_train.networks.ensemble`.
     flip
         Whether every member also judges the flipped quadrant.
 

@@ -33,7 +33,7 @@ class Recipe:
     """
 
     # The model
-    backbone: str = "resnet18"  # a name from echoquad_train.backbones
+    backbone: str = "resnet18"  # a name from echoquad_train.networks.backbones
     weights: str = "imagenet"  # imagenet, none, or a file of weights
     dropout: float = 0.5  # before the head's linear layer
 
@@ -42,7 +42,7 @@ class Recipe:
     keep: float = 0.9
     mean: float = 0.5
     std: float = 0.5
-    temperature: float = 0.0  # of each quadrant's softmax; 0 is fitted, see echoquad_train.calibration
+    temperature: float = 0.0  # of each quadrant's softmax; 0 is fitted, see echoquad_train.evaluation.calibration
     positive: str = ""
     vote: VoteMethod = "majority"
     vote_weights: tuple[float, float, float, float] = (1.0, 1.0, 1.5, 1.5)

@@ -20,8 +20,9 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.files import write_bytes, write_json
 from echoquad_runtime.inputs import Failure
 from echoquad_runtime.kinds import AS_IT_IS, Reading
-from echoquad_train import checkpoint, figures
-from echoquad_train.dataset import Split
+from echoquad_train import checkpoint
+from echoquad_train.data.dataset import Split
+from echoquad_train.evaluation import figures
 from echoquad_train.history import Epoch, best_of
 from echoquad_train.recipe import Recipe
 

@@ -15,13 +15,13 @@ from echoquad_runtime.errors import ConfigError
 from echoquad_runtime.files import write_json
 from echoquad_runtime.kinds import Reading
 from echoquad_train import checkpoint
-from echoquad_train.calibration import Temperatures, calibration_facts
-from echoquad_train.dataset import Split, Store, load_quadrants, read_split
-from echoquad_train.engine import TorchEngine
-from echoquad_train.ensemble import EnsembleClassifier
+from echoquad_train.data.dataset import Split, Store, load_quadrants, read_split
+from echoquad_train.data.patients import patient_pattern, patients_of
+from echoquad_train.evaluation.calibration import Temperatures, calibration_facts
 from echoquad_train.members import Ensemble
-from echoquad_train.model import QuadrantClassifier
-from echoquad_train.patients import patient_pattern, patients_of
+from echoquad_train.networks.engine import TorchEngine
+from echoquad_train.networks.ensemble import EnsembleClassifier
+from echoquad_train.networks.model import QuadrantClassifier
 from echoquad_train.recipe import Recipe
 from echoquad_train.validate import VALIDATION_BATCH
 
@@ -80,7 +80,7 @@ def calibrate_ensemble(ensemble: Ensemble, data: Path, patient_regex: str | None
     data
         The data folder; its files are read as the members' were.
     patient_regex
-        Says whom a frame is of, for cross-fitting; see `echoquad_train.patients.patient_of`.
+        Says whom a frame is of, for cross-fitting; see `echoquad_train.data.patients.patient_of`.
 
     Raises
     ------

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from echoquad_train.dataset import Store
+from echoquad_train.data.dataset import Store
 from echoquad_train.recipe import Recipe
 
 __all__ = ["class_weights", "draw_batches", "seed_of", "to_device"]

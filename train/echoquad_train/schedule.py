@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from echoquad_runtime.errors import RunError
-from echoquad_train.backbones import BACKBONES
+from echoquad_train.networks.backbones import BACKBONES
 from echoquad_train.recipe import Recipe
 
 __all__ = ["MOMENTUM", "Course", "Phase", "one_cycle", "phase_of", "side_of"]
@@ -103,7 +103,7 @@ class Course:
     Parameters
     ----------
     groups
-        Parameter groups with their rates, as `echoquad_train.model.set_trained` gives them.
+        Parameter groups with their rates, as `echoquad_train.networks.model.set_trained` gives them.
     recipe, phase
         What to do, and for which epochs.
     steps_per_epoch

@@ -16,14 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from echoquad_train.augment import augment, shrink
 from echoquad_train.averaging import Average
-from echoquad_train.dataset import Store
+from echoquad_train.data.dataset import Store
 from echoquad_train.distill import Teacher, distillation_loss
-from echoquad_train.model import QuadrantClassifier, set_trained
-from echoquad_train.ranks import ALONE, Ranks, Share
+from echoquad_train.networks.model import QuadrantClassifier, set_trained
+from echoquad_train.parallel.ranks import ALONE, Ranks, Share
+from echoquad_train.parallel.shared import Batch, share_layers
 from echoquad_train.recipe import Recipe
 from echoquad_train.sampling import to_device
 from echoquad_train.schedule import Course
-from echoquad_train.shared import Batch, share_layers
 
 __all__ = ["Steps", "Teaching", "Trainer"]
 

@@ -9,10 +9,10 @@ import torch
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.vote import decide
-from echoquad_train.dataset import Store
-from echoquad_train.engine import TorchEngine
-from echoquad_train.model import QuadrantClassifier
-from echoquad_train.ranks import ALONE, Ranks
+from echoquad_train.data.dataset import Store
+from echoquad_train.networks.engine import TorchEngine
+from echoquad_train.networks.model import QuadrantClassifier
+from echoquad_train.parallel.ranks import ALONE, Ranks
 
 __all__ = ["Validated", "validate"]
 

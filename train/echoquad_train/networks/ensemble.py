@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from echoquad_train.backbones import BACKBONES
-from echoquad_train.model import QuadrantClassifier
+from echoquad_train.networks.backbones import BACKBONES
+from echoquad_train.networks.model import QuadrantClassifier
 
 __all__ = ["MEAN_VOTE", "VOTES", "EnsembleClassifier", "EnsembleVote", "views_of"]
 

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
-from echoquad_train.figures import BLUE, GREY, ORANGE, short, stroke
-from echoquad_train.intervals import wilson_interval
-from echoquad_train.reliability import Bins, Floats
+from echoquad_train.evaluation.figures import BLUE, GREY, ORANGE, short, stroke
+from echoquad_train.evaluation.intervals import wilson_interval
+from echoquad_train.evaluation.reliability import Bins, Floats
 
 __all__ = ["Curve", "Point", "histograms", "precision_recall", "reliability_diagram", "risk_coverage_curve", "roc"]
 
@@ -207,7 +207,7 @@ def risk_coverage_curve(
     Parameters
     ----------
     coverage, risk
-        float64 [K], of `echoquad_train.abstention.risk_coverage`.
+        float64 [K], of `echoquad_train.evaluation.abstention.risk_coverage`.
     title
         What it is of.
     at

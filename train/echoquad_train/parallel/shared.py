@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth, stochastic_depth
 
-from echoquad_train.ranks import Share
+from echoquad_train.parallel.ranks import Share
 
 __all__ = ["Batch", "share_layers"]
 

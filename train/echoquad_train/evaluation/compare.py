@@ -18,14 +18,14 @@ from sklearn.metrics import cohen_kappa_score
 from echoquad_runtime.bundle import INTENDED_USE
 from echoquad_runtime.errors import ConfigError, DatasetError
 from echoquad_runtime.files import make_folder, write_bytes, write_json
-from echoquad_train import figures, figures_scores
-from echoquad_train.evaluate import Evaluation, Settings, write_evaluation
-from echoquad_train.intervals import Bootstrap, estimate, weighted_auc
-from echoquad_train.judged import Judged
-from echoquad_train.metrics import roc_curves
-from echoquad_train.pages import figure, page, paragraph, section, table
-from echoquad_train.pages import figures as side_by_side
-from echoquad_train.report import PRIVACY, figure_row, number
+from echoquad_train.evaluation import figures, figures_scores
+from echoquad_train.evaluation.evaluate import Evaluation, Settings, write_evaluation
+from echoquad_train.evaluation.intervals import Bootstrap, estimate, weighted_auc
+from echoquad_train.evaluation.judged import Judged
+from echoquad_train.evaluation.metrics import roc_curves
+from echoquad_train.evaluation.pages import figure, page, paragraph, section, table
+from echoquad_train.evaluation.pages import figures as side_by_side
+from echoquad_train.evaluation.report import PRIVACY, figure_row, number
 
 __all__ = ["LETTERS", "compare", "compare_report", "mcnemar", "write_comparison"]
 

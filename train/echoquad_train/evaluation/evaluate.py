@@ -22,14 +22,14 @@ from echoquad_runtime.files import make_folder, write_bytes, write_json
 from echoquad_runtime.inputs import Failure
 from echoquad_runtime.predictor import Prediction, Predictor
 from echoquad_runtime.writers import open_writer
-from echoquad_train.dataset import LabelledFrame, Split
-from echoquad_train.drawn import draw_all
-from echoquad_train.gallery import save_mistakes
-from echoquad_train.intervals import wilson_interval
-from echoquad_train.judged import Judged, judged_of
-from echoquad_train.metrics import Settings, measure, measure_more, roc_curves
-from echoquad_train.patients import patients_of
-from echoquad_train.report import evaluation_report
+from echoquad_train.data.dataset import LabelledFrame, Split
+from echoquad_train.data.patients import patients_of
+from echoquad_train.evaluation.drawn import draw_all
+from echoquad_train.evaluation.gallery import save_mistakes
+from echoquad_train.evaluation.intervals import wilson_interval
+from echoquad_train.evaluation.judged import Judged, judged_of
+from echoquad_train.evaluation.metrics import Settings, measure, measure_more, roc_curves
+from echoquad_train.evaluation.report import evaluation_report
 
 __all__ = [
     "Evaluation",
@@ -111,7 +111,7 @@ def evaluate(
         Validation frames to choose thresholds and a temperature on, judged as well; None where there are none, or where
         `split` is the validation split itself: then they are chosen on its other patients.
     pattern
-        Whom a frame is of; see `echoquad_train.patients`.
+        Whom a frame is of; see `echoquad_train.data.patients`.
     progress
         Called with the number of frames judged and of all.
 

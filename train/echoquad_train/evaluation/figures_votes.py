@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from echoquad_train.figures import BLUE, GREY, ORANGE
+from echoquad_train.evaluation.figures import BLUE, GREY, ORANGE
 
 __all__ = ["agreement", "quadrants"]
 

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from echoquad_runtime.quadrants import Grey, stitch
-from echoquad_train.dataset import Store
-from echoquad_train.likeness import CENTRED, Bits, View, alike, hashes, thumbnail
-from echoquad_train.patients import owner
+from echoquad_train.data.dataset import Store
+from echoquad_train.data.likeness import CENTRED, Bits, View, alike, hashes, thumbnail
+from echoquad_train.data.patients import owner
 
 __all__ = ["Leaks", "Twins", "find_leaks", "leaks_of_stores", "split_of"]
 
@@ -39,7 +39,7 @@ class Twins:
     names, patients
         Of each frame, in order of their names.
     distance, likeness
-        See `echoquad_train.likeness.Pair`; of nearly equal frames, else 0 and 1.
+        See `echoquad_train.data.likeness.Pair`; of nearly equal frames, else 0 and 1.
     """
 
     kind: str
@@ -156,7 +156,7 @@ def find_leaks(
     files, pixels
         F digests, of a file's bytes (None where these were not looked at) and of its grey levels and their shape.
     bits, thumb, views
-        See `echoquad_train.likeness.alike`.
+        See `echoquad_train.data.likeness.alike`.
     across_only
         Pass over what is in one split.
     looks

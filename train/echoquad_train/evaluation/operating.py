@@ -14,9 +14,9 @@ import numpy.typing as npt
 from sklearn.metrics import roc_curve
 
 from echoquad_runtime.errors import ConfigError
-from echoquad_train.intervals import Bootstrap, estimate
-from echoquad_train.judged import Indices, Judged
-from echoquad_train.reliability import Floats
+from echoquad_train.evaluation.intervals import Bootstrap, estimate
+from echoquad_train.evaluation.judged import Indices, Judged
+from echoquad_train.evaluation.reliability import Floats
 
 __all__ = ["check_targets", "choose_threshold", "operating_points", "rates"]
 

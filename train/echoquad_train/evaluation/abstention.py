@@ -11,9 +11,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from echoquad_train.intervals import Bootstrap, estimate
-from echoquad_train.judged import Judged
-from echoquad_train.reliability import Floats
+from echoquad_train.evaluation.intervals import Bootstrap, estimate
+from echoquad_train.evaluation.judged import Judged
+from echoquad_train.evaluation.reliability import Floats
 
 __all__ = ["abstention", "risk_coverage"]
 

@@ -43,7 +43,7 @@ SPLITS: Final = ("train", "validation", "test")
 
 MEMORY_BYTES: Final = 4 * 1024**3
 """Quadrants beyond this size are kept in a memory-mapped file beside the run, which the system pages in and out; where
-the disk has no room for that, they are streamed, see `echoquad_train.stream`."""
+the disk has no room for that, they are streamed, see `echoquad_train.data.stream`."""
 
 
 @dataclass(frozen=True, slots=True)

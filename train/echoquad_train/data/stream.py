@@ -26,8 +26,8 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.cpus import available_cpus
 from echoquad_runtime.errors import DatasetError, EchoQuadError, RunError
 from echoquad_runtime.inputs import Failure
-from echoquad_train import dataset
-from echoquad_train.dataset import LabelledFrame, Split, Store, decode, load_quadrants, sift, stored_bytes
+from echoquad_train.data import dataset
+from echoquad_train.data.dataset import LabelledFrame, Split, Store, decode, load_quadrants, sift, stored_bytes
 
 __all__ = ["Storage", "Stream", "StreamedStore", "stream_quadrants"]
 
@@ -178,7 +178,8 @@ class Storage:
     Parameters
     ----------
     folder
-        Whose disk takes decoded quadrants that memory has no room for; see `echoquad_train.dataset.load_quadrants`.
+        Whose disk takes decoded quadrants that memory has no room for; see
+        `echoquad_train.data.dataset.load_quadrants`.
     stream
         ``on`` streams in any case, ``off`` never, ``auto`` where neither has room.
     workers

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from echoquad_train.reliability import Bins, Floats
+from echoquad_train.evaluation.reliability import Bins, Floats
 
 __all__ = ["Bootstrap", "estimate", "weighted_auc", "weighted_counts", "weighted_ece", "wilson_interval"]
 

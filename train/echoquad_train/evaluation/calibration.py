@@ -26,7 +26,7 @@ from scipy.special import log_softmax, softmax
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.vote import decide, tempered
-from echoquad_train.reliability import BINNING, Floats, reliability
+from echoquad_train.evaluation.reliability import BINNING, Floats, reliability
 
 __all__ = [
     "FOLDS",
@@ -166,7 +166,7 @@ def cross_fit(
     Returns
     -------
     dict
-        The figures of `echoquad_train.reliability.reliability`, over all frames at once.
+        The figures of `echoquad_train.evaluation.reliability.reliability`, over all frames at once.
     list
         The temperatures, one pair a fold.
     """
@@ -215,10 +215,10 @@ def calibration_facts(
         What was fitted on all the frames.
     dict
         What ``run.json`` says: ``temperature``, ``frame_temperature``, ``note``, ``frames``, ``patients``, ``binning``;
-        ``before``, ``after`` and ``cross_fitted`` with the figures of `echoquad_train.reliability.reliability`, and
-        ``quadrants`` with the same of the quadrants. Those of ``after`` are of the frames that the temperatures were
-        fitted on; ``cross_fitted``, None where there is one patient alone, has each frame under temperatures that were
-        fitted without its patient.
+        ``before``, ``after`` and ``cross_fitted`` with the figures of
+        `echoquad_train.evaluation.reliability.reliability`, and ``quadrants`` with the same of the quadrants. Those of
+        ``after`` are of the frames that the temperatures were fitted on; ``cross_fitted``, None where there is one
+        patient alone, has each frame under temperatures that were fitted without its patient.
     """
     x = np.asarray(scores, np.float64)
     fitted = fit_temperatures(x, labels, quadrants)

@@ -14,7 +14,7 @@ from echoquad_runtime.inputs import OVERLAY_ENDING
 from echoquad_runtime.overlay import save_overlay
 
 if TYPE_CHECKING:
-    from echoquad_train.evaluate import Evaluation
+    from echoquad_train.evaluation.evaluate import Evaluation
 
 __all__ = ["FOLDER", "Mistake", "save_mistakes"]
 

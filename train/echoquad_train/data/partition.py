@@ -27,19 +27,19 @@ from echoquad_runtime.files import write_bytes
 from echoquad_runtime.inputs import Failure
 from echoquad_runtime.names import encoded, printed
 from echoquad_runtime.quadrants import Grey
-from echoquad_train.building import built_beside
-from echoquad_train.dataset import SPLITS
-from echoquad_train.gather import Found, class_folders, frames_below, read_all
-from echoquad_train.leaks import find_leaks
-from echoquad_train.likeness import CENTRED, SHIFTED, Bits, hashes, thumbnail
-from echoquad_train.patients import patient_of
+from echoquad_train.data.building import built_beside
+from echoquad_train.data.dataset import SPLITS
+from echoquad_train.data.gather import Found, class_folders, frames_below, read_all
+from echoquad_train.data.leaks import find_leaks
+from echoquad_train.data.likeness import CENTRED, SHIFTED, Bits, hashes, thumbnail
+from echoquad_train.data.patients import patient_of
 
 __all__ = ["FRACTIONS", "MANIFEST", "Mode", "Partition", "assign", "parse_fractions", "partition", "write_partition"]
 
 Mode = Literal["copy", "link", "manifest"]
 FRACTIONS: Final = (0.70, 0.15, 0.15)
 MANIFEST: Final = "split.csv"
-THOROUGH: Final = 20_000  # see `echoquad_train.audit.THOROUGH`
+THOROUGH: Final = 20_000  # see `echoquad_train.data.audit.THOROUGH`
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """The audit: what is in a data set, what is wrong with it, and what a network could cheat with.
 
-`audit` reads every frame once and gives an `Audit`: counts, unreadable files, leaks (`echoquad_train.leaks`),
-shortcuts (`echoquad_train.shortcuts`), and the size, kind and brightness of frames by class. ``docs/data.md`` says what
-each finding means and by which rule it is one.
+`audit` reads every frame once and gives an `Audit`: counts, unreadable files, leaks (`echoquad_train.data.leaks`),
+shortcuts (`echoquad_train.data.shortcuts`), and the size, kind and brightness of frames by class. ``docs/data.md`` says
+what each finding means and by which rule it is one.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from echoquad_runtime._version import __version__
 from echoquad_runtime.errors import DatasetError, EchoQuadError
 from echoquad_runtime.inputs import Failure
 from echoquad_runtime.quadrants import Grey
-from echoquad_train.dataset import SPLITS
-from echoquad_train.gather import Found, gather, read_all
-from echoquad_train.leaks import LOOKS, Leaks, find_leaks
-from echoquad_train.likeness import CENTRED, DISTANCE, LIKENESS, SHIFTED, Bits, hashes, thumbnail
-from echoquad_train.patients import owner, patient_of
-from echoquad_train.shortcuts import MIN_AUC, Shortcut, Traces, find_shortcuts, traces_of
+from echoquad_train.data.dataset import SPLITS
+from echoquad_train.data.gather import Found, gather, read_all
+from echoquad_train.data.leaks import LOOKS, Leaks, find_leaks
+from echoquad_train.data.likeness import CENTRED, DISTANCE, LIKENESS, SHIFTED, Bits, hashes, thumbnail
+from echoquad_train.data.patients import owner, patient_of
+from echoquad_train.data.shortcuts import MIN_AUC, Shortcut, Traces, find_shortcuts, traces_of
 
 __all__ = ["Audit", "audit"]
 
@@ -160,7 +160,7 @@ def audit(
     data
         The folder; splits and classes may be missing.
     pattern
-        See `echoquad_train.patients.patient_of`.
+        See `echoquad_train.data.patients.patient_of`.
     seed
         Of the folds and permutations by which shortcuts are judged.
     progress

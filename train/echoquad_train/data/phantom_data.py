@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from echoquad_runtime.errors import ConfigError
-from echoquad_train.building import built_beside
-from echoquad_train.dataset import SPLITS
-from echoquad_train.phantom import LABELS, draw_patient, generator_of, render
+from echoquad_train.data.building import built_beside
+from echoquad_train.data.dataset import SPLITS
+from echoquad_train.data.phantom import LABELS, draw_patient, generator_of, render
 
 __all__ = ["MIN_PATIENTS", "write_dataset"]
 

@@ -8,9 +8,9 @@ from typing import Any, Final
 
 from echoquad_runtime._version import __version__
 from echoquad_runtime.bundle import INTENDED_USE
-from echoquad_train.drawn import Picture, point_words
-from echoquad_train.gallery import Mistake
-from echoquad_train.pages import figure, figures, items, page, paragraph, section, table
+from echoquad_train.evaluation.drawn import Picture, point_words
+from echoquad_train.evaluation.gallery import Mistake
+from echoquad_train.evaluation.pages import figure, figures, items, page, paragraph, section, table
 
 __all__ = ["PRIVACY", "evaluation_report", "figure_row", "number"]
 

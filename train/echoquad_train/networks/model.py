@@ -24,7 +24,7 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ConfigError
-from echoquad_train.backbones import BACKBONES, build_body, check_backbone
+from echoquad_train.networks.backbones import BACKBONES, build_body, check_backbone
 from echoquad_train.recipe import Recipe
 
 __all__ = ["QuadrantClassifier", "build_model", "first_line", "load_pretrained", "set_trained"]
@@ -41,7 +41,7 @@ class QuadrantClassifier(nn.Module):
     Parameters
     ----------
     backbone
-        A name from `echoquad_train.backbones.BACKBONES`.
+        A name from `echoquad_train.networks.backbones.BACKBONES`.
     contract
         Gives the number of classes, the input size, the mean and the standard deviation.
     dropout
@@ -144,7 +144,7 @@ def set_trained(model: QuadrantClassifier, layers: Mapping[str, float]) -> list[
         The model; its frozen layers are put in evaluation mode, so that their batch statistics stay as they are.
     layers
         Learning rate by layer: ``head``, ``layer4``, ``layer3``, or ``all``; what the numbered ones are in a network
-        that does not call its stages so, `echoquad_train.backbones` says.
+        that does not call its stages so, `echoquad_train.networks.backbones` says.
     """
     model.requires_grad_(False).eval()
     groups: list[dict[str, object]] = []

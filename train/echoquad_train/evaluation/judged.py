@@ -12,7 +12,7 @@ import numpy.typing as npt
 from echoquad_runtime.contract import Contract, VoteMethod
 from echoquad_runtime.predictor import Prediction
 from echoquad_runtime.vote import decide, tempered
-from echoquad_train.reliability import Floats
+from echoquad_train.evaluation.reliability import Floats
 
 __all__ = ["Judged", "judged_of"]
 

@@ -16,14 +16,14 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from echoquad_runtime.errors import EchoQuadError
 from echoquad_runtime.names import shown
 from echoquad_runtime.quadrants import Grey
-from echoquad_train.audit import Audit
-from echoquad_train.figures import save
-from echoquad_train.gather import Found, read_all
+from echoquad_train.data.audit import Audit
+from echoquad_train.data.gather import Found, read_all
+from echoquad_train.evaluation.figures import save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from echoquad_train.leaks import Twins
+    from echoquad_train.data.leaks import Twins
 
 __all__ = ["contact_sheet", "write_contact_sheet"]
 

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Final
 
 from echoquad_runtime.errors import ConfigError
-from echoquad_train.dataset import LabelledFrame
+from echoquad_train.data.dataset import LabelledFrame
 
 __all__ = ["owner", "patient_of", "patient_pattern", "patients_of"]
 
@@ -83,7 +83,7 @@ def patients_of(frames: Iterable[LabelledFrame], pattern: re.Pattern[str] | None
     Parameters
     ----------
     frames
-        Named ``SPLIT/CLASS/...``, as `echoquad_train.dataset.read_split` gives them.
+        Named ``SPLIT/CLASS/...``, as `echoquad_train.data.dataset.read_split` gives them.
     pattern
         See `patient_of`.
     """

@@ -1,7 +1,7 @@
 """Gathering: every labelled frame of a data set, whatever is wrong with its folders, read one after the other.
 
-Training asks for splits that are complete (`echoquad_train.dataset`). Here nothing has to be: the audit tells what is
-missing, and ``echoquad data split`` takes what there is.
+Training asks for splits that are complete (`echoquad_train.data.dataset`). Here nothing has to be: the audit tells what
+is missing, and ``echoquad data split`` takes what there is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from echoquad_runtime.inputs import EXPECTED, Failure, FrameFile, find_in_folder
 from echoquad_runtime.kinds import IMAGE_ENDINGS
 from echoquad_runtime.quadrants import Grey
 from echoquad_runtime.sources import load_grey
-from echoquad_train.dataset import SPLITS
+from echoquad_train.data.dataset import SPLITS
 
 __all__ = ["Content", "Found", "class_folders", "frames_below", "gather", "read_all"]
 

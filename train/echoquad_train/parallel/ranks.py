@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from echoquad_runtime.errors import DeviceUnavailableError, EchoQuadError, RunError
-from echoquad_train.torchrun import place
+from echoquad_train.parallel.torchrun import place
 
 __all__ = ["ALONE", "Ranks", "Share", "joined"]
 

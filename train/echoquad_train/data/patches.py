@@ -23,8 +23,8 @@ from echoquad_runtime.frames import read_frame
 from echoquad_runtime.inputs import Failure
 from echoquad_runtime.names import encoded, printed
 from echoquad_runtime.quadrants import Grey, crop_box, split, stitch
-from echoquad_train.building import built_beside
-from echoquad_train.gather import Found, gather, read_all
+from echoquad_train.data.building import built_beside
+from echoquad_train.data.gather import Found, gather, read_all
 
 __all__ = ["MAPPING", "Patches", "write_patches"]
 

@@ -12,9 +12,9 @@ from sklearn import metrics
 
 from echoquad_runtime.contract import QUADRANTS, Contract
 from echoquad_runtime.predictor import Prediction
-from echoquad_train.abstention import abstention
-from echoquad_train.calibration import cross_fit, fit_temperatures, patient_folds, scores_of
-from echoquad_train.intervals import (
+from echoquad_train.evaluation.abstention import abstention
+from echoquad_train.evaluation.calibration import cross_fit, fit_temperatures, patient_folds, scores_of
+from echoquad_train.evaluation.intervals import (
     RESAMPLES,
     Bootstrap,
     estimate,
@@ -23,9 +23,9 @@ from echoquad_train.intervals import (
     weighted_ece,
     wilson_interval,
 )
-from echoquad_train.judged import Indices, Judged, judged_of
-from echoquad_train.operating import operating_points
-from echoquad_train.reliability import BINNING, Floats, losses, reliability, squares, sweep_bins
+from echoquad_train.evaluation.judged import Indices, Judged, judged_of
+from echoquad_train.evaluation.operating import operating_points
+from echoquad_train.evaluation.reliability import BINNING, Floats, losses, reliability, squares, sweep_bins
 
 __all__ = ["Settings", "measure", "measure_more", "plain", "roc_curves"]
 

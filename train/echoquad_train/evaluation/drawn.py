@@ -11,11 +11,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from echoquad_runtime.contract import Contract
-from echoquad_train import figures, figures_scores, figures_votes
-from echoquad_train.abstention import risk_coverage
-from echoquad_train.judged import Judged
-from echoquad_train.metrics import plain, roc_curves
-from echoquad_train.reliability import sweep_bins
+from echoquad_train.evaluation import figures, figures_scores, figures_votes
+from echoquad_train.evaluation.abstention import risk_coverage
+from echoquad_train.evaluation.judged import Judged
+from echoquad_train.evaluation.metrics import plain, roc_curves
+from echoquad_train.evaluation.reliability import sweep_bins
 
 __all__ = ["Picture", "draw_all", "point_words"]
 

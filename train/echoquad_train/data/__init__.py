@@ -1,0 +1,1 @@
+"""Data: frames read, audited, split, cut into quadrants and made up."""

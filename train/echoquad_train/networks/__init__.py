@@ -1,0 +1,1 @@
+"""Networks: backbones with a head, alone and as one ensemble."""

@@ -1,0 +1,1 @@
+"""Parallel: several processes that train together what one would alone."""
