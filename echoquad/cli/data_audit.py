@@ -9,6 +9,7 @@ import typer
 
 from echoquad.cli.console import Progress, failure_line, note, say, table
 from echoquad.cli.extras import require_extra
+from echoquad.cli.options import Every, Flip, Matrices, reading_of
 
 if TYPE_CHECKING:
     from echoquad_train.data.audit import Audit
@@ -40,20 +41,24 @@ def audit(
         bool, typer.Option("--strict", help="Exit with 1 where a patient or a picture is in more than one split.")
     ] = False,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the shortcuts' folds.")] = 0,
+    matrices: Matrices = False,
+    flip: Flip = None,
+    every: Every = 1,
 ) -> None:
     """Look for what spoils a data set: leaks between splits, duplicates, unreadable files, shortcuts to the class."""
     from echoquad_runtime.errors import DatasetError
     from echoquad_runtime.files import make_folder, write_json
+    from echoquad_runtime.kinds import AS_IT_IS
     from echoquad_train.data.patients import patient_pattern
 
     require_extra("train")
-    pattern = patient_pattern(patient_regex)
+    pattern, reading = patient_pattern(patient_regex), reading_of(matrices, flip, every, AS_IT_IS)
     from echoquad_train.data import audit as auditing
 
     if out is not None:
         make_folder(out)  # told now, and not after all the work
     with Progress("reading") as progress:
-        found = auditing.audit(data, pattern, seed=seed, progress=progress.update)
+        found = auditing.audit(data, pattern, reading=reading, seed=seed, progress=progress.update)
     say(summarize(found))
     for failure in found.failures:
         note(failure_line(failure).removeprefix("error: "))

@@ -11,6 +11,7 @@ import typer
 from echoquad.cli.console import Progress, list_failures, note, say, table
 from echoquad.cli.data_audit import PatientRegex
 from echoquad.cli.extras import require_extra
+from echoquad.cli.options import Every, Flip, Matrices, reading_of
 
 __all__ = ["patches", "split"]
 
@@ -39,18 +40,21 @@ def split(
     ] = ModeName.copy,
     patient_regex: PatientRegex = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the draw.")] = 0,
+    matrices: Matrices = False,
+    every: Every = 1,
 ) -> None:
     """Divide frames into train, validation and test by patient, each class alike. Never a patient in two."""
+    from echoquad_runtime.kinds import Reading
     from echoquad_runtime.names import shown
     from echoquad_train.data.patients import patient_pattern
 
     require_extra("train")
-    pattern = patient_pattern(patient_regex)
+    pattern, reading = patient_pattern(patient_regex), Reading(matrices, every=every)
     from echoquad_train.data import partition
 
     shares = partition.parse_fractions(fractions)
     with Progress("reading") as progress:
-        parts = partition.partition(source, shares, pattern, seed=seed, progress=progress.update)
+        parts = partition.partition(source, shares, pattern, reading=reading, seed=seed, progress=progress.update)
     copied = partition.write_partition(parts, out, mode.value)
     rows = [
         [f"{part}/{shown(name)}", str(frames), str(patients)]
@@ -73,14 +77,19 @@ def patches(
         float,
         typer.Option("--keep", metavar="SHARE", min=0.01, max=1.0, help="Of each side, in the middle; 1 is all."),
     ] = 0.9,
+    matrices: Matrices = False,
+    flip: Flip = None,
+    every: Every = 1,
 ) -> None:
     """Write every frame's four quadrants, and the table that leads back; check that stitched they are the frame."""
     require_extra("train")
+    from echoquad_runtime.kinds import AS_IT_IS
     from echoquad_runtime.names import shown
     from echoquad_train.data.patches import MAPPING, write_patches
 
+    reading = reading_of(matrices, flip, every, AS_IT_IS)
     with Progress("cutting") as progress:
-        done = write_patches(data, out, keep, progress=progress.update)
+        done = write_patches(data, out, keep, reading=reading, progress=progress.update)
     rows = [[f"{part}/{shown(name)}", str(count), str(4 * count)] for (part, name), count in done.counts.items()]
     say(table(["split/class", "frames", "patches"], rows))
     say(f"stitched back: all {done.frames} frames as they were, pixel for pixel, after the crop")

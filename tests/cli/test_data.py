@@ -8,7 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from echoquad_runtime.frames import read_frame
 
 
 @pytest.fixture
@@ -81,6 +85,45 @@ def test_patches(data: Path, leaky: Path, warm: Callable[..., Any], tmp_path: Pa
     assert (tmp_path / "a" / "patch_mapping.csv").is_file()
     assert cut.code == 5 and cut.errors[0].startswith("train/ASD/")
     assert "all 12 frames" in cut.out  # one more, one less
+
+
+@pytest.fixture
+def upside_down(leaky: Path, tmp_path: Path) -> Path:
+    """Give the leaky phantoms as numpy files that stand on their heads; the one that is cut is no array."""
+    folder = tmp_path / "matrices"
+    for path in leaky.rglob("*.png"):
+        target = folder / path.relative_to(leaky).with_suffix(".npy")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as image:
+            try:
+                np.save(target, np.asarray(image.convert("L"))[::-1])
+            except OSError:
+                target.write_bytes(b"cut")
+    return folder
+
+
+def test_matrices(leaky: Path, upside_down: Path, warm: Callable[..., Any], tmp_path: Path) -> None:
+    turned = ["--matrices", "--flip", "vertical"]
+    bare, audited, split, cut, plain = warm(
+        [
+            ["data", "audit", upside_down],
+            ["data", "audit", upside_down, *turned, "--out", tmp_path / "audit"],
+            ["data", "split", upside_down, "--matrices", "--out", tmp_path / "new"],
+            ["data", "patches", upside_down, *turned, "--out", tmp_path / "turned"],
+            ["data", "patches", leaky, "--out", tmp_path / "plain"],
+        ]
+    )
+    assert (bare.code, len(bare.errors)) == (1, 1) and "--matrices" in bare.errors[0]
+    assert audited.code == 0 and "unreadable files: 1\n" in audited.out and "(same file" in audited.out
+    found = json.loads((tmp_path / "audit" / "audit.json").read_text("utf-8"))
+    assert found["reading"] == {"matrices": True, "flip": "vertical", "every": 1}
+    assert list(found["classes"]["NORM"]["kinds"]) == ["npy"]
+    assert split.code == 5 and len(list((tmp_path / "new").glob("*/*/*.npy"))) == 12
+    assert (cut.code, plain.code) == (5, 5) and cut.out == plain.out
+    patches = sorted(path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").rglob("*.png"))
+    assert len(patches) == 48
+    for path in patches:
+        assert np.array_equal(read_frame(tmp_path / "turned" / path), read_frame(tmp_path / "plain" / path)), path
 
 
 def test_refusals(data: Path, many: Callable[..., Any], tmp_path: Path) -> None:

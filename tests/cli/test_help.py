@@ -77,9 +77,11 @@ COMMANDS = {
     ],
     ("doctor",): ["--device", "--json"],
     ("data",): ["audit", "split", "patches", "phantom"],
-    ("data", "audit"): ["DATA", "--out", "--patient-regex", "--strict", "--seed"],
-    ("data", "split"): ["SOURCE", "--out", "--fractions", "--mode", "--patient-regex", "--seed"],
-    ("data", "patches"): ["DATA", "--out", "--keep"],
+    ("data", "audit"): ["DATA", "--out", "--patient-regex", "--strict", "--seed", "--matrices", "--flip", "--every"],
+    ("data", "split"): [
+        *["SOURCE", "--out", "--fractions", "--mode", "--patient-regex", "--seed", "--matrices", "--every"]
+    ],
+    ("data", "patches"): ["DATA", "--out", "--keep", "--matrices", "--flip", "--every"],
     ("data", "phantom"): ["DIR", "--patients", "--frames", "--seed"],
     ("demo",): ["--out", "--patients", "--epochs"],
 }

@@ -18,22 +18,21 @@ import numpy as np
 import numpy.typing as npt
 
 from echoquad_runtime._version import __version__
-from echoquad_runtime.errors import DatasetError, EchoQuadError
+from echoquad_runtime.errors import DatasetError
 from echoquad_runtime.inputs import Failure
+from echoquad_runtime.kinds import AS_IT_IS, Reading
 from echoquad_runtime.quadrants import Grey
 from echoquad_train.data.dataset import SPLITS
-from echoquad_train.data.gather import Found, gather, read_all
+from echoquad_train.data.gather import Content, Found, gather
 from echoquad_train.data.leaks import LOOKS, Leaks, find_leaks
-from echoquad_train.data.likeness import CENTRED, DISTANCE, LIKENESS, SHIFTED, Bits, hashes, thumbnail
+from echoquad_train.data.likeness import DISTANCE, LIKENESS
 from echoquad_train.data.patients import owner, patient_of
+from echoquad_train.data.pictures import read_pictures
 from echoquad_train.data.shortcuts import MIN_AUC, Shortcut, Traces, find_shortcuts, traces_of
 
 __all__ = ["Audit", "audit"]
 
 SCHEMA: Final = 1
-
-THOROUGH: Final = 20_000
-"""Frames up to which copies that were cut on some sides only are looked for: the work grows with their square."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +61,8 @@ class Audit:
         What is odd about the folders, a sentence each.
     views
         Views of each frame at the first look for near duplicates.
+    patient_regex, seed, reading
+        What it was told.
     """
 
     data: Path
@@ -78,6 +79,7 @@ class Audit:
     views: int
     patient_regex: str | None
     seed: int
+    reading: Reading = AS_IT_IS
 
     @property
     def names(self) -> list[str]:
@@ -119,6 +121,7 @@ class Audit:
             "data": self.data.resolve().as_posix(),
             "patient_regex": self.patient_regex,
             "seed": self.seed,
+            **({"reading": self.reading.to_dict()} if self.reading != AS_IT_IS else {}),
             "frames": len(self.frames),
             "counts": self.counts,
             "notes": list(self.notes),
@@ -150,6 +153,7 @@ def audit(
     data: Path,
     pattern: re.Pattern[str] | None = None,
     *,
+    reading: Reading = AS_IT_IS,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Audit:
@@ -161,6 +165,8 @@ def audit(
         The folder; splits and classes may be missing.
     pattern
         See `echoquad_train.data.patients.patient_of`.
+    reading
+        How the data's files are read.
     seed
         Of the folds and permutations by which shortcuts are judged.
     progress
@@ -171,52 +177,49 @@ def audit(
     DatasetError
         If there is no frame, or none that can be read.
     """
-    frames = gather(data)
-    views = SHIFTED if len(frames) <= THOROUGH else CENTRED
-    read: list[Found] = []
-    failures: list[Failure] = []
-    thumbs: list[Grey] = []
-    bits: list[Bits] = []
+    frames = gather(data, reading)
     traces: list[Traces] = []
     files: list[bytes] = []
-    pixels: list[bytes] = []
     modes: list[str] = []
-    for done, (frame, content) in enumerate(read_all(frames), 1):
-        if isinstance(content, EchoQuadError):
-            failures.append(Failure(frame.name, content))
-        else:
-            read.append(frame)
-            thumbs.append(thumbnail(content.grey))
-            bits.append(hashes(thumbs[-1], views))
-            traces.append(traces_of(content.grey, content.size))
-            files.append(content.digest)
-            pixels.append(content.pixel_digest)
-            modes.append(content.mode)
-        if progress is not None:
-            progress(done, len(frames))
+
+    def trace(content: Content) -> None:
+        traces.append(traces_of(content.grey, content.size))
+        files.append(content.digest)
+        modes.append(content.mode)
+
+    found = read_pictures(frames, progress=progress, also=trace)
+    read, failures = found.read, found.failures
     if not read:
         raise DatasetError(
             f"{data.as_posix()}: no frame can be read; the first failure: {failures[0].file}: {failures[0].error}"
         )
     patients = tuple(owner(frame.name, pattern) for frame in read)
     leaks = find_leaks(
-        [frame.name for frame in read], patients, files, pixels, bits, thumbs.__getitem__, views, looks=LOOKS
+        [frame.name for frame in read],
+        patients,
+        files,
+        found.pixels,
+        found.hashes,
+        found.thumbs.__getitem__,
+        found.views,
+        looks=LOOKS,
     )
     return Audit(
         data=data,
         frames=tuple(frames),
         failures=tuple(failures),
         read=tuple(read),
-        thumbs=tuple(thumbs),
+        thumbs=tuple(found.thumbs),
         patients=patients,
         unknown=sum(patient_of(frame.name.split("/", 2)[2], pattern) is None for frame in frames),
         leaks=leaks,
         shortcuts=tuple(find_shortcuts(traces, [frame.label for frame in read], patients, seed)),
         classes=_by_class(read, traces, modes),
         notes=tuple(_oddities(frames)),
-        views=len(views),
+        views=len(found.views),
         patient_regex=pattern.pattern if pattern else None,
         seed=seed,
+        reading=reading,
     )
 
 

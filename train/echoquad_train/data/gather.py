@@ -20,8 +20,8 @@ from PIL import Image
 from echoquad_runtime.devices import available_cpus
 from echoquad_runtime.errors import DatasetError, EchoQuadError, FrameReadError
 from echoquad_runtime.frames import decode_frame, read_bytes
-from echoquad_runtime.inputs import EXPECTED, Failure, FrameFile, find_in_folder
-from echoquad_runtime.kinds import IMAGE_ENDINGS
+from echoquad_runtime.inputs import EXPECTED, Failure, FrameFile, find_in_folder, matrices_hint
+from echoquad_runtime.kinds import AS_IT_IS, IMAGE_ENDINGS, Flip, Reading
 from echoquad_runtime.quadrants import Grey
 from echoquad_runtime.sources import load_grey
 from echoquad_train.data.dataset import SPLITS
@@ -35,7 +35,7 @@ class Found:
 
     Attributes
     ----------
-    path, name, frame
+    path, name, frame, flip
         As of a `FrameFile`; `name` is relative to the data folder.
     label, split
         Its class and its split; the split is empty where there are none.
@@ -48,6 +48,7 @@ class Found:
     label: str
     split: str
     frame: int | None = None
+    flip: Flip = "none"
     fault: EchoQuadError | None = None
 
 
@@ -68,7 +69,7 @@ class Content(NamedTuple):
         return hashlib.sha256(repr(self.grey.shape).encode() + self.grey.tobytes()).digest()
 
 
-def gather(data: Path) -> list[Found]:
+def gather(data: Path, reading: Reading = AS_IT_IS) -> list[Found]:
     """List the frames of ``DATA/SPLIT/CLASS/**``, of as many splits and classes as there are.
 
     Raises
@@ -86,20 +87,21 @@ def gather(data: Path) -> list[Found]:
             f"{data.as_posix()}: none of {', '.join(SPLITS)} found, only {found}; {expected}; "
             "make them with `echoquad data split`"
         )
-    frames = [frame for split in there for frame in frames_below(data, data / split, split)]
+    frames = [frame for split in there for frame in frames_below(data, data / split, split, reading)]
     if not frames:
-        raise DatasetError(f"{data.as_posix()}: no frame found; {EXPECTED}")
+        hints = (matrices_hint(str(data / split), reading) for split in there)
+        raise DatasetError(f"{data.as_posix()}: no frame found; {EXPECTED}{next(filter(None, hints), '')}")
     return frames
 
 
-def frames_below(data: Path, folder: Path, split: str) -> Iterator[Found]:
+def frames_below(data: Path, folder: Path, split: str, reading: Reading = AS_IT_IS) -> Iterator[Found]:
     """List the frames in the class folders of a folder; named by their paths below `data`."""
     for name in class_folders(folder):
-        for item in find_in_folder(folder / name, f"{split}/{name}/" if split else f"{name}/"):
+        for item in find_in_folder(folder / name, f"{split}/{name}/" if split else f"{name}/", reading):
             if isinstance(item, Failure):
                 yield Found(data / item.file, item.file, name, split, fault=item.error)
             else:
-                yield Found(item.path, item.name, name, split, item.frame)
+                yield Found(item.path, item.name, name, split, item.frame, item.flip)
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -127,7 +129,7 @@ def _read(frame: Found) -> Content | EchoQuadError:
         if frame.path.suffix.lower() in IMAGE_ENDINGS:  # its bytes are read once for all
             data = read_bytes(frame.path)
             return Content(decode_frame(data), hashlib.sha256(data).digest(), len(data), _mode(data))
-        grey = load_grey(FrameFile(frame.path, frame.name, frame.frame))
+        grey = load_grey(FrameFile(frame.path, frame.name, frame.frame, frame.flip))
         kind = frame.path.suffix.lower().removeprefix(".") or "other"
         if frame.frame is not None:
             return Content(grey, b"", frame.path.stat().st_size, kind)

@@ -22,24 +22,23 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from echoquad_runtime.errors import ConfigError, DatasetError, EchoQuadError
+from echoquad_runtime.errors import ConfigError, DatasetError
 from echoquad_runtime.files import write_bytes
-from echoquad_runtime.inputs import Failure
+from echoquad_runtime.inputs import Failure, matrices_hint
+from echoquad_runtime.kinds import AS_IT_IS, Reading
 from echoquad_runtime.names import encoded, printed
-from echoquad_runtime.quadrants import Grey
 from echoquad_train.data.building import built_beside
 from echoquad_train.data.dataset import SPLITS
-from echoquad_train.data.gather import Found, class_folders, frames_below, read_all
+from echoquad_train.data.gather import Found, class_folders, frames_below
 from echoquad_train.data.leaks import find_leaks
-from echoquad_train.data.likeness import CENTRED, SHIFTED, Bits, hashes, thumbnail
 from echoquad_train.data.patients import patient_of
+from echoquad_train.data.pictures import read_pictures
 
 __all__ = ["FRACTIONS", "MANIFEST", "Mode", "Partition", "assign", "parse_fractions", "partition", "write_partition"]
 
 Mode = Literal["copy", "link", "manifest"]
 FRACTIONS: Final = (0.70, 0.15, 0.15)
 MANIFEST: Final = "split.csv"
-THOROUGH: Final = 20_000  # see `echoquad_train.data.audit.THOROUGH`
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +107,7 @@ def partition(
     fractions: tuple[float, float, float] = FRACTIONS,
     pattern: re.Pattern[str] | None = None,
     *,
+    reading: Reading = AS_IT_IS,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Partition:
@@ -119,29 +119,17 @@ def partition(
         If there are fewer than two classes, a class has too few patients for the splits, or two frames would get one
         name.
     """
-    frames = _pool(source)
-    read: list[Found] = []
-    failures: list[Failure] = []
-    thumbs: list[Grey] = []
-    bits: list[Bits] = []
-    pixels: list[bytes] = []
-    views = SHIFTED if len(frames) <= THOROUGH else CENTRED
-    for done, (frame, content) in enumerate(read_all(frames), 1):
-        if isinstance(content, EchoQuadError):
-            failures.append(Failure(frame.name, content))
-        else:
-            read.append(frame)
-            thumbs.append(thumbnail(content.grey))
-            bits.append(hashes(thumbs[-1], views))
-            pixels.append(content.pixel_digest)
-        if progress is not None:
-            progress(done, len(frames))
+    frames = _pool(source, reading)
+    found = read_pictures(frames, progress=progress)
+    read = found.read
     inner = [_inner(frame) for frame in read]
     patients = [patient_of(name.partition("/")[2], pattern) or name for name in inner]
     # Named as if each patient were a split, so that what two of them share counts as a leak between them.
     number = {patient: str(index) for index, patient in enumerate(dict.fromkeys(patients))}
     named = [f"{number[patient]}/{index}" for index, patient in enumerate(patients)]
-    leaks = find_leaks(named, patients, None, pixels, bits, thumbs.__getitem__, views, across_only=True)
+    leaks = find_leaks(
+        named, patients, None, found.pixels, found.hashes, found.thumbs.__getitem__, found.views, across_only=True
+    )
     groups = _join(patients, [set(twins.patients) for twins in (*leaks.exact, *leaks.near)])
     classes = sorted({frame.label for frame in frames})
     unit_of = {patient: index for index, group in enumerate(groups) for patient in group}
@@ -151,7 +139,7 @@ def partition(
     chosen = assign(sizes, fractions, classes, seed)
     splits = tuple(SPLITS[chosen[unit_of[patient]]] for patient in patients)
     joined = tuple(group for group in groups if len(group) > 1)
-    return Partition(source, tuple(read), tuple(patients), splits, tuple(failures), joined)
+    return Partition(source, tuple(read), tuple(patients), splits, tuple(found.failures), joined)
 
 
 def assign(
@@ -274,19 +262,19 @@ def _manifest(parts: Partition) -> bytes:
     return encoded(text.getvalue())
 
 
-def _pool(source: Path) -> list[Found]:
+def _pool(source: Path, reading: Reading) -> list[Found]:
     if not source.is_dir():
         raise DatasetError(f"{source.as_posix()}: no such folder; expected a folder a class")
     there = [split for split in SPLITS if (source / split).is_dir()]
-    frames = [f for split in there for f in frames_below(source, source / split, split)]
-    frames = frames if there else list(frames_below(source, source, ""))
+    frames = [f for split in there for f in frames_below(source, source / split, split, reading)]
+    frames = frames if there else list(frames_below(source, source, "", reading))
     classes = sorted({frame.label for frame in frames})
     if len(classes) < 2:
         found = f"frames of the class {classes[0]} alone" if classes else "no frame"
         folders = ", ".join(class_folders(source)[:6]) or "none"
         raise DatasetError(
             f"{source.as_posix()}: {found} found (folders: {folders}); expected frames in two or more folders named "
-            "after classes"
+            f"after classes{matrices_hint(str(source), reading) if not classes else ''}"
         )
     seen: dict[str, str] = {}
     for frame in frames:

@@ -21,6 +21,7 @@ from echoquad_runtime.errors import DatasetError, EchoQuadError, VerificationErr
 from echoquad_runtime.files import write_bytes
 from echoquad_runtime.frames import read_frame
 from echoquad_runtime.inputs import Failure
+from echoquad_runtime.kinds import AS_IT_IS, Reading
 from echoquad_runtime.names import encoded, printed
 from echoquad_runtime.quadrants import Grey, crop_box, split, stitch
 from echoquad_train.data.building import built_beside
@@ -44,7 +45,14 @@ class Patches:
         return sum(self.counts.values())
 
 
-def write_patches(data: Path, out: Path, keep: float, *, progress: Callable[[int, int], None] | None = None) -> Patches:
+def write_patches(
+    data: Path,
+    out: Path,
+    keep: float,
+    *,
+    reading: Reading = AS_IT_IS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Patches:
     """Write ``out/SPLIT/CLASS/*_{LA,RA,LV,RV}.png`` and ``out/patch_mapping.csv``.
 
     Each frame's patches are read back from the disk and stitched, and held against the cropped frame, pixel for pixel.
@@ -57,6 +65,10 @@ def write_patches(data: Path, out: Path, keep: float, *, progress: Callable[[int
         New or empty.
     keep
         The kept fraction of each side, as of a contract; 1 is the whole frame.
+    reading
+        How the data's files are read.
+    progress
+        Called with the number of frames done and of all.
 
     Raises
     ------
@@ -67,7 +79,7 @@ def write_patches(data: Path, out: Path, keep: float, *, progress: Callable[[int
     OutputError
         If `out` is in the way or cannot be written.
     """
-    frames = gather(data)
+    frames = gather(data, reading)
     bases = _bases(frames)
     counts: dict[tuple[str, str], int] = {}
     failures: list[Failure] = []
