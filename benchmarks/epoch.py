@@ -132,9 +132,10 @@ def ours(split: Split, recipe: Recipe, contract: Contract, where: torch.device) 
     def batches(round_: int) -> Batches:
         generator = torch.Generator().manual_seed(round_)
         chosen = list(draw_batches(store, recipe, generator))
-        for rows, quadrants in zip(chosen, store.feed(chosen), strict=True):
+        for rows, quadrants in zip(chosen, store.feed(chosen, whole=recipe.neighbours), strict=True):
             images, labels = to_device(quadrants, store.labels[rows // 4], where)
-            yield augment(images, recipe, generator), labels
+            places = torch.from_numpy(rows % 4) if recipe.neighbours else None
+            yield augment(images, recipe, generator, places=places), labels
 
     return batches
 

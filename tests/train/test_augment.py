@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.ndimage import map_coordinates
 from torch import Tensor
 from torchvision.transforms import RandomErasing, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from echoquad_train.augment import _sides, augment, erase, sample_warp, shrink
+from echoquad_train.parallel.ranks import Share
 from echoquad_train.recipe import Recipe
 
 SIZE = 32
@@ -226,6 +228,57 @@ def test_the_order_of_the_steps_shows() -> None:
     right = torchvisions(image, recipe, seeded(2))
     other = TF.hflip(torchvisions(image, recipe.replace(flip=0), seeded(2)))
     assert (right - other).abs().mean() > 4
+
+
+# Beyond the quadrant
+
+
+def neighbours(count: int, side: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Give all four quadrants of `count` noisy frames, uint8 [count, 4, side, side], and which of them is meant."""
+    frames = torch.randint(0, 256, (count, 4, side, side), dtype=torch.uint8, generator=seeded(seed))
+    return frames, torch.arange(count) % 4
+
+
+def test_beyond_an_inner_edge_lies_the_rest_of_the_frame() -> None:
+    """Against scipy's interpolation in the frame itself, at the pixels that the drawn maps lead to."""
+    side, recipe = 16, with_only(translate=0.4, zoom=(0.6, 1.2), rotate=40, flip=0.5)
+    frames, places = neighbours(12, side)
+    found = augment(frames, recipe, seeded(5), places=places)
+    maps = sample_warp(12, recipe, seeded(5)).double().numpy()
+    steps = (2 * np.arange(side) + 1) / side - 1  # pixels' centres, in [-1, 1]
+    x, y = np.meshgrid(steps, steps)
+    for row, (frame, place) in enumerate(zip(frames.double().numpy(), places.tolist(), strict=True)):
+        whole = np.block([[frame[0], frame[1]], [frame[2], frame[3]]])
+        at = maps[row] @ np.stack([x.ravel(), y.ravel(), np.ones(side * side)])
+        columns, rows = ((at + 1) * side - 1) / 2 + np.array([[place % 2], [place // 2]]) * side
+        expected = map_coordinates(np.pad(whole, 1), [rows + 1, columns + 1], order=1, mode="constant")
+        np.testing.assert_allclose(found[row, 0].numpy(), expected.reshape(side, side), atol=GREY_LEVELS)
+
+
+def test_neighbours_show_only_where_there_was_black() -> None:
+    recipe = with_only(translate=0.3, zoom=(0.8, 1.2), rotate=20)
+    frames, places = neighbours(8, SIZE)
+    own = frames[torch.arange(8), places][:, None]
+    alone, beside = augment(own, recipe, seeded(2)), augment(frames, recipe, seeded(2), places=places)
+    inside = augment(torch.full_like(own, 255), recipe, seeded(2)) > 254.9
+    torch.testing.assert_close(alone[inside], beside[inside], atol=GREY_LEVELS, rtol=0)
+    beyond = augment(torch.full_like(own, 255), recipe, seeded(2)) == 0
+    assert (alone[beyond] == 0).all() and (beside[beyond] > 0).float().mean() > 0.1
+
+
+def test_nothing_to_do_beside_neighbours_gives_the_quadrant_back() -> None:
+    frames, places = neighbours(4, SIZE)
+    out = augment(frames, STILL, seeded(), places=places)
+    torch.testing.assert_close(out[:, 0], frames[torch.arange(4), places].float(), atol=1e-3, rtol=0)
+
+
+def test_a_share_with_neighbours_is_augmented_as_in_the_whole() -> None:
+    recipe = with_only(translate=0.3, rotate=20, erase=0.5)
+    frames, places = neighbours(7, SIZE)
+    whole = augment(frames, recipe, seeded(4), places=places)
+    parts = [augment(frames[a:b], recipe, seeded(4), Share(a, b, 7), places[a:b]) for a, b in ((0, 3), (3, 7), (7, 7))]
+    assert parts[2].shape == (0, 1, SIZE, SIZE)
+    torch.testing.assert_close(torch.cat(parts), whole)
 
 
 # Erasing

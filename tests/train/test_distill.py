@@ -99,18 +99,29 @@ def test_both_see_one_view_each_at_its_own_size() -> None:
         assert (other - small).abs().mean() > 15
 
 
+@pytest.mark.parametrize("neighbours", [False, True])
 @pytest.mark.parametrize(("size", "small"), [(16, 16), (24, 24), (16, 8)])
 def test_the_teacher_is_shown_what_the_student_is(
-    tmp_path: Path, trained: Any, quiet: Any, thin: None, monkeypatch: pytest.MonkeyPatch, size: int, small: int
+    tmp_path: Path,
+    trained: Any,
+    quiet: Any,
+    thin: None,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    small: int,
+    neighbours: bool,
 ) -> None:
     """Batch by batch: the same quadrants under the same draws, at the teacher's 16 pixels."""
     drawn: list[tuple[int, bytes]] = []
     judged: list[torch.Tensor] = []
     real_augment, real_call = trainer.augment, Teacher.__call__
 
-    def watched(quadrants: torch.Tensor, recipe: Recipe, generator: torch.Generator, share: Share) -> torch.Tensor:
+    def watched(
+        quadrants: torch.Tensor, recipe: Recipe, generator: torch.Generator, share: Share, places: torch.Tensor | None
+    ) -> torch.Tensor:
+        assert quadrants.shape[1] == (4 if neighbours else 1) and (places is not None) == neighbours
         drawn.append((quadrants.shape[-1], generator.get_state().numpy().tobytes()))
-        return real_augment(quadrants, recipe, generator, share)
+        return real_augment(quadrants, recipe, generator, share, places)
 
     def asked(self: Teacher, view: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
         assert not self.model.training and not any(weight.requires_grad for weight in self.model.parameters())
@@ -122,7 +133,8 @@ def test_the_teacher_is_shown_what_the_student_is(
     monkeypatch.setattr(trainer, "augment", watched)
     monkeypatch.setattr(Teacher, "__call__", asked)
     monkeypatch.setattr(schedule, "_SMALLEST", 8)
-    recipe = trained.recipe.replace(input_size=size, epochs=1, small_share=1.0, small_scale=small / size)
+    shown = {"small_share": 1.0, "small_scale": small / size, "neighbours": neighbours}
+    recipe = trained.recipe.replace(input_size=size, epochs=1, **shown)
     train(trained.data, tmp_path / "run", recipe, quiet(), teacher=trained.folder)
     assert len(judged) == 4 and all(view.shape == (8, 1, 16, 16) for view in judged)
     if small == 16:

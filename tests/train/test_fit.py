@@ -284,8 +284,10 @@ def test_a_batch_is_its_quadrants() -> None:
     quadrants, labels = to_device(fed, frames.labels[chosen // 4], torch.device("cpu"))
     assert quadrants.shape == (4, 1, 8, 8) and quadrants.dtype == torch.uint8
     assert quadrants[:, 0, 0, 0].tolist() == [0, 7, 19, 8] and labels.tolist() == [0, 0, 1, 1]
-    quadrants.zero_()
-    assert frames.quadrants.max() == 19  # a copy
+    (whole,) = frames.feed([chosen], whole=True)
+    assert whole[:, :, 0, 0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [16, 17, 18, 19], [8, 9, 10, 11]]
+    quadrants.zero_(), whole.fill(0)
+    assert frames.quadrants.max() == 19  # copies
 
 
 # What can stand in the way

@@ -70,7 +70,7 @@ NOT_IN_IT = dict.fromkeys(
 
 def test_transfer_is_the_document() -> None:
     # Calibration changes no quadrant's class.
-    others = {"small_scale": 0.5, "calibrate": True}
+    others = {"small_scale": 0.5, "calibrate": True, "neighbours": False}
     assert dataclasses.asdict(Recipe.load("transfer")) == DOCUMENT | NOT_IN_IT | others
     assert Recipe() == Recipe.load("transfer")  # a TOML file that names little means the document otherwise
 

@@ -59,12 +59,12 @@ def test_it_is_the_decoded_store(streamed: StreamedStore, data: Path) -> None:
     assert np.array_equal(streamed.labels, decoded.labels) and streamed.labels.dtype == np.int64
     assert [(f.file, str(f.error)) for f in streamed.failures] == [(f.file, str(f.error)) for f in decoded.failures]
     rng = np.random.default_rng(2)
-    for _ in range(2):  # the workers live on from one pass to the next
+    for whole in (False, True):  # the workers live on from one pass to the next
         batches = [rng.integers(0, 28, size) for size in (5, 8, 1, 0, 16)]
-        pairs = list(zip(streamed.feed(batches), decoded.feed(batches), strict=True))
+        pairs = list(zip(streamed.feed(batches, whole=whole), decoded.feed(batches, whole=whole), strict=True))
         assert [len(found) for found, _ in pairs] == [5, 8, 1, 0, 16]
         for found, expected in pairs:
-            assert found.dtype == np.uint8 and found.shape[1:] == (1, 24, 24)
+            assert found.dtype == np.uint8 and found.shape[1:] == (4 if whole else 1, 24, 24)
             assert np.array_equal(found, expected)
 
 

@@ -26,13 +26,20 @@ _ERASE_RATIO = (0.3, 3.3)
 _TRIES = 10
 
 
-def augment(quadrants: Tensor, recipe: Recipe, generator: torch.Generator, share: Share | None = None) -> Tensor:
+def augment(
+    quadrants: Tensor,
+    recipe: Recipe,
+    generator: torch.Generator,
+    share: Share | None = None,
+    places: Tensor | None = None,
+) -> Tensor:
     """Augment a batch.
 
     Parameters
     ----------
     quadrants
-        Grey levels 0 to 255, uint8 or float [B, 1, S, S], on any device.
+        Grey levels 0 to 255, uint8 or float [B, 1, S, S], on any device; with `places` [B, 4, S, S], all four of each
+        one's frame.
     recipe
         Says how strongly.
     generator
@@ -40,25 +47,30 @@ def augment(quadrants: Tensor, recipe: Recipe, generator: torch.Generator, share
     share
         Which rows of how large a batch `quadrants` is; None is all of it. The whole batch's draws are made all
         the same, so that a share is augmented as it would be in the whole.
+    places
+        int64 [B], which of its frame's four each quadrant is. Where a warp leaves it at an inner edge, there is then
+        what lies beside it in the frame. None knows of no other quadrants.
 
     Returns
     -------
     float32 [B, 1, S, S]
-        Grey levels 0 to 255 on the same device; black where the warp leaves the quadrant, the contract's mean where
+        Grey levels 0 to 255 on the same device; black where the warp leaves what there is, the contract's mean where
         erased.
     """
     share = share or Share(0, len(quadrants), len(quadrants))
     warp = sample_warp(share.total, recipe, generator)[share.rows].to(quadrants.device)
-    warped = quadrants.float()
-    if len(quadrants):  # a share may be empty, which torch's grid cannot
-        grid = F.affine_grid(warp, list(quadrants.shape), align_corners=False)
-        warped = F.grid_sample(warped, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    size = [len(quadrants), 1, *quadrants.shape[2:]]
+    seen = quadrants.float()
+    if places is not None:
+        seen, warp = _joined(seen), _within(warp, places.to(warp.device))
+    # A share may be empty, which torch's grid cannot.
+    warped = _sampled(seen, warp, size) if len(quadrants) else seen.reshape(size)
     varied = vary(warped, recipe, generator, share)
     return erase(varied, recipe.erase, 255.0 * recipe.mean, generator, share)
 
 
 def shrink(quadrants: Tensor, side: int) -> Tensor:
-    """Bring quadrants, uint8 [B, 1, S, S], down to float32 [B, 1, side, side], with an antialiased bilinear filter."""
+    """Bring quadrants, uint8 [B, Q, S, S], down to float32 [B, Q, side, side], with an antialiased bilinear filter."""
     return F.interpolate(quadrants.float(), (side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
@@ -83,6 +95,23 @@ def sample_warp(count: int, recipe: Recipe, generator: torch.Generator) -> Tenso
     shift_x, shift_y = (2 * uniform(-recipe.translate, recipe.translate) for _ in range(2))
     affine = _affine(scale, scale * shear, 0, scale, 0, 0) @ _affine(1, 0, 0, 1, shift_x, shift_y)
     return (crop @ flip @ rotation @ affine)[:, :2]
+
+
+def _sampled(images: Tensor, warp: Tensor, size: list[int]) -> Tensor:
+    grid = F.affine_grid(warp, size, align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _joined(quadrants: Tensor) -> Tensor:
+    """Lay the quadrants of frames, [B, 4, S, S], together again, [B, 1, 2 S, 2 S]."""
+    rows = [torch.cat([quadrants[:, left], quadrants[:, left + 1]], dim=2) for left in (0, 2)]
+    return torch.cat(rows, dim=1)[:, None]
+
+
+def _within(warp: Tensor, places: Tensor) -> Tensor:
+    """Bring maps into a quadrant's coordinates, [B, 2, 3], to those of its frame, where it has half of each side."""
+    centres = torch.stack([places % 2, places // 2], dim=1).to(warp.dtype) - 0.5
+    return torch.cat([warp[:, :, :2] / 2, warp[:, :, 2:] / 2 + centres[:, :, None]], dim=2)
 
 
 def erase(

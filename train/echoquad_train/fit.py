@@ -272,8 +272,9 @@ def _fit(
         state = None
 
         if board and not history:
-            first = next(train_store.feed(batches[:1]))
-            board.batch(augment(torch.from_numpy(first), recipe, generator.clone_state()))
+            first = torch.from_numpy(next(train_store.feed(batches[:1], whole=recipe.neighbours)))
+            places = torch.from_numpy(batches[0] % 4) if recipe.neighbours else None
+            board.batch(augment(first, recipe, generator.clone_state(), places=places))
         side = schedule.side_of(recipe, number)
         steps = trainer.epoch(batches, generator, course, partial(reporter.batch, number), side)
         validated = validate(kept, contract, validation_store, where, ranks)

@@ -80,6 +80,7 @@ class Recipe:
     zoom: tuple[float, float] = (0.95, 1.05)
     shear: float = 5.0  # degrees, either way
     erase: float = 0.5  # probability
+    neighbours: bool = False  # beyond a quadrant's inner edges lie its frame's other quadrants, else black
     gamma: float = 0.0  # of the grey map, as an exponent of e, either way; see echoquad_train.intensity
     gain: float = 0.0  # likewise a factor
     attenuation: float = 0.0  # likewise a factor at one edge, its inverse at the other

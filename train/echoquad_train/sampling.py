@@ -49,7 +49,7 @@ def _draw_balanced(labels: npt.NDArray[np.int64], count: int, generator: torch.G
 def to_device(
     quadrants: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], where: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bring a batch to the device: its quadrants, uint8 [B, 1, S, S], and their labels, int64 [B]."""
+    """Bring a batch to the device: its quadrants, uint8 [B, 1 or 4, S, S], and their labels, int64 [B]."""
     images, classes = torch.from_numpy(quadrants), torch.from_numpy(labels)
     if where.type == "cuda":
         return images.pin_memory().to(where, non_blocking=True), classes.to(where)

@@ -130,9 +130,10 @@ class Trainer:
         """
         shares = [self.ranks.share(len(chosen)) for chosen in batches]
         own = [chosen[share.rows] for chosen, share in zip(batches, shares, strict=True)]
-        fed = self.store.feed(own)
+        whole = self.recipe.neighbours
+        fed = self.store.feed(own, whole=whole)
         apart = self.teaching is not None and self.teaching.store is not self.store
-        taught = self.teaching.store.feed(own) if self.teaching and apart else repeat(None)
+        taught = self.teaching.store.feed(own, whole=whole) if self.teaching and apart else repeat(None)
         # Summed on the device: to ask it for a figure after each batch is to wait for it.
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.where)
         correct = torch.zeros((), dtype=torch.float64, device=self.where)
@@ -142,7 +143,8 @@ class Trainer:
             # What this rank's sum is divided by: its mean share of the batch's weight, since the ranks' gradients are
             # averaged. So they are those of the whole batch's weighted mean.
             weight = float(counts[self.store.labels[chosen // 4]].sum()) / self.ranks.count
-            loss, logits = self._loss(quadrants, labels, weight, share, next(taught), generator, side)
+            places = torch.from_numpy(mine % 4) if whole else None
+            loss, logits = self._loss(quadrants, labels, weight, share, places, next(taught), generator, side)
             rate = course.step(loss, self.scaler)
             if self.average is not None:
                 self.average.follow(self.model)
@@ -159,6 +161,7 @@ class Trainer:
         labels: torch.Tensor,
         weight: float,
         share: Share,
+        places: torch.Tensor | None,
         larger: npt.NDArray[np.uint8] | None,
         generator: torch.Generator,
         side: int | None,
@@ -168,7 +171,7 @@ class Trainer:
         twin = generator.clone_state()  # draws what `generator` will: the same view at another size
         size = quadrants.shape[-1]
         target = min(side or size, size) if len(quadrants) else size  # a share may be empty
-        images = augment(shrink(quadrants, target) if target < size else quadrants, recipe, generator, share)
+        images = augment(shrink(quadrants, target) if target < size else quadrants, recipe, generator, share, places)
         if self._batch is not None:
             self._batch.share = share
         with torch.autocast(self.where.type, self.dtype, enabled=self.dtype is not None):
@@ -180,7 +183,7 @@ class Trainer:
             view = images
             if larger is not None or target < size:
                 own = quadrants if larger is None else torch.from_numpy(larger).to(self.where)
-                view = augment(own, recipe, twin, share)
+                view = augment(own, recipe, twin, share, places)
             answers = teaching.master(view, teaching.dtype)
             rows = share.total / self.ranks.count
             loss = distillation_loss(loss, logits, answers, recipe.distill_weight, recipe.distill_temperature, rows)

@@ -131,8 +131,13 @@ class QuadrantStore:
         """Give S."""
         return int(self.quadrants.shape[-1])
 
-    def feed(self, batches: Iterable[npt.NDArray[np.int64]]) -> Iterator[npt.NDArray[np.uint8]]:
-        """Give copies of the quadrants, uint8 [B, 1, S, S], of each batch of indices into [F * 4]."""
+    def feed(self, batches: Iterable[npt.NDArray[np.int64]], *, whole: bool = False) -> Iterator[npt.NDArray[np.uint8]]:
+        """Give copies of the quadrants, uint8 [B, 1, S, S], of each batch of indices into [F * 4].
+
+        With `whole`, all four of each one's frame, [B, 4, S, S].
+        """
+        if whole:
+            return (self.quadrants[chosen // 4] for chosen in batches)
         return (self.quadrants[chosen // 4, chosen % 4][:, None] for chosen in batches)
 
 
@@ -155,8 +160,11 @@ class Store(Protocol):
     def size(self) -> int:
         """Give the quadrants' side."""
 
-    def feed(self, batches: Iterable[npt.NDArray[np.int64]]) -> Iterator[npt.NDArray[np.uint8]]:
-        """Give the quadrants, uint8 [B, 1, S, S], of each batch of indices into [F * 4]."""
+    def feed(self, batches: Iterable[npt.NDArray[np.int64]], *, whole: bool = False) -> Iterator[npt.NDArray[np.uint8]]:
+        """Give the quadrants, uint8 [B, 1, S, S], of each batch of indices into [F * 4].
+
+        With `whole`, all four of each one's frame, [B, 4, S, S].
+        """
 
 
 def read_classes(data: Path) -> tuple[str, ...]:

@@ -36,7 +36,8 @@ Stream = Literal["auto", "on", "off"]
 _AHEAD: Final = 4  # batches that each worker decodes ahead
 _DISK_SHARE: Final = 0.9  # of what is free, at most taken for decoded quadrants
 
-Wanted = tuple[LabelledFrame, int]
+Wanted = tuple[LabelledFrame, int | None]
+"""A frame, and which of its quadrants; None is all four."""
 
 
 class _Decoder:
@@ -46,7 +47,7 @@ class _Decoder:
         self.contract = contract
 
     def __getitems__(self, wanted: list[Wanted]) -> npt.NDArray[np.uint8] | str:
-        """Give a batch's quadrants, uint8 [B, 1, S, S], each frame decoded once; or what is wrong with one."""
+        """Give a batch's quadrants, uint8 [B, 1, S, S] or [B, 4, S, S], each frame decoded once; or what is wrong."""
         known: dict[LabelledFrame, npt.NDArray[np.uint8]] = {}
         for frame, _ in wanted:
             if frame not in known:
@@ -55,7 +56,9 @@ class _Decoder:
                     return f"{frame.name}: could be read when training began and cannot be now ({outcome})"
                 known[frame] = outcome
         size = self.contract.input_size
-        return np.array([known[frame][corner] for frame, corner in wanted], np.uint8).reshape(-1, 1, size, size)
+        count = 4 if any(corner is None for _, corner in wanted) else 1
+        chosen = [known[frame] if corner is None else known[frame][corner] for frame, corner in wanted]
+        return np.array(chosen, np.uint8).reshape(-1, count, size, size)
 
 
 def _as_it_is(batch: npt.NDArray[np.uint8] | str) -> npt.NDArray[np.uint8] | str:
@@ -125,8 +128,10 @@ class StreamedStore:
         """Give the frames' names."""
         return tuple(frame.name for frame in self._frames)
 
-    def feed(self, batches: Iterable[npt.NDArray[np.int64]]) -> Iterator[npt.NDArray[np.uint8]]:
+    def feed(self, batches: Iterable[npt.NDArray[np.int64]], *, whole: bool = False) -> Iterator[npt.NDArray[np.uint8]]:
         """Give the quadrants, uint8 [B, 1, S, S], of each batch of indices into [F * 4], decoded ahead.
+
+        With `whole`, all four of each one's frame, [B, 4, S, S].
 
         Raises
         ------
@@ -135,14 +140,18 @@ class StreamedStore:
         RunError
             If a worker has ended.
         """
-        self._sampler.batches = ([(self._frames[i // 4], int(i % 4)) for i in chosen] for chosen in batches)
+        self._sampler.batches = (
+            [(self._frames[i // 4], None if whole else int(i % 4)) for i in chosen] for chosen in batches
+        )
+        nothing = np.empty((0, 4 if whole else 1, self.size, self.size), np.uint8)
+        nothing = np.empty((0, 4 if whole else 1, self.size, self.size), np.uint8)
         try:
             with _deaf_to_interrupts():
                 batches_decoded = iter(self._loader)
             for batch in batches_decoded:
                 if isinstance(batch, str):
                     raise DatasetError(f"{batch}; bring it back, and go on by `echoquad train --resume`")
-                yield batch
+                yield batch if len(batch) else nothing
         except RuntimeError as error:
             if "worker" not in str(error):
                 raise
