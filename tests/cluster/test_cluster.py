@@ -25,6 +25,7 @@ from PIL import Image
 from echoquad_runtime import cluster, ray_session, ray_worker
 from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.cluster import RayPredictor
+from echoquad_runtime.contract import INDETERMINATE
 from echoquad_runtime.errors import (
     BundleTamperedError,
     ClusterError,
@@ -214,6 +215,17 @@ def test_the_rows_are_those_of_one_machine(
     failures = [type(it.error) for it in results if isinstance(it, Failure)]
     assert failures == [FrameDamagedError, InputNotFoundError, FrameDamagedError, FrameReadError]
     assert lines == ["2 Ray workers of 1 CPU each"]
+
+
+def test_it_abstains_as_one_machine_does(address: str, tiny_bundle: Path, tmp_path: Path, make_frame: Frame) -> None:
+    found: Found = [*find_frames([str(draw(tmp_path / "frames", make_frame, 20))])]
+    contract = Bundle(tiny_bundle).contract
+    sure = sorted(it.confidence(contract) for it in locally(tiny_bundle, found) if isinstance(it, Prediction))
+    bound = (sure[9] + sure[10]) / 2
+    expected = list(Predictor(tiny_bundle, device="cpu", many=True, abstain_below=bound).predict(found))
+    results = list(RayPredictor(Bundle(tiny_bundle), abstain_below=bound).predict(found))
+    assert told(results) == told(expected)
+    assert [isinstance(it, Prediction) and it.label for it in results].count(INDETERMINATE) == 10
 
 
 @on_linux

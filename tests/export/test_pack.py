@@ -114,6 +114,8 @@ def test_the_manifest_says_where_it_comes_from(case: Any) -> None:
     assert training["frames"] == info["data"]["frames"] and training["unreadable"] == 0
     assert training["best"] == info["best"] and training["epochs"] == 2 and training["git_commit"] == info["git_commit"]
     assert Recipe.from_toml(training["recipe"]) == load_recipe(case.run)
+    assert training["audit"] == info["audit"] and info["audit"]["patients_across"] == 1  # its splits share one
+    assert "In more than one of its splits: 1 patients, " in (case.bundle / "MODEL_CARD.md").read_text("utf-8")
     parity = found["parity"]["fp32"]
     assert parity["passed"] and parity["frames"] == 8 and parity["source"] == "validation split"
     assert [batch["batch_size"] for batch in parity["batches"]] == [1, 2, 5, 16]

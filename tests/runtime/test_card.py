@@ -139,6 +139,23 @@ def test_the_card_tells_of_the_calibration() -> None:
     assert "not stated" in model_card({**MANIFEST, "training": training | {"calibration": 7}}).markdown()
 
 
+def test_the_card_tells_of_leaks() -> None:
+    counts = {"patients": {"train": 400, "validation": 50}, "patients_across": 2, "exact_across": 1, "near_across": 0}
+
+    def paragraph(audit: object) -> Paragraph:
+        card = model_card({**MANIFEST, "training": {**MANIFEST["training"], "audit": audit}})
+        (section,) = [section for section in card.sections if section.title == "Training data"]
+        (found,) = [b for b in section.blocks if isinstance(b, Paragraph) and "more than one of its splits" in b.text]
+        return found
+
+    leaky = paragraph(counts)
+    assert "2 patients, 1 exact and 0 near duplicates" in leaky.text and leaky.strong
+    assert "(patients by file name: train 400, validation 50)" in leaky.text
+    assert not paragraph({**counts, "patients_across": 0, "exact_across": 0}).strong
+    assert "not stated patients, not stated exact" in paragraph(7).text
+    assert "more than one of its splits" not in model_card(MANIFEST).markdown()  # a run from before there was an audit
+
+
 def test_the_card_of_a_manifest() -> None:
     assert model_card(MANIFEST).markdown() == EXPECTED.read_text("utf-8")
 
