@@ -171,11 +171,14 @@ def _measure(
     count = len(frames.frames) + (len(reference.frames) if reference else 0)
     also = f" and {len(reference.frames)} of validation for the thresholds" if reference else ""
     note(f"{split}: {len(frames.frames)} frames{also} on {predictor.engine.device} in {predictor.engine.precision}")
+    told = {**evaluation.model_facts(folder), "data": data.as_posix()}
+    trained = told["trained_calibration"]
+    given = isinstance(trained, dict) and trained.get("temperature_given") is True
+    settings = replace(settings, temperature_given=given)
     with Progress("evaluating", count) as progress:
         found = evaluation.evaluate(
             predictor, frames, settings=settings, reference=reference, pattern=pattern, progress=progress.update
         )
-    told = {**evaluation.model_facts(folder), "data": data.as_posix()}
     return replace(found, metrics=found.metrics | told)
 
 

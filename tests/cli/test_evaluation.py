@@ -27,6 +27,7 @@ def test_two_models_are_compared(
         assert [point["target"] for point in metrics["operating_points"]] == [0.8, 0.9]
         assert metrics["intervals"]["resamples"] == 50
         assert metrics["trained_calibration"]["split"] == "validation"
+        assert set(metrics["calibration"]["refitted"]["temperatures"]) == {3.0}  # as the recipe gives it
 
 
 def test_thresholds_are_chosen_on_validation(

@@ -161,6 +161,12 @@ def test_the_validation_split_is_cross_fitted_and_another_is_not(flat_data: Path
     assert chosen["chosen_on"] == "on 8 frames of 8 patients of the validation split"
     assert 0 < chosen["operating_points"][0]["threshold"] < 1
     assert "temperature" in chosen["calibration"]["refitted"]
+    tempered = Predictor(Level(Contract(("bright", "dark"), input_size=16, temperature=2.0)))
+    for given, kept in ((True, 2.0), (False, 1.0)):  # none is the likeliest here, where every frame is judged rightly
+        settings = Settings(resamples=0, temperature_given=given)
+        alone = evaluate(tempered, validation, settings=settings).metrics["calibration"]["refitted"]
+        beside = evaluate(tempered, test, settings=settings, reference=validation).metrics["calibration"]["refitted"]
+        assert {beside["temperature"], *alone["temperatures"]} == {kept}
 
 
 def test_no_threshold_is_chosen_on_a_patient_that_is_reported(tmp_path: Path) -> None:

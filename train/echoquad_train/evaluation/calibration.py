@@ -214,7 +214,8 @@ def calibration_facts(
     Temperatures
         What was fitted on all the frames.
     dict
-        What ``run.json`` says: ``temperature``, ``frame_temperature``, ``note``, ``frames``, ``patients``, ``binning``;
+        What ``run.json`` says: ``temperature``, ``temperature_given`` (by the recipe, and so not fitted),
+        ``frame_temperature``, ``note``, ``frames``, ``patients``, ``binning``;
         ``before``, ``after`` and ``cross_fitted`` with the figures of
         `echoquad_train.evaluation.reliability.reliability`, and ``quadrants`` with the same of the quadrants. Those of
         ``after`` are of the frames that the temperatures were fitted on; ``cross_fitted``, None where there is one
@@ -236,6 +237,7 @@ def calibration_facts(
     flat, repeated = x.reshape(-1, x.shape[2]), np.repeat(labels, x.shape[1])
     return fitted, {
         "temperature": fitted.quadrants,
+        "temperature_given": quadrants is not None,
         "frame_temperature": fitted.frames,
         "note": fitted.note,
         "frames": len(labels),

@@ -45,6 +45,8 @@ class Settings:
         Rates that operating points hold.
     abstain_below
         The confidence under which a frame stays undecided; None decides all.
+    temperature_given
+        Whether the quadrants' temperature was given in training, and so stays where temperatures are fitted anew.
     """
 
     resamples: int = RESAMPLES
@@ -52,6 +54,7 @@ class Settings:
     at_specificity: tuple[float, ...] = (0.9,)
     at_sensitivity: tuple[float, ...] = (0.9,)
     abstain_below: float | None = None
+    temperature_given: bool = False
 
     @property
     def targets(self) -> list[tuple[str, float]]:
@@ -162,7 +165,7 @@ def measure_more(
         "patients": _patients(judged, settings),
         "chosen_on": chosen,
         "operating_points": operating_points(judged, sampler, settings.targets, reference, folds),
-        "calibration": _calibration(judged, contract, reference, folds),
+        "calibration": _calibration(judged, contract, reference, folds, settings.temperature_given),
         "vote_agreement": _agreement(judged),
         "quadrant_ci95": {
             name: estimate(None if not len(judged) else float(hits.mean()), sampler.mean(hits))["ci95"]
@@ -265,13 +268,16 @@ def _patients(judged: Judged, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _calibration(judged: Judged, contract: Contract, reference: Judged | None, folds: Indices | None) -> dict[str, Any]:
+def _calibration(
+    judged: Judged, contract: Contract, reference: Judged | None, folds: Indices | None, given: bool
+) -> dict[str, Any]:
     """Measure reliability: as reported, without the contract's temperatures, and under ones that are fitted anew."""
 
     def measured(of: Judged) -> dict[str, Any]:
         return reliability(of.shares, of.labels, of.decided)
 
     temperature, frames = contract.temperature, contract.frame_temperature
+    kept = temperature if given else None
     found: dict[str, Any] = {
         "temperature": temperature,
         "frame_temperature": frames,
@@ -282,7 +288,7 @@ def _calibration(judged: Judged, contract: Contract, reference: Judged | None, f
         "refitted": None,
     }
     if reference is not None:
-        fitted = fit_temperatures(scores_of(reference.quadrants) * temperature, reference.labels)
+        fitted = fit_temperatures(scores_of(reference.quadrants) * temperature, reference.labels, kept)
         found["refitted"] = {
             "temperature": fitted.quadrants,
             "frame_temperature": fitted.frames,
@@ -291,7 +297,7 @@ def _calibration(judged: Judged, contract: Contract, reference: Judged | None, f
         }
     elif folds is not None:
         rule = replace(contract, vote=judged.method)
-        figures, pairs = cross_fit(scores_of(judged.quadrants) * temperature, judged.labels, folds, rule)
+        figures, pairs = cross_fit(scores_of(judged.quadrants) * temperature, judged.labels, folds, rule, kept)
         found["refitted"] = {
             "folds": len(pairs),
             "temperatures": [pair.quadrants for pair in pairs],
