@@ -19,7 +19,7 @@ import torch
 
 from echoquad_runtime.errors import ConfigError, ContractError, DatasetError, DeviceUnavailableError, RunError
 from echoquad_runtime.predictor import Predictor
-from echoquad_train import checkpoint, record, sampling
+from echoquad_train import checkpoint, record, sampling, schedule
 from echoquad_train import device as devices
 from echoquad_train import fit as fitting
 from echoquad_train.checkpoint import load_run
@@ -497,6 +497,7 @@ def test_smaller_quadrants_at_first(
         return forward(model, quadrants)
 
     monkeypatch.setattr(QuadrantClassifier, "forward", watched)
+    monkeypatch.setattr(schedule, "_SMALLEST", 32)
     recipe = tiny.replace(input_size=64, epochs=3, small_share=0.7, small_scale=0.5)
     fit(flat_data, tmp_path / "run", recipe, device="cpu", resume=False, reporter=quiet())
     sides = [side for side, training in seen if training]

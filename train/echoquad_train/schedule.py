@@ -19,8 +19,10 @@ __all__ = ["MOMENTUM", "Course", "Phase", "one_cycle", "phase_of", "side_of"]
 MOMENTUM: Final = 0.9
 """Of optimizer ``momentum``: the heavy ball, not Nesterov's."""
 
-_SMALLEST: Final = 32
-"""Pixels a side below which no quadrant is made smaller: little of a heart is left, or of a network's last map."""
+_SMALLEST: Final = 64
+"""Pixels a side below which no quadrant is made smaller: less saves little time and leaves little of a heart.
+
+No backbone asks for more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +59,10 @@ def side_of(recipe: Recipe, epoch: int) -> int:
     epochs then see the size that it will judge. M. Tan, Q. V. Le, "EfficientNetV2", arXiv:2104.00298, section 4. A
     network with an embedding for each place has one size alone.
     """
-    size, parts = recipe.input_size, BACKBONES[recipe.backbone]
-    if parts.patch or epoch > int(recipe.small_share * recipe.epochs):
+    size = recipe.input_size
+    if BACKBONES[recipe.backbone].patch or epoch > int(recipe.small_share * recipe.epochs):
         return size
-    return min(size, max(round(recipe.small_scale * size), _SMALLEST, parts.smallest))
+    return min(size, max(round(recipe.small_scale * size), _SMALLEST))
 
 
 def one_cycle(step: int, steps: int) -> float:
