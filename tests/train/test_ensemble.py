@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ConfigError, EchoQuadError, RunError
 from echoquad_runtime.predictor import Predictor
-from echoquad_train.checkpoint import load_run
+from echoquad_train.checkpoint import Run, load_run
 from echoquad_train.data.dataset import read_split
 from echoquad_train.distill import load_teacher
 from echoquad_train.evaluation.evaluate import evaluate
 from echoquad_train.fit import fit
-from echoquad_train.members import Ensemble, load_trained, write_ensemble
+from echoquad_train.members import Ensemble, ensemble_facts, load_trained, write_ensemble
 from echoquad_train.networks.engine import TorchEngine
-from echoquad_train.networks.ensemble import MEAN_VOTE, EnsembleClassifier
+from echoquad_train.networks.ensemble import MEAN_VOTE, EnsembleClassifier, EnsembleVote
 
 QUADRANTS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 1, 16, 16), np.uint8))
 
@@ -170,6 +170,22 @@ def others(
             fit(trained.data, folder / name, recipe, device="cpu", resume=False, reporter=quiet())
             found[name] = folder / name
     return found
+
+
+def test_an_uncalibrated_ensemble_is_as_sure_as_its_members(trained: Any, thin: None) -> None:
+    run = load_run(trained.folder)
+    members = [
+        (name, replace(run, contract=replace(run.contract, frame_temperature=value)))
+        for name, value in (("a", 0.1), ("b", 0.4))
+    ]
+
+    def of(chosen: list[tuple[str, Run]], vote: EnsembleVote) -> float:
+        contract = Contract.from_dict(ensemble_facts(chosen, vote, flip=False)["contract"])
+        assert contract.temperature == 1
+        return contract.frame_temperature
+
+    assert of(members, "soft") == 0.2 and of(members[:1], "soft") == 0.1
+    assert of(members, "hard") == 1  # its probabilities count votes
 
 
 def test_an_ensemble_is_whole_without_its_runs(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -164,7 +165,8 @@ def ensemble_facts(members: Sequence[tuple[str, Run]], vote: EnsembleVote, flip:
         If a run's record lacks what has to be known of it.
     """
     runs = [run for _, run in members]
-    contract = replace(runs[0].contract, temperature=1.0, frame_temperature=1.0)
+    frames = _frame_temperature(runs) if vote == "soft" else 1.0
+    contract = replace(runs[0].contract, temperature=1.0, frame_temperature=frames)
     backbones = ", ".join(sorted({run.model.name for run in runs}))
     return {
         **begin_facts(),
@@ -179,6 +181,16 @@ def ensemble_facts(members: Sequence[tuple[str, Run]], vote: EnsembleVote, flip:
         "git_commit": git_commit(),
         "status": "finished",
     }
+
+
+def _frame_temperature(runs: Sequence[Run]) -> float:
+    """Give the geometric mean of the members' frame temperatures, four decimals.
+
+    A member's is fitted on frames that it has not learned from, which of members of folds no frame is for all of them.
+    The mean of several is a little more timid than each, so that it errs on the side of too little confidence.
+    """
+    logarithms = [math.log(run.contract.frame_temperature) for run in runs]
+    return round(math.exp(math.fsum(logarithms) / len(runs)), 4)
 
 
 def begin_facts(**known: Any) -> dict[str, Any]:
