@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from echoquad.cli.options import FlipName
     from echoquad_runtime.kinds import Reading
     from echoquad_train.parallel.ranks import Ranks
+    from echoquad_train.recipe import Recipe
 
 __all__ = ["LinearName", "TrainingProgress", "train"]
 
@@ -173,7 +174,11 @@ def train(
             reading=reading,
         )
         raise SystemExit(code)
-    with TrainingProgress() as progress, joined(choose_device(device.value)) as ranks, _told_once(ranks):
+    with (
+        TrainingProgress(chosen) as progress,
+        joined(choose_device(device.value)) as ranks,
+        _told_once(ranks),
+    ):
         if linear and ranks.count > 1:
             raise UsageError(f"--fit {linear.value} under torchrun: one process fits it; start it without torchrun")
         if linear:
@@ -262,9 +267,10 @@ def calibration_line(found: Mapping[str, Any]) -> str:
 
 
 class TrainingProgress:
-    """Shows a run: a bar for each epoch, and a line of figures that stays."""
+    """Shows a run, of a recipe where that is known: a bar for each epoch, and a line of figures that stays."""
 
-    def __init__(self) -> None:
+    def __init__(self, recipe: Recipe | None = None) -> None:
+        self._recipe = recipe
         self._progress: Progress | None = None
         self._key: object = None
 
@@ -284,7 +290,11 @@ class TrainingProgress:
         for split in (train, validation):
             counts = ", ".join(f"{name} {count}" for name, count in split.counts.items())
             note(f"{split.name}: {len(split.frames)} frames ({counts})")
-        note(f"training on {device} in {precision}")
+        from echoquad_train.schedule import small_epochs
+
+        small = small_epochs(self._recipe) if self._recipe else 0
+        sizes = f"; the first {small} epochs on smaller quadrants, validated at full size" if small else ""
+        note(f"training on {device} in {precision}{sizes}")
 
     def audited(self, leaks: Any) -> None:
         """Say what is in both splits."""

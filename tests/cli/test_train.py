@@ -6,9 +6,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from echoquad.cli.train import TrainingProgress
+from echoquad_train.recipe import Recipe
 
 
 def test_phantom(phantoms: tuple[Path, Any], left_in: Callable[..., Any]) -> None:
@@ -257,3 +261,12 @@ def test_without_its_extra_a_command_says_which(
     ran = echoquad(*line, code=1, driver=hidden)
     assert ran.errors == [f'this needs {package}, which is not installed; do: pip install "echoquad[{extra}]"']
     assert list(tmp_path.iterdir()) == []
+
+
+def test_it_says_which_epochs_see_smaller_quadrants(capsys: pytest.CaptureFixture[str]) -> None:
+    split = SimpleNamespace(name="train", counts={"ED": 2, "ES": 1}, frames=range(3))
+    TrainingProgress(Recipe.load("scratch")).started("cpu", "bf16", split, split)
+    TrainingProgress(Recipe.load("transfer")).started("cpu", "bf16", split, split)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "train: 3 frames (ED 2, ES 1)" and lines[5] == "training on cpu in bf16"
+    assert lines[2] == "training on cpu in bf16; the first 16 epochs on smaller quadrants, validated at full size"

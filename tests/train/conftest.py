@@ -57,7 +57,7 @@ def thin_backbone(name: str, weights: object = None) -> ResNet:
 @pytest.fixture
 def swift(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have no time go into drawing curves and waiting for the disk."""
-    undrawn = SimpleNamespace(curves=lambda history: b"", save=lambda figure, path: path.write_bytes(figure))
+    undrawn = SimpleNamespace(curves=lambda history, small: b"", save=lambda figure, path: path.write_bytes(figure))
     monkeypatch.setattr(record, "figures", undrawn)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 

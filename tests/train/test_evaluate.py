@@ -299,6 +299,11 @@ def test_curves_are_drawn(tmp_path: Path, count: int) -> None:
     assert f"in epoch {count}" in figure.axes[1].get_legend().get_texts()[-1].get_text()
     figures.save(figure, tmp_path / "curves.png")
     assert png_size(tmp_path / "curves.png") == (1350, 570)
+    assert not any(axes.patches for axes in figure.axes)
+    for axes in figures.curves(history, 12).axes:  # of which as many are shaded as have been
+        (shade,) = axes.patches
+        assert shade.get_x() == 0.5 and shade.get_width() == min(count, 12)
+        assert axes.get_legend().get_texts()[-1].get_text() == "smaller quadrants"
 
 
 def test_a_figure_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -439,7 +439,10 @@ def test_curves_are_drawn_now_and_then_and_at_the_end(
     tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[int] = []
-    undrawn = SimpleNamespace(curves=len, save=lambda count, path: [drawn.append(count), path.write_bytes(b"")])
+    undrawn = SimpleNamespace(
+        curves=lambda history, small: len(history),
+        save=lambda count, path: [drawn.append(count), path.write_bytes(b"")],
+    )
     monkeypatch.setattr(record, "figures", undrawn)
     history = trained.fitted.history
     for done in (1, 2, 3):
@@ -503,6 +506,7 @@ def test_smaller_quadrants_at_first(
     sides = [side for side, training in seen if training]
     assert sides == sorted(sides) and set(sides) == {32, 64} and sides.count(32) == 2 * sides.count(64)
     assert {side for side, training in seen if not training} == {64}  # validated as it will be used
+    assert json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))["small_epochs"] == 2
 
 
 def test_a_recipes_temperature_is_the_contracts(

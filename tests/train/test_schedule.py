@@ -13,7 +13,7 @@ from echoquad_train.history import Epoch, best_of, out_of_patience
 from echoquad_train.networks.backbones import BACKBONES
 from echoquad_train.networks.model import QuadrantClassifier, set_trained
 from echoquad_train.recipe import Recipe
-from echoquad_train.schedule import _SMALLEST, Course, Phase, one_cycle, phase_of, side_of
+from echoquad_train.schedule import _SMALLEST, Course, Phase, one_cycle, phase_of, side_of, small_epochs
 
 TRANSFER = Recipe.load("transfer")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -279,6 +279,7 @@ def test_patience() -> None:
 def test_the_first_epochs_may_be_smaller(values: dict[str, Any], sides: list[int]) -> None:
     recipe = Recipe(epochs=8, input_size=112).replace(**values)
     assert [side_of(recipe, epoch) for epoch in range(1, 9)] == sides
+    assert small_epochs(recipe) == sum(side < recipe.input_size for side in sides)
 
 
 def test_no_backbone_needs_more_than_the_smallest_side() -> None:

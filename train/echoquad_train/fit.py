@@ -222,7 +222,8 @@ def _fit(
     teacher_facts = master.facts if master else None
     both = train, validation
     facts = record.facts(data, recipe, contract, both, failures, where.type, precision, teacher_facts, reading)
-    facts |= about or {}
+    small = schedule.small_epochs(recipe)
+    facts |= {**({"small_epochs": small} if small else {}), **(about or {})}
     if resume:
         facts["created"] = begun(folder, "created") or facts["created"]
     reporter.started(where.type, precision, train, validation)

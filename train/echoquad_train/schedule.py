@@ -14,7 +14,7 @@ from echoquad_runtime.errors import RunError
 from echoquad_train.networks.backbones import BACKBONES
 from echoquad_train.recipe import Recipe
 
-__all__ = ["MOMENTUM", "Course", "Phase", "one_cycle", "phase_of", "side_of"]
+__all__ = ["MOMENTUM", "Course", "Phase", "one_cycle", "phase_of", "side_of", "small_epochs"]
 
 MOMENTUM: Final = 0.9
 """Of optimizer ``momentum``: the heavy ball, not Nesterov's."""
@@ -63,6 +63,11 @@ def side_of(recipe: Recipe, epoch: int) -> int:
     if BACKBONES[recipe.backbone].patch or epoch > int(recipe.small_share * recipe.epochs):
         return size
     return min(size, max(round(recipe.small_scale * size), _SMALLEST))
+
+
+def small_epochs(recipe: Recipe) -> int:
+    """Give how many epochs, the first, are trained below the input size; validated they are at it."""
+    return sum(side_of(recipe, epoch) < recipe.input_size for epoch in range(1, recipe.epochs + 1))
 
 
 def one_cycle(step: int, steps: int) -> float:

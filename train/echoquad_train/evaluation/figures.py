@@ -59,8 +59,8 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(stream, format="png", dpi=150)
 
 
-def curves(history: Sequence[Epoch]) -> Figure:
-    """Draw loss and accuracy by epoch, the best epoch marked."""
+def curves(history: Sequence[Epoch], small: int = 0) -> Figure:
+    """Draw loss and accuracy by epoch, the best one marked, the first `small` shaded: trained on smaller quadrants."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
     epochs = [epoch.epoch for epoch in history]
@@ -99,8 +99,11 @@ def curves(history: Sequence[Epoch]) -> Figure:
         label=f"best: {best.validation_frame_accuracy:.3f} in epoch {best.epoch}",
     )
     accuracies.set(title="Accuracy", xlabel="epoch", ylabel="fraction right", ylim=(0, 1.02))
+    if small:  # where they end, the training loss leaps: the network meets another size
+        for axes in (losses, accuracies):
+            axes.axvspan(0.5, min(small, len(history)) + 0.5, color=GREY, alpha=0.12, lw=0, label="smaller quadrants")
     # Where "best" is, matplotlib would look for, and warn on a machine that is busy.
-    for axes, place in ((losses, "upper right"), (accuracies, "lower right")):
+    for axes, place in ((losses, "lower left"), (accuracies, "lower right")):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         axes.legend(loc=place, fontsize="small")
