@@ -26,6 +26,7 @@ from echoquad_train.data.dataset import load_quadrants, read_split
 from echoquad_train.fit import fit
 from echoquad_train.linear import Chosen, Kind, fold_into
 from echoquad_train.networks.model import QuadrantClassifier
+from echoquad_train.recipe import Recipe
 
 
 class Silent:
@@ -58,7 +59,7 @@ def test_a_graph_gives_what_the_backbone_gives(name: str) -> None:
     graph = build_graph(model, contract)
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     for batch in (quadrants, quadrants[:1]):
-        logits, probabilities = session.run(None, {"quadrants": batch.numpy()})
+        logits, probabilities = session.run(["logits", "probabilities"], {"quadrants": batch.numpy()})
         np.testing.assert_allclose(logits, expected[: len(batch)], atol=1e-4)
         np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
 
@@ -90,7 +91,7 @@ def test_a_graph_gives_what_the_backbone_gives(name: str) -> None:
     ],
 )
 def test_a_backbone_goes_through_phases_export_and_verification(name: str, case: Any, tmp_path: Path) -> None:
-    recipe = load_run(case.run).recipe.replace(
+    recipe = Recipe.load(str(case.run / "recipe.toml")).replace(
         backbone=name, input_size=64, epochs=3, warmup_epochs=1, trained_layers="layer4", layer3_epoch=3, lr=1e-4
     )
     fitted = fit(case.data, tmp_path / "run", recipe, device="cpu", resume=False, reporter=Silent())
