@@ -6,10 +6,9 @@ import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import IO, Final, Protocol
 
@@ -17,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.devices import available_cpus
 from echoquad_runtime.errors import DatasetError, EchoQuadError, FrameError
 from echoquad_runtime.files import output_errors
 from echoquad_runtime.inputs import EXPECTED, Failure, FrameFile, find_in_folder, matrices_hint
 from echoquad_runtime.kinds import AS_IT_IS, Flip, Reading
 from echoquad_runtime.quadrants import frame_quadrants
 from echoquad_runtime.sources import load_grey
+from echoquad_train.data.ahead import ahead
 
 __all__ = [
     "SPLITS",
@@ -291,7 +290,7 @@ def sift(
     """
     kept: list[LabelledFrame] = []
     failures: dict[LabelledFrame, Failure] = {}
-    for done, (frame, outcome) in enumerate(_decoded(split.frames, contract), 1):
+    for done, (frame, outcome) in enumerate(ahead(partial(decode, contract=contract), split.frames, "decode"), 1):
         if isinstance(outcome, EchoQuadError):
             failures[frame] = Failure(frame.name, outcome)
         else:
@@ -333,19 +332,6 @@ def decode(frame: LabelledFrame, contract: Contract) -> Decoded:
         return frame_quadrants(load_grey(frame.file), contract)
     except FrameError as error:
         return error
-
-
-def _decoded(frames: Iterable[LabelledFrame], contract: Contract) -> Iterator[tuple[LabelledFrame, Decoded]]:
-    """Decode in threads, in order, a bounded number ahead: Pillow lets go of the GIL, and no process is spawned."""
-    workers = min(8, available_cpus())
-    rest = iter(frames)
-    with ThreadPoolExecutor(workers, "decode") as pool:
-        waiting: list[tuple[LabelledFrame, Future[Decoded]]] = []
-        waiting += ((frame, pool.submit(decode, frame, contract)) for frame in islice(rest, 4 * workers))
-        while waiting:
-            frame, future = waiting.pop(0)
-            yield frame, future.result()
-            waiting += ((frame, pool.submit(decode, frame, contract)) for frame in islice(rest, 1))
 
 
 def _split_folder(data: Path, split: str) -> Path:

@@ -9,21 +9,19 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
-from echoquad_runtime.devices import available_cpus
 from echoquad_runtime.errors import DatasetError, EchoQuadError, FrameReadError
 from echoquad_runtime.frames import decode_frame, read_bytes
 from echoquad_runtime.inputs import EXPECTED, Failure, FrameFile, find_in_folder, matrices_hint
 from echoquad_runtime.kinds import AS_IT_IS, IMAGE_ENDINGS, Flip, Reading
 from echoquad_runtime.quadrants import Grey
 from echoquad_runtime.sources import load_grey
+from echoquad_train.data.ahead import ahead
 from echoquad_train.data.dataset import SPLITS
 
 __all__ = ["Content", "Found", "class_folders", "frames_below", "gather", "read_all"]
@@ -110,16 +108,8 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def read_all(frames: Iterable[Found]) -> Iterator[tuple[Found, Content | EchoQuadError]]:
-    """Read frames in threads, in order, a bounded number ahead; an error takes the place of what cannot be read."""
-    workers = min(8, available_cpus())
-    rest = iter(frames)
-    with ThreadPoolExecutor(workers, "read") as pool:
-        waiting: list[tuple[Found, Future[Content | EchoQuadError]]] = []
-        waiting += ((frame, pool.submit(_read, frame)) for frame in islice(rest, 4 * workers))
-        while waiting:
-            frame, future = waiting.pop(0)
-            yield frame, future.result()
-            waiting += ((frame, pool.submit(_read, frame)) for frame in islice(rest, 1))
+    """Read frames ahead, in order; an error takes the place of what cannot be read."""
+    return ahead(_read, frames, "read")
 
 
 def _read(frame: Found) -> Content | EchoQuadError:

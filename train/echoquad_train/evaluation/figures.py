@@ -65,30 +65,14 @@ def curves(history: Sequence[Epoch], small: int = 0) -> Figure:
     losses, accuracies = figure.subplots(1, 2)
     epochs = [epoch.epoch for epoch in history]
     marker = "o" if len(history) < 2 else None  # a line of one point would not be seen
-    losses.plot(epochs, [epoch.train_loss for epoch in history], color=GREY, marker=marker, label="train")
-    losses.plot(epochs, [epoch.validation_loss for epoch in history], color=BLUE, marker=marker, label="validation")
-    losses.set(title="Loss (quadrants)", xlabel="epoch", ylabel="cross-entropy in nats")
-    accuracies.plot(
-        epochs,
-        [e.train_patch_accuracy for e in history],
-        color=GREY,
-        marker=marker,
-        label="train, quadrants",
-    )
-    accuracies.plot(
-        epochs,
-        [e.validation_patch_accuracy for e in history],
-        color=BLUE,
-        marker=marker,
-        label="validation, quadrants",
-    )
-    accuracies.plot(
-        epochs,
-        [e.validation_frame_accuracy for e in history],
-        color=ORANGE,
-        marker=marker,
-        label="validation, frames",
-    )
+    for axes, figures, colour, label in (
+        (losses, [epoch.train_loss for epoch in history], GREY, "train"),
+        (losses, [epoch.validation_loss for epoch in history], BLUE, "validation"),
+        (accuracies, [epoch.train_patch_accuracy for epoch in history], GREY, "train, quadrants"),
+        (accuracies, [epoch.validation_patch_accuracy for epoch in history], BLUE, "validation, quadrants"),
+        (accuracies, [epoch.validation_frame_accuracy for epoch in history], ORANGE, "validation, frames"),
+    ):
+        axes.plot(epochs, figures, color=colour, marker=marker, label=label)
     best = best_of(history)
     accuracies.plot(
         best.epoch,
@@ -98,6 +82,7 @@ def curves(history: Sequence[Epoch], small: int = 0) -> Figure:
         markersize=13,
         label=f"best: {best.validation_frame_accuracy:.3f} in epoch {best.epoch}",
     )
+    losses.set(title="Loss (quadrants)", xlabel="epoch", ylabel="cross-entropy in nats")
     accuracies.set(title="Accuracy", xlabel="epoch", ylabel="fraction right", ylim=(0, 1.02))
     if small:  # where they end, the training loss leaps: the network meets another size
         for axes in (losses, accuracies):
