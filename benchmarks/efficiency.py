@@ -5,7 +5,7 @@
 Decode, quadrants and inference are each measured alone on one core. Cores / (the sum of the three) is the bound: what
 they would do if nothing were lost in queues, in order, in votes and in the CSV, and if cores did not slow each other
 down. The row "bare threads" has as many plain threads going through the same three stages, without order or output: it
-tells how much of the loss is the machine's. The engine alone is a lane on ready batches over `session.run` on them.
+tells how much of the loss is the machine's. The engine alone is a slot on ready batches over `session.run` on them.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from peer_ways import Setting, echoquad
 
 from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.devices import open_session
+from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.frames import read_checked
 from echoquad_runtime.quadrants import frame_quadrants
 from echoquad_runtime.sanity import flags_of
-from echoquad_runtime.session import INPUT, OUTPUTS, OnnxEngine, open_lane
+from echoquad_runtime.session import INPUT, OUTPUTS, OnnxEngine
 
 AIM, ENGINE_AIM = 0.90, 0.97
 STAGES = ("decode", "quadrants", "inference")
 IN_A_ROW = 8  # frames in ready batches one after the other: after a pause, where threads wake up would decide
-LANES = ((1, 1), (1, 8), (None, 1))  # threads (None: all) and frames: of a folder's worker, in batches, of a live frame
+SLOTS = ((1, 1), (1, 8), (None, 1))  # threads (None: all) and frames: of a folder's worker, in batches, of a live frame
 
 
 def main() -> None:
@@ -51,9 +52,9 @@ def main() -> None:
         files = make_frames(Path(work) / "frames", options.kind, options.count, options.frames)
         for precision in precisions:
             whole = pipeline(setting, precision, files, Path(work), options.rounds)
-            lanes = engine_alone(bundle, precision, options.threads, options.rounds)
-            rows += table(precision, whole, lanes)
-            record[precision] = {"pipeline": whole, "engine": lanes}
+            slots = engine_alone(bundle, precision, options.threads, options.rounds)
+            rows += table(precision, whole, slots)
+            record[precision] = {"pipeline": whole, "engine": slots}
     note = (
         f"Medians of {options.rounds} alternating rounds over {options.count} frames of 800x600, {options.kind}, "
         f"{options.threads} threads. The share of a pass is its frames a second over the bound of the same round. "
@@ -65,19 +66,19 @@ def main() -> None:
 def pipeline(setting: Setting, precision: str, files: Sequence[Path], work: Path, rounds: int) -> dict[str, Any]:
     """Measure the stages alone, plain threads, and the product, in turn."""
     contract, threads, count = setting.contract, setting.threads, len(files)
-    engine = OnnxEngine(setting.bundle, precision=precision, device="cpu", threads=1)
+    slots = SlotPool(OnnxEngine(setting.bundle, precision=precision, device="cpu", threads=1), 1)
     make_pass = echoquad(setting, precision=precision)
-    slots = np.zeros((count, 4, 1, contract.input_size, contract.input_size), np.uint8)
+    batches = np.zeros((count, 1, 4, 1, contract.input_size, contract.input_size), np.uint8)
     greys = [read_checked(path)[0] for path in files]
 
     def decode(index: int) -> None:
         greys[index] = read_checked(files[index])[0]
 
     def cut(index: int) -> None:
-        frame_quadrants(greys[index], contract, out=slots[index])
-        flags_of(slots[index])
+        frame_quadrants(greys[index], contract, out=batches[index, 0])
+        flags_of(batches[index, 0])
 
-    stages = dict(zip(STAGES, (decode, cut, lambda index: engine.infer(slots[index])), strict=True))
+    stages = dict(zip(STAGES, (decode, cut, lambda index: slots.run(batches[index], 1)), strict=True))
 
     def go_through(share: Sequence[int]) -> None:
         for index in share:
@@ -124,26 +125,26 @@ def clocked(call: Callable[[], object]) -> tuple[float, float]:
 
 
 def engine_alone(bundle: Bundle, precision: str, threads: int, rounds: int) -> list[dict[str, Any]]:
-    """Time a lane against `session.run`, on sessions that are opened alike."""
+    """Time a slot against `session.run`, on sessions that are opened alike."""
     size, found = bundle.contract.input_size, []
-    for wanted, frames in LANES:
+    for wanted, frames in SLOTS:
         count = wanted or threads
         engine = OnnxEngine(bundle, precision=precision, device="cpu", threads=count)
-        lane = open_lane(engine, frames)
+        slots = SlotPool(engine, frames)
         session = open_session(bundle.read_model(precision), device="cpu", threads=count).session
         runs = IN_A_ROW // frames
         batch = np.random.default_rng(0).integers(0, 256, (4 * frames, 1, size, size), np.uint8)
-        lane.quadrants[:] = batch.reshape(lane.quadrants.shape)
+        frames_of_it = batch.reshape(frames, 4, 1, size, size)
         calls = {
             "bare": lambda s=session, b=batch, runs=runs: [s.run(OUTPUTS, {INPUT: b}) for _ in range(runs)],
-            "engine": lambda lane=lane, frames=frames, runs=runs: [lane.run(frames) for _ in range(runs)],
+            "engine": lambda s=slots, b=frames_of_it, runs=runs: [s.run(b, len(b)) for _ in range(runs)],
         }
         medians = {name: ms / runs for name, ms in alternate(calls, rounds).items()}
         found.append({"threads": count, "frames": frames, **medians, "share": medians["bare"] / medians["engine"]})
     return found
 
 
-def table(precision: str, whole: dict[str, Any], lanes: Sequence[dict[str, Any]]) -> list[list[str]]:
+def table(precision: str, whole: dict[str, Any], slots: Sequence[dict[str, Any]]) -> list[list[str]]:
     rows = [
         [f"{precision}: {name}, one core", f"{ms:.2f}", f"{whole['cpu_ms'][name]:.2f}", f"{1e3 / ms:.1f}", "", ""]
         for name, ms in whole["stage_ms"].items()
@@ -155,10 +156,10 @@ def table(precision: str, whole: dict[str, Any], lanes: Sequence[dict[str, Any]]
     ):
         cpu = f"{whole['cpu_ms'][key]:.2f}"
         rows.append([f"{precision}: {name}", f"{1e3 / fps:.2f}", cpu, f"{fps:.1f}", f"{share:.3f}", aim])
-    for lane in lanes:
-        ms = lane["engine"] / lane["frames"]
-        name = f"{precision}: engine alone, {lane['threads']} thread(s), {lane['frames']} frame(s) a run"
-        rows.append([name, f"{ms:.2f}", "", f"{1e3 / ms:.1f}", f"{lane['share']:.3f}", f"{ENGINE_AIM:.2f}"])
+    for slot in slots:
+        ms = slot["engine"] / slot["frames"]
+        name = f"{precision}: engine alone, {slot['threads']} thread(s), {slot['frames']} frame(s) a run"
+        rows.append([name, f"{ms:.2f}", "", f"{1e3 / ms:.1f}", f"{slot['share']:.3f}", f"{ENGINE_AIM:.2f}"])
     return rows
 
 

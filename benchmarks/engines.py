@@ -19,6 +19,7 @@ from common import alternate, arguments, report
 from echoquad_export.calibrate import Ranges
 from echoquad_export.quantize import float_tensors, prepare, quantize
 from echoquad_runtime.bundle import Bundle
+from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.quadrants import frame_quadrants
 from echoquad_runtime.session import INPUT, OnnxEngine
 from echoquad_train.checkpoint import load_run
@@ -36,7 +37,8 @@ def main() -> None:
     calls: dict[str, Callable[[], object]] = torch_calls(options.run, quadrants, options.threads)
     for precision in bundle.precisions:
         engine = OnnxEngine(bundle, precision=precision, device="cpu", threads=options.threads)
-        calls[f"EchoQuad, {precision}"] = lambda engine=engine: engine.infer(quadrants)  # type: ignore[misc]
+        slots = SlotPool(engine, 1)
+        calls[f"EchoQuad, {precision}"] = lambda slots=slots: slots.run(quadrants[None], 1)  # type: ignore[misc]
     calls |= openvino_calls(bundle, quadrants, options.threads)
 
     medians = alternate(calls, options.rounds)

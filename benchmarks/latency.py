@@ -100,10 +100,10 @@ def measure(bundle: Bundle, precision: str, encoded: Sequence[bytes], options: A
 
 def stages(predictor: Predictor, encoded: Sequence[bytes], fps: float, count: int) -> dict[str, Any]:
     """Give each stage's quantiles over a live run."""
-    size = predictor.contract.input_size
-    slot = np.empty((1, 4, 1, size, size), np.uint8)
+    slots = predictor.slots(many=False)
+    batch = slots.new_batch()
     taken: list[list[float]] = []
-    pace(lambda i: taken.append(time_stages(predictor.engine, [encoded[i % len(encoded)]], slot)), fps, count)
+    pace(lambda i: taken.append(time_stages(slots, [encoded[i % len(encoded)]], batch)), fps, count)
     columns = zip(STAGES, zip(*taken, strict=True), strict=True)
     return {name: quantiles([1e3 * one for one in column]) for name, column in columns}
 

@@ -47,7 +47,7 @@ predictor = Predictor(bundle, precision=sys.argv[2], device="cpu", threads=threa
 found.append(("session", resident()))
 for _ in range(3):
     list(predictor.predict([sys.argv[3]]))
-found.append(("workers, their lanes, frames under way", resident()))
+found.append(("workers, their slots, frames under way", resident()))
 print(json.dumps(found))
 """
 

@@ -24,6 +24,7 @@ from common import alternate, machine, versions
 from echoquad_export.pack import export_run
 from echoquad_runtime.bench import time_stages
 from echoquad_runtime.bundle import Bundle
+from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import ParityError
 from echoquad_runtime.predictor import Prediction, Predictor
 from echoquad_runtime.session import OnnxEngine
@@ -115,13 +116,14 @@ def measure(run: Path, folder: Path, threads: int) -> tuple[Point, Callable[[], 
     count = len(split.frames)
     low, high = wilson_interval(right, count)
     encoded = [frame.path.read_bytes() for frame in split.frames[:16]]
-    batch = np.empty((1, 4, 1, contract.input_size, contract.input_size), np.uint8)
+    slots = SlotPool(engine, 1)
+    batch = slots.new_batch()
     turn = 0
 
     def call() -> None:
         nonlocal turn
         turn += 1
-        time_stages(engine, [encoded[turn % len(encoded)]], batch)
+        time_stages(slots, [encoded[turn % len(encoded)]], batch)
 
     size = bundle.manifest["files"][f"model.{precision}.onnx"]["bytes"] / 1e6
     kept = len(bundle.manifest["precisions"][precision].get("float_layers", []))

@@ -137,6 +137,7 @@ def predict(
     from echoquad_runtime.bundle import Bundle
     from echoquad_runtime.devices import available_cpus
     from echoquad_runtime.host import settle
+    from echoquad_runtime.predict.self_test import PASSED
     from echoquad_runtime.results import ResultFile, is_stream, refuse_resume
     from echoquad_runtime.writers import check_ending
 
@@ -197,6 +198,7 @@ def predict(
                         "shard": str(part) if part else None,
                         **({} if reading.flip == "none" else {"flip": reading.flip}),
                         "abstain_below": None if abstain_below is None else f"{abstain_below:g}",
+                        "self_test": PASSED,  # there is no row without
                     },
                 )
                 tell_of(rows)

@@ -30,6 +30,7 @@ from echoquad_runtime._version import __version__
 from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.contract import QUADRANTS, Contract
 from echoquad_runtime.devices import open_session
+from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import BundleError, FrameError, ParityError
 from echoquad_runtime.inputs import Failure
 from echoquad_runtime.quadrants import Grey, crop_box, frame_quadrants
@@ -221,14 +222,14 @@ def measure_frame_parity(frame_graph: bytes, engine: Engine, frames: Iterable[Gr
     frames
         uint8 [H, W] each, at least 2 x 2; at full size, and taken one at a time.
     """
-    contract = engine.contract
+    contract, slots = engine.contract, SlotPool(engine, 1)
     session = open_session(frame_graph, device="cpu").session
     resizing = open_session(quadrants_part(frame_graph), device="cpu").session
     count = grey = flips = 0
     dprobability = 0.0
     for frame in frames:
         quadrants = frame_quadrants(frame, contract)
-        _, expected = engine.infer(quadrants)
+        (expected,) = slots.run(quadrants[None], 1).probabilities
         decision = decide(expected[None], contract.vote, contract.vote_weights)
         (resized,) = resizing.run([_QUADRANTS], {FRAMES: frame[None]})
         each, mean, votes, label = session.run(FRAME_OUTPUTS, {FRAMES: frame[None]})

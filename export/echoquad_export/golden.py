@@ -28,10 +28,11 @@ import numpy as np
 
 from echoquad_runtime.bundle import Golden, encode_golden
 from echoquad_runtime.contract import QUADRANTS, Contract
+from echoquad_runtime.engine.slot_pool import infer_all
 from echoquad_runtime.errors import FrameError, InputNotFoundError
 from echoquad_runtime.inputs import Failure, FrameFile, find_frames
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
-from echoquad_runtime.session import Engine, Floats, infer_all
+from echoquad_runtime.session import Engine, Floats
 from echoquad_runtime.sources import load_grey
 from echoquad_runtime.tolerance import frame_leads, quadrant_leads
 from echoquad_runtime.vote import decide

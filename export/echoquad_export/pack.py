@@ -31,10 +31,11 @@ from echoquad_runtime.bundle import (
     model_file,
 )
 from echoquad_runtime.card import model_card
+from echoquad_runtime.engine.slot_pool import infer_all
 from echoquad_runtime.errors import DatasetError, RunError, UsageError, VerificationError
 from echoquad_runtime.files import write_bytes
 from echoquad_runtime.kinds import Reading
-from echoquad_runtime.session import OnnxEngine, infer_all
+from echoquad_runtime.session import OnnxEngine
 from echoquad_runtime.signing import check_private_key, sign_bundle
 from echoquad_runtime.verify import Verification, verify
 from echoquad_train.checkpoint import Run

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from echoquad_runtime.contract import Contract
+from echoquad_runtime.engine.slot_pool import infer_all
 from echoquad_runtime.errors import ParityError
-from echoquad_runtime.session import Engine, Floats, infer_all
+from echoquad_runtime.session import Engine, Floats
 from echoquad_runtime.vote import decide
 
 __all__ = ["BATCH_SIZES", "GATES", "BatchParity", "Gate", "Parity", "compare", "measure_parity"]

@@ -20,6 +20,7 @@ from PIL import Image
 from echoquad_runtime._version import __version__
 from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.devices import Device, installed_wheels
+from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import ConfigError, FrameError, GateError, InputNotFoundError
 from echoquad_runtime.frames import decode_checked, decode_frame, read_bytes
 from echoquad_runtime.histogram import count_latencies
@@ -29,7 +30,6 @@ from echoquad_runtime.pacing import pace
 from echoquad_runtime.predictor import Predictor
 from echoquad_runtime.quadrants import Grey, frame_quadrants
 from echoquad_runtime.sanity import flags_of
-from echoquad_runtime.session import Engine
 from echoquad_runtime.sources import load_grey
 from echoquad_runtime.vote import decide
 
@@ -264,9 +264,9 @@ def run_benchmark(
     seconds = paced.latencies if paced else [judge(index) for index in range(count)]
     latencies = tuple(1e3 * value for value in seconds)
     p50, p95, p99 = np.percentile(latencies, [50, 95, 99])
-    engine, size = predictor.engine, bundle.contract.input_size
-    slot = np.empty((1, 4, 1, size, size), np.uint8)
-    stages = np.median([time_stages(engine, [encoded[index % len(encoded)]], slot) for index in range(count)], axis=0)
+    engine, slots = predictor.engine, predictor.slots(many=False)
+    batch = slots.new_batch()
+    stages = np.median([time_stages(slots, [encoded[index % len(encoded)]], batch) for index in range(count)], axis=0)
     return Benchmark(
         device=engine.device,
         precision=engine.precision,
@@ -308,19 +308,19 @@ def _seconds_for_many(predictor: Predictor, encoded: Sequence[bytes], count: int
     return time.perf_counter() - began
 
 
-def time_stages(engine: Engine, encoded: Sequence[bytes], batch: Grey) -> list[float]:
-    """Judge frames together, file bytes to decisions, as `Predictor` does; gives the seconds of each of `STAGES`.
+def time_stages(slots: SlotPool, encoded: Sequence[bytes], batch: Grey) -> list[float]:
+    """Judge frames together, file bytes to decisions, as `Predictor` does; return the seconds of each of `STAGES`.
 
     Parameters
     ----------
-    engine
-        What judges.
+    slots
+        Run the network.
     encoded
         File bytes, one frame each, as many as `batch` has places or fewer.
     batch
-        Where their quadrants go, uint8 [B, 4, 1, S, S].
+        Where their quadrants go, uint8 [B, 4, 1, S, S], from `SlotPool.new_batch`.
     """
-    contract, clock = engine.contract, time.perf_counter
+    contract, clock = slots.engine.contract, time.perf_counter
     decoding = quartering = 0.0
     for slot, data in zip(batch, encoded, strict=False):
         begin = clock()
@@ -331,9 +331,9 @@ def time_stages(engine: Engine, encoded: Sequence[bytes], batch: Grey) -> list[f
         quartering += clock() - decoded
         decoding += decoded - begin
     begin = clock()
-    _, probabilities = engine.infer(batch[: len(encoded)].reshape(-1, *batch.shape[2:]))
+    probabilities = slots.run(batch, len(encoded)).probabilities
     inferred = clock()
-    decide(probabilities.reshape(len(encoded), 4, -1), contract.vote, contract.vote_weights)
+    decide(probabilities, contract.vote, contract.vote_weights)
     return [decoding, quartering, inferred - begin, clock() - inferred]
 
 

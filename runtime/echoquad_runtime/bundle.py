@@ -32,6 +32,7 @@ __all__ = [
     "REDUCED_GATE",
     "SCHEMA",
     "SIGNATURE",
+    "TF32",
     "Bundle",
     "Golden",
     "encode_golden",
@@ -49,6 +50,12 @@ SIGNATURE: Final = "model.sig"
 PRECISIONS: Final = ("fp32", "fp16", "int8")
 BF16: Final = "bf16"
 """A precision without a graph: the fp32 graph, which OpenVINO computes in bfloat16 when it is told to."""
+TF32: Final = "tf32"
+"""A precision without a graph: the fp32 graph, which CUDA computes in TF32 when it is told to."""
+_OF_FP32: Final[Mapping[str, str]] = {
+    BF16: "openvino",
+    TF32: "cuda",
+}  # where the fp32 graph is run so
 REDUCED_GATE: Final[Mapping[str, float]] = {"max_abs_dprobability": 0.05, "max_frame_flip_fraction": 0.01}
 """What every precision below fp32 is held to."""
 INTENDED_USE: Final = (
@@ -71,8 +78,8 @@ _REQUIRED: Final[Mapping[str, type]] = {
 
 
 def model_file(precision: str) -> str:
-    """Name the graph that a precision runs, within its bundle; that of `BF16` is the fp32 graph."""
-    return f"model.{'fp32' if precision == BF16 else precision}.onnx"
+    """Return the name of the graph that a precision runs; `BF16` and `TF32` run the fp32 graph."""
+    return f"model.{'fp32' if precision in _OF_FP32 else precision}.onnx"
 
 
 def frame_file(precision: str) -> str:
@@ -187,14 +194,14 @@ class Bundle:
     def gate(self, precision: str) -> dict[str, float]:
         """Give the parity gate, by name, that the graph of `precision` passed at its export.
 
-        `BF16` was not exported: it is held to `REDUCED_GATE`.
+        `BF16` and `TF32` were not exported: they are held to `REDUCED_GATE`.
 
         Raises
         ------
         BundleError
             If the manifest has none.
         """
-        if precision == BF16:
+        if precision in _OF_FP32:
             return dict(REDUCED_GATE)
         figures = self.manifest["parity"].get(precision)
         gate = figures.get("gate") if isinstance(figures, dict) else None
@@ -207,7 +214,7 @@ class Bundle:
         return cast("dict[str, float]", gate)
 
     def choose_precision(self, precision: str | None) -> str:
-        """Check a precision that was asked for; None is the bundle's default, `BF16` needs the fp32 graph.
+        """Check a precision that was asked for; None is the bundle's default, `BF16` and `TF32` need the fp32 graph.
 
         Raises
         ------
@@ -216,15 +223,20 @@ class Bundle:
         """
         if precision is None:
             return self.default_precision
-        if precision == BF16 and "fp32" in self.precisions:
+        if precision in _OF_FP32 and "fp32" in self.precisions:
             return precision
         if precision not in self.precisions:
-            precision = "fp32" if precision == BF16 else precision  # what bf16 lacks
+            precision = "fp32" if precision in _OF_FP32 else precision  # what bf16 and tf32 lack
             raise BundleError(
                 f"{self._label}: it holds no {precision} graph, only {', '.join(self.precisions)}; "
                 f"ask for one of these, or export with --precision {precision}"
             )
         return precision
+
+    def precisions_on(self, device: str) -> tuple[str, ...]:
+        """Return the precisions that a device may compute the bundle in."""
+        more = [name for name, where in _OF_FP32.items() if where == device and "fp32" in self.precisions]
+        return tuple(name for name in self.precisions if (name, device) != ("int8", "cuda")) + tuple(more)
 
     def read(self, name: str) -> bytes:
         """Read a file of the bundle and hold its bytes against the manifest.

@@ -45,7 +45,7 @@ from echoquad_runtime.providers import CPU_PROVIDER, create_session, needs_exact
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["CachedGraph", "GraphCache", "cached_session", "find_cache"]
+__all__ = ["CachedGraph", "GraphCache", "cache_folder", "cached_session", "find_cache", "is_ours"]
 
 _MAGIC: Final = b"EchoQuad graph 1\n"
 _DIGEST: Final = slice(len(_MAGIC), len(_MAGIC) + 32)  # SHA-256 of all that follows
@@ -111,13 +111,13 @@ class GraphCache:
     def read(self) -> CachedGraph | None:
         """Read the entry; None where there is none that may be used."""
         try:
-            if not _is_ours(self._folder.lstat(), stat.S_ISDIR):
+            if not is_ours(self._folder.lstat(), folder=True):
                 return None
             # What was opened is what is asked and read: nothing can take its place in between.
             flags = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
             with os.fdopen(os.open(self._path, os.O_RDONLY | sum(flags)), "rb") as stream:
                 status = os.fstat(stream.fileno())
-                if not _is_ours(status, stat.S_ISREG) or status.st_size > _LARGEST:
+                if not is_ours(status, folder=False) or status.st_size > _LARGEST:
                     return None
                 data = stream.read(status.st_size)
             if (
@@ -152,7 +152,7 @@ class GraphCache:
             self._folder.parent.mkdir(parents=True, exist_ok=True)
             self._folder.mkdir(mode=0o700, exist_ok=True)
             # Three times: onnxruntime's file, the entry, and room for what else happens on this disk.
-            if not _is_ours(self._folder.lstat(), stat.S_ISDIR) or shutil.disk_usage(self._folder).free < 3 * size:
+            if not is_ours(self._folder.lstat(), folder=True) or shutil.disk_usage(self._folder).free < 3 * size:
                 return None
             made.mkdir(mode=0o700)
         except OSError:
@@ -202,7 +202,7 @@ def find_cache(ort: ModuleType, graph_sha256: str, size: int) -> GraphCache | No
     size
         Of it, in bytes.
     """
-    folder, features = _cache_folder(), _cpu_features()
+    folder, features = cache_folder(), _cpu_features()
     if folder is None or not features or size < _WORTHWHILE:
         return None
     facts = {
@@ -308,10 +308,13 @@ def _aligned(position: int) -> int:
     return -(-position // _ALIGNED) * _ALIGNED
 
 
-def _is_ours(status: os.stat_result, is_kind: Any) -> bool:
-    """Say whether it is of the kind, this user's, and for nobody else to write; Windows sees to its folders itself."""
+def is_ours(status: os.stat_result, *, folder: bool) -> bool:
+    """Say whether a folder, or a regular file, is this user's and for nobody else to write.
+
+    On Windows the kind alone counts: a user's folders there are not for others.
+    """
     mine = not hasattr(os, "geteuid") or (status.st_uid == os.geteuid() and not status.st_mode & 0o022)
-    return mine and bool(is_kind(status.st_mode))
+    return mine and (stat.S_ISDIR if folder else stat.S_ISREG)(status.st_mode)
 
 
 def _remove(folder: Path) -> None:
@@ -329,7 +332,8 @@ def _cpu_features() -> list[str]:
     return sorted(name for name, is_there in found.items() if is_there)
 
 
-def _cache_folder() -> Path | None:
+def cache_folder() -> Path | None:
+    """Return EchoQuad's cache folder for this user; None where there is to be none."""
     given = os.environ.get("ECHOQUAD_CACHE_DIR")
     if given is not None:
         return Path(given).absolute() if given else None

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from echoquad_runtime import errors
 from echoquad_runtime._version import __version__
-from echoquad_runtime.bundle import MANIFEST, SIGNATURE, Bundle, encode_manifest, model_file
+from echoquad_runtime.bundle import GOLDEN, MANIFEST, SIGNATURE, Bundle, encode_manifest, model_file
 from echoquad_runtime.contract import VOTE_METHODS, Contract, VoteMethod
 from echoquad_runtime.devices import Device, available_cpus
 from echoquad_runtime.errors import ClusterError, ConfigError, EchoQuadError, FrameError
@@ -241,10 +241,10 @@ class RayPredictor:
 
 
 def _files(bundle: Bundle, precision: str) -> dict[str, bytes]:
-    """Read what a node needs of a bundle: one graph, or all of it where its signature is to be checked."""
+    """Read what a node needs of a bundle: a graph and the self-test's frames, or all of it to check its signature."""
     files = {MANIFEST: encode_manifest(bundle.manifest)}
     if bundle.signed_by is None:
-        return files | {model_file(precision): bundle.read_model(precision)}
+        return files | {model_file(precision): bundle.read_model(precision), GOLDEN: bundle.read(GOLDEN)}
     files[SIGNATURE] = _read(bundle.folder / SIGNATURE)
     return files | {name: bundle.read(name) for name in bundle.manifest["files"]}
 

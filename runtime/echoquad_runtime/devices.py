@@ -84,7 +84,9 @@ def open_session(
     threads: int | None = None,
     spinning: bool = True,
     bfloat16: bool = False,
+    tf32: bool = False,
     cuda_graphs: bool = False,
+    not_on_cuda: str = "",
     cached_as: tuple[str, int] | None = None,
 ) -> OpenedSession:
     """Open a model on a device, or say why not.
@@ -107,8 +109,13 @@ def open_session(
     bfloat16
         Whether to compute a float32 graph in bfloat16; only on ``"openvino"``, and only where the processor has
         it. Otherwise a float32 graph is computed in float32, whatever the device.
+    tf32
+        Whether to compute a float32 graph in TF32; only on ``"cuda"``, from NVIDIA's Ampere generation on. Older ones
+        compute in float32.
     cuda_graphs
         Whether CUDA shall capture the kernels of a run once and replay them; of no effect elsewhere.
+    not_on_cuda
+        Why CUDA is not to run this model though it could; empty where it may.
     cached_as
         SHA-256 and size of `model`, where what onnxruntime makes of it on the CPU may be kept and used again; see
         :mod:`echoquad_runtime.cache`.
@@ -122,7 +129,7 @@ def open_session(
     MissingExtraError
         onnxruntime is not installed.
     UsageError
-        `device` or `threads` has a value that cannot be, or `bfloat16` is asked of another device.
+        `device` or `threads` has a value that cannot be, or `bfloat16` or `tf32` is asked of another device.
     """
     if device not in get_args(Device):
         raise UsageError(f"device is {device!r}; expected one of {', '.join(get_args(Device))}")
@@ -132,6 +139,11 @@ def open_session(
         raise UsageError(
             f"precision bf16 is computed on device openvino alone; found device {device}; "
             "do: ask for device openvino, or for another precision"
+        )
+    if tf32 and device != "cuda":
+        raise UsageError(
+            f"precision tf32 is computed on device cuda alone; found device {device}; "
+            "do: ask for device cuda, or for another precision"
         )
     threads = threads or available_cpus()
     read = _begin(model, aside=threads > 1)  # one thread is one, at the start too
@@ -147,7 +159,7 @@ def open_session(
         if OPENVINO_PROVIDER in providers:
             obstacle += "; for OpenVINO ask for device openvino"
     elif device != "cpu":
-        opened = _open_beside_cpu(ort, read(), device, threads, spinning, bfloat16, cuda_graphs)
+        opened = _open_beside_cpu(ort, read(), device, threads, spinning, bfloat16, tf32, cuda_graphs, not_on_cuda)
         if isinstance(opened, OpenedSession):
             return opened
         obstacle = opened
@@ -208,7 +220,15 @@ def _open_on_cpu(
 
 
 def _open_beside_cpu(
-    ort: ModuleType, model: bytes, device: Device, threads: int, spinning: bool, bfloat16: bool, cuda_graphs: bool
+    ort: ModuleType,
+    model: bytes,
+    device: Device,
+    threads: int,
+    spinning: bool,
+    bfloat16: bool,
+    tf32: bool,
+    cuda_graphs: bool,
+    not_on_cuda: str,
 ) -> OpenedSession | str:
     """Open a model on OpenVINO, or for ``cuda`` and ``auto`` on CUDA; or say in one line why not."""
     if device == "openvino":
@@ -216,12 +236,19 @@ def _open_beside_cpu(
         obstacle, threads = openvino_obstacle(bfloat16=bfloat16), min(threads, schedulable_cpus())
     else:
         name, title, provider = "cuda", "CUDA", CUDA_PROVIDER
-        obstacle = cuda_obstacle()
+        obstacle = cuda_obstacle() or not_on_cuda or None
     if obstacle is not None:
         return obstacle
     try:
         session = create_session(
-            ort, model, provider, threads=threads, spinning=spinning, bfloat16=bfloat16, cuda_graphs=cuda_graphs
+            ort,
+            model,
+            provider,
+            threads=threads,
+            spinning=spinning,
+            bfloat16=bfloat16,
+            tf32=tf32,
+            cuda_graphs=cuda_graphs,
         )
     except Exception as error:  # they share no base; whether it is the model's own fault, the CPU will tell
         return f"{title} works, but not for this model ({one_line(error)}); do: try another precision"

@@ -28,6 +28,7 @@ from echoquad_runtime.devices import (
     probe,
 )
 from echoquad_runtime.errors import DeviceUnavailableError, MissingExtraError
+from echoquad_runtime.predict.self_test import passes_on_this_host
 
 __all__ = ["Check", "Report", "Status", "examine"]
 
@@ -125,6 +126,7 @@ def examine(device: Device = "auto", *, extra_checks: Sequence[Callable[[], Chec
             checks.append(_cuda(device))
         if device == "openvino" or (device == "auto" and OPENVINO_PROVIDER in providers):
             checks.append(_openvino(device))
+        checks.append(_self_tests())
     checks += _int8(Path("/proc/cpuinfo"))
     checks += [_guarded(check) for check in extra_checks]
     return Report(device, tuple(checks), _facts(ort))
@@ -171,6 +173,16 @@ def _openvino(device: Device) -> Check:
         return Check("openvino", "failed" if device == "openvino" else "warning", obstacle)
     bfloat16 = "in bfloat16 too" if openvino_obstacle(bfloat16=True) is None else "not in bfloat16 on this processor"
     return Check("openvino", "ok", f"computed the expected numbers, {bfloat16}")
+
+
+def _self_tests() -> Check:
+    """Count the self-tests of bundles that this host remembers as passed."""
+    found = passes_on_this_host()
+    if not found:
+        return Check("self-tests", "ok", "none remembered on this host; a bundle is tested before its first answer")
+    last = found[-1]
+    what = f"bundle {str(last['bundle'])[:12]} in {last['precision']} on {last['device']}, {last['created']}"
+    return Check("self-tests", "ok", f"{len(found)} passed on this host, the last: {what}")
 
 
 def _int8(cpuinfo: Path) -> list[Check]:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageColor
 
-from echoquad_runtime.lanes import Floats
+from echoquad_runtime.engine.io_binding import Floats
 from echoquad_runtime.quadrants import Box
 
 __all__ = ["lay_heat"]

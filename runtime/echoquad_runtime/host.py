@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal, cast, get_args
 
-from echoquad_runtime._version import __version__
-from echoquad_runtime.bundle import BF16, Bundle
-from echoquad_runtime.cpus import cpu_model
-from echoquad_runtime.devices import Device, available_cpus, installed_wheels, usable_devices
+from echoquad_runtime.bundle import Bundle
+from echoquad_runtime.devices import Device, usable_devices
+from echoquad_runtime.engine.host_facts import host_facts
 from echoquad_runtime.errors import OutputError
 from echoquad_runtime.files import make_folder, output_errors, user_folder, write_json
 
@@ -30,10 +28,8 @@ __all__ = [
     "Settings",
     "choice_file",
     "forget",
-    "host_facts",
     "keep",
     "look_up",
-    "precisions_on",
     "settle",
 ]
 
@@ -108,22 +104,6 @@ class Settings:
     batch_size: int | None
     note: str
     tuned: bool
-
-
-def precisions_on(bundle: Bundle, device: str) -> tuple[str, ...]:
-    """Name what a device could compute of a bundle: its graphs, and the fp32 one in bfloat16 on OpenVINO."""
-    return bundle.precisions + ((BF16,) if device == "openvino" and "fp32" in bundle.precisions else ())
-
-
-def host_facts(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
-    """Give what a choice depends on, beside the bundle: while it is the same, the choice is worth something."""
-    return {
-        "CPU": cpu_model(cpuinfo),
-        "CPUs to use": str(available_cpus()),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "onnxruntime": " and ".join(f"{name} {version}" for name, version in installed_wheels().items()),
-        "echoquad": __version__,
-    }
 
 
 def choice_file(bundle: Bundle) -> Path:
@@ -257,7 +237,7 @@ def _parse(content: Any, bundle: Bundle) -> Kept:
     if (
         choice.device not in get_args(Device)
         or choice.device == "auto"
-        or choice.precision not in precisions_on(bundle, choice.device)
+        or choice.precision not in bundle.precisions_on(choice.device)
         or not all(type(number) is int and 1 <= number <= _MOST for number in (choice.threads, choice.batch_size))
         or type(choice.spinning) is not bool
         or content["goal"] not in get_args(Goal)

@@ -10,6 +10,7 @@ from echoquad_runtime.blocks import Block, Document, Items, Paragraph, Section, 
 from echoquad_runtime.bundle import MANIFEST, SIGNATURE, Bundle
 from echoquad_runtime.card import model_card, phrase
 from echoquad_runtime.errors import BundleError, BundleTamperedError
+from echoquad_runtime.predict.self_test import passes_on_this_host
 
 __all__ = ["FileState", "Inspection", "inspect_bundle"]
 
@@ -44,6 +45,8 @@ class Inspection:
         What else lies in the folder and is never read.
     signed
         Whether there is a signature; it is not checked here.
+    self_tests
+        The self-tests that this host remembers as passed; see `passes_on_this_host`.
     """
 
     bundle: str
@@ -51,6 +54,7 @@ class Inspection:
     files: tuple[FileState, ...]
     unlisted: tuple[str, ...]
     signed: bool
+    self_tests: tuple[dict[str, Any], ...] = ()
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -76,7 +80,15 @@ class Inspection:
             more = [f"and {len(self.unlisted) - UNREAD} more"] if len(self.unlisted) > UNREAD else []
             blocks.append(Paragraph("Not of the bundle, and never read:"))
             blocks.append(Items((*map(phrase, self.unlisted[:UNREAD]), *more)))
-        return Document(self.card.title, (*self.card.sections, Section("Files", tuple(blocks))))
+        sections = (Section("Files", tuple(blocks)), Section("Self-tests on this host", self._self_test_blocks()))
+        return Document(self.card.title, (*self.card.sections, *sections))
+
+    def _self_test_blocks(self) -> tuple[Block, ...]:
+        if not self.self_tests:
+            return (Paragraph("None is remembered. A predictor tests itself before its first answer."),)
+        names = ("precision", "device", "threads", "frames", "created")
+        rows = tuple(tuple(phrase(str(test.get(name))) for name in names) for test in self.self_tests)
+        return (Table(("precision", "device", "threads", "frames at a time", "passed on"), rows),)
 
     def to_dict(self) -> dict[str, Any]:
         """Give it as JSON values."""
@@ -90,6 +102,7 @@ class Inspection:
             },
             "unlisted": list(self.unlisted),
             "signature": SIGNATURE if self.signed else None,
+            "self_tests": list(self.self_tests),
             "manifest": self.manifest,
         }
 
@@ -109,7 +122,12 @@ def inspect_bundle(folder: str | Path) -> Inspection:
     known = {MANIFEST, SIGNATURE, *bundle.manifest["files"]}
     found = {path.name for path in bundle.folder.iterdir()}
     return Inspection(
-        bundle.folder.as_posix(), bundle.manifest, files, tuple(sorted(found - known)), SIGNATURE in found
+        bundle.folder.as_posix(),
+        bundle.manifest,
+        files,
+        tuple(sorted(found - known)),
+        SIGNATURE in found,
+        tuple(passes_on_this_host(bundle)),
     )
 
 

@@ -23,9 +23,10 @@ from typing import Any, Final, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from echoquad_runtime.engine.io_binding import Answers
+from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import FrameError, FrameReadError
 from echoquad_runtime.inputs import Failure
-from echoquad_runtime.lanes import Floats, Lane, frames_maps
 
 __all__ = ["Flags", "Pipeline", "Source"]
 
@@ -73,34 +74,29 @@ class Pipeline(Generic[_Result]):
 
     Parameters
     ----------
-    open_lane
-        Makes a worker's lane, in the worker's thread.
+    slots
+        Run the network. A chunk has as many sources as a batch of theirs has places, across files and folders alike.
     judge
-        Makes results of sources, their flags, their probabilities, float32 [N, 4, C], and their class activation maps,
-        float32 [N, 4, C, h, w] or None: one each, in order.
+        Makes results of sources, their flags and their answers: one each, in order.
     workers
         Threads.
-    frames
-        Frames a worker takes through the network at a time; a chunk is cut across files and folders alike.
-    at_once
-        Workers that may run the network at the same time.
     time_limit
         Seconds for reading and decoding one file.
+    frames
+        Sources of a chunk, at most the places of a batch; None is all of these.
     """
 
     def __init__(
         self,
-        open_lane: Callable[[], Lane],
-        judge: Callable[[Sequence[Source], Sequence[Flags], Floats, Floats | None], Sequence[_Result | Failure]],
+        slots: SlotPool,
+        judge: Callable[[Sequence[Source], Sequence[Flags], Answers], Sequence[_Result | Failure]],
         *,
         workers: int,
-        frames: int,
-        at_once: int,
         time_limit: float,
+        frames: int | None = None,
     ) -> None:
-        self._open_lane, self._judge = open_lane, judge
-        self._workers, self._frames, self._time_limit = workers, frames, time_limit
-        self._turn = threading.BoundedSemaphore(min(at_once, workers))
+        self._slots, self._judge = slots, judge
+        self._workers, self._frames, self._time_limit = workers, frames or slots.frames, time_limit
 
     def run(self, items: Iterable[Source | Failure]) -> Iterator[_Result | Failure]:
         """Give a result for every source, and the failures among `items` as they are, in order.
@@ -186,18 +182,17 @@ class Pipeline(Generic[_Result]):
         return _Chunk(items)
 
     def _work(self, queue: SimpleQueue[_Chunk[_Result] | None], closing: threading.Event) -> None:
-        lane: Lane | None = None
+        batch = self._slots.new_batch()
         while (chunk := queue.get()) is not None and not closing.is_set():
             try:
-                lane = lane or self._open_lane()
-                self._take(chunk, lane, closing)
+                self._take(chunk, batch, closing)
             except BaseException as error:  # whatever it is, it is raised where the results are awaited
                 chunk.error = error
             if chunk.given_up:  # another worker is in this one's place
                 return
             chunk.done.set()
 
-    def _take(self, chunk: _Chunk[_Result], lane: Lane, closing: threading.Event) -> None:
+    def _take(self, chunk: _Chunk[_Result], batch: npt.NDArray[np.uint8], closing: threading.Event) -> None:
         """Take a chunk through, unless that is of no use any more."""
         loaded: list[Source] = []
         flags: list[Flags] = []
@@ -209,7 +204,7 @@ class Pipeline(Generic[_Result]):
             with chunk.lock:
                 chunk.worker, chunk.loading = threading.current_thread(), (index, time.monotonic())
             try:
-                flags.append(item.load(lane.quadrants[len(loaded)]))
+                flags.append(item.load(batch[len(loaded)]))
                 loaded.append(item)
                 results.append(None)
             except FrameError as error:
@@ -221,10 +216,7 @@ class Pipeline(Generic[_Result]):
                     return
                 chunk.loading = None
         if loaded:
-            with self._turn:
-                _, flat = lane.run(len(loaded))
-            maps = None if lane.maps is None else frames_maps(lane.maps, len(loaded))
-            judged = iter(self._judge(loaded, flags, flat.reshape(len(loaded), 4, -1), maps))
+            judged = iter(self._judge(loaded, flags, self._slots.run(batch, len(loaded))))
             chunk.results = [next(judged) if result is None else result for result in results]
         else:
             chunk.results = [result for result in results if result is not None]

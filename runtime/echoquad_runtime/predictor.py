@@ -8,21 +8,23 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 
 from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.contract import INDETERMINATE, VOTE_METHODS, Contract, VoteMethod
 from echoquad_runtime.devices import Device, available_cpus
+from echoquad_runtime.engine.io_binding import Answers, Floats
+from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import ConfigError, FrameError
 from echoquad_runtime.frames import decode_checked
 from echoquad_runtime.inputs import Failure, FrameFile, find_frames
-from echoquad_runtime.lanes import Floats, Lane, frames_maps
 from echoquad_runtime.pipeline import Flags, Pipeline, Source
+from echoquad_runtime.predict.self_test import PASSED, SelfTest
 from echoquad_runtime.quadrants import Grey, frame_quadrants
 from echoquad_runtime.sanity import flags_of
-from echoquad_runtime.session import Engine, OnnxEngine, open_lane
+from echoquad_runtime.session import Engine, OnnxEngine
 from echoquad_runtime.sources import load_checked
 from echoquad_runtime.vote import decide, tempered
 
@@ -34,6 +36,9 @@ TIME_LIMIT: Final = 60.0
 # Frames at a time where there are many. On the CPU more than two gain nothing and cost memory; a GPU wants filling.
 _BATCHES: Final = {"cpu": 2, "openvino": 4, "cuda": 16}
 _BATCH_ELSEWHERE: Final = 8  # an engine that is no bundle's
+
+_Result = TypeVar("_Result")
+_Judge = Callable[[Sequence[Source], Sequence[Flags], Answers], Sequence[_Result | Failure]]
 
 TIE: Final = "tie"
 """Flag of a frame whose quadrants' votes were even, so that mean probabilities decided."""
@@ -104,6 +109,9 @@ class Predictor:
     One frame gets all threads, so that its answer is there soonest; of many frames each thread takes its own, so that
     most are done in a second. On the CPU these are two sessions, each opened when it is first needed.
 
+    Before its first answer a bundle's predictor tests itself on golden frames, through the slots and the threads that
+    judge; see `echoquad_runtime.predict.self_test`.
+
     Parameters
     ----------
     model
@@ -120,7 +128,9 @@ class Predictor:
     many
         Whether many frames come first: which session to open now.
     warm
-        Whether to run the network once now, so that its first time does not fall into an exam.
+        Whether to run the network once now, so that the self-test and the first run do not fall into an exam.
+    self_test
+        Whether to test a bundle before the first answer. `verify` leaves it out, since it compares all golden frames.
     time_limit
         Seconds for reading and decoding one file; one that takes longer is a failure.
     cam
@@ -139,6 +149,8 @@ class Predictor:
         If the bundle is missing, damaged, or lacks the precision; a `SignatureError` if it is not signed as it must be.
     DeviceUnavailableError
         If the device is not there.
+    VerificationError
+        If the self-test fails; also from the first answer, where `warm` is False or `many` is True.
     ConfigError
         If the method, the batch size, the time limit or the bound for abstaining cannot be.
 
@@ -163,6 +175,7 @@ class Predictor:
         public_key: str | Path | None = None,
         many: bool = False,
         warm: bool = True,
+        self_test: bool = True,
         time_limit: float = TIME_LIMIT,
         cam: bool = False,
         abstain_below: float | None = None,
@@ -186,16 +199,19 @@ class Predictor:
         self._device: Device = device
         self._threads = threads or available_cpus()
         self._engines: dict[int, Engine] = {}
+        self._pools: dict[tuple[int, int], SlotPool] = {}
+        self._pools_lock = threading.Lock()
+        self._tests_itself = self_test and self._bundle is not None
+        self._self_tests: list[SelfTest] = []
         self.engine: Engine = self._open(many=many) if isinstance(model, Bundle) else model
         self.method: VoteMethod = method or self.contract.vote
         if self.method not in VOTE_METHODS:
             raise ConfigError(f"vote method {method!r} found; expected one of {', '.join(VOTE_METHODS)}")
         self.batch_size = batch_size or (_BATCHES[self.engine.device] if self._bundle else _BATCH_ELSEWHERE)
         self.time_limit = time_limit
-        self._lane: Lane | None = None  # of single frames
-        self._lane_lock = threading.Lock()
         if warm and not many and self._bundle is not None:
-            self._single().run(1)
+            single = self.slots(many=False)
+            single.run(single.new_batch(), 1)
 
     @property
     def contract(self) -> Contract:
@@ -206,6 +222,20 @@ class Predictor:
     def threads(self) -> int:
         """How many threads compute at most, decoding included."""
         return self._threads
+
+    @property
+    def workers(self) -> int:
+        """How many threads judge at the same time where there are many frames."""
+        engine = self._engine(many=True)
+        if self._bundle is None:  # torch's threads are its own, and would be in decoding's way
+            return 1
+        # OpenVINO computes on all threads at once: one worker to wait for it, one to decode meanwhile.
+        return min(2, self._threads) if engine.device == "openvino" else self._threads
+
+    @property
+    def self_test(self) -> str:
+        """``passed`` once every slot that was opened has passed its self-test; empty before, and without a bundle."""
+        return PASSED if self._self_tests and all(test.passed for test in self._self_tests) else ""
 
     def predict(
         self,
@@ -268,12 +298,10 @@ class Predictor:
             If it cannot be judged.
         """
         load = self._load_bytes if isinstance(frame, bytes) else self._load_grey
-        with self._lane_lock:
-            lane = self._single()
-            flags = load(frame, lane.quadrants[0])  # type: ignore[arg-type]  # each its own kind
-            _, flat = lane.run(1)
-            maps = None if lane.maps is None else frames_maps(lane.maps, 1)
-            (result,) = self._judge([Source(name, partial(load, frame))], [flags], flat[None], maps)  # type: ignore[arg-type]
+        slots = self.slots(many=False)
+        batch = slots.new_batch()
+        flags = load(frame, batch[0])  # type: ignore[arg-type]  # each its own kind
+        (result,) = self._judge([Source(name, partial(load, frame))], [flags], slots.run(batch, 1))  # type: ignore[arg-type]
         if isinstance(result, Failure):
             raise result.error
         return result
@@ -294,10 +322,18 @@ class Predictor:
     def _engine(self, *, many: bool) -> Engine:
         return self.engine if self._bundle is None else self._open(many=many)
 
-    def _single(self) -> Lane:
-        if self._lane is None:
-            self._lane = open_lane(self._engine(many=False), 1)
-        return self._lane
+    def slots(self, *, many: bool) -> SlotPool:
+        """Return what runs the network, for one frame at a time or for `batch_size` frames; it keeps its slots open."""
+        engine, frames = self._engine(many=many), self.batch_size if many else 1
+        key = id(engine), frames
+        with self._pools_lock:
+            if key not in self._pools:
+                test: SelfTest | None = None
+                if self._tests_itself:
+                    test = SelfTest(cast("Bundle", self._bundle), cast("OnnxEngine", engine), frames)
+                    self._self_tests.append(test)
+                self._pools[key] = SlotPool(engine, frames, test)
+            return self._pools[key]
 
     # ------------------------------------------------------------------------------------------ one frame
 
@@ -329,29 +365,47 @@ class Predictor:
     def _run(self, sources: Iterable[Source | Failure]) -> Iterator[Prediction | Failure]:
         sources = iter(sources)
         first = list(islice(sources, self._threads + 1))
-        many = len(first) > self._threads
-        engine = self._engine(many=many)
-        frames = self.batch_size if many else 1
-        pipeline = Pipeline(
-            partial(open_lane, engine, frames),
-            self._judge,
-            workers=self._workers(engine) if many else 1,
-            frames=frames,
-            at_once=getattr(engine, "at_once", 1),
-            time_limit=self.time_limit,
-        )
-        yield from pipeline.run(chain(first, sources))
+        yield from self._pipeline(self._judge, many=len(first) > self._threads).run(chain(first, sources))
 
-    def _workers(self, engine: Engine) -> int:
-        if self._bundle is None:  # torch's threads are its own, and would be in decoding's way
-            return 1
-        # OpenVINO computes on all threads at once: one worker to wait for it, one to decode meanwhile.
-        return min(2, self._threads) if engine.device == "openvino" else self._threads
+    def _pipeline(self, judge: _Judge[_Result], *, many: bool, frames: int | None = None) -> Pipeline[_Result]:
+        slots = self.slots(many=many)
+        return Pipeline(slots, judge, workers=self.workers if many else 1, time_limit=self.time_limit, frames=frames)
 
-    def _judge(
-        self, sources: Sequence[Source], flags: Sequence[Flags], answers: Floats, maps: Floats | None = None
-    ) -> list[Prediction | Failure]:
-        classes = self.contract.classes
+    def replay(self, frames: Sequence[Grey], *, many: bool, together: int | None = None) -> tuple[Floats, Floats]:
+        """Run frames through the path that judges, and return the network's answers in place of decisions.
+
+        Parameters
+        ----------
+        frames
+            uint8 [H, W] each, grey levels 0 to 255.
+        many
+            Whether they go as one frame at a time does, or as those of a folder do: as many workers, the same slots.
+        together
+            Frames of a batch, at most `batch_size`; None is `batch_size`. Only with `many`.
+
+        Returns
+        -------
+        logits, probabilities
+            float32 [F, 4, C] each, in the order of the frames.
+
+        Raises
+        ------
+        FrameError
+            If a frame cannot be judged.
+        BundleError
+            If the engine fails.
+        """
+        sources = [Source(str(index), partial(self._load_grey, frame)) for index, frame in enumerate(frames)]
+        logits, probabilities = [], []
+        for found in self._pipeline(_raw, many=many, frames=together).run(sources):
+            if isinstance(found, Failure):
+                raise found.error
+            logits.append(found[0])
+            probabilities.append(found[1])
+        return np.stack(logits), np.stack(probabilities)
+
+    def _judge(self, sources: Sequence[Source], flags: Sequence[Flags], found: Answers) -> list[Prediction | Failure]:
+        classes, answers, maps = self.contract.classes, found.probabilities, found.maps
         finite = np.asarray(np.isfinite(answers).all(axis=(1, 2)))
         decision = decide(np.where(finite[:, None, None], answers, 0), self.method, self.contract.vote_weights)
         results: list[Prediction | Failure] = []
@@ -377,6 +431,11 @@ class Predictor:
             )
             results.append(_after(source, prediction.abstaining(self.abstain_below, self.contract)))
         return results
+
+
+def _raw(sources: Sequence[Source], flags: Sequence[Flags], found: Answers) -> list[tuple[Floats, Floats]]:
+    """Return each frame's logits and probabilities, float32 [4, C] each."""
+    return list(zip(found.logits, found.probabilities, strict=True))
 
 
 def checked_bound(below: float | None) -> float | None:

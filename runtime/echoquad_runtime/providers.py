@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 from binascii import a2b_base64
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from echoquad_runtime.engine.device_lock import CUDA_LOCK
 from echoquad_runtime.wheels import load_onnxruntime, one_line, silent_python
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = [
     "integers_overflow",
     "needs_exact_products",
     "probe",
+    "quiet_logger",
     "strays",
 ]
 
@@ -59,7 +61,9 @@ def create_session(
     threads: int,
     spinning: bool = True,
     bfloat16: bool = False,
+    tf32: bool = False,
     cuda_graphs: bool = False,
+    cuda_options: Mapping[str, str] | None = None,
     exact: bool | None = None,
     adapt: Callable[[onnxruntime.SessionOptions], object] | None = None,
 ) -> onnxruntime.InferenceSession:
@@ -81,8 +85,12 @@ def create_session(
         threads of its own and does not care.
     bfloat16
         Whether OpenVINO shall compute a float32 graph in bfloat16; of no effect elsewhere.
+    tf32
+        Whether CUDA may round the factors of float32 products to TF32, 10 bits of mantissa; of no effect elsewhere.
     cuda_graphs
         Whether CUDA shall capture the kernels of a run once and replay them; of no effect elsewhere.
+    cuda_options
+        Further options of the CUDA provider, by onnxruntime's names, such as ``prefer_nhwc``.
     exact
         Whether integer products are to be exact, at the price of speed; None is `needs_exact_products`.
     adapt
@@ -109,8 +117,8 @@ def create_session(
         options.add_session_config_entry("session.force_spinning_stop", "1")  # when a run ends
     providers: list[str | tuple[str, dict[str, str]]] = [provider]
     if provider == CUDA_PROVIDER:
-        # Without this float32 is rounded to TF32 from Ampere on, and precision fp32 would not be fp32.
-        settings = {"use_tf32": "0", **({"enable_cuda_graph": "1"} if cuda_graphs else {})}
+        # Left to itself onnxruntime rounds float32 to TF32 from Ampere on, and precision fp32 would not be fp32.
+        settings = {"use_tf32": str(int(tf32)), "enable_cuda_graph": str(int(cuda_graphs)), **(cuda_options or {})}
         providers = [(CUDA_PROVIDER, settings), CPU_PROVIDER]
     elif provider == OPENVINO_PROVIDER:
         providers = [(OPENVINO_PROVIDER, _openvino_options(threads, bfloat16)), CPU_PROVIDER]
@@ -119,17 +127,29 @@ def create_session(
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if adapt is not None:
         adapt(options)
-    # A provider that cannot be loaded is reported by the process-wide logger, which the options do not reach.
-    ort.set_default_logger_severity(4)
-    try:
-        with contextlib.nullcontext() if provider == CPU_PROVIDER else silent_python():
-            session = ort.InferenceSession(bytes(model), options, providers=providers, enable_fallback=0)
-    finally:
-        ort.set_default_logger_severity(2)  # its default; it cannot be asked what it was
+    with (
+        quiet_logger(ort),
+        contextlib.nullcontext() if provider == CPU_PROVIDER else silent_python(),
+        CUDA_LOCK.alone() if provider == CUDA_PROVIDER else contextlib.nullcontext(),
+    ):
+        session = ort.InferenceSession(bytes(model), options, providers=providers, enable_fallback=0)
     session.disable_fallback()  # onnxruntime 1.20 ignores the argument
     if (made := session.get_providers()[0]) != provider:
         raise RuntimeError(f"asked for {provider}, onnxruntime made a session on {made}")
     return session
+
+
+@contextlib.contextmanager
+def quiet_logger(ort: ModuleType) -> Iterator[None]:
+    """Silence onnxruntime's process-wide logger, which a session's options do not reach.
+
+    It reports a provider that cannot be loaded, and on CUDA each kernel that cuDNN tries and that does not apply.
+    """
+    ort.set_default_logger_severity(4)
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(2)  # its default; it cannot be asked what it was
 
 
 def needs_exact_products(model: bytes) -> bool:

@@ -258,8 +258,8 @@ class ResultFile:
         classes
             The model's.
         identity
-            ``bundle``, ``method``, ``device``, ``precision``, ``shard`` and ``abstain_below`` of this run, and ``flip``
-            where matrices are turned over.
+            ``bundle``, ``method``, ``device``, ``precision``, ``shard``, ``abstain_below`` and ``self_test`` of this
+            run, and ``flip`` where matrices are turned over.
 
         Raises
         ------

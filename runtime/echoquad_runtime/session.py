@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from echoquad_runtime.bundle import BF16, Bundle
+from echoquad_runtime.bundle import BF16, TF32, Bundle
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices import Device, open_session
+from echoquad_runtime.engine.io_binding import FirstRuns, Floats, IoBinding, new_batch
 from echoquad_runtime.errors import BundleError
-from echoquad_runtime.lanes import BoundLane, Floats, Lane, PlainLane, replay
 from echoquad_runtime.onnx_scan import CONTRACT_KEY, INPUT, OUTPUTS, cam_sides, check_graph
-from echoquad_runtime.wheels import load_onnxruntime, one_line
+from echoquad_runtime.wheels import one_line
 
-__all__ = ["CONTRACT_KEY", "INPUT", "OUTPUTS", "Engine", "Floats", "OnnxEngine", "infer_all", "open_lane"]
+__all__ = ["CONTRACT_KEY", "INPUT", "OUTPUTS", "Engine", "Floats", "OnnxEngine"]
 
 _MANY: Final = 1 << 30
 
@@ -54,7 +56,7 @@ class OnnxEngine:
         Where the graph comes from; its bytes are hashed before they are loaded.
     precision
         One that the bundle holds; None is its default. ``bf16`` is the fp32 graph computed in bfloat16, on
-        OpenVINO alone.
+        OpenVINO alone; ``tf32`` is the fp32 graph computed in TF32, on CUDA alone.
     device
         ``auto``, ``cpu``, ``cuda`` or ``openvino``; see :func:`~echoquad_runtime.devices.open_session`.
     threads
@@ -64,15 +66,15 @@ class OnnxEngine:
     cuda_graphs
         Whether CUDA shall capture each bucket's kernels once and replay them; of no effect elsewhere.
     cam
-        Whether lanes shall give class activation maps as well.
+        Whether slots return class activation maps as well.
 
     Attributes
     ----------
     provider
         onnxruntime's name of what runs, such as ``CPUExecutionProvider``.
-    at_once
-        Lanes that may run at the same time: on the CPU as many as there are, since each runs on its caller's thread;
-        two on CUDA, so that one is copied while the other is computed.
+    turns
+        Held by a slot while it runs: on the CPU by any number, since each runs on its caller's thread; by two on CUDA,
+        so that one copies while the other computes; by one with CUDA graphs, and on OpenVINO.
     note
         One line saying why ``auto`` settled for the CPU; empty where there is nothing to say.
     threads
@@ -85,8 +87,9 @@ class OnnxEngine:
         where they are asked for.
     DeviceUnavailableError
         If `device` is not there, or cannot compute this graph in this precision.
+        Also if `precision` is ``int8`` and `device` is ``cuda``, which has no integer convolutions.
     UsageError
-        If `precision` is ``bf16`` and `device` another than ``openvino``.
+        If `precision` is ``bf16`` and `device` another than ``openvino``, or ``tf32`` and another than ``cuda``.
     """
 
     def __init__(
@@ -120,40 +123,44 @@ class OnnxEngine:
             threads=threads,
             spinning=spinning,
             bfloat16=self.precision == BF16,
+            tf32=self.precision == TF32,
             cuda_graphs=cuda_graphs,
+            not_on_cuda=_int8_on_cuda(bundle) if self.precision == "int8" else "",
             cached_as=bundle.cached_as(self.precision),
         )
         self.device, self.provider = opened.device, opened.provider
         self.note, self.threads = opened.note, opened.threads
         self._session = opened.session
-        self._cuda_graphs = cuda_graphs and self.device == "cuda"
-        # A run of any shape, from memory of any address, is nothing to capture.
-        self._options = replay(load_onnxruntime(), -1) if self._cuda_graphs else None
-        self.at_once = {"cpu": _MANY, "cuda": 1 if self._cuda_graphs else 2}.get(self.device, 1)
+        self._first_runs = FirstRuns(self.provider)
+        graphs = cuda_graphs and self.device == "cuda"
+        self._graph_ids = itertools.count(1) if graphs else None
+        self.turns = threading.Semaphore({"cpu": _MANY, "cuda": 1 if graphs else 2}.get(self.device, 1))
 
-    def lane(self, frames: int) -> BoundLane:
-        """Make a lane with room for `frames` frames.
+    def open_slot(self, frames: int) -> IoBinding:
+        """Open an inference slot for up to `frames` frames.
 
         Raises
         ------
         BundleError
-            From its run, as `infer`.
+            If there is no memory for it. Its runs raise it if onnxruntime cannot run the graph, or the graph gives
+            other answers than it declares.
         """
         try:
-            return BoundLane(
+            return IoBinding(
                 self._session,
                 self.contract,
                 frames,
                 fault=self._fault,
                 provider=self.provider,
-                cuda_graphs=self._cuda_graphs,
+                first_runs=self._first_runs,
+                graph_ids=self._graph_ids,
                 cam=self._cam,
             )
         except Exception as error:  # onnxruntime's share no base; among them, memory that does not suffice
             raise self._fault(4 * frames, error) from error
 
     def infer(self, quadrants: npt.NDArray[np.uint8]) -> tuple[Floats, Floats]:
-        """Run the graph once.
+        """Run quadrants once, through a slot that is opened for them; a `SlotPool` keeps its slots.
 
         Parameters
         ----------
@@ -168,19 +175,14 @@ class OnnxEngine:
         Raises
         ------
         BundleError
-            If onnxruntime cannot run the graph, or it gives other answers than it declares.
+            As `open_slot` and its runs.
         """
-        try:
-            logits, probabilities = self._session.run(OUTPUTS, {INPUT: quadrants}, self._options)
-        except Exception as error:  # onnxruntime's share no base; among them, memory that does not suffice
-            raise self._fault(len(quadrants), error) from error
-        # What a graph declares onnxruntime takes for a hint; an answer of another shape would be read as another.
-        expected = (len(quadrants), len(self.contract.classes))
-        for name, answer in zip(OUTPUTS, (logits, probabilities), strict=True):
-            if answer.shape != expected or answer.dtype != np.float32:
-                found = f"{answer.dtype} {answer.shape}"
-                raise BundleError(f"{self._what} gives {name} {found}; expected float32 {expected}; export it again")
-        return logits, probabilities
+        count, frames = len(quadrants), -(-len(quadrants) // 4)
+        batch = new_batch(self.contract, frames)
+        batch.reshape(-1, *batch.shape[2:])[:count] = quadrants
+        logits, probabilities, _ = self.open_slot(frames).run(batch, frames)
+        classes = len(self.contract.classes)
+        return logits.reshape(-1, classes)[:count], probabilities.reshape(-1, classes)[:count]
 
     def _fault(self, quadrants: int, error: Exception) -> BundleError:
         return BundleError(
@@ -189,24 +191,11 @@ class OnnxEngine:
         )
 
 
-def open_lane(engine: Engine, frames: int) -> Lane:
-    """Make a lane of any engine: one with memory of its own bound to a session where the engine has such."""
-    if isinstance(engine, OnnxEngine):
-        return engine.lane(frames)
-    return PlainLane(engine.infer, engine.contract, frames)
-
-
-def infer_all(engine: Engine, quadrants: npt.NDArray[np.uint8], batch_size: int) -> tuple[Floats, Floats]:
-    """Run frames' quadrants, uint8 [F, 4, S, S] or [F, 4, 1, S, S], through an engine, `batch_size` frames at a time.
-
-    Returns
-    -------
-    logits, probabilities
-        float32 [F * 4, C] each.
-    """
-    size = quadrants.shape[-1]
-    parts = [
-        engine.infer(np.ascontiguousarray(quadrants[start : start + batch_size]).reshape(-1, 1, size, size))
-        for start in range(0, len(quadrants), batch_size)
-    ]
-    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+def _int8_on_cuda(bundle: Bundle) -> str:
+    """Say why an int8 graph does not run on CUDA, and which precision of the bundle does."""
+    better = [name for name in ("fp16", "fp32") if name in bundle.precisions]
+    # onnxruntime's CUDA provider converts the weights back to float32 in every run: on an NVIDIA H100 a ResNet-18 took
+    # 1.2 to 1.3 times as long as in fp32.
+    return "CUDA has no integer convolutions, so int8 is slower there than fp32; do: " + (
+        f"choose precision {better[0]}" if better else "export with --precision fp16"
+    )

@@ -13,11 +13,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final, cast
 
-import numpy as np
-
 from echoquad_runtime.bench import time_stages
 from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.devices import Device
+from echoquad_runtime.engine.io_binding import new_batch
+from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import (
     BundleTamperedError,
     DeviceUnavailableError,
@@ -110,11 +110,11 @@ class Trial:
         # About eight rounds of all, more of those that are left; long enough for the grain of the clocks.
         shortest, longest = (0.35, 1.0) if goal == "power" else (0.05, 0.5)
         self._seconds = min(longest, max(shortest, seconds / (8 * max(1, len(choices)))))
-        self._engines: dict[tuple[str, str, int, bool], OnnxEngine | Predictor] = {}
+        self._engines: dict[tuple[str, str, int, bool], SlotPool | Predictor] = {}
         self._next = [0] * len(choices)  # frame, so that over its turns each candidate goes through all of them
         self._spun = False
-        size, most = bundle.contract.input_size, max((choice.batch_size for choice in choices), default=1)
-        self._batch = np.empty((most, 4, 1, size, size), np.uint8)
+        self._most = max((choice.batch_size for choice in choices), default=1)
+        self._batch = new_batch(bundle.contract, self._most)
 
     def close_others(self, running: Collection[int]) -> None:
         """Close the engines that none of these candidates needs: one takes two to three times its graph's memory."""
@@ -170,12 +170,12 @@ class Trial:
         self._next[index] += count
         chunk = [self._encoded[one % len(self._encoded)] for one in range(begin, begin + count)]
         engine = self._engine(choice)
-        if isinstance(engine, OnnxEngine):
+        if isinstance(engine, SlotPool):
             return sum(time_stages(engine, chunk, self._batch))
         engine.batch_size = choice.batch_size
         return time_pipeline(engine, chunk) / _BATCHES_A_WORKER
 
-    def _engine(self, choice: Choice) -> OnnxEngine | Predictor:
+    def _engine(self, choice: Choice) -> SlotPool | Predictor:
         key = _engine_key(choice)
         if key not in self._engines:
             device, precision, threads, spinning = key
@@ -186,9 +186,9 @@ class Trial:
                 "spinning": spinning,
             }
             self._engines[key] = (
-                Predictor(self._bundle, **options, many=True)
+                Predictor(self._bundle, **options, many=True, self_test=False)  # `GoldenFrames` has replayed them all
                 if self._goal == "throughput"
-                else OnnxEngine(self._bundle, **options)
+                else SlotPool(OnnxEngine(self._bundle, **options), self._most)
             )
         return self._engines[key]
 

@@ -21,10 +21,11 @@ from typing import Any, Final
 import numpy as np
 
 from echoquad_runtime.bench import Encoded, encoded_golden_frames
-from echoquad_runtime.bundle import BF16, Bundle
+from echoquad_runtime.bundle import BF16, TF32, Bundle
 from echoquad_runtime.devices import Device, available_cpus, usable_devices
+from echoquad_runtime.engine.host_facts import host_facts
 from echoquad_runtime.errors import ConfigError, InputNotFoundError
-from echoquad_runtime.host import Choice, Goal, host_facts, precisions_on
+from echoquad_runtime.host import Choice, Goal
 from echoquad_runtime.search import Round, Standing, contenders, costs, eligible, pick, race, replay, stand
 from echoquad_runtime.trial import FRAME_RATE, GoldenFrames, Trial
 
@@ -33,7 +34,7 @@ __all__ = ["BATCH_SIZES", "FRAME_RATE", "Row", "Tuned", "candidates", "tune"]
 BATCH_SIZES: Final = (1, 2, 4, 8, 16)
 """Frames at a time that are tried for throughput; for the other goals a frame is judged as it comes."""
 
-_GENTLEST_FIRST: Final = ("fp32", BF16, "fp16", "int8")  # the nearer to what was trained, the gentler
+_GENTLEST_FIRST: Final = ("fp32", TF32, BF16, "fp16", "int8")  # the nearer to what was trained, the gentler
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +235,7 @@ def tune(
     passed: dict[str, list[str]] = {}
     refused = []
     for name in devices:
-        for one in [precision] if precision else precisions_on(bundle, name):
+        for one in [precision] if precision else bundle.precisions_on(name):
             if fault := golden.fault(name, one, threads or cpus):
                 refused.append(Row(Choice(name, one, threads or cpus, False, batch_sizes[0]), "refused", fault))
             else:

@@ -10,28 +10,27 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from echoquad_runtime.bundle import GOLDEN, Bundle, Golden, model_file
 from echoquad_runtime.devices import Device
+from echoquad_runtime.engine.host_facts import host_facts
+from echoquad_runtime.engine.io_binding import Floats, buckets
 from echoquad_runtime.errors import DeviceUnavailableError, EchoQuadError
-from echoquad_runtime.host import host_facts, precisions_on
-from echoquad_runtime.quadrants import frame_quadrants
-from echoquad_runtime.session import Floats, OnnxEngine, infer_all
+from echoquad_runtime.predict.self_test import largest_differences
+from echoquad_runtime.predictor import Predictor
+from echoquad_runtime.quadrants import Grey
+from echoquad_runtime.session import OnnxEngine
 from echoquad_runtime.tolerance import frame_leads, quadrant_leads, within_tolerance
 from echoquad_runtime.vote import decide
 
 __all__ = ["Check", "GoldenCheck", "Record", "Verification", "verify", "verify_all"]
-
-TOGETHER: Final = 16
-"""Golden frames a batch, where they go through together: the largest that an export's parity is taken at."""
 
 RECORD_SCHEMA: Final = 1
 
@@ -207,9 +206,10 @@ def verify(
     threads: int | None = None,
     public_key: str | Path | None = None,
 ) -> Verification:
-    """Hash every file of a bundle, then replay its golden frames on the device at hand.
+    """Hash every file of a bundle, then replay its golden frames through a predictor on the device at hand.
 
-    Each golden frame goes through alone and all go through in batches, since a batch can take other kernels.
+    They go the ways that `predict` has: one at a time on all threads; and as a folder's frames, by as many workers and
+    through the same inference slots, once for each bucket, since a batch can take other kernels.
 
     Raises
     ------
@@ -267,7 +267,7 @@ def verify_all(
         (device, precision)
         for device in devices
         if device not in obstacles
-        for precision in (precisions_on(bundle, device) if precisions is None else precisions)
+        for precision in (bundle.precisions_on(device) if precisions is None else precisions)
     ]
     try:
         golden = _hash_all(bundle, [bundle.choose_precision(precision) for _, precision in wanted])
@@ -302,11 +302,11 @@ def _hash_all(bundle: Bundle, precisions: Sequence[str]) -> Golden:
 
 def _replay(bundle: Bundle, golden: Golden, device: Device, precision: str, threads: int | None) -> Verification:
     gate = bundle.gate(precision)
-    engine = OnnxEngine(bundle, device=device, precision=precision, threads=threads)
+    predictor = Predictor(bundle, device=device, precision=precision, threads=threads, many=True, self_test=False)
+    engine = cast("OnnxEngine", predictor.engine)
     contract, count = bundle.contract, len(golden.frames)
-    quadrants = np.stack([frame_quadrants(frame, contract) for frame in golden.frames])
     true_logits, true = golden.expected(precision)
-    passes = [[part.reshape(true.shape) for part in infer_all(engine, quadrants, size)] for size in (1, TOGETHER)]
+    passes = _passes(predictor, golden.frames)
     expected = decide(true, contract.vote, contract.vote_weights)
     leads = frame_leads(true, contract.vote, contract.vote_weights)
     patch_leads, allowed = quadrant_leads(true), gate["max_abs_dprobability"]
@@ -314,10 +314,10 @@ def _replay(bundle: Bundle, golden: Golden, device: Device, precision: str, thre
     dlogit, dprobability = np.zeros(count), np.zeros(count)
     labels, tolerated = expected.labels.copy(), np.ones(count, np.bool_)
     flips = []
+    # What is no number differs infinitely, and cannot pass.
     for logits, probabilities in passes:
-        # A NaN compares as no difference at all; as an infinite one it cannot pass.
-        dlogit = np.maximum(dlogit, _largest(logits, true_logits))
-        dprobability = np.maximum(dprobability, _largest(probabilities, true))
+        dlogit = np.maximum(dlogit, largest_differences(logits, true_logits))
+        dprobability = np.maximum(dprobability, largest_differences(probabilities, true))
         found = decide(probabilities, contract.vote, contract.vote_weights)
         frames, patches = found.labels != expected.labels, found.quadrant_labels != expected.quadrant_labels
         within = within_tolerance(leads, found.labels, allowed)
@@ -364,9 +364,20 @@ def _replay(bundle: Bundle, golden: Golden, device: Device, precision: str, thre
     )
 
 
-def _largest(found: Floats, expected: Floats) -> npt.NDArray[np.float64]:
-    difference = np.abs(found.astype(np.float64) - expected)
-    return np.asarray(np.nan_to_num(difference, nan=np.inf).max(axis=(1, 2)))
+def _passes(predictor: Predictor, frames: Sequence[Grey]) -> Iterator[tuple[Floats, Floats]]:
+    """Run golden frames through every path of a predictor.
+
+    Yields
+    ------
+    logits, probabilities
+        float32 [G, 4, C] each: of the frames one at a time; then for each bucket of as many rounds of all frames as
+        give every worker two batches.
+    """
+    yield predictor.replay(frames, many=False)
+    for together in buckets(predictor.batch_size):
+        rounds = -(-2 * predictor.workers * together // len(frames))
+        logits, probabilities = predictor.replay(list(frames) * rounds, many=True, together=together)
+        yield from zip(np.split(logits, rounds), np.split(probabilities, rounds), strict=True)
 
 
 def _finite(value: Any) -> Any:

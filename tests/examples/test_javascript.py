@@ -249,7 +249,10 @@ def test_a_graph_of_integers_gives_the_row_of_predict(
     frames = np.stack([frame_quadrants(make_frame(seed), contract)[:, 0] for seed in range(4)])
     integers = quantize(model, Ranges(model, frames, float_tensors(model)))
     assert b"QuantizeLinear" in integers
-    bundle = add_frame_graph(make_tiny_bundle(tmp_path / "bundle", precisions=("int8",), graphs={"int8": integers}))
+    gate = {"max_abs_dprobability": 0.05, "max_frame_flip_fraction": 0.01}
+    parity = {"parity": {"int8": {"gate": gate}}}
+    folder = make_tiny_bundle(tmp_path / "bundle", precisions=("int8",), graphs={"int8": integers}, manifest=parity)
+    bundle = add_frame_graph(folder)
     path = tmp_path / "frame.png"
     Image.fromarray(make_frame(9)).save(path)
     command = [sys.executable, "-m", "echoquad", "predict", str(bundle), str(path), "--device", "cpu"]

@@ -18,7 +18,8 @@ from echoquad_export.pack import export_run
 from echoquad_export.quantize import float_tensors, layers, prepare, quantize
 from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.session import OnnxEngine, infer_all
+from echoquad_runtime.engine.slot_pool import infer_all
+from echoquad_runtime.session import OnnxEngine
 from echoquad_runtime.verify import verify
 from echoquad_train import linear
 from echoquad_train.checkpoint import load_run

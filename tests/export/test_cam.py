@@ -80,7 +80,11 @@ def test_the_predictor_gives_them_beside_the_same_decisions(
     model = thin_model(CONTRACT)
     single = build_graph(model, CONTRACT)
     graphs = {"fp32": single, "int8": quantized(single)}
-    folder = make_tiny_bundle(tmp_path / "bundle", contract=CONTRACT, precisions=("fp32", "int8"), graphs=graphs)
+    gate = {"max_abs_dprobability": 1.0, "max_frame_flip_fraction": 1.0}  # its golden answers are another network's
+    parity = {name: {"gate": gate} for name in graphs}
+    folder = make_tiny_bundle(
+        tmp_path / "bundle", contract=CONTRACT, precisions=("fp32", "int8"), graphs=graphs, manifest={"parity": parity}
+    )
     frames = [np.random.default_rng(index).integers(0, 256, (90, 120), np.uint8) for index in range(5)]
     plain = list(Predictor(folder, precision=precision, threads=2).predict_frames(frames))
     predictor = Predictor(folder, precision=precision, threads=2, cam=True)
@@ -93,7 +97,7 @@ def test_the_predictor_gives_them_beside_the_same_decisions(
         softmax /= softmax.sum(axis=1, keepdims=True)
         np.testing.assert_allclose(softmax, prediction.quadrant_probabilities, atol=1e-5)
     assert all(one.cam is None for one in plain if isinstance(one, Prediction))
-    assert len({one.cam.tobytes() for one in found}) == len(found)  # each its own, whoever used the lane after it
+    assert len({one.cam.tobytes() for one in found}) == len(found)  # each its own, whoever used the slot after it
 
 
 def test_the_export_holds_maps_against_logits(thin_model: Callable[[Contract], QuadrantClassifier]) -> None:

@@ -17,8 +17,9 @@ from echoquad_export.parity import (
 )
 from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.contract import Contract, canonical_json
+from echoquad_runtime.engine.slot_pool import infer_all
 from echoquad_runtime.errors import ParityError
-from echoquad_runtime.session import OnnxEngine, infer_all
+from echoquad_runtime.session import OnnxEngine
 from echoquad_train.checkpoint import load_run
 from echoquad_train.data.dataset import load_quadrants, read_split
 from echoquad_train.networks.engine import TorchEngine

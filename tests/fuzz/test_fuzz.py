@@ -250,7 +250,8 @@ Bundle.read = read
 """
 WITHOUT_GOLDEN = """
 from echoquad_runtime import verify
-verify._largest = lambda found, expected: verify.np.zeros(len(found))
+from echoquad_runtime.predict import self_test
+verify.largest_differences = self_test.largest_differences = lambda found, expected: verify.np.zeros(len(found))
 verify.within_tolerance = lambda leads, *_: leads[..., 0] < 9
 """
 DEAD = "import os, signal; Worker.use = lambda *_: os.kill(os.getpid(), signal.SIGSEGV)"

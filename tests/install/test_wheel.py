@@ -24,7 +24,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     assert f"{info}/licenses/LICENSE" in names
     endings = {Path(name).suffix for name in names if not name.startswith(info)}
     assert endings == {".py", ".toml", ".typed"}
-    assert not [name for name in names if re.search(r"test|conftest|\.pyc|\.partial", name)]
+    assert not [name for name in names if re.search(r"\btest|conftest|\.pyc|\.partial", name)]
     assert wheel.stat().st_size < 500_000
 
 

@@ -23,6 +23,7 @@ from echoquad_runtime.bench import (
     time_stages,
 )
 from echoquad_runtime.bundle import Bundle
+from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import BundleNotFoundError, ConfigError, FrameError, GateError, InputNotFoundError
 from echoquad_runtime.frames import decode_frame
 from echoquad_runtime.quadrants import frame_quadrants
@@ -117,14 +118,14 @@ def test_a_frame_that_cannot_be_judged_is_no_figure(tiny_bundle: Path) -> None:
 
 def test_stages_are_timed_and_judged_together(tiny_bundle: Path, frames_folder: Path) -> None:
     frames, _ = read_encoded([frames_folder], 3)
-    engine = OnnxEngine(Bundle(tiny_bundle), device="cpu", threads=1)
-    batch = np.zeros((4, 4, 1, 32, 32), np.uint8)
+    slots = SlotPool(OnnxEngine(Bundle(tiny_bundle), device="cpu", threads=1), 4)
+    batch = slots.new_batch()
     begin = time.perf_counter()
-    seconds = time_stages(engine, [data for _, data in frames], batch)
+    seconds = time_stages(slots, [data for _, data in frames], batch)
     assert 0 < sum(seconds) <= time.perf_counter() - begin
     assert len(seconds) == len(STAGES) and min(seconds) > 0
     for slot, (_, data) in zip(batch, frames, strict=False):
-        np.testing.assert_array_equal(slot, frame_quadrants(decode_frame(data), engine.contract))
+        np.testing.assert_array_equal(slot, frame_quadrants(decode_frame(data), slots.engine.contract))
     assert not batch[3].any()
 
 

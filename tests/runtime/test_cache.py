@@ -449,7 +449,7 @@ def test_the_platforms_folder(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "platform", system)
-    assert cache._cache_folder() == Path(expected)
+    assert cache.cache_folder() == Path(expected)
 
 
 # ---------------------------------------------------------------------------------------------- a bundle

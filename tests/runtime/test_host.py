@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from echoquad_runtime import host
 from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.devices import available_cpus
+from echoquad_runtime.engine.host_facts import host_facts
 from echoquad_runtime.errors import OutputError
-from echoquad_runtime.host import Choice, Settings, choice_file, forget, host_facts, keep, look_up, settle
+from echoquad_runtime.host import Choice, Settings, choice_file, forget, keep, look_up, settle
 
 CHOICE = Choice("cpu", "fp32", 2, False, 1)
 

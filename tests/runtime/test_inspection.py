@@ -15,7 +15,7 @@ Make = Callable[..., Path]
 
 
 def files_of(found: Inspection) -> list[tuple[str, ...]]:
-    section = found.document.sections[-1]
+    section = found.document.sections[-2]
     assert section.title == "Files"
     return [row for block in section.blocks if isinstance(block, Table) for row in block.rows]
 
@@ -31,8 +31,8 @@ def test_a_whole_bundle(tiny_bundle: Path) -> None:
         assert state == "whole"
         assert size == str((tiny_bundle / name).stat().st_size)
         assert digest == manifest["files"][name]["sha256"][:12] + "..."
-    assert found.document.sections[:-1] == found.card.sections
-    assert manifest["manifest_sha256"] in str(found.document.sections[-1])
+    assert found.document.sections[:-2] == found.card.sections
+    assert manifest["manifest_sha256"] in str(found.document.sections[-2])
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False)) == found.to_dict()
     assert found.to_dict()["whole"] is True
 
@@ -65,7 +65,7 @@ def test_what_lies_beside_it(tmp_path: Path, make_tiny_bundle: Make) -> None:
     found = inspect_bundle(folder)
     assert found.signed and len(found.unlisted) == 14 and found.faults == ()
     assert found.to_dict()["signature"] == SIGNATURE
-    section = found.document.sections[-1]
+    section = found.document.sections[-2]
     assert "It was not checked here." in str(section)
     (items,) = [block for block in section.blocks if isinstance(block, Items)]
     assert items.lines[0] == "more-00.txt" and items.lines[-1] == "and 2 more" and len(items.lines) == 13

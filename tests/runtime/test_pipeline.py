@@ -4,15 +4,17 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from echoquad_runtime.contract import Contract
+from echoquad_runtime.engine.io_binding import Answers
+from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import BundleError, FrameError, FrameReadError
 from echoquad_runtime.inputs import Failure
-from echoquad_runtime.lanes import PlainLane
 from echoquad_runtime.pipeline import Pipeline, Source
 
 CONTRACT = Contract(classes=("dark", "light"), input_size=8)
@@ -24,10 +26,9 @@ def infer(quadrants: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return both, both
 
 
-def judge(
-    sources: Sequence[Source], flags: Sequence[tuple[str, ...]], answers: np.ndarray, maps: np.ndarray | None
-) -> list[Any]:
-    assert maps is None  # none were asked for
+def judge(sources: Sequence[Source], flags: Sequence[tuple[str, ...]], found: Answers) -> list[Any]:
+    assert found.maps is None  # none were asked for
+    answers = found.probabilities
     assert len(sources) == len(flags) == len(answers)
     return [(one.name, int(answer[0, 0]), flag) for one, flag, answer in zip(sources, flags, answers, strict=True)]
 
@@ -41,14 +42,8 @@ def pipeline(
     infer: Callable[..., Any] = infer,
     judge: Callable[..., Any] = judge,
 ) -> Pipeline[Any]:
-    return Pipeline(
-        lambda: PlainLane(infer, CONTRACT, frames),
-        judge,
-        workers=workers,
-        frames=frames,
-        at_once=at_once,
-        time_limit=time_limit,
-    )
+    engine: Any = SimpleNamespace(contract=CONTRACT, infer=infer, turns=threading.Semaphore(at_once))
+    return Pipeline(SlotPool(engine, frames), judge, workers=workers, time_limit=time_limit)
 
 
 def source(number: int, load: Callable[[], object] = lambda: None) -> Source:

@@ -16,7 +16,14 @@ from PIL import Image
 from echoquad_runtime import predictor as module
 from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.errors import BundleNotFoundError, ConfigError, FrameError, FrameTooSmallError, InputNotFoundError
+from echoquad_runtime.errors import (
+    BundleNotFoundError,
+    ConfigError,
+    FrameError,
+    FrameTooSmallError,
+    InputNotFoundError,
+    VerificationError,
+)
 from echoquad_runtime.inputs import FrameFile
 from echoquad_runtime.predictor import Failure, Prediction, Predictor
 from echoquad_runtime.quadrants import Grey, frame_quadrants
@@ -441,8 +448,10 @@ def test_an_answer_that_is_no_number_is_no_decision(value: float) -> None:
 
 def test_a_bundle_that_overflows(tmp_path: Path, make_tiny_bundle: Make, make_frame: Frame) -> None:
     folder = make_tiny_bundle(tmp_path, graph={"logit_scale": float("nan")})
+    with pytest.raises(VerificationError, match="the self-test failed on cpu in fp32"):
+        Predictor(folder, device="cpu")
     with pytest.raises(FrameError, match="is no number"):
-        Predictor(folder, device="cpu")(make_frame(0))
+        Predictor(folder, device="cpu", self_test=False)(make_frame(0))
 
 
 def test_importing_it_brings_no_training_code() -> None:

@@ -18,6 +18,7 @@ from echoquad_runtime import tune as tuning
 from echoquad_runtime.bench import read_encoded
 from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.contract import Contract
+from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import (
     BundleError,
     BundleTamperedError,
@@ -67,9 +68,9 @@ def cost_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cost], None]:
             cls.now += seconds
 
     def install(cost: Cost) -> None:
-        def time_stages(engine: OnnxEngine, encoded: Sequence[bytes], batch: np.ndarray) -> list[float]:
+        def time_stages(slots: SlotPool, encoded: Sequence[bytes], batch: np.ndarray) -> list[float]:
             assert len(encoded) <= len(batch)
-            Clock.now += (seconds := cost(engine, len(encoded)))
+            Clock.now += (seconds := cost(slots.engine, len(encoded)))  # type: ignore[arg-type]
             return [seconds / 2, seconds / 2]
 
         def time_pipeline(predictor: Any, encoded: Sequence[bytes]) -> float:
@@ -389,8 +390,11 @@ def test_devices(
     works = {"cpu": None, "cuda": None, "openvino": None}
     monkeypatch.setattr(tuning, "usable_devices", lambda: works)
     found = quick(two_precisions)
-    on_openvino = [("openvino", "fp32"), ("openvino", "int8"), ("openvino", "bf16")]
-    assert asked[:7] == [(name, one) for name in ("cpu", "cuda") for one in ("fp32", "int8")] + on_openvino
+    assert asked[:7] == [
+        *(("cpu", one) for one in ("fp32", "int8")),
+        *(("cuda", one) for one in ("fp32", "tf32")),  # int8 is slower there than fp32, and refused
+        *(("openvino", one) for one in ("fp32", "int8", "bf16")),
+    ]
     assert {row.choice.device for row in found.rows} == {"cpu", "cuda", "openvino"}
     assert found.left_out == {}
     # CPU time says nothing of a GPU: it would always win.

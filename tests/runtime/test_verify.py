@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from echoquad_runtime.bundle import GOLDEN, Bundle, Golden
 from echoquad_runtime.devices import open_session
+from echoquad_runtime.engine.io_binding import IoBinding
 from echoquad_runtime.errors import (
     BundleError,
     BundleNotFoundError,
@@ -261,14 +263,14 @@ def test_one_that_fails_is_in_the_record_beside_those_that_pass(
 def test_a_graph_that_cannot_be_run_does_not_end_the_others(
     tmp_path: Path, make_tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    infer = OnnxEngine.infer
+    open_slot = OnnxEngine.open_slot
 
-    def breaks(engine: OnnxEngine, quadrants: np.ndarray) -> Any:
-        if engine.precision == "int8" and len(quadrants) > 4:
+    def breaks(engine: OnnxEngine, frames: int) -> Any:
+        if engine.precision == "int8" and frames > 1:
             raise BundleError("the int8 graph fails on cpu: out of memory")
-        return infer(engine, quadrants)
+        return open_slot(engine, frames)
 
-    monkeypatch.setattr(OnnxEngine, "infer", breaks)
+    monkeypatch.setattr(OnnxEngine, "open_slot", breaks)
     folder = make_tiny_bundle(tmp_path / "bundle", precisions=("int8", "fp32"))
     record = verify_all(folder, devices={"cpu": None})
     assert {check.precision: check.passed for check in record.checks} == {"fp32": True, "int8": False}
@@ -329,13 +331,14 @@ def test_many_golden_frames_go_through_in_batches_of_a_bounded_size(
         np.tile(golden.probabilities, (7, 1, 1)),
     )
     sizes: list[int] = []
-    infer = OnnxEngine.infer
+    run = IoBinding.run
 
-    def watch(engine: OnnxEngine, quadrants: np.ndarray) -> Any:
-        sizes.append(len(quadrants))
-        return infer(engine, quadrants)
+    def watch(slot: IoBinding, batch: np.ndarray, frames: int) -> Any:
+        assert len(batch) <= 2  # what a batch of `predict` has on the CPU
+        sizes.append(frames)
+        return run(slot, batch, frames)
 
-    monkeypatch.setattr(OnnxEngine, "infer", watch)
+    monkeypatch.setattr(IoBinding, "run", watch)
     found = verify(make_tiny_bundle(tmp_path, golden=many), device="cpu")
     assert found.passed and found.frames == 42
-    assert sizes == [4] * 42 + [64, 64, 40]
+    assert Counter(sizes) == {1: 42 + 42, 2: 21}  # alone; in the bucket of one; in the bucket of two
