@@ -20,10 +20,9 @@ from echoquad_runtime.frames import decode_checked
 from echoquad_runtime.inputs import Failure, FrameFile, find_frames
 from echoquad_runtime.lanes import Floats, Lane, frames_maps
 from echoquad_runtime.pipeline import Flags, Pipeline, Source
-from echoquad_runtime.quadrants import Grey, frame_quadrants
-from echoquad_runtime.sanity import flags_of
+from echoquad_runtime.predict.frame_reader import cut_quadrants, read_quadrants
+from echoquad_runtime.quadrants import Grey
 from echoquad_runtime.session import Engine, OnnxEngine, open_lane
-from echoquad_runtime.sources import load_checked
 from echoquad_runtime.vote import decide, tempered
 
 __all__ = ["TIME_LIMIT", "Failure", "Prediction", "Predictor", "checked_bound"]
@@ -310,8 +309,7 @@ class Predictor:
         return Source(item.name, partial(self._load_file, item), after)
 
     def _load_file(self, file: FrameFile, slot: Grey) -> Flags:
-        grey, flags = load_checked(file)
-        return self._cut(grey, slot, flags)
+        return read_quadrants(file, self.contract, slot)
 
     def _load_bytes(self, data: bytes, slot: Grey) -> Flags:
         grey, flags = decode_checked(data)
@@ -321,8 +319,7 @@ class Predictor:
         return self._cut(_grey(frame), slot, ())
 
     def _cut(self, grey: Grey, slot: Grey, flags: Flags) -> Flags:
-        frame_quadrants(grey, self.contract, out=slot)
-        return (*flags_of(slot), *flags)
+        return (*cut_quadrants(grey, self.contract, slot), *flags)
 
     # ------------------------------------------------------------------------------------------ many frames
 

@@ -1,0 +1,1 @@
+"""Prediction over many frames: how frames are read, and by whom."""
