@@ -1,7 +1,7 @@
 """The program of a reader process: reads frames into shared memory. `ReaderProcess` starts it.
 
 Standard input carries one JSON object a line: first the settings, then one request a frame. Standard output carries one
-JSON object a line: ``{"ready": true}``, then one answer a request. The files that are decoded here are untrusted, so
+JSON object a line: one answer to the settings, then one a request. The files that are decoded here are untrusted, so
 the parent accepts nothing but JSON of the expected form.
 
 This module imports no more than reading a frame takes. In particular it never imports onnxruntime.
@@ -43,7 +43,7 @@ def main(settings: dict[str, Any]) -> None:
     _set_signals()
     contract = Contract.from_json(settings["contract"])
     quadrants = _map_memory(settings["memory"], settings["shape"])
-    _send(answers, {"ready": True})
+    _send(answers, {"flags": []})
     while request := sys.stdin.buffer.readline():
         with _ending_with_the_parent():
             answer = _answer(json.loads(request), contract, quadrants)

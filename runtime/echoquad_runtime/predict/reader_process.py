@@ -165,8 +165,10 @@ class ReaderProcess:
                 child = self._running()
                 started = child.is_ready()
                 answer = child.ask(request) if started else None
+                if isinstance(answer, FrameError):
+                    raise answer
                 if answer is not None:
-                    return _flags(answer)
+                    return answer
                 endings.append(child.end())
                 if child.killed:
                     raise FrameReadError("the process that reads it was stopped; run again to read it")
@@ -238,6 +240,7 @@ class _Child:
             raise ConfigError(f"{what}; use fewer, or read in threads: --workers 0") from error
         self.killed = False
         self._ready: bool | None = None  # None before it has answered
+        self._garbled = False
         self._settings = settings
 
     def is_alive(self) -> bool:
@@ -247,20 +250,23 @@ class _Child:
     def is_ready(self) -> bool:
         """Wait until it has started. Return False if it has died instead."""
         if self._ready is None:
-            self._ready = self.ask({**self._settings, "path": _module_path()}) == {"ready": True}
+            self._ready = self.ask({**self._settings, "path": _module_path()}) == ()
         return self._ready
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
-        """Send a request and wait for its answer, a JSON object. Return None if there is none: the process is dead."""
+    def ask(self, request: dict[str, Any]) -> Flags | FrameError | None:
+        """Send a request and return the answer. Return None if there is none, or none that can be read: it is dead."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             self.process.stdin.write(json.dumps(request).encode("ascii") + b"\n")
             self.process.stdin.flush()
-            line = self.process.stdout.readline(_MAX_ANSWER)
-            answer = json.loads(line) if line.endswith(b"\n") else None
-        except (OSError, ValueError, RecursionError):  # it has died, or what it writes is no JSON
+        except OSError:  # it has died
             return None
-        return answer if isinstance(answer, dict) else None
+        line = self.process.stdout.readline(_MAX_ANSWER)
+        answer = _parse(line)
+        if line and answer is None:
+            self._garbled = True
+            self.process.kill()
+        return answer
 
     def kill(self) -> None:
         """End it at once, from any thread."""
@@ -270,18 +276,16 @@ class _Child:
     def end(self) -> str:
         """End it if it still runs, release what belongs to it, and return how it ended: ``ended with SIGABRT``."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        how = ""
         try:
-            self.process.wait(_PATIENCE if self.killed else 1.0)  # its pipes close a moment before it has ended
+            self.process.wait(_PATIENCE)  # its pipes close a moment before it has ended
         except subprocess.TimeoutExpired:
-            how = "gave an answer that cannot be read"
             self.process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(_PATIENCE)
         for stream in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):  # a request that was not sent
                 stream.close()
-        return how or f"ended with {_status(self.process.returncode)}"
+        return (
+            "gave an answer that cannot be read" if self._garbled else f"ended with {_status(self.process.returncode)}"
+        )
 
 
 class _SharedMemory:
@@ -356,14 +360,18 @@ def _absolute(path: Path) -> Path:
         return path
 
 
-def _flags(answer: dict[str, Any]) -> Flags:
-    """Return the flags that a process answers, or raise the error that it names."""
+def _parse(line: bytes) -> Flags | FrameError | None:
+    """Return the flags, or the error, that a line of a reader process stands for; None if it is neither."""
+    try:
+        answer = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
     match answer:
         case {"flags": [*flags]} if all(isinstance(flag, str) for flag in flags):
             return tuple(flags)
         case {"error": str(name), "message": str(message)}:
-            raise _ERRORS.get(name, FrameError)(message)
-    raise FrameError("the process that reads it gave an answer that is not understood; please report it")
+            return _ERRORS.get(name, FrameError)(message)
+    return None
 
 
 def _status(code: int | None) -> str:
