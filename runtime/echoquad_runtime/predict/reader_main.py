@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.errors import FrameError
+from echoquad_runtime.errors import FrameError, FrameTooLargeError
 from echoquad_runtime.inputs import FrameFile
 from echoquad_runtime.predict.frame_reader import read_quadrants
 
@@ -56,6 +56,9 @@ def _answer(request: dict[str, Any], contract: Contract, quadrants: npt.NDArray[
         return {"flags": read_quadrants(file, contract, quadrants[request["place"]])}
     except FrameError as error:
         return {"error": type(error).__name__, "message": str(error)}
+    except MemoryError:
+        what = "there is no memory for so many pixels; expected a smaller frame"
+        return {"error": FrameTooLargeError.__name__, "message": what}
     except Exception as error:  # its text may quote a patient's name
         what = f"reading it failed with {type(error).__name__}, which is a fault in EchoQuad; please report it"
         return {"error": FrameError.__name__, "message": what}

@@ -259,9 +259,12 @@ class _Child:
         try:
             self.process.stdin.write(json.dumps(request).encode("ascii") + b"\n")
             self.process.stdin.flush()
+            line = self.process.stdout.readline(_MAX_ANSWER)
         except OSError:  # it has died
             return None
-        line = self.process.stdout.readline(_MAX_ANSWER)
+        except BaseException:  # an interrupt; the answer that is still to come must not pass for the next one
+            self.kill()
+            raise
         answer = _parse(line)
         if line and answer is None:
             self._garbled = True
@@ -283,9 +286,9 @@ class _Child:
         for stream in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):  # a request that was not sent
                 stream.close()
-        return (
-            "gave an answer that cannot be read" if self._garbled else f"ended with {_status(self.process.returncode)}"
-        )
+        if self._garbled:
+            return "gave an answer that cannot be read"
+        return f"ended with {_status(self.process.returncode)}"
 
 
 class _SharedMemory:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -18,7 +19,7 @@ import pytest
 from PIL import Image
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.errors import ConfigError, FrameDamagedError, FrameError, FrameReadError
+from echoquad_runtime.errors import ConfigError, FrameDamagedError, FrameError, FrameReadError, FrameTooLargeError
 from echoquad_runtime.inputs import FrameFile
 from echoquad_runtime.predict import reader_process
 from echoquad_runtime.predict.frame_reader import FrameReader, LocalReader
@@ -53,6 +54,8 @@ def read(file, *rest):
             os._exit(3)
         case "hang":
             time.sleep(60)
+        case "slow":
+            time.sleep(0.5)
         case "hang with the lock":  # backtracks for ages in C, without letting go of the interpreter lock
             re.match("(a+)+$", "a" * 60 + "b")
         case "garbage":
@@ -60,6 +63,9 @@ def read(file, *rest):
         case "print":
             os.write(1, b'{"flags": ["forged"]}\\n')
             print('{"flags": ["forged"]}', flush=True)
+            os.write(2, b"libpng warning: it prints this")
+        case "memory":
+            raise MemoryError
         case "fault":
             raise RuntimeError("PlantedDoe")
         case "modules":
@@ -164,6 +170,7 @@ def test_images_and_matrices_read_as_in_the_thread(reader: ReaderProcess, frames
     files += [FrameFile(frames_folder / "missing.png", ""), FrameFile(frames_folder / "nul\0.png", "")]
     outcomes = assert_same(reader, files)
     assert sum(isinstance(found[0], tuple) for found in outcomes) == 11
+    assert "colour" in outcomes[[file.name for file in files].index("colour.png")][0]
     assert {found[0].__name__ for found in outcomes if isinstance(found[0], type)} >= {
         *("FrameReadError", "FrameFormatError", "FrameDamagedError", "FrameTooSmallError"),
     }
@@ -283,6 +290,8 @@ def test_a_fault_quotes_nothing(reader: ReaderProcess, frame: FrameFile) -> None
     with pytest.raises(FrameError, match="RuntimeError") as raised:
         reader.read(named(frame, "fault"), 0)
     assert "Doe" not in str(raised.value) and type(raised.value) is FrameError
+    with pytest.raises(FrameTooLargeError, match="no memory"):
+        reader.read(named(frame, "memory"), 0)
 
 
 def test_no_process_can_start(reader: ReaderProcess, frame: FrameFile, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,6 +327,23 @@ def test_it_is_stopped_while_it_hangs(end: str, reader: ReaderProcess, frame: Fr
             reader.read(frame, 0)
 
 
+@posix
+@pytest.mark.usefixtures("faulty")
+def test_an_interrupted_read_leaves_no_answer_behind(reader: ReaderProcess, frame: FrameFile) -> None:
+    missing = FrameFile(frame.path.with_name("missing.png"), "")
+    expected = outcome(reader, missing)
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    timer = threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGUSR1))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            reader.read(named(frame, "slow"), 0)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert outcome(reader, missing) == expected
+
+
 # ---------------------------------------------------------------------------------------------- neighbours
 
 
@@ -346,6 +372,16 @@ def test_nothing_stays_open(frame: FrameFile) -> None:
                 reader.read(frame, 0)
     del reader
     assert len(names("/proc/self/fd")) == len(before)
+
+
+@posix
+def test_memory_without_memfd(frame: FrameFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create", raising=False)  # as on macOS
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    with ReaderProcess(CONTRACT, 2) as reader:
+        assert_same(reader, [frame])
+        assert not names(str(tmp_path / "temporary"))
 
 
 SCRIPT = """
