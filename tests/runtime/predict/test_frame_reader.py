@@ -55,7 +55,7 @@ def read(file, *rest):
         case "hang":
             time.sleep(60)
         case "slow":
-            time.sleep(0.5)
+            time.sleep(0.3)
         case "hang with the lock":  # backtracks for ages in C, without letting go of the interpreter lock
             re.match("(a+)+$", "a" * 60 + "b")
         case "garbage":
@@ -341,6 +341,7 @@ def test_an_interrupted_read_leaves_no_answer_behind(reader: ReaderProcess, fram
     finally:
         timer.join()
         signal.signal(signal.SIGUSR1, before)
+    time.sleep(0.4)  # until the answer that nobody waits for has come
     assert outcome(reader, missing) == expected
 
 
