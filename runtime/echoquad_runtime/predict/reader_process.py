@@ -138,6 +138,17 @@ class ReaderProcess:
         child = self._child
         return None if child is None else child.process.pid
 
+    def start(self) -> None:
+        """Start the process, if none runs, without waiting until it is ready.
+
+        Raises
+        ------
+        ConfigError
+            If it cannot be started.
+        """
+        with self._reading:
+            self._running()
+
     def read(self, file: FrameFile, place: int) -> Flags:
         """Write the quadrants of a frame to ``quadrants[place]`` and return the frame's flags.
 
@@ -241,7 +252,7 @@ class _Child:
         self.killed = False
         self._ready: bool | None = None  # None before it has answered
         self._garbled = False
-        self._settings = settings
+        self._send({**settings, "path": _module_path()})
 
     def is_alive(self) -> bool:
         """Return whether it can be asked."""
@@ -250,21 +261,27 @@ class _Child:
     def is_ready(self) -> bool:
         """Wait until it has started. Return False if it has died instead."""
         if self._ready is None:
-            self._ready = self.ask({**self._settings, "path": _module_path()}) == ()
+            self._ready = self._receive() == ()
         return self._ready
 
     def ask(self, request: dict[str, Any]) -> Flags | FrameError | None:
         """Send a request and return the answer. Return None if there is none, or none that can be read: it is dead."""
-        assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            self.process.stdin.write(json.dumps(request).encode("ascii") + b"\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline(_MAX_ANSWER)
-        except OSError:  # it has died
-            return None
+            self._send(request)
+            return self._receive()
         except BaseException:  # an interrupt; the answer that is still to come must not pass for the next one
             self.kill()
             raise
+
+    def _send(self, request: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):  # it has died, and will not answer
+            self.process.stdin.write(json.dumps(request).encode("ascii") + b"\n")
+            self.process.stdin.flush()
+
+    def _receive(self) -> Flags | FrameError | None:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline(_MAX_ANSWER)
         answer = _parse(line)
         if line and answer is None:
             self._garbled = True
@@ -311,11 +328,12 @@ class _SharedMemory:
             self.handle = f"echoquad-{uuid.uuid4()}"
             self.mapped = mmap.mmap(-1, size, tagname=self.handle)
             return
-        if hasattr(os, "memfd_create"):
-            descriptor = os.memfd_create("echoquad-quadrants")
-        else:
-            with tempfile.TemporaryFile() as file:  # has no name any more
-                descriptor = os.dup(file.fileno())
+        import fcntl
+
+        memfd = getattr(os, "memfd_create", None)
+        with os.fdopen(memfd("echoquad-quadrants"), "r+b") if memfd else tempfile.TemporaryFile() as file:
+            # Above the standard streams: where those are closed, the file has the number of one.
+            descriptor = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
         os.ftruncate(descriptor, size)
         self.mapped = mmap.mmap(descriptor, size)
         self.descriptors, self.handle = (descriptor,), descriptor

@@ -364,6 +364,17 @@ def test_it_has_one_thread(reader: ReaderProcess, frame: FrameFile) -> None:
 
 
 @linux
+def test_it_starts_ahead_of_the_first_frame(reader: ReaderProcess, frame: FrameFile) -> None:
+    assert reader.pid is None
+    reader.start()
+    first = reader.pid
+    wait_until(lambda: "numpy" in Path(f"/proc/{first}/maps").read_text())
+    reader.start()
+    reader.read(frame, 0)
+    assert reader.pid == first
+
+
+@linux
 def test_nothing_stays_open(frame: FrameFile) -> None:
     gc.collect()  # what earlier tests left
     before = names("/proc/self/fd")
@@ -433,6 +444,19 @@ def test_a_script_without_a_guard_runs_once(tmp_path: Path, frame: FrameFile) ->
         assert first.isdigit() and ask(script) == first
         out, _ = script.communicate()
     assert out == "" and script.returncode == 0
+
+
+@posix
+def test_a_program_without_standard_streams(tmp_path: Path, frame: FrameFile) -> None:
+    script = tmp_path / "script.py"
+    answer = "Path(sys.argv[2]).write_text(str(reader.read(FrameFile(Path(sys.argv[1]), ''), 0)))"
+    script.write_text(SCRIPT.replace('print("once", flush=True)', "").partition("for line")[0] + answer)
+    done = subprocess.run(
+        ["/bin/sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "sh", sys.executable, script, frame.path, tmp_path / "answer"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert (tmp_path / "answer").read_text() == "()", done
 
 
 @linux
