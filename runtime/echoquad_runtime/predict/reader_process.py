@@ -174,8 +174,9 @@ class ReaderProcess:
         with self._reading:
             while len(endings) < _ATTEMPTS:
                 child = self._running()
-                started = child.is_ready()
-                answer = child.ask(request) if started else None
+                ready = child.is_ready()
+                started = started or ready
+                answer = child.ask(request) if ready else None
                 if isinstance(answer, FrameError):
                     raise answer
                 if answer is not None:
@@ -409,7 +410,7 @@ def _status(code: int | None) -> str:
 def _death(endings: list[str]) -> FrameError:
     """Return the error of a file with which every process dies."""
     same = len(set(endings)) == 1
-    what = f"the process that reads it {endings[0]} {'twice' if same else f', then {endings[-1]}'}"
+    what = f"the process that reads it {endings[0]}{' twice' if same else f', then {endings[-1]}'}"
     if endings[-1] == "ended with SIGKILL":
         return FrameReadError(f"{what}; the system may have run out of memory: use fewer --workers, or free memory")
     return FrameDamagedError(f"{what}; the file is damaged or a decoder fails on it: copy it again, or convert it")

@@ -303,6 +303,19 @@ def test_no_process_can_start(reader: ReaderProcess, frame: FrameFile, monkeypat
         reader.read(frame, 0)
 
 
+@posix
+@pytest.mark.usefixtures("faulty")
+def test_a_second_process_that_cannot_start(
+    reader: ReaderProcess, frame: FrameFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader.read(frame, 0)
+    monkeypatch.setattr(reader_process, "_PROGRAM", "raise SystemExit(7)")
+    with pytest.raises(FrameDamagedError, match="ended with SIGABRT, then ended with exit status 7"):
+        reader.read(named(frame, "abort"), 0)
+    with pytest.raises(ConfigError):
+        reader.read(frame, 0)
+
+
 @pytest.mark.parametrize("end", ["kill", "close"])
 @pytest.mark.usefixtures("faulty")
 def test_it_is_stopped_while_it_hangs(end: str, reader: ReaderProcess, frame: FrameFile) -> None:
