@@ -100,7 +100,8 @@ Precision = Annotated[
     Option(
         "--precision",
         metavar="NAME",
-        help="Graph to run: fp32, fp16 or int8; bf16 is fp32 computed in bfloat16, on openvino alone, tf32 in TF32, on cuda alone. "
+        help="Graph to run: fp32, fp16 or int8; bf16 is fp32 computed in bfloat16, on openvino "
+        "alone, tf32 in TF32, on cuda alone. "
         "The bundle's default where not given.",
     ),
 ]

@@ -107,6 +107,17 @@ def predict(
     precision: Precision = None,
     batch_size: TunedBatchSize = None,
     threads: Threads = None,
+    workers: Annotated[
+        int | None,
+        Option(
+            "--workers",
+            metavar="N",
+            min=0,
+            max=512,
+            help="Processes that read and cut files where there are many; 0 reads in threads. Without it, none for "
+            "up to four threads and one a thread beyond.",
+        ),
+    ] = None,
     untuned: Untuned = False,
     public_key: PublicKey = None,
     cuda_graphs: Annotated[
@@ -142,7 +153,7 @@ def predict(
     from echoquad_runtime.writers import check_ending
 
     on_ray = engine is EngineName.ray
-    _check_address(ray_address, on_ray=on_ray)
+    _check_ray(ray_address, workers, on_ray=on_ray)
     _check_cam(cam, overlay, on_ray=on_ray)
     if out is not None:
         check_ending(out)
@@ -181,6 +192,7 @@ def predict(
                     cuda_graphs=cuda_graphs,
                     cam=cam,
                     abstain_below=abstain_below,
+                    workers=workers,
                 )
             )
             if settings.note:
@@ -223,11 +235,13 @@ def _parse(shard: str) -> Shard:
     return Shard.parse(shard)
 
 
-def _check_address(address: str | None, *, on_ray: bool) -> None:
-    if address is not None and not on_ray:
-        from echoquad_runtime.errors import UsageError
+def _check_ray(address: str | None, workers: int | None, *, on_ray: bool) -> None:
+    from echoquad_runtime.errors import UsageError
 
+    if address is not None and not on_ray:
         raise UsageError("--ray-address is given without --engine ray; give both, or neither")
+    if workers is not None and on_ray:
+        raise UsageError("--workers with --engine ray: Ray starts its own; give one of the two")
 
 
 def _check_cam(wanted: bool, overlay: Path | None, *, on_ray: bool) -> None:
@@ -260,6 +274,7 @@ def _here(
     cuda_graphs: bool,
     cam: bool,
     abstain_below: float | None,
+    workers: int | None,
 ) -> Predictor:
     from echoquad_runtime.predictor import Predictor
 
@@ -275,6 +290,7 @@ def _here(
         many=many,
         cam=cam,
         abstain_below=abstain_below,
+        workers=workers,
         warm=False,  # the first frame is waited for: an inference before it would only make it late
     )
 

@@ -28,7 +28,8 @@ def verify(
         Option(
             "--precision",
             metavar="NAME",
-            help="Graph to run: fp32, fp16 or int8; bf16 is fp32 computed in bfloat16, on openvino alone, tf32 in TF32, on cuda alone; all is "
+            help="Graph to run: fp32, fp16 or int8; bf16 is fp32 computed in bfloat16, on openvino "
+            "alone, tf32 in TF32, on cuda alone; all is "
             "every one that the bundle holds. The bundle's default where not given.",
         ),
     ] = None,

@@ -26,11 +26,12 @@ import numpy.typing as npt
 from echoquad_runtime.engine.io_binding import Answers
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import FrameError, FrameReadError
-from echoquad_runtime.inputs import Failure
+from echoquad_runtime.inputs import Failure, FrameFile
+from echoquad_runtime.kinds import CLIP_ENDINGS
+from echoquad_runtime.predict.frame_reader import Flags, FrameReader
 
-__all__ = ["Flags", "Pipeline", "Source"]
+__all__ = ["Pipeline", "Source"]
 
-Flags = tuple[str, ...]
 _Result = TypeVar("_Result")
 
 _AHEAD: Final = 2  # chunks a worker may be ahead of what was taken out: one under way, one waiting
@@ -50,11 +51,14 @@ class Source:
         Reads it and writes its quadrants into uint8 [4, 1, S, S]; gives its flags, raises a FrameError if it cannot.
     on_decision
         What to call with what was decided of it.
+    file
+        The file that `load` reads, which a reader process may read in its place; None where there is no such file.
     """
 
     name: str
     load: Callable[[npt.NDArray[np.uint8]], Flags]
     on_decision: Callable[[Any], object] | None = None
+    file: FrameFile | None = None
 
 
 @dataclass(eq=False)
@@ -65,6 +69,7 @@ class _Chunk(Generic[_Result]):
     done: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     worker: threading.Thread = field(default_factory=threading.current_thread)
+    reader: FrameReader | None = None
     loading: tuple[int, float] | None = None  # which item, and since when
     given_up: bool = False
 
@@ -84,6 +89,8 @@ class Pipeline(Generic[_Result]):
         Seconds for reading and decoding one file.
     frames
         Sources of a chunk, at most the places of a batch; None is all of these.
+    open_reader
+        Makes a worker's reader, with memory for a batch of `slots`; None has each worker read in its thread.
     """
 
     def __init__(
@@ -94,8 +101,9 @@ class Pipeline(Generic[_Result]):
         workers: int,
         time_limit: float,
         frames: int | None = None,
+        open_reader: Callable[[], FrameReader] | None = None,
     ) -> None:
-        self._slots, self._judge = slots, judge
+        self._slots, self._judge, self._open_reader = slots, judge, open_reader
         self._workers, self._frames, self._time_limit = workers, frames or slots.frames, time_limit
 
     def run(self, items: Iterable[Source | Failure]) -> Iterator[_Result | Failure]:
@@ -111,12 +119,18 @@ class Pipeline(Generic[_Result]):
         queue: SimpleQueue[_Chunk[_Result] | None] = SimpleQueue()
         closing = threading.Event()
         workers: list[threading.Thread] = []
+        readers: list[FrameReader] = []
         chunks: deque[_Chunk[_Result]] = deque()
         items = iter(items)
 
         def start_worker() -> None:
             # Daemons: one that hangs on a dead disk must not keep the process from ending.
-            worker = threading.Thread(target=self._work, args=(queue, closing), name="echoquad-worker", daemon=True)
+            reader = self._open_reader() if self._open_reader else None
+            if reader is not None:
+                reader.start()
+                readers.append(reader)
+            arguments = (queue, closing, reader)
+            worker = threading.Thread(target=self._work, args=arguments, name="echoquad-worker", daemon=True)
             worker.start()
             workers.append(worker)
 
@@ -143,6 +157,8 @@ class Pipeline(Generic[_Result]):
             closing.set()
             for _ in workers:
                 queue.put(None)
+            for reader in readers:
+                reader.kill()  # nobody waits for what it reads
             deadline = time.monotonic() + _PATIENCE
             for worker in workers:
                 worker.join(max(0.0, deadline - time.monotonic()))
@@ -169,6 +185,8 @@ class Pipeline(Generic[_Result]):
         with chunk.lock:
             late = chunk.loading is not None and time.monotonic() - chunk.loading[1] >= self._time_limit
             chunk.given_up = late
+            if late and chunk.reader is not None:
+                chunk.reader.kill()
         return late
 
     def _without_late(self, chunk: _Chunk[_Result]) -> _Chunk[_Result]:
@@ -181,18 +199,30 @@ class Pipeline(Generic[_Result]):
         items[late] = Failure(_name(items[late]), error)
         return _Chunk(items)
 
-    def _work(self, queue: SimpleQueue[_Chunk[_Result] | None], closing: threading.Event) -> None:
-        batch = self._slots.new_batch()
-        while (chunk := queue.get()) is not None and not closing.is_set():
-            try:
-                self._take(chunk, batch, closing)
-            except BaseException as error:  # whatever it is, it is raised where the results are awaited
-                chunk.error = error
-            if chunk.given_up:  # another worker is in this one's place
-                return
-            chunk.done.set()
+    def _work(
+        self, queue: SimpleQueue[_Chunk[_Result] | None], closing: threading.Event, reader: FrameReader | None
+    ) -> None:
+        batch = self._slots.new_batch() if reader is None else reader.quadrants
+        try:
+            while (chunk := queue.get()) is not None and not closing.is_set():
+                try:
+                    self._take(chunk, batch, closing, reader)
+                except BaseException as error:  # whatever it is, it is raised where the results are awaited
+                    chunk.error = error
+                if chunk.given_up:  # another worker is in this one's place
+                    return
+                chunk.done.set()
+        finally:
+            if reader is not None:
+                reader.close()
 
-    def _take(self, chunk: _Chunk[_Result], batch: npt.NDArray[np.uint8], closing: threading.Event) -> None:
+    def _take(
+        self,
+        chunk: _Chunk[_Result],
+        batch: npt.NDArray[np.uint8],
+        closing: threading.Event,
+        reader: FrameReader | None,
+    ) -> None:
         """Take a chunk through, unless that is of no use any more."""
         loaded: list[Source] = []
         flags: list[Flags] = []
@@ -203,8 +233,13 @@ class Pipeline(Generic[_Result]):
                 continue
             with chunk.lock:
                 chunk.worker, chunk.loading = threading.current_thread(), (index, time.monotonic())
+                chunk.reader = reader if _is_for_a_process(item) else None
             try:
-                flags.append(item.load(batch[len(loaded)]))
+                flags.append(
+                    item.load(batch[len(loaded)])
+                    if chunk.reader is None or item.file is None
+                    else chunk.reader.read(item.file, len(loaded))
+                )
                 loaded.append(item)
                 results.append(None)
             except FrameError as error:
@@ -220,6 +255,15 @@ class Pipeline(Generic[_Result]):
             chunk.results = [next(judged) if result is None else result for result in results]
         else:
             chunk.results = [result for result in results if result is not None]
+
+
+def _is_for_a_process(source: Source) -> bool:
+    """Say whether a reader process is to read a source: a file, and no clip.
+
+    A clip's frames are decoded one after the other, once for all threads of this process. Each reader process that gets
+    some of them would decode the clip up to the last of these.
+    """
+    return source.file is not None and source.file.path.suffix.lower() not in CLIP_ENDINGS
 
 
 def _name(item: Source | Failure) -> str:

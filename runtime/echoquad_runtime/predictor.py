@@ -20,18 +20,21 @@ from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import ConfigError, FrameError
 from echoquad_runtime.frames import decode_checked
 from echoquad_runtime.inputs import Failure, FrameFile, find_frames
-from echoquad_runtime.pipeline import Flags, Pipeline, Source
+from echoquad_runtime.pipeline import Pipeline, Source
+from echoquad_runtime.predict.frame_reader import Flags, FrameReader, cut_quadrants, read_quadrants
 from echoquad_runtime.predict.self_test import PASSED, SelfTest
-from echoquad_runtime.quadrants import Grey, frame_quadrants
-from echoquad_runtime.sanity import flags_of
+from echoquad_runtime.quadrants import Grey
 from echoquad_runtime.session import Engine, OnnxEngine
-from echoquad_runtime.sources import load_checked
 from echoquad_runtime.vote import decide, tempered
 
 __all__ = ["TIME_LIMIT", "Failure", "Prediction", "Predictor", "checked_bound"]
 
 TIME_LIMIT: Final = 60.0
 """Seconds for reading and decoding one file."""
+
+MOST_WORKERS: Final = 512
+FILES_A_READER: Final = 8
+"""Files from which on reader processes are started unasked: a start costs about as much as reading so many."""
 
 # Frames at a time where there are many. On the CPU more than two gain nothing and cost memory; a GPU wants filling.
 _BATCHES: Final = {"cpu": 2, "openvino": 4, "cuda": 16}
@@ -131,6 +134,9 @@ class Predictor:
         Whether to run the network once now, so that the self-test and the first run do not fall into an exam.
     self_test
         Whether to test a bundle before the first answer. `verify` leaves it out, since it compares all golden frames.
+    workers
+        Processes that read and cut files, each with a thread that judges what it has read; 0 reads in threads. None is
+        0 for up to four threads and one a thread beyond, where there are files enough for that to pay.
     time_limit
         Seconds for reading and decoding one file; one that takes longer is a failure.
     cam
@@ -152,7 +158,7 @@ class Predictor:
     VerificationError
         If the self-test fails; also from the first answer, where `warm` is False or `many` is True.
     ConfigError
-        If the method, the batch size, the time limit or the bound for abstaining cannot be.
+        If the method, the batch size, the number of workers, the time limit or the bound for abstaining cannot be.
 
     Examples
     --------
@@ -176,6 +182,7 @@ class Predictor:
         many: bool = False,
         warm: bool = True,
         self_test: bool = True,
+        workers: int | None = None,
         time_limit: float = TIME_LIMIT,
         cam: bool = False,
         abstain_below: float | None = None,
@@ -186,6 +193,8 @@ class Predictor:
             raise ConfigError("public_key is for a bundle's folder; an open Bundle takes its own, an engine has none")
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch size {batch_size} found; expected at least 1 frame")
+        if workers is not None and not 0 <= workers <= MOST_WORKERS:
+            raise ConfigError(f"{workers} workers found; expected 0 to {MOST_WORKERS}")
         if not time_limit > 0:
             raise ConfigError(f"time limit {time_limit:g} found; expected more than 0 seconds")
         self.abstain_below = checked_bound(abstain_below)
@@ -200,7 +209,7 @@ class Predictor:
         self._threads = threads or available_cpus()
         self._engines: dict[int, Engine] = {}
         self._pools: dict[tuple[int, int], SlotPool] = {}
-        self._pools_lock = threading.Lock()
+        self._pools_lock = threading.RLock()
         self._tests_itself = self_test and self._bundle is not None
         self._self_tests: list[SelfTest] = []
         self.engine: Engine = self._open(many=many) if isinstance(model, Bundle) else model
@@ -208,7 +217,7 @@ class Predictor:
         if self.method not in VOTE_METHODS:
             raise ConfigError(f"vote method {method!r} found; expected one of {', '.join(VOTE_METHODS)}")
         self.batch_size = batch_size or (_BATCHES[self.engine.device] if self._bundle else _BATCH_ELSEWHERE)
-        self.time_limit = time_limit
+        self.time_limit, self._wanted_workers = time_limit, workers
         if warm and not many and self._bundle is not None:
             single = self.slots(many=False)
             single.run(single.new_batch(), 1)
@@ -225,7 +234,7 @@ class Predictor:
 
     @property
     def workers(self) -> int:
-        """How many threads judge at the same time where there are many frames."""
+        """How many threads judge at the same time where there are many frames and no reader processes."""
         engine = self._engine(many=True)
         if self._bundle is None:  # torch's threads are its own, and would be in decoding's way
             return 1
@@ -324,9 +333,9 @@ class Predictor:
 
     def slots(self, *, many: bool) -> SlotPool:
         """Return what runs the network, for one frame at a time or for `batch_size` frames; it keeps its slots open."""
-        engine, frames = self._engine(many=many), self.batch_size if many else 1
-        key = id(engine), frames
         with self._pools_lock:
+            engine, frames = self._engine(many=many), self.batch_size if many else 1
+            key = id(engine), frames
             if key not in self._pools:
                 test: SelfTest | None = None
                 if self._tests_itself:
@@ -343,11 +352,7 @@ class Predictor:
         if isinstance(item, Failure):
             return item
         after = partial(on_decision, item) if on_decision else None
-        return Source(item.name, partial(self._load_file, item), after)
-
-    def _load_file(self, file: FrameFile, slot: Grey) -> Flags:
-        grey, flags = load_checked(file)
-        return self._cut(grey, slot, flags)
+        return Source(item.name, partial(read_quadrants, item, self.contract), after, item)
 
     def _load_bytes(self, data: bytes, slot: Grey) -> Flags:
         grey, flags = decode_checked(data)
@@ -357,19 +362,42 @@ class Predictor:
         return self._cut(_grey(frame), slot, ())
 
     def _cut(self, grey: Grey, slot: Grey, flags: Flags) -> Flags:
-        frame_quadrants(grey, self.contract, out=slot)
-        return (*flags_of(slot), *flags)
+        return (*cut_quadrants(grey, self.contract, slot), *flags)
 
     # ------------------------------------------------------------------------------------------ many frames
 
     def _run(self, sources: Iterable[Source | Failure]) -> Iterator[Prediction | Failure]:
         sources = iter(sources)
         first = list(islice(sources, self._threads + 1))
-        yield from self._pipeline(self._judge, many=len(first) > self._threads).run(chain(first, sources))
+        many = len(first) > self._threads
+        readers = self._reader_processes() if many and isinstance(first[0], Source) and first[0].file else 0
+        if readers and self._wanted_workers is None:  # to start them pays from a number of files on
+            first += islice(sources, FILES_A_READER * readers - len(first))
+            readers = readers if len(first) == FILES_A_READER * readers else 0
+        yield from self._pipeline(self._judge, many=many, readers=readers).run(chain(first, sources))
 
-    def _pipeline(self, judge: _Judge[_Result], *, many: bool, frames: int | None = None) -> Pipeline[_Result]:
+    def _reader_processes(self) -> int:
+        from echoquad_runtime.predict.reader_process import reader_processes
+
+        return 0 if self._bundle is None else reader_processes(self._wanted_workers, self._threads)
+
+    def _pipeline(
+        self, judge: _Judge[_Result], *, many: bool, frames: int | None = None, readers: int = 0
+    ) -> Pipeline[_Result]:
         slots = self.slots(many=many)
-        return Pipeline(slots, judge, workers=self.workers if many else 1, time_limit=self.time_limit, frames=frames)
+        open_reader: Callable[[], FrameReader] | None = None
+        if readers:
+            from echoquad_runtime.predict.reader_process import ReaderProcess
+
+            open_reader = partial(ReaderProcess, self.contract, slots.frames)
+        return Pipeline(
+            slots,
+            judge,
+            workers=readers or (self.workers if many else 1),
+            time_limit=self.time_limit,
+            frames=frames,
+            open_reader=open_reader,
+        )
 
     def replay(self, frames: Sequence[Grey], *, many: bool, together: int | None = None) -> tuple[Floats, Floats]:
         """Run frames through the path that judges, and return the network's answers in place of decisions.

@@ -56,7 +56,7 @@ def frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(bundle: Path, frames: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+def start(bundle: Path, frames: Path, out: Path, *options: str, session: bool = False) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "echoquad", "predict", bundle, frames, "--out", out, *options]
     environment = {**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -65,6 +65,7 @@ def start(bundle: Path, frames: Path, out: Path, *options: str) -> subprocess.Po
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         encoding="utf-8",
+        start_new_session=session,
         # A test run in a shell's background has SIGINT ignored, and its children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
@@ -99,7 +100,7 @@ class Killer:
         if number == signal.SIGKILL and rng.random() < 0.5:  # any moment, Python's own start included
             self._wait(process, rng.uniform(0, self._seconds))
         else:  # while it writes
-            self._wait(process, SECONDS, lambda: self._size() not in (0, before))
+            self._wait(process, SECONDS, lambda: self._size() > max(before, min(self.ends)))
             self._wait(process, rng.uniform(0, self._seconds / 4))
         if process.poll() is None:
             process.send_signal(number)
@@ -148,10 +149,43 @@ def kill_often(killer: Killer, number: int, kills: int, seed: int) -> Count:
     return count
 
 
-@pytest.mark.parametrize("ending", ["csv", "jsonl"])
-def test_kills(ending: str, tiny_bundle: Path, frames: Path, tmp_path: Path) -> None:
-    count = kill_often(Killer(tiny_bundle, frames, tmp_path, ending), signal.SIGKILL, 5, seed=1)
+@pytest.mark.parametrize(("ending", "options"), [("csv", ()), ("jsonl", ()), ("csv", ("--workers", "2"))])
+def test_kills(ending: str, options: tuple[str, ...], tiny_bundle: Path, frames: Path, tmp_path: Path) -> None:
+    count = kill_often(Killer(tiny_bundle, frames, tmp_path, ending, options), signal.SIGKILL, 5, seed=1)
     assert count.runs >= 1
+
+
+@pytest.mark.parametrize(
+    ("number", "to_all", "code"),
+    [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143), (signal.SIGKILL, False, -signal.SIGKILL)],
+    ids=["Ctrl-C", "SIGTERM", "kill -9"],
+)
+def test_reader_processes_end_with_the_run(
+    number: int, to_all: bool, code: int, tiny_bundle: Path, frames: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.csv"
+    process = start(tiny_bundle, frames, out, "--workers", "2", session=True)
+    end = time.monotonic() + SECONDS
+    partial = out.with_name("out.csv.partial")
+    while time.monotonic() < end and not (partial.exists() and partial.read_bytes().count(b"\n") > 2):
+        time.sleep(0.002)
+    (os.killpg if to_all else os.kill)(process.pid, number)
+    _, stderr = process.communicate(timeout=SECONDS)
+    assert process.returncode in (code, -number), stderr
+    assert "Traceback" not in stderr
+    end = time.monotonic() + 10
+    while True:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        assert time.monotonic() < end, "a reader process outlives the run"
+        time.sleep(0.01)
+    for file, options in ((out, ["--resume"]), (tmp_path / "whole.csv", [])):
+        again = start(tiny_bundle, frames, file, *options)
+        again.communicate(timeout=SECONDS)
+        assert again.returncode == 5
+    assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
 @pytest.mark.slow
@@ -164,8 +198,11 @@ def test_kills(ending: str, tiny_bundle: Path, frames: Path, tmp_path: Path) -> 
         ("csv", signal.SIGKILL, 6, ("--overlay", "pictures")),
         ("csv", signal.SIGTERM, 25, ()),
         ("csv", signal.SIGINT, 25, ()),
+        ("csv", signal.SIGKILL, 30, ("--workers", "2")),
+        ("csv", signal.SIGTERM, 10, ("--workers", "2")),
+        ("csv", signal.SIGINT, 10, ("--workers", "2")),
     ],
-    ids=["csv", "jsonl", "overlays", "SIGTERM", "SIGINT"],
+    ids=["csv", "jsonl", "overlays", "SIGTERM", "SIGINT", "workers", "workers SIGTERM", "workers SIGINT"],
 )
 def test_many_kills(
     ending: str,
@@ -181,7 +218,7 @@ def test_many_kills(
     monkeypatch.chdir(tmp_path)
     count = kill_often(Killer(tiny_bundle, frames, tmp_path, ending, options), number, kills, seed=2)
     record_property("kills", vars(count))
-    if options:  # a row that is there has its picture
+    if "--overlay" in options:  # a row that is there has its picture
         assert len([path for path in Path("pictures").rglob("*.overlay.png") if path.stat().st_size]) == FRAMES - 2
 
 

@@ -25,6 +25,7 @@ from echoquad_runtime.errors import (
     VerificationError,
 )
 from echoquad_runtime.inputs import FrameFile
+from echoquad_runtime.predict import frame_reader
 from echoquad_runtime.predictor import Failure, Prediction, Predictor
 from echoquad_runtime.quadrants import Grey, frame_quadrants
 from echoquad_runtime.session import OnnxEngine
@@ -395,9 +396,9 @@ def test_what_is_called_on_each_decision(tiny_bundle: Path, frames_folder: Path)
 def test_a_file_that_does_not_come_to_an_end(
     tiny_bundle: Path, frames_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    release, read = threading.Event(), module.load_checked
+    release, read = threading.Event(), frame_reader.load_checked
     monkeypatch.setattr(
-        module, "load_checked", lambda file: release.wait() if file.path.name == "1.jpg" else read(file)
+        frame_reader, "load_checked", lambda file: release.wait() if file.path.name == "1.jpg" else read(file)
     )
     found = list(Predictor(tiny_bundle, device="cpu", time_limit=0.2).predict(frames_folder))
     release.set()

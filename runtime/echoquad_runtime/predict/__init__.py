@@ -1,1 +1,1 @@
-"""Prediction: frames are read and judged here, and what judges is tested before its first answer."""
+"""Prediction over many frames: who reads them, who judges them, and the test of what judges before its first answer."""

@@ -1,0 +1,92 @@
+"""Frame readers: from a file to the quadrants that the network takes, with the frame's quality flags.
+
+`read_quadrants` is the only implementation. A worker calls it in its own thread, or has a process of its own call it
+(`echoquad_runtime.predict.reader_process.ReaderProcess`), so the quadrants are the same either way.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from echoquad_runtime.contract import Contract
+from echoquad_runtime.inputs import FrameFile
+from echoquad_runtime.quadrants import Grey, frame_quadrants
+from echoquad_runtime.sanity import flags_of
+from echoquad_runtime.sources import load_checked
+
+__all__ = ["Flags", "FrameReader", "cut_quadrants", "read_quadrants"]
+
+Flags = tuple[str, ...]
+"""Quality flags of a frame, as `echoquad_runtime.sanity` names them."""
+
+
+class FrameReader(Protocol):
+    """What reads frames for a pipeline worker, apart from its thread.
+
+    Attributes
+    ----------
+    quadrants
+        uint8 [B, 4, 1, S, S], grey levels 0 to 255: the memory that `read` writes to.
+    """
+
+    quadrants: npt.NDArray[np.uint8]
+
+    def read(self, file: FrameFile, place: int) -> Flags:
+        """Write the quadrants of a frame to ``quadrants[place]`` and return the frame's flags.
+
+        Raises
+        ------
+        FrameError
+            If the frame cannot be read, decoded or cut. The content of ``quadrants[place]`` is then undefined.
+        """
+        ...
+
+    def start(self) -> None:
+        """Start whatever reads, without waiting until it is ready."""
+        ...
+
+    def kill(self) -> None:
+        """End what is being read at once, from any thread; `read` then raises."""
+        ...
+
+    def close(self) -> None:
+        """Release what belongs to the reader."""
+        ...
+
+
+def read_quadrants(file: FrameFile, contract: Contract, out: Grey) -> Flags:
+    """Read and decode a frame, cut it into quadrants and return its flags.
+
+    Parameters
+    ----------
+    file
+        The file, and which of its frames.
+    contract
+        Defines the kept fraction and the input size S.
+    out
+        uint8 [4, 1, S, S] to write LA, RA, LV, RV to, grey levels 0 to 255.
+
+    Raises
+    ------
+    FrameError
+        As `echoquad_runtime.sources.load_checked` and `echoquad_runtime.quadrants.frame_quadrants`.
+    """
+    grey, flags = load_checked(file)
+    return (*cut_quadrants(grey, contract, out), *flags)
+
+
+def cut_quadrants(grey: Grey, contract: Contract, out: Grey) -> Flags:
+    """Cut a decoded frame, uint8 [H, W], into quadrants and return the flags that its quadrants show.
+
+    `out` is as in `read_quadrants`.
+
+    Raises
+    ------
+    FrameTooSmallError
+        If the frame is less than 2 pixels wide or high.
+    """
+    frame_quadrants(grey, contract, out=out)
+    return flags_of(out)

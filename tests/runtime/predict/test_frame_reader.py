@@ -1,0 +1,555 @@
+from __future__ import annotations
+
+import gc
+import io
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from echoquad_runtime.contract import Contract
+from echoquad_runtime.errors import ConfigError, FrameDamagedError, FrameError, FrameReadError, FrameTooLargeError
+from echoquad_runtime.inputs import FrameFile
+from echoquad_runtime.predict import reader_process
+from echoquad_runtime.predict.frame_reader import read_quadrants
+from echoquad_runtime.predict.reader_process import ReaderProcess, reader_processes
+
+CONTRACT = Contract(classes=("ASD", "NORM"), input_size=32)
+ROOT = Path(reader_process.__file__).parents[2]
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="uses /proc")
+posix = pytest.mark.skipif(sys.platform == "win32", reason="uses POSIX signals")
+
+# The program of a reader process, with a reading function that fails in a way that the frame's name selects.
+FAULTS = """
+import os, re, signal, sys, time
+from pathlib import Path
+from echoquad_runtime.errors import FrameFormatError
+from echoquad_runtime.predict import reader_main
+read_quadrants = reader_main.read_quadrants
+
+def read(file, *rest):
+    if file.name.startswith("once:"):
+        marker = file.path.with_suffix(".met")
+        if marker.exists():
+            return read_quadrants(file, *rest)
+        marker.touch()
+    match file.name.removeprefix("once:"):
+        case "abort":
+            os.abort()
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "exit":
+            os._exit(3)
+        case "hang":
+            time.sleep(60)
+        case "slow":
+            time.sleep(0.3)
+        case "hang with the lock":  # backtracks for ages in C, without letting go of the interpreter lock
+            re.match("(a+)+$", "a" * 60 + "b")
+        case "garbage":
+            reader_main._send = lambda answers, answer: (answers.write(b"[" * 100_000), answers.flush())
+        case "print":
+            os.write(1, b'{"flags": ["forged"]}\\n')
+            print('{"flags": ["forged"]}', flush=True)
+            os.write(2, b"libpng warning: it prints this")
+        case "memory":
+            raise MemoryError
+        case "fault":
+            raise RuntimeError("PlantedDoe")
+        case "modules":
+            raise FrameFormatError(" ".join([reader_main.__file__, *sys.modules]))
+    return read_quadrants(file, *rest)
+
+reader_main.read_quadrants = read
+reader_main.main(settings)
+"""
+FAULTY_PROGRAM = reader_process._PROGRAM.replace("main(settings)\n", FAULTS)
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader_process, "_PROGRAM", FAULTY_PROGRAM)
+
+
+@pytest.fixture
+def reader() -> Iterator[ReaderProcess]:
+    with ReaderProcess(CONTRACT, 2) as opened:
+        yield opened
+
+
+@pytest.fixture
+def frame(frames_folder: Path) -> FrameFile:
+    return FrameFile(frames_folder / "a/0.png", "a/0.png")
+
+
+def named(frame: FrameFile, name: str) -> FrameFile:
+    return FrameFile(frame.path, name)
+
+
+class InThread:
+    """Reads in the caller's thread."""
+
+    def __init__(self) -> None:
+        self.quadrants = np.zeros((2, 4, 1, 32, 32), np.uint8)
+
+    def read(self, file: FrameFile, place: int) -> tuple[str, ...]:
+        return read_quadrants(file, CONTRACT, self.quadrants[place])
+
+
+def outcome(reader: ReaderProcess | InThread, file: FrameFile) -> Any:
+    """Return what reading a file comes to: its flags and quadrants, or its error's class and message."""
+    try:
+        flags = reader.read(file, 1)
+    except FrameError as error:
+        return type(error), str(error)
+    return flags, reader.quadrants[1].tobytes()
+
+
+def assert_same(reader: ReaderProcess, files: list[FrameFile]) -> list[Any]:
+    outcomes = []
+    for file in files:
+        outcomes.append(outcome(InThread(), file))
+        assert outcome(reader, file) == outcomes[-1], file
+    assert not reader.quadrants[0].any(), "another place was written to"
+    return outcomes
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process runs; one that nobody has waited for does not."""
+    status = Path(f"/proc/{pid}/stat")
+    if status.parent.parent.joinpath("self").exists():
+        try:
+            return status.read_text().rpartition(")")[2].split()[0] not in "ZX"
+        except OSError:
+            return False
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
+def names(folder: str) -> set[str]:
+    return {path.name for path in Path(folder).iterdir()}
+
+
+def wait_until(condition: Any, seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not happen in time"
+        time.sleep(0.01)
+
+
+# ---------------------------------------------------------------------------------------------- the same results
+
+
+def test_images_and_matrices_read_as_in_the_thread(reader: ReaderProcess, frames_folder: Path) -> None:
+    for name, data in {
+        "cut.png": (frames_folder / "a/0.png").read_bytes()[:-30],
+        "cut.jpg": (frames_folder / "a/1.jpg").read_bytes()[:-300],
+        "empty.png": b"",
+        "text.png": b"no image",
+        "small.txt": b"1",
+        "levels.txt": "\n".join(" ".join(str(x * y % 256) for x in range(40)) for y in range(30)).encode(),
+        "words.csv": b"patient,age\nPlantedDoe,40\n",
+        "not.dcm": b"\0" * 128 + b"DICM",
+        "not.avi": b"RIFF\0\0\0\0AVI ",
+    }.items():
+        (frames_folder / name).write_bytes(data)
+    several = io.BytesIO()
+    np.save(several, np.random.default_rng(1).integers(0, 256, (3, 30, 40), np.uint8))
+    (frames_folder / "several.npy").write_bytes(several.getvalue())
+    Image.new("RGB", (50, 40), (200, 30, 30)).save(frames_folder / "colour.png")
+    Image.new("L", (1, 1)).save(frames_folder / "small.png")
+    files = [FrameFile(path, path.name) for path in sorted(frames_folder.rglob("*"))]  # two of them are folders
+    files += [FrameFile(frames_folder / "several.npy", "", number) for number in (1, 3, 4)]
+    files += [FrameFile(frames_folder / "levels.txt", "", flip="vertical"), FrameFile(frames_folder / "a/0.png", "", 2)]
+    files += [FrameFile(frames_folder / "missing.png", ""), FrameFile(frames_folder / "nul\0.png", "")]
+    outcomes = assert_same(reader, files)
+    assert sum(isinstance(found[0], tuple) for found in outcomes) == 11
+    assert "colour" in outcomes[[file.name for file in files].index("colour.png")][0]
+    assert {found[0].__name__ for found in outcomes if isinstance(found[0], type)} >= {
+        *("FrameReadError", "FrameFormatError", "FrameDamagedError", "FrameTooSmallError"),
+    }
+
+
+def test_dicom_reads_as_in_the_thread(reader: ReaderProcess) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    folder = Path(pydicom.__file__).parent / "data/test_files"
+    paths = [path for path in sorted(folder.glob("*.dcm")) if path.stat().st_size < 200_000]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outcomes = assert_same(reader, [FrameFile(path, path.name, number) for path in paths for number in (None, 2)])
+    assert sum(isinstance(found[0], tuple) for found in outcomes) > 20
+    assert sum(isinstance(found[0], type) for found in outcomes) > 20
+
+
+def test_clips_read_as_in_the_thread(reader: ReaderProcess, tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as out:
+        track = out.add_stream("mpeg4", rate=25)
+        track.width, track.height, track.pix_fmt = 64, 48, "yuv420p"
+        for number in range(12):
+            picture = np.full((48, 64, 3), 20 + 15 * number, np.uint8)
+            out.mux(track.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        out.mux(track.encode())
+    outcomes = assert_same(reader, [FrameFile(path, "", number) for number in (1, 2, 12, 5, 13, None)])
+    assert len({str(found) for found in outcomes}) == 6 and sum(isinstance(it[0], tuple) for it in outcomes) == 4
+
+
+@pytest.mark.parametrize("name", ["two words.png", "naïve.png", "quote'\".png", "-c.png", os.fsdecode(b"by\xfft.png")])
+def test_any_file_name(name: str, reader: ReaderProcess, frame: FrameFile, tmp_path: Path) -> None:
+    path = tmp_path / name
+    try:
+        path.write_bytes(frame.path.read_bytes())
+    except OSError:
+        pytest.skip("this file system has no such name")
+    expected = outcome(reader, frame)
+    assert expected[0] == ()
+    assert outcome(reader, FrameFile(path, name)) == expected
+
+
+def test_a_relative_path_after_the_working_directory_changed(
+    reader: ReaderProcess, frame: FrameFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = outcome(reader, frame)
+    monkeypatch.chdir(frame.path.parent)
+    assert outcome(reader, FrameFile(Path(frame.path.name), "")) == expected
+
+
+def test_memory_fits_an_engine(reader: ReaderProcess, frame: FrameFile) -> None:
+    assert reader.quadrants.shape == (2, 4, 1, 32, 32) and reader.quadrants.dtype == np.uint8
+    assert reader.quadrants.ctypes.data % 4096 == 0 and reader.quadrants.flags.c_contiguous
+    reader.read(frame, 0)
+    kept = reader.quadrants[0].copy()
+    assert kept.any()
+    reader.close()
+    assert np.array_equal(reader.quadrants[0], kept), "the memory went away before its array did"
+
+
+# ---------------------------------------------------------------------------------------------- deaths
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "ending"),
+    [
+        ("abort", FrameDamagedError, "ended with SIGABRT twice"),
+        ("kill", FrameReadError, "ended with SIGKILL twice"),
+        ("exit", FrameDamagedError, "ended with exit status 3 twice"),
+        ("garbage", FrameDamagedError, "gave an answer that cannot be read twice"),
+    ],
+)
+@posix
+@pytest.mark.usefixtures("faulty")
+def test_a_process_that_dies_costs_one_file(
+    name: str, kind: type[FrameError], ending: str, reader: ReaderProcess, frame: FrameFile
+) -> None:
+    expected = outcome(reader, frame)
+    first = reader.pid
+    with pytest.raises(FrameError, match=ending) as raised:
+        reader.read(named(frame, name), 0)
+    assert type(raised.value) is kind
+    assert reader.pid != first
+    assert outcome(reader, frame) == expected
+
+
+@posix
+@pytest.mark.usefixtures("faulty")
+@pytest.mark.parametrize("name", ["once:abort", "once:kill"])
+def test_a_file_is_tried_twice(name: str, reader: ReaderProcess, frame: FrameFile) -> None:
+    expected = outcome(reader, frame)
+    first = reader.pid
+    assert outcome(reader, named(frame, name)) == expected
+    assert reader.pid != first
+
+
+@posix
+def test_a_process_that_dies_between_frames_costs_nothing(reader: ReaderProcess, frame: FrameFile) -> None:
+    expected = outcome(reader, frame)
+    first = reader.pid
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    assert outcome(reader, frame) == expected
+    assert reader.pid != first
+
+
+@pytest.mark.usefixtures("faulty")
+def test_what_decoders_print_is_no_answer(reader: ReaderProcess, frame: FrameFile, capfd: Any) -> None:
+    expected = outcome(reader, frame)
+    assert outcome(reader, named(frame, "print")) == expected
+    assert outcome(reader, frame) == expected
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("faulty")
+def test_a_fault_quotes_nothing(reader: ReaderProcess, frame: FrameFile) -> None:
+    with pytest.raises(FrameError, match="RuntimeError") as raised:
+        reader.read(named(frame, "fault"), 0)
+    assert "Doe" not in str(raised.value) and type(raised.value) is FrameError
+    with pytest.raises(FrameTooLargeError, match="no memory"):
+        reader.read(named(frame, "memory"), 0)
+
+
+def test_no_process_can_start(reader: ReaderProcess, frame: FrameFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader_process, "_PROGRAM", "raise SystemExit(7)")
+    with pytest.raises(ConfigError, match="exit status 7"):
+        reader.read(frame, 0)
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(ConfigError, match="--workers 0"):
+        reader.read(frame, 0)
+
+
+@posix
+@pytest.mark.usefixtures("faulty")
+def test_a_second_process_that_cannot_start(
+    reader: ReaderProcess, frame: FrameFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader.read(frame, 0)
+    monkeypatch.setattr(reader_process, "_PROGRAM", "raise SystemExit(7)")
+    with pytest.raises(FrameDamagedError, match="ended with SIGABRT, then ended with exit status 7"):
+        reader.read(named(frame, "abort"), 0)
+    with pytest.raises(ConfigError):
+        reader.read(frame, 0)
+
+
+@pytest.mark.parametrize("end", ["kill", "close"])
+@pytest.mark.usefixtures("faulty")
+def test_it_is_stopped_while_it_hangs(end: str, reader: ReaderProcess, frame: FrameFile) -> None:
+    expected = outcome(reader, frame)
+    pid = reader.pid
+    assert pid is not None
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(outcome(reader, named(frame, "hang with the lock"))))
+    thread.start()
+    time.sleep(0.1)
+    assert not found
+    begun = time.monotonic()
+    getattr(reader, end)()
+    thread.join(5)
+    assert time.monotonic() - begun < 2
+    assert found[0][0] is FrameReadError and "stopped" in found[0][1]
+    assert not is_running(pid)
+    if end == "kill":
+        assert outcome(reader, frame) == expected
+    else:
+        with pytest.raises(FrameReadError, match="stopped"):
+            reader.read(frame, 0)
+
+
+@posix
+@pytest.mark.usefixtures("faulty")
+def test_an_interrupted_read_leaves_no_answer_behind(reader: ReaderProcess, frame: FrameFile) -> None:
+    missing = FrameFile(frame.path.with_name("missing.png"), "")
+    expected = outcome(reader, missing)
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    timer = threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGUSR1))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            reader.read(named(frame, "slow"), 0)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
+    time.sleep(0.4)  # until the answer that nobody waits for has come
+    assert outcome(reader, missing) == expected
+
+
+# ---------------------------------------------------------------------------------------------- neighbours
+
+
+@pytest.mark.usefixtures("faulty")
+def test_it_imports_no_more_than_it_needs(reader: ReaderProcess, frame: FrameFile) -> None:
+    with pytest.raises(FrameError) as raised:
+        reader.read(named(frame, "modules"), 0)
+    modules = set(str(raised.value).split())
+    assert {"numpy", "PIL.Image"} <= modules
+    assert {"onnxruntime", "pydicom", "av", "subprocess", "multiprocessing", "tempfile"}.isdisjoint(modules)
+
+
+@linux
+def test_it_has_one_thread(reader: ReaderProcess, frame: FrameFile) -> None:
+    reader.read(frame, 0)
+    assert len(names(f"/proc/{reader.pid}/task")) == 1
+
+
+@linux
+def test_it_starts_ahead_of_the_first_frame(reader: ReaderProcess, frame: FrameFile) -> None:
+    assert reader.pid is None
+    reader.start()
+    first = reader.pid
+    wait_until(lambda: "numpy" in Path(f"/proc/{first}/maps").read_text())
+    reader.start()
+    reader.read(frame, 0)
+    assert reader.pid == first
+
+
+@linux
+def test_nothing_stays_open(frame: FrameFile) -> None:
+    gc.collect()  # what earlier tests left
+    before = names("/proc/self/fd")
+    for number in range(50):
+        with ReaderProcess(CONTRACT, 1) as reader:
+            if number < 5:
+                reader.read(frame, 0)
+    del reader
+    assert len(names("/proc/self/fd")) == len(before)
+
+
+@posix
+def test_memory_without_memfd(frame: FrameFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create", raising=False)  # as on macOS
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    with ReaderProcess(CONTRACT, 2) as reader:
+        assert_same(reader, [frame])
+        assert not names(str(tmp_path / "temporary"))
+
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+from echoquad_runtime.contract import Contract
+from echoquad_runtime.inputs import FrameFile
+from echoquad_runtime.predict import reader_process
+if faulty := os.environ.get("FAULTY_PROGRAM"):
+    reader_process._PROGRAM = faulty
+signal.signal(signal.SIGINT, lambda *_: None)
+print("once", flush=True)
+reader = reader_process.ReaderProcess(Contract(classes=("ASD", "NORM"), input_size=32), 2)
+for line in sys.stdin:
+    try:
+        print(*reader.read(FrameFile(Path(sys.argv[1]), line.strip()), 0), reader.pid, flush=True)
+    except Exception as error:
+        print(error, flush=True)
+"""
+
+
+def start_script(tmp_path: Path, frame: FrameFile, **environment: str) -> subprocess.Popen[str]:
+    """Start a user's script without a guard around its main part. It reads a frame for every line on its stdin."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    (tmp_path / "temporary").mkdir()
+    return subprocess.Popen(
+        [sys.executable, script, frame.path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "temporary"), **environment},
+    )
+
+
+def ask(script: subprocess.Popen[str], name: str = "frame") -> str:
+    assert script.stdin is not None and script.stdout is not None
+    script.stdin.write(f"{name}\n")
+    script.stdin.flush()
+    return script.stdout.readline().strip()
+
+
+def test_a_script_without_a_guard_runs_once(tmp_path: Path, frame: FrameFile) -> None:
+    with start_script(tmp_path, frame) as script:
+        assert script.stdout is not None and script.stdout.readline() == "once\n"
+        first = ask(script)
+        assert first.isdigit() and ask(script) == first
+        out, _ = script.communicate()
+    assert out == "" and script.returncode == 0
+
+
+@posix
+def test_a_program_without_standard_streams(tmp_path: Path, frame: FrameFile) -> None:
+    script = tmp_path / "script.py"
+    answer = "Path(sys.argv[2]).write_text(str(reader.read(FrameFile(Path(sys.argv[1]), ''), 0)))"
+    script.write_text(SCRIPT.replace('print("once", flush=True)', "").partition("for line")[0] + answer)
+    done = subprocess.run(
+        ["/bin/sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "sh", sys.executable, script, frame.path, tmp_path / "answer"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert (tmp_path / "answer").read_text() == "()", done
+
+
+@linux
+@pytest.mark.parametrize("busy", [False, True])
+def test_it_ends_with_its_parent(busy: bool, tmp_path: Path, frame: FrameFile) -> None:
+    shared = names("/dev/shm")
+    with start_script(tmp_path, frame, FAULTY_PROGRAM=FAULTY_PROGRAM) as script:
+        assert script.stdin is not None and script.stdout is not None
+        script.stdout.readline()
+        pid = int(ask(script))
+        if busy:
+            script.stdin.write("hang with the lock\n")
+            script.stdin.flush()
+            time.sleep(0.2)
+        assert is_running(pid)
+        script.kill()
+    wait_until(lambda: not is_running(pid), seconds=2)
+    assert list((tmp_path / "temporary").iterdir()) == []
+    assert names("/dev/shm") <= shared
+
+
+@linux
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_all_processes_does_not_reach_it(
+    sent: signal.Signals, reader: ReaderProcess, frame: FrameFile
+) -> None:
+    reader.read(frame, 0)
+    pid = reader.pid
+    assert pid is not None
+    os.kill(pid, sent)
+    time.sleep(0.05)
+    reader.read(frame, 0)
+    assert reader.pid == pid and is_running(pid)
+
+
+@posix
+def test_ctrl_c_leaves_a_process_that_is_starting(tmp_path: Path, frame: FrameFile) -> None:
+    with start_script(tmp_path, frame) as script:
+        assert script.stdin is not None and script.stdout is not None
+        script.stdout.readline()
+        script.stdin.write("frame\n")
+        script.stdin.flush()
+        for _ in range(30):
+            os.killpg(script.pid, signal.SIGINT)
+            time.sleep(0.01)
+        first = script.stdout.readline().strip()
+        assert first.isdigit() and ask(script) == first
+        script.stdin.close()
+
+
+def test_it_imports_the_code_that_started_it(tmp_path: Path, frame: FrameFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As where an editable install's import hook, and no entry of sys.path, finds the package.
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry) != ROOT])
+    assert str(ROOT) in reader_process._module_path()
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    (packages / "echoquad_runtime").symlink_to(ROOT / "echoquad_runtime", target_is_directory=True)
+    with start_script(tmp_path, frame, FAULTY_PROGRAM=FAULTY_PROGRAM, PYTHONPATH=str(packages)) as script:
+        assert script.stdin is not None and script.stdout is not None
+        script.stdout.readline()
+        assert ask(script, "modules").startswith(str(packages))
+        script.stdin.close()
+
+
+def test_how_many_processes() -> None:
+    assert [reader_processes(None, threads) for threads in (1, 2, 4, 5, 16)] == [0, 0, 0, 5, 16]
+    assert [reader_processes(workers, 16) for workers in (0, 1, 20)] == [0, 1, 20]
+
+
+def test_a_frozen_program_starts_none(monkeypatch: pytest.MonkeyPatch, reader: ReaderProcess, frame: FrameFile) -> None:
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert reader_processes(None, 16) == 0
+    with pytest.raises(ConfigError, match="--workers 0"):
+        reader.read(frame, 0)

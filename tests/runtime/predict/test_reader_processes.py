@@ -1,0 +1,177 @@
+"""Predicting with reader processes: the rows of threads, whatever happens to a process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from echoquad_runtime import predictor as module
+from echoquad_runtime.errors import ConfigError, FrameReadError
+from echoquad_runtime.inputs import Failure
+from echoquad_runtime.predict import reader_process
+from echoquad_runtime.predict.reader_process import ReaderProcess
+from echoquad_runtime.predictor import Prediction, Predictor
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="uses POSIX signals")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_frame: Callable[..., np.ndarray]) -> Path:
+    """Return a folder of 40 frames, every seventh damaged."""
+    found = tmp_path / "many"
+    found.mkdir()
+    for number in range(40):
+        path = found / f"{number:03d}.png"
+        Image.fromarray(make_frame(number, 60 + number % 5, 80)).save(path)
+        if number % 7 == 3:
+            path.write_bytes(path.read_bytes()[:-20])
+    return found
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ReaderProcess]]:
+    """Return the reader processes that are opened; each must have ended when the test ends."""
+    found: list[ReaderProcess] = []
+    init = ReaderProcess.__init__
+
+    def record(self: ReaderProcess, *arguments: Any) -> None:
+        init(self, *arguments)
+        found.append(self)
+
+    monkeypatch.setattr(ReaderProcess, "__init__", record)
+    yield found
+    for reader in found:
+        assert reader._child is None or reader._child.process.poll() is not None
+
+
+def rows(results: Any) -> list[Any]:
+    return [
+        (one.file, type(one.error), str(one.error)) if isinstance(one, Failure) else one  # errors compare by identity
+        for one in results
+    ]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_rows_are_those_of_threads(tiny_bundle: Path, folder: Path, started: list[ReaderProcess], workers: int) -> None:
+    expected = rows(Predictor(tiny_bundle, device="cpu", threads=2).predict(folder))
+    assert started == []
+    found = rows(Predictor(tiny_bundle, device="cpu", threads=2, workers=workers).predict(folder))
+    assert len(started) == workers
+    assert found == expected
+    assert sum(isinstance(one, Prediction) for one in found) == 34
+
+
+def test_frames_on_a_gpu_come_from_processes_too(
+    cuda_stand_in: Any, tiny_bundle: Path, folder: Path, started: list[ReaderProcess]
+) -> None:
+    expected = [one.file for one in Predictor(tiny_bundle, device="cuda", threads=2).predict(folder)]
+    found = list(Predictor(tiny_bundle, device="cuda", threads=2, workers=2, batch_size=3).predict(folder))
+    assert [one.file for one in found] == expected
+    assert len({one.probabilities for one in found if isinstance(one, Prediction)}) > 30
+    assert len(started) == 2
+
+
+def test_processes_start_by_themselves_beyond_four_threads_and_where_files_are_many(
+    tiny_bundle: Path, folder: Path, started: list[ReaderProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(**options: Any) -> int:
+        started.clear()
+        assert len(list(Predictor(tiny_bundle, device="cpu", **options).predict(folder))) == 40
+        return len(started)
+
+    assert opened(threads=4) == 0
+    assert opened(threads=5) == 5  # 40 files are 8 for each
+    assert opened(threads=6) == 0
+    assert opened(threads=6, workers=0) == 0
+    assert opened(threads=6, workers=1) == 1
+    monkeypatch.setattr(module, "FILES_A_READER", 6)
+    assert opened(threads=6) == 6
+
+
+def test_frames_in_memory_and_few_files_start_none(
+    tiny_bundle: Path, folder: Path, started: list[ReaderProcess], make_frame: Callable[..., np.ndarray]
+) -> None:
+    predictor = Predictor(tiny_bundle, device="cpu", threads=2, workers=2)
+    assert len(list(predictor.predict_frames(make_frame(seed) for seed in range(9)))) == 9
+    assert len(list(predictor.predict_encoded((path.name, path.read_bytes()) for path in folder.iterdir()))) == 40
+    assert len(list(predictor.predict([folder / "000.png", folder / "001.png"]))) == 2
+    assert started == []
+
+
+@pytest.mark.parametrize("workers", [-1, 513])
+def test_a_number_of_workers_that_cannot_be(tiny_bundle: Path, workers: int) -> None:
+    with pytest.raises(ConfigError, match=f"{workers} workers found; expected 0 to 512"):
+        Predictor(tiny_bundle, workers=workers)
+
+
+@posix
+def test_a_process_that_is_killed_loses_no_row(tiny_bundle: Path, folder: Path, started: list[ReaderProcess]) -> None:
+    expected = rows(Predictor(tiny_bundle, device="cpu", threads=2).predict(folder))
+    found = []
+    results = Predictor(tiny_bundle, device="cpu", threads=2, workers=2).predict(folder)
+    for number, one in enumerate(results):
+        found.append(one)
+        if number % 5 == 0 and (pid := started[number % 2].pid) is not None:
+            os.kill(pid, signal.SIGKILL)
+    assert rows(found) == expected
+
+
+@posix
+def test_a_file_that_hangs_ends_with_its_process(
+    tiny_bundle: Path, folder: Path, started: list[ReaderProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hang = reader_process._PROGRAM.replace(
+        "main(settings)",
+        "import time; from echoquad_runtime.predict import reader_main as m; read = m.read_quadrants\n"
+        "m.read_quadrants = lambda file, *more: time.sleep(60) if '011' in file.name else read(file, *more)\n"
+        "main(settings)",
+    )
+    monkeypatch.setattr(reader_process, "_PROGRAM", hang)
+    expected = rows(Predictor(tiny_bundle, device="cpu", threads=2).predict(folder))
+    found = list(Predictor(tiny_bundle, device="cpu", threads=2, workers=2, time_limit=3.0).predict(folder))
+    late = found.pop(11)
+    assert isinstance(late, Failure) and isinstance(late.error, FrameReadError)
+    assert "takes longer than 3 seconds" in str(late.error)
+    assert rows(found) == expected[:11] + expected[12:]
+    for thread in threading.enumerate():  # no thread is left with the file, as it is where threads read
+        if thread.name == "echoquad-worker":
+            thread.join(5)
+            assert not thread.is_alive()
+
+
+def test_whoever_stops_early_leaves_no_process(tiny_bundle: Path, folder: Path, started: list[ReaderProcess]) -> None:
+    results = Predictor(tiny_bundle, device="cpu", threads=2, workers=2).predict(folder)
+    next(results)
+    begin = time.monotonic()
+    results.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - begin < 4
+    assert len(started) == 2
+
+
+SCRIPT = """
+import sys
+from echoquad_runtime.predictor import Predictor
+results = list(Predictor(sys.argv[1], device="cpu", workers=2).predict(sys.argv[2]))
+print(len(results))
+"""
+
+
+def test_an_unguarded_script_may_use_processes(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
+    """`multiprocessing` would run the script again in each process."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    ended = subprocess.run(
+        [sys.executable, script, tiny_bundle, folder], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert (ended.stdout, ended.stderr) == ("40\n", "")
