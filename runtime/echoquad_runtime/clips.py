@@ -123,7 +123,7 @@ class Clip:
             raise FrameFormatError("the file is no clip of a known kind; expected AVI, MP4 or Matroska")
         name = "avi" if head.startswith(b"RIFF") else "matroska" if head.startswith(b"\x1aE\xdf\xa3") else "mov"
         try:
-            container = stack.enter_context(av.open(source, format=name, metadata_errors="replace"))
+            container = stack.enter_context(av.open(source, format=name, **_open_options(av)))
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1  # the frames' readers are threads already
             return container, stream
@@ -197,6 +197,11 @@ def _load_av() -> Any:
             'the file is a clip, which needs PyAV, which is not installed; do: pip install "echoquad[video]"'
         )
     return av
+
+
+def _open_options(av: Any) -> dict[str, str]:
+    """Return how metadata that is no UTF-8 is taken; PyAV 19 no longer asks."""
+    return {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 
 
 def _size(frame: Any) -> int:

@@ -219,6 +219,23 @@ def test_a_clip_under_an_images_name_is_told(tmp_path: Path) -> None:
         load_grey(frame)
 
 
+@pytest.mark.parametrize(("version", "options"), [("14.0.0", {"metadata_errors"}), ("19.0.2", set())])
+def test_pyav_19_takes_no_option_for_metadata(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, options: set[str]
+) -> None:
+    path, opened, given = tmp_path / "clip.avi", av.open, set[str]()
+    path.write_bytes(video("avi", "mpeg4", "yuv420p", 3))
+
+    def record(source: Any, *, format: str, **more: Any) -> Any:
+        given.update(more)
+        return opened(source, format=format)
+
+    monkeypatch.setattr(av, "__version__", version)
+    monkeypatch.setattr(av, "open", record)
+    assert len(found_in(path)) == 3
+    assert given == options
+
+
 def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
