@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 from echoquad.cli.console import list_failures, note, say, table
 from echoquad.cli.declare import Argument, Option
-from echoquad.cli.options import BundleFolder, Precision, PublicKey, Threads, TunedBatchSize, TunedDevice, Untuned
+from echoquad.cli.options import (
+    BundleFolder,
+    CudaGraphs,
+    Nhwc,
+    Precision,
+    PublicKey,
+    Threads,
+    TunedBatchSize,
+    TunedDevice,
+    Untuned,
+)
 from echoquad_runtime.errors import GateError, UsageError
 
 if TYPE_CHECKING:
@@ -48,6 +58,8 @@ def bench(
     batch_size: TunedBatchSize = None,
     threads: Threads = None,
     untuned: Untuned = False,
+    cuda_graphs: CudaGraphs = False,
+    nhwc: Nhwc = False,
     public_key: PublicKey = None,
 ) -> None:
     """Measure latency and throughput by stage on this machine."""
@@ -77,6 +89,8 @@ def bench(
         batch_size=settings.batch_size,
         threads=settings.threads,
         spinning=settings.spinning,
+        cuda_graphs=cuda_graphs or settings.cuda_graphs,
+        nhwc=nhwc or settings.nhwc,
         public_key=public_key,
         count=frames,
         fps=fps,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BatchSize",
     "BundleFolder",
+    "CudaGraphs",
     "Device",
     "DeviceName",
     "Every",
@@ -22,6 +23,7 @@ __all__ = [
     "Matrices",
     "Method",
     "MethodName",
+    "Nhwc",
     "Precision",
     "PublicKey",
     "StreamName",
@@ -104,6 +106,12 @@ Precision = Annotated[
         "alone, tf32 in TF32, on cuda alone. "
         "The bundle's default where not given.",
     ),
+]
+CudaGraphs = Annotated[
+    bool, Option("--cuda-graphs", help="On CUDA, capture a batch's kernels once and replay them; see echoquad tune.")
+]
+Nhwc = Annotated[
+    bool, Option("--nhwc", help="On CUDA, compute convolutions with the channels last in memory; see echoquad tune.")
 ]
 BatchSize = Annotated[
     int, Option("--batch-size", metavar="N", min=1, help="Frames, of four quadrants each, at a time.")

@@ -15,11 +15,13 @@ from echoquad.cli.console import PARTIAL, Progress, failure_line, note
 from echoquad.cli.declare import Argument, Option
 from echoquad.cli.options import (
     BundleFolder,
+    CudaGraphs,
     Every,
     Flip,
     FlipName,
     Matrices,
     Method,
+    Nhwc,
     Precision,
     PublicKey,
     Threads,
@@ -120,10 +122,8 @@ def predict(
     ] = None,
     untuned: Untuned = False,
     public_key: PublicKey = None,
-    cuda_graphs: Annotated[
-        bool,
-        Option("--cuda-graphs", help="On CUDA, capture a batch's kernels once and replay them."),
-    ] = False,
+    cuda_graphs: CudaGraphs = False,
+    nhwc: Nhwc = False,
     engine: Annotated[
         EngineName,
         Option(
@@ -189,7 +189,8 @@ def predict(
                     settings,
                     rule,
                     many=not frames.ended,
-                    cuda_graphs=cuda_graphs,
+                    cuda_graphs=cuda_graphs or settings.cuda_graphs,
+                    nhwc=nhwc or settings.nhwc,
                     cam=cam,
                     abstain_below=abstain_below,
                     workers=workers,
@@ -272,6 +273,7 @@ def _here(
     *,
     many: bool,
     cuda_graphs: bool,
+    nhwc: bool,
     cam: bool,
     abstain_below: float | None,
     workers: int | None,
@@ -285,6 +287,7 @@ def _here(
         threads=settings.threads,
         spinning=settings.spinning,
         cuda_graphs=cuda_graphs,
+        nhwc=nhwc,
         method=method,
         batch_size=settings.batch_size,
         many=many,

@@ -155,7 +155,7 @@ def _print(found: Tuned) -> None:
 
 def _cells(row: Row) -> list[str]:
     choice = row.choice
-    name = f"{choice.precision} {choice.device}"
+    name = f"{choice.precision} {choice.device}{choice.on_cuda}"
     if row.cost is None:
         return [name, *["-"] * 9, row.verdict]
     spin = "-" if not choice.can_spin else "yes" if choice.spinning else "no"

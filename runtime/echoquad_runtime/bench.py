@@ -202,6 +202,8 @@ def run_benchmark(
     batch_size: int | None = None,
     threads: int | None = None,
     spinning: bool = True,
+    cuda_graphs: bool = False,
+    nhwc: bool = False,
     public_key: str | Path | None = None,
     count: int = 100,
     fps: float | None = None,
@@ -216,7 +218,7 @@ def run_benchmark(
         The bundle.
     frames
         Names and file bytes, gone through again and again; None is the bundle's golden frames.
-    device, precision, threads, spinning, batch_size
+    device, precision, threads, spinning, batch_size, cuda_graphs, nhwc
         As `Predictor`.
     public_key
         As `Bundle`.
@@ -242,7 +244,14 @@ def run_benchmark(
     begin = time.perf_counter()
     bundle = Bundle(folder, public_key=public_key)
     predictor = Predictor(
-        bundle, device=device, precision=precision, threads=threads, spinning=spinning, batch_size=batch_size
+        bundle,
+        device=device,
+        precision=precision,
+        threads=threads,
+        spinning=spinning,
+        batch_size=batch_size,
+        cuda_graphs=cuda_graphs,
+        nhwc=nhwc,
     )
     load_ms = 1e3 * (time.perf_counter() - begin)
     encoded = [data for _, data in (frames or encoded_golden_frames(bundle))]

@@ -7,7 +7,7 @@ and OpenVINO are there when they have *computed*: a probe is run on them before 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from types import ModuleType
@@ -84,8 +84,7 @@ def open_session(
     threads: int | None = None,
     spinning: bool = True,
     bfloat16: bool = False,
-    tf32: bool = False,
-    cuda_graphs: bool = False,
+    cuda_options: Mapping[str, str] | None = None,
     not_on_cuda: str = "",
     cached_as: tuple[str, int] | None = None,
 ) -> OpenedSession:
@@ -109,11 +108,8 @@ def open_session(
     bfloat16
         Whether to compute a float32 graph in bfloat16; only on ``"openvino"``, and only where the processor has
         it. Otherwise a float32 graph is computed in float32, whatever the device.
-    tf32
-        Whether to compute a float32 graph in TF32; only on ``"cuda"``, from NVIDIA's Ampere generation on. Older ones
-        compute in float32.
-    cuda_graphs
-        Whether CUDA shall capture the kernels of a run once and replay them; of no effect elsewhere.
+    cuda_options
+        As `create_session`.
     not_on_cuda
         Why CUDA is not to run this model though it could; empty where it may.
     cached_as
@@ -129,7 +125,7 @@ def open_session(
     MissingExtraError
         onnxruntime is not installed.
     UsageError
-        `device` or `threads` has a value that cannot be, or `bfloat16` or `tf32` is asked of another device.
+        `device` or `threads` has a value that cannot be, or `bfloat16` is asked of another device.
     """
     if device not in get_args(Device):
         raise UsageError(f"device is {device!r}; expected one of {', '.join(get_args(Device))}")
@@ -139,11 +135,6 @@ def open_session(
         raise UsageError(
             f"precision bf16 is computed on device openvino alone; found device {device}; "
             "do: ask for device openvino, or for another precision"
-        )
-    if tf32 and device != "cuda":
-        raise UsageError(
-            f"precision tf32 is computed on device cuda alone; found device {device}; "
-            "do: ask for device cuda, or for another precision"
         )
     threads = threads or available_cpus()
     read = _begin(model, aside=threads > 1)  # one thread is one, at the start too
@@ -159,7 +150,7 @@ def open_session(
         if OPENVINO_PROVIDER in providers:
             obstacle += "; for OpenVINO ask for device openvino"
     elif device != "cpu":
-        opened = _open_beside_cpu(ort, read(), device, threads, spinning, bfloat16, tf32, cuda_graphs, not_on_cuda)
+        opened = _open_beside_cpu(ort, read(), device, threads, spinning, bfloat16, cuda_options, not_on_cuda)
         if isinstance(opened, OpenedSession):
             return opened
         obstacle = opened
@@ -226,8 +217,7 @@ def _open_beside_cpu(
     threads: int,
     spinning: bool,
     bfloat16: bool,
-    tf32: bool,
-    cuda_graphs: bool,
+    cuda_options: Mapping[str, str] | None,
     not_on_cuda: str,
 ) -> OpenedSession | str:
     """Open a model on OpenVINO, or for ``cuda`` and ``auto`` on CUDA; or say in one line why not."""
@@ -247,8 +237,7 @@ def _open_beside_cpu(
             threads=threads,
             spinning=spinning,
             bfloat16=bfloat16,
-            tf32=tf32,
-            cuda_graphs=cuda_graphs,
+            cuda_options=cuda_options,
         )
     except Exception as error:  # they share no base; whether it is the model's own fault, the CPU will tell
         return f"{title} works, but not for this model ({one_line(error)}); do: try another precision"

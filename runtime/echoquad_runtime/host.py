@@ -53,6 +53,8 @@ class Choice:
         Whether they wait for work in a busy loop.
     batch_size
         Frames that go through the network at a time, at least 1.
+    cuda_graphs, nhwc
+        As `OnnxEngine`, on CUDA.
     """
 
     device: str
@@ -60,13 +62,20 @@ class Choice:
     threads: int
     spinning: bool
     batch_size: int
+    cuda_graphs: bool = False
+    nhwc: bool = False
 
     def __str__(self) -> str:
         """Give the words for a note."""
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         frames = "one frame" if self.batch_size == 1 else f"{self.batch_size} frames"
         waiting = "" if not self.can_spin else ", spinning" if self.spinning else ", not spinning"
-        return f"{self.precision} on {self.device}, {threads}{waiting}, {frames} at a time"
+        return f"{self.precision} on {self.device}{self.on_cuda}, {threads}{waiting}, {frames} at a time"
+
+    @property
+    def on_cuda(self) -> str:
+        """The words for how CUDA runs it, each after a comma; empty for the defaults."""
+        return ", NHWC" * self.nhwc + ", CUDA graphs" * self.cuda_graphs
 
     @property
     def can_spin(self) -> bool:
@@ -89,7 +98,7 @@ class Settings:
 
     Attributes
     ----------
-    device, precision, threads, spinning, batch_size
+    device, precision, threads, spinning, batch_size, cuda_graphs, nhwc
         As `Predictor`.
     note
         One line on the tuning that is used, or why one is not; empty where there is none.
@@ -104,6 +113,8 @@ class Settings:
     batch_size: int | None
     note: str
     tuned: bool
+    cuda_graphs: bool = False
+    nhwc: bool = False
 
 
 def choice_file(bundle: Bundle) -> Path:
@@ -225,6 +236,8 @@ def settle(
                 used.batch_size,
                 note,
                 tuned=True,
+                cuda_graphs=used.cuda_graphs,
+                nhwc=used.nhwc,
             )
         note = f"the tuning of {made} is for {choice.precision} on {choice.device}: it is not used"
     return Settings(device or "auto", precision, threads, True, batch_size, note, tuned=False)
@@ -239,7 +252,7 @@ def _parse(content: Any, bundle: Bundle) -> Kept:
         or choice.device == "auto"
         or choice.precision not in bundle.precisions_on(choice.device)
         or not all(type(number) is int and 1 <= number <= _MOST for number in (choice.threads, choice.batch_size))
-        or type(choice.spinning) is not bool
+        or not all(type(switch) is bool for switch in (choice.spinning, choice.cuda_graphs, choice.nhwc))
         or content["goal"] not in get_args(Goal)
     ):
         raise ValueError

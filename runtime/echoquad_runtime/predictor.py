@@ -119,7 +119,7 @@ class Predictor:
     ----------
     model
         A bundle's folder, an open `Bundle`, or an engine.
-    device, precision, threads, spinning, cuda_graphs
+    device, precision, threads, spinning, cuda_graphs, nhwc
         As `OnnxEngine`; of no effect where `model` is an engine. `threads` bounds the threads that compute, decoding
         included.
     method
@@ -176,6 +176,7 @@ class Predictor:
         threads: int | None = None,
         spinning: bool = True,
         cuda_graphs: bool = False,
+        nhwc: bool = False,
         method: VoteMethod | None = None,
         batch_size: int | None = None,
         public_key: str | Path | None = None,
@@ -203,6 +204,7 @@ class Predictor:
             "precision": precision,
             "spinning": spinning,
             "cuda_graphs": cuda_graphs,
+            "nhwc": nhwc,
             "cam": cam,
         }
         self._device: Device = device

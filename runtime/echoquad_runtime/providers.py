@@ -61,8 +61,6 @@ def create_session(
     threads: int,
     spinning: bool = True,
     bfloat16: bool = False,
-    tf32: bool = False,
-    cuda_graphs: bool = False,
     cuda_options: Mapping[str, str] | None = None,
     exact: bool | None = None,
     adapt: Callable[[onnxruntime.SessionOptions], object] | None = None,
@@ -85,12 +83,9 @@ def create_session(
         threads of its own and does not care.
     bfloat16
         Whether OpenVINO shall compute a float32 graph in bfloat16; of no effect elsewhere.
-    tf32
-        Whether CUDA may round the factors of float32 products to TF32, 10 bits of mantissa; of no effect elsewhere.
-    cuda_graphs
-        Whether CUDA shall capture the kernels of a run once and replay them; of no effect elsewhere.
     cuda_options
-        Further options of the CUDA provider, by onnxruntime's names, such as ``prefer_nhwc``.
+        Options of the CUDA provider, by onnxruntime's names, such as ``prefer_nhwc``; of no effect elsewhere. Without
+        ``use_tf32`` float32 is float32.
     exact
         Whether integer products are to be exact, at the price of speed; None is `needs_exact_products`.
     adapt
@@ -118,8 +113,7 @@ def create_session(
     providers: list[str | tuple[str, dict[str, str]]] = [provider]
     if provider == CUDA_PROVIDER:
         # Left to itself onnxruntime rounds float32 to TF32 from Ampere on, and precision fp32 would not be fp32.
-        settings = {"use_tf32": str(int(tf32)), "enable_cuda_graph": str(int(cuda_graphs)), **(cuda_options or {})}
-        providers = [(CUDA_PROVIDER, settings), CPU_PROVIDER]
+        providers = [(CUDA_PROVIDER, {"use_tf32": "0", **(cuda_options or {})}), CPU_PROVIDER]
     elif provider == OPENVINO_PROVIDER:
         providers = [(OPENVINO_PROVIDER, _openvino_options(threads, bfloat16)), CPU_PROVIDER]
         options.intra_op_num_threads = 1  # OpenVINO has its own, and these would idle beside them

@@ -13,7 +13,7 @@ from echoquad_runtime.bundle import BF16, TF32, Bundle
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices import Device, open_session
 from echoquad_runtime.engine.io_binding import FirstRuns, Floats, IoBinding, new_batch
-from echoquad_runtime.errors import BundleError
+from echoquad_runtime.errors import BundleError, UsageError
 from echoquad_runtime.onnx_scan import CONTRACT_KEY, INPUT, OUTPUTS, cam_sides, check_graph
 from echoquad_runtime.wheels import one_line
 
@@ -64,7 +64,9 @@ class OnnxEngine:
     spinning
         Whether they wait for their part of an inference in a busy loop: quicker, and never between inferences.
     cuda_graphs
-        Whether CUDA shall capture each bucket's kernels once and replay them; of no effect elsewhere.
+        Whether CUDA captures each bucket's kernels once and replays them; of no effect elsewhere.
+    nhwc
+        Whether CUDA computes convolutions with the channels last in memory; of no effect elsewhere.
     cam
         Whether slots return class activation maps as well.
 
@@ -101,11 +103,17 @@ class OnnxEngine:
         threads: int | None = None,
         spinning: bool = True,
         cuda_graphs: bool = False,
+        nhwc: bool = False,
         cam: bool = False,
     ) -> None:
         self.contract = bundle.contract
         self.precision = bundle.choose_precision(precision)
         self.spinning = spinning
+        if self.precision == TF32 and device != "cuda":
+            raise UsageError(
+                f"precision tf32 is computed on device cuda alone; found device {device}; "
+                "do: ask for device cuda, or for another precision"
+            )
         self._what = f"{bundle.folder.as_posix()}: the {self.precision} graph"
 
         self._cam: tuple[int, int] | None = None
@@ -123,8 +131,11 @@ class OnnxEngine:
             threads=threads,
             spinning=spinning,
             bfloat16=self.precision == BF16,
-            tf32=self.precision == TF32,
-            cuda_graphs=cuda_graphs,
+            cuda_options={
+                "use_tf32": str(int(self.precision == TF32)),
+                **({"enable_cuda_graph": "1"} if cuda_graphs else {}),
+                **({"prefer_nhwc": "1"} if nhwc else {}),
+            },
             not_on_cuda=_int8_on_cuda(bundle) if self.precision == "int8" else "",
             cached_as=bundle.cached_as(self.precision),
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any, Final, cast
@@ -42,6 +43,8 @@ _PERIOD = 1 / FRAME_RATE
 _WARM_CALLS, _WARM_SECONDS = 3, 0.1  # whichever is first, untimed, at the beginning of a turn
 _SETTLE_SECONDS = 0.06  # threads that spin go on for about half of it after their last work
 _BATCHES_A_WORKER = 4  # in a call of the pipeline, which shares out at its begin and its end alone
+_EngineKey = tuple[tuple[str, object], ...]
+
 _CLOCK_GRAIN = 1e-6  # CPU-seconds: less is none to a coarse clock, and no cost may be 0
 
 
@@ -57,24 +60,31 @@ class GoldenFrames:
     def __init__(self, bundle: Bundle, public_key: str | Path | None, tell: Callable[[str], None]) -> None:
         self.unusable: list[EchoQuadError] = []
         self._bundle, self._public_key, self._tell = bundle, public_key, tell
-        self._found: dict[tuple[str, str, int], str] = {}
+        self._found: dict[tuple[str, str, int, bool, bool], str] = {}
 
     def fault(self, device: str, precision: str, threads: int) -> str:
         """Say in one line why not; empty where they pass."""
-        key = device, precision, threads
+        return self.fault_of(Choice(device, precision, threads, False, 1))
+
+    def fault_of(self, choice: Choice) -> str:
+        """Say in one line why a candidate does not pass; empty where it does."""
+        key = choice.device, choice.precision, choice.threads, choice.cuda_graphs, choice.nhwc
         if key not in self._found:
-            self._found[key] = found = self._replay(*key)
-            words = f"golden frames: {precision} on {device}, {threads} thread{'s' * (threads > 1)}"
+            self._found[key] = found = self._replay(choice)
+            threads = f"{choice.threads} thread{'s' * (choice.threads > 1)}"
+            words = f"golden frames: {choice.precision} on {choice.device}{choice.on_cuda}, {threads}"
             self._tell(f"{words}: {'failed' if found else 'passed'}")
         return self._found[key]
 
-    def _replay(self, device: str, precision: str, threads: int) -> str:
+    def _replay(self, choice: Choice) -> str:
         try:
             found = verify(
                 self._bundle.folder,
-                device=cast("Device", device),
-                precision=precision,
-                threads=threads,
+                device=cast("Device", choice.device),
+                precision=choice.precision,
+                threads=choice.threads,
+                cuda_graphs=choice.cuda_graphs,
+                nhwc=choice.nhwc,
                 public_key=self._public_key,
             )
         except (BundleTamperedError, MissingExtraError):  # no candidate's fault
@@ -110,7 +120,7 @@ class Trial:
         # About eight rounds of all, more of those that are left; long enough for the grain of the clocks.
         shortest, longest = (0.35, 1.0) if goal == "power" else (0.05, 0.5)
         self._seconds = min(longest, max(shortest, seconds / (8 * max(1, len(choices)))))
-        self._engines: dict[tuple[str, str, int, bool], SlotPool | Predictor] = {}
+        self._engines: dict[_EngineKey, SlotPool | Predictor] = {}
         self._next = [0] * len(choices)  # frame, so that over its turns each candidate goes through all of them
         self._spun = False
         self._most = max((choice.batch_size for choice in choices), default=1)
@@ -178,13 +188,7 @@ class Trial:
     def _engine(self, choice: Choice) -> SlotPool | Predictor:
         key = _engine_key(choice)
         if key not in self._engines:
-            device, precision, threads, spinning = key
-            options: dict[str, Any] = {
-                "device": device,
-                "precision": precision,
-                "threads": threads,
-                "spinning": spinning,
-            }
+            options: dict[str, Any] = dict(key)
             self._engines[key] = (
                 Predictor(self._bundle, **options, many=True, self_test=False)  # `GoldenFrames` has replayed them all
                 if self._goal == "throughput"
@@ -202,5 +206,6 @@ def time_pipeline(predictor: Predictor, encoded: Sequence[bytes]) -> float:
     return time.perf_counter() - begin
 
 
-def _engine_key(choice: Choice) -> tuple[str, str, int, bool]:
-    return choice.device, choice.precision, choice.threads, choice.spinning
+def _engine_key(choice: Choice) -> _EngineKey:
+    """Return the options of a candidate's engine; candidates of other batch sizes share it."""
+    return tuple((name, value) for name, value in asdict(choice).items() if name != "batch_size")

@@ -148,11 +148,13 @@ def candidates(
         # On CUDA they serve only the nodes that are left to the CPU.
         counts = [threads] if threads else [1, cpus] if device == "cuda" else [*powers, cpus]
         found += [
-            Choice(device, precision, count, spinning, batch_size)
+            Choice(device, precision, count, spinning, batch_size, graphs, nhwc)
             for precision in precisions
             for count in dict.fromkeys(counts)
             for spinning in ((False, True) if may_spin else (False,))
             for batch_size in batch_sizes
+            for graphs in (False, True)[: 1 + (device == "cuda")]
+            for nhwc in (False, True)[: 1 + (device == "cuda")]
         ]
     return [choice for choice in found if choice.can_spin or not choice.spinning]
 
@@ -256,10 +258,10 @@ def tune(
         progress=progress,
     )
     trial.close_others(())
-    # What is chosen has passed its golden frames with the very threads that it will run with.
+    # What is chosen has passed its golden frames in the very way that it will run.
     gentleness = [_gentleness(choice) for choice in choices]
     while (best := pick(rounds, gentleness, limit)) is not None:
-        if not (fault := golden.fault(choices[best].device, choices[best].precision, choices[best].threads)):
+        if not (fault := golden.fault_of(choices[best])):
             break
         trial.faults[best] = fault
         rounds = [{index: turn for index, turn in one.items() if index != best} for one in rounds]
@@ -314,6 +316,7 @@ def _gentleness(choice: Choice) -> tuple[int, ...]:
         int(choice.spinning),
         _GENTLEST_FIRST.index(choice.precision),
         choice.batch_size,
+        int(choice.cuda_graphs) + int(choice.nhwc),
         int(choice.device != "cpu"),
     )
 

@@ -204,6 +204,8 @@ def verify(
     device: Device = "auto",
     precision: str | None = None,
     threads: int | None = None,
+    cuda_graphs: bool = False,
+    nhwc: bool = False,
     public_key: str | Path | None = None,
 ) -> Verification:
     """Hash every file of a bundle, then replay its golden frames through a predictor on the device at hand.
@@ -222,7 +224,7 @@ def verify(
     bundle = Bundle(folder, public_key=public_key)
     precision = bundle.choose_precision(precision)
     golden = _hash_all(bundle, [precision])
-    return _replay(bundle, golden, device, precision, threads)
+    return _replay(bundle, golden, device, precision, threads, cuda_graphs=cuda_graphs, nhwc=nhwc)
 
 
 def verify_all(
@@ -300,9 +302,13 @@ def _hash_all(bundle: Bundle, precisions: Sequence[str]) -> Golden:
     return bundle.read_golden()
 
 
-def _replay(bundle: Bundle, golden: Golden, device: Device, precision: str, threads: int | None) -> Verification:
+def _replay(
+    bundle: Bundle, golden: Golden, device: Device, precision: str, threads: int | None, **options: Any
+) -> Verification:
     gate = bundle.gate(precision)
-    predictor = Predictor(bundle, device=device, precision=precision, threads=threads, many=True, self_test=False)
+    predictor = Predictor(
+        bundle, device=device, precision=precision, threads=threads, many=True, self_test=False, **options
+    )
     engine = cast("OnnxEngine", predictor.engine)
     contract, count = bundle.contract, len(golden.frames)
     true_logits, true = golden.expected(precision)

@@ -34,12 +34,15 @@ class CudaStandIn:
         How many calls came while another thread was capturing.
     runs
         Input shapes of the runs, in order.
+    options
+        Of the provider, for each session.
     """
 
     def __init__(self) -> None:
         self.copies_at_bind = self.late_outputs = self.first_run_alone = True
         self.refused = 0
         self.runs: list[tuple[int, ...]] = []
+        self.options: list[dict[str, str]] = []
         self._lock = threading.Lock()
         self._calls = 0
         self._capturing = False
@@ -193,6 +196,8 @@ def cuda_stand_in(monkeypatch: pytest.MonkeyPatch) -> CudaStandIn:
 
     def create(ort: Any, model: bytes, provider: str, **options: Any) -> Any:
         session = create_session(load_onnxruntime(), model, CPU_PROVIDER, threads=options["threads"])
+        if provider == CUDA_PROVIDER:
+            device.options.append(options["cuda_options"])
         return StandInSession(session, device if provider == CUDA_PROVIDER else cpu, provider)
 
     monkeypatch.setattr(devices, "cuda_obstacle", lambda: None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from echoquad_runtime import host
 from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.engine import io_binding
 from echoquad_runtime.engine.slot_pool import SlotPool, infer_all
 from echoquad_runtime.errors import BundleError, DeviceUnavailableError, UsageError, VerificationError
 from echoquad_runtime.predictor import Prediction, Predictor
 from echoquad_runtime.session import OnnxEngine
+from echoquad_runtime.tune import tune
 from echoquad_runtime.verify import verify
 
 Make = Callable[..., Path]
@@ -215,6 +218,38 @@ def test_tf32_is_the_fp32_graph_on_cuda_alone(cuda_stand_in: Any, tmp_path: Path
     lacking = make_tiny_bundle(tmp_path / "int8", precisions=("int8",))
     with pytest.raises(BundleError, match="it holds no fp32 graph"):
         Predictor(lacking, device="cuda", precision="tf32")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "options"),
+    [
+        ({}, {"use_tf32": "0"}),
+        ({"precision": "tf32"}, {"use_tf32": "1"}),
+        ({"nhwc": True}, {"use_tf32": "0", "prefer_nhwc": "1"}),
+        ({"cuda_graphs": True}, {"use_tf32": "0", "enable_cuda_graph": "1"}),
+    ],
+)
+def test_options_reach_the_provider(
+    cuda_stand_in: Any, tiny_bundle: Path, wanted: dict[str, Any], options: dict[str, str]
+) -> None:
+    Predictor(tiny_bundle, device="cuda", **wanted)
+    assert cuda_stand_in.options == [options]
+
+
+def test_tune_finds_how_cuda_runs_a_bundle_and_predict_runs_it_so(
+    cuda_stand_in: Any, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ECHOQUAD_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setattr(host, "usable_devices", lambda: {"cpu": None, "cuda": None})
+    found = tune(tiny_bundle, device="cuda", seconds=0.5, threads=1)
+    assert found.choice is not None
+    tried = {(row.choice.precision, row.choice.cuda_graphs, row.choice.nhwc) for row in found.rows}
+    assert tried == {(name, graphs, nhwc) for name in ("fp32", "tf32") for graphs in (0, 1) for nhwc in (0, 1)}
+    best = dataclasses.replace(found.choice, cuda_graphs=True, nhwc=True)
+    host.keep(Bundle(tiny_bundle), best, goal="latency")
+    settings = host.settle(Bundle(tiny_bundle))
+    assert (settings.tuned, settings.cuda_graphs, settings.nhwc) == (True, True, True)
+    assert "on cuda, NHWC, CUDA graphs, 1 thread, one frame at a time" in settings.note
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])

@@ -108,7 +108,10 @@ def test_numbers_of_threads(cpus: int, threads: list[int]) -> None:
 
 def test_candidates() -> None:
     found = candidates({"cpu": ["fp32", "int8"], "openvino": ["bf16"], "cuda": ["fp32"]}, batch_sizes=[1, 4], cpus=4)
-    assert len(set(found)) == len(found) == 2 * 5 * 2 + 3 * 2 + 2 * 2
+    assert len(set(found)) == len(found) == 2 * 5 * 2 + 3 * 2 + 2 * 2 * 4
+    ways = {(choice.cuda_graphs, choice.nhwc) for choice in found if choice.device == "cuda"}
+    assert ways == {(False, False), (False, True), (True, False), (True, True)}
+    assert not any(choice.cuda_graphs or choice.nhwc for choice in found if choice.device != "cuda")
     on_cpu = [(choice.threads, choice.spinning) for choice in found if choice.device == "cpu"]
     assert set(on_cpu) == {(1, False), (2, False), (2, True), (4, False), (4, True)}
     assert not [choice for choice in found if choice.device != "cpu" and choice.spinning]
