@@ -469,3 +469,18 @@ def test_paths_of_four_thousand_characters(
         assert len(table(ran.out)) == 3
     finally:  # Python's own way to remove them goes no deeper than its stack
         subprocess.run(["rm", "-rf", folder, pictures], check=True)
+
+
+def test_a_bundle_that_fails_its_self_test_exits_3_and_writes_no_row(
+    tmp_path: Path, make_tiny_bundle: Callable[..., Path], frames_folder: Path, echoquad: Callable[..., Any]
+) -> None:
+    bundle, out = make_tiny_bundle(tmp_path / "bundle", graph={"logit_scale": 1.01}), tmp_path / "out.csv"
+    for options in ([], ["--out", out], ["--out", out, "--workers", "2"]):
+        ran = echoquad("predict", bundle, frames_folder, "--device", "cpu", *options, code=3)
+        (line,) = [line for line in ran.errors if "self-test" in line]
+        assert "the self-test failed on cpu in fp32" in line and "no frame was judged; do: run echoquad verify" in line
+        assert len(ran.out.splitlines()) <= 1  # a header at most
+        assert [path.name for path in tmp_path.glob("out.csv*")] == []
+    assert echoquad("bench", bundle, "--frames", "2", "--device", "cpu", code=3).out == ""
+    verified = echoquad("verify", bundle, "--device", "cpu", code=3)
+    assert "FAIL" in verified.out + verified.err
