@@ -372,7 +372,8 @@ class Predictor:
         sources = iter(sources)
         first = list(islice(sources, self._threads + 1))
         many = len(first) > self._threads
-        readers = self._reader_processes() if many and isinstance(first[0], Source) and first[0].file else 0
+        files = any(isinstance(item, Source) and item.file for item in first)
+        readers = self._reader_processes() if many and files else 0
         if readers and self._wanted_workers is None:  # to start them pays from a number of files on
             first += islice(sources, FILES_A_READER * readers - len(first))
             readers = readers if len(first) == FILES_A_READER * readers else 0
