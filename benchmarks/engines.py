@@ -89,8 +89,8 @@ def openvino_calls(bundle: Bundle, quadrants: Quadrants, threads: int) -> dict[s
 
 
 def plain_int8(bundle: Bundle) -> bytes:
-    """Quantise the bundle's float32 graph without the regrouped stem, on its golden frames: ranges cost no time."""
-    model = prepare(bundle.read_model("fp32"), bundle.contract, regroup=False)
+    """Quantise the bundle's float32 graph with the first convolution as it was trained, on its golden frames: ranges cost no time."""
+    model = prepare(bundle.read_model("fp32"), bundle.contract, space_to_depth=False)
     frames = np.stack([frame_quadrants(frame, bundle.contract)[:, 0] for frame in bundle.read_golden().frames])
     return quantize(model, Ranges(model, frames, float_tensors(model)))
 
