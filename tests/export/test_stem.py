@@ -100,7 +100,9 @@ def test_the_convolution_over_blocks_equals_the_one_over_pixels(
 @pytest.mark.parametrize(
     ("size", "stride", "kernel", "padding"), [(31, 2, 7, 3), (32, 1, 3, 1), (32, 2, 7, 2), (32, 4, 7, 3)]
 )
-def test_where_blocks_do_not_suit_it_still_begins_with_integers(size: int, stride: int, kernel: int, padding: int) -> None:
+def test_where_blocks_do_not_suit_it_still_begins_with_integers(
+    size: int, stride: int, kernel: int, padding: int
+) -> None:
     contract = Contract(("a", "b"), input_size=size, mean=0.4, std=0.21)
     graph = first_layer(contract, filters=3, kernel=kernel, stride=stride, padding=padding, relu=True, seed=1)
     stem = integer_stem(graph, contract)
