@@ -12,7 +12,6 @@ from echoquad_export.calibrate import open_in_memory
 from echoquad_export.stem import integer_stem
 from echoquad_runtime.contract import Contract
 
-
 BLOCKS = ["Reshape", "Transpose", "Reshape", "Transpose", "Reshape"]
 
 
