@@ -47,8 +47,8 @@ _HOW = "(ResNet-18 at 224, 2 threads, benchmarks/engines.py)"
 _OPENVINO_GAINS: Mapping[tuple[str, ...], str] = {
     ("amx_int8",): "on an Intel Sapphire Rapids with AMX, OpenVINO took 12.5 ms a frame in int8, its first convolution "
     f"as trained, and 24.6 in bf16, device cpu 30.6 in int8 and 65.7 in fp32 {_HOW}",
-    ("avx512_vnni", "avx_vnni"): "on an AMD EPYC with AVX-512 VNNI, OpenVINO took 8.4 ms a frame in int8 and 16.3 in "
-    f"bf16, device cpu 9.1 in int8 and 30.6 in fp32 {_HOW}",
+    ("avx512_vnni", "avx_vnni"): "on an AMD EPYC with AVX-512 VNNI, OpenVINO took 8.2 ms a frame in int8 and 15.5 in "
+    f"bf16, device cpu 9.0 in int8 and 30.1 in fp32 {_HOW}",
 }
 _CUDA_GAIN = (
     "an NVIDIA H100 took 1.12 ms for one frame in fp16 and 7.2 ms for 32 "
