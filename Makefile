@@ -28,12 +28,14 @@ BUNDLE ?= demo/bundle
 FRAMES ?= demo/data/test
 MINUTES ?= 0
 RESULTS ?= benchmarks/RESULTS.md
+OPENVINO_PYTHON ?= # of an environment with onnxruntime-openvino and openvino
 GIVEN := --frames $(FRAMES) --results $(RESULTS)
 
 bench: $(READY)
 	test -d $(BUNDLE) -a -d $(FRAMES) || $(MAKE) demo
 	$(BIN)/python benchmarks/peers.py $(RUN) $(BUNDLE) --kinds rgb-png,l-png,rgb-jpeg,grey-jpeg $(GIVEN)
-	$(BIN)/python benchmarks/engines.py $(RUN) $(BUNDLE) --rounds 30 --results $(RESULTS)
+	$(BIN)/python benchmarks/engines.py $(RUN) $(BUNDLE) --rounds 30 --results $(RESULTS) \
+	  $(addprefix --openvino-python ,$(OPENVINO_PYTHON))
 	$(BIN)/python benchmarks/efficiency.py $(BUNDLE) $(GIVEN)
 	$(BIN)/python benchmarks/latency.py $(BUNDLE) --minutes $(MINUTES) $(GIVEN)
 	$(BIN)/python benchmarks/memory.py $(BUNDLE) $(GIVEN)

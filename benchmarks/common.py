@@ -118,7 +118,12 @@ def plant_tree(folder: Path, frames: Sequence[Path], count: int, a_folder: int =
 
 
 def alternate(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Call each in turn, `rounds` times, beginning with another one each round; gives median milliseconds by name.
+    """Call each in turn, as `time_in_turn` does; gives median milliseconds by name."""
+    return {name: statistics.median(times) for name, times in time_in_turn(calls, rounds).items()}
+
+
+def time_in_turn(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Call each in turn, `rounds` times, beginning with another one each round; gives milliseconds by name.
 
     A machine that slows down in the middle slows all of them down, so their ratios hold. Each turn is a pause, a call
     that wakes the processor, and the call that is timed.
@@ -132,7 +137,7 @@ def alternate(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[st
             calls[name]()
             if turn >= WARM_UP:
                 times[name].append(1e3 * (time.perf_counter() - begin))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def rotated(items: Sequence[Item], turn: int) -> list[Item]:

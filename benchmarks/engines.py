@@ -1,35 +1,49 @@
 """What one frame's four quadrants cost in each engine, alternating in one run, on the same weights.
 
-    python benchmarks/engines.py RUN BUNDLE [--rounds 60] [--threads 2] [--results benchmarks/RESULTS.md]
+    python benchmarks/engines.py RUN BUNDLE [--rounds 60] [--threads 2] [--openvino-python PYTHON]
+        [--results benchmarks/RESULTS.md]
 
-Every precision that the bundle holds is timed in EchoQuad and, where `openvino` is installed, in OpenVINO on the same
-graph; int8 there also with the first convolution left as it was trained, since the stem that suits onnxruntime does not
-suit OpenVINO. Prints a table, then one JSON line. Decoding is left out; `echoquad bench` has it.
+Every precision that the bundle holds is timed in EchoQuad on the CPU. With `--openvino-python`, the Python of an
+environment that has the wheels onnxruntime-openvino and openvino, also in EchoQuad on the device openvino and in
+OpenVINO by hand on the same graph; int8 there also with the first convolution as it was trained. What EchoQuad takes
+of OpenVINO by hand with its best graph is printed. Prints a table, then one JSON line. Decoding is left out;
+`echoquad bench` has it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
-from common import alternate, arguments, report
+from common import arguments, paired_ratio, report, time_in_turn
 
 from echoquad_export.calibrate import Ranges
 from echoquad_export.quantize import float_tensors, prepare, quantize
 from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.quadrants import frame_quadrants
-from echoquad_runtime.session import INPUT, OnnxEngine
+from echoquad_runtime.session import OnnxEngine
 from echoquad_train.checkpoint import load_run
 from echoquad_train.networks.engine import TorchEngine
 
 Quadrants = np.ndarray
 
+AS_TRAINED = "int8, first convolution as trained"
+AIM = 1.10  # of OpenVINO by hand with its best graph
+
 
 def main() -> None:
-    options = arguments(__doc__, run=True, frames=False, rounds=60).parse_args()
+    parser = arguments(__doc__, run=True, frames=False, rounds=60)
+    parser.add_argument("--openvino-python", help="Python of an environment with onnxruntime-openvino and openvino")
+    options = parser.parse_args()
 
     bundle = Bundle(options.bundle)
     size = bundle.contract.input_size
@@ -39,14 +53,21 @@ def main() -> None:
         engine = OnnxEngine(bundle, precision=precision, device="cpu", threads=options.threads)
         slots = SlotPool(engine, 1)
         calls[f"EchoQuad, {precision}"] = lambda slots=slots: slots.run(quadrants[None], 1)  # type: ignore[misc]
-    calls |= openvino_calls(bundle, quadrants, options.threads)
-
-    medians = alternate(calls, options.rounds)
+    with openvino_calls(bundle, options.openvino_python, options.threads) as (others, versions):
+        times = time_in_turn({**calls, **others}, options.rounds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
     single = medians.get("EchoQuad, fp32", next(iter(medians.values())))
     rows = [["engine", "ms a frame", "of EchoQuad, fp32"]]
     rows += [[name, f"{median:.2f}", f"{median / single:.2f}"] for name, median in medians.items()]
-    record = {"input_size": size, "rounds": options.rounds, "median_ms": medians}
-    report("engines", rows, record, options.results, threads=options.threads)
+    ratios = openvino_ratios(times)
+    notes = [f"{name}: EchoQuad on device openvino takes {ratio:.2f} of OpenVINO by hand with its best graph "
+             f"(aim: at most {AIM:.2f})." for name, ratio in ratios.items()]  # fmt: skip
+    if not others:
+        notes = ["OpenVINO was not measured: name a Python that has it with --openvino-python."]
+    else:
+        notes.append(f"OpenVINO ran in a Python of its own: {', '.join(map(' '.join, versions.items()))}.")
+    record = {"input_size": size, "rounds": options.rounds, "median_ms": medians, "openvino_ratios": ratios}
+    report("engines", rows, record, options.results, threads=options.threads, notes=notes)
 
 
 def torch_calls(run: Path, quadrants: Quadrants, threads: int) -> dict[str, Callable[[], object]]:
@@ -64,35 +85,59 @@ def torch_calls(run: Path, quadrants: Quadrants, threads: int) -> dict[str, Call
     }
 
 
-def openvino_calls(bundle: Bundle, quadrants: Quadrants, threads: int) -> dict[str, Callable[[], object]]:
-    try:
-        import openvino
-    except ImportError:
-        return {}
-    core = openvino.Core()
-    graphs = {name: (bundle.read_model(name), "f32") for name in bundle.precisions if name != "fp16"}
-    if "fp32" in graphs:
-        if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            graphs["bf16"] = (graphs["fp32"][0], "bf16")
-        if "int8" in graphs:
-            graphs["int8, first convolution as trained"] = (plain_int8(bundle), "f32")
+@contextmanager
+def openvino_calls(
+    bundle: Bundle, python: str | None, threads: int
+) -> Iterator[tuple[dict[str, Callable[[], object]], dict[str, str]]]:
+    """Start `openvino_worker.py` and give its calls and versions; none of both where `python` is None."""
+    if python is None:
+        yield {}, {}
+        return
+    with TemporaryDirectory() as folder:
+        if {"fp32", "int8"} <= set(bundle.precisions):
+            Path(folder, f"{AS_TRAINED}.onnx").write_bytes(plain_int8(bundle))
+        worker = Path(__file__).with_name("openvino_worker.py")
+        line = [python, str(worker), str(bundle.folder.resolve()), folder, str(threads)]
+        with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin is not None and process.stdout is not None
 
-    def call(graph: bytes, precision: str) -> Callable[[], object]:
-        settings = {
-            "INFERENCE_PRECISION_HINT": precision,
-            "INFERENCE_NUM_THREADS": threads,
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-        }
-        request = core.compile_model(core.read_model(graph), "CPU", settings).create_infer_request()
-        return lambda: request.infer({INPUT: quadrants})
+            def ask(name: str) -> str:
+                process.stdin.write(f"{name}\n")  # type: ignore[union-attr]
+                process.stdin.flush()  # type: ignore[union-attr]
+                return answer()
 
-    return {f"OpenVINO, {name}": call(*graph) for name, graph in graphs.items()}
+            def answer() -> str:
+                found = process.stdout.readline()  # type: ignore[union-attr]
+                if not found:
+                    raise SystemExit(f"{python}: OpenVINO's worker ended early; see above for what it lacks")
+                return found
+
+            found: dict[str, Any] = json.loads(answer())
+            yield {name: lambda name=name: ask(name) for name in found["calls"]}, found["versions"]  # type: ignore[misc]
+            process.stdin.close()
+
+
+def openvino_ratios(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Give, by precision, EchoQuad's time on the device openvino over that of OpenVINO by hand with its best graph.
+
+    It is the median of the rounds' ratios.
+    """
+    found = {}
+    for name, ours in times.items():
+        if name.endswith(", device openvino"):
+            precision = name.split(", ")[1]
+            peers = [f"OpenVINO, {precision}", *([f"OpenVINO, {AS_TRAINED}"] if precision == "int8" else [])]
+            best = min((times[peer] for peer in peers if peer in times), key=statistics.median)
+            found[precision] = paired_ratio(ours, best)
+    return found
 
 
 def plain_int8(bundle: Bundle) -> bytes:
-    """Quantise the bundle's float32 graph without the regrouped stem, on its golden frames: ranges cost no time."""
-    model = prepare(bundle.read_model("fp32"), bundle.contract, regroup=False)
+    """Quantise the bundle's float32 graph with the first convolution as it was trained.
+
+    Ranges are of the golden frames: they cost no time.
+    """
+    model = prepare(bundle.read_model("fp32"), bundle.contract, space_to_depth=False)
     frames = np.stack([frame_quadrants(frame, bundle.contract)[:, 0] for frame in bundle.read_golden().frames])
     return quantize(model, Ranges(model, frames, float_tensors(model)))
 

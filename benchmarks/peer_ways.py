@@ -259,8 +259,8 @@ def _ort_pass(judge: Callable[[Path], tuple[Path, np.ndarray]], setting: Setting
 def openvino(setting: Setting, *, graph: str, hint: str = "f32", queue: bool = False) -> Pass:
     """Prepare OpenVINO: for latency in a plain loop, or for throughput with frames read in threads and a queue.
 
-    `graph` is a precision of the bundle, or ``int8 plain``: quantised with the first convolution as it was trained,
-    which suits OpenVINO better than what suits onnxruntime.
+    `graph` is a precision of the bundle, or ``int8 plain``: quantised with the first convolution as it was trained, as
+    other tools leave it.
     """
     import openvino as ov
     from engines import plain_int8

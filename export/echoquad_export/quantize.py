@@ -38,13 +38,13 @@ Scale = tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]
 """A tensor's scale and zero point."""
 
 
-def prepare(graph: bytes, contract: Contract, *, regroup: bool = True) -> onnx.ModelProto:
+def prepare(graph: bytes, contract: Contract, *, space_to_depth: bool = True) -> onnx.ModelProto:
     """Bring an exported float32 graph into the form that is quantised; it still computes in float.
 
     Normalisation and first convolution become the integer stem, means over the image become poolings, and every node
-    has a name that says which layer it is. For `regroup` see `integer_stem`.
+    has a name that says which layer it is. For `space_to_depth` see `integer_stem`.
     """
-    model = integer_stem(onnx.load_from_string(graph), contract, regroup=regroup)
+    model = integer_stem(onnx.load_from_string(graph), contract, space_to_depth=space_to_depth)
     constants = _constants(model)
     for index, node in enumerate(model.graph.node):
         if node.op_type == "ReduceMean" and _is_spatial_mean(node, constants):

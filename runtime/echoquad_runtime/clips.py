@@ -83,8 +83,10 @@ class Clip:
         return _pixels(frame)
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):
+        try:  # noqa: SIM105 - contextlib may be gone when the interpreter ends
             self._stack.close()
+        except Exception:
+            pass
 
     # ------------------------------------------------------------------------------------------ reading
 
@@ -177,8 +179,10 @@ class Clip:
 
     def _shut(self) -> None:
         self._frames = None
-        with contextlib.suppress(Exception):
+        try:  # noqa: SIM105 - contextlib may be gone when the interpreter ends
             self._stack.close()
+        except Exception:
+            pass
 
 
 def _until_damaged(packets: Iterator[Any]) -> Iterator[Any]:

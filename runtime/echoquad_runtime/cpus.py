@@ -7,7 +7,9 @@ import os
 import platform
 from pathlib import Path
 
-__all__ = ["available_cpus", "cgroup_quotas", "cpu_model", "schedulable_cpus"]
+__all__ = ["available_cpus", "cgroup_quotas", "cpu_features", "cpu_model", "schedulable_cpus"]
+
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 def available_cpus() -> int:
@@ -73,7 +75,17 @@ def _quota(folder: Path, *, v1: bool) -> list[float]:
     return []
 
 
-def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+def cpu_features(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
+    """Return the instruction sets that Linux lists for the first CPU, such as ``amx_int8``; empty on other systems."""
+    with contextlib.suppress(OSError), cpuinfo.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            key, _, value = line.partition(":")
+            if key.strip() in ("flags", "Features"):  # x86, Arm
+                return frozenset(value.split())
+    return frozenset()
+
+
+def cpu_model(cpuinfo: Path = _CPUINFO) -> str:
     """Name the CPU as the system does; on Arm, Linux gives numbers of maker and part in place of a name."""
     found: dict[str, str] = {}
     with contextlib.suppress(OSError), cpuinfo.open(encoding="utf-8", errors="replace") as lines:

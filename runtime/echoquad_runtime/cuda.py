@@ -12,7 +12,7 @@ from types import ModuleType
 from echoquad_runtime.providers import CUDA_PROVIDER, probe
 from echoquad_runtime.wheels import installed_wheels, load_onnxruntime, named, one_line, reinstall, silent_python
 
-__all__ = ["cuda_obstacle"]
+__all__ = ["cuda_obstacle", "nvidia_driver"]
 
 
 def cuda_obstacle() -> str | None:
@@ -30,7 +30,7 @@ def cuda_obstacle() -> str | None:
         wheels = installed_wheels()
         clash = " (installed over each other)" if len(wheels) > 1 else ""
         return f"no CUDA provider in {named(wheels) or 'onnxruntime'}{clash}; do: {reinstall('gpu')}"
-    supported, cause = _driver()
+    supported, cause = nvidia_driver()
     if cause is not None:
         return cause
     with silent_python(), contextlib.suppress(Exception):  # what this cannot load, the probe will miss
@@ -60,7 +60,7 @@ def _diagnosis(ort: ModuleType, supported: int, failure: str) -> str:
     return f"{wheel} does not compute on CUDA: {failure}; do: compare with nvidia-smi"
 
 
-def _driver() -> tuple[int, str | None]:
+def nvidia_driver() -> tuple[int, str | None]:
     """Return the CUDA version that the NVIDIA driver supports (13000 is 13.0) and what is wrong with it."""
     name = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
     version, label = ctypes.c_int(0), ctypes.c_char_p()

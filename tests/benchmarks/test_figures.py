@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import util
 from pathlib import Path
 
 import efficiency
+import engines
 import latency
 import memory
 import numpy as np
@@ -16,6 +18,7 @@ import peers
 import pytest
 import scaling
 
+from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.frames import read_frame
 from echoquad_runtime.pacing import Paced
@@ -196,3 +199,31 @@ def test_a_way_that_cannot_be_gone_says_why() -> None:
     folder = Path(peers.__file__).parent
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == "this processor has no bfloat16" != peer_ways.READY
+
+
+# ---------------------------------------------------------------------------------------------- engines
+
+
+def test_openvino_is_compared_with_its_best_graph_round_by_round() -> None:
+    found = engines.openvino_ratios({
+        "EchoQuad, int8": [1.0, 1.0, 1.0],
+        "EchoQuad, fp32, device openvino": [3.0, 30.0, 3.0],
+        "OpenVINO, fp32": [2.0, 20.0, 2.0],
+        "EchoQuad, int8, device openvino": [2.0, 40.0, 2.0],
+        "OpenVINO, int8": [5.0, 50.0, 5.0],
+        f"OpenVINO, {engines.AS_TRAINED}": [4.0, 20.0, 4.0],
+    })  # fmt: skip
+    assert found == {"fp32": 1.5, "int8": 0.5}
+
+
+def test_a_python_without_openvino_is_refused(tiny_bundle: Path) -> None:
+    if util.find_spec("openvino") is not None:
+        pytest.skip("this Python has OpenVINO")
+    bundle = Bundle(tiny_bundle)
+    with engines.openvino_calls(bundle, None, 1) as found:
+        assert found == ({}, {})
+    with (
+        pytest.raises(SystemExit, match="OpenVINO's worker ended early"),
+        engines.openvino_calls(bundle, sys.executable, 1),
+    ):
+        pass

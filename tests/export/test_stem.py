@@ -12,6 +12,8 @@ from echoquad_export.calibrate import open_in_memory
 from echoquad_export.stem import integer_stem
 from echoquad_runtime.contract import Contract
 
+BLOCKS = ["Reshape", "Transpose", "Reshape", "Transpose", "Reshape"]
+
 
 def first_layer(
     contract: Contract,
@@ -70,33 +72,36 @@ def operators(graph: onnx.ModelProto) -> list[str]:
 
 @given(
     kernel=st.sampled_from([3, 5, 7]),
-    groups=st.integers(3, 9),
+    half=st.integers(6, 18),
     filters=st.integers(1, 5),
     relu=st.booleans(),
     bias=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_the_regrouped_convolution_is_the_convolution(
-    kernel: int, groups: int, filters: int, relu: bool, bias: bool, seed: int
+def test_the_convolution_over_blocks_equals_the_one_over_pixels(
+    kernel: int, half: int, filters: int, relu: bool, bias: bool, seed: int
 ) -> None:
     # mean 102/255 is a grey level, so the padded border is exact too
-    contract = Contract(("a", "b"), input_size=4 * groups, mean=0.4, std=0.21)
+    contract = Contract(("a", "b"), input_size=2 * half, mean=0.4, std=0.21)
     graph = first_layer(
         contract, filters=filters, kernel=kernel, stride=2, padding=kernel // 2, relu=relu, seed=seed, bias=bias
     )
     stem = integer_stem(graph, contract)
     onnx.checker.check_model(stem, full_check=True)
-    assert operators(stem)[:4] == ["Reshape", "Transpose", "DequantizeLinear", "Conv"]
+    # OpenVINO keeps the convolution in integers only where no Transpose stands right before DequantizeLinear.
+    assert operators(stem) == [*BLOCKS, "DequantizeLinear", "Conv", *(["Relu"] if relu else [])]
     (weight,) = (numpy_helper.to_array(item) for item in stem.graph.initializer if item.name == "stem.weight")
-    assert weight.shape[:2] == (2 * filters, 4) and weight.shape[2] == kernel
-    quadrants = np.random.default_rng(seed).integers(0, 256, (2, 1, 4 * groups, 4 * groups), np.uint8)
+    assert weight.shape == (filters, 4, *[{3: 2, 5: 3, 7: 4}[kernel]] * 2)
+    quadrants = np.random.default_rng(seed).integers(0, 256, (2, 1, 2 * half, 2 * half), np.uint8)
     np.testing.assert_allclose(run(stem, quadrants), run(graph, quadrants), atol=2e-5)
 
 
 @pytest.mark.parametrize(
-    ("size", "stride", "kernel", "padding"), [(31, 2, 7, 3), (30, 2, 7, 3), (32, 1, 3, 1), (32, 2, 7, 2), (32, 4, 7, 3)]
+    ("size", "stride", "kernel", "padding"), [(31, 2, 7, 3), (32, 1, 3, 1), (32, 2, 7, 2), (32, 4, 7, 3)]
 )
-def test_what_does_not_regroup_still_begins_with_integers(size: int, stride: int, kernel: int, padding: int) -> None:
+def test_where_blocks_do_not_suit_it_still_begins_with_integers(
+    size: int, stride: int, kernel: int, padding: int
+) -> None:
     contract = Contract(("a", "b"), input_size=size, mean=0.4, std=0.21)
     graph = first_layer(contract, filters=3, kernel=kernel, stride=stride, padding=padding, relu=True, seed=1)
     stem = integer_stem(graph, contract)
@@ -123,10 +128,27 @@ def test_a_mean_beyond_black_and_white_leaves_the_graph_as_it_is() -> None:
     assert integer_stem(graph, contract) == graph
 
 
-def test_it_is_left_alone_for_other_runtimes() -> None:
+def test_members_of_an_ensemble_share_the_blocks() -> None:
+    contract = Contract(("a", "b"), input_size=32, mean=0.4, std=0.21)
+    graph = first_layer(contract, filters=3, kernel=7, stride=2, padding=3, relu=False, seed=4)
+    nodes = graph.graph.node
+    nodes.append(helper.make_node("Conv", [*nodes[-1].input], ["other"], strides=[2, 2], pads=[3] * 4))
+    nodes.append(helper.make_node("Conv", ["normal", "weight"], ["odd"], strides=[1, 1], pads=[3] * 4))
+    for name in ("other", "odd"):
+        graph.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 3, "H", "W"]))
+    stem = integer_stem(graph, contract)
+    onnx.checker.check_model(stem, full_check=True)
+    assert operators(stem) == [*BLOCKS, *["DequantizeLinear"] * 2, *["Conv"] * 3]
+    quadrants = np.random.default_rng(4).integers(0, 256, (2, 1, 32, 32), np.uint8)
+    sessions = (open_in_memory(one.SerializeToString()) for one in (stem, graph))
+    for found, expected in zip(*(session.run(None, {"quadrants": quadrants}) for session in sessions), strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_it_is_left_as_trained_where_asked() -> None:
     contract = Contract(("a", "b"), input_size=32)
     graph = first_layer(contract, filters=3, kernel=7, stride=2, padding=3, relu=True, seed=3)
-    assert operators(integer_stem(graph, contract, regroup=False)) == ["DequantizeLinear", "Conv", "Relu"]
+    assert operators(integer_stem(graph, contract, space_to_depth=False)) == ["DequantizeLinear", "Conv", "Relu"]
 
 
 def test_torch_agrees() -> None:

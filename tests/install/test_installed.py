@@ -9,7 +9,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from echoquad_runtime.bundle import REDUCED_GATE, Golden
+from echoquad_runtime.contract import Contract
+from echoquad_runtime.quadrants import frame_quadrants
 
 HEAVY = ("torch", "torchvision", "onnx", "onnxscript", "sklearn", "scipy", "matplotlib", "safetensors", "pandas", "cv2")
 
@@ -203,6 +208,63 @@ def test_openvino_on_a_cart(openvino: Any, tiny_bundle: Path, frames_folder: Pat
     ran = openvino.echoquad("verify", tiny_bundle, "--device", "openvino")
     assert ran.out.startswith("PASS ")
     assert " on openvino in fp32: " in ran.out
+
+
+@pytest.fixture(scope="module")
+def int8_bundle(make_tiny_bundle: Any, make_tiny_graph: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a bundle with an int8 graph whose first convolution has the stride 2, as most networks' has."""
+    onnx = pytest.importorskip("onnx")
+    from echoquad_export.calibrate import Ranges, open_in_memory
+    from echoquad_export.quantize import float_tensors, prepare, quantize
+
+    contract = Contract(classes=("ASD", "NORM"), input_size=32)
+    model = onnx.load_from_string(make_tiny_graph(contract))
+    convolution = next(node for node in model.graph.node if node.op_type == "Conv")
+    convolution.attribute.append(onnx.helper.make_attribute("strides", [2, 2]))
+    convolution.attribute.append(onnx.helper.make_attribute("pads", [1] * 4))
+    single = model.SerializeToString()
+    frames = np.random.default_rng(0).integers(0, 256, (8, 60, 80), np.uint8)
+    quadrants = np.stack([frame_quadrants(frame, contract) for frame in frames])
+    prepared = prepare(single, contract)
+    graphs = {"fp32": single, "int8": quantize(prepared, Ranges(prepared, quadrants[:, :, 0], float_tensors(prepared)))}
+    found = open_in_memory(single).run(["logits", "probabilities"], {"quadrants": quadrants.reshape(-1, 1, 32, 32)})
+    logits, probabilities = (answer.reshape(len(frames), 4, 2) for answer in found)
+    golden = Golden(tuple(f"noise-{i}" for i in range(len(frames))), tuple(frames), logits, probabilities)
+    parity = {name: {"device": "cpu", "gate": dict(REDUCED_GATE)} for name in graphs}
+    return Path(
+        make_tiny_bundle(
+            tmp_path_factory.mktemp("int8") / "bundle",
+            precisions=list(graphs),
+            graphs=graphs,
+            golden=golden,
+            manifest={"parity": parity},
+        )
+    )
+
+
+def test_openvino_replays_an_int8_graph(openvino: Any, int8_bundle: Path, frames_folder: Path) -> None:
+    for device in ("cpu", "openvino"):
+        verified = openvino.echoquad("verify", int8_bundle, "--device", device, "--precision", "int8")
+        assert verified.out.startswith("PASS ") and f" on {device} in int8: " in verified.out
+        ran = openvino.echoquad("predict", int8_bundle, frames_folder, "--device", device, "--precision", "int8")
+        rows = list(csv.DictReader(io.StringIO(ran.out)))
+        assert [(row["device"], row["precision"]) for row in rows] == [(device, "int8")] * 6
+
+
+@pytest.mark.slow
+def test_openvino_computes_the_first_convolution_in_integers(openvino_alone: Any, int8_bundle: Path) -> None:
+    kernels = openvino_alone.run_python(
+        f"""
+import openvino
+core = openvino.Core()
+for file in ("fp32", "int8"):
+    model = core.compile_model({str(int8_bundle)!r} + f"/model.{{file}}.onnx", "CPU").get_runtime_model()
+    facts = [{{key: value.astype(str) for key, value in op.get_rt_info().items()}} for op in model.get_ordered_ops()]
+    print(*[fact["primitiveType"] for fact in facts if "Convolution" in fact["layerType"]])
+"""
+    )
+    single, integers = kernels.splitlines()
+    assert "_I8" not in single and integers.endswith("_I8") and len(integers.split()) == 1
 
 
 def test_openvino_never_lies_about_bfloat16(openvino: Any, tiny_bundle: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from echoquad_runtime import cpus
-from echoquad_runtime.cpus import available_cpus, cgroup_quotas, cpu_model, schedulable_cpus
+from echoquad_runtime.cpus import available_cpus, cgroup_quotas, cpu_features, cpu_model, schedulable_cpus
 
 ARM = "implementer 0x41 part 0xd0b"
 
@@ -125,3 +125,18 @@ def test_the_name_of_the_processor(text: str, expected: str, tmp_path: Path) -> 
 
 def test_a_processor_without_a_name(tmp_path: Path) -> None:
     assert cpu_model(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu amx_bf16 amx_int8\n\nflags\t: other\n", {"fpu", "amx_bf16", "amx_int8"}),
+        ("processor\t: 0\nFeatures\t: fp asimddp\n", {"fp", "asimddp"}),
+        ("processor\t: 0\n", set()),
+    ],
+    ids=["x86", "Arm", "none"],
+)
+def test_the_instructions_of_the_processor(text: str, expected: set[str], tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    assert cpu_features(tmp_path / "cpuinfo") == expected
+    assert cpu_features(tmp_path / "absent") == frozenset()

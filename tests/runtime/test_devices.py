@@ -386,7 +386,7 @@ def pretend(
         monkeypatch.setattr(
             module, "installed_wheels", lambda names=None: {"nvidia-cublas-cu12": "12.6"} if names else installed
         )
-    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda, "nvidia_driver", lambda: driver)
     monkeypatch.setattr(cuda, "probe", lambda _: failure)
     monkeypatch.setattr(cuda, "_missing_library", lambda *_: missing)
     return cuda.cuda_obstacle()
@@ -438,7 +438,7 @@ def test_a_driver_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr(ctypes, "CDLL", refuse)
-    version, cause = cuda._driver()
+    version, cause = cuda.nvidia_driver()
     assert version == 0
     assert cause is not None
     assert "no NVIDIA driver was found" in cause
@@ -455,7 +455,7 @@ def test_a_driver_without_a_gpu(monkeypatch: pytest.MonkeyPatch, visible: str | 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    _, cause = cuda._driver()
+    _, cause = cuda.nvidia_driver()
     assert cause is not None
     assert "cuInit: 100, CUDA_ERROR_NO_DEVICE" in cause
     assert ("CUDA_VISIBLE_DEVICES=''" in cause) is (visible == "")
@@ -479,7 +479,7 @@ def test_onnxruntime_falling_back_in_silence_is_caught(
 ) -> None:
     # The real onnxruntime, made to list CUDA: it answers with a CPU session and a mere warning.
     pretend_to_list_cuda(monkeypatch)
-    monkeypatch.setattr(cuda, "_driver", lambda: (13000, None))
+    monkeypatch.setattr(cuda, "nvidia_driver", lambda: (13000, None))
     with pytest.raises(DeviceUnavailableError):
         open_session(PROBE_MODEL, device="cuda")
     opened = open_session(PROBE_MODEL)

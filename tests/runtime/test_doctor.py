@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
-from echoquad_runtime import doctor
-from echoquad_runtime.devices import CUDA_PROVIDER, OPENVINO_PROVIDER, installed_wheels, load_onnxruntime
+from echoquad_runtime import doctor, wheels
+from echoquad_runtime.devices import CPU_PROVIDER, CUDA_PROVIDER, OPENVINO_PROVIDER, installed_wheels, load_onnxruntime
 from echoquad_runtime.doctor import Check, Report, Status, examine
 from echoquad_runtime.errors import MissingExtraError
 
@@ -162,21 +161,75 @@ def test_extra_checks_are_made_last_and_may_break() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "detail"),
+    ("features", "detail"),
     [
-        ("flags\t\t: fpu avx2 avx512_vnni avx_vnni\n", "avx512_vnni, avx_vnni"),
-        ("Features\t: fp asimd asimddp\n", "asimddp"),
-        ("flags : fpu avx2\n", "none of "),
+        ({"fpu", "avx512_vnni", "avx_vnni"}, "avx512_vnni, avx_vnni"),
+        ({"fp", "asimd", "asimddp"}, "asimddp"),
+        ({"fpu", "avx2"}, "none of "),
     ],
 )
-def test_int8_instructions(tmp_path: Path, text: str, detail: str) -> None:
-    (tmp_path / "cpuinfo").write_text(text)
-    (check,) = doctor._int8(tmp_path / "cpuinfo")
+def test_int8_instructions(features: set[str], detail: str) -> None:
+    (check,) = doctor._int8(frozenset(features))
     assert check.status == "ok"
     assert check.detail.startswith(detail)
 
 
-def test_no_cpuinfo(tmp_path: Path) -> None:
-    assert doctor._int8(tmp_path / "absent") == []
-    (tmp_path / "empty").write_text("processor : 0\n")
-    assert doctor._int8(tmp_path / "empty") == []
+def test_no_instructions_are_listed() -> None:
+    assert doctor._int8(frozenset()) == []
+
+
+@pytest.fixture
+def on_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(doctor, "nvidia_driver", lambda: (0, "no NVIDIA driver was found"))
+
+
+@pytest.mark.parametrize(
+    ("features", "named"),
+    [
+        ({"amx_int8", "amx_bf16", "avx512_vnni"}, "an Intel Sapphire Rapids with AMX"),
+        ({"avx512_vnni"}, "an AMD EPYC with AVX-512 VNNI"),
+        ({"avx_vnni"}, "an AMD EPYC with AVX-512 VNNI"),
+    ],
+)
+@pytest.mark.usefixtures("on_linux")
+def test_what_openvino_would_bring(monkeypatch: pytest.MonkeyPatch, features: set[str], named: str) -> None:
+    monkeypatch.setattr(wheels, "installed_wheels", lambda: {"onnxruntime": "1.32.0"})
+    (check,) = doctor._other_wheels([CPU_PROVIDER], frozenset(features))
+    assert (check.name, check.status) == ("onnxruntime-openvino", "ok") and named in check.detail
+    assert "benchmarks/engines.py" in check.detail and "\n" not in check.detail
+    assert check.detail.endswith(
+        'do: pip uninstall -y onnxruntime, then pip install "echoquad[openvino]", then echoquad tune BUNDLE'
+    )
+
+
+@pytest.mark.usefixtures("on_linux")
+def test_where_openvino_would_bring_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = frozenset({"avx512_vnni"})
+    assert doctor._other_wheels([CPU_PROVIDER], frozenset({"avx2"})) == []
+    assert doctor._other_wheels([OPENVINO_PROVIDER, CPU_PROVIDER], fast) == []
+    assert doctor._other_wheels([CUDA_PROVIDER, CPU_PROVIDER], fast) == []
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "aarch64")
+    assert doctor._other_wheels([CPU_PROVIDER], fast) == []
+
+
+@pytest.mark.usefixtures("on_linux")
+def test_what_the_gpu_wheel_would_bring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "nvidia_driver", lambda: (13000, None))
+    (check,) = doctor._other_wheels([OPENVINO_PROVIDER, CPU_PROVIDER], frozenset({"avx512_vnni"}))
+    assert (check.name, check.status) == ("onnxruntime-gpu", "ok") and "there is an NVIDIA GPU" in check.detail
+    assert check.detail.endswith('pip install "echoquad[gpu]"')
+    assert doctor._other_wheels([CUDA_PROVIDER, CPU_PROVIDER], frozenset()) == []
+
+
+@pytest.mark.parametrize(("device", "shown"), [("auto", True), ("cpu", False)])
+@pytest.mark.usefixtures("one_wheel", "on_linux")
+def test_other_wheels_are_named_where_no_device_was(
+    monkeypatch: pytest.MonkeyPatch, device: doctor.Device, shown: bool
+) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [CPU_PROVIDER])
+    monkeypatch.setattr(doctor, "cpu_features", lambda: frozenset({"avx512_vnni"}))
+    report = examine(device)
+    assert ("onnxruntime-openvino" in by_name(report)) is shown
+    assert (report.healthy, report.exit_code) == (True, 0)
