@@ -179,10 +179,8 @@ class Clip:
 
     def _shut(self) -> None:
         self._frames = None
-        try:  # noqa: SIM105 - contextlib may be gone when the interpreter ends
+        with contextlib.suppress(Exception):
             self._stack.close()
-        except Exception:
-            pass
 
 
 def _until_damaged(packets: Iterator[Any]) -> Iterator[Any]:
