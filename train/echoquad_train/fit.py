@@ -23,7 +23,6 @@ from echoquad_runtime.inputs import Failure
 from echoquad_runtime.kinds import AS_IT_IS, Reading
 from echoquad_train import checkpoint, record, schedule
 from echoquad_train.augment import augment
-from echoquad_train.averaging import Average
 from echoquad_train.board import Board
 from echoquad_train.data.dataset import Split, read_classes, read_split
 from echoquad_train.data.leaks import Leaks, leaks_of_stores
@@ -39,6 +38,7 @@ from echoquad_train.resume import abandoned_on_failure, begun, open_folder, requ
 from echoquad_train.run_calibration import calibrate_run
 from echoquad_train.sampling import class_weights, draw_batches, seed_of
 from echoquad_train.trainer import Teaching, Trainer
+from echoquad_train.training.ema_weights import EmaWeights
 from echoquad_train.validate import validate
 
 __all__ = ["Fitted", "Reporter", "fit"]
@@ -249,7 +249,7 @@ def _fit(
     if master:
         size = master.contract.input_size
         teaching = Teaching(master, taught_store, mixed_dtype(recipe, master.model.name, size, where))
-    average = Average(model, recipe.weight_average) if recipe.weight_average else None
+    average = EmaWeights(model, recipe.weight_average) if recipe.weight_average else None
     if average and state:
         average.load_state_dict(state["average"])
     kept = average.model if average else model  # whose weights are validated and kept

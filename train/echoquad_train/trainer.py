@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from echoquad_train.augment import augment, shrink
-from echoquad_train.averaging import Average
 from echoquad_train.data.dataset import Store
 from echoquad_train.distill import Teacher, distillation_loss
 from echoquad_train.networks.model import QuadrantClassifier, set_trained
@@ -24,6 +23,7 @@ from echoquad_train.parallel.shared import Batch, share_layers
 from echoquad_train.recipe import Recipe
 from echoquad_train.sampling import to_device
 from echoquad_train.schedule import Course
+from echoquad_train.training.ema_weights import EmaWeights
 
 __all__ = ["Steps", "Teaching", "Trainer"]
 
@@ -82,7 +82,7 @@ class Trainer:
     scaler: torch.amp.GradScaler
     weights: torch.Tensor
     teaching: Teaching | None = None
-    average: Average | None = None
+    average: EmaWeights | None = None
     ranks: Ranks = ALONE
     _network: nn.Module = field(init=False)
     _layers: dict[str, float] = field(init=False, default_factory=dict)
@@ -147,7 +147,8 @@ class Trainer:
             loss, logits = self._loss(quadrants, labels, weight, share, places, next(taught), generator, side)
             rate = course.step(loss, self.scaler)
             if self.average is not None:
-                self.average.follow(self.model)
+                self.average.advance()
+                self.average.mix()
             loss_sum += loss.detach().double() * share.total / self.ranks.count
             correct += (logits.detach().argmax(dim=1) == labels).sum()
             progress(done, len(batches))
