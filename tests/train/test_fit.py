@@ -34,7 +34,7 @@ from echoquad_train.networks.engine import TorchEngine
 from echoquad_train.networks.model import QuadrantClassifier
 from echoquad_train.recipe import Recipe
 from echoquad_train.record import versions
-from echoquad_train.sampling import class_weights, draw_batches, to_device
+from echoquad_train.sampling import class_weights, draw_batches
 from echoquad_train.validate import Validated
 
 MakeData = Callable[..., Path]
@@ -274,20 +274,6 @@ def test_a_last_batch_of_one_is_left_out() -> None:
     recipe = Recipe(balanced_sampler=False, batch_size=3)
     batches = list(draw_batches(store(2, 2), recipe, torch.Generator()))
     assert [len(batch) for batch in batches] == [3] * 5  # 16 = 5 x 3 + 1
-
-
-def test_a_batch_is_its_quadrants() -> None:
-    frames = store(2, 3)
-    frames.quadrants[...] = np.arange(20).reshape(5, 4, 1, 1)
-    chosen = np.array([0, 7, 19, 8])
-    (fed,) = frames.feed([chosen])
-    quadrants, labels = to_device(fed, frames.labels[chosen // 4], torch.device("cpu"))
-    assert quadrants.shape == (4, 1, 8, 8) and quadrants.dtype == torch.uint8
-    assert quadrants[:, 0, 0, 0].tolist() == [0, 7, 19, 8] and labels.tolist() == [0, 0, 1, 1]
-    (whole,) = frames.feed([chosen], whole=True)
-    assert whole[:, :, 0, 0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [16, 17, 18, 19], [8, 9, 10, 11]]
-    quadrants.zero_(), whole.fill(0)
-    assert frames.quadrants.max() == 19  # copies
 
 
 # What can stand in the way

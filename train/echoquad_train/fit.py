@@ -22,7 +22,6 @@ from echoquad_runtime.files import make_folder, write_bytes
 from echoquad_runtime.inputs import Failure
 from echoquad_runtime.kinds import AS_IT_IS, Reading
 from echoquad_train import checkpoint, record, schedule
-from echoquad_train.augment import augment
 from echoquad_train.board import Board
 from echoquad_train.data.dataset import Split, read_classes, read_split
 from echoquad_train.data.leaks import Leaks, leaks_of_stores
@@ -37,7 +36,8 @@ from echoquad_train.recipe import Recipe
 from echoquad_train.resume import abandoned_on_failure, begun, open_folder, require_same_teacher
 from echoquad_train.run_calibration import calibrate_run
 from echoquad_train.sampling import class_weights, draw_batches, seed_of
-from echoquad_train.trainer import Teaching, Trainer
+from echoquad_train.trainer import Teaching, Trainer, recorder_of
+from echoquad_train.training.batches import DeviceFeed, epoch_generator
 from echoquad_train.training.ema_weights import EmaWeights
 from echoquad_train.validate import validate
 
@@ -249,36 +249,41 @@ def _fit(
     if master:
         size = master.contract.input_size
         teaching = Teaching(master, taught_store, mixed_dtype(recipe, master.model.name, size, where))
-    average = EmaWeights(model, recipe.weight_average) if recipe.weight_average else None
+    recorder = recorder_of(where, ranks, scaler)
+    capturable = recorder is not None
+    average = EmaWeights(model, recipe.weight_average, capturable=capturable) if recipe.weight_average else None
     if average and state:
         average.load_state_dict(state["average"])
     kept = average.model if average else model  # whose weights are validated and kept
-    trainer = Trainer(model, recipe, train_store, where, dtype, scaler, weights.to(where), teaching, average, ranks)
+    trainer = Trainer(
+        model, recipe, train_store, where, dtype, scaler, weights.to(where), teaching, average, ranks, recorder
+    )
+
+    validation_feed = DeviceFeed(validation_store, where)
 
     for number in range(len(history) + 1, recipe.epochs + 1):
         if out_of_patience(history, recipe):
             break
         started = time.perf_counter()
         torch.manual_seed(seed_of(recipe.seed, number, 0))  # dropout's draws
-        generator = torch.Generator().manual_seed(seed_of(recipe.seed, number, 1))  # batches' and augmentation's
+        generator = torch.Generator().manual_seed(seed_of(recipe.seed, number, 1))
         batches = list(draw_batches(train_store, recipe, generator))
+        augmenting = epoch_generator(where, generator, seed_of(recipe.seed, number, 2))
 
         # A phase trains the layers it names with an optimizer of its own.
         before, phase = phase, schedule.phase_of(recipe, number)
         groups = trainer.train_layers(phase.layers)
         if course is None or phase != before:
-            course = schedule.Course(groups, recipe, phase, steps_per_epoch=len(batches))
+            course = schedule.Course(groups, recipe, phase, len(batches), capturable=capturable)
             if state and history and phase == schedule.phase_of(recipe, len(history)):
                 course.load_state_dict(state["course"])
         state = None
 
         if board and not history:
-            first = torch.from_numpy(next(train_store.feed(batches[:1], whole=recipe.neighbours)))
-            places = torch.from_numpy(batches[0] % 4) if recipe.neighbours else None
-            board.batch(augment(first, recipe, generator.clone_state(), places=places))
+            board.batch(trainer.loader.preview(batches, augmenting.clone_state()).cpu())
         side = schedule.side_of(recipe, number)
-        steps = trainer.epoch(batches, generator, course, partial(reporter.batch, number), side)
-        validated = validate(kept, contract, validation_store, where, ranks)
+        steps = trainer.epoch(batches, augmenting, course, partial(reporter.batch, number), side)
+        validated = validate(kept, contract, validation_feed, ranks)
         epoch = Epoch(
             epoch=number,
             phase=phase.name,
