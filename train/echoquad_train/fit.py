@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import RunError
 from echoquad_runtime.files import make_folder, write_bytes
 from echoquad_runtime.inputs import Failure
@@ -35,6 +36,7 @@ from echoquad_train.parallel.ranks import ALONE, Ranks
 from echoquad_train.recipe import Recipe
 from echoquad_train.resume import abandoned_on_failure, begun, open_folder, require_same_teacher
 from echoquad_train.run_calibration import calibrate_run
+from echoquad_train.runs.background_writer import BackgroundWriter
 from echoquad_train.sampling import class_weights, draw_batches, seed_of
 from echoquad_train.trainer import Teaching, Trainer, recorder_of
 from echoquad_train.training.batches import DeviceFeed, epoch_generator
@@ -155,6 +157,8 @@ def fit(
         def board(done: int) -> Board | None:
             return opened.enter_context(Board(folder, done)) if tensorboard and ranks.first else None
 
+        # On CUDA the next epoch trains while the files of this one are written.
+        writer = opened.enter_context(BackgroundWriter(background=where.type == "cuda"))
         return _fit(
             data,
             reading,
@@ -166,6 +170,7 @@ def fit(
             teacher,
             storage,
             board,
+            writer,
             ranks,
             patient_regex,
             splits,
@@ -184,6 +189,7 @@ def _fit(
     teacher: Path | None,
     storage: Storage,
     open_board: Callable[[int], Board | None],
+    writer: BackgroundWriter,
     ranks: Ranks,
     patient_regex: str | None,
     splits: tuple[Split, Split] | None,
@@ -308,25 +314,40 @@ def _fit(
         if board:
             board.epoch(epoch, validated.quadrants)
         if ranks.first:
-            if best:
-                checkpoint.save_best(folder, kept, recipe, contract, number)
-            checkpoint.save_last(
-                folder,
-                {
-                    "recipe": recipe.to_toml(),
-                    "data": fingerprints,
-                    "teacher": master.facts["weights_sha256"] if master else None,
-                    "history": [epoch.to_dict() for epoch in history],
-                    "model": model.state_dict(),
-                    **({"average": average.state_dict()} if average else {}),
-                    "course": course.state_dict(),
-                    "scaler": scaler.state_dict(),
-                },
+            best_weights = writer.kept(kept.state_dict()) if best else None
+            last = {
+                "recipe": recipe.to_toml(),
+                "data": fingerprints,
+                "teacher": master.facts["weights_sha256"] if master else None,
+                "history": [epoch.to_dict() for epoch in history],
+                "model": model.state_dict(),
+                **({"average": average.state_dict()} if average else {}),
+                "course": course.state_dict(),
+                "scaler": scaler.state_dict(),
+            }
+            writer.write(
+                partial(_write_epoch, folder, recipe, contract, best_weights, writer.kept(last), facts, tuple(history))
             )
-            record.write(folder, facts, history, finished=False)
         reporter.epoch(epoch, recipe.epochs, best)
 
+    writer.wait()
     if ranks.first:
         facts = calibrate_run(folder, facts, recipe, validation, validation_store, where)
         record.write(folder, facts, history, finished=True)
     return Fitted(folder, tuple(history), best_of(history), failures, facts.get("calibration"))
+
+
+def _write_epoch(
+    folder: Path,
+    recipe: Recipe,
+    contract: Contract,
+    weights: Mapping[str, torch.Tensor] | None,
+    last: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    history: tuple[Epoch, ...],
+) -> None:
+    """Write an epoch's files; `weights` are those of the best epoch, where that is this one."""
+    if weights is not None:
+        checkpoint.save_best(folder, weights, recipe, contract, history[-1].epoch)
+    checkpoint.save_last(folder, last)
+    record.write(folder, facts, history, finished=False)

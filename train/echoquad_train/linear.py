@@ -158,7 +158,7 @@ def fit_linear(
         )
     facts = record.facts(data, recipe, contract, (train, validation), failures, where.type, "fp32", reading=reading)
     facts |= {"fit": chosen.facts, "patient_regex": patient_regex, "audit": leaks.counts}
-    checkpoint.save_best(folder, model, recipe, contract, epoch.epoch)
+    checkpoint.save_best(folder, model.state_dict(), recipe, contract, epoch.epoch)
     facts = calibrate_run(folder, facts, recipe, validation, validation_store, where)
     record.write(folder, facts, [epoch], finished=True)
     reporter.epoch(epoch, 1, True)
