@@ -408,3 +408,23 @@ def test_a_run_on_cuda_is_captured(
     assert len(replays) == 11
     for a, b in zip(recorded.history, plain.history, strict=True):
         assert a.train_loss == pytest.approx(b.train_loss, rel=1e-2)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_no_step_on_cuda_waits_for_the_device(
+    tmp_path: Path, flat_data: Path, quiet: Any, monkeypatch: pytest.MonkeyPatch, switch: str
+) -> None:
+    """Between the first step of an epoch and the end of its last."""
+
+    def at_batch(epoch: int, done: int) -> None:
+        if epoch == 2:
+            torch.cuda.set_sync_debug_mode("default" if done == 6 else "error")
+
+    monkeypatch.setenv("ECHOQUAD_CUDA_GRAPHS", switch)
+    recipe = RECIPE.replace(input_size=32, lr=1e-3, epochs=2, batch_size=6, mixed_precision=True, gamma=0.1)
+    try:
+        fit(flat_data, tmp_path / "run", recipe, device="cuda", resume=False, reporter=quiet(at_batch=at_batch))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

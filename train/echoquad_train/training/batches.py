@@ -110,7 +110,7 @@ class DeviceFeed:
         if self.resident is None:
             return (self._copied(quadrants) for quadrants in self.store.feed(batches, whole=whole))
         chosen = list(batches)
-        every = to_device(np.concatenate(chosen) if chosen else np.empty(0, np.int64), self.where)
+        every = _to_device(np.concatenate(chosen) if chosen else np.empty(0, np.int64), self.where)
         each = torch.split(every, [len(rows) for rows in chosen])
         if whole:
             frames = self.resident
@@ -177,8 +177,8 @@ class BatchLoader:
         sizes = [len(rows) for rows in own]
         rows = np.concatenate(own) if own else np.empty(0, np.int64)
         # Copied once for the epoch: a copy of each batch's own would be waited for.
-        labels = torch.split(to_device(self._labels[rows // 4], where), sizes)
-        beside = iter(torch.split(to_device(rows % 4, where), sizes)) if whole else repeat(None)
+        labels = torch.split(_to_device(self._labels[rows // 4], where), sizes)
+        beside = iter(torch.split(_to_device(rows % 4, where), sizes)) if whole else repeat(None)
         weights = torch.tensor([self._weight(chosen) for chosen in batches], dtype=torch.float32, device=where)
         fed = self._feed.feed(own, whole=whole)
         taught = self._teacher_feed.feed(own, whole=whole) if self._teacher_feed else repeat(None)
@@ -193,7 +193,7 @@ class BatchLoader:
         shares = [Share(0, len(chosen), len(chosen)) for chosen in batches]
         draws = next(self._draws(shares, self._size, generator))
         quadrants = next(self._feed.feed(batches[:1], whole=self._recipe.neighbours))
-        places = to_device(batches[0] % 4, self._where) if self._recipe.neighbours else None
+        places = _to_device(batches[0] % 4, self._where) if self._recipe.neighbours else None
         return apply_augmentation(quadrants, self._recipe, draws, places)
 
     def _weight(self, chosen: Indices) -> float:
@@ -233,7 +233,7 @@ def epoch_generator(where: torch.device, batches: torch.Generator, seed: int) ->
     return torch.Generator(where).manual_seed(seed) if where.type == "cuda" else batches
 
 
-def to_device(values: Indices, where: torch.device) -> Tensor:
+def _to_device(values: Indices, where: torch.device) -> Tensor:
     """Copy an array of int64 to the device."""
     return torch.from_numpy(np.ascontiguousarray(values)).to(where)
 
