@@ -58,6 +58,17 @@ def test_what_does_not_fit_is_copied(frames: QuadrantStore, monkeypatch: pytest.
         assert (DeviceFeed(frames, CPU).resident is not None) == resident
 
 
+@pytest.mark.parametrize("wrong", [lambda quadrants: quadrants * 0, lambda quadrants: quadrants[::-1].copy()])
+def test_a_device_that_holds_something_else_is_not_asked(
+    frames: QuadrantStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wrong: Any
+) -> None:
+    monkeypatch.setattr(batching, "_free_bytes", lambda where: 2**30)
+    monkeypatch.setattr(batching, "_uploaded", lambda quadrants, where: torch.from_numpy(wrong(quadrants)))
+    feed = DeviceFeed(frames, CPU)
+    assert feed.resident is None and "not those of the data set" in caplog.text
+    assert next(feed.feed([np.array([19])])).unique().tolist() == [19]
+
+
 def loaded(frames: QuadrantStore, recipe: Recipe = RECIPE, ranks: Ranks | None = None) -> list[TrainingBatch]:
     generator = torch.Generator().manual_seed(3)
     batches = list(draw_batches(frames, recipe, generator))

@@ -6,6 +6,7 @@ batches at once: a step then waits for no copy and launches few kernels. Elsewhe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, repeat
@@ -28,6 +29,8 @@ RESIDENT_SHARE: Final = 0.25
 
 DRAWN_AT_ONCE: Final = 4096
 """Quadrants whose random numbers are drawn at once on CUDA; speckle at 224 pixels takes 50 kB of memory each."""
+
+_log = logging.getLogger(__name__)
 
 Indices = npt.NDArray[np.int64]
 
@@ -93,14 +96,27 @@ class DeviceFeed:
     Attributes
     ----------
     resident
-        uint8 [F, 4, S, S] on the device, where it is CUDA, the store is in memory, and they fit; else None.
+        uint8 [F, 4, S, S] on the device, where it is CUDA, the store is decoded, and they fit; else None.
     """
 
     def __init__(self, store: Store, where: torch.device) -> None:
         self.store, self.where = store, where
         self.resident: Tensor | None = None
         if isinstance(store, QuadrantStore) and store.quadrants.nbytes <= RESIDENT_SHARE * _free_bytes(where):
-            self.resident = torch.from_numpy(store.quadrants).to(where)
+            self.resident = _uploaded(store.quadrants, where)
+            if not self._answers_as_the_store():
+                _log.warning(
+                    "quadrants kept on %s are not those of the data set; they are copied for each batch", where
+                )
+                self.resident = None
+
+    def _answers_as_the_store(self) -> bool:
+        """Whether the first and the last quadrant come back from the device as they are in the store."""
+        ends = [np.array([0, 4 * len(self.store.labels) - 1])]
+        return all(
+            np.array_equal(next(self.feed(ends, whole=whole)).cpu().numpy(), next(self.store.feed(ends, whole=whole)))
+            for whole in (False, True)
+        )
 
     def feed(self, batches: Iterable[Indices], *, whole: bool = False) -> Iterator[Tensor]:
         """Yield the quadrants, uint8 [B, 1, S, S], of each batch of indices into [F * 4].
@@ -236,6 +252,10 @@ def epoch_generator(where: torch.device, batches: torch.Generator, seed: int) ->
 def _to_device(values: Indices, where: torch.device) -> Tensor:
     """Copy an array of int64 to the device."""
     return torch.from_numpy(np.ascontiguousarray(values)).to(where)
+
+
+def _uploaded(quadrants: npt.NDArray[np.uint8], where: torch.device) -> Tensor:
+    return torch.from_numpy(quadrants).to(where)
 
 
 def _drawn_at_once(where: torch.device) -> int:
