@@ -41,7 +41,7 @@ from echoquad_train.device import choose_device, make_deterministic, mixed_dtype
 from echoquad_train.networks.model import QuadrantClassifier, build_model, set_trained
 from echoquad_train.recipe import Recipe
 from echoquad_train.sampling import class_weights, draw_batches
-from echoquad_train.schedule import Course, phase_of
+from echoquad_train.schedule import OptimizerSchedule, phase_of
 from echoquad_train.training.batches import BatchLoader, epoch_generator
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # grey levels 0 to 255, float [B, 1, S, S]; labels, int64 [B]
@@ -91,7 +91,7 @@ class Loop:
         self.scaler = torch.amp.GradScaler(where.type, enabled=self.dtype is torch.float16)
         phase = phase_of(recipe, recipe.epochs)
         groups = set_trained(self.model, phase.layers)
-        self.course = Course(groups, recipe, phase, steps_per_epoch=10**6)  # the rate does not matter here
+        self.schedule = OptimizerSchedule(groups, recipe, phase, steps_per_epoch=10**6)  # the rate does not matter here
 
     def epoch(self, batches: Batches) -> tuple[float, float]:
         """Give the seconds of an epoch that went into waiting for batches, and into computing."""
@@ -107,7 +107,7 @@ class Loop:
             with torch.autocast(self.where.type, self.dtype, enabled=self.dtype is not None):
                 logits = self.model(images)
             smoothing = self.recipe.label_smoothing
-            self.course.step(
+            self.schedule.step(
                 F.cross_entropy(logits.float(), labels, self.weights, label_smoothing=smoothing), self.scaler
             )
         if self.where.type == "cuda":

@@ -22,7 +22,7 @@ from echoquad_train import fit as fitting
 from echoquad_train.fit import fit
 from echoquad_train.parallel.ranks import ALONE, Ranks, Share
 from echoquad_train.recipe import Recipe
-from echoquad_train.schedule import Course, phase_of
+from echoquad_train.schedule import OptimizerSchedule, phase_of
 from echoquad_train.trainer import recorder_of
 from echoquad_train.training import captured_step
 from echoquad_train.training.batches import TrainingBatch
@@ -84,14 +84,14 @@ class Small:
         self.model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2)).to(where)
         recipe = RECIPE.replace(optimizer=optimizer, lr=0.01)
         groups = [{"params": list(self.model.parameters()), "lr": 0.01}]
-        self.course = Course(groups, recipe, phase_of(recipe, 1), 20, capturable=capturable)
+        self.schedule = OptimizerSchedule(groups, recipe, phase_of(recipe, 1), 20, capturable=capturable)
         self.loss_sum = torch.zeros((), device=where)
         self.steps = 0
 
     def __call__(self, batch: TrainingBatch) -> None:
         logits = self.model(batch.quadrants.float().flatten(1) + batch.draws["shift"])
         loss = nn.functional.cross_entropy(logits, batch.labels, reduction="sum") / batch.weight
-        self.course.descend(loss, NO_SCALER)
+        self.schedule.descend(loss, NO_SCALER)
         self.loss_sum += loss.detach()
 
     def state(self) -> dict[str, list[Tensor]]:
@@ -99,7 +99,7 @@ class Small:
             "weights": [weight.detach() for weight in self.model.parameters()],
             "batch statistics": list(self.model.buffers()),
             "loss": [self.loss_sum],
-            "optimizer's state": self.course.state_tensors(),
+            "optimizer's state": self.schedule.state_tensors(),
         }
 
     def batch(self, seed: int) -> TrainingBatch:
@@ -113,8 +113,8 @@ class Small:
         )
 
     def captured(self, make_recorder: Callable[[], Any] = Tape) -> CapturedStep | None:
-        self.course.advance()
-        return capture(self, self.batch(0), self.state, self.course.rate_tensors, make_recorder)
+        self.schedule.advance()
+        return capture(self, self.batch(0), self.state, self.schedule.rate_tensors, make_recorder)
 
     def everything(self) -> list[Tensor]:
         return [tensor.clone() for tensors in self.state().values() for tensor in tensors]
@@ -132,12 +132,12 @@ def test_a_recording_does_what_the_step_does(optimizer: str) -> None:
     assert captured is not None
     for seed in range(1, 6):
         captured(recorded.batch(seed))
-        recorded.course.advance()
+        recorded.schedule.advance()
     torch.manual_seed(4)
-    plain.course.advance()
+    plain.schedule.advance()
     for seed in range(1, 6):
         plain(plain.batch(seed))
-        plain.course.advance()
+        plain.schedule.advance()
     assert plain.everything()
     assert all(torch.equal(a, b) for a, b in zip(recorded.everything(), plain.everything(), strict=True))
 
@@ -149,22 +149,22 @@ def test_recording_leaves_no_trace(optimizer: str, begun: bool, works: bool, mon
     """Whether it comes to be used or not, and whether or not the optimizer has a state."""
     small = Small(optimizer)
     if begun:
-        small.course.advance()
+        small.schedule.advance()
         small(small.batch(7))
-    before, known = small.everything(), len(small.course.state_tensors())
+    before, known = small.everything(), len(small.schedule.state_tensors())
     random_state = torch.get_rng_state()
     if not works:
         monkeypatch.setattr(captured_step, "_distance", lambda a, b: 1.0)
         monkeypatch.setattr(captured_step, "TOLERANCE", 0.5)
-    small.course.advance()
-    rates = [rate.clone() for rate in small.course.rate_tensors()]
-    captured = capture(small, small.batch(0), small.state, small.course.rate_tensors, Tape)
+    small.schedule.advance()
+    rates = [rate.clone() for rate in small.schedule.rate_tensors()]
+    captured = capture(small, small.batch(0), small.state, small.schedule.rate_tensors, Tape)
     assert (captured is not None) == works
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert all(torch.equal(a, b) for a, b in zip(small.course.rate_tensors(), rates, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(small.schedule.rate_tensors(), rates, strict=True))
     after = small.everything()
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=False))
-    made = small.course.state_tensors()[known:]
+    made = small.schedule.state_tensors()[known:]
     assert bool(made) == (not begun and optimizer != "sgd") and not any(value.any() for value in made)
 
 
@@ -377,12 +377,12 @@ def test_a_cuda_graph_does_what_the_step_does(optimizer: str) -> None:
     assert captured is not None
     for seed in range(1, 6):
         captured(recorded.batch(seed))
-        recorded.course.advance()
+        recorded.schedule.advance()
     torch.manual_seed(4)
-    plain.course.advance()
+    plain.schedule.advance()
     for seed in range(1, 6):
         plain(plain.batch(seed))
-        plain.course.advance()
+        plain.schedule.advance()
     for a, b in zip(recorded.everything(), plain.everything(), strict=True):
         torch.testing.assert_close(a, b)
 

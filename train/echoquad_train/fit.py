@@ -38,7 +38,7 @@ from echoquad_train.resume import abandoned_on_failure, begun, open_folder, requ
 from echoquad_train.run_calibration import calibrate_run
 from echoquad_train.runs.background_writer import BackgroundWriter
 from echoquad_train.sampling import class_weights, draw_batches, seed_of
-from echoquad_train.trainer import Teaching, Trainer, recorder_of
+from echoquad_train.trainer import Distillation, Trainer, recorder_of
 from echoquad_train.training.batches import DeviceFeed, epoch_generator
 from echoquad_train.training.ema_weights import EmaWeights
 from echoquad_train.validate import validate
@@ -186,7 +186,7 @@ def _fit(
     where: torch.device,
     resume: bool,
     reporter: Reporter,
-    teacher: Path | None,
+    teacher_folder: Path | None,
     storage: Storage,
     open_board: Callable[[int], Board | None],
     writer: BackgroundWriter,
@@ -204,8 +204,8 @@ def _fit(
     fingerprints = [train.fingerprint, validation.fingerprint]
     if state and state["data"] != fingerprints:
         raise RunError(f"{folder.as_posix()}: the data has changed since the run was begun; train into another folder")
-    master = load_teacher(teacher, contract, where) if teacher else None
-    ranks.from_first(lambda: require_same_teacher(folder, state, master, resume=resume))
+    teacher = load_teacher(teacher_folder, contract, where) if teacher_folder else None
+    ranks.from_first(lambda: require_same_teacher(folder, state, teacher, resume=resume))
     torch.manual_seed(recipe.seed)
     # A resumed run has weights of its own: it needs neither the network nor the file that it once began from.
     begin = recipe.replace(weights="none") if state else recipe
@@ -220,12 +220,12 @@ def _fit(
             storage.open(split, contract, partial(reporter.decoding, split.name)) for split in (train, validation)
         )
         progress = partial(reporter.decoding, f"{train.name} for the teacher")
-        taught_store = teacher_quadrants(master, train, train_store, storage, progress) if master else train_store
+        taught_store = teacher_quadrants(teacher, train, train_store, storage, progress) if teacher else train_store
     failures = (*train_store.failures, *validation_store.failures)
 
     dtype = mixed_dtype(recipe, recipe.backbone, recipe.input_size, where)
     precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    teacher_facts = master.facts if master else None
+    teacher_facts = teacher.facts if teacher else None
     both = train, validation
     facts = record.facts(data, recipe, contract, both, failures, where.type, precision, teacher_facts, reading)
     small = schedule.small_epochs(recipe)
@@ -242,7 +242,7 @@ def _fit(
     history = [Epoch(**row) for row in state["history"]] if state else []
     scaler = torch.amp.GradScaler(where.type, enabled=dtype is torch.float16)
     phase: schedule.Phase | None = None
-    course: schedule.Course | None = None
+    optimizer_schedule: schedule.OptimizerSchedule | None = None
     if state:
         model.load_state_dict(state["model"])
         if state["scaler"]:  # empty where the run was not in float16 before
@@ -251,18 +251,18 @@ def _fit(
         record.write(folder, facts, history, finished=False)
     board = open_board(len(history))
     weights = class_weights(train_store.labels, len(classes)) if recipe.class_weights else torch.ones(len(classes))
-    teaching = None
-    if master:
-        size = master.contract.input_size
-        teaching = Teaching(master, taught_store, mixed_dtype(recipe, master.model.name, size, where))
+    distillation = None
+    if teacher:
+        size = teacher.contract.input_size
+        distillation = Distillation(teacher, taught_store, mixed_dtype(recipe, teacher.model.name, size, where))
     recorder = recorder_of(where, ranks, scaler)
     capturable = recorder is not None
-    average = EmaWeights(model, recipe.weight_average, capturable=capturable) if recipe.weight_average else None
-    if average and state:
-        average.load_state_dict(state["average"])
-    kept = average.model if average else model  # whose weights are validated and kept
+    ema = EmaWeights(model, recipe.weight_average, capturable=capturable) if recipe.weight_average else None
+    if ema and state:
+        ema.load_state_dict(state["average"])
+    kept = ema.model if ema else model  # whose weights are validated and kept
     trainer = Trainer(
-        model, recipe, train_store, where, dtype, scaler, weights.to(where), teaching, average, ranks, recorder
+        model, recipe, train_store, where, dtype, scaler, weights.to(where), distillation, ema, ranks, recorder
     )
 
     validation_feed = DeviceFeed(validation_store, where)
@@ -279,16 +279,16 @@ def _fit(
         # A phase trains the layers it names with an optimizer of its own.
         before, phase = phase, schedule.phase_of(recipe, number)
         groups = trainer.train_layers(phase.layers)
-        if course is None or phase != before:
-            course = schedule.Course(groups, recipe, phase, len(batches), capturable=capturable)
+        if optimizer_schedule is None or phase != before:
+            optimizer_schedule = schedule.OptimizerSchedule(groups, recipe, phase, len(batches), capturable=capturable)
             if state and history and phase == schedule.phase_of(recipe, len(history)):
-                course.load_state_dict(state["course"])
+                optimizer_schedule.load_state_dict(state["course"])
         state = None
 
         if board and not history:
             board.batch(trainer.loader.preview(batches, augmenting.clone_state()).cpu())
         side = schedule.side_of(recipe, number)
-        steps = trainer.epoch(batches, augmenting, course, partial(reporter.batch, number), side)
+        steps = trainer.epoch(batches, augmenting, optimizer_schedule, partial(reporter.batch, number), side)
         validated = validate(kept, contract, validation_feed, ranks)
         epoch = Epoch(
             epoch=number,
@@ -306,7 +306,7 @@ def _fit(
                 f"{folder.as_posix()}: the loss of epoch {number} is not finite (train {epoch.train_loss}, validation "
                 f"{epoch.validation_loss}); train again with a lower lr, or with --set mixed_precision=false"
             )
-        course.epoch_ended(epoch.validation_frame_accuracy)
+        optimizer_schedule.epoch_ended(epoch.validation_frame_accuracy)
         best = epoch == best_of([*history, epoch])
         history.append(epoch)
         # All is written before the state that says this epoch is done: killed in between, it is run again and the
@@ -318,11 +318,11 @@ def _fit(
             last = {
                 "recipe": recipe.to_toml(),
                 "data": fingerprints,
-                "teacher": master.facts["weights_sha256"] if master else None,
+                "teacher": teacher.facts["weights_sha256"] if teacher else None,
                 "history": [epoch.to_dict() for epoch in history],
                 "model": model.state_dict(),
-                **({"average": average.state_dict()} if average else {}),
-                "course": course.state_dict(),
+                **({"average": ema.state_dict()} if ema else {}),
+                "course": optimizer_schedule.state_dict(),
                 "scaler": scaler.state_dict(),
             }
             writer.write(

@@ -14,7 +14,7 @@ from echoquad_runtime.errors import RunError
 from echoquad_train.networks.backbones import BACKBONES
 from echoquad_train.recipe import Recipe
 
-__all__ = ["MOMENTUM", "Course", "Phase", "one_cycle", "phase_of", "side_of", "small_epochs"]
+__all__ = ["MOMENTUM", "OptimizerSchedule", "Phase", "one_cycle", "phase_of", "side_of", "small_epochs"]
 
 MOMENTUM: Final = 0.9
 """Of optimizer ``momentum``: the heavy ball, not Nesterov's."""
@@ -104,7 +104,7 @@ def _optimizer(recipe: Recipe, parameters: list[dict[str, Any]], capturable: boo
             return optim.SGD(parameters, fused=True, **common)
 
 
-class Course:
+class OptimizerSchedule:
     """A phase's optimizer and its learning rate.
 
     Parameters
@@ -178,7 +178,9 @@ class Course:
         """
         rates = [group["lr"] for group in self._optimizer.param_groups]
         if not all(isinstance(rate, Tensor) for rate in rates):
-            raise TypeError("the learning rates are numbers; expected tensors, from Course(..., capturable=True)")
+            raise TypeError(
+                "the learning rates are numbers; expected tensors, from OptimizerSchedule(..., capturable=True)"
+            )
         return rates
 
     def state_tensors(self) -> list[Tensor]:
@@ -195,13 +197,13 @@ class Course:
         self._rates = rates
 
     def epoch_ended(self, accuracy: float) -> None:
-        """Hear the validation frame accuracy that a plateau is judged by."""
+        """Update the rates by the validation frame accuracy, for the plateau schedule."""
         if self._plateau is not None:
             self._plateau.step(accuracy)
             self._rates = [float(group["lr"]) for group in self._optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a resumed run needs: tensors and plain values, the same whether or not it is capturable."""
+        """Return what a resumed run needs: tensors and plain values, the same whether or not it is capturable."""
         plateau = None
         if self._plateau is not None:
             plateau = {**self._plateau.state_dict()}
@@ -211,7 +213,7 @@ class Course:
         return {"optimizer": {**optimizer, "param_groups": groups}, "step": self._step, "plateau": plateau}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
+        """Continue from what `state_dict` returned.
 
         Raises
         ------
