@@ -208,7 +208,10 @@ class Refusing(Tape):
     """Cannot record, as when memory is short."""
 
     def record(self, function: Callable[[], None]) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
 
 
 def test_a_step_that_cannot_be_recorded_is_taken_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
@@ -385,6 +388,27 @@ def test_a_cuda_graph_does_what_the_step_does(optimizer: str) -> None:
         plain.schedule.advance()
     for a, b in zip(recorded.everything(), plain.everything(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_graph_that_cannot_be_captured_leaves_cuda_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    """The step goes on without, and drops what it would have dropped."""
+    tried, plain = Small(where=CUDA), Small(where=CUDA)
+
+    def impossible(batch: TrainingBatch) -> None:
+        tried(batch)
+        float(batch.weight)
+
+    torch.manual_seed(4)
+    recorder = partial(CudaGraphRecorder, CUDA)
+    assert capture(impossible, tried.batch(0), tried.state, tried.schedule.rate_tensors, recorder) is None
+    assert len(caplog.records) == 1
+    for small in (tried, plain):
+        torch.manual_seed(4)
+        small.schedule.advance()
+        small(small.batch(1))
+    assert all(torch.equal(a, b) for a, b in zip(tried.everything(), plain.everything(), strict=True))
 
 
 @pytest.mark.gpu

@@ -74,8 +74,17 @@ class CudaGraphRecorder:
 
     def record(self, function: Callable[[], None]) -> None:
         """Record the function, which computes nothing."""
-        with torch.cuda.graph(self._graph):
-            function()
+        stream = torch.cuda.current_stream(self._where)
+        try:
+            with torch.cuda.graph(self._graph):
+                function()
+        except Exception:
+            # torch leaves its stream current when a capture fails, and the default generator in capture mode, in which
+            # it refuses to draw outside of one. A new state takes that one's place.
+            torch.cuda.set_stream(stream)
+            index = torch.cuda.current_device() if self._where.index is None else self._where.index
+            torch.cuda.default_generators[index].graphsafe_set_state(torch.Generator(self._where))
+            raise
 
     def replay(self) -> None:
         """Launch the graph; returns before it is done."""
@@ -146,7 +155,10 @@ def capture(
     try:
         return _proved(step, batch, state, scalars, make_recorder())
     except Exception as error:  # whatever CUDA, a library or an operator refuses: the step works without a graph
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        first: BaseException = error
+        while first.__context__ is not None:  # CUDA says of everything that follows an error that the capture failed
+            first = first.__context__
+        reason = str(first).strip().partition("\n")[0] or type(first).__name__
         _log.warning("training steps are not captured in a CUDA graph: %s; training goes on without, slower", reason)
         return None
 
