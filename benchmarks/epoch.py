@@ -35,13 +35,14 @@ from common import paired_ratio, report, rotated
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.cpus import available_cpus
 from echoquad_runtime.quadrants import quadrant_boxes
-from echoquad_train.augment import augment
+from echoquad_train.augment import apply_augmentation
 from echoquad_train.data.dataset import LabelledFrame, Split, load_quadrants, read_classes, read_split
 from echoquad_train.device import choose_device, make_deterministic, mixed_dtype
 from echoquad_train.networks.model import QuadrantClassifier, build_model, set_trained
 from echoquad_train.recipe import Recipe
-from echoquad_train.sampling import class_weights, draw_batches, to_device
-from echoquad_train.schedule import Course, phase_of
+from echoquad_train.sampling import class_weights, draw_batches
+from echoquad_train.schedule import OptimizerSchedule, phase_of
+from echoquad_train.training.batches import BatchLoader, epoch_generator
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # grey levels 0 to 255, float [B, 1, S, S]; labels, int64 [B]
 
@@ -90,7 +91,7 @@ class Loop:
         self.scaler = torch.amp.GradScaler(where.type, enabled=self.dtype is torch.float16)
         phase = phase_of(recipe, recipe.epochs)
         groups = set_trained(self.model, phase.layers)
-        self.course = Course(groups, recipe, phase, steps_per_epoch=10**6)  # the rate does not matter here
+        self.schedule = OptimizerSchedule(groups, recipe, phase, steps_per_epoch=10**6)  # the rate does not matter here
 
     def epoch(self, batches: Batches) -> tuple[float, float]:
         """Give the seconds of an epoch that went into waiting for batches, and into computing."""
@@ -106,7 +107,7 @@ class Loop:
             with torch.autocast(self.where.type, self.dtype, enabled=self.dtype is not None):
                 logits = self.model(images)
             smoothing = self.recipe.label_smoothing
-            self.course.step(
+            self.schedule.step(
                 F.cross_entropy(logits.float(), labels, self.weights, label_smoothing=smoothing), self.scaler
             )
         if self.where.type == "cuda":
@@ -128,14 +129,13 @@ class Spent(NamedTuple):
 def ours(split: Split, recipe: Recipe, contract: Contract, where: torch.device) -> Callable[[int], Batches]:
     """EchoQuad's way; decoding, once a run, is not in an epoch."""
     store = load_quadrants(split, contract)
+    loader = BatchLoader(recipe, store, where, torch.ones(len(contract.classes)))
 
     def batches(round_: int) -> Batches:
         generator = torch.Generator().manual_seed(round_)
         chosen = list(draw_batches(store, recipe, generator))
-        for rows, quadrants in zip(chosen, store.feed(chosen, whole=recipe.neighbours), strict=True):
-            images, labels = to_device(quadrants, store.labels[rows // 4], where)
-            places = torch.from_numpy(rows % 4) if recipe.neighbours else None
-            yield augment(images, recipe, generator, places=places), labels
+        for batch in loader.epoch(chosen, epoch_generator(where, generator, round_)):
+            yield apply_augmentation(batch.quadrants, recipe, batch.draws, batch.places), batch.labels
 
     return batches
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import RandomErasing, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from echoquad_train.augment import _sides, augment, erase, sample_warp, shrink
+from echoquad_train.augment import _sides, augment, draw_boxes, erase, sample_warp, shrink
 from echoquad_train.parallel.ranks import Share
 from echoquad_train.recipe import Recipe
 
@@ -300,7 +300,7 @@ def test_erasing_fills_one_box_with_the_mean() -> None:
 def test_erased_boxes_are_distributed_as_torchvisions() -> None:
     side = 100
     blank = torch.zeros(2500, 1, side, side)
-    filled = (erase(blank, 1.0, 7.0, seeded()) == 7)[:, 0]
+    filled = (erase(blank, 1.0, 7.0, draw_boxes(2500, seeded())) == 7)[:, 0]
     area = filled.flatten(1).float().mean(dim=1)
     rows, columns = filled.any(dim=2).int(), filled.any(dim=1).int()
     height, width = rows.sum(dim=1) / side, columns.sum(dim=1) / side
@@ -320,7 +320,7 @@ def test_erased_boxes_are_distributed_as_torchvisions() -> None:
 
 
 def test_a_probability_of_none_erases_nothing(batch: Tensor) -> None:
-    assert torch.equal(erase(batch.float(), 0.0, 7.0, seeded()), batch.float())
+    assert torch.equal(erase(batch.float(), 0.0, 7.0, draw_boxes(len(batch), seeded())), batch.float())
 
 
 # Draws

@@ -15,7 +15,7 @@ from echoquad_runtime.errors import ConfigError
 from echoquad_train.networks.backbones import BACKBONES, build_body, check_backbone
 from echoquad_train.networks.model import QuadrantClassifier, load_pretrained, set_trained
 from echoquad_train.recipe import Recipe
-from echoquad_train.schedule import Course, Phase
+from echoquad_train.schedule import OptimizerSchedule, Phase
 
 CONTRACT = Contract(("a", "b", "c"), input_size=64)
 FEATURES = {
@@ -195,12 +195,12 @@ def test_frozen_layers_stay_bit_for_bit(name: str, layers: tuple[str, ...]) -> N
     moving = ("head.", *(f"backbone.{part}." for layer in layers for part in parts.get(layer, ())))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     rates = dict.fromkeys(layers, 0.1)
-    course = Course(set_trained(model, rates), Recipe(optimizer="sgd"), Phase("x", 1, 1, rates), 1)
+    optimizer = OptimizerSchedule(set_trained(model, rates), Recipe(optimizer="sgd"), Phase("x", 1, 1, rates), 1)
     frozen = [module for key, module in model.named_modules() if key and not f"{key}.".startswith(moving)]
     leaves = [module for module in frozen if not list(module.children())]
     assert leaves and not any(module.training for module in leaves)
     batch = torch.randint(0, 256, (4, 1, 64, 64), generator=torch.Generator().manual_seed(2))
-    course.step(model(batch).square().sum(), torch.amp.GradScaler("cpu", enabled=False))
+    optimizer.step(model(batch).square().sum(), torch.amp.GradScaler("cpu", enabled=False))
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed and all(key.startswith(moving) for key in changed)
     for layer in layers:

@@ -94,7 +94,7 @@ def test_best_weights_without_a_contract(run: Path) -> None:
 def test_best_weights_of_another_run(run: Path, trained: Any) -> None:
     model = load_run(run).model
     other = trained.recipe.replace(keep=0.7)
-    save_best(run, model, other, other.contract(("bright", "dark")), trained.fitted.best.epoch)
+    save_best(run, model.state_dict(), other, other.contract(("bright", "dark")), trained.fitted.best.epoch)
     assert "best.safetensors and run.json have different contracts; they are of two runs" in refused(run)
 
 
@@ -184,7 +184,7 @@ def test_a_write_that_breaks_off_leaves_the_old_file(
 
     def write(epoch: int) -> None:
         if name == checkpoint.BEST:
-            save_best(tmp_path, model, recipe, contract, epoch)
+            save_best(tmp_path, model.state_dict(), recipe, contract, epoch)
         else:
             save_last(tmp_path, {"epoch": epoch})
 

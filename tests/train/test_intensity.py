@@ -8,7 +8,7 @@ import torch
 
 from echoquad_runtime.errors import ConfigError
 from echoquad_train.augment import augment
-from echoquad_train.intensity import vary
+from echoquad_train.intensity import draw_intensity, vary
 from echoquad_train.recipe import Recipe
 
 STILL = Recipe(weights="none", input_size=32, flip=0, rotate=0, translate=0, shear=0, erase=0, crop_scale=(1, 1))
@@ -25,13 +25,14 @@ def flat(level=100.0, count=64, size=32):
 
 
 def vary_by(images, seed=0, **strengths):
-    return vary(images, STILL.replace(**strengths), generator(seed))
+    recipe = STILL.replace(**strengths)
+    return vary(images, recipe, draw_intensity(len(images), images.shape[-1], recipe, generator(seed)))
 
 
 def test_a_recipe_that_varies_nothing_gives_the_batch_itself_and_draws_nothing():
     images, source = flat(), generator()
     before = source.get_state()
-    assert vary(images, STILL, source) is images
+    assert vary(images, STILL, draw_intensity(64, 32, STILL, source)) is images
     assert torch.equal(source.get_state(), before)
 
 

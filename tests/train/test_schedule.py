@@ -13,7 +13,7 @@ from echoquad_train.history import Epoch, best_of, out_of_patience
 from echoquad_train.networks.backbones import BACKBONES
 from echoquad_train.networks.model import QuadrantClassifier, set_trained
 from echoquad_train.recipe import Recipe
-from echoquad_train.schedule import _SMALLEST, Course, Phase, one_cycle, phase_of, side_of, small_epochs
+from echoquad_train.schedule import _SMALLEST, OptimizerSchedule, Phase, one_cycle, phase_of, side_of, small_epochs
 
 TRANSFER = Recipe.load("transfer")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -40,16 +40,18 @@ def test_one_cycle_has_its_landmarks() -> None:
     assert shares[:300] == sorted(shares[:300]) and shares[299:] == sorted(shares[299:], reverse=True)
 
 
-def course(recipe: Recipe, phase: Phase, steps_per_epoch: int = 1) -> tuple[Course, list[nn.Parameter]]:
+def optimizer_schedule(
+    recipe: Recipe, phase: Phase, steps_per_epoch: int = 1
+) -> tuple[OptimizerSchedule, list[nn.Parameter]]:
     parameters = [nn.Parameter(torch.ones(2)) for _ in phase.layers]
     groups = [{"params": [p], "lr": lr} for p, lr in zip(parameters, phase.layers.values(), strict=True)]
-    return Course(groups, recipe, phase, steps_per_epoch), parameters
+    return OptimizerSchedule(groups, recipe, phase, steps_per_epoch), parameters
 
 
-def test_a_one_cycle_course_spans_its_phase_and_scales_each_layers_rate() -> None:
+def test_a_one_cycle_schedule_spans_its_phase_and_scales_each_layers_rate() -> None:
     recipe = Recipe(schedule="onecycle", epochs=4, warmup_epochs=1, layer3_epoch=3, lr=1e-2, layer3_lr=1e-3)
     phase = phase_of(recipe, 3)
-    under_test, parameters = course(recipe, phase, steps_per_epoch=5)
+    under_test, parameters = optimizer_schedule(recipe, phase, steps_per_epoch=5)
     rates = []
     for _ in range(10):  # epochs 3 and 4
         rates.append(under_test.step(sum((p * p).sum() for p in parameters), NO_SCALER))
@@ -110,7 +112,7 @@ def test_frozen_layers_stay_bit_for_bit(
 ) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     phase = Phase("x", 1, 1, layers)
-    under_test = Course(set_trained(model, layers), Recipe(optimizer="sgd"), phase, 1)
+    under_test = OptimizerSchedule(set_trained(model, layers), Recipe(optimizer="sgd"), phase, 1)
     for seed in range(2):
         batch = torch.randint(0, 256, (8, 1, 32, 32), generator=torch.Generator().manual_seed(seed))
         under_test.step(model(batch).square().sum(), NO_SCALER)
@@ -134,12 +136,12 @@ def test_a_frozen_backbone_is_in_evaluation_mode_and_thaws(model: QuadrantClassi
     assert all(module.training for module in model.modules())
 
 
-# Courses
+# Optimizer schedules
 
 
 def test_a_plateau_halves_the_rates() -> None:
     recipe = replace(TRANSFER, epochs=9)
-    under_test, (head, body) = course(recipe, phase_of(recipe, 4))
+    under_test, (head, body) = optimizer_schedule(recipe, phase_of(recipe, 4))
 
     def rate() -> float:
         return under_test.step((head * head).sum() + (body * body).sum(), NO_SCALER)
@@ -154,7 +156,7 @@ def test_a_plateau_halves_the_rates() -> None:
 
 def test_a_constant_rate_stays() -> None:
     recipe = replace(TRANSFER, schedule="constant")
-    under_test, (head, body) = course(recipe, phase_of(recipe, 4))
+    under_test, (head, body) = optimizer_schedule(recipe, phase_of(recipe, 4))
     for _ in range(6):
         under_test.epoch_ended(0.5)
         assert under_test.step((head * body).sum(), NO_SCALER) == 1e-4
@@ -165,13 +167,13 @@ OPTIMIZERS = ["adamw", "adam", "rmsprop", "momentum", "sgd"]
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("schedule", ["plateau", "onecycle", "constant"])
-def test_a_course_goes_on_from_its_state(optimizer: Any, schedule: Any) -> None:
+def test_an_optimizer_schedule_continues_from_its_state(optimizer: Any, schedule: Any) -> None:
     recipe = replace(TRANSFER, optimizer=optimizer, schedule=schedule, plateau_patience=0)
     phase = phase_of(recipe, 4)
-    whole, kept = course(recipe, phase, 3)
-    broken, lost = course(recipe, phase, 3)
+    whole, kept = optimizer_schedule(recipe, phase, 3)
+    broken, lost = optimizer_schedule(recipe, phase, 3)
 
-    def go(under_test: Course, parameters: list[nn.Parameter]) -> None:
+    def go(under_test: OptimizerSchedule, parameters: list[nn.Parameter]) -> None:
         for _ in range(3):
             under_test.step(sum((p**3).sum() for p in parameters), NO_SCALER)
         under_test.epoch_ended(0.5)
@@ -180,7 +182,7 @@ def test_a_course_goes_on_from_its_state(optimizer: Any, schedule: Any) -> None:
         go(whole, kept)
         go(broken, lost)
         state = broken.state_dict()
-        fresh, parameters = course(recipe, phase, 3)
+        fresh, parameters = optimizer_schedule(recipe, phase, 3)
         with torch.no_grad():
             for new, old in zip(parameters, lost, strict=True):
                 new.copy_(old)
@@ -194,7 +196,7 @@ def test_an_optimizer_is_what_its_name_says(optimizer: Any) -> None:
     """Two steps down the gradients 2 and 1 from the weight 1, by the textbook."""
     recipe = Recipe(optimizer=optimizer, schedule="constant", lr=0.1, weight_decay=0.5, warmup_epochs=0)
     weight = nn.Parameter(torch.ones(1))
-    under_test = Course([{"params": [weight], "lr": 0.1}], recipe, phase_of(recipe, 1), 1)
+    under_test = OptimizerSchedule([{"params": [weight], "lr": 0.1}], recipe, phase_of(recipe, 1), 1)
     w, velocity, mean, square = 1.0, 0.0, 0.0, 0.0
     for step, slope in enumerate((2.0, 1.0), 1):
         under_test.step((slope * weight).sum(), NO_SCALER)
@@ -221,15 +223,15 @@ def test_an_optimizer_is_what_its_name_says(optimizer: Any) -> None:
 
 def test_an_optimizer_that_is_fused_where_torch_has_it() -> None:
     for optimizer in OPTIMIZERS:
-        under_test, _ = course(replace(TRANSFER, optimizer=optimizer), phase_of(TRANSFER, 4))
+        under_test, _ = optimizer_schedule(replace(TRANSFER, optimizer=optimizer), phase_of(TRANSFER, 4))
         (group, _) = under_test.state_dict()["optimizer"]["param_groups"]
         assert group.get("fused") is (None if optimizer == "rmsprop" else True)
 
 
 def test_a_run_of_the_sgd_that_had_momentum_is_not_gone_on_with_in_silence() -> None:
     phase = phase_of(TRANSFER, 4)
-    before, _ = course(replace(TRANSFER, optimizer="momentum"), phase)  # what sgd was until then
-    after, _ = course(replace(TRANSFER, optimizer="sgd"), phase)
+    before, _ = optimizer_schedule(replace(TRANSFER, optimizer="momentum"), phase)  # what sgd was until then
+    after, _ = optimizer_schedule(replace(TRANSFER, optimizer="sgd"), phase)
     with pytest.raises(RunError, match=r"momentum is 0\.9; this release's has 0; do: .* --set optimizer=momentum"):
         after.load_state_dict(before.state_dict())
 

@@ -9,16 +9,17 @@ and RandomErasing, applied in that order; what `echoquad_train.intensity` varies
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from echoquad_train.intensity import vary
+from echoquad_train.intensity import draw_intensity, vary
 from echoquad_train.parallel.ranks import Share
 from echoquad_train.recipe import Recipe
 
-__all__ = ["augment", "erase", "sample_warp", "shrink"]
+__all__ = ["apply_augmentation", "augment", "draw_augmentation", "draw_boxes", "erase", "sample_warp", "shrink"]
 
 # torchvision's defaults for RandomErasing: share of the area, and height over width.
 _ERASE_SCALE = (0.02, 0.33)
@@ -26,14 +27,36 @@ _ERASE_RATIO = (0.3, 3.3)
 _TRIES = 10
 
 
-def augment(
-    quadrants: Tensor,
-    recipe: Recipe,
-    generator: torch.Generator,
-    share: Share | None = None,
-    places: Tensor | None = None,
+def draw_augmentation(count: int, side: int, recipe: Recipe, generator: torch.Generator) -> dict[str, Tensor]:
+    """Draw the random numbers of a batch's augmentation.
+
+    Parameters
+    ----------
+    count
+        Quadrants, B.
+    side
+        Pixels a side of what is augmented; see `echoquad_train.intensity.draw_intensity`.
+    recipe
+        Says how strongly.
+    generator
+        Of any device.
+
+    Returns
+    -------
+    dict of float32 [B, ...]
+        On the generator's device, a row for each quadrant: a part of a batch is augmented by its rows of them.
+    """
+    return {
+        "warp": sample_warp(count, recipe, generator),
+        **draw_intensity(count, side, recipe, generator),
+        **draw_boxes(count, generator),
+    }
+
+
+def apply_augmentation(
+    quadrants: Tensor, recipe: Recipe, draws: Mapping[str, Tensor], places: Tensor | None = None
 ) -> Tensor:
-    """Augment a batch.
+    """Augment a batch by what was drawn for it. Computes on the device alone.
 
     Parameters
     ----------
@@ -41,12 +64,9 @@ def augment(
         Grey levels 0 to 255, uint8 or float [B, 1, S, S], on any device; with `places` [B, 4, S, S], all four of each
         one's frame.
     recipe
-        Says how strongly.
-    generator
-        A CPU generator: the same draws whatever the device.
-    share
-        Which rows of how large a batch `quadrants` is; None is all of it. The whole batch's draws are made all
-        the same, so that a share is augmented as it would be in the whole.
+        Says which effects there are.
+    draws
+        From `draw_augmentation`, on the device of the quadrants. The same draws give the same view at any size S.
     places
         int64 [B], which of its frame's four each quadrant is. Where a warp leaves it at an inner edge, there is then
         what lies beside it in the frame. None knows of no other quadrants.
@@ -57,16 +77,32 @@ def augment(
         Grey levels 0 to 255 on the same device; black where the warp leaves what there is, the contract's mean where
         erased.
     """
-    share = share or Share(0, len(quadrants), len(quadrants))
-    warp = sample_warp(share.total, recipe, generator)[share.rows].to(quadrants.device)
+    warp = draws["warp"]
     size = [len(quadrants), 1, *quadrants.shape[2:]]
     seen = quadrants.float()
     if places is not None:
-        seen, warp = _joined(seen), _within(warp, places.to(warp.device))
-    # A share may be empty, which torch's grid cannot.
+        seen, warp = _joined(seen), _within(warp, places)
+    # A rank's part of a batch may be empty, which torch's grid cannot be.
     warped = _sampled(seen, warp, size) if len(quadrants) else seen.reshape(size)
-    varied = vary(warped, recipe, generator, share)
-    return erase(varied, recipe.erase, 255.0 * recipe.mean, generator, share)
+    return erase(vary(warped, recipe, draws), recipe.erase, 255.0 * recipe.mean, draws)
+
+
+def augment(
+    quadrants: Tensor,
+    recipe: Recipe,
+    generator: torch.Generator,
+    share: Share | None = None,
+    places: Tensor | None = None,
+) -> Tensor:
+    """Draw a batch's augmentation and apply it; see `apply_augmentation`.
+
+    With `share`, `quadrants` is that part of a batch. The draws are those of the whole batch all the same, so that a
+    part is augmented as it is in the whole.
+    """
+    share = share or Share(0, len(quadrants), len(quadrants))
+    draws = draw_augmentation(share.total, quadrants.shape[-1], recipe, generator)
+    own = {name: values[share.rows].to(quadrants.device) for name, values in draws.items()}
+    return apply_augmentation(quadrants, recipe, own, None if places is None else places.to(quadrants.device))
 
 
 def shrink(quadrants: Tensor, side: int) -> Tensor:
@@ -75,10 +111,13 @@ def shrink(quadrants: Tensor, side: int) -> Tensor:
 
 
 def sample_warp(count: int, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """Draw the maps from output to input coordinates, float32 [count, 2, 3], both axes in [-1, 1]."""
+    """Draw the maps from output to input coordinates, float32 [count, 2, 3], both axes in [-1, 1].
+
+    They are on the generator's device.
+    """
 
     def uniform(low: float, high: float) -> Tensor:
-        return torch.empty(count).uniform_(low, high, generator=generator)
+        return torch.empty(count, device=generator.device).uniform_(low, high, generator=generator)
 
     width, height = _sides(count, recipe.crop_scale, recipe.crop_ratio, generator)
     crop = _affine(width, 0, 0, height, uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height))
@@ -114,25 +153,34 @@ def _within(warp: Tensor, places: Tensor) -> Tensor:
     return torch.cat([warp[:, :, :2] / 2, warp[:, :, 2:] / 2 + centres[:, :, None]], dim=2)
 
 
-def erase(
-    images: Tensor, probability: float, value: float, generator: torch.Generator, share: Share | None = None
-) -> Tensor:
-    """Fill one random box in each of a part of the images, [B, 1, H, W], with `value`; `share` is as in `augment`."""
-    rows, columns = images.shape[2:]
-    count, own = (share.total, share.rows) if share else (len(images), slice(None))
+def draw_boxes(count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Draw the boxes of `erase`: float32 [count] each, on the generator's device, as shares of the image's sides."""
 
     def uniform(low: float, high: float) -> Tensor:
-        return torch.empty(count).uniform_(low, high, generator=generator)
+        return torch.empty(count, device=generator.device).uniform_(low, high, generator=generator)
 
-    chosen = uniform(0, 1) < probability
+    chance = uniform(0, 1)
     height, width = _sides(count, _ERASE_SCALE, _ERASE_RATIO, generator)
     top, left = uniform(0, 1) * (1 - height), uniform(0, 1) * (1 - width)
-    y = (torch.arange(rows) + 0.5) / rows
-    x = (torch.arange(columns) + 0.5) / columns
-    inside_y = ((y >= top[:, None]) & (y < (top + height)[:, None]) & chosen[:, None])[own]
-    inside_x = ((x >= left[:, None]) & (x < (left + width)[:, None]))[own]
-    box = (inside_y[:, None, :, None] & inside_x[:, None, None, :]).to(images.device)
-    return images.masked_fill(box, value)
+    return {
+        "erase_chance": chance,
+        "erase_height": height,
+        "erase_width": width,
+        "erase_top": top,
+        "erase_left": left,
+    }
+
+
+def erase(images: Tensor, probability: float, value: float, draws: Mapping[str, Tensor]) -> Tensor:
+    """Fill one box, from `draw_boxes`, in each of a part of the images, [B, 1, H, W], with `value`."""
+    rows, columns = images.shape[2:]
+    chosen = draws["erase_chance"] < probability
+    top, left = draws["erase_top"], draws["erase_left"]
+    y = (torch.arange(rows, device=images.device) + 0.5) / rows
+    x = (torch.arange(columns, device=images.device) + 0.5) / columns
+    inside_y = (y >= top[:, None]) & (y < (top + draws["erase_height"])[:, None]) & chosen[:, None]
+    inside_x = (x >= left[:, None]) & (x < (left + draws["erase_width"])[:, None])
+    return images.masked_fill(inside_y[:, None, :, None] & inside_x[:, None, None, :], value)
 
 
 def _sides(
@@ -142,8 +190,10 @@ def _sides(
 
     A box that the image cannot hold is drawn again, nine times at most, and then cut to fit.
     """
-    areas = torch.empty(count, _TRIES).uniform_(*scale, generator=generator)
-    logarithms = torch.empty(count, _TRIES).uniform_(math.log(ratio[0]), math.log(ratio[1]), generator=generator)
+    where = generator.device
+    areas = torch.empty(count, _TRIES, device=where).uniform_(*scale, generator=generator)
+    logarithms = torch.empty(count, _TRIES, device=where)
+    logarithms.uniform_(math.log(ratio[0]), math.log(ratio[1]), generator=generator)
     first, second = (areas * logarithms.exp()).sqrt(), (areas / logarithms.exp()).sqrt()
     chosen = ((first <= 1) & (second <= 1)).int().argmax(dim=1, keepdim=True)  # the first that fits
     return first.gather(1, chosen)[:, 0].clamp(max=1), second.gather(1, chosen)[:, 0].clamp(max=1)
@@ -159,5 +209,6 @@ def _affine(
 ) -> Tensor:
     rows = [xx, xy, x, yx, yy, y, 0.0, 0.0, 1.0]
     count = max((len(value) for value in rows if isinstance(value, Tensor)), default=1)
-    cells = [value if isinstance(value, Tensor) else torch.full((count,), float(value)) for value in rows]
+    where = next((value.device for value in rows if isinstance(value, Tensor)), None)
+    cells = [value if isinstance(value, Tensor) else torch.full((count,), float(value), device=where) for value in rows]
     return torch.stack(cells, dim=1).reshape(count, 3, 3)

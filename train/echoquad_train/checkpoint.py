@@ -22,6 +22,7 @@ from typing import Any, Final
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import RunError
@@ -78,9 +79,9 @@ class Best:
     epoch: int
 
 
-def save_best(folder: Path, model: QuadrantClassifier, recipe: Recipe, contract: Contract, epoch: int) -> None:
-    """Write ``best.safetensors``, atomically."""
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+def save_best(folder: Path, weights: Mapping[str, Tensor], recipe: Recipe, contract: Contract, epoch: int) -> None:
+    """Write a model's state as ``best.safetensors``, atomically."""
+    state = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     metadata = {_CONTRACT: contract.to_json(), _BACKBONE: recipe.backbone, _EPOCH: str(epoch)}
     write_bytes(folder / BEST, _in_order(safetensors.torch.save(state, metadata)))
 

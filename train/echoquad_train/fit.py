@@ -17,13 +17,12 @@ from typing import Any, Protocol
 
 import torch
 
+from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import RunError
 from echoquad_runtime.files import make_folder, write_bytes
 from echoquad_runtime.inputs import Failure
 from echoquad_runtime.kinds import AS_IT_IS, Reading
 from echoquad_train import checkpoint, record, schedule
-from echoquad_train.augment import augment
-from echoquad_train.averaging import Average
 from echoquad_train.board import Board
 from echoquad_train.data.dataset import Split, read_classes, read_split
 from echoquad_train.data.leaks import Leaks, leaks_of_stores
@@ -37,8 +36,11 @@ from echoquad_train.parallel.ranks import ALONE, Ranks
 from echoquad_train.recipe import Recipe
 from echoquad_train.resume import abandoned_on_failure, begun, open_folder, require_same_teacher
 from echoquad_train.run_calibration import calibrate_run
+from echoquad_train.runs.background_writer import BackgroundWriter
 from echoquad_train.sampling import class_weights, draw_batches, seed_of
-from echoquad_train.trainer import Teaching, Trainer
+from echoquad_train.trainer import Distillation, Trainer, recorder_of
+from echoquad_train.training.batches import DeviceFeed, epoch_generator
+from echoquad_train.training.ema_weights import EmaWeights
 from echoquad_train.validate import validate
 
 __all__ = ["Fitted", "Reporter", "fit"]
@@ -155,6 +157,8 @@ def fit(
         def board(done: int) -> Board | None:
             return opened.enter_context(Board(folder, done)) if tensorboard and ranks.first else None
 
+        # On CUDA the next epoch trains while the files of this one are written.
+        writer = opened.enter_context(BackgroundWriter(background=where.type == "cuda"))
         return _fit(
             data,
             reading,
@@ -166,6 +170,7 @@ def fit(
             teacher,
             storage,
             board,
+            writer,
             ranks,
             patient_regex,
             splits,
@@ -181,9 +186,10 @@ def _fit(
     where: torch.device,
     resume: bool,
     reporter: Reporter,
-    teacher: Path | None,
+    teacher_folder: Path | None,
     storage: Storage,
     open_board: Callable[[int], Board | None],
+    writer: BackgroundWriter,
     ranks: Ranks,
     patient_regex: str | None,
     splits: tuple[Split, Split] | None,
@@ -198,8 +204,8 @@ def _fit(
     fingerprints = [train.fingerprint, validation.fingerprint]
     if state and state["data"] != fingerprints:
         raise RunError(f"{folder.as_posix()}: the data has changed since the run was begun; train into another folder")
-    master = load_teacher(teacher, contract, where) if teacher else None
-    ranks.from_first(lambda: require_same_teacher(folder, state, master, resume=resume))
+    teacher = load_teacher(teacher_folder, contract, where) if teacher_folder else None
+    ranks.from_first(lambda: require_same_teacher(folder, state, teacher, resume=resume))
     torch.manual_seed(recipe.seed)
     # A resumed run has weights of its own: it needs neither the network nor the file that it once began from.
     begin = recipe.replace(weights="none") if state else recipe
@@ -214,12 +220,12 @@ def _fit(
             storage.open(split, contract, partial(reporter.decoding, split.name)) for split in (train, validation)
         )
         progress = partial(reporter.decoding, f"{train.name} for the teacher")
-        taught_store = teacher_quadrants(master, train, train_store, storage, progress) if master else train_store
+        taught_store = teacher_quadrants(teacher, train, train_store, storage, progress) if teacher else train_store
     failures = (*train_store.failures, *validation_store.failures)
 
     dtype = mixed_dtype(recipe, recipe.backbone, recipe.input_size, where)
     precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    teacher_facts = master.facts if master else None
+    teacher_facts = teacher.facts if teacher else None
     both = train, validation
     facts = record.facts(data, recipe, contract, both, failures, where.type, precision, teacher_facts, reading)
     small = schedule.small_epochs(recipe)
@@ -236,7 +242,7 @@ def _fit(
     history = [Epoch(**row) for row in state["history"]] if state else []
     scaler = torch.amp.GradScaler(where.type, enabled=dtype is torch.float16)
     phase: schedule.Phase | None = None
-    course: schedule.Course | None = None
+    optimizer_schedule: schedule.OptimizerSchedule | None = None
     if state:
         model.load_state_dict(state["model"])
         if state["scaler"]:  # empty where the run was not in float16 before
@@ -245,40 +251,45 @@ def _fit(
         record.write(folder, facts, history, finished=False)
     board = open_board(len(history))
     weights = class_weights(train_store.labels, len(classes)) if recipe.class_weights else torch.ones(len(classes))
-    teaching = None
-    if master:
-        size = master.contract.input_size
-        teaching = Teaching(master, taught_store, mixed_dtype(recipe, master.model.name, size, where))
-    average = Average(model, recipe.weight_average) if recipe.weight_average else None
-    if average and state:
-        average.load_state_dict(state["average"])
-    kept = average.model if average else model  # whose weights are validated and kept
-    trainer = Trainer(model, recipe, train_store, where, dtype, scaler, weights.to(where), teaching, average, ranks)
+    distillation = None
+    if teacher:
+        size = teacher.contract.input_size
+        distillation = Distillation(teacher, taught_store, mixed_dtype(recipe, teacher.model.name, size, where))
+    recorder = recorder_of(where, ranks, scaler)
+    capturable = recorder is not None
+    ema = EmaWeights(model, recipe.weight_average, capturable=capturable) if recipe.weight_average else None
+    if ema and state:
+        ema.load_state_dict(state["average"])
+    kept = ema.model if ema else model  # whose weights are validated and kept
+    trainer = Trainer(
+        model, recipe, train_store, where, dtype, scaler, weights.to(where), distillation, ema, ranks, recorder
+    )
+
+    validation_feed = DeviceFeed(validation_store, where)
 
     for number in range(len(history) + 1, recipe.epochs + 1):
         if out_of_patience(history, recipe):
             break
         started = time.perf_counter()
         torch.manual_seed(seed_of(recipe.seed, number, 0))  # dropout's draws
-        generator = torch.Generator().manual_seed(seed_of(recipe.seed, number, 1))  # batches' and augmentation's
+        generator = torch.Generator().manual_seed(seed_of(recipe.seed, number, 1))
         batches = list(draw_batches(train_store, recipe, generator))
+        augmenting = epoch_generator(where, generator, seed_of(recipe.seed, number, 2))
 
         # A phase trains the layers it names with an optimizer of its own.
         before, phase = phase, schedule.phase_of(recipe, number)
         groups = trainer.train_layers(phase.layers)
-        if course is None or phase != before:
-            course = schedule.Course(groups, recipe, phase, steps_per_epoch=len(batches))
+        if optimizer_schedule is None or phase != before:
+            optimizer_schedule = schedule.OptimizerSchedule(groups, recipe, phase, len(batches), capturable=capturable)
             if state and history and phase == schedule.phase_of(recipe, len(history)):
-                course.load_state_dict(state["course"])
+                optimizer_schedule.load_state_dict(state["course"])
         state = None
 
         if board and not history:
-            first = torch.from_numpy(next(train_store.feed(batches[:1], whole=recipe.neighbours)))
-            places = torch.from_numpy(batches[0] % 4) if recipe.neighbours else None
-            board.batch(augment(first, recipe, generator.clone_state(), places=places))
+            board.batch(trainer.loader.preview(batches, augmenting.clone_state()).cpu())
         side = schedule.side_of(recipe, number)
-        steps = trainer.epoch(batches, generator, course, partial(reporter.batch, number), side)
-        validated = validate(kept, contract, validation_store, where, ranks)
+        steps = trainer.epoch(batches, augmenting, optimizer_schedule, partial(reporter.batch, number), side)
+        validated = validate(kept, contract, validation_feed, ranks)
         epoch = Epoch(
             epoch=number,
             phase=phase.name,
@@ -295,7 +306,7 @@ def _fit(
                 f"{folder.as_posix()}: the loss of epoch {number} is not finite (train {epoch.train_loss}, validation "
                 f"{epoch.validation_loss}); train again with a lower lr, or with --set mixed_precision=false"
             )
-        course.epoch_ended(epoch.validation_frame_accuracy)
+        optimizer_schedule.epoch_ended(epoch.validation_frame_accuracy)
         best = epoch == best_of([*history, epoch])
         history.append(epoch)
         # All is written before the state that says this epoch is done: killed in between, it is run again and the
@@ -303,25 +314,40 @@ def _fit(
         if board:
             board.epoch(epoch, validated.quadrants)
         if ranks.first:
-            if best:
-                checkpoint.save_best(folder, kept, recipe, contract, number)
-            checkpoint.save_last(
-                folder,
-                {
-                    "recipe": recipe.to_toml(),
-                    "data": fingerprints,
-                    "teacher": master.facts["weights_sha256"] if master else None,
-                    "history": [epoch.to_dict() for epoch in history],
-                    "model": model.state_dict(),
-                    **({"average": average.state_dict()} if average else {}),
-                    "course": course.state_dict(),
-                    "scaler": scaler.state_dict(),
-                },
+            best_weights = writer.kept(kept.state_dict()) if best else None
+            last = {
+                "recipe": recipe.to_toml(),
+                "data": fingerprints,
+                "teacher": teacher.facts["weights_sha256"] if teacher else None,
+                "history": [epoch.to_dict() for epoch in history],
+                "model": model.state_dict(),
+                **({"average": ema.state_dict()} if ema else {}),
+                "course": optimizer_schedule.state_dict(),
+                "scaler": scaler.state_dict(),
+            }
+            writer.write(
+                partial(_write_epoch, folder, recipe, contract, best_weights, writer.kept(last), facts, tuple(history))
             )
-            record.write(folder, facts, history, finished=False)
         reporter.epoch(epoch, recipe.epochs, best)
 
+    writer.wait()
     if ranks.first:
         facts = calibrate_run(folder, facts, recipe, validation, validation_store, where)
         record.write(folder, facts, history, finished=True)
     return Fitted(folder, tuple(history), best_of(history), failures, facts.get("calibration"))
+
+
+def _write_epoch(
+    folder: Path,
+    recipe: Recipe,
+    contract: Contract,
+    weights: Mapping[str, torch.Tensor] | None,
+    last: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    history: tuple[Epoch, ...],
+) -> None:
+    """Write an epoch's files; `weights` are those of the best epoch, where that is this one."""
+    if weights is not None:
+        checkpoint.save_best(folder, weights, recipe, contract, history[-1].epoch)
+    checkpoint.save_last(folder, last)
+    record.write(folder, facts, history, finished=False)

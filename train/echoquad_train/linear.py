@@ -45,6 +45,7 @@ from echoquad_train.networks.model import QuadrantClassifier, build_model
 from echoquad_train.recipe import Recipe
 from echoquad_train.resume import abandoned_on_failure, open_folder
 from echoquad_train.run_calibration import calibrate_run
+from echoquad_train.training.batches import DeviceFeed
 from echoquad_train.validate import validate
 
 __all__ = ["KINDS", "REGULARISATIONS", "Chosen", "Kind", "fit_linear", "fold_into", "quadrant_features"]
@@ -137,7 +138,8 @@ def fit_linear(
     labels = np.repeat(train_store.labels, 4)
     chosen = choose(kind, features, labels, np.repeat(groups, 4), balanced=recipe.class_weights, seed=recipe.seed)
     fold_into(model, chosen)
-    trained, validated = (validate(model, contract, store, where) for store in (train_store, validation_store))
+    feeds = (DeviceFeed(store, where) for store in (train_store, validation_store))
+    trained, validated = (validate(model, contract, feed) for feed in feeds)
     epoch = Epoch(
         epoch=1,
         phase=kind,
@@ -156,7 +158,7 @@ def fit_linear(
         )
     facts = record.facts(data, recipe, contract, (train, validation), failures, where.type, "fp32", reading=reading)
     facts |= {"fit": chosen.facts, "patient_regex": patient_regex, "audit": leaks.counts}
-    checkpoint.save_best(folder, model, recipe, contract, epoch.epoch)
+    checkpoint.save_best(folder, model.state_dict(), recipe, contract, epoch.epoch)
     facts = calibrate_run(folder, facts, recipe, validation, validation_store, where)
     record.write(folder, facts, [epoch], finished=True)
     reporter.epoch(epoch, 1, True)

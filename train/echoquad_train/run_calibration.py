@@ -66,7 +66,7 @@ def calibrate_run(
     best = checkpoint.load_best(folder, recipe)
     given = recipe.temperature or None
     contract, changed = _fitted(best.model, best.contract, split, store, where, facts.get("patient_regex"), given)
-    checkpoint.save_best(folder, best.model, recipe, contract, best.epoch)
+    checkpoint.save_best(folder, best.model.state_dict(), recipe, contract, best.epoch)
     return {**facts, **changed}
 
 

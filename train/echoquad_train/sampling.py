@@ -11,7 +11,7 @@ import torch
 from echoquad_train.data.dataset import Store
 from echoquad_train.recipe import Recipe
 
-__all__ = ["class_weights", "draw_batches", "seed_of", "to_device"]
+__all__ = ["class_weights", "draw_batches", "seed_of"]
 
 MULTINOMIAL_LIMIT = 2**24
 """Categories that torch.multinomial takes at most."""
@@ -44,16 +44,6 @@ def _draw_balanced(labels: npt.NDArray[np.int64], count: int, generator: torch.G
     place = (torch.rand(count, dtype=torch.float64, generator=generator) * size[drawn]).long()  # below 1, so below size
     corner = torch.randint(4, (count,), generator=generator)
     return 4 * torch.from_numpy(frames)[first[drawn] + place] + corner
-
-
-def to_device(
-    quadrants: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], where: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bring a batch to the device: its quadrants, uint8 [B, 1 or 4, S, S], and their labels, int64 [B]."""
-    images, classes = torch.from_numpy(quadrants), torch.from_numpy(labels)
-    if where.type == "cuda":
-        return images.pin_memory().to(where, non_blocking=True), classes.to(where)
-    return images, classes
 
 
 def class_weights(labels: npt.NDArray[np.int64], classes: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from echoquad_runtime.errors import RunError
 from echoquad_train.networks.backbones import BACKBONES
 from echoquad_train.recipe import Recipe
 
-__all__ = ["MOMENTUM", "Course", "Phase", "one_cycle", "phase_of", "side_of", "small_epochs"]
+__all__ = ["MOMENTUM", "OptimizerSchedule", "Phase", "one_cycle", "phase_of", "side_of", "small_epochs"]
 
 MOMENTUM: Final = 0.9
 """Of optimizer ``momentum``: the heavy ball, not Nesterov's."""
@@ -86,25 +86,25 @@ def one_cycle(step: int, steps: int) -> float:
     return between(1.0, end, (step - peak) / (steps - 1 - peak))
 
 
-def _optimizer(recipe: Recipe, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Make the recipe's optimizer; what is not said here is torch's default."""
+def _optimizer(recipe: Recipe, parameters: list[dict[str, Any]], capturable: bool) -> torch.optim.Optimizer:
+    """Build the recipe's optimizer; what is not said here is torch's default."""
     optim = torch.optim
     # Fused, a step over resnet18 takes a third of the time: with small batches that is a tenth of an epoch.
     common: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
     match recipe.optimizer:
         case "adamw":
-            return optim.AdamW(parameters, fused=True, **common)
+            return optim.AdamW(parameters, fused=True, capturable=capturable, **common)
         case "adam":
-            return optim.Adam(parameters, fused=True, **common)
+            return optim.Adam(parameters, fused=True, capturable=capturable, **common)
         case "rmsprop":  # which torch has not fused
-            return optim.RMSprop(parameters, **common)
+            return optim.RMSprop(parameters, capturable=capturable, **common)
         case "momentum":
             return optim.SGD(parameters, momentum=MOMENTUM, fused=True, **common)
         case "sgd":
             return optim.SGD(parameters, fused=True, **common)
 
 
-class Course:
+class OptimizerSchedule:
     """A phase's optimizer and its learning rate.
 
     Parameters
@@ -115,12 +115,27 @@ class Course:
         What to do, and for which epochs.
     steps_per_epoch
         Batches in an epoch.
+    capturable
+        Keep the learning rates, and all of the optimizer's state, in tensors on the device, so that a recorded step
+        reads their current values.
     """
 
-    def __init__(self, groups: Iterable[Mapping[str, Any]], recipe: Recipe, phase: Phase, steps_per_epoch: int) -> None:
+    def __init__(
+        self,
+        groups: Iterable[Mapping[str, Any]],
+        recipe: Recipe,
+        phase: Phase,
+        steps_per_epoch: int,
+        *,
+        capturable: bool = False,
+    ) -> None:
         parameters = [dict(group) for group in groups]
-        self._optimizer = _optimizer(recipe, parameters)
-        self._peaks = [group["lr"] for group in self._optimizer.param_groups]
+        self._peaks = [float(group["lr"]) for group in parameters]
+        if capturable:
+            for group in parameters:
+                group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
+        self._optimizer = _optimizer(recipe, parameters, capturable)
+        self._rates = list(self._peaks)
         self._one_cycle = recipe.schedule == "onecycle"
         self._steps = steps_per_epoch * (phase.last - phase.first + 1)
         self._step = 0
@@ -132,31 +147,73 @@ class Course:
             else None
         )
 
-    def step(self, loss: Tensor, scaler: torch.amp.GradScaler) -> float:
-        """Take one step down the gradient of `loss`; gives the highest learning rate it was taken with."""
+    def advance(self) -> float:
+        """Set the learning rates of the next step; returns the highest."""
         if self._one_cycle:
             share = one_cycle(self._step, self._steps)
-            for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
-                group["lr"] = peak * share
+            self._set_rates([peak * share for peak in self._peaks])
+        self._step += 1
+        return max(self._rates)
+
+    def descend(self, loss: Tensor, scaler: torch.amp.GradScaler) -> None:
+        """Take the step down the gradient of `loss`. Without float16 it computes on the device alone."""
         self._optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         scaler.step(self._optimizer)
         scaler.update()
-        self._step += 1
-        return max(float(group["lr"]) for group in self._optimizer.param_groups)
+
+    def step(self, loss: Tensor, scaler: torch.amp.GradScaler) -> float:
+        """Advance and descend; returns the highest learning rate of the step."""
+        rate = self.advance()
+        self.descend(loss, scaler)
+        return rate
+
+    def rate_tensors(self) -> list[Tensor]:
+        """Return the learning rates' tensors, which a recorded step reads.
+
+        Raises
+        ------
+        TypeError
+            If the learning rates are numbers, which a recorded step would keep.
+        """
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        if not all(isinstance(rate, Tensor) for rate in rates):
+            raise TypeError(
+                "the learning rates are numbers; expected tensors, from OptimizerSchedule(..., capturable=True)"
+            )
+        return rates
+
+    def state_tensors(self) -> list[Tensor]:
+        """Return the tensors of the optimizer's state, which a step changes; none before the first."""
+        states = self._optimizer.state.values()
+        return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+
+    def _set_rates(self, rates: list[float]) -> None:
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self._rates = rates
 
     def epoch_ended(self, accuracy: float) -> None:
-        """Hear the validation frame accuracy that a plateau is judged by."""
+        """Update the rates by the validation frame accuracy, for the plateau schedule."""
         if self._plateau is not None:
             self._plateau.step(accuracy)
+            self._rates = [float(group["lr"]) for group in self._optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a resumed run needs: tensors and plain values."""
-        plateau = None if self._plateau is None else self._plateau.state_dict()
-        return {"optimizer": self._optimizer.state_dict(), "step": self._step, "plateau": plateau}
+        """Return what a resumed run needs: tensors and plain values, the same whether or not it is capturable."""
+        plateau = None
+        if self._plateau is not None:
+            plateau = {**self._plateau.state_dict()}
+            plateau["_last_lr"] = [float(rate) for rate in plateau["_last_lr"]]
+        optimizer = self._optimizer.state_dict()
+        groups = [{**group, "lr": float(group["lr"])} for group in optimizer["param_groups"]]
+        return {"optimizer": {**optimizer, "param_groups": groups}, "step": self._step, "plateau": plateau}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
+        """Continue from what `state_dict` returned.
 
         Raises
         ------
@@ -171,7 +228,15 @@ class Course:
                 f"the run was begun with an optimizer whose momentum is {before}; this release's has {now}; "
                 "do: train into another folder, with --set optimizer=momentum for what sgd was before"
             )
-        self._optimizer.load_state_dict(state["optimizer"])
+        # How this device computes a step is not the run's: a run may continue on another device.
+        own = [
+            {name: group[name] for name in ("lr", "capturable", "foreach", "fused") if name in group}
+            for group in self._optimizer.param_groups
+        ]
+        saved = state["optimizer"]["param_groups"]
+        groups = [{**group, **kept} for group, kept in zip(saved, own, strict=True)]
+        self._optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        self._set_rates([float(group["lr"]) for group in saved])
         self._step = state["step"]
         if self._plateau is not None:
             self._plateau.load_state_dict(state["plateau"])

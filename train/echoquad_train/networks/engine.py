@@ -31,6 +31,11 @@ class TorchEngine:
     @torch.inference_mode()
     def infer(self, quadrants: npt.NDArray[np.uint8]) -> tuple[Floats, Floats]:
         """Give logits and probabilities, float32 [N, C], for quadrants, uint8 [N, 1, S, S]."""
-        logits = self._model(torch.from_numpy(quadrants).to(self._where)).float()
-        probabilities = torch.softmax(logits / self.contract.temperature, dim=1)
+        logits, probabilities = self.infer_on_device(torch.from_numpy(quadrants).to(self._where))
         return logits.cpu().numpy(), probabilities.cpu().numpy()
+
+    @torch.inference_mode()
+    def infer_on_device(self, quadrants: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the same as tensors, for quadrants on the device; does not wait for the device."""
+        logits = self._model(quadrants).float()
+        return logits, torch.softmax(logits / self.contract.temperature, dim=1)

@@ -1,0 +1,1 @@
+"""Runs: what training leaves in a run folder, and how it gets there."""
