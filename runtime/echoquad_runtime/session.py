@@ -1,18 +1,18 @@
-"""Engines: what turns quadrants into logits and probabilities. `OnnxEngine` is the one that ships."""
+"""The onnxruntime engine: a bundle's graph in a session, and the inference slots that run it."""
 
 from __future__ import annotations
 
 import itertools
 import threading
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from echoquad_runtime.bundle import BF16, TF32, Bundle
-from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices import Device, open_session
 from echoquad_runtime.engine.io_binding import FirstRuns, Floats, IoBinding, new_batch
+from echoquad_runtime.engine.slot_pool import Engine
 from echoquad_runtime.errors import BundleError, UsageError
 from echoquad_runtime.onnx_scan import CONTRACT_KEY, INPUT, OUTPUTS, cam_sides, check_graph
 from echoquad_runtime.wheels import one_line
@@ -20,31 +20,6 @@ from echoquad_runtime.wheels import one_line
 __all__ = ["CONTRACT_KEY", "INPUT", "OUTPUTS", "Engine", "Floats", "OnnxEngine"]
 
 _MANY: Final = 1 << 30
-
-
-class Engine(Protocol):
-    """What a predictor needs of a model, whatever runs it.
-
-    Attributes
-    ----------
-    contract
-        What the model was trained under.
-    device
-        What it really runs on: ``cpu``, ``cuda``, ``openvino``.
-    precision
-        What it really computes in: ``fp32``, ``bf16``.
-    note
-        One line saying why ``auto`` settled for that device; empty where there is nothing to say.
-    """
-
-    contract: Contract
-    device: str
-    precision: str
-    note: str
-
-    def infer(self, quadrants: npt.NDArray[np.uint8]) -> tuple[Floats, Floats]:
-        """Give logits and probabilities, float32 [N, C], for quadrants, uint8 [N, 1, S, S]."""
-        ...
 
 
 class OnnxEngine:

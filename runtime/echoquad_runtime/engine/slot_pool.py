@@ -8,17 +8,40 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from echoquad_runtime.contract import Contract
 from echoquad_runtime.engine.io_binding import Answers, BufferBinding, Floats, InferenceSlot, new_batch
 
-if TYPE_CHECKING:
-    from echoquad_runtime.session import Engine
+__all__ = ["Engine", "SlotPool", "infer_all"]
 
-__all__ = ["SlotPool", "infer_all"]
+
+class Engine(Protocol):
+    """What a predictor needs of a model, whatever runs it.
+
+    Attributes
+    ----------
+    contract
+        What the model was trained under.
+    device
+        What it really runs on: ``cpu``, ``cuda``, ``openvino``.
+    precision
+        What it really computes in: ``fp32``, ``bf16``.
+    note
+        One line saying why ``auto`` settled for that device; empty where there is nothing to say.
+    """
+
+    contract: Contract
+    device: str
+    precision: str
+    note: str
+
+    def infer(self, quadrants: npt.NDArray[np.uint8]) -> tuple[Floats, Floats]:
+        """Return logits and probabilities, float32 [N, C], of quadrants, uint8 [N, 1, S, S]."""
+        ...
 
 
 class SlotPool:
