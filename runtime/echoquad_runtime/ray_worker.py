@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -110,9 +109,8 @@ def _open(job: Job) -> Predictor:
                 public_key=None if job.key is None else key,
                 many=True,
             )
-            # Opens the session of few frames now, where it is another: what a killed worker leaves is no bundle.
-            with contextlib.suppress(StopIteration):
-                next(predictor.predict([]))
+            for many in (True, False):  # now, while the folder is there: it is not kept, so that a kill leaves none
+                predictor.slots(many=many)
         except EchoQuadError as error:
             raise type(error)(str(error).replace(folder.as_posix(), job.label)) from error
     return predictor

@@ -25,7 +25,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     endings = {Path(name).suffix for name in names if not name.startswith(info)}
     assert endings == {".py", ".toml", ".typed"}
     assert not [name for name in names if re.search(r"\btest|conftest|\.pyc|\.partial", name)]
-    assert wheel.stat().st_size < 500_000
+    assert wheel.stat().st_size < 550_000  # no data and no binaries in it: 508 kB of code in November 2026
 
 
 def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -73,15 +72,22 @@ class SelfTest:
     ----------
     remembered
         Whether this host's cache has a pass for all that the result depends on.
+    passed
+        Whether that is so, or a slot has passed.
+
+    Raises
+    ------
+    BundleError
+        If the golden frames are needed and cannot be read.
     """
 
     def __init__(self, bundle: Bundle, engine: OnnxEngine, frames: int) -> None:
         self._bundle, self._engine, self._frames = bundle, engine, frames
-        self._lock = threading.Lock()
-        self._golden: _Golden | None = None
         self._file = _file_of(bundle, engine, frames)
         self.remembered = self._file is not None and _read(self._file) is not None
         self.passed = self.remembered
+        # Now, and not with the first slot: by then the bundle's folder may be gone.
+        self._golden = None if self.remembered else _choose(bundle, engine.precision)
 
     def __call__(self, slot: InferenceSlot) -> None:
         """Test a slot in the thread that will use it.
@@ -91,14 +97,11 @@ class SelfTest:
         VerificationError
             If an answer is not the expected one.
         BundleError
-            If the golden frames cannot be read, or the engine fails.
+            If the engine fails.
         """
-        if self.remembered:
-            return
-        with self._lock:
-            if self._golden is None:
-                self._golden = _choose(self._bundle, self._engine.precision)
         golden = self._golden
+        if golden is None:
+            return
         batch = new_batch(self._engine.contract, self._frames)
         count = len(golden.names)
         for bucket in buckets(self._frames):
