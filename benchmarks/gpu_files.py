@@ -60,7 +60,7 @@ def frame_tree(context: Context, kind: str, count: int) -> Path:
         number = min(context.settings.count, DISTINCT)
         jobs = [(sources[index % len(sources)], made / f"{index:05}{KINDS[kind][1]}", index) for index in range(number)]
         with ProcessPoolExecutor(context.settings.threads, multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(partial(_make_file, kind), jobs, chunksize=8))
+            list(pool.map(partial(_make_file, kind, FRAME_SIZE), jobs, chunksize=8))
         made.rename(distinct)
     links = work / f"{kind}-{count}.part"
     plant_tree(links, sorted(distinct.iterdir()), count)
@@ -68,10 +68,10 @@ def frame_tree(context: Context, kind: str, count: int) -> Path:
     return folder
 
 
-def _make_file(kind: str, job: tuple[Path, Path, int]) -> None:
+def _make_file(kind: str, size: tuple[int, int], job: tuple[Path, Path, int]) -> None:
     source, target, seed = job
     with Image.open(source) as image:
-        levels = np.asarray(image.convert("RGB").resize(FRAME_SIZE, Image.Resampling.BICUBIC), np.float32)
+        levels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), np.float32)
     noisy = levels + np.random.default_rng(seed).normal(0, NOISE, levels.shape)
     Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(target, **KINDS[kind][2])
 
