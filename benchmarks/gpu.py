@@ -63,14 +63,14 @@ class Section:
 
 
 SECTIONS: dict[str, Section] = {
-    "tests": Section("Tests", "gpu_commands:gpu_tests", 60),
-    "truth": Section("Decisions", "gpu_commands:truth", 55),
+    "tests": Section("Tests", "gpu_commands:gpu_tests", 55),
+    "truth": Section("Decisions", "gpu_commands:truth", 50),
     "engine": Section("Engine", "gpu_engine:engine", 70),
-    "options": Section("Provider options", "gpu_options:options", 110),
+    "options": Section("Provider options", "gpu_options:options", 100),
     "files": Section("Files to CSV", "gpu_files:files", 110),
     "scaling": Section("CPU cores", "gpu_files:scaling", 25, on_cpu=True),
-    "training": Section("Training", "gpu_commands:training", 30),
-    "start": Section("Start", "gpu_commands:start", 20),
+    "training": Section("Training", "gpu_commands:training", 35),
+    "start": Section("Start", "gpu_commands:start", 35),
 }
 
 # Prints facts of the GPU as JSON. In a process of its own: this one is to hold no CUDA context.
@@ -102,7 +102,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     SystemExit
         With code 2, if it is wrong.
     """
-    parser = arguments(__doc__, run=True, rounds=30)
+    parser = arguments(__doc__, run=True, rounds=20)
     parser.set_defaults(count=1600)
     parser.add_argument("--data", type=Path, help="data folder for the training section; skipped where not given")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a dry run")

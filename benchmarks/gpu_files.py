@@ -34,7 +34,7 @@ SCALING_AIM = 0.8  # of linear, from 2 cores
 DISTINCT = 400  # files that are made; more are links to them
 ROUNDS = 3  # at most; as many as there is time for, and at least one
 BATCH = {"cuda": 16, "cpu": 4}  # frames, by hand
-FRAMES_A_CORE = 150  # of a pass where cores are compared
+FRAMES_A_CORE = 100  # of a pass where cores are compared
 CORES = (2, 4, 8, 16)
 NOISE = 3.0  # grey levels, standard deviation
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
+from typing import Any
 
 import numpy as np
 from gpu_engine import Call, Sample, engine_rows, open_plain_session, slots, time_calls
@@ -38,42 +39,65 @@ def provider_options() -> dict[str, dict[str, str]]:
 
 def options(context: Context) -> None:
     """Time the bundle's graphs under options of the CUDA provider, with more input channels, and two slots at once."""
-    sizes = (1, 8, 32) if context.cuda else (1, 2)
+    sizes = (8, 32, 1) if context.cuda else (1, 2)  # those of the engine's aims first
     sample = Sample(context, max(sizes))
     bundle, device = context.peer.bundle, context.settings.device
     if not context.cuda:
         context.missing("options of the CUDA provider", NEEDS_CUDA)
     order = [name for name in ("fp16", "fp32", "tf32") if name in bundle.precisions_on(device)]
     overlap(context, sample, order, max(sizes))
-    for precision in order:
-        calls = dict(candidates(context, precision, max(sizes)))
-        allowed = bundle.gate(precision)["max_abs_dprobability"]
-        medians: dict[int, dict[str, float]] = {}
-        worst: dict[str, float] = {}
+    for index, precision in enumerate(order):
+        # Half of the time for the fastest precision.
+        part = context.within(1 / (len(order) - index) if index else 0.5)
+        compare_options(part, precision, sample, sizes)
+
+
+def compare_options(context: Context, precision: str, sample: Sample, sizes: Sequence[int]) -> None:
+    """Time the graph of a precision in each variant, one session after another, to save memory."""
+    medians: dict[int, dict[str, float]] = {}
+    worst: dict[str, float] = {}
+    for name, make in variants(context, precision).items():
+        if context.left() <= 0:
+            context.missing(f"{precision}, {name}", OUT_OF_TIME)
+            continue
+        try:
+            graph, chosen = make()
+            session = open_plain_session(context, graph, tf32=precision == "tf32", cuda_options=chosen)
+            call = _slot_call(context, session, max(sizes))
+        except Exception as error:
+            context.missing(f"{precision}, {name}", error)
+            continue
         for frames in sizes:
-            if context.left() <= 0:
-                context.missing(f"{precision}, {frames} frames", OUT_OF_TIME)
-                continue
-            found = time_calls(context, calls, sample, frames, precision=precision)
-            medians[frames] = {name: median for name, (median, _) in found.items()}
-            for name, (_, difference) in found.items():
+            for median, difference in time_calls(context, {name: call}, sample, frames, precision=precision).values():
+                medians.setdefault(frames, {})[name] = median
                 worst[name] = max(difference, worst.get(name, 0.0))
-            context.table(f"{precision}: milliseconds a batch by provider options", engine_rows(medians, worst))
-        for frames, column in medians.items():
-            context.note(best_options(precision, frames, column, worst, allowed))
+        context.table(f"{precision}: milliseconds a batch by provider options", engine_rows(medians, worst))
+    allowed = context.peer.bundle.gate(precision)["max_abs_dprobability"]
+    for frames, column in sorted(medians.items()):
+        context.note(best_options(precision, frames, column, worst, allowed))
 
 
-def candidates(context: Context, precision: str, most: int) -> Iterator[tuple[str, Call]]:
-    """Open a session for each set of options, then for each form of the first convolution.
+def _slot_call(context: Context, session: Any, most: int) -> Call:
+    provider, first_runs = session.get_providers()[0], FirstRuns(session.get_providers()[0])
+    slot = IoBinding(
+        session,
+        context.peer.contract,
+        most,
+        fault=lambda _, error: error,
+        provider=provider,
+        first_runs=first_runs,
+    )
+    return lambda batch: slot.run(batch, len(batch)).probabilities
 
-    Yields
-    ------
-    name, call
-        Sessions that cannot be opened are reported and left out.
+
+def variants(context: Context, precision: str) -> dict[str, Callable[[], tuple[bytes, dict[str, str]]]]:
+    """Return what is compared, by name: calls that make a graph and options of the provider.
+
+    The baseline comes again at the end, which shows by how much the same thing differs within a run.
     """
     model = context.peer.bundle.read_model(precision)
     sets = provider_options() if context.cuda else {BASELINE: {}}
-    graphs: dict[str, Callable[[], tuple[bytes, dict[str, str]]]] = {
+    found: dict[str, Callable[[], tuple[bytes, dict[str, str]]]] = {
         name: partial(lambda chosen: (model, chosen), chosen) for name, chosen in sets.items()
     }
     if find_spec("onnx") is None:
@@ -81,35 +105,16 @@ def candidates(context: Context, precision: str, most: int) -> Iterator[tuple[st
     else:
         for channels, nhwc in product((3, 4, 8), (False, True) if context.cuda else (False,)):
             chosen = {"prefer_nhwc": "1"} if nhwc else {}
-            graphs[f"{channels} input channels{', prefer_nhwc' * nhwc}"] = partial(
+            found[f"{channels} input channels{', prefer_nhwc' * nhwc}"] = partial(
                 lambda channels, chosen: (widened(model, channels), chosen), channels, chosen
             )
-    for name, make in graphs.items():
-        if context.left() <= 0:
-            context.missing(f"{precision}, {name}", OUT_OF_TIME)
-            continue
-        try:
-            graph, chosen = make()
-            session = open_plain_session(context, graph, tf32=precision == "tf32", cuda_options=chosen)
-            provider = session.get_providers()[0]
-            slot = IoBinding(
-                session,
-                context.peer.contract,
-                most,
-                fault=lambda _, error: error,
-                provider=provider,
-                first_runs=FirstRuns(provider),
-            )
-        except Exception as error:
-            context.missing(f"{precision}, {name}", error)
-            continue
-        yield name, lambda batch, slot=slot: slot.run(batch, len(batch)).probabilities  # type: ignore[misc]
+    return {**found, f"{BASELINE} again": found[BASELINE]}
 
 
 def widened(model: bytes, channels: int) -> bytes:
     """Return a graph whose first convolution reads its one input channel `channels` times, with weights that share.
 
-    cuDNN has float16 kernels for channels in multiples of 4 and 8 that do not apply to one channel.
+    Kernels for tensor cores are made for channels in multiples of 4 or 8; whether that pays here is what is measured.
 
     Raises
     ------

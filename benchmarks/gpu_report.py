@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,6 +29,7 @@ from peer_ways import Setting
 
 from echoquad_runtime.wheels import one_line
 
+LARGE = 32  # frames a batch from which on fewer turns do
 GRACE = 5.0  # seconds that a section may take beyond its time before its process is killed
 NEEDS_CUDA = "needs CUDA; this run is on the CPU"
 OUT_OF_TIME = "out of time"
@@ -57,7 +58,7 @@ class Settings:
     epochs
         Epochs of the training section, half of them on smaller quadrants.
     rounds
-        Turns of each way in the timing of engines.
+        Turns of each way in the timing of engines; half as many from `LARGE` frames on.
     threads
         CPU threads, all that the process may use.
     work
@@ -97,6 +98,11 @@ class Context:
     def left(self) -> float:
         """Return the seconds left to the section."""
         return self.settings.deadline - time.time()
+
+    def within(self, share: float) -> Context:
+        """Return this context for a part of the section, which may take a share of the time that is left."""
+        deadline = time.time() + share * self.left()
+        return Context(replace(self.settings, deadline=deadline), self.send)
 
     def record(self, **values: Any) -> None:
         """Send a measurement: a line of the JSON lines file."""

@@ -119,7 +119,7 @@ def test_shares_of_the_time() -> None:
     total = sum(section.share for section in gpu.SECTIONS.values())
     assert total == 8 * 60
     assert gpu.allot(names, 480) == gpu.SECTIONS["tests"].share
-    assert gpu.allot(["files", "start"], 13) == pytest.approx(13 * 110 / 130)  # what others left goes to the rest
+    assert gpu.allot(["files", "start"], 13) == pytest.approx(13 * 110 / 145)  # what others left goes to the rest
     assert gpu.allot(["start"], 7) == 7
     assert gpu.allot(["start"], -1) < 0
 
