@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from common import arguments, run_facts
-from gpu_report import OUT_OF_TIME, Report, Settings, run_section
+from gpu_report import OUT_OF_TIME, Report, Settings, run_section, visible_gpu
 
 from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.inputs import walk
@@ -127,6 +128,7 @@ def main() -> None:
     options = parse()
     Bundle(options.bundle)  # one that is damaged is told now
     begin = time.time()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped, as for Ctrl-C
     with tempfile.TemporaryDirectory(prefix="echoquad-gpu-") as work:
         for name in ("cache", "config"):
             os.environ[f"ECHOQUAD_{name.upper()}_DIR"] = str(Path(work) / name)
@@ -135,8 +137,10 @@ def main() -> None:
         titles = {name: SECTIONS[name].title for name in options.sections}
         report = Report(titles, facts, options.device, options.results, options.out)
         print(f"{facts['gpu']}\n{facts['date']}; {facts['machine']}; {json.dumps(facts['versions'])}", flush=True)
-        run_all(options, report, gpu["obstacle"], begin + 60 * options.minutes, Path(work))
-        report.print_rest()
+        try:
+            run_all(options, report, gpu["obstacle"], begin + 60 * options.minutes, Path(work))
+        finally:
+            report.print_rest()
     print(f"{time.time() - begin:.0f} seconds")
 
 
@@ -180,7 +184,7 @@ def probe(device: str) -> dict[str, str]:
         found |= json.loads(done.stdout.splitlines()[-1])
     except (subprocess.SubprocessError, OSError, ValueError, IndexError) as error:
         found["obstacle"] = f"the GPU could not be asked ({type(error).__name__})" if device == "cuda" else ""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0"]
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", f"--id={visible_gpu()}"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
         found["card"], found["driver"] = (cell.strip() for cell in done.stdout.strip().splitlines()[0].split(","))

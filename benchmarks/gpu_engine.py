@@ -139,8 +139,7 @@ def engine(context: Context) -> None:
             medians[frames][DEVICE_TIME] = device_times[frames]
             context.record(way=DEVICE_TIME, frames=frames, ms=device_times[frames])
         context.table("Milliseconds a batch", engine_rows(medians, worst))
-    for line in engine_aims(medians):
-        context.note(line)
+    context.aims(engine_aims(medians))
     context.note(
         f"Medians of {context.settings.rounds} alternating turns, half as many from {LARGE} frames on; input and "
         "answers in host memory; |dp| is the largest difference of a probability from the CPU's."

@@ -120,9 +120,7 @@ def files(context: Context) -> None:
     found = rates(seconds, starts, count, short)
     for kind, name in (key for key in seconds if key[1] not in found[key[0]]):
         context.missing(f"{name}, {kind}", f"{count} files took no longer than {short}; give a larger --count")
-    for kind in (PNG, JPEG):
-        for line in file_aims(kind, order[0], found.get(kind, {})):
-            context.note(line)
+    context.aims([line for kind in (PNG, JPEG) for line in file_aims(kind, order[0], found.get(kind, {}))])
     context.note(
         f"{count} files of 800x600 a pass, {threads} CPUs, medians of up to {ROUNDS} rounds. EchoQuad is the command "
         f"`predict --out`: its frames/s leave out the start, measured by a run over {short} files; the last column "

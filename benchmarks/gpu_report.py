@@ -116,6 +116,14 @@ class Context:
         """Send a sentence for below the tables."""
         self.send(("note", line))
 
+    def aims(self, lines: Sequence[str]) -> None:
+        """Send what `aim` has made of figures; on the CPU they are not held against the aims, which are for a GPU."""
+        if self.cuda:
+            for line in lines:
+                self.note(line)
+        else:
+            self.missing("the aims", NEEDS_CUDA)
+
     def missing(self, what: str, why: object) -> None:
         """Send what could not be measured."""
         self.send(("missing", what, why if isinstance(why, str) else one_line(why)))
@@ -162,6 +170,11 @@ class Finished(NamedTuple):
     seconds: float
     out: str
     err: str
+
+
+def visible_gpu() -> str:
+    """Return what nvidia-smi calls the first GPU that CUDA sees: a number or a UUID."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"
 
 
 # ---------------------------------------------------------------------------------------------- aims

@@ -475,6 +475,7 @@ def test_dry_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(gpu, "probe", lambda device: {"obstacle": "", "driver": "unknown"})
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)  # pytest keeps its own handler
     for name in ("ECHOQUAD_CACHE_DIR", "ECHOQUAD_CONFIG_DIR"):
         monkeypatch.setenv(name, os.environ[name])  # the script replaces them
     results, out = tmp_path / "R.md", tmp_path / "out.jsonl"
@@ -493,6 +494,72 @@ def test_dry_run(
     assert "Not measured\n- training: training: no --data was given\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("frames", [800, 10])
+def test_training_is_held_against_its_aim(
+    frames: int, tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[Any] = []
+
+    def train(context: gpu_report.Context, line: list[Any], log: Path) -> int:
+        lines.append(line)
+        (tmp_path / "run").mkdir()
+        seconds = [2.0, 0.5, 0.5, 3.0, 1.0, 1.0]
+        rows = ["epoch,seconds", *(f"{epoch},{value}" for epoch, value in enumerate(seconds, 1))]
+        (tmp_path / "run" / "metrics.csv").write_text("\n".join(rows))
+        return 0
+
+    @contextlib.contextmanager
+    def sampled(context: gpu_report.Context, log: Path) -> Iterator[list[float]]:
+        yield [40.0, 60.0]
+
+    monkeypatch.setattr(gpu_commands, "_train", train)
+    monkeypatch.setattr(gpu_commands, "sampled_utilisation", sampled)
+    monkeypatch.setattr(gpu_commands, "walk", lambda folder: iter(range(frames)))
+    sent = Sent(settings(tmp_path, tiny_bundle, tmp_path, device="cuda", epochs=6, data=tmp_path / "data"))
+    gpu_commands.training(sent.context)
+    assert "small_share=0.5" in lines[0] and lines[0][-1] == "cuda"
+    assert sent.of("table") == [
+        (
+            "Training, recipe scratch at 112",
+            [
+                ["", "epochs", "first, s", "median of the others, s"],
+                ["smaller quadrants", "3", "2.00", "0.50"],
+                ["full size", "3", "3.00", "1.00"],
+            ],
+        )
+    ]
+    words = "seconds an epoch over the 27 epochs of the recipe: 0.83"
+    if frames == 800:
+        assert sent.of("note")[0] == f"{words} (aim: at most 0.8; missed)." and sent.of("missing") == []
+    else:
+        assert sent.of("note")[0] == f"{words}."
+        assert sent.of("missing") == [("the aim", "it is for 800 training frames; found 10")]
+    assert sent.of("note")[-1] == "GPU 50 % busy on average, by 2 samples."
+
+
+def test_tests_are_run_or_the_reason_is_given(
+    tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = Sent(settings(tmp_path, tiny_bundle, tmp_path))
+    monkeypatch.setattr(gpu_commands, "find_spec", lambda name: None if name == "hypothesis" else True)
+    gpu_commands.gpu_tests(sent.context)
+    assert sent.of("missing") == [("tests marked gpu", "not run: hypothesis missing")] and sent.of("table") == []
+
+    def command(self: Any, *line: Any) -> gpu_report.Finished:
+        assert "timeout = " not in (tmp_path / "pyproject.toml").read_text("utf-8")
+        assert any(Path(word).name == "test_devices.py" for word in line)
+        skipped = f"SKIPPED [1] {gpu_commands.ROOT}/tests/a.py:3: no CUDA"
+        return gpu_report.Finished(1, 2.0, f"{skipped}\nFAILED tests/b.py::c\n1 failed, 1 skipped in 2.0s\n", "")
+
+    sent = Sent(settings(tmp_path, tiny_bundle, tmp_path))
+    monkeypatch.setattr(gpu_commands, "find_spec", lambda name: None if name == "pytest_timeout" else True)
+    monkeypatch.setattr(gpu_report.Context, "command", command)
+    gpu_commands.gpu_tests(sent.context)
+    assert sent.of("table")[0][1][1] == ["0", "1", "1", "0", "2"]
+    assert sent.of("note") == ["FAILED tests/b.py::c"]
+    assert sent.of("missing") == [("test", "[1] tests/a.py:3: no CUDA")]
+
+
 @pytest.mark.slow
 def test_files_and_cores(
     tmp_path: Path, tiny_bundle: Path, frames_folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -506,7 +573,7 @@ def test_files_and_cores(
     ways = {tuple(row[:2]) for row in rows[1:]}
     assert {("EchoQuad fp32", kind) for kind in ("rgb-png", "rgb-jpeg")} <= ways
     assert {("reading alone, processes", "rgb-png"), ("onnxruntime by hand fp32", "rgb-jpeg")} <= ways
-    assert [what for what, _ in sent.of("missing")] == ["torch by hand fp32"]  # there is no run
+    assert [what for what, _ in sent.of("missing")] == ["torch by hand fp32", "the aims"]  # there is no run
     assert len(list((tmp_path / "rgb-png-2000").rglob("*.png"))) == 2000
     assert len(list((tmp_path / "rgb-png").iterdir())) == gpu_files.DISTINCT
     gpu_files.scaling(sent.context)
