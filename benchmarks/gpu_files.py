@@ -201,7 +201,8 @@ def by_hand(context: Context, call: Call) -> Pass:
     """Return a pass with as many reading threads as CPUs, and batches that the main thread runs."""
     contract, threads = context.peer.contract, context.settings.threads
     size = BATCH[context.settings.device]
-    call(np.zeros((size, 4, 1, contract.input_size, contract.input_size), np.uint8))  # allocates, chooses kernels
+    for frames in {size, context.settings.count % size or size}:  # each shape allocates and chooses kernels once
+        call(np.zeros((frames, 4, 1, contract.input_size, contract.input_size), np.uint8))
 
     def cut_all(paths: Sequence[Path]) -> np.ndarray:
         return np.stack([cut_small(path, contract) for path in paths])
