@@ -23,6 +23,7 @@ from peer_ways import cut_small, in_threads, write
 from PIL import Image
 
 from echoquad_runtime.contract import Contract
+from echoquad_runtime.cpus import available_cpus
 from echoquad_runtime.inputs import walk
 from echoquad_runtime.providers import CPU_PROVIDER, CUDA_PROVIDER
 from echoquad_runtime.session import INPUT
@@ -122,7 +123,7 @@ def files(context: Context) -> None:
         context.missing(f"{name}, {kind}", f"{count} files took no longer than {short}; give a larger --count")
     context.aims([line for kind in (PNG, JPEG) for line in file_aims(kind, order[0], found.get(kind, {}))])
     context.note(
-        f"{count} files of 800x600 a pass, {threads} CPUs, medians of up to {ROUNDS} rounds. EchoQuad is the command "
+        f"{count} files of 800x600 a pass, {threads} threads, medians of up to {ROUNDS} rounds. EchoQuad is the command "
         f"`predict --out`: its frames/s leave out the start, measured by a run over {short} files; the last column "
         "includes it. By hand, the process is warm. Reading alone is decoding, cutting and resizing."
     )
@@ -171,9 +172,9 @@ def _passes(context: Context, order: Sequence[str]) -> dict[str, Pass]:
 
 def predict(context: Context, precision: str, more: Sequence[object], paths: Sequence[Path]) -> None:
     """Run ``echoquad predict --out`` over the folder that the paths lie in."""
-    out, folder = context.settings.work / "rows.csv", paths[0].parents[1]
+    out, folder, threads = context.settings.work / "rows.csv", paths[0].parents[1], context.settings.threads
     line = ["-m", "echoquad", "predict", context.settings.bundle, folder, "--out", out, "--untuned"]
-    context.checked(*line, "--device", context.settings.device, "--precision", precision, *more)
+    context.checked(*line, "--device", context.settings.device, "--precision", precision, "--threads", threads, *more)
     out.unlink()
 
 
@@ -198,7 +199,7 @@ def ort_call(context: Context, precision: str) -> Call:
 
 
 def by_hand(context: Context, call: Call) -> Pass:
-    """Return a pass with as many reading threads as CPUs, and batches that the main thread runs."""
+    """Return a pass with all threads for reading, and batches that the main thread runs."""
     contract, threads = context.peer.contract, context.settings.threads
     size = BATCH[context.settings.device]
     for frames in {size, context.settings.count % size or size}:  # each shape allocates and chooses kernels once
@@ -288,7 +289,7 @@ def file_aims(kind: str, precision: str, found: Mapping[str, float]) -> list[str
 
 def scaling(context: Context) -> None:
     """Take files to a CSV on the CPU with 2 to 16 cores, in int8."""
-    cpus, bundle = context.settings.threads, context.peer.bundle
+    cpus, bundle = min(context.settings.threads, available_cpus()), context.peer.bundle
     precision = "int8" if "int8" in bundle.precisions else bundle.default_precision
     if beyond := [str(number) for number in CORES if number > cpus]:
         context.missing(f"{', '.join(beyond)} cores", f"this process may use {cpus}")

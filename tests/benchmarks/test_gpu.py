@@ -579,3 +579,7 @@ def test_files_and_cores(
     gpu_files.scaling(sent.context)
     assert [row[0] for row in sent.of("table")[-1][1]] == ["cores", "1"]
     assert sent.of("missing")[-1] == ("2, 4 cores", "this process may use 1")
+    monkeypatch.setattr(gpu_files, "available_cpus", lambda: 1)  # more threads are no more cores
+    sent = Sent(settings(tmp_path, tiny_bundle, frames_folder, count=2000, threads=4))
+    gpu_files.scaling(sent.context)
+    assert sent.of("missing") == [("2, 4 cores", "this process may use 1")]
