@@ -123,9 +123,9 @@ def files(context: Context) -> None:
         context.missing(f"{name}, {kind}", f"{count} files took no longer than {short}; give a larger --count")
     context.aims([line for kind in (PNG, JPEG) for line in file_aims(kind, order[0], found.get(kind, {}))])
     context.note(
-        f"{count} files of 800x600 a pass, {threads} threads, medians of up to {ROUNDS} rounds. EchoQuad is the command "
-        f"`predict --out`: its frames/s leave out the start, measured by a run over {short} files; the last column "
-        "includes it. By hand, the process is warm. Reading alone is decoding, cutting and resizing."
+        f"{count} files of 800x600 a pass, {threads} threads, medians of up to {ROUNDS} rounds. EchoQuad is the "
+        f"command `predict --out`; its frames/s leave out the start, measured by a run over {short} files, and the "
+        "last column includes it. By hand, the process is warm. Reading alone is decoding, cutting and resizing."
     )
 
 
