@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench bench-gpu clean
 
 demo: $(READY)
 	$(BIN)/echoquad demo
@@ -42,6 +42,12 @@ bench: $(READY)
 	$(BIN)/python benchmarks/scaling.py $(BUNDLE) --counts 1,10,100,1000 $(GIVEN)
 	frame=$$(find $(FRAMES) -name '*.png' -o -name '*.jpg' | sort | head -n 1) && \
 	$(BIN)/python benchmarks/startup.py $(BUNDLE) "$$frame" --results $(RESULTS)
+
+# On a machine with a GPU; see docs/gpu.md. It may have no package registry: where there is no .venv, PYTHON runs it.
+DATA ?=
+GPU ?=
+bench-gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(RUN) $(BUNDLE) $(GIVEN) $(if $(DATA),--data $(DATA)) $(GPU)
 
 clean:
 	rm -rf $(VENV) demo build dist

@@ -30,7 +30,7 @@ from echoquad_runtime.inputs import walk
 
 WARM_UP = 3  # rounds: they allocate and choose kernels
 PAUSE = 0.08  # seconds: threads of the engine before, which spin on for half of that, would take a core from the next
-PACKAGES = ("echoquad", "onnxruntime", "openvino", "torch", "torchvision", "numpy", "pillow")
+PACKAGES = ("echoquad", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "torchvision", "numpy", "pillow")
 FRAME_SIZE = (800, 600)  # width and height
 KINDS: dict[str, tuple[str, str, dict[str, int]]] = {  # Pillow's mode, ending, options of its encoder
     "rgb-png": ("RGB", ".png", {}),
@@ -117,21 +117,23 @@ def plant_tree(folder: Path, frames: Sequence[Path], count: int, a_folder: int =
 # ---------------------------------------------------------------------------------------------- timing
 
 
-def alternate(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Call each in turn, as `time_in_turn` does; gives median milliseconds by name."""
-    return {name: statistics.median(times) for name, times in time_in_turn(calls, rounds).items()}
+def alternate(calls: Mapping[str, Callable[[], object]], rounds: int, pause: float = PAUSE) -> dict[str, float]:
+    """Call each in turn, as `time_in_turn` does; return median milliseconds by name."""
+    return {name: statistics.median(times) for name, times in time_in_turn(calls, rounds, pause).items()}
 
 
-def time_in_turn(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Call each in turn, `rounds` times, beginning with another one each round; gives milliseconds by name.
+def time_in_turn(
+    calls: Mapping[str, Callable[[], object]], rounds: int, pause: float = PAUSE
+) -> dict[str, list[float]]:
+    """Call each in turn, `rounds` times, beginning with another one each round; return milliseconds by name.
 
-    A machine that slows down in the middle slows all of them down, so their ratios hold. Each turn is a pause, a call
-    that wakes the processor, and the call that is timed.
+    A machine that slows down in the middle slows all of them down, so their ratios hold. Each turn is a pause of so
+    many seconds, a call that wakes the processor, and the call that is timed.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + WARM_UP):
         for name in rotated(list(calls), turn):
-            time.sleep(PAUSE)
+            time.sleep(pause)
             calls[name]()
             begin = time.perf_counter()
             calls[name]()
@@ -275,23 +277,33 @@ def report(
     notes
         Sentences below the table.
     """
-    facts = {
+    facts = run_facts(name, threads)
+    if results is not None:
+        write_section(results, name, [as_markdown(rows), *notes], facts)
+    print(as_text(rows))
+    for note in notes:
+        print(note)
+    print(json.dumps(facts | dict(record), allow_nan=False), flush=True)
+
+
+def run_facts(name: str, threads: int | None = None) -> dict[str, Any]:
+    """Return what a record says of its run: benchmark, command, date, machine and versions."""
+    return {
         "benchmark": name,
         "command": shown_command(sys.argv),
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(threads or available_cpus()),
         "versions": versions(*PACKAGES),
     }
-    if results is not None:
-        lines = [f"`{facts['command']}`", f"{facts['date']}; {facts['machine']}; {_listed(facts['versions'])}."]
-        text = "\n\n".join([f"## {name}", lines[0], as_markdown(rows), *notes, lines[1]])
-        old = results.read_text("utf-8") if results.exists() else _HEAD
-        with write_atomically(results) as stream:
-            stream.write(replace_section(old, name, text).encode())
-    print(as_text(rows))
-    for note in notes:
-        print(note)
-    print(json.dumps(facts | dict(record), allow_nan=False), flush=True)
+
+
+def write_section(results: Path, name: str, parts: Sequence[str], facts: Mapping[str, Any]) -> None:
+    """Write a section of ``RESULTS.md``: its name, the command, `parts`, and the machine of `run_facts`."""
+    last = f"{facts['date']}; {facts['machine']}; {_listed(facts['versions'])}."
+    text = "\n\n".join([f"## {name}", f"`{facts['command']}`", *parts, last])
+    old = results.read_text("utf-8") if results.exists() else _HEAD
+    with write_atomically(results) as stream:
+        stream.write(replace_section(old, name, text).encode())
 
 
 def replace_section(document: str, name: str, text: str) -> str:

@@ -1,0 +1,204 @@
+"""Measure EchoQuad on a GPU: tests, decisions, engine, provider options, files to CSV, CPU cores, training, start.
+
+    python benchmarks/gpu.py RUN BUNDLE --frames DIR [--data DIR] [--device cuda|cpu] [--minutes 8]
+                             [--sections engine,options] [--results FILE] [--out FILE.jsonl]
+
+Each section has a share of the time and a process of its own. What one cannot measure, for want of time, of a package
+or of CUDA, or since something failed, is listed with the reason, and the other sections run. Tables and JSON lines are
+written as they grow, so that a run that is killed keeps what it has. With `--device cpu` the same code makes a dry run
+without a GPU, and what needs CUDA is listed as not measured. See docs/gpu.md. Linux.
+
+Environment variables, read here or by what is started:
+    PYTHONPATH            where EchoQuad is not installed: the checkout, and its runtime, train and export
+    LD_LIBRARY_PATH       CUDA and cuDNN, where onnxruntime does not find them
+    CUDA_VISIBLE_DEVICES  which GPU; the first of it is measured
+    OMP_NUM_THREADS       CPU threads of torch and numpy
+    TMPDIR                folder for frames and results, up to 2 GB, removed at the end
+ECHOQUAD_CACHE_DIR and ECHOQUAD_CONFIG_DIR are replaced, so that no earlier run has an influence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import arguments, run_facts
+from gpu_report import OUT_OF_TIME, Report, Settings, run_section, visible_gpu
+
+from echoquad_runtime.bundle import Bundle
+from echoquad_runtime.inputs import walk
+
+PROBE_TIME = 90.0  # seconds for a first import of torch and a first use of CUDA, at most
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the script.
+
+    Attributes
+    ----------
+    title
+        Of its tables.
+    target
+        Its function, ``module:function``.
+    share
+        Of the time, in seconds of eight minutes.
+    on_cpu
+        Whether it measures something on a machine whose CUDA does not work though `--device cuda` was given.
+    """
+
+    title: str
+    target: str
+    share: float
+    on_cpu: bool = False
+
+
+SECTIONS: dict[str, Section] = {
+    "tests": Section("Tests", "gpu_commands:gpu_tests", 55),
+    "truth": Section("Decisions", "gpu_commands:truth", 50),
+    "engine": Section("Engine", "gpu_engine:engine", 70),
+    "options": Section("Provider options", "gpu_options:options", 100),
+    "files": Section("Files to CSV", "gpu_files:files", 110),
+    "scaling": Section("CPU cores", "gpu_files:scaling", 25, on_cpu=True),
+    "training": Section("Training", "gpu_commands:training", 35),
+    "start": Section("Start", "gpu_commands:start", 35),
+}
+
+# Prints facts of the GPU as JSON. In a process of its own: this one is to hold no CUDA context.
+_PROBE = """
+import json, sys
+found = {"obstacle": ""}
+try:
+    import torch
+    found["CUDA of torch"] = torch.version.cuda or "none"
+    if torch.cuda.is_available():
+        found["card"] = torch.cuda.get_device_name(0)
+        found["cuDNN"] = str(torch.backends.cudnn.version())
+except Exception as error:
+    found["torch"] = f"cannot be imported ({error})"
+from echoquad_runtime.devices import cuda_obstacle
+from echoquad_runtime.wheels import load_onnxruntime
+found["CUDA of onnxruntime"] = str(getattr(load_onnxruntime(), "cuda_version", "") or "none")
+if sys.argv[1] == "cuda":
+    found["obstacle"] = cuda_obstacle() or ""
+print(json.dumps(found))
+"""
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line.
+
+    Raises
+    ------
+    SystemExit
+        With code 2, if it is wrong.
+    """
+    parser = arguments(__doc__, run=True, rounds=20)
+    parser.set_defaults(count=1600)
+    parser.add_argument("--data", type=Path, help="data folder for the training section; skipped where not given")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a dry run")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all sections (default %(default)s)")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=6, help="of the training section (default %(default)s)")
+    parser.add_argument("--out", type=Path, help="file for every measurement as a line of JSON; replaced")
+    options = parser.parse_args(argv)
+    options.sections = options.sections.split(",")
+    if unknown := [name for name in options.sections if name not in SECTIONS]:
+        parser.error(f"no section {', '.join(unknown)}; expected some of {', '.join(SECTIONS)}")
+    if options.frames is None or next(walk(options.frames), None) is None:
+        parser.error("--frames needs a folder with frames")
+    if options.minutes <= 0:
+        parser.error(f"--minutes {options.minutes:g} found; expected more than 0")
+    if options.epochs < 2:
+        parser.error(f"--epochs {options.epochs} found; expected at least 2, one of each phase")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    Bundle(options.bundle)  # one that is damaged is told now
+    begin = time.time()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped, as for Ctrl-C
+    with tempfile.TemporaryDirectory(prefix="echoquad-gpu-") as work:
+        for name in ("cache", "config"):
+            os.environ[f"ECHOQUAD_{name.upper()}_DIR"] = str(Path(work) / name)
+        gpu = probe(options.device)
+        facts = {**run_facts("GPU", options.threads), "gpu": describe(gpu), "probe": gpu}
+        titles = {name: SECTIONS[name].title for name in options.sections}
+        report = Report(titles, facts, options.device, options.results, options.out)
+        print(f"{facts['gpu']}\n{facts['date']}; {facts['machine']}; {json.dumps(facts['versions'])}", flush=True)
+        try:
+            run_all(options, report, gpu["obstacle"], begin + 60 * options.minutes, Path(work))
+        finally:
+            report.print_rest()
+    print(f"{time.time() - begin:.0f} seconds")
+
+
+def run_all(options: argparse.Namespace, report: Report, obstacle: str, end: float, work: Path) -> None:
+    """Run the sections one after another; time that one leaves goes to those after it."""
+    for index, name in enumerate(options.sections):
+        section = SECTIONS[name]
+        if obstacle and not section.on_cpu:
+            report.take(name, ("missing", "all of it", obstacle))
+        elif (seconds := allot(options.sections[index:], end - time.time())) <= 0:
+            report.take(name, ("missing", "all of it", OUT_OF_TIME))
+        else:
+            settings = Settings(
+                options.run,
+                options.bundle,
+                options.frames,
+                options.data,
+                options.device,
+                options.count,
+                options.epochs,
+                options.rounds,
+                options.threads,
+                work,
+                time.time() + seconds,
+            )
+            run_section(section.target, settings, lambda message, name=name: report.take(name, message))  # type: ignore[misc]
+        report.end(name)
+
+
+def allot(names: Sequence[str], left: float) -> float:
+    """Return the seconds of the first of the sections that are still to run, of the seconds that are left."""
+    return left * SECTIONS[names[0]].share / sum(SECTIONS[name].share for name in names)
+
+
+def probe(device: str) -> dict[str, str]:
+    """Return facts of the GPU by name; ``obstacle`` is why CUDA cannot be used, empty where it can or is not asked."""
+    found: dict[str, Any] = {"obstacle": ""}
+    try:
+        command = [sys.executable, "-c", _PROBE, device]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIME, check=True)
+        found |= json.loads(done.stdout.splitlines()[-1])
+    except (subprocess.SubprocessError, OSError, ValueError, IndexError) as error:
+        found["obstacle"] = f"the GPU could not be asked ({type(error).__name__})" if device == "cuda" else ""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", f"--id={visible_gpu()}"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        found["card"], found["driver"] = (cell.strip() for cell in done.stdout.strip().splitlines()[0].split(","))
+    except (subprocess.SubprocessError, OSError, ValueError, IndexError):
+        found["driver"] = "unknown: nvidia-smi gives none"
+    return found
+
+
+def describe(found: Mapping[str, str]) -> str:
+    """Return the facts of `probe` in words."""
+    parts = [found.get("card", "no NVIDIA card")]
+    parts += [f"{name} {value}" for name, value in found.items() if name not in ("card", "obstacle")]
+    return ", ".join(parts) + (f"; CUDA cannot be used: {found['obstacle']}" if found["obstacle"] else "")
+
+
+if __name__ == "__main__":
+    main()

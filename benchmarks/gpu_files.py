@@ -1,0 +1,363 @@
+"""The sections of `gpu.py` from files to a CSV: EchoQuad against peers by hand, and int8 on more CPU cores."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import FRAME_SIZE, KINDS, plant_tree, rotated
+from gpu_engine import Call, torch_call
+from gpu_report import OUT_OF_TIME, Context, OutOfTimeError, aim, ratio
+from peer_ways import cut_small, in_threads, write
+from PIL import Image
+
+from echoquad_runtime.contract import Contract
+from echoquad_runtime.cpus import available_cpus
+from echoquad_runtime.inputs import walk
+from echoquad_runtime.providers import CPU_PROVIDER, CUDA_PROVIDER
+from echoquad_runtime.session import INPUT
+from echoquad_runtime.wheels import load_onnxruntime
+
+BY_HAND_AIM = 1.5  # times onnxruntime by hand in threads
+DECODE_AIM = 0.85  # of what the cores can decode
+SCALING_AIM = 0.8  # of linear, from 2 cores
+DISTINCT = 400  # files that are made; more are links to them
+ROUNDS = 3  # at most; as many as there is time for, and at least one
+BATCH = {"cuda": 16, "cpu": 4}  # frames, by hand
+FRAMES_A_CORE = 100  # of a pass where cores are compared
+CORES = (2, 4, 8, 16)
+NOISE = 3.0  # grey levels, standard deviation
+
+PNG, JPEG = "rgb-png", "rgb-jpeg"
+Pass = Callable[[Sequence[Path]], "float | None"]  # may return the seconds that count
+Seconds = dict[tuple[str, str], list[float]]  # of each pass, by kind of file and by way
+
+
+# ---------------------------------------------------------------------------------------------- frame files
+
+
+def frame_tree(context: Context, kind: str, count: int) -> Path:
+    """Return a folder of `count` RGB files of 800x600, made of the given frames with noise; made once."""
+    work = context.settings.work
+    folder, distinct = work / f"{kind}-{count}", work / kind
+    if folder.exists():
+        return folder
+    if not distinct.exists():
+        sources = list(walk(context.settings.frames))
+        random.Random(0).shuffle(sources)
+        made = work / f"{kind}.part"
+        made.mkdir()
+        number = min(context.settings.count, DISTINCT)
+        jobs = [(sources[index % len(sources)], made / f"{index:05}{KINDS[kind][1]}", index) for index in range(number)]
+        with ProcessPoolExecutor(context.settings.threads, multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(partial(_make_file, kind, FRAME_SIZE), jobs, chunksize=8))
+        made.rename(distinct)
+    links = work / f"{kind}-{count}.part"
+    plant_tree(links, sorted(distinct.iterdir()), count)
+    links.rename(folder)
+    return folder
+
+
+def _make_file(kind: str, size: tuple[int, int], job: tuple[Path, Path, int]) -> None:
+    source, target, seed = job
+    with Image.open(source) as image:
+        levels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), np.float32)
+    noisy = levels + np.random.default_rng(seed).normal(0, NOISE, levels.shape)
+    Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(target, **KINDS[kind][2])
+
+
+# ---------------------------------------------------------------------------------------------- files to CSV
+
+
+def files(context: Context) -> None:
+    """Take files to a CSV: EchoQuad's command, onnxruntime and torch by hand, and reading alone."""
+    count, threads = context.settings.count, context.settings.threads
+    short = 8 * threads + 8  # files from which on the command reads in processes as it does with all of them
+    if count <= short:
+        raise ValueError(f"--count {count} found; expected more than {short} files on {threads} CPUs")
+    order = [name for name in (("fp16", "fp32") if context.cuda else ("int8", "fp32")) if _holds(context, name)]
+    trees = {kind: frame_tree(context, kind, count) for kind in (PNG, JPEG)}
+    short_trees = {kind: frame_tree(context, kind, short) for kind in (PNG, JPEG)}
+    passes = _passes(context, order)
+    plan = [(kind, name) for name in passes for kind in ((PNG, JPEG) if _on_jpeg(name, order) else (PNG,))]
+    starts: Seconds = {}
+    seconds: Seconds = {}
+    failed: set[str] = set()
+    if not context.cuda:  # the first run fills EchoQuad's cache, which is for the CPU
+        for name in (name for name in passes if name.startswith("EchoQuad")):
+            _clock(passes[name], short_trees[JPEG])
+    for turn in range(ROUNDS):
+        for kind, name in rotated(plan, turn):
+            if name in failed or (turn and context.left() < 3 * max(seconds.get((kind, name), [0.0]))):
+                continue
+            if context.left() <= 0:
+                context.missing(f"{name}, {kind}", OUT_OF_TIME)
+                continue
+            try:
+                if name.startswith("EchoQuad"):
+                    starts.setdefault((kind, name), []).append(_clock(passes[name], short_trees[kind]))
+                taken = _clock(passes[name], trees[kind])
+            except OutOfTimeError:
+                context.missing(f"{name}, {kind}", OUT_OF_TIME)
+                continue
+            except Exception as error:
+                failed.add(name)
+                context.missing(name, error)
+                continue
+            seconds.setdefault((kind, name), []).append(taken)
+            context.record(way=name, files=kind, frames=count, seconds=taken)
+            context.table("Files to CSV", file_rows(rates(seconds, starts, count, short), seconds, count))
+    found = rates(seconds, starts, count, short)
+    for kind, name in (key for key in seconds if key[1] not in found[key[0]]):
+        context.missing(f"{name}, {kind}", f"{count} files took no longer than {short}; give a larger --count")
+    context.aims([line for kind in (PNG, JPEG) for line in file_aims(kind, order[0], found.get(kind, {}))])
+    context.note(
+        f"{count} files of 800x600 a pass, {threads} threads, medians of up to {ROUNDS} rounds. EchoQuad is the "
+        f"command `predict --out`; its frames/s leave out the start, measured by a run over {short} files, and the "
+        "last column includes it. By hand, the process is warm. Reading alone is decoding, cutting and resizing."
+    )
+
+
+def _holds(context: Context, precision: str) -> bool:
+    return precision in context.peer.bundle.precisions_on(context.settings.device)
+
+
+def _on_jpeg(name: str, order: Sequence[str]) -> bool:
+    return name.startswith("reading") or (name.endswith(order[0]) and "workers" not in name)
+
+
+def _clock(make_pass: Pass, folder: Path) -> float:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    begin = time.perf_counter()
+    counted = make_pass(paths)
+    return time.perf_counter() - begin if counted is None else counted
+
+
+def _passes(context: Context, order: Sequence[str]) -> dict[str, Pass]:
+    """Return the ways from a folder's files to a CSV, by name."""
+    passes: dict[str, Pass] = {}
+    for precision in order:
+        passes[f"EchoQuad {precision}"] = partial(predict, context, precision, ())
+    passes[f"EchoQuad {order[0]}, --workers 0"] = partial(predict, context, order[0], ("--workers", 0))
+    for precision in order:
+        try:
+            passes[f"onnxruntime by hand {precision}"] = by_hand(context, ort_call(context, precision))
+        except Exception as error:
+            context.missing(f"onnxruntime by hand {precision}", error)
+    half = "fp16" if context.cuda else "fp32"
+    if find_spec("torch") is None:
+        context.missing(f"torch by hand {half}", "torch is not installed")
+    else:
+        try:
+            passes[f"torch by hand {half}"] = by_hand(
+                context, torch_call(context.peer, context.settings.device, half=context.cuda)
+            )
+        except Exception as error:
+            context.missing(f"torch by hand {half}", error)
+    passes["reading alone, threads"] = partial(read_in_threads, context)
+    passes["reading alone, processes"] = partial(read_in_processes, context)
+    return passes
+
+
+def predict(context: Context, precision: str, more: Sequence[object], paths: Sequence[Path]) -> None:
+    """Run ``echoquad predict --out`` over the folder that the paths lie in."""
+    out, folder, threads = context.settings.work / "rows.csv", paths[0].parents[1], context.settings.threads
+    line = ["-m", "echoquad", "predict", context.settings.bundle, folder, "--out", out, "--untuned"]
+    context.checked(*line, "--device", context.settings.device, "--precision", precision, "--threads", threads, *more)
+    out.unlink()
+
+
+def ort_call(context: Context, precision: str) -> Call:
+    """Return a call of onnxruntime as one writes it by hand: default options but for TF32, which fp32 is not to be."""
+    ort = load_onnxruntime()
+    session_options = ort.SessionOptions()
+    session_options.log_severity_level = 4
+    providers: list[Any] = [CPU_PROVIDER]
+    if context.cuda:
+        ort.preload_dlls()
+        providers = [(CUDA_PROVIDER, {"use_tf32": "0"})]
+    session = ort.InferenceSession(context.peer.bundle.read_model(precision), session_options, providers=providers)
+    if session.get_providers()[0] != (CUDA_PROVIDER if context.cuda else CPU_PROVIDER):
+        raise RuntimeError(f"onnxruntime made a session on {session.get_providers()[0]}")
+
+    def call(batch: np.ndarray) -> np.ndarray:
+        (found,) = session.run(["probabilities"], {INPUT: batch.reshape(-1, *batch.shape[2:])})
+        return np.asarray(found).reshape(len(batch), 4, -1)
+
+    return call
+
+
+def by_hand(context: Context, call: Call) -> Pass:
+    """Return a pass with all threads for reading, and batches that the main thread runs."""
+    contract, threads = context.peer.contract, context.settings.threads
+    size = BATCH[context.settings.device]
+    for frames in {size, context.settings.count % size or size}:  # each shape allocates and chooses kernels once
+        call(np.zeros((frames, 4, 1, contract.input_size, contract.input_size), np.uint8))
+
+    def cut_all(paths: Sequence[Path]) -> np.ndarray:
+        return np.stack([cut_small(path, contract) for path in paths])
+
+    def answers(paths: Sequence[Path]) -> Iterator[tuple[Path, np.ndarray]]:
+        parts = [paths[begin : begin + size] for begin in range(0, len(paths), size)]
+        for part, batch in zip(parts, in_threads(cut_all, parts, threads, ahead=2 * threads), strict=True):
+            yield from zip(part, call(batch), strict=True)
+
+    return lambda paths: write(context.settings.work / "by-hand.csv", contract, answers(paths))
+
+
+def read_in_threads(context: Context, paths: Sequence[Path]) -> None:
+    """Read and cut files in threads, and do nothing with them."""
+    with ThreadPoolExecutor(context.settings.threads) as pool:
+        for _ in pool.map(partial(_read, context.peer.contract), paths):
+            pass
+
+
+def read_in_processes(context: Context, paths: Sequence[Path]) -> float:
+    """Read and cut files in processes; returns the seconds without their start."""
+    spawn, number = multiprocessing.get_context("spawn"), context.settings.threads
+    ready = spawn.Barrier(number + 1)
+    with ProcessPoolExecutor(number, spawn, initializer=ready.wait, initargs=(60.0,)) as pool:
+        for _ in range(number):  # each starts a process, since none is idle
+            pool.submit(int)
+        ready.wait(60.0)
+        begin = time.perf_counter()
+        for _ in pool.map(partial(_read, context.peer.contract), paths, chunksize=4):
+            pass
+        return time.perf_counter() - begin
+
+
+def _read(contract: Contract, path: Path) -> None:
+    cut_small(path, contract)
+
+
+def rates(seconds: Seconds, starts: Seconds, count: int, short: int) -> dict[str, dict[str, float]]:
+    """Return frames a second by kind of file and by way; of a command, without its start.
+
+    A command that took no longer for all files than for a few is left out.
+
+    Parameters
+    ----------
+    seconds
+        Of the passes over `count` files, by kind and way.
+    starts
+        Of the commands over `short` files.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for (kind, name), taken in seconds.items():
+        column, median, files = found.setdefault(kind, {}), statistics.median(taken), count
+        if (kind, name) in starts:
+            median, files = median - statistics.median(starts[kind, name]), count - short
+        if median > 0:
+            column[name] = files / median
+    return found
+
+
+def file_rows(found: Mapping[str, Mapping[str, float]], seconds: Seconds, count: int) -> list[list[str]]:
+    """Lay out frames a second: a row for each way and kind of file."""
+    rows = [["", "files", "frames/s", "passes", "frames/s with the start"]]
+    for (kind, name), taken in seconds.items():
+        whole = f"{count / statistics.median(taken):.0f}" if name.startswith("EchoQuad") else ""
+        rate = f"{found[kind][name]:.0f}" if name in found[kind] else ""
+        rows.append([name, kind, rate, str(len(taken)), whole])
+    return rows
+
+
+def file_aims(kind: str, precision: str, found: Mapping[str, float]) -> list[str]:
+    """Compare frames a second of one kind of file with the aims."""
+    own, hand = f"EchoQuad {precision}", f"onnxruntime by hand {precision}"
+    reading = [value for name, value in found.items() if name.startswith("reading alone")]
+    most = {"reading": max(reading)} if reading else {}
+    return [
+        aim(f"{kind}, {own} over {hand}", ratio(found, own, hand), BY_HAND_AIM, at_most=False),
+        aim(f"{kind}, {own} over reading alone", ratio({**found, **most}, own, "reading"), DECODE_AIM, at_most=False),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- CPU cores
+
+
+def scaling(context: Context) -> None:
+    """Take files to a CSV on the CPU with 2 to 16 cores, in int8."""
+    cpus, bundle = min(context.settings.threads, available_cpus()), context.peer.bundle
+    precision = "int8" if "int8" in bundle.precisions else bundle.default_precision
+    if beyond := [str(number) for number in CORES if number > cpus]:
+        context.missing(f"{', '.join(beyond)} cores", f"this process may use {cpus}")
+    found: dict[int, float] = {}
+    for number in (one for one in CORES if one <= cpus):
+        count = min(context.settings.count, FRAMES_A_CORE * number)
+        short = 8 * number + 8
+        trees = [frame_tree(context, PNG, size) for size in (short, count)]
+        try:
+            with limited_to(number):
+                # The first run fills EchoQuad's cache, and does not count.
+                _, few, many = (_on_cores(context, precision, number, trees[index]) for index in (0, 0, 1))
+        except (RuntimeError, OutOfTimeError) as error:
+            context.missing(f"{number} cores", OUT_OF_TIME if isinstance(error, OutOfTimeError) else error)
+            continue
+        found[number] = (count - short) / max(1e-3, many - few)
+        context.record(way=f"EchoQuad {precision}, CPU", cores=number, frames=count, fps=found[number])
+        context.table(f"Files to CSV on the CPU, {precision}", scaling_rows(found))
+    if found:
+        context.note(scaling_aim(found))
+    context.note(f"{PNG}, one run a row, without the start. {_siblings()}")
+
+
+def _on_cores(context: Context, precision: str, number: int, folder: Path) -> float:
+    out = context.settings.work / "rows.csv"
+    line = ["-m", "echoquad", "predict", context.settings.bundle, folder, "--out", out, "--untuned"]
+    finished = context.checked(*line, "--device", "cpu", "--precision", precision, "--threads", number)
+    out.unlink()
+    return finished.seconds
+
+
+@contextlib.contextmanager
+def limited_to(number: int) -> Iterator[None]:
+    """Tie this process, and what it starts, to the first `number` of its CPUs."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, set(sorted(allowed)[:number]))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def shares(found: Mapping[int, float]) -> dict[int, float]:
+    """Return the share of linear by cores: frames a second over those of 2 cores times as many more cores."""
+    return {number: rate / (found[2] * number / 2) for number, rate in found.items()} if 2 in found else {}
+
+
+def scaling_rows(found: Mapping[int, float]) -> list[list[str]]:
+    """Lay out frames a second by cores."""
+    share = shares(found)
+    rows = [["cores", "frames/s", "of linear from 2"]]
+    for number, rate in found.items():
+        rows.append([str(number), f"{rate:.1f}", f"{share[number]:.2f}" if number in share else ""])
+    return rows
+
+
+def scaling_aim(found: Mapping[int, float]) -> str:
+    """Compare the share of linear at the most cores with the aim."""
+    most, share = max(found), shares(found)
+    value = share.get(most) if most > 2 else None
+    return aim(f"{most} cores, share of linear from 2", value, SCALING_AIM, at_most=False)
+
+
+def _siblings() -> str:
+    """Say which CPUs share a core, which decides what linear means."""
+    path = Path("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
+    try:
+        listed = path.read_text().strip()
+    except OSError:
+        return "Which CPUs share a core is not known."
+    return f"CPUs {listed} share a core." if "," in listed or "-" in listed else "No two CPUs share a core."

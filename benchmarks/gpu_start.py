@@ -1,0 +1,41 @@
+"""The parts of a start, timed in a process that has done nothing else; a helper of `gpu.py`.
+
+    python benchmarks/gpu_start.py BUNDLE DEVICE PRECISION FRAMES
+
+prints the seconds of each part, for a slot of so many frames, as a line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from itertools import pairwise
+
+PARTS = ("imports", "bundle", "session", "slot", "self-test", "self-test again")
+
+
+def main(bundle: str, device: str, precision: str, frames: int) -> None:
+    times = [time.perf_counter()]
+    from echoquad_runtime.bundle import Bundle
+    from echoquad_runtime.predict.self_test import SelfTest
+    from echoquad_runtime.session import OnnxEngine
+    from echoquad_runtime.wheels import load_onnxruntime
+
+    load_onnxruntime()
+    times.append(time.perf_counter())
+    opened = Bundle(bundle)
+    times.append(time.perf_counter())
+    engine = OnnxEngine(opened, device=device, precision=precision)  # type: ignore[arg-type]
+    times.append(time.perf_counter())
+    slot = engine.open_slot(frames)
+    times.append(time.perf_counter())
+    for _ in range(2):  # the first run of each shape is slower: cuDNN chooses its kernels
+        SelfTest(opened, engine, frames)(slot)
+        times.append(time.perf_counter())
+    seconds = [end - begin for begin, end in pairwise(times)]
+    print(json.dumps(dict(zip(PARTS, seconds, strict=True))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))
