@@ -26,6 +26,7 @@ from echoquad_runtime.wheels import load_onnxruntime
 ENGINE_AIM = 1.10  # fp16 over torch fp16, channels last, in the same run
 GRAPH_AIM = 1.5  # one frame with CUDA graphs over the device time alone
 OWN, GRAPHS, HALF = "EchoQuad fp16", "EchoQuad fp16, CUDA graphs", "torch fp16, channels last"
+NHWC, NHWC_GRAPHS = "EchoQuad fp16, NHWC", "EchoQuad fp16, NHWC, CUDA graphs"
 DEVICE_TIME = "torch fp16 in a CUDA graph, device time alone"
 
 # float32 [F, 4, C], the probabilities of frames, uint8 [F, 4, 1, S, S]
@@ -147,15 +148,16 @@ def engine(context: Context) -> None:
 
 
 def own_calls(context: Context, most: int) -> dict[str, Call]:
-    """Return EchoQuad's slots in every precision of the device, without and with CUDA graphs."""
+    """Return EchoQuad's slots in every precision of the device, in each of the ways that `tune` tries on CUDA."""
     bundle, device = context.peer.bundle, context.settings.device
     calls: dict[str, Call] = {}
     if not context.cuda:
-        context.missing("CUDA graphs", NEEDS_CUDA)
-    for precision, graphs in product(bundle.precisions_on(device), (False, True) if context.cuda else (False,)):
-        name = f"EchoQuad {precision}{', CUDA graphs' * graphs}"
+        context.missing("NHWC and CUDA graphs", NEEDS_CUDA)
+    ways = (False, True) if context.cuda else (False,)
+    for precision, nhwc, graphs in product(bundle.precisions_on(device), ways, ways):
+        name = f"EchoQuad {precision}{', NHWC' * nhwc}{', CUDA graphs' * graphs}"
         try:
-            calls[name] = slots(context, most, precision=precision, cuda_graphs=graphs)
+            calls[name] = slots(context, most, precision=precision, cuda_graphs=graphs, nhwc=nhwc)
         except Exception as error:
             context.missing(name, error)
     return calls
@@ -175,7 +177,7 @@ def bare_calls(context: Context) -> dict[str, Call]:
     calls: dict[str, Call] = {}
     for precision in context.peer.bundle.precisions_on(context.settings.device):
         try:
-            session = open_plain_session(context, context.peer.bundle.read_model(precision), tf32=precision == "tf32")
+            session = open_plain_session(context, context.peer.bundle.read_model(precision), precision)
         except Exception as error:
             context.missing(f"session.run {precision}", error)
             continue
@@ -188,10 +190,11 @@ def bare_calls(context: Context) -> dict[str, Call]:
     return calls
 
 
-def open_plain_session(context: Context, model: bytes, **options: Any) -> Any:
-    """Open a graph in a session on the device; `options` are those of `create_session`."""
+def open_plain_session(context: Context, model: bytes, precision: str, chosen: Mapping[str, str] | None = None) -> Any:
+    """Open a graph in a session on the device, with these options of the CUDA provider."""
     provider = CUDA_PROVIDER if context.cuda else CPU_PROVIDER
-    return create_session(load_onnxruntime(), model, provider, threads=context.settings.threads, **options)
+    options = {"use_tf32": str(int(precision == "tf32")), **(chosen or {})}
+    return create_session(load_onnxruntime(), model, provider, threads=context.settings.threads, cuda_options=options)
 
 
 def torch_calls(context: Context) -> dict[str, Call]:
@@ -278,8 +281,10 @@ def engine_aims(medians: Mapping[int, Mapping[str, float]]) -> list[str]:
     """Compare the engine with its aims."""
     lines = []
     for frames in (8, 32):
-        for own in (OWN, GRAPHS):
+        for own in (OWN, NHWC, GRAPHS, NHWC_GRAPHS):
             value = ratio(medians.get(frames, {}), own, HALF)
             lines.append(aim(f"{frames} frames, {own} over {HALF}", value, ENGINE_AIM, at_most=True))
-    value = ratio(medians.get(1, {}), GRAPHS, DEVICE_TIME)
-    return [*lines, aim(f"1 frame, {GRAPHS} over {DEVICE_TIME}", value, GRAPH_AIM, at_most=True)]
+    for own in (GRAPHS, NHWC_GRAPHS):
+        value = ratio(medians.get(1, {}), own, DEVICE_TIME)
+        lines.append(aim(f"1 frame, {own} over {DEVICE_TIME}", value, GRAPH_AIM, at_most=True))
+    return lines

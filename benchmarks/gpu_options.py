@@ -62,7 +62,7 @@ def compare_options(context: Context, precision: str, sample: Sample, sizes: Seq
             continue
         try:
             graph, chosen = make()
-            session = open_plain_session(context, graph, tf32=precision == "tf32", cuda_options=chosen)
+            session = open_plain_session(context, graph, precision, chosen)
             call = _slot_call(context, session, max(sizes))
         except Exception as error:
             context.missing(f"{precision}, {name}", error)
