@@ -118,7 +118,7 @@ def openvino_calls(
 
 
 def openvino_ratios(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Give, by precision, EchoQuad's time on the device openvino over that of OpenVINO by hand with its best graph.
+    """Return, by precision, EchoQuad's time on the device openvino over that of OpenVINO by hand with its best graph.
 
     It is the median of the rounds' ratios.
     """

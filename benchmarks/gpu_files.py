@@ -354,7 +354,7 @@ def scaling_aim(found: Mapping[int, float]) -> str:
 
 
 def _siblings() -> str:
-    """Say which CPUs share a core, which decides what linear means."""
+    """Return which CPUs share a core: that decides what linear means."""
     path = Path("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
     try:
         listed = path.read_text().strip()

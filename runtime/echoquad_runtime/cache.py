@@ -309,7 +309,7 @@ def _aligned(position: int) -> int:
 
 
 def is_ours(status: os.stat_result, *, folder: bool) -> bool:
-    """Say whether a folder, or a regular file, is this user's and for nobody else to write.
+    """Return whether a folder, or a regular file, is this user's and writable by nobody else.
 
     On Windows the kind alone counts: a user's folders there are not for others.
     """

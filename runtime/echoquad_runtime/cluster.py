@@ -29,7 +29,7 @@ from echoquad_runtime.devices import Device, available_cpus
 from echoquad_runtime.errors import ClusterError, ConfigError, EchoQuadError, FrameError
 from echoquad_runtime.files import read_regular
 from echoquad_runtime.inputs import Failure, FrameFile
-from echoquad_runtime.predictor import Prediction, checked_bound
+from echoquad_runtime.predict.prediction import Prediction, checked_bound
 from echoquad_runtime.ray_session import checked_address, joined, load_ray, room_for
 from echoquad_runtime.ray_worker import CODEC, Job, Ledger, Worker
 from echoquad_runtime.wheels import one_line

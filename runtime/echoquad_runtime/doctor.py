@@ -212,7 +212,7 @@ def _int8(features: frozenset[str]) -> list[Check]:
 
 
 def _other_wheels(providers: Sequence[str], features: frozenset[str]) -> list[Check]:
-    """Say what a wheel that is not installed would bring on this machine, by what was measured on another one."""
+    """Return a line for each missing wheel that would help on this machine, by what was measured on another one."""
     if platform.system() not in ("Linux", "Windows") or platform.machine().lower() not in ("x86_64", "amd64"):
         return []
     found = []

@@ -258,7 +258,7 @@ class Pipeline(Generic[_Result]):
 
 
 def _is_for_a_process(source: Source) -> bool:
-    """Say whether a reader process is to read a source: a file, and no clip.
+    """Return whether a reader process reads a source: a file, and no clip.
 
     A clip's frames are decoded one after the other, once for all threads of this process. Each reader process that gets
     some of them would decode the clip up to the last of these.

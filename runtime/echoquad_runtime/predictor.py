@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, Final, TypeVar, cast
 import numpy as np
 
 from echoquad_runtime.bundle import Bundle
-from echoquad_runtime.contract import INDETERMINATE, VOTE_METHODS, Contract, VoteMethod
+from echoquad_runtime.contract import VOTE_METHODS, Contract, VoteMethod
 from echoquad_runtime.devices import Device, available_cpus
 from echoquad_runtime.engine.io_binding import Answers, Floats
 from echoquad_runtime.engine.slot_pool import SlotPool
@@ -22,12 +21,13 @@ from echoquad_runtime.frames import decode_checked
 from echoquad_runtime.inputs import Failure, FrameFile, find_frames
 from echoquad_runtime.pipeline import Pipeline, Source
 from echoquad_runtime.predict.frame_reader import Flags, FrameReader, cut_quadrants, read_quadrants
+from echoquad_runtime.predict.prediction import Prediction, checked_bound
 from echoquad_runtime.predict.self_test import PASSED, SelfTest
 from echoquad_runtime.quadrants import Grey
 from echoquad_runtime.session import Engine, OnnxEngine
-from echoquad_runtime.vote import decide, tempered
+from echoquad_runtime.vote import decide
 
-__all__ = ["TIME_LIMIT", "Failure", "Prediction", "Predictor", "checked_bound"]
+__all__ = ["TIME_LIMIT", "Failure", "Prediction", "Predictor"]
 
 TIME_LIMIT: Final = 60.0
 """Seconds for reading and decoding one file."""
@@ -45,65 +45,6 @@ _Judge = Callable[[Sequence[Source], Sequence[Flags], Answers], Sequence[_Result
 
 TIE: Final = "tie"
 """Flag of a frame whose quadrants' votes were even, so that mean probabilities decided."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """The decision on one frame.
-
-    Attributes
-    ----------
-    file
-        The frame's name.
-    classes
-        Class names; every row of probabilities is in this order.
-    method
-        The vote rule that decided.
-    label
-        The decided class, or ``INDETERMINATE`` where the predictor abstains.
-    probabilities
-        C numbers in [0, 1]: the plain mean over the quadrants, whatever the method.
-    quadrant_labels, quadrant_probabilities
-        The same for LA, RA, LV, RV: four names, four times C numbers.
-    flags
-        What a reader should know of this row: ``tie``.
-    device, precision
-        What really ran.
-    cam
-        float32 [4, C, h, w], class activation maps of LA, RA, LV, RV, where they were asked for: a map's mean and the
-        head's bias are the class's logit.
-    leaning
-        The class that the vote decided, where `label` is ``INDETERMINATE``; else empty.
-    """
-
-    file: str
-    classes: tuple[str, ...]
-    method: VoteMethod
-    label: str
-    probabilities: tuple[float, ...]
-    quadrant_labels: tuple[str, ...]
-    quadrant_probabilities: tuple[tuple[float, ...], ...]
-    flags: tuple[str, ...]
-    device: str
-    precision: str
-    cam: Floats | None = field(default=None, compare=False, repr=False)
-    leaning: str = ""
-
-    @property
-    def decided(self) -> str:
-        """The class that the vote decided, abstained or not."""
-        return self.leaning or self.label
-
-    def confidence(self, contract: Contract) -> float:
-        """Tell how sure the decision is, 0 to 1: the decided class's mean probability, calibrated by the contract."""
-        shares = tempered(np.array(self.probabilities), contract.frame_temperature)
-        return float(shares[self.classes.index(self.decided)])
-
-    def abstaining(self, below: float | None, contract: Contract) -> Prediction:
-        """Give the prediction, as ``INDETERMINATE`` where its confidence is below a bound; None has no bound."""
-        if below is None or self.confidence(contract) >= below:
-            return self
-        return replace(self, label=INDETERMINATE, leaning=self.decided)
 
 
 class Predictor:
@@ -467,19 +408,6 @@ class Predictor:
 def _raw(sources: Sequence[Source], flags: Sequence[Flags], found: Answers) -> list[tuple[Floats, Floats]]:
     """Return each frame's logits and probabilities, float32 [4, C] each."""
     return list(zip(found.logits, found.probabilities, strict=True))
-
-
-def checked_bound(below: float | None) -> float | None:
-    """Refuse a bound for abstaining that cannot be.
-
-    Raises
-    ------
-    ConfigError
-        If it is not above 0 and at most 1.
-    """
-    if below is not None and not 0 < below <= 1:
-        raise ConfigError(f"abstain below {below:g} found; expected a probability above 0, at most 1")
-    return below
 
 
 def _after(source: Source, prediction: Prediction) -> Prediction | Failure:

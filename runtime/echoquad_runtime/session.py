@@ -178,7 +178,7 @@ class OnnxEngine:
 
 
 def _int8_on_cuda(bundle: Bundle) -> str:
-    """Say why an int8 graph does not run on CUDA, and which precision of the bundle does."""
+    """Return why an int8 graph does not run on CUDA, and which precision of the bundle does."""
     better = [name for name in ("fp16", "fp32") if name in bundle.precisions]
     # onnxruntime's CUDA provider converts the weights back to float32 in every run: on an NVIDIA H100 a ResNet-18 took
     # 1.2 to 1.3 times as long as in fp32.

@@ -67,7 +67,7 @@ class GoldenFrames:
         return self.fault_of(Choice(device, precision, threads, False, 1))
 
     def fault_of(self, choice: Choice) -> str:
-        """Say in one line why a candidate does not pass; empty where it does."""
+        """Return in one line why a candidate does not pass; empty if it does."""
         key = choice.device, choice.precision, choice.threads, choice.cuda_graphs, choice.nhwc
         if key not in self._found:
             self._found[key] = found = self._replay(choice)

@@ -144,7 +144,7 @@ def openvino(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environme
 
 @pytest.fixture(scope="session")
 def openvino_alone(tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """Give an environment with OpenVINO's own wheel, which tells the kernels that it chooses, and no EchoQuad."""
+    """Return an environment with OpenVINO's own wheel, which tells the kernels that it chooses, and no EchoQuad."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         pytest.skip("on other machines OpenVINO has other kernels")
     environment = make_environment(tmp_path_factory.mktemp("openvino-alone") / "venv")

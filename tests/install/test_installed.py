@@ -212,7 +212,7 @@ def test_openvino_on_a_cart(openvino: Any, tiny_bundle: Path, frames_folder: Pat
 
 @pytest.fixture(scope="module")
 def int8_bundle(make_tiny_bundle: Any, make_tiny_graph: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a bundle with an int8 graph whose first convolution has the stride 2, as most networks' has."""
+    """Return a bundle with an int8 graph whose first convolution has the stride 2, as most networks' has."""
     onnx = pytest.importorskip("onnx")
     from echoquad_export.calibrate import Ranges, open_in_memory
     from echoquad_export.quantize import float_tensors, prepare, quantize

@@ -189,7 +189,7 @@ class StandInOnnxruntime(ModuleType):
 
 @pytest.fixture
 def cuda_stand_in(monkeypatch: pytest.MonkeyPatch) -> CudaStandIn:
-    """Have ``cuda`` work: on a stand-in, which is returned."""
+    """Make ``cuda`` a stand-in that works, and return it."""
     device, cpu = CudaStandIn(), CudaStandIn()
     cpu.copies_at_bind = cpu.late_outputs = cpu.first_run_alone = False
     ort = StandInOnnxruntime(device)

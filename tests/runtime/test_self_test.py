@@ -29,7 +29,7 @@ NOT_ROOT = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX ow
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give each test a cache of its own."""
+    """Set a cache of its own for each test."""
     monkeypatch.setenv("ECHOQUAD_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 

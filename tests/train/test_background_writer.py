@@ -74,7 +74,7 @@ def test_what_is_kept_does_not_change() -> None:
 
 @pytest.fixture
 def in_background(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Give a function that has runs on the CPU write as runs on CUDA do."""
+    """Return a function that makes runs on the CPU write as runs on CUDA do."""
     return lambda: monkeypatch.setattr(
         fitting, "BackgroundWriter", lambda background: BackgroundWriter(background=True)
     )

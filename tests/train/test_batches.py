@@ -34,7 +34,7 @@ def frames() -> QuadrantStore:
 
 @pytest.fixture(params=["copied", "resident"])
 def kept(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Have quadrants copied batch by batch, or lie on the device, which is the CPU here."""
+    """Copy quadrants batch by batch, or keep them on the device, which is the CPU here."""
     monkeypatch.setattr(batching, "_free_bytes", lambda where: 0 if request.param == "copied" else 2**30)
     return str(request.param)
 

@@ -237,7 +237,7 @@ def run(data: Path, folder: Path, reporter: Any, recipe: Recipe = RECIPE, **opti
 
 @pytest.fixture
 def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
-    """Have every run on the CPU record its steps; gives the recorders that it makes."""
+    """Make every run on the CPU record its steps, and return the recorders."""
     made: list[Tape] = []
 
     def make() -> Tape:

@@ -148,7 +148,7 @@ class SelfTest:
 
 
 def _stuck(golden: _Golden, places: npt.NDArray[np.int64], found: Answers, before: Answers) -> bool:
-    """Say whether a place has the bits of the run before although another frame with another answer was in it."""
+    """Return whether a place has the bits of the run before, though its frame and the expected answer differ."""
     expected = golden.logits[places]
     earlier = golden.logits[(places - 1) % len(golden.names)]
     differs = largest_differences(expected, earlier) > DISTINCT
