@@ -62,12 +62,12 @@ class Prediction:
         return self.leaning or self.label
 
     def confidence(self, contract: Contract) -> float:
-        """Tell how sure the decision is, 0 to 1: the decided class's mean probability, calibrated by the contract."""
+        """Return the confidence, 0 to 1: the decided class's mean probability, calibrated by the contract."""
         shares = tempered(np.array(self.probabilities), contract.frame_temperature)
         return float(shares[self.classes.index(self.decided)])
 
     def abstaining(self, below: float | None, contract: Contract) -> Prediction:
-        """Give the prediction, as ``INDETERMINATE`` where its confidence is below a bound; None has no bound."""
+        """Return the prediction, as ``INDETERMINATE`` if its confidence is below a bound; None has no bound."""
         if below is None or self.confidence(contract) >= below:
             return self
         return replace(self, label=INDETERMINATE, leaning=self.decided)
