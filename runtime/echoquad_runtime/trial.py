@@ -28,6 +28,7 @@ from echoquad_runtime.errors import (
 )
 from echoquad_runtime.host import Choice, Goal
 from echoquad_runtime.inputs import Failure
+from echoquad_runtime.predict.self_test import SelfTest
 from echoquad_runtime.predictor import Predictor
 from echoquad_runtime.search import Turn
 from echoquad_runtime.session import OnnxEngine
@@ -43,9 +44,9 @@ _PERIOD = 1 / FRAME_RATE
 _WARM_CALLS, _WARM_SECONDS = 3, 0.1  # whichever is first, untimed, at the beginning of a turn
 _SETTLE_SECONDS = 0.06  # threads that spin go on for about half of it after their last work
 _BATCHES_A_WORKER = 4  # in a call of the pipeline, which shares out at its begin and its end alone
-_EngineKey = tuple[tuple[str, object], ...]
-
 _CLOCK_GRAIN = 1e-6  # CPU-seconds: less is none to a coarse clock, and no cost may be 0
+
+_EngineKey = tuple[tuple[str, object], ...]
 
 
 class GoldenFrames:
@@ -189,11 +190,12 @@ class Trial:
         key = _engine_key(choice)
         if key not in self._engines:
             options: dict[str, Any] = dict(key)
-            self._engines[key] = (
-                Predictor(self._bundle, **options, many=True, self_test=False)  # `GoldenFrames` has replayed them all
-                if self._goal == "throughput"
-                else SlotPool(OnnxEngine(self._bundle, **options), self._most)
-            )
+            # Both test their slots first: candidates run batches of other sizes than `GoldenFrames` replays.
+            if self._goal == "throughput":
+                self._engines[key] = Predictor(self._bundle, **options, many=True)
+            else:
+                engine = OnnxEngine(self._bundle, **options)
+                self._engines[key] = SlotPool(engine, self._most, SelfTest(self._bundle, engine, self._most))
         return self._engines[key]
 
 

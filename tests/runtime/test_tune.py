@@ -18,6 +18,7 @@ from echoquad_runtime import tune as tuning
 from echoquad_runtime.bench import read_encoded
 from echoquad_runtime.bundle import Bundle
 from echoquad_runtime.contract import Contract
+from echoquad_runtime.engine.io_binding import IoBinding
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import (
     BundleError,
@@ -450,3 +451,22 @@ def test_a_precision_that_is_not_there(tiny_bundle: Path) -> None:
 def test_numbers_that_cannot_be(tiny_bundle: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="expected a number above 0"):
         tune(tiny_bundle, **options)
+
+
+@pytest.mark.parametrize("goal", ["latency", "throughput"])
+def test_a_batch_size_with_wrong_answers_is_refused(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, goal: Any
+) -> None:
+    """`verify` replays batches of two frames on the CPU; a candidate of eight has to be found out by itself."""
+    monkeypatch.setenv("ECHOQUAD_CACHE_DIR", str(tmp_path))
+    run = IoBinding.run
+
+    def wrong(slot: IoBinding, batch: np.ndarray, frames: int) -> Any:
+        found = run(slot, batch, frames)
+        return found if frames < 8 else found._replace(probabilities=found.probabilities[..., ::-1])
+
+    monkeypatch.setattr(IoBinding, "run", wrong)
+    found = tune(tiny_bundle, goal=goal, device="cpu", batch_size=8, threads=1, seconds=0.3)
+    assert found.choice is None
+    assert {row.verdict for row in found.rows} == {"refused"}
+    assert all("the self-test failed on cpu in fp32, in batches of 8" in row.reason for row in found.rows)
