@@ -52,10 +52,7 @@ BF16: Final = "bf16"
 """A precision without a graph: the fp32 graph, which OpenVINO computes in bfloat16 when it is told to."""
 TF32: Final = "tf32"
 """A precision without a graph: the fp32 graph, which CUDA computes in TF32 when it is told to."""
-_OF_FP32: Final[Mapping[str, str]] = {
-    BF16: "openvino",
-    TF32: "cuda",
-}  # where the fp32 graph is run so
+_OF_FP32: Final[Mapping[str, str]] = {BF16: "openvino", TF32: "cuda"}  # the devices that run the fp32 graph so
 REDUCED_GATE: Final[Mapping[str, float]] = {"max_abs_dprobability": 0.05, "max_frame_flip_fraction": 0.01}
 """What every precision below fp32 is held to."""
 INTENDED_USE: Final = (

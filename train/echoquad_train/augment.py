@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -115,9 +116,7 @@ def sample_warp(count: int, recipe: Recipe, generator: torch.Generator) -> Tenso
 
     They are on the generator's device.
     """
-
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.empty(count, device=generator.device).uniform_(low, high, generator=generator)
+    uniform = partial(_uniform, count, generator)
 
     width, height = _sides(count, recipe.crop_scale, recipe.crop_ratio, generator)
     crop = _affine(width, 0, 0, height, uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height))
@@ -155,9 +154,7 @@ def _within(warp: Tensor, places: Tensor) -> Tensor:
 
 def draw_boxes(count: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Draw the boxes of `erase`: float32 [count] each, on the generator's device, as shares of the image's sides."""
-
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.empty(count, device=generator.device).uniform_(low, high, generator=generator)
+    uniform = partial(_uniform, count, generator)
 
     chance = uniform(0, 1)
     height, width = _sides(count, _ERASE_SCALE, _ERASE_RATIO, generator)
@@ -181,6 +178,11 @@ def erase(images: Tensor, probability: float, value: float, draws: Mapping[str, 
     inside_y = (y >= top[:, None]) & (y < (top + draws["erase_height"])[:, None]) & chosen[:, None]
     inside_x = (x >= left[:, None]) & (x < (left + draws["erase_width"])[:, None])
     return images.masked_fill(inside_y[:, None, :, None] & inside_x[:, None, None, :], value)
+
+
+def _uniform(count: int, generator: torch.Generator, low: float, high: float) -> Tensor:
+    """Draw from [low, high), float32 [count] on the generator's device."""
+    return torch.empty(count, device=generator.device).uniform_(low, high, generator=generator)
 
 
 def _sides(
