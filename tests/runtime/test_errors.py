@@ -67,3 +67,10 @@ def test_each_is_caught_as_an_echoquad_error_and_is_documented(name: str) -> Non
 def test_each_is_also_a_builtin_that_a_caller_would_catch(name: str) -> None:
     builtin = (ValueError, OSError, RuntimeError, ImportError)
     assert issubclass(CLASSES[name], builtin)
+
+
+def test_every_class_has_a_code_of_its_own() -> None:
+    codes = [found.code for found in CLASSES.values()]
+    assert len(set(codes)) == len(codes)
+    assert all(re.fullmatch(r"E_[A-Z]+(_[A-Z]+)*", code) for code in codes)
+    assert all("code" in vars(found) for found in CLASSES.values())
