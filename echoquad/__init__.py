@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from echoquad_runtime._version import __version__
 
 if TYPE_CHECKING:
-    from echoquad_runtime.bundle import Bundle
+    from echoquad_runtime.bundle.bundle import Bundle
     from echoquad_runtime.contract import Contract
     from echoquad_runtime.errors import EchoQuadError
-    from echoquad_runtime.inputs import Failure
-    from echoquad_runtime.predictor import Prediction, Predictor
-    from echoquad_runtime.verify import Verification, verify
+    from echoquad_runtime.frames.discovery import Failure
+    from echoquad_runtime.predict.predictor import Prediction, Predictor
+    from echoquad_runtime.verify.verify import Verification, verify
 
 __all__ = [
     "Bundle",
@@ -30,14 +30,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Bundle": "echoquad_runtime.bundle",
+    "Bundle": "echoquad_runtime.bundle.bundle",
     "Contract": "echoquad_runtime.contract",
     "EchoQuadError": "echoquad_runtime.errors",
-    "Failure": "echoquad_runtime.inputs",
-    "Prediction": "echoquad_runtime.predictor",
-    "Predictor": "echoquad_runtime.predictor",
-    "Verification": "echoquad_runtime.verify",
-    "verify": "echoquad_runtime.verify",
+    "Failure": "echoquad_runtime.frames.discovery",
+    "Prediction": "echoquad_runtime.predict.predictor",
+    "Predictor": "echoquad_runtime.predict.predictor",
+    "Verification": "echoquad_runtime.verify.verify",
+    "verify": "echoquad_runtime.verify.verify",
 }
 
 

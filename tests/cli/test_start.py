@@ -46,7 +46,7 @@ def test_one_frame_imports_what_it_needs(
     names, foreign = json.loads(line.removeprefix("MODULES "))
     assert set(foreign) == {"numpy", "PIL", "onnxruntime"}
     assert SPARED.isdisjoint(names)
-    assert "echoquad_runtime.predictor" in names, "it has not judged at all"
+    assert "echoquad_runtime.predict.predictor" in names, "it has not judged at all"
 
 
 @pytest.mark.parametrize("line", [["doctor", "more"], ["sign", "--help"], ["sign"]], ids=" ".join)

@@ -33,7 +33,7 @@ from echoquad.cli.framework.options import (
 from echoquad_runtime.errors import GateError, UsageError
 
 if TYPE_CHECKING:
-    from echoquad_runtime.bench import Benchmark
+    from echoquad_runtime.bench.benchmark import Benchmark
 
 __all__ = ["bench"]
 
@@ -68,14 +68,14 @@ def bench(
     public_key: PublicKey = None,
 ) -> None:
     """Measure latency and throughput by stage on this machine."""
-    from echoquad_runtime.bench import read_encoded, run_benchmark
-    from echoquad_runtime.bundle import Bundle
-    from echoquad_runtime.host import settle
+    from echoquad_runtime.bench.benchmark import read_encoded, run_benchmark
+    from echoquad_runtime.bundle.bundle import Bundle
+    from echoquad_runtime.tuning.saved_settings import resolve_settings
 
     if histogram is not None and histogram.suffix.lower() != ".png":
         raise UsageError(f"--histogram {histogram.as_posix()}: the extension is {histogram.suffix!r}; expected .png")
     encoded, failures = read_encoded(inputs, MAX_FRAMES) if inputs else (None, [])
-    config = settle(
+    config = resolve_settings(
         Bundle(bundle, public_key=public_key),
         device=device,
         precision=precision,
@@ -136,8 +136,8 @@ def _title(found: Benchmark) -> str:
 
 
 def _draw(found: Benchmark, path: Path, bundle: str) -> None:
-    from echoquad_runtime.files import write_atomically
-    from echoquad_runtime.histogram import draw_histogram
+    from echoquad_runtime.storage.atomic import write_atomically
+    from echoquad_runtime.bench.latency_plot import draw_histogram
 
     threads = f"{found.threads} thread{'s' * (found.threads > 1)}"
     detail = f"{bundle}, {threads}, EchoQuad {found.versions['echoquad']}, {found.versions['machine']}"

@@ -9,14 +9,14 @@ from echoquad.cli.framework.console import print_result, save_json
 from echoquad.cli.framework.options import Device, JsonFile
 
 if TYPE_CHECKING:
-    from echoquad_runtime.doctor import Check, Status
+    from echoquad_runtime.engine.diagnostics import Check, Status
 
 __all__ = ["doctor"]
 
 
 def doctor(device: Device = "auto", json_file: JsonFile = None) -> None:
     """Report what works on this machine. Each device computes a small graph."""
-    from echoquad_runtime.doctor import examine
+    from echoquad_runtime.engine.diagnostics import examine
     from echoquad_runtime.errors import DeviceUnavailableError, HostError
 
     has_torch = util.find_spec("torch") is not None
@@ -40,8 +40,8 @@ def _check_torch() -> Check:
     """Check the versions of torch, its CUDA devices and the mean of a matrix product."""
     import torch
 
-    from echoquad_runtime.doctor import Check
-    from echoquad_train.device import autocast_dtype, choose_device
+    from echoquad_runtime.engine.diagnostics import Check
+    from echoquad_train.networks.device import autocast_dtype, choose_device
 
     device = choose_device("auto")
     ones = torch.ones(256, 256, device=device)

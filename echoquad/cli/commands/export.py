@@ -80,7 +80,7 @@ def export(
     if calibrate is not None and "int8" not in requested:
         raise UsageError("--calibrate: only int8 is calibrated; add int8 to --precision, or leave out --calibrate")
     require_extra("export")
-    from echoquad_export.pack import check_precisions, export_run
+    from echoquad_export.packing.exporter import check_precisions, export_run
 
     exported = export_run(
         run,

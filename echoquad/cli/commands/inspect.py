@@ -15,7 +15,7 @@ from echoquad.cli.framework.options import BundleFolder
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from echoquad_runtime.blocks import Block, Document, Table
+    from echoquad_runtime.bundle.document import Block, Document, Table
 
 __all__ = ["inspect"]
 
@@ -35,7 +35,7 @@ def inspect(
     Every file is hashed. A missing or altered file is named, and the exit code is 3.
     """
     from echoquad_runtime.errors import UsageError, VerificationError
-    from echoquad_runtime.inspection import inspect_bundle
+    from echoquad_runtime.verify.inspection import inspect_bundle
 
     if as_json and markdown:
         raise UsageError("--json with --markdown: they exclude each other; leave one out")
@@ -61,7 +61,7 @@ def _lay_out(document: Document) -> Iterator[str]:
 
 
 def _block(block: Block, width: int) -> str:
-    from echoquad_runtime.blocks import Items, Paragraph
+    from echoquad_runtime.bundle.document import Items, Paragraph
 
     if isinstance(block, Paragraph):
         return _wrap(block.text, width)

@@ -25,8 +25,8 @@ def merge(
 
     A shard that is unfinished, damaged, missing, given twice or from another run is refused.
     """
-    from echoquad_runtime import shards
-    from echoquad_runtime.writers import check_ending
+    from echoquad_runtime.results import shards
+    from echoquad_runtime.results.row_formats import check_ending
 
     check_ending(out)
     merged = shards.merge(files, out)

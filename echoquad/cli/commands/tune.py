@@ -28,7 +28,7 @@ from echoquad.cli.framework.options import (
 
 if TYPE_CHECKING:
     from echoquad_runtime.errors import VerificationError
-    from echoquad_runtime.tune import Row, Tuned
+    from echoquad_runtime.tuning.tune import Row, Tuned
 
 __all__ = ["tune"]
 
@@ -100,10 +100,10 @@ def tune(
     within the parity gate of the bundle are considered. The choice is saved in the user's configuration folder, or in
     ECHOQUAD_CONFIG_DIR, and is used until the host or EchoQuad changes.
     """
-    from echoquad_runtime import host
-    from echoquad_runtime import tune as tuning
-    from echoquad_runtime.bench import read_encoded
-    from echoquad_runtime.bundle import Bundle
+    from echoquad_runtime.tuning import saved_settings as host
+    from echoquad_runtime.tuning import tune as tuning
+    from echoquad_runtime.bench.benchmark import read_encoded
+    from echoquad_runtime.bundle.bundle import Bundle
 
     opened = Bundle(bundle, public_key=public_key)
     if forget:
@@ -141,8 +141,8 @@ def tune(
 
 
 def _print(found: Tuned) -> None:
-    from echoquad_runtime.search import ENOUGH_CALLS
-    from echoquad_runtime.tune import FRAME_RATE
+    from echoquad_runtime.tuning.racing import ENOUGH_CALLS
+    from echoquad_runtime.tuning.tune import FRAME_RATE
 
     for name, reason in found.left_out.items():
         print_status(f"{name} was not tried: {reason}")

@@ -11,7 +11,7 @@ from echoquad.cli.framework.options import BundleFolder, Device, JsonFile, Publi
 
 if TYPE_CHECKING:
     from echoquad_runtime.errors import EchoQuadError
-    from echoquad_runtime.verify import Check, Record, Verification
+    from echoquad_runtime.verify.verify import Check, Record, Verification
 
 __all__ = ["verify"]
 
@@ -42,9 +42,9 @@ def verify(
     json_file: JsonFile = None,
 ) -> None:
     """Hash the files of a bundle and replay its golden frames on this machine. Needs no torch."""
-    from echoquad_runtime.devices import usable_devices
+    from echoquad_runtime.devices.session_factory import usable_devices
     from echoquad_runtime.errors import OutputError, UsageError
-    from echoquad_runtime.verify import verify_all
+    from echoquad_runtime.verify.verify import verify_all
 
     if all_devices and device != "auto":
         raise UsageError(f"--all-devices with --device {device}: they exclude each other; leave one out")

@@ -12,12 +12,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TextIO
 
 from echoquad_runtime.errors import EchoQuadError
-from echoquad_runtime.files import output_errors
+from echoquad_runtime.storage.atomic import output_errors
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-    from echoquad_runtime.inputs import Failure
+    from echoquad_runtime.frames.discovery import Failure
 
 __all__ = [
     "EXIT_PARTIAL",
@@ -85,9 +85,9 @@ def print_error(error: EchoQuadError) -> int:
 
 def describe_failure(failure: Failure) -> str:
     """Return ``FILE: MESSAGE`` in printable characters, whatever the file name contains."""
-    from echoquad_runtime.names import shown
+    from echoquad_runtime.storage.row_names import display_name
 
-    return f"{shown(failure.file)}: {shown(_one_line(failure.error))}"
+    return f"{display_name(failure.file)}: {display_name(_one_line(failure.error))}"
 
 
 def print_failure(failure: Failure) -> None:
@@ -113,7 +113,7 @@ def save_json(path: Path | None, content: Any) -> None:
         If it cannot be written.
     """
     if path is not None:
-        from echoquad_runtime.files import write_json
+        from echoquad_runtime.storage.atomic import write_json
 
         write_json(path, content)
         print_status(f"wrote {path.as_posix()}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 import typer
 
 if TYPE_CHECKING:
-    from echoquad_runtime.kinds import Reading
+    from echoquad_runtime.frames.formats import ReadOptions
 
 __all__ = [
     "MAX_FRAMES",
@@ -153,8 +153,8 @@ MaxP99 = Annotated[
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
 
 
-def read_options(matrices: bool, flip: FlipName | None, every: int, trained: Reading | None = None) -> Reading:
+def read_options(matrices: bool, flip: FlipName | None, every: int, trained: ReadOptions | None = None) -> ReadOptions:
     """Build the options for reading frames; the default of --flip is that of the training data, if there is any."""
-    from echoquad_runtime.kinds import AS_IT_IS, Reading
+    from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 
-    return Reading(matrices, flip or (trained or AS_IT_IS).flip, every)
+    return ReadOptions(matrices, flip or (trained or DEFAULT_READ_OPTIONS).flip, every)

@@ -18,8 +18,8 @@ from echoquad.cli.framework.extras import require_extra
 from echoquad.cli.framework.options import Every, Flip, Matrices, PatientRegex, read_options
 
 if TYPE_CHECKING:
-    from echoquad_train.data.audit import Audit
-    from echoquad_train.data.leaks import Twins
+    from echoquad_train.curation.audit import Audit
+    from echoquad_train.curation.leaks import DuplicateGroup
 
 __all__ = ["audit"]
 
@@ -45,12 +45,12 @@ def audit(
 ) -> None:
     """Check a data set: leaks between splits, duplicates, unreadable files, features that predict the class."""
     from echoquad_runtime.errors import DatasetError
-    from echoquad_runtime.files import make_folder, write_json
+    from echoquad_runtime.storage.atomic import make_folder, write_json
     from echoquad_train.data.patients import patient_pattern
 
     require_extra("train")
     pattern = patient_pattern(patient_regex)
-    from echoquad_train.data import audit as auditing
+    from echoquad_train.curation import audit as auditing
 
     if out is not None:
         make_folder(out)  # reject a wrong folder before the work
@@ -62,7 +62,7 @@ def audit(
     for failure in found.failures:
         print_status(describe_failure(failure))
     if out is not None:
-        from echoquad_train.data.contact_sheet import write_contact_sheet
+        from echoquad_train.curation.contact_sheet import write_contact_sheet
 
         paths = out / "audit.json", out / "contact-sheet.png"
         write_json(paths[0], found.to_dict())
@@ -81,10 +81,10 @@ def _summarize(found: Audit) -> str:
 
 
 def _counts(found: Audit) -> str:
-    from echoquad_runtime.names import shown
+    from echoquad_runtime.storage.row_names import display_name
 
     rows = [
-        [f"{split}/{shown(name)}", *(str(cell[key]) for key in ("frames", "patients", "unreadable"))]
+        [f"{split}/{display_name(name)}", *(str(cell[key]) for key in ("frames", "patients", "unreadable"))]
         for split, by_class in found.counts.items()
         for name, cell in by_class.items()
     ]
@@ -92,14 +92,14 @@ def _counts(found: Audit) -> str:
 
 
 def _figures(found: Audit) -> str:
-    from echoquad_runtime.names import shown
+    from echoquad_runtime.storage.row_names import display_name
 
     def spread(figures: dict[str, float]) -> str:
         return f"{figures['median']:.0f} ({figures['p5']:.0f}-{figures['p95']:.0f})"
 
     rows = [
         [
-            shown(name),
+            display_name(name),
             *(spread(figures[key]) for key in ("width", "height", "brightness", "file_bytes")),
             ", ".join(f"{kind} {count}" for kind, count in figures["kinds"].items()),
         ]
@@ -109,14 +109,14 @@ def _figures(found: Audit) -> str:
 
 
 def _findings(found: Audit) -> list[str]:
-    from echoquad_runtime.names import shown
-    from echoquad_train.data.shortcuts import KINDS
+    from echoquad_runtime.storage.row_names import display_name
+    from echoquad_train.curation.shortcut_features import KINDS
 
     leaks = found.leaks
     lines = [f"note: {text}" for text in found.notes]
     lines.append(f"unreadable files: {len(found.failures) or 'none'}")
     lines.append(f"patients in more than one split: {len(leaks.patients) or 'none'}")
-    lines += _shorten([f"  LEAK {shown(who)}: {', '.join(splits)}" for who, splits in leaks.patients.items()])
+    lines += _shorten([f"  LEAK {display_name(who)}: {', '.join(splits)}" for who, splits in leaks.patients.items()])
     lines.append(f"exact duplicates: {len(leaks.exact) or 'none'}")
     lines += _shorten([_duplicates(group) for group in leaks.exact])
     lines.append(f"near duplicates: {len(leaks.near) or 'none'}")
@@ -127,7 +127,7 @@ def _findings(found: Audit) -> list[str]:
         lines.append(f"{found.unknown} frames have names without a patient; use --patient-regex")
     lines.append(f"shortcuts: {len(found.flagged) or 'none'}")
     for shortcut in found.shortcuts:
-        feature = f"{shown(shortcut.name)} from {KINDS[shortcut.kind]}"
+        feature = f"{display_name(shortcut.name)} from {KINDS[shortcut.kind]}"
         if shortcut.auc is None:
             lines.append(f"  {feature}: not measured, too few patients")
         else:
@@ -138,13 +138,13 @@ def _findings(found: Audit) -> list[str]:
     return lines
 
 
-def _duplicates(group: Twins) -> str:
-    from echoquad_runtime.names import shown
+def _duplicates(group: DuplicateGroup) -> str:
+    from echoquad_runtime.storage.row_names import display_name
 
     kind = {"file": "same file", "pixels": "same pixels", "near": f"similarity {group.likeness:.3f}"}[group.kind]
     patients = "" if len(set(group.patients)) == 1 else ", of different patients"
     conflict = ", IN TWO CLASSES" if group.conflict else ""
-    return f"  {'LEAK ' if group.leak else ''}{' = '.join(map(shown, group.names[:4]))} ({kind}{patients}{conflict})"
+    return f"  {'LEAK ' if group.leak else ''}{' = '.join(map(display_name, group.names[:4]))} ({kind}{patients}{conflict})"
 
 
 def _shorten(lines: list[str]) -> list[str]:

@@ -21,7 +21,7 @@ def phantom(
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the random number generator.")] = 0,
 ) -> None:
     """Write a synthetic data set: apical four-chamber phantoms, ASD against NORM. It contains no patient data."""
-    from echoquad_train.data.phantom_data import write_dataset
+    from echoquad_train.phantom.dataset import write_dataset
 
     with Progress("drawing", patients * frames) as progress:
         counts = write_dataset(out, patients=patients, frames_per_patient=frames, seed=seed, progress=progress.update)

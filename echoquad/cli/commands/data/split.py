@@ -38,12 +38,12 @@ def split(
     every: Every = 1,
 ) -> None:
     """Divide frames into train, validation and test by patient, stratified by class. No patient is in two splits."""
-    from echoquad_runtime.names import shown
+    from echoquad_runtime.storage.row_names import display_name
     from echoquad_train.data.patients import patient_pattern
 
     require_extra("train")
     pattern = patient_pattern(patient_regex)
-    from echoquad_train.data import partition
+    from echoquad_train.curation import split as partition
 
     shares = partition.parse_fractions(fractions)
     with Progress("reading") as progress:
@@ -57,13 +57,13 @@ def split(
         )
     copied = partition.write_partition(parts, out, mode)
     rows = [
-        [f"{part}/{shown(name)}", str(frames), str(patients)]
+        [f"{part}/{display_name(name)}", str(frames), str(patients)]
         for part, by_class in parts.counts.items()
         for name, (frames, patients) in by_class.items()
     ]
     print_result(format_table(["split/class", "frames", "patients"], rows))
     for group in parts.joined:
-        print_status(f"kept together, because they share a picture: {', '.join(map(shown, group))}")
+        print_status(f"kept together, because they share a picture: {', '.join(map(display_name, group))}")
     if copied:
         print_status(f"{copied} files were copied: {source.as_posix()} and {out.as_posix()} allow no hard link")
     print_status(f"wrote {(out / partition.MANIFEST if mode == 'manifest' else out).as_posix()}")

@@ -25,8 +25,8 @@ from echoquad.cli.framework.options import (
 if TYPE_CHECKING:
     import re
 
-    from echoquad_runtime.kinds import Reading
-    from echoquad_runtime.predictor import Predictor
+    from echoquad_runtime.frames.formats import ReadOptions
+    from echoquad_runtime.predict.predictor import Predictor
     from echoquad_train.evaluation.evaluate import Evaluation, Settings
 
 __all__ = ["evaluate"]
@@ -117,7 +117,7 @@ def evaluate(
             raise RunError(f"{folder.as_posix()}: no such folder; expected a run or a bundle; check the path")
     from echoquad_train.data.patients import patient_pattern
     from echoquad_train.evaluation import evaluate as evaluation
-    from echoquad_train.evaluation.operating import check_targets
+    from echoquad_train.evaluation.operating_points import check_targets
 
     check_targets(at_specificity or (), "--at-specificity")
     check_targets(at_sensitivity or (), "--at-sensitivity")
@@ -131,7 +131,7 @@ def evaluate(
         reading = evaluation_read_options(folder, matrices, flip, every)
         found.append(_measure(predictor, folder, data, reading, split, threshold_from, settings, pattern))
     if len(found) > 1:
-        from echoquad_train.evaluation.compare import compare, write_comparison
+        from echoquad_train.reporting.comparison import compare, write_comparison
 
         comparison = compare(found[0], found[1], settings)
         written = write_comparison(found[0], found[1], comparison, out, gallery=gallery)
@@ -148,7 +148,7 @@ def _measure(
     predictor: Predictor,
     folder: Path,
     data: Path,
-    reading: Reading,
+    reading: ReadOptions,
     split: str,
     threshold_from: Path | None,
     settings: Settings,

@@ -9,8 +9,8 @@ from echoquad.cli.framework.console import print_status
 from echoquad.cli.framework.options import DeviceName, FlipName, MethodName, TorchDeviceName, read_options
 
 if TYPE_CHECKING:
-    from echoquad_runtime.kinds import Reading
-    from echoquad_runtime.predictor import Predictor
+    from echoquad_runtime.frames.formats import ReadOptions
+    from echoquad_runtime.predict.predictor import Predictor
 
 __all__ = ["evaluation_read_options", "open_model"]
 
@@ -33,8 +33,8 @@ def open_model(
     UsageError
         If torch cannot run it with these options.
     """
-    from echoquad_runtime.bundle import MANIFEST
-    from echoquad_runtime.predictor import Predictor
+    from echoquad_runtime.bundle.bundle import MANIFEST
+    from echoquad_runtime.predict.predictor import Predictor
 
     if (folder / MANIFEST).exists():
         bundled = Predictor(
@@ -50,10 +50,10 @@ def open_model(
         return bundled
 
     from echoquad_runtime.errors import RunError, UsageError
-    from echoquad_train.checkpoint import RUN
-    from echoquad_train.device import choose_device
-    from echoquad_train.members import Ensemble, load_trained
-    from echoquad_train.networks.engine import TorchEngine
+    from echoquad_train.runs.checkpoint import RUN
+    from echoquad_train.networks.device import choose_device
+    from echoquad_train.runs.ensemble_folder import Ensemble, load_trained
+    from echoquad_train.networks.torch_engine import TorchEngine
 
     if not (folder / RUN).exists():
         raise RunError(f"{folder.as_posix()}: neither a run ({RUN}) nor a bundle ({MANIFEST}) is here; check the path")
@@ -78,15 +78,15 @@ def open_model(
     return Predictor(engine, method=method, batch_size=batch_size, abstain_below=abstain_below)
 
 
-def evaluation_read_options(folder: Path, matrices: bool, flip: FlipName | None, every: int) -> Reading:
+def evaluation_read_options(folder: Path, matrices: bool, flip: FlipName | None, every: int) -> ReadOptions:
     """Return the options for reading frames; those of the model's training data are the default."""
-    from echoquad_runtime.bundle import MANIFEST, Bundle
-    from echoquad_runtime.kinds import Reading
+    from echoquad_runtime.bundle.bundle import MANIFEST, Bundle
+    from echoquad_runtime.frames.formats import ReadOptions
 
     if (folder / MANIFEST).exists():
-        trained = Reading.found_in(Bundle(folder).manifest["training"])
+        trained = ReadOptions.found_in(Bundle(folder).manifest["training"])
     else:
-        from echoquad_train.checkpoint import read_info
+        from echoquad_train.runs.checkpoint import read_info
 
-        trained = Reading.found_in(read_info(folder).get("data"))
+        trained = ReadOptions.found_in(read_info(folder).get("data"))
     return read_options(matrices or trained.matrices, flip, every, trained)

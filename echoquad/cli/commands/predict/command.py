@@ -34,13 +34,13 @@ from echoquad.cli.framework.options import (
 )
 
 if TYPE_CHECKING:
-    from echoquad_runtime.bundle import Bundle
-    from echoquad_runtime.cluster import RayPredictor
-    from echoquad_runtime.inputs import Failure, FrameFile
-    from echoquad_runtime.kinds import Reading
-    from echoquad_runtime.predictor import Prediction, Predictor
-    from echoquad_runtime.shards import Shard
-    from echoquad_runtime.writers import Writer
+    from echoquad_runtime.bundle.bundle import Bundle
+    from echoquad_runtime.cluster.ray_predictor import RayPredictor
+    from echoquad_runtime.frames.discovery import Failure, FrameFile
+    from echoquad_runtime.frames.formats import ReadOptions
+    from echoquad_runtime.predict.predictor import Prediction, Predictor
+    from echoquad_runtime.results.shards import Shard
+    from echoquad_runtime.results.row_formats import Writer
 
     _Results = Generator[Prediction | Failure, None, None]
 
@@ -138,18 +138,18 @@ def predict(
     Rows are collected in FILE.partial, which an interruption leaves in place; --resume continues after them.
     FILE.run.json beside the finished file describes the run.
     """
-    from echoquad_runtime.bundle import Bundle
-    from echoquad_runtime.devices import available_cpus
-    from echoquad_runtime.host import settle
-    from echoquad_runtime.predict.self_test import PASSED
-    from echoquad_runtime.results import ResultFile, is_stream
+    from echoquad_runtime.bundle.bundle import Bundle
+    from echoquad_runtime.devices.session_factory import available_cpus
+    from echoquad_runtime.tuning.saved_settings import resolve_settings
+    from echoquad_runtime.engine.self_test import PASSED
+    from echoquad_runtime.results.result_file import ResultFile, is_stream
 
     on_ray = engine == "ray"
     _check_engine(ray_address, workers, cam=cam, overlay=overlay, on_ray=on_ray)
     _check_output(out, resume=resume)
     part = _parse_shard(shard)
     opened = Bundle(bundle, public_key=public_key)
-    config = settle(
+    config = resolve_settings(
         opened,
         device=device,
         precision=precision,
@@ -241,8 +241,8 @@ def _check_engine(
 
 
 def _check_output(out: Path | None, *, resume: bool) -> None:
-    from echoquad_runtime.results import refuse_resume
-    from echoquad_runtime.writers import check_ending
+    from echoquad_runtime.results.result_file import refuse_resume
+    from echoquad_runtime.results.row_formats import check_ending
 
     if out is not None:
         check_ending(out)
@@ -253,26 +253,26 @@ def _check_output(out: Path | None, *, resume: bool) -> None:
 def _parse_shard(shard: str | None) -> Shard | None:
     if shard is None:
         return None
-    from echoquad_runtime.shards import Shard
+    from echoquad_runtime.results.shards import Shard
 
     return Shard.parse(shard)
 
 
 def _predictor_class(*, on_ray: bool) -> type[Predictor | RayPredictor]:
     if on_ray:
-        from echoquad_runtime.cluster import RayPredictor
+        from echoquad_runtime.cluster.ray_predictor import RayPredictor
 
         return RayPredictor
-    from echoquad_runtime.predictor import Predictor
+    from echoquad_runtime.predict.predictor import Predictor
 
     return Predictor
 
 
-def _read_options(opened: Bundle, matrices: bool, flip: FlipName | None, every: int) -> Reading:
+def _read_options(opened: Bundle, matrices: bool, flip: FlipName | None, every: int) -> ReadOptions:
     """Return the options for reading frames; report a flip of matrices that the command line does not state."""
-    from echoquad_runtime.kinds import Reading
+    from echoquad_runtime.frames.formats import ReadOptions
 
-    trained = Reading.found_in(opened.manifest["training"])
+    trained = ReadOptions.found_in(opened.manifest["training"])
     if flip is None and trained.flip != "none":
         print_status(f"matrices are flipped ({trained.flip}), as in training")
     elif flip is not None and flip != trained.flip:
@@ -284,10 +284,10 @@ def _write_rows(
     predictor: Predictor | RayPredictor, frames: FrameSelection, writer: Writer, tally: Tally, overlay: Path | None
 ) -> None:
     """Predict the frames; write a row and draw an overlay for each, print each failure."""
-    from echoquad_runtime.inputs import Failure
+    from echoquad_runtime.frames.discovery import Failure
 
     def draw(frame: FrameFile, prediction: Prediction) -> None:
-        from echoquad_runtime.overlay import save_overlay
+        from echoquad_runtime.overlay.drawing import save_overlay
 
         assert overlay is not None
         save_overlay(overlay, frame, prediction, predictor.contract)

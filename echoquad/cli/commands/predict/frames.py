@@ -7,10 +7,10 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from echoquad_runtime.inputs import Failure, FrameFile
-    from echoquad_runtime.kinds import Reading
-    from echoquad_runtime.results import ResultFile
-    from echoquad_runtime.shards import Shard
+    from echoquad_runtime.frames.discovery import Failure, FrameFile
+    from echoquad_runtime.frames.formats import ReadOptions
+    from echoquad_runtime.results.result_file import ResultFile
+    from echoquad_runtime.results.shards import Shard
 
 __all__ = ["FrameSelection"]
 
@@ -30,8 +30,8 @@ class FrameSelection:
         Number of rows of an interrupted run.
     """
 
-    def __init__(self, inputs: Sequence[str], reading: Reading, shard: Shard | None, rows: ResultFile | None) -> None:
-        from echoquad_runtime.inputs import find_frames
+    def __init__(self, inputs: Sequence[str], reading: ReadOptions, shard: Shard | None, rows: ResultFile | None) -> None:
+        from echoquad_runtime.frames.discovery import find_frames
 
         self.found = self.selected = self.yielded = 0
         self.complete = False
@@ -41,7 +41,7 @@ class FrameSelection:
         self._remaining = self._select(find_frames(inputs, reading))
 
     def _select(self, items: Iterator[FrameFile | Failure]) -> Iterator[FrameFile | Failure]:
-        from echoquad_runtime.inputs import FrameFile
+        from echoquad_runtime.frames.discovery import FrameFile
 
         for item in items:
             if isinstance(item, FrameFile):

@@ -11,8 +11,8 @@ from typing import IO, TYPE_CHECKING
 from echoquad.cli.framework.console import STDOUT, print_status
 
 if TYPE_CHECKING:
-    from echoquad_runtime.results import ResultFile
-    from echoquad_runtime.writers import Writer
+    from echoquad_runtime.results.result_file import ResultFile
+    from echoquad_runtime.results.row_formats import Writer
 
 __all__ = ["print_resume_state", "row_writer"]
 
@@ -28,8 +28,8 @@ def row_writer(out: Path | None, rows: ResultFile | None, classes: tuple[str, ..
     OutputError
         If a row cannot be written.
     """
-    from echoquad_runtime.files import output_errors
-    from echoquad_runtime.writers import CsvWriter, writer_of
+    from echoquad_runtime.storage.atomic import output_errors
+    from echoquad_runtime.results.row_formats import CsvWriter, writer_of
 
     if rows is not None:
         yield rows

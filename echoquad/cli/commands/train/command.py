@@ -24,7 +24,7 @@ from echoquad.cli.framework.options import (
 )
 
 if TYPE_CHECKING:
-    from echoquad_runtime.kinds import Reading
+    from echoquad_runtime.frames.formats import ReadOptions
     from echoquad_train.parallel.ranks import Ranks
 
 __all__ = ["train"]
@@ -124,10 +124,10 @@ def train(
     from echoquad_runtime.errors import UsageError
     from echoquad_train.data.dataset import read_classes, read_split
     from echoquad_train.data.patients import patient_pattern
-    from echoquad_train.parallel.torchrun import place
+    from echoquad_train.parallel.torchrun import torchrun_rank
     from echoquad_train.recipe import Recipe
 
-    mute(place().rank > 0)  # under torchrun, one process prints
+    mute(torchrun_rank().rank > 0)  # under torchrun, one process prints
     require_extra("train")
     if tensorboard and util.find_spec("tensorboard") is None:
         raise missing_extra("tensorboard", "tensorboard")
@@ -150,10 +150,10 @@ def train(
     if resume and not out.exists():
         raise UsageError(f"--resume: {out.as_posix()} does not exist; train without --resume first")
 
-    from echoquad_train.checkpoint import RECIPE
-    from echoquad_train.device import choose_device
-    from echoquad_train.fit import fit
-    from echoquad_train.linear import fit_linear
+    from echoquad_train.runs.checkpoint import RECIPE
+    from echoquad_train.networks.device import choose_device
+    from echoquad_train.fitting.loop import fit
+    from echoquad_train.fitting.linear_probe import fit_linear
     from echoquad_train.parallel.ranks import joined
 
     if resume and not (recipe or settings or changes) and (out / RECIPE).is_file():
@@ -255,13 +255,13 @@ def _check_folds(folds: int | None, teacher: Path | None, linear: str | None) ->
         )
 
 
-def _read_options(out: Path, resume: bool, matrices: bool, flip: FlipName | None, every: int) -> Reading:
+def _read_options(out: Path, resume: bool, matrices: bool, flip: FlipName | None, every: int) -> ReadOptions:
     """Return the options for reading frames; a resumed run keeps its own if none is given."""
     if resume and (matrices, flip, every) == (False, None, 1):
         from echoquad_runtime.errors import RunError
-        from echoquad_runtime.kinds import Reading
-        from echoquad_train.checkpoint import read_info
+        from echoquad_runtime.frames.formats import ReadOptions
+        from echoquad_train.runs.checkpoint import read_info
 
         with contextlib.suppress(RunError):  # a missing or unfinished run is reported later
-            return Reading.found_in(read_info(out).get("data"))
+            return ReadOptions.found_in(read_info(out).get("data"))
     return read_options(matrices, flip, every)

@@ -19,7 +19,7 @@ _FIGURES = ("accuracy", "balanced_accuracy", "roc_auc", "patch_accuracy")
 
 def is_cross_validation(out: Path) -> bool:
     """Return whether a folder contains a cross-validation, finished or not."""
-    from echoquad_train.checkpoint import RUN, read_info
+    from echoquad_train.runs.checkpoint import RUN, read_info
 
     return (out / RUN).is_file() and "folds" in read_info(out)
 
@@ -30,18 +30,18 @@ def train_folds(
     """Train the folds, print the out-of-fold figures and return the exit code.
 
     A resumed folder provides `folds` and `patient_regex` if they are None. `options` are those of
-    `echoquad_train.folds.fit_folds`.
+    `echoquad_train.fitting.cross_validation.fit_folds`.
 
     Raises
     ------
     UsageError
         Under torchrun.
     """
-    from echoquad_train.parallel.torchrun import place
+    from echoquad_train.parallel.torchrun import torchrun_rank
 
-    if place().ranks > 1:
+    if torchrun_rank().ranks > 1:
         raise UsageError("--folds under torchrun: one process trains the folds; start it without torchrun")
-    from echoquad_train.folds import FoldSettings, begun_with, fit_folds
+    from echoquad_train.fitting.cross_validation import FoldSettings, begun_with, fit_folds
 
     begun = begun_with(out) if resume else None
     count = folds or (begun.folds if begun else 0)

@@ -39,13 +39,13 @@ class TrainingProgress:
 
     def started(self, device: str, precision: str, train: Any, validation: Any) -> None:
         """Print the size of the data set, the device and the precision."""
-        from echoquad_train.schedule import small_epochs
+        from echoquad_train.training.optimizer_schedule import progressive_epochs
 
         self._close()
         for split in (train, validation):
             counts = ", ".join(f"{name} {count}" for name, count in split.counts.items())
             print_status(f"{split.name}: {len(split.frames)} frames ({counts})")
-        small = small_epochs(self._recipe) if self._recipe else 0
+        small = progressive_epochs(self._recipe) if self._recipe else 0
         sizes = f"; the first {small} epochs on smaller quadrants, validated at full size" if small else ""
         print_status(f"training on {device} in {precision}{sizes}")
 
