@@ -12,8 +12,8 @@ from echoquad.cli.extras import require_extra
 from echoquad.cli.options import Every, Flip, Matrices, reading_of
 
 if TYPE_CHECKING:
-    from echoquad_train.data.audit import Audit
-    from echoquad_train.data.leaks import Twins
+    from echoquad_train.curation.audit import Audit
+    from echoquad_train.curation.leaks import Twins
 
 __all__ = ["PatientRegex", "audit", "summarize"]
 
@@ -47,13 +47,13 @@ def audit(
 ) -> None:
     """Look for what spoils a data set: leaks between splits, duplicates, unreadable files, shortcuts to the class."""
     from echoquad_runtime.errors import DatasetError
-    from echoquad_runtime.files import make_folder, write_json
-    from echoquad_runtime.kinds import AS_IT_IS
+    from echoquad_runtime.frames.formats import AS_IT_IS
+    from echoquad_runtime.storage.atomic import make_folder, write_json
     from echoquad_train.data.patients import patient_pattern
 
     require_extra("train")
     pattern, reading = patient_pattern(patient_regex), reading_of(matrices, flip, every, AS_IT_IS)
-    from echoquad_train.data import audit as auditing
+    from echoquad_train.curation import audit as auditing
 
     if out is not None:
         make_folder(out)  # told now, and not after all the work
@@ -63,7 +63,7 @@ def audit(
     for failure in found.failures:
         note(failure_line(failure).removeprefix("error: "))
     if out is not None:
-        from echoquad_train.data.contact_sheet import write_contact_sheet
+        from echoquad_train.curation.contact_sheet import write_contact_sheet
 
         paths = out / "audit.json", out / "contact-sheet.png"
         write_json(paths[0], found.to_dict())
@@ -83,7 +83,7 @@ def summarize(found: Audit) -> str:
 
 
 def _counts(found: Audit) -> str:
-    from echoquad_runtime.names import shown
+    from echoquad_runtime.storage.row_names import shown
 
     rows = [
         [f"{split}/{shown(name)}", *(str(cell[key]) for key in ("frames", "patients", "unreadable"))]
@@ -94,7 +94,7 @@ def _counts(found: Audit) -> str:
 
 
 def _figures(found: Audit) -> str:
-    from echoquad_runtime.names import shown
+    from echoquad_runtime.storage.row_names import shown
 
     def span(figures: dict[str, float]) -> str:
         return f"{figures['median']:.0f} ({figures['p5']:.0f}-{figures['p95']:.0f})"
@@ -112,8 +112,8 @@ def _figures(found: Audit) -> str:
 
 
 def _findings(found: Audit) -> list[str]:
-    from echoquad_runtime.names import shown
-    from echoquad_train.data.shortcuts import KINDS
+    from echoquad_runtime.storage.row_names import shown
+    from echoquad_train.curation.shortcut_features import KINDS
 
     leaks = found.leaks
     lines = [f"note: {text}" for text in found.notes]
@@ -142,7 +142,7 @@ def _findings(found: Audit) -> list[str]:
 
 
 def _twins(twins: Twins) -> str:
-    from echoquad_runtime.names import shown
+    from echoquad_runtime.storage.row_names import shown
 
     kind = {"file": "same file", "pixels": "same pixels", "near": f"alike {twins.likeness:.3f}"}[twins.kind]
     people = "" if len(set(twins.patients)) == 1 else ", of different patients"

@@ -44,13 +44,13 @@ def split(
     every: Every = 1,
 ) -> None:
     """Divide frames into train, validation and test by patient, each class alike. Never a patient in two."""
-    from echoquad_runtime.kinds import Reading
-    from echoquad_runtime.names import shown
+    from echoquad_runtime.frames.formats import Reading
+    from echoquad_runtime.storage.row_names import shown
     from echoquad_train.data.patients import patient_pattern
 
     require_extra("train")
     pattern, reading = patient_pattern(patient_regex), Reading(matrices, every=every)
-    from echoquad_train.data import partition
+    from echoquad_train.curation import split as partition
 
     shares = partition.parse_fractions(fractions)
     with Progress("reading") as progress:
@@ -83,9 +83,9 @@ def patches(
 ) -> None:
     """Write every frame's four quadrants, and the table that leads back; check that stitched they are the frame."""
     require_extra("train")
-    from echoquad_runtime.kinds import AS_IT_IS
-    from echoquad_runtime.names import shown
-    from echoquad_train.data.patches import MAPPING, write_patches
+    from echoquad_runtime.frames.formats import AS_IT_IS
+    from echoquad_runtime.storage.row_names import shown
+    from echoquad_train.curation.quadrant_files import MAPPING, write_patches
 
     reading = reading_of(matrices, flip, every, AS_IT_IS)
     with Progress("cutting") as progress:

@@ -25,8 +25,8 @@ from echoquad.cli.options import (
 if TYPE_CHECKING:
     import re
 
-    from echoquad_runtime.kinds import Reading
-    from echoquad_runtime.predictor import Predictor
+    from echoquad_runtime.frames.formats import Reading
+    from echoquad_runtime.predict.predictor import Predictor
     from echoquad_train.evaluation.evaluate import Evaluation, Settings
 
 __all__ = ["evaluate", "summarize", "summarize_pair"]
@@ -119,7 +119,7 @@ def evaluate(
             raise RunError(f"{folder.as_posix()}: no such folder; expected a run or a bundle; check the path")
     from echoquad_train.data.patients import patient_pattern
     from echoquad_train.evaluation import evaluate as evaluation
-    from echoquad_train.evaluation.operating import check_targets
+    from echoquad_train.evaluation.operating_points import check_targets
 
     check_targets(at_specificity or (), "--at-specificity")
     check_targets(at_sensitivity or (), "--at-sensitivity")
@@ -133,7 +133,7 @@ def evaluate(
         reading = _reading(folder, matrices, flip, every)
         found.append(_measure(predictor, folder, data, reading, split, threshold_from, settings, pattern))
     if len(found) > 1:
-        from echoquad_train.evaluation.compare import compare, write_comparison
+        from echoquad_train.reporting.comparison import compare, write_comparison
 
         compared = compare(found[0], found[1], settings)
         paths = write_comparison(found[0], found[1], compared, out, gallery=gallery)
@@ -259,13 +259,13 @@ def _bounds(values: list[float] | None) -> str:
 
 def _reading(model: Path, matrices: bool, flip: FlipName | None, every: int) -> Reading:
     """Settle how frames are read: as told, else as the data were that a run or a bundle was trained on."""
-    from echoquad_runtime.bundle import MANIFEST, Bundle
-    from echoquad_runtime.kinds import Reading
+    from echoquad_runtime.bundle.bundle import MANIFEST, Bundle
+    from echoquad_runtime.frames.formats import Reading
 
     if (model / MANIFEST).exists():
         trained = Reading.found_in(Bundle(model).manifest["training"])
     else:
-        from echoquad_train.checkpoint import read_info
+        from echoquad_train.runs.checkpoint import read_info
 
         trained = Reading.found_in(read_info(model).get("data"))
     return reading_of(matrices or trained.matrices, flip, every, trained)
@@ -280,9 +280,9 @@ def _predictor(
     batch_size: int,
     abstain_below: float | None = None,
 ) -> Predictor:
-    from echoquad_runtime.bundle import MANIFEST
+    from echoquad_runtime.bundle.bundle import MANIFEST
     from echoquad_runtime.errors import RunError, UsageError
-    from echoquad_runtime.predictor import Predictor
+    from echoquad_runtime.predict.predictor import Predictor
 
     rule = method.value if method else None
     if (model / MANIFEST).exists():
@@ -298,10 +298,10 @@ def _predictor(
         note(bundled.engine.note or f"bundle {model.as_posix()}")
         return bundled
 
-    from echoquad_train.checkpoint import RUN
-    from echoquad_train.device import choose_device
-    from echoquad_train.members import Ensemble, load_trained
-    from echoquad_train.networks.engine import TorchEngine
+    from echoquad_train.networks.device import choose_device
+    from echoquad_train.networks.torch_engine import TorchEngine
+    from echoquad_train.runs.checkpoint import RUN
+    from echoquad_train.runs.ensemble_folder import Ensemble, load_trained
 
     if not (model / RUN).exists():
         raise RunError(f"{model.as_posix()}: neither a run ({RUN}) nor a bundle ({MANIFEST}) is here; check the path")

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from echoquad_runtime.bundle.onnx_header import CAM, INPUT, OUTPUTS
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.engine.device_lock import CUDA_LOCK
-from echoquad_runtime.onnx_scan import CAM, INPUT, OUTPUTS
-from echoquad_runtime.providers import CUDA_PROVIDER, quiet_logger
-from echoquad_runtime.wheels import load_onnxruntime
+from echoquad_runtime.devices.device_lock import CUDA_LOCK
+from echoquad_runtime.devices.execution_providers import CUDA_PROVIDER, quiet_logger
+from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -9,7 +9,7 @@ import numpy as np
 from echoquad_runtime.contract import INDETERMINATE, Contract, VoteMethod
 from echoquad_runtime.engine.io_binding import Floats
 from echoquad_runtime.errors import ConfigError
-from echoquad_runtime.vote import tempered
+from echoquad_runtime.voting import tempered
 
 __all__ = ["Prediction", "checked_bound"]
 

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from echoquad_train.evaluation.intervals import Bootstrap, estimate
-from echoquad_train.evaluation.judged import Judged
 from echoquad_train.evaluation.reliability import Floats
+from echoquad_train.evaluation.scored_frames import Judged
 
 __all__ = ["abstention", "risk_coverage"]
 

@@ -15,21 +15,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from echoquad_runtime.bundle import MANIFEST, Bundle
+from echoquad_runtime.bundle.bundle import MANIFEST, Bundle
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import DatasetError
-from echoquad_runtime.files import make_folder, write_bytes, write_json
-from echoquad_runtime.inputs import Failure
-from echoquad_runtime.predictor import Prediction, Predictor
-from echoquad_runtime.writers import open_writer
+from echoquad_runtime.frames.discovery import Failure
+from echoquad_runtime.predict.predictor import Prediction, Predictor
+from echoquad_runtime.results.row_formats import open_writer
+from echoquad_runtime.storage.atomic import make_folder, write_bytes, write_json
 from echoquad_train.data.dataset import LabelledFrame, Split
 from echoquad_train.data.patients import patients_of
-from echoquad_train.evaluation.drawn import draw_all
-from echoquad_train.evaluation.gallery import save_mistakes
 from echoquad_train.evaluation.intervals import wilson_interval
-from echoquad_train.evaluation.judged import Judged, judged_of
 from echoquad_train.evaluation.metrics import Settings, measure, measure_more, roc_curves
-from echoquad_train.evaluation.report import evaluation_report
+from echoquad_train.evaluation.scored_frames import Judged, judged_of
+from echoquad_train.reporting.mistake_gallery import save_mistakes
+from echoquad_train.reporting.report import evaluation_report
+from echoquad_train.reporting.saved_figures import draw_all
 
 __all__ = [
     "Evaluation",
@@ -208,7 +208,7 @@ def model_facts(folder: Path) -> dict[str, Any]:
         facts |= {"kind": "bundle", "manifest_sha256": manifest["manifest_sha256"]}
         told = manifest.get("training")
     else:
-        from echoquad_train.checkpoint import BEST, RUN, read_info
+        from echoquad_train.runs.checkpoint import BEST, RUN, read_info
 
         if (folder / BEST).is_file():
             facts |= {"kind": "run", "weights_sha256": hashlib.sha256((folder / BEST).read_bytes()).hexdigest()}

@@ -11,9 +11,8 @@ import numpy.typing as npt
 from sklearn import metrics
 
 from echoquad_runtime.contract import QUADRANTS, Contract
-from echoquad_runtime.predictor import Prediction
+from echoquad_runtime.predict.predictor import Prediction
 from echoquad_train.evaluation.abstention import abstention
-from echoquad_train.evaluation.calibration import cross_fit, fit_temperatures, patient_folds, scores_of
 from echoquad_train.evaluation.intervals import (
     RESAMPLES,
     Bootstrap,
@@ -23,9 +22,10 @@ from echoquad_train.evaluation.intervals import (
     weighted_ece,
     wilson_interval,
 )
-from echoquad_train.evaluation.judged import Indices, Judged, judged_of
-from echoquad_train.evaluation.operating import operating_points
+from echoquad_train.evaluation.operating_points import operating_points
 from echoquad_train.evaluation.reliability import BINNING, Floats, losses, reliability, squares, sweep_bins
+from echoquad_train.evaluation.scored_frames import Indices, Judged, judged_of
+from echoquad_train.evaluation.temperature_scaling import cross_fit, fit_temperatures, patient_folds, scores_of
 
 __all__ = ["Settings", "measure", "measure_more", "plain", "roc_curves"]
 
