@@ -27,8 +27,8 @@ from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.devices.session_factory import open_session
 from echoquad_runtime.engine.onnx_engine import INPUT, OUTPUTS, OnnxEngine
 from echoquad_runtime.engine.slot_pool import SlotPool
-from echoquad_runtime.frames.image import read_checked
 from echoquad_runtime.frames.quality_flags import flags_of
+from echoquad_runtime.frames.reader import read_checked
 from echoquad_runtime.quadrants import frame_quadrants
 
 AIM, ENGINE_AIM = 0.90, 0.97

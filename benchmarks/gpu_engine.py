@@ -20,7 +20,7 @@ from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 from echoquad_runtime.engine.onnx_engine import INPUT, OnnxEngine
 from echoquad_runtime.engine.slot_pool import SlotPool, infer_all
 from echoquad_runtime.frames.discovery import walk
-from echoquad_runtime.frames.image import read_frame
+from echoquad_runtime.frames.reader import read_frame
 from echoquad_runtime.quadrants import frame_quadrants
 
 ENGINE_AIM = 1.10  # fp16 over torch fp16, channels last, in the same run

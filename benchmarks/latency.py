@@ -24,7 +24,7 @@ from echoquad_runtime.bench.live_source import Paced, pace
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 from echoquad_runtime.engine.onnx_engine import INPUT, OUTPUTS, Floats
-from echoquad_runtime.frames.discovery import Failure
+from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict.predictor import Predictor
 
 BURST = 32  # frames that are there at once

@@ -307,7 +307,7 @@ def openvino(setting: Setting, *, graph: str, hint: str = "f32", queue: bool = F
 
 def echoquad(setting: Setting, *, precision: str) -> Pass:
     """Prepare what ``echoquad predict --out`` does once its process is there."""
-    from echoquad_runtime.frames.discovery import Failure, FrameFile
+    from echoquad_runtime.frames.frame_file import Failure, FrameFile
     from echoquad_runtime.predict.predictor import Predictor
     from echoquad_runtime.results.result_file import ResultFile
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from echoquad_runtime.bundle.bundle import Bundle
     from echoquad_runtime.contract import Contract
     from echoquad_runtime.errors import EchoQuadError
-    from echoquad_runtime.frames.discovery import Failure
+    from echoquad_runtime.frames.frame_file import Failure
     from echoquad_runtime.predict.predictor import Prediction, Predictor
     from echoquad_runtime.verify.verify import Verification, verify
 
@@ -33,7 +33,7 @@ _HOMES = {
     "Bundle": "bundle.bundle",
     "Contract": "contract",
     "EchoQuadError": "errors",
-    "Failure": "frames.discovery",
+    "Failure": "frames.frame_file",
     "Prediction": "predict.prediction",
     "Predictor": "predict.predictor",
     "Verification": "verify.verify",

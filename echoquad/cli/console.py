@@ -16,7 +16,7 @@ from echoquad_runtime.storage.atomic import output_errors
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-    from echoquad_runtime.frames.discovery import Failure
+    from echoquad_runtime.frames.frame_file import Failure
 
 __all__ = ["PARTIAL", "STDOUT", "Progress", "fail", "failure_line", "list_failures", "mute", "note", "say", "table"]
 

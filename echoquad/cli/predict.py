@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from echoquad_runtime.bundle.bundle import Bundle
     from echoquad_runtime.cluster.ray_predictor import RayPredictor
     from echoquad_runtime.contract import VoteMethod
-    from echoquad_runtime.frames.discovery import Failure, FrameFile
     from echoquad_runtime.frames.formats import Reading
+    from echoquad_runtime.frames.frame_file import Failure, FrameFile
     from echoquad_runtime.predict.predictor import Prediction, Predictor
     from echoquad_runtime.results.result_file import ResultFile
     from echoquad_runtime.results.row_formats import Writer
@@ -348,7 +348,7 @@ class _Frames:
         self._chosen = self._choose(find_frames(inputs, reading))
 
     def _choose(self, found: Iterator[FrameFile | Failure]) -> Iterator[FrameFile | Failure]:
-        from echoquad_runtime.frames.discovery import FrameFile
+        from echoquad_runtime.frames.frame_file import FrameFile
 
         for item in found:
             if isinstance(item, FrameFile):
@@ -418,7 +418,7 @@ class _Tally:
 def _judge(
     predictor: Predictor | RayPredictor, frames: _Frames, writer: Writer, tally: _Tally, overlay: Path | None
 ) -> None:
-    from echoquad_runtime.frames.discovery import Failure
+    from echoquad_runtime.frames.frame_file import Failure
 
     def draw(frame: FrameFile, prediction: Prediction) -> None:
         from echoquad_runtime.overlay.drawing import save_overlay

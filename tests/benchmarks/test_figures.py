@@ -21,7 +21,7 @@ import scaling
 from echoquad_runtime.bench.live_source import Paced
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.frames.image import read_frame
+from echoquad_runtime.frames.reader import read_frame
 from echoquad_runtime.predict.predictor import Prediction, Predictor
 from echoquad_runtime.quadrants import frame_quadrants
 

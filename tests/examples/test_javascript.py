@@ -22,7 +22,7 @@ from PIL import Image
 
 from echoquad_runtime.bundle.bundle import MANIFEST, Bundle, encode_manifest, model_file
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.frames.image import read_frame
+from echoquad_runtime.frames.reader import read_frame
 from echoquad_runtime.quadrants import frame_quadrants
 
 SOURCE = Path(__file__).parents[2] / "examples" / "javascript"

@@ -21,7 +21,8 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
 
 from echoquad_runtime.errors import EchoQuadError
-from echoquad_runtime.frames.discovery import Failure, find_frames
+from echoquad_runtime.frames.discovery import find_frames
+from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.frames.reader import load_checked, load_image
 
 NAME = "PlantedDoe"

@@ -33,7 +33,7 @@ from echoquad_runtime.devices.session_factory import open_session
 from echoquad_runtime.engine.onnx_engine import CONTRACT_KEY, INPUT, OUTPUTS, Engine, OnnxEngine
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import BundleError, FrameError, ParityError
-from echoquad_runtime.frames.discovery import Failure
+from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.frames.reader import load_grey
 from echoquad_runtime.quadrants import Grey, crop_box, frame_quadrants
 from echoquad_runtime.voting import decide

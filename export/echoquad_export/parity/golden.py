@@ -31,7 +31,8 @@ from echoquad_runtime.contract import QUADRANTS, Contract
 from echoquad_runtime.engine.onnx_engine import Engine, Floats
 from echoquad_runtime.engine.slot_pool import infer_all
 from echoquad_runtime.errors import FrameError, InputNotFoundError
-from echoquad_runtime.frames.discovery import Failure, FrameFile, find_frames
+from echoquad_runtime.frames.discovery import find_frames
+from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.frames.reader import load_grey
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
 from echoquad_runtime.verify.decision_margins import frame_leads, quadrant_leads

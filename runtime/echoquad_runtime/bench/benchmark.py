@@ -24,11 +24,12 @@ from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.devices.session_factory import Device, installed_wheels
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import ConfigError, FrameError, GateError, InputNotFoundError
-from echoquad_runtime.frames.discovery import Failure, FrameFile, find_frames
+from echoquad_runtime.frames.discovery import find_frames
 from echoquad_runtime.frames.formats import MATRIX_ENDINGS
-from echoquad_runtime.frames.image import decode_checked, decode_frame, read_bytes
+from echoquad_runtime.frames.frame_file import Failure, FrameFile
+from echoquad_runtime.frames.image import read_bytes
 from echoquad_runtime.frames.quality_flags import flags_of
-from echoquad_runtime.frames.reader import load_grey
+from echoquad_runtime.frames.reader import decode_checked, decode_frame, load_grey
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.quadrants import Grey, frame_quadrants
 from echoquad_runtime.voting import decide

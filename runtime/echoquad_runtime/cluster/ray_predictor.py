@@ -30,7 +30,7 @@ from echoquad_runtime.contract import VOTE_METHODS, Contract, VoteMethod
 from echoquad_runtime.devices.onnxruntime_loader import one_line
 from echoquad_runtime.devices.session_factory import Device, available_cpus
 from echoquad_runtime.errors import ClusterError, ConfigError, EchoQuadError, FrameError
-from echoquad_runtime.frames.discovery import Failure, FrameFile
+from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.predict.prediction import Prediction, checked_bound
 from echoquad_runtime.storage.atomic import read_regular
 

@@ -13,7 +13,7 @@ from echoquad_runtime._version import __version__
 from echoquad_runtime.contract import VoteMethod
 from echoquad_runtime.devices.session_factory import Device
 from echoquad_runtime.errors import ClusterError, ConfigError, EchoQuadError
-from echoquad_runtime.frames.discovery import Failure, FrameFile
+from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.predict.predictor import Prediction, Predictor
 
 __all__ = ["CODEC", "MOST_ATTEMPTS", "Job", "Ledger", "Worker"]

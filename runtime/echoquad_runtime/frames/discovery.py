@@ -10,28 +10,26 @@ import glob
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Final
 
-from echoquad_runtime.errors import EchoQuadError, FrameError, InputNotFoundError
+from echoquad_runtime.errors import FrameError, InputNotFoundError
 from echoquad_runtime.frames.formats import (
     AS_IT_IS,
+    EXTENSIONS,
     IMAGE_ENDINGS,
     MATRIX_ENDINGS,
-    Flip,
     Reading,
     could_be_dicom,
     is_dicom,
 )
-from echoquad_runtime.frames.image import EXTENSIONS
+from echoquad_runtime.frames.frame_file import Failure, FrameFile
+from echoquad_runtime.frames.reader import frames_in, head_of
 from echoquad_runtime.storage.directory_walk import descend, expand
 
 __all__ = [
     "EXPECTED",
     "OVERLAY_ENDING",
-    "Failure",
-    "FrameFile",
     "find_frames",
     "find_in_folder",
     "matrices_hint",
@@ -48,37 +46,6 @@ EXPECTED: Final = f"expected {', '.join(sorted(IMAGE_ENDINGS))} files, DICOM or 
 
 _KNOWN: Final = EXTENSIONS | MATRIX_ENDINGS
 _FRAME_NUMBER: Final = re.compile(r"(.+)#([1-9][0-9]{0,5})")
-
-
-@dataclass(frozen=True, slots=True)
-class FrameFile:
-    """A frame on disk.
-
-    Attributes
-    ----------
-    path
-        Where it lies.
-    name
-        How it is named in results: relative to what the user gave, with forward slashes; ``#12`` at its end is the
-        twelfth frame of a file of several.
-    frame
-        Which of the file's frames, counted from 1; None where it is its only one.
-    flip
-        How it is turned over if it is a numeric matrix.
-    """
-
-    path: Path
-    name: str
-    frame: int | None = None
-    flip: Flip = "none"
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A frame that could not be judged, or an input that names none, and the error that says why."""
-
-    file: str
-    error: EchoQuadError
 
 
 def find_frames(inputs: Sequence[str | Path], reading: Reading = AS_IT_IS) -> Iterator[FrameFile | Failure]:
@@ -157,8 +124,6 @@ def _in_file(path: str, name: str, reading: Reading) -> Iterator[FrameFile | Fai
     if os.path.splitext(path)[1].lower() in IMAGE_ENDINGS:  # noqa: PTH122 - nothing more is asked of most files
         yield FrameFile(Path(path), name)
     else:
-        from echoquad_runtime.frames.reader import frames_in
-
         yield from frames_in(Path(path), name, reading)
 
 
@@ -203,8 +168,6 @@ def _ending(name: str) -> str:
 
 
 def _begins_as_dicom(path: Path) -> bool:
-    from echoquad_runtime.frames.reader import head_of
-
     try:
         return is_dicom(head_of(path))
     except FrameError:  # what it is cannot be told

@@ -16,11 +16,14 @@ __all__ = [
     "AS_IT_IS",
     "CLIP_ENDINGS",
     "DICOM_ENDINGS",
+    "EXTENSIONS",
     "FLIPS",
     "HEAD",
     "IMAGE_ENDINGS",
     "MATRIX_ENDINGS",
+    "MAX_FILE_BYTES",
     "MAX_FRAMES",
+    "MAX_PIXELS",
     "Flip",
     "Kind",
     "Reading",
@@ -36,6 +39,11 @@ DICOM_ENDINGS: Final = frozenset({".dcm", ".dicom", ".ima"})
 CLIP_ENDINGS: Final = frozenset({".avi", ".mp4", ".m4v", ".mov", ".mkv", ".webm"})
 MATRIX_ENDINGS: Final = frozenset({".txt", ".csv", ".tsv", ".npy"})
 
+EXTENSIONS: Final = IMAGE_ENDINGS | DICOM_ENDINGS | CLIP_ENDINGS
+"""File name extensions, in lower case, that count as frames in a folder. A file named explicitly may have any other."""
+
+MAX_PIXELS: Final = 36_000_000  # 6000 x 6000; an 8K screen has 33 million
+MAX_FILE_BYTES: Final = 256 * 1024 * 1024  # MAX_PIXELS of uncompressed 16-bit RGB come to 216 million
 MAX_FRAMES: Final = 100_000
 """Frames in a file: an hour at 28 a second."""
 

@@ -39,7 +39,7 @@ from echoquad_runtime.errors import (
     FrameReadError,
     FrameTooLargeError,
 )
-from echoquad_runtime.frames.formats import CLIP_ENDINGS, DICOM_ENDINGS, HEAD, IMAGE_ENDINGS, kind_of
+from echoquad_runtime.frames.formats import MAX_FILE_BYTES, MAX_PIXELS
 from echoquad_runtime.frames.image_integrity import (
     PNG_SIGNATURE,
     Unwritten,
@@ -56,24 +56,13 @@ if TYPE_CHECKING:
     from PIL.TiffImagePlugin import TiffImageFile
 
 __all__ = [
-    "EXTENSIONS",
-    "MAX_FILE_BYTES",
-    "MAX_PIXELS",
-    "decode_checked",
-    "decode_frame",
+    "decode_grey",
+    "decode_grey_and_flags",
     "decode_image",
     "over_black",
     "read_bytes",
-    "read_checked",
-    "read_frame",
     "to_grey",
 ]
-
-EXTENSIONS: Final = IMAGE_ENDINGS | DICOM_ENDINGS | CLIP_ENDINGS
-"""Endings, in lower case, by which a folder's files count as frames. A file named outright may end in anything."""
-
-MAX_PIXELS: Final = 36_000_000  # 6000 x 6000; an 8K screen has 33 million
-MAX_FILE_BYTES: Final = 256 * 1024 * 1024  # MAX_PIXELS of uncompressed 16-bit RGB come to 216 million
 
 _ORIENTATION: Final = 0x0112
 _TURNS: Final = {
@@ -126,47 +115,19 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def read_frame(path: Path) -> Grey:
-    """Read an image file as grey, uint8 [H, W].
-
-    Raises
-    ------
-    FrameError
-        One of its kinds: the file cannot be read, is no supported image, is damaged, too large, or of pixels no
-        rule covers.
-    """
-    return decode_frame(read_bytes(path))
-
-
-def read_checked(path: Path) -> tuple[Grey, tuple[str, ...]]:
-    """Read an image file as grey, uint8 [H, W], with the sanity flags that only its colours can tell.
+def decode_grey_and_flags(data: bytes) -> tuple[Grey, tuple[str, ...]]:
+    """Decode an image file's bytes to grey, uint8 [H, W], with the quality flags that only its colours can tell.
 
     Returns
     -------
     grey, flags
-        The frame as `read_frame` gives it; ``("colour",)`` where a substantial part of it is coloured, else ``()``.
+        ``("colour",)`` where a substantial part of the frame is coloured, else ``()``.
 
     Raises
     ------
     FrameError
-        As `read_frame`.
+        One of its kinds: the bytes are no supported image, are damaged, too large, or of pixels no rule covers.
     """
-    return decode_checked(read_bytes(path))
-
-
-def decode_checked(data: bytes) -> tuple[Grey, tuple[str, ...]]:
-    """Decode a file's bytes as `read_checked` does: those of an image, or of DICOM or numpy with one frame.
-
-    Raises
-    ------
-    FrameError
-        As `read_frame`.
-    """
-    if _is_other(data):
-        from echoquad_runtime.frames.reader import decode_pixels
-
-        pixels = decode_pixels(data)
-        return pixels.grey(), (*pixels.flags, COLOUR) if pixels.is_coloured() else pixels.flags
     with _frame_errors(data):
         image = _decode(data, luma_only=True)
         grey = _upright_grey(image)
@@ -174,18 +135,14 @@ def decode_checked(data: bytes) -> tuple[Grey, tuple[str, ...]]:
     return grey, (COLOUR,) if sample is not None and is_coloured(sample) else ()
 
 
-def decode_frame(data: bytes) -> Grey:
-    """Decode a file's bytes to grey, uint8 [H, W]; as `decode_checked`.
+def decode_grey(data: bytes) -> Grey:
+    """Decode an image file's bytes to grey, uint8 [H, W].
 
     Raises
     ------
     FrameError
-        As `read_frame`.
+        As `decode_grey_and_flags`.
     """
-    if _is_other(data):
-        from echoquad_runtime.frames.reader import decode_pixels
-
-        return decode_pixels(data).grey()
     with _frame_errors(data):
         return _upright_grey(_decode(data, luma_only=True))
 
@@ -203,21 +160,12 @@ def decode_image(data: bytes, *, luma_only: bool = False) -> Image.Image:
     Raises
     ------
     FrameError
-        As `read_frame`.
+        As `decode_grey_and_flags`.
     """
-    if _is_other(data):
-        from echoquad_runtime.frames.reader import decode_pixels
-
-        return decode_pixels(data).image()
     with _frame_errors(data):
         image = _decode(data, luma_only=luma_only)
         turn = _turn(image)
         return image if turn is None else image.transpose(turn)
-
-
-def _is_other(data: bytes) -> bool:
-    """Say whether bytes are of a kind that tells itself, and are no image's: DICOM, numpy; a clip is refused there."""
-    return kind_of(data[:HEAD], "") in ("dicom", "matrix")
 
 
 def _decode(data: bytes, *, luma_only: bool) -> ImageFile.ImageFile:

@@ -24,8 +24,7 @@ import numpy.typing as npt
 
 from echoquad_runtime.errors import FrameDamagedError, FrameFormatError, FrameTooLargeError
 from echoquad_runtime.frames.decoded_frame import ColourPixels, GreyPixels, Pixels, extremes, grey_of_numbers
-from echoquad_runtime.frames.formats import MAX_FRAMES, NPY, Flip
-from echoquad_runtime.frames.image import MAX_FILE_BYTES, MAX_PIXELS
+from echoquad_runtime.frames.formats import MAX_FILE_BYTES, MAX_FRAMES, MAX_PIXELS, NPY, Flip
 
 __all__ = ["MAX_NAN", "NAN", "NpyFile", "flipped", "parse_text", "text_pixels"]
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, Protocol
 
 from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameFormatError, FrameReadError
-from echoquad_runtime.frames.discovery import Failure, FrameFile
 from echoquad_runtime.frames.formats import HEAD, IMAGE_ENDINGS, NPY, Flip, Kind, Reading, is_dicom, kind_of
-from echoquad_runtime.frames.image import decode_checked, decode_frame, decode_image, read_bytes
+from echoquad_runtime.frames.frame_file import Failure, FrameFile
+from echoquad_runtime.frames.image import decode_grey, decode_grey_and_flags, decode_image, read_bytes
 from echoquad_runtime.frames.quality_flags import COLOUR
 from echoquad_runtime.quadrants import Grey
 from echoquad_runtime.storage.atomic import open_regular
@@ -28,7 +28,19 @@ if TYPE_CHECKING:
 
     from echoquad_runtime.frames.decoded_frame import Pixels
 
-__all__ = ["decode_pixels", "forget", "frames_in", "head_of", "load_checked", "load_grey", "load_image"]
+__all__ = [
+    "decode_checked",
+    "decode_frame",
+    "decode_pixels",
+    "forget",
+    "frames_in",
+    "head_of",
+    "load_checked",
+    "load_grey",
+    "load_image",
+    "read_checked",
+    "read_frame",
+]
 
 _MOST_KEPT: Final = 32  # files whose headers are kept
 _MOST_CLIPS: Final = 4  # among them, which are open and have decoded frames; the walk is a few short ones ahead
@@ -124,9 +136,7 @@ def load_checked(file: FrameFile) -> tuple[Grey, tuple[str, ...]]:
     """
     if (data := _image_bytes(file)) is not None:
         return decode_checked(data)
-    pixels = _pixels(file)
-    grey = pixels.grey()
-    return grey, (*pixels.flags, COLOUR) if pixels.is_coloured() else pixels.flags
+    return _grey_and_flags(_pixels(file))
 
 
 def load_grey(file: FrameFile) -> Grey:
@@ -151,8 +161,52 @@ def load_image(file: FrameFile) -> Image.Image:
         As `load_checked`.
     """
     if (data := _image_bytes(file)) is not None:
-        return decode_image(data)
+        return decode_pixels(data).image() if _is_dicom_or_numpy(data) else decode_image(data)
     return _pixels(file).image()
+
+
+def read_frame(path: Path) -> Grey:
+    """Read a file of one frame as grey, uint8 [H, W].
+
+    Raises
+    ------
+    FrameError
+        As `load_checked`, or if it holds several frames.
+    """
+    return decode_frame(read_bytes(path))
+
+
+def read_checked(path: Path) -> tuple[Grey, tuple[str, ...]]:
+    """Read a file of one frame as grey, uint8 [H, W], with the flags that only its file can tell.
+
+    Raises
+    ------
+    FrameError
+        As `read_frame`.
+    """
+    return decode_checked(read_bytes(path))
+
+
+def decode_checked(data: bytes) -> tuple[Grey, tuple[str, ...]]:
+    """Decode the bytes of a file of one frame, an image or DICOM or numpy, as `read_checked` does.
+
+    Raises
+    ------
+    FrameError
+        As `read_frame`.
+    """
+    return _grey_and_flags(decode_pixels(data)) if _is_dicom_or_numpy(data) else decode_grey_and_flags(data)
+
+
+def decode_frame(data: bytes) -> Grey:
+    """Decode the bytes of a file of one frame, an image or DICOM or numpy, to grey, uint8 [H, W].
+
+    Raises
+    ------
+    FrameError
+        As `read_frame`.
+    """
+    return decode_pixels(data).grey() if _is_dicom_or_numpy(data) else decode_grey(data)
 
 
 def decode_pixels(data: bytes) -> Pixels:
@@ -167,6 +221,16 @@ def decode_pixels(data: bytes) -> Pixels:
     if source.several:
         raise FrameFormatError(f"the file holds {source.announced} frames; expected one; give it as a file on disk")
     return source.pixels(1, "none")
+
+
+def _is_dicom_or_numpy(data: bytes) -> bool:
+    """Return whether the first bytes are those of DICOM or numpy; a clip in memory is refused as no image."""
+    return kind_of(data[:HEAD], "") in ("dicom", "matrix")
+
+
+def _grey_and_flags(pixels: Pixels) -> tuple[Grey, tuple[str, ...]]:
+    grey = pixels.grey()
+    return grey, (*pixels.flags, COLOUR) if pixels.is_coloured() else pixels.flags
 
 
 def _image_bytes(file: FrameFile) -> bytes | None:

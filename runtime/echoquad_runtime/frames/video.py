@@ -23,8 +23,7 @@ from PIL import Image
 
 from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameExtraError, FrameFormatError, FrameTooLargeError
 from echoquad_runtime.frames.decoded_frame import Pixels
-from echoquad_runtime.frames.formats import HEAD, MAX_FRAMES, kind_of
-from echoquad_runtime.frames.image import MAX_PIXELS
+from echoquad_runtime.frames.formats import HEAD, MAX_FRAMES, MAX_PIXELS, kind_of
 from echoquad_runtime.frames.quality_flags import is_coloured
 from echoquad_runtime.quadrants import Grey
 

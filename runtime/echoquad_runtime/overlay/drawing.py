@@ -13,7 +13,8 @@ from typing import Final
 from PIL import Image, ImageDraw, ImageFont
 
 from echoquad_runtime.contract import INDETERMINATE, QUADRANTS, Contract
-from echoquad_runtime.frames.discovery import OVERLAY_ENDING, FrameFile
+from echoquad_runtime.frames.discovery import OVERLAY_ENDING
+from echoquad_runtime.frames.frame_file import FrameFile
 from echoquad_runtime.frames.image import over_black, to_grey
 from echoquad_runtime.frames.reader import load_image
 from echoquad_runtime.overlay.activation_map import lay_heat

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.frames.discovery import FrameFile
+from echoquad_runtime.frames.frame_file import FrameFile
 from echoquad_runtime.frames.quality_flags import flags_of
 from echoquad_runtime.frames.reader import load_checked
 from echoquad_runtime.quadrants import Grey, frame_quadrants

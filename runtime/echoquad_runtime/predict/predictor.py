@@ -19,8 +19,9 @@ from echoquad_runtime.engine.onnx_engine import Engine, OnnxEngine
 from echoquad_runtime.engine.self_test import PASSED, SelfTest
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import ConfigError, FrameError
-from echoquad_runtime.frames.discovery import Failure, FrameFile, find_frames
-from echoquad_runtime.frames.image import decode_checked
+from echoquad_runtime.frames.discovery import find_frames
+from echoquad_runtime.frames.frame_file import Failure, FrameFile
+from echoquad_runtime.frames.reader import decode_checked
 from echoquad_runtime.predict.frame_reader import Flags, FrameReader, cut_quadrants, read_quadrants
 from echoquad_runtime.predict.prediction import Prediction, checked_bound
 from echoquad_runtime.predict.worker_pool import Pipeline, Source

@@ -26,8 +26,8 @@ import numpy.typing as npt
 from echoquad_runtime.engine.io_binding import Answers
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import FrameError, FrameReadError
-from echoquad_runtime.frames.discovery import Failure, FrameFile
 from echoquad_runtime.frames.formats import CLIP_ENDINGS
+from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.predict.frame_reader import Flags, FrameReader
 
 __all__ = ["Pipeline", "Source"]

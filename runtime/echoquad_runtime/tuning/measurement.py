@@ -29,7 +29,7 @@ from echoquad_runtime.errors import (
     MissingExtraError,
     UsageError,
 )
-from echoquad_runtime.frames.discovery import Failure
+from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.tuning.racing import Turn
 from echoquad_runtime.tuning.saved_settings import Choice, Goal

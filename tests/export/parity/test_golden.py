@@ -28,7 +28,7 @@ from echoquad_export.parity.golden import (
 from echoquad_runtime.bundle.bundle import Bundle, Golden, encode_golden
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import InputNotFoundError
-from echoquad_runtime.frames.discovery import FrameFile
+from echoquad_runtime.frames.frame_file import FrameFile
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
 from echoquad_runtime.verify.decision_margins import frame_leads, quadrant_leads
 from echoquad_runtime.voting import decide

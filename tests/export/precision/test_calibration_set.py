@@ -44,7 +44,7 @@ def test_classes_take_turns(data: Path) -> None:
 
 
 def write_and_cut(path: Path) -> np.ndarray:
-    from echoquad_runtime.frames.image import read_frame
+    from echoquad_runtime.frames.reader import read_frame
     from echoquad_runtime.quadrants import frame_quadrants
 
     return frame_quadrants(read_frame(path), CONTRACT)[:, 0]

@@ -26,7 +26,7 @@ from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import BundleNotFoundError, ConfigError, FrameError, GateError, InputNotFoundError
-from echoquad_runtime.frames.image import decode_frame
+from echoquad_runtime.frames.reader import decode_frame
 from echoquad_runtime.quadrants import frame_quadrants
 
 Make = Callable[..., Path]

@@ -40,7 +40,8 @@ from echoquad_runtime.errors import (
     SignatureError,
     UsageError,
 )
-from echoquad_runtime.frames.discovery import Failure, FrameFile, find_frames
+from echoquad_runtime.frames.discovery import find_frames
+from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.predict.predictor import Prediction, Predictor
 from echoquad_runtime.quadrants import Grey
 

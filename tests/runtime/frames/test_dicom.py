@@ -19,9 +19,16 @@ from echoquad_runtime.errors import (
     FrameFormatError,
     FrameTooLargeError,
 )
-from echoquad_runtime.frames.discovery import Failure, FrameFile, find_frames
-from echoquad_runtime.frames.image import decode_checked, decode_frame, decode_image
-from echoquad_runtime.frames.reader import load_checked, load_grey, load_image
+from echoquad_runtime.frames.discovery import find_frames
+from echoquad_runtime.frames.frame_file import Failure, FrameFile
+from echoquad_runtime.frames.reader import (
+    decode_checked,
+    decode_frame,
+    decode_pixels,
+    load_checked,
+    load_grey,
+    load_image,
+)
 
 pydicom = pytest.importorskip("pydicom")
 pytest.importorskip("openjpeg")
@@ -229,14 +236,14 @@ def test_rgb_is_luma(planar: int, syntax: str) -> None:
     grey, flags = decode_checked(data)
     np.testing.assert_array_equal(grey, luma(COLOURS))
     assert flags == ("colour",)
-    np.testing.assert_array_equal(np.asarray(decode_image(data)), COLOURS)
+    np.testing.assert_array_equal(np.asarray(decode_pixels(data).image()), COLOURS)
 
 
 def test_ybr_is_its_own_luma() -> None:
     ybr = np.asarray(Image.fromarray(COLOURS).convert("YCbCr"))
     full = make(ybr.tobytes(), **{**RGB, "PhotometricInterpretation": "YBR_FULL"})
     np.testing.assert_array_equal(decode_frame(full), ybr[..., 0])
-    assert np.abs(np.asarray(decode_image(full)).astype(int) - COLOURS).max() <= 3
+    assert np.abs(np.asarray(decode_pixels(full).image()).astype(int) - COLOURS).max() <= 3
     pairs = np.concatenate([ybr[..., 0].reshape(6, 4, 2), ybr[:, ::2, 1:]], axis=2)
     halved = make(pairs.tobytes(), **{**RGB, "PhotometricInterpretation": "YBR_FULL_422"})
     np.testing.assert_array_equal(decode_frame(halved), ybr[..., 0])
@@ -257,7 +264,7 @@ def test_palettes(bits: int) -> None:
     colours = np.random.default_rng(1).integers(0, 256, (240, 3))
     data = make(RAMP.tobytes(), **palette(bits, colours * (257 if bits == 16 else 1)))
     wanted = colours[np.minimum(RAMP, 239)].astype(np.uint8)
-    np.testing.assert_array_equal(np.asarray(decode_image(data)), wanted)
+    np.testing.assert_array_equal(np.asarray(decode_pixels(data).image()), wanted)
     np.testing.assert_array_equal(decode_frame(data), luma(wanted))
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from echoquad_runtime.errors import InputNotFoundError
-from echoquad_runtime.frames.discovery import Failure, FrameFile, find_frames, walk
+from echoquad_runtime.frames.discovery import find_frames, walk
+from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.storage import directory_walk as tree
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="POSIX only")

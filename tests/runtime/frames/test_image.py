@@ -29,14 +29,9 @@ from echoquad_runtime.errors import (
 )
 from echoquad_runtime.frames import image as frames
 from echoquad_runtime.frames import image_integrity as whole
-from echoquad_runtime.frames.image import (
-    MAX_PIXELS,
-    decode_frame,
-    decode_image,
-    read_bytes,
-    read_frame,
-    to_grey,
-)
+from echoquad_runtime.frames.formats import MAX_PIXELS
+from echoquad_runtime.frames.image import decode_image, read_bytes, to_grey
+from echoquad_runtime.frames.reader import decode_frame, read_frame
 from echoquad_runtime.quadrants import split
 
 RNG = np.random.default_rng(0)
@@ -760,7 +755,7 @@ def test_what_pillow_logs_is_not_printed() -> None:
     for entry in range(struct.unpack_from("<H", data, at)[0]):
         if struct.unpack_from("<H", data, at + 2 + 12 * entry)[0] == 277:  # samples a pixel
             struct.pack_into("<H", data, at + 2 + 12 * entry + 8, 99)
-    program = "import sys; from echoquad_runtime.frames.image import *; decode_frame(sys.stdin.buffer.read())"
+    program = "import sys; from echoquad_runtime.frames.reader import *; decode_frame(sys.stdin.buffer.read())"
     ended = subprocess.run([sys.executable, "-c", program], input=bytes(data), check=False, capture_output=True)
     assert b"FrameFormatError: the image's header is damaged" in ended.stderr
     assert b"More samples" not in ended.stderr

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameFormatError, FrameTooLargeError
-from echoquad_runtime.frames.discovery import Failure, FrameFile, find_frames
+from echoquad_runtime.frames.discovery import find_frames
 from echoquad_runtime.frames.formats import FLIPS, Flip, Reading
-from echoquad_runtime.frames.image import decode_checked, decode_frame
+from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.frames.matrix import parse_text, text_pixels
-from echoquad_runtime.frames.reader import load_checked, load_grey, load_image
+from echoquad_runtime.frames.reader import decode_checked, decode_frame, load_checked, load_grey, load_image
 
 
 def npy(values: Any) -> bytes:

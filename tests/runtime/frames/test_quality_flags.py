@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from echoquad_runtime.contract import QUADRANTS, Contract
-from echoquad_runtime.frames.image import decode_checked, decode_frame, read_checked
 from echoquad_runtime.frames.quality_flags import (
     BLANK,
     COLOUR,
@@ -26,6 +25,7 @@ from echoquad_runtime.frames.quality_flags import (
     flags_of,
     is_coloured,
 )
+from echoquad_runtime.frames.reader import decode_checked, decode_frame, read_checked
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
 
 CONTRACT = Contract(classes=("A", "B"), input_size=224)

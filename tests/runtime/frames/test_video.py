@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from echoquad_runtime.errors import FrameDamagedError, FrameExtraError, FrameFormatError
-from echoquad_runtime.frames.discovery import Failure, FrameFile, find_frames
+from echoquad_runtime.frames.discovery import find_frames
 from echoquad_runtime.frames.formats import Reading
+from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.frames.reader import forget, load_checked, load_grey, load_image
 
 av = pytest.importorskip("av")

@@ -24,7 +24,7 @@ from echoquad_runtime.errors import (
     InputNotFoundError,
     VerificationError,
 )
-from echoquad_runtime.frames.discovery import FrameFile
+from echoquad_runtime.frames.frame_file import FrameFile
 from echoquad_runtime.predict import frame_reader
 from echoquad_runtime.predict import predictor as module
 from echoquad_runtime.predict.predictor import Failure, Prediction, Predictor

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from echoquad_runtime.errors import ConfigError, FrameReadError
-from echoquad_runtime.frames.discovery import Failure
+from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict import predictor as module
 from echoquad_runtime.predict import reader_process
 from echoquad_runtime.predict.predictor import Prediction, Predictor

@@ -14,7 +14,7 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.engine.io_binding import Answers
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import BundleError, FrameError, FrameReadError
-from echoquad_runtime.frames.discovery import Failure
+from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict.worker_pool import Pipeline, Source
 
 CONTRACT = Contract(classes=("dark", "light"), input_size=8)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from echoquad_runtime.frames.discovery import Failure, FrameFile, find_frames
+from echoquad_runtime.frames.discovery import find_frames
+from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.storage import directory_walk as tree
 from echoquad_runtime.storage.directory_walk import descend, expand
 

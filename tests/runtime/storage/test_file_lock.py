@@ -44,7 +44,8 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 
 def test_it_is_let_go_when_its_process_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    code = f"import pathlib; from echoquad_runtime.storage.file_lock import FileLock; it = FileLock(pathlib.Path({str(path)!r}))"
+    imports = "import pathlib; from echoquad_runtime.storage import file_lock"
+    code = f"{imports}; it = file_lock.FileLock(pathlib.Path({str(path)!r}))"
     command = [sys.executable, "-c", f"{code}; print(flush=True); input()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

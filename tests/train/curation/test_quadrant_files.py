@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from echoquad_runtime.errors import DatasetError, VerificationError
-from echoquad_runtime.frames.image import read_frame
+from echoquad_runtime.frames.reader import read_frame
 from echoquad_runtime.quadrants import crop_box, stitch
 from echoquad_train.curation import quadrant_files as patches
 from echoquad_train.curation.quadrant_files import write_patches

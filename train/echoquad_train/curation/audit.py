@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from echoquad_runtime._version import __version__
 from echoquad_runtime.errors import DatasetError
-from echoquad_runtime.frames.discovery import Failure
 from echoquad_runtime.frames.formats import AS_IT_IS, Reading
+from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.quadrants import Grey
 from echoquad_train.curation.leaks import LOOKS, Leaks, find_leaks
 from echoquad_train.curation.shortcut_features import MIN_AUC, Shortcut, Traces, find_shortcuts, traces_of

@@ -18,9 +18,9 @@ from PIL import Image
 
 from echoquad_runtime.contract import QUADRANTS
 from echoquad_runtime.errors import DatasetError, EchoQuadError, VerificationError
-from echoquad_runtime.frames.discovery import Failure
 from echoquad_runtime.frames.formats import AS_IT_IS, Reading
-from echoquad_runtime.frames.image import read_frame
+from echoquad_runtime.frames.frame_file import Failure
+from echoquad_runtime.frames.reader import read_frame
 from echoquad_runtime.quadrants import Grey, crop_box, split, stitch
 from echoquad_runtime.storage.atomic import write_bytes
 from echoquad_runtime.storage.row_names import encoded, printed

@@ -23,8 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from echoquad_runtime.errors import ConfigError, DatasetError
-from echoquad_runtime.frames.discovery import Failure, matrices_hint
+from echoquad_runtime.frames.discovery import matrices_hint
 from echoquad_runtime.frames.formats import AS_IT_IS, Reading
+from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.storage.atomic import write_bytes
 from echoquad_runtime.storage.row_names import encoded, printed
 from echoquad_train.curation.leaks import find_leaks

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from echoquad_runtime.errors import EchoQuadError
-from echoquad_runtime.frames.discovery import Failure
+from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.quadrants import Grey
 from echoquad_train.curation.similarity import CENTRED, SHIFTED, Bits, View, hashes, thumbnail
 from echoquad_train.data.frame_list import Content, Found, read_all

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import DatasetError, EchoQuadError, FrameError
-from echoquad_runtime.frames.discovery import EXPECTED, Failure, FrameFile, find_in_folder, matrices_hint
+from echoquad_runtime.frames.discovery import EXPECTED, find_in_folder, matrices_hint
 from echoquad_runtime.frames.formats import AS_IT_IS, Flip, Reading
+from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.frames.reader import load_grey
 from echoquad_runtime.quadrants import frame_quadrants
 from echoquad_runtime.storage.atomic import output_errors

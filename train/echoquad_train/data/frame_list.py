@@ -16,10 +16,11 @@ from typing import NamedTuple
 from PIL import Image
 
 from echoquad_runtime.errors import DatasetError, EchoQuadError, FrameReadError
-from echoquad_runtime.frames.discovery import EXPECTED, Failure, FrameFile, find_in_folder, matrices_hint
+from echoquad_runtime.frames.discovery import EXPECTED, find_in_folder, matrices_hint
 from echoquad_runtime.frames.formats import AS_IT_IS, IMAGE_ENDINGS, Flip, Reading
-from echoquad_runtime.frames.image import decode_frame, read_bytes
-from echoquad_runtime.frames.reader import load_grey
+from echoquad_runtime.frames.frame_file import Failure, FrameFile
+from echoquad_runtime.frames.image import read_bytes
+from echoquad_runtime.frames.reader import decode_frame, load_grey
 from echoquad_runtime.quadrants import Grey
 from echoquad_train.data.dataset import SPLITS
 from echoquad_train.data.prefetch import ahead

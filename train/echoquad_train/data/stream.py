@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices.cpu_info import available_cpus
 from echoquad_runtime.errors import DatasetError, EchoQuadError, RunError
-from echoquad_runtime.frames.discovery import Failure
+from echoquad_runtime.frames.frame_file import Failure
 from echoquad_train.data import dataset
 from echoquad_train.data.dataset import LabelledFrame, Split, Store, decode, load_quadrants, sift, stored_bytes
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from echoquad_runtime.bundle.bundle import MANIFEST, Bundle
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import DatasetError
-from echoquad_runtime.frames.discovery import Failure
+from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict.predictor import Prediction, Predictor
 from echoquad_runtime.results.row_formats import open_writer
 from echoquad_runtime.storage.atomic import make_folder, write_bytes, write_json

@@ -22,8 +22,8 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from echoquad_runtime.errors import ConfigError, DatasetError, RunError
-from echoquad_runtime.frames.discovery import Failure
 from echoquad_runtime.frames.formats import AS_IT_IS, Reading
+from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.results.row_formats import format_of
 from echoquad_runtime.storage.atomic import make_folder, write_atomically, write_bytes, write_json

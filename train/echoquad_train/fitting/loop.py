@@ -19,8 +19,8 @@ import torch
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import RunError
-from echoquad_runtime.frames.discovery import Failure
 from echoquad_runtime.frames.formats import AS_IT_IS, Reading
+from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.storage.atomic import make_folder, write_bytes
 from echoquad_train.curation.leaks import Leaks, leaks_of_stores
 from echoquad_train.data.dataset import Split, read_classes, read_split

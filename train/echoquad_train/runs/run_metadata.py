@@ -17,8 +17,8 @@ from typing import Any
 
 from echoquad_runtime._version import __version__
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.frames.discovery import Failure
 from echoquad_runtime.frames.formats import AS_IT_IS, Reading
+from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.storage.atomic import write_bytes, write_json
 from echoquad_train import plot_style as figures
 from echoquad_train.data.dataset import Split

@@ -21,8 +21,7 @@ from echoquad_runtime.errors import (
     FrameFormatError,
     FrameTooLargeError,
 )
-from echoquad_runtime.frames.formats import is_dicom
-from echoquad_runtime.frames.image import MAX_FILE_BYTES
+from echoquad_runtime.frames.formats import MAX_FILE_BYTES, is_dicom
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset

@@ -29,8 +29,7 @@ from echoquad_runtime.frames.dicom.elements import (
     transfer_syntax,
 )
 from echoquad_runtime.frames.dicom.header import Header, read_header
-from echoquad_runtime.frames.formats import MAX_FRAMES
-from echoquad_runtime.frames.image import MAX_FILE_BYTES
+from echoquad_runtime.frames.formats import MAX_FILE_BYTES, MAX_FRAMES
 
 __all__ = ["DicomFile"]
 

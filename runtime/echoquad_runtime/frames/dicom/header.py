@@ -7,8 +7,7 @@ from typing import IO, Final
 
 from echoquad_runtime.errors import FrameFormatError, FrameTooLargeError
 from echoquad_runtime.frames.dicom.elements import BIG_ENDIAN, Values, read_values
-from echoquad_runtime.frames.formats import MAX_FRAMES
-from echoquad_runtime.frames.image import MAX_PIXELS
+from echoquad_runtime.frames.formats import MAX_FRAMES, MAX_PIXELS
 from echoquad_runtime.quadrants import Box
 
 __all__ = ["Header", "Palette", "Placed", "Window", "read_header"]

@@ -18,8 +18,9 @@ from echoquad_runtime.frames.decoded_frame import ColourPixels, GreyPixels, Pixe
 from echoquad_runtime.frames.dicom.codecs import JPEG, KNOWN, Samples, samples_of
 from echoquad_runtime.frames.dicom.elements import NATIVE, reworded
 from echoquad_runtime.frames.dicom.header import Header, Palette, Window
-from echoquad_runtime.frames.image import decode_checked, decode_image
+from echoquad_runtime.frames.image import decode_image
 from echoquad_runtime.frames.image_integrity import check_jpeg
+from echoquad_runtime.frames.reader import decode_checked
 from echoquad_runtime.quadrants import Box, Grey
 
 __all__ = ["check_header", "pixels_of", "white_levels"]
