@@ -66,12 +66,12 @@ def bench(
     from echoquad_runtime.bench.benchmark import read_encoded, run_benchmark
     from echoquad_runtime.bundle.bundle import Bundle
     from echoquad_runtime.storage.atomic import write_json
-    from echoquad_runtime.tuning.saved_settings import settle
+    from echoquad_runtime.tuning.saved_settings import resolve_settings
 
     if histogram is not None:
         _check_ending(histogram)
     encoded, failures = read_encoded(inputs, MAX_FRAMES) if inputs else (None, [])
-    settings = settle(
+    settings = resolve_settings(
         Bundle(bundle, public_key=public_key),
         device=device.value if device else None,
         precision=precision,

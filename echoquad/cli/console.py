@@ -66,9 +66,9 @@ def fail(error: EchoQuadError) -> int:
 
 def failure_line(failure: Failure) -> str:
     """Say in one line which input failed, and why, whatever signs its name has."""
-    from echoquad_runtime.storage.row_names import shown
+    from echoquad_runtime.storage.row_names import display_name
 
-    return f"error: {shown(failure.file)}: {shown(' '.join(str(failure.error).split()))}"
+    return f"error: {display_name(failure.file)}: {display_name(' '.join(str(failure.error).split()))}"
 
 
 def list_failures(failures: Sequence[Failure], done: int) -> int:

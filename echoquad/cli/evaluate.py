@@ -25,7 +25,7 @@ from echoquad.cli.options import (
 if TYPE_CHECKING:
     import re
 
-    from echoquad_runtime.frames.formats import Reading
+    from echoquad_runtime.frames.formats import ReadOptions
     from echoquad_runtime.predict.predictor import Predictor
     from echoquad_train.evaluation.evaluate import Evaluation, Settings
 
@@ -150,7 +150,7 @@ def _measure(
     predictor: Predictor,
     folder: Path,
     data: Path,
-    reading: Reading,
+    reading: ReadOptions,
     split: str,
     threshold_from: Path | None,
     settings: Settings,
@@ -257,17 +257,17 @@ def _bounds(values: list[float] | None) -> str:
     return "" if values is None else f" ({values[0]:.4f} to {values[1]:.4f})"
 
 
-def _reading(model: Path, matrices: bool, flip: FlipName | None, every: int) -> Reading:
+def _reading(model: Path, matrices: bool, flip: FlipName | None, every: int) -> ReadOptions:
     """Settle how frames are read: as told, else as the data were that a run or a bundle was trained on."""
     from echoquad_runtime.bundle.bundle import MANIFEST, Bundle
-    from echoquad_runtime.frames.formats import Reading
+    from echoquad_runtime.frames.formats import ReadOptions
 
     if (model / MANIFEST).exists():
-        trained = Reading.found_in(Bundle(model).manifest["training"])
+        trained = ReadOptions.found_in(Bundle(model).manifest["training"])
     else:
         from echoquad_train.runs.checkpoint import read_info
 
-        trained = Reading.found_in(read_info(model).get("data"))
+        trained = ReadOptions.found_in(read_info(model).get("data"))
     return reading_of(matrices or trained.matrices, flip, every, trained)
 
 

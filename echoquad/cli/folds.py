@@ -36,9 +36,9 @@ def train_folds(
     UsageError
         Under torchrun.
     """
-    from echoquad_train.parallel.torchrun import place
+    from echoquad_train.parallel.torchrun import torchrun_rank
 
-    if place().ranks > 1:
+    if torchrun_rank().ranks > 1:
         raise UsageError("--folds under torchrun: folds are trained by one process; start it without torchrun")
     from echoquad_train.fitting.cross_validation import FoldSettings, begun_with, fit_folds
 

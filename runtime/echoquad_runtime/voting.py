@@ -11,7 +11,7 @@ import numpy.typing as npt
 from echoquad_runtime.contract import VOTE_METHODS, VoteMethod
 from echoquad_runtime.errors import ConfigError
 
-__all__ = ["Decision", "decide", "tempered"]
+__all__ = ["Decision", "aggregate_votes", "apply_temperature"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Decision:
     margins: npt.NDArray[np.float64]
 
 
-def decide(
+def aggregate_votes(
     probabilities: npt.NDArray[np.floating],
     method: VoteMethod,
     weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
@@ -84,7 +84,7 @@ def decide(
     return Decision(labels, mean, quadrant_labels, _margins(score, labels))
 
 
-def tempered(probabilities: npt.NDArray[np.floating], temperature: float) -> npt.NDArray[np.float64]:
+def apply_temperature(probabilities: npt.NDArray[np.floating], temperature: float) -> npt.NDArray[np.float64]:
     """Bring probabilities, [..., C], to another temperature: as if their logits were divided by it.
 
     p^(1/T) over the sum of it, since a probability is exp(logit) but for a factor; no order changes. A probability

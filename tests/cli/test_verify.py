@@ -284,9 +284,9 @@ def test_cuda_is_not_there_and_nothing_pretends_it_is(
 def test_cuda_decides_as_the_cpu(
     tiny_bundle: Path, frames_folder: Path, echoquad: Callable[..., Any], tmp_path: Path
 ) -> None:
-    from echoquad_runtime.devices.session_factory import cuda_obstacle
+    from echoquad_runtime.devices.session_factory import cuda_unavailable_reason
 
-    if (obstacle := cuda_obstacle()) is not None:
+    if (obstacle := cuda_unavailable_reason()) is not None:
         pytest.skip(obstacle)
     decided = {}
     for device in ("cpu", "cuda"):

@@ -200,7 +200,7 @@ def cuda_stand_in(monkeypatch: pytest.MonkeyPatch) -> CudaStandIn:
             device.options.append(options["cuda_options"])
         return StandInSession(session, device if provider == CUDA_PROVIDER else cpu, provider)
 
-    monkeypatch.setattr(devices, "cuda_obstacle", lambda: None)
+    monkeypatch.setattr(devices, "cuda_unavailable_reason", lambda: None)
     monkeypatch.setattr(devices, "create_session", create)
     for name in ("echoquad_runtime.devices.session_factory", "echoquad_runtime.engine.io_binding"):
         monkeypatch.setattr(importlib.import_module(name), "load_onnxruntime", lambda: ort)

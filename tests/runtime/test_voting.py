@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from echoquad_runtime.contract import VOTE_METHODS, VoteMethod
 from echoquad_runtime.errors import ConfigError
-from echoquad_runtime.voting import Decision, decide
+from echoquad_runtime.voting import Decision, aggregate_votes
 
 WEIGHTS = (1.0, 1.0, 1.5, 1.5)
 
@@ -47,12 +47,12 @@ def slow_decision(frame: np.ndarray, method: VoteMethod, weights: Sequence[float
 
 
 def decide_one(rows: Sequence[Sequence[float]], method: VoteMethod = "majority", **options: object) -> Decision:
-    return decide(np.array([rows], np.float32), method, **options)  # type: ignore[arg-type]
+    return aggregate_votes(np.array([rows], np.float32), method, **options)  # type: ignore[arg-type]
 
 
 @given(frames_of(st.integers(2, 5)), st.sampled_from(VOTE_METHODS), st.tuples(*[st.integers(0, 4)] * 4).filter(any))
 def test_against_a_slow_reference(frames: np.ndarray, method: VoteMethod, weights: tuple[int, ...]) -> None:
-    found = decide(frames, method, weights)
+    found = aggregate_votes(frames, method, weights)
     for index, frame in enumerate(frames):
         label, argmax, margin = slow_decision(frame, method, weights)
         assert found.quadrant_labels[index].tolist() == argmax
@@ -71,7 +71,7 @@ def clear_mean(frame: np.ndarray) -> bool:
 @given(frames_of(st.integers(2, 4)), st.sampled_from(VOTE_METHODS))
 def test_shapes_types_and_ranges(frames: np.ndarray, method: VoteMethod) -> None:
     count, _, classes = frames.shape
-    found = decide(frames, method, WEIGHTS)
+    found = aggregate_votes(frames, method, WEIGHTS)
     assert (found.labels.shape, found.labels.dtype) == ((count,), np.int64)
     assert (found.quadrant_labels.shape, found.quadrant_labels.dtype) == ((count, 4), np.int64)
     assert (found.probabilities.shape, found.probabilities.dtype) == ((count, classes), np.float64)
@@ -86,7 +86,7 @@ def test_the_order_of_the_classes_does_not_matter(
 ) -> None:
     frames = np.random.default_rng(seed).dirichlet(np.ones(classes), (5, 4))  # no two numbers alike
     order = np.array(data.draw(st.permutations(range(classes))))
-    plain, permuted = decide(frames, method, WEIGHTS), decide(frames[:, :, order], method, WEIGHTS)
+    plain, permuted = aggregate_votes(frames, method, WEIGHTS), aggregate_votes(frames[:, :, order], method, WEIGHTS)
     np.testing.assert_array_equal(order[permuted.labels], plain.labels)
     np.testing.assert_array_equal(order[permuted.quadrant_labels], plain.quadrant_labels)
     np.testing.assert_allclose(permuted.margins, plain.margins, rtol=0, atol=1e-12)
@@ -94,9 +94,9 @@ def test_the_order_of_the_classes_does_not_matter(
 
 @given(frames_of(st.just(3)), st.sampled_from(VOTE_METHODS))
 def test_frames_do_not_hear_of_each_other(frames: np.ndarray, method: VoteMethod) -> None:
-    together = decide(frames, method, WEIGHTS)
+    together = aggregate_votes(frames, method, WEIGHTS)
     for index in range(len(frames)):
-        alone = decide(frames[index : index + 1], method, WEIGHTS)
+        alone = aggregate_votes(frames[index : index + 1], method, WEIGHTS)
         assert alone.labels[0] == together.labels[index]
         assert alone.margins[0] == together.margins[index]
 
@@ -153,7 +153,7 @@ def test_weights() -> None:
 
 @given(frames_of(st.integers(2, 4)))
 def test_equal_weights_are_the_average(frames: np.ndarray) -> None:
-    average, weighted = decide(frames, "average"), decide(frames, "weighted", (2, 2, 2, 2))
+    average, weighted = aggregate_votes(frames, "average"), aggregate_votes(frames, "weighted", (2, 2, 2, 2))
     np.testing.assert_allclose(weighted.margins, average.margins, rtol=0, atol=1e-12)
     clear = average.margins > 1e-12
     np.testing.assert_array_equal(weighted.labels[clear], average.labels[clear])
@@ -161,26 +161,26 @@ def test_equal_weights_are_the_average(frames: np.ndarray) -> None:
 
 @given(frames_of(st.integers(2, 4)), st.integers(0, 3))
 def test_a_single_weight_asks_one_quadrant(frames: np.ndarray, quadrant: int) -> None:
-    found = decide(frames, "weighted", np.eye(4)[quadrant])
+    found = aggregate_votes(frames, "weighted", np.eye(4)[quadrant])
     np.testing.assert_array_equal(found.labels, found.quadrant_labels[:, quadrant])
 
 
 def test_no_frames() -> None:
-    found = decide(np.zeros((0, 4, 2), np.float32), "majority")
+    found = aggregate_votes(np.zeros((0, 4, 2), np.float32), "majority")
     assert len(found.labels) == len(found.margins) == 0
 
 
 @pytest.mark.parametrize("shape", [(4, 2), (2,), (1, 1, 4, 2)])
 def test_a_shape_that_cannot_be(shape: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match=r"expected \[frames, quadrants, classes\]"):
-        decide(np.zeros(shape), "majority")
+        aggregate_votes(np.zeros(shape), "majority")
 
 
 def test_a_method_that_is_none() -> None:
     with pytest.raises(ConfigError, match="'plurality' found; expected one of majority, average, weighted"):
-        decide(np.zeros((1, 4, 2)), "plurality")  # type: ignore[arg-type]
+        aggregate_votes(np.zeros((1, 4, 2)), "plurality")  # type: ignore[arg-type]
 
 
 def test_weights_that_do_not_fit() -> None:
     with pytest.raises(ConfigError, match="3 vote weights found; expected one for each of 4"):
-        decide(np.zeros((1, 4, 2)), "weighted", (1, 1, 1))
+        aggregate_votes(np.zeros((1, 4, 2)), "weighted", (1, 1, 1))

@@ -36,7 +36,7 @@ from echoquad_runtime.errors import BundleError, FrameError, ParityError
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.frames.reader import load_grey
 from echoquad_runtime.quadrants import Grey, crop_box, frame_quadrants
-from echoquad_runtime.voting import decide
+from echoquad_runtime.voting import aggregate_votes
 from echoquad_train.data.dataset import Split
 
 __all__ = [
@@ -230,7 +230,7 @@ def measure_frame_parity(frame_graph: bytes, engine: Engine, frames: Iterable[Gr
     for frame in frames:
         quadrants = frame_quadrants(frame, contract)
         (expected,) = slots.run(quadrants[None], 1).probabilities
-        decision = decide(expected[None], contract.vote, contract.vote_weights)
+        decision = aggregate_votes(expected[None], contract.vote, contract.vote_weights)
         (resized,) = resizing.run([_QUADRANTS], {FRAMES: frame[None]})
         each, mean, votes, label = session.run(FRAME_OUTPUTS, {FRAMES: frame[None]})
         count += 1

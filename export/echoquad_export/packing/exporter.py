@@ -19,7 +19,7 @@ from echoquad_export.parity.golden import PHANTOM, golden_source, pack_golden
 from echoquad_export.parity.metrics import measure_run
 from echoquad_export.parity.parity import Gate, Parity, measure_parity, summary
 from echoquad_export.precision.calibration_set import CALIBRATION_FRAMES, CalibrationSet, draw_calibration_set
-from echoquad_export.precision.fp16 import to_half
+from echoquad_export.precision.fp16 import to_fp16
 from echoquad_export.precision.int8 import build_int8
 from echoquad_runtime.bundle.bundle import (
     GOLDEN,
@@ -35,7 +35,7 @@ from echoquad_runtime.bundle.signature import check_private_key, sign_bundle
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.slot_pool import infer_all
 from echoquad_runtime.errors import DatasetError, RunError, UsageError, VerificationError
-from echoquad_runtime.frames.formats import Reading
+from echoquad_runtime.frames.formats import ReadOptions
 from echoquad_runtime.storage.atomic import write_bytes
 from echoquad_runtime.verify.verify import Verification, verify
 from echoquad_train.data.dataset import Split, load_quadrants, read_split
@@ -178,7 +178,7 @@ def export_run(
                 draft.details[precision] |= made.details
                 progress(f"int8 passed: {made}")
             else:
-                graph = single if precision == "fp32" else to_half(single)
+                graph = single if precision == "fp32" else to_fp16(single)
                 parities[precision] = judge(precision, graph)
                 parities[precision].require()
             if maps := check_cam(graph, store.quadrants[:CAM_FRAMES]):
@@ -275,7 +275,7 @@ def _calibration_set(run: Run | Ensemble, data: Path | None, frames: int) -> Cal
             data or _data_folder(run, "--calibrate"),
             run.contract,
             frames=frames,
-            reading=Reading.found_in(run.info.get("data")),
+            reading=ReadOptions.found_in(run.info.get("data")),
         )
     except DatasetError as error:
         if data is not None:
@@ -299,7 +299,7 @@ def _data_folder(run: Run | Ensemble, option: str) -> Path:
 def _parity_split(run: Run | Ensemble, parity_data: Path | None) -> Split:
     data = parity_data or _data_folder(run, "--parity")
     try:
-        return read_split(data, "validation", run.contract.classes, Reading.found_in(run.info.get("data")))
+        return read_split(data, "validation", run.contract.classes, ReadOptions.found_in(run.info.get("data")))
     except DatasetError as error:
         if parity_data is not None:
             raise

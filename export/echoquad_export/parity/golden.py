@@ -28,7 +28,7 @@ import numpy as np
 
 from echoquad_runtime.bundle.bundle import Golden, encode_golden
 from echoquad_runtime.contract import QUADRANTS, Contract
-from echoquad_runtime.engine.onnx_engine import Engine, Floats
+from echoquad_runtime.engine.onnx_engine import Engine, FloatArray
 from echoquad_runtime.engine.slot_pool import infer_all
 from echoquad_runtime.errors import FrameError, InputNotFoundError
 from echoquad_runtime.frames.discovery import find_frames
@@ -36,7 +36,7 @@ from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.frames.reader import load_grey
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
 from echoquad_runtime.verify.decision_margins import frame_leads, quadrant_leads
-from echoquad_runtime.voting import decide
+from echoquad_runtime.voting import aggregate_votes
 from echoquad_train.phantom.drawing import phantom_frame
 
 __all__ = [
@@ -89,8 +89,8 @@ class _Candidate:
 
     name: str
     frame: Grey
-    logits: Floats
-    probabilities: Floats
+    logits: FloatArray
+    probabilities: FloatArray
     cost: int
 
 
@@ -204,7 +204,7 @@ def pack_golden(engine: Engine, source: GoldenSource, exported: Iterable[Engine]
     return data, golden_facts(golden, engine.contract, source, len(data))
 
 
-def _answers(engine: Engine, frames: Iterable[Grey]) -> tuple[Floats, Floats]:
+def _answers(engine: Engine, frames: Iterable[Grey]) -> tuple[FloatArray, FloatArray]:
     quadrants = np.stack([frame_quadrants(frame, engine.contract) for frame in frames])
     logits, probabilities = (part.reshape(len(quadrants), 4, -1) for part in infer_all(engine, quadrants, 1))
     return logits, probabilities
@@ -213,7 +213,7 @@ def _answers(engine: Engine, frames: Iterable[Grey]) -> tuple[Floats, Floats]:
 def golden_facts(golden: Golden, contract: Contract, source: GoldenSource, size: int) -> dict[str, Any]:
     """Say what the golden frames cover, as the manifest holds it; `size` is that of the golden file in bytes."""
     p, classes = golden.probabilities, len(contract.classes)
-    decision = decide(p, contract.vote, contract.vote_weights)
+    decision = aggregate_votes(p, contract.vote, contract.vote_weights)
     return {
         "source": source.name,
         "frames": len(golden.names),
@@ -301,7 +301,7 @@ def _choose(
 def _needs(pool: Sequence[_Candidate], contract: Contract) -> list[list[set[str]]]:
     """Say in words what each candidate serves: for each line of the module's list, a set a candidate."""
     p, classes = np.stack([candidate.probabilities for candidate in pool]), contract.classes
-    decision = decide(p, contract.vote, contract.vote_weights)
+    decision = aggregate_votes(p, contract.vote, contract.vote_weights)
     decided = [classes[label] for label in decision.labels]
     votes = [[classes[label] for label in row] for row in decision.quadrant_labels]
     tied = _tied(p)
@@ -330,7 +330,7 @@ def _shape(height: int, width: int) -> set[str]:
     return found | ({f"a scanner's size, {shape}"} if large else set())
 
 
-def _margins(probabilities: Floats, contract: Contract) -> np.ndarray:
+def _margins(probabilities: FloatArray, contract: Contract) -> np.ndarray:
     """Give the lead that the decision on each frame, of float32 [N, 4, C], hangs on: float64 [N]."""
     return _second(frame_leads(probabilities, contract.vote, contract.vote_weights))
 
@@ -340,8 +340,8 @@ def _second(leads: np.ndarray) -> np.ndarray:
     return np.asarray(np.partition(leads, 1, axis=-1)[..., 1])
 
 
-def _tied(probabilities: Floats) -> np.ndarray:
-    return np.asarray(decide(probabilities, "majority").margins == 0)
+def _tied(probabilities: FloatArray) -> np.ndarray:
+    return np.asarray(aggregate_votes(probabilities, "majority").margins == 0)
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:

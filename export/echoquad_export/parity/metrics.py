@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from echoquad_runtime.engine.onnx_engine import Floats
+from echoquad_runtime.engine.onnx_engine import FloatArray
 from echoquad_runtime.errors import RunError
-from echoquad_runtime.voting import decide
+from echoquad_runtime.voting import aggregate_votes
 from echoquad_train.evaluation.evaluate import wilson_interval
 from echoquad_train.runs.checkpoint import Run
 from echoquad_train.runs.ensemble_folder import Ensemble
@@ -21,7 +21,7 @@ __all__ = ["measure_run"]
 
 
 def measure_run(
-    run: Run | Ensemble, probabilities: Floats, labels: npt.NDArray[np.int64], source: str
+    run: Run | Ensemble, probabilities: FloatArray, labels: npt.NDArray[np.int64], source: str
 ) -> dict[str, Any]:
     """Give what a run or an ensemble reached on labelled frames: in training, and by its weights as they are exported.
 
@@ -57,7 +57,7 @@ def measure_run(
         reached_before = {"training": _in_training(run)}
     contract = run.contract
     shape = (-1, 4, len(contract.classes))
-    decision = decide(probabilities.reshape(shape), contract.vote, contract.vote_weights)
+    decision = aggregate_votes(probabilities.reshape(shape), contract.vote, contract.vote_weights)
     right, quadrants = decision.labels == labels, decision.quadrant_labels == labels[:, None]
     of_class = {name: right[labels == index] for index, name in enumerate(contract.classes)}
     export = {

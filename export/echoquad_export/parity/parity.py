@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.engine.onnx_engine import Engine, Floats
+from echoquad_runtime.engine.onnx_engine import Engine, FloatArray
 from echoquad_runtime.engine.slot_pool import infer_all
 from echoquad_runtime.errors import ParityError
-from echoquad_runtime.voting import decide
+from echoquad_runtime.voting import aggregate_votes
 
 __all__ = ["BATCH_SIZES", "GATES", "BatchParity", "Gate", "Parity", "compare", "measure_parity"]
 
@@ -131,7 +131,7 @@ class Parity:
 
 
 def measure_parity(
-    reference: tuple[Floats, Floats],
+    reference: tuple[FloatArray, FloatArray],
     engine: Engine,
     quadrants: npt.NDArray[np.uint8],
     source: str,
@@ -166,12 +166,12 @@ def measure_parity(
 
 
 def compare(
-    reference: tuple[Floats, Floats], found: tuple[Floats, Floats], contract: Contract, batch_size: int
+    reference: tuple[FloatArray, FloatArray], found: tuple[FloatArray, FloatArray], contract: Contract, batch_size: int
 ) -> BatchParity:
     """Compare two engines' logits and probabilities, float32 [F * 4, C], and the decisions they lead to."""
     shape = (-1, 4, len(contract.classes))
     expected, decided = (
-        decide(part[1].reshape(shape), contract.vote, contract.vote_weights) for part in (reference, found)
+        aggregate_votes(part[1].reshape(shape), contract.vote, contract.vote_weights) for part in (reference, found)
     )
     frames = expected.labels != decided.labels
     patches = expected.quadrant_labels != decided.quadrant_labels
@@ -194,7 +194,7 @@ def summary(parities: Sequence[Parity]) -> dict[str, Any]:
     return {parity.precision: parity.to_dict() for parity in parities}
 
 
-def _largest(a: Floats, b: Floats) -> float:
+def _largest(a: FloatArray, b: FloatArray) -> float:
     # A NaN must not pass as no difference; JSON has no infinity, and no logit comes near this.
     return float(np.nan_to_num(np.abs(a.astype(np.float64) - b), nan=1e30, posinf=1e30).max())
 

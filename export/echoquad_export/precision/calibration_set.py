@@ -19,9 +19,9 @@ import onnx
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices.session_factory import open_session
-from echoquad_runtime.engine.onnx_engine import INPUT, Floats
+from echoquad_runtime.engine.onnx_engine import INPUT, FloatArray
 from echoquad_runtime.errors import DatasetError
-from echoquad_runtime.frames.formats import AS_IT_IS, Reading
+from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_train.data.dataset import LabelledFrame, Split, load_quadrants, read_split
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def draw_calibration_set(
     *,
     frames: int = CALIBRATION_FRAMES,
     seed: int = 0,
-    reading: Reading = AS_IT_IS,
+    reading: ReadOptions = DEFAULT_READ_OPTIONS,
 ) -> CalibrationSet:
     """Draw frames of ``DATA/train``, as many of each class as of another where there are enough.
 
@@ -219,7 +219,7 @@ class Ranges:
                 found[name] += np.histogram(value, BINS, (low, high))[0]
         return found
 
-    def _values(self) -> Iterator[tuple[str, Floats]]:
+    def _values(self) -> Iterator[tuple[str, FloatArray]]:
         for frame in self._quadrants:
             yield from zip(self._tensors, self._session.run(self._tensors, {INPUT: frame[:, None]}), strict=True)
 

@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from echoquad_export.graph.build import replace_nodes
 from echoquad_export.graph.float_tail import float_end
 
-__all__ = ["to_half"]
+__all__ = ["to_fp16"]
 
 _KEPT: Final = ("LayerNormalization",)
 _MOVED: Final = ("Reshape", "Squeeze", "Transpose", "Unsqueeze")
@@ -25,7 +25,7 @@ onnxruntime 1.32 crash as it opens it on a CPU."""
 _LARGEST: Final = float(np.finfo(np.float16).max)
 
 
-def to_half(graph: bytes) -> bytes:
+def to_fp16(graph: bytes) -> bytes:
     """Convert an exported float32 graph.
 
     Parameters

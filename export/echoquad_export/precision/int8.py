@@ -22,7 +22,7 @@ from echoquad_export.parity.parity import Parity
 from echoquad_export.precision.calibration_set import CalibrationSet, Ranges, open_in_memory
 from echoquad_export.precision.quantize import float_tensors, layers, prepare, quantize
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.engine.onnx_engine import INPUT, OUTPUTS, Floats
+from echoquad_runtime.engine.onnx_engine import INPUT, OUTPUTS, FloatArray
 from echoquad_runtime.errors import ConfigError, ParityError
 
 __all__ = ["Attempt", "Quantized", "build_int8"]
@@ -187,8 +187,8 @@ def _by_sensitivity(
     """Order layers by what quantising each alone does to the logits, the worst first."""
     flat = quadrants.reshape(-1, 1, *quadrants.shape[2:])
 
-    def logits(graph: bytes) -> Floats:
-        found: Floats = open_in_memory(graph).run(OUTPUTS[:1], {INPUT: flat})[0]
+    def logits(graph: bytes) -> FloatArray:
+        found: FloatArray = open_in_memory(graph).run(OUTPUTS[:1], {INPUT: flat})[0]
         return found
 
     reference = logits(model.SerializeToString())

@@ -25,14 +25,14 @@ from echoquad_runtime.devices.session_factory import Device, installed_wheels
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import ConfigError, FrameError, GateError, InputNotFoundError
 from echoquad_runtime.frames.discovery import find_frames
-from echoquad_runtime.frames.formats import MATRIX_ENDINGS
+from echoquad_runtime.frames.formats import MATRIX_EXTENSIONS
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.frames.image import read_bytes
-from echoquad_runtime.frames.quality_flags import flags_of
+from echoquad_runtime.frames.quality_flags import quality_flags
 from echoquad_runtime.frames.reader import decode_checked, decode_frame, load_grey
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.quadrants import Grey, frame_quadrants
-from echoquad_runtime.voting import decide
+from echoquad_runtime.voting import aggregate_votes
 
 __all__ = [
     "STAGES",
@@ -181,7 +181,7 @@ def read_encoded(inputs: Sequence[str | Path], limit: int) -> tuple[list[Encoded
 
 
 def _encoded(file: FrameFile) -> bytes:
-    if file.frame is None and file.path.suffix.lower() not in MATRIX_ENDINGS:
+    if file.frame is None and file.path.suffix.lower() not in MATRIX_EXTENSIONS:
         data = read_bytes(file.path)
         decode_frame(data)
         return data
@@ -337,13 +337,13 @@ def time_stages(slots: SlotPool, encoded: Sequence[bytes], batch: Grey) -> list[
         grey, _ = decode_checked(data)
         decoded = clock()
         frame_quadrants(grey, contract, out=slot)
-        flags_of(slot)
+        quality_flags(slot)
         quartering += clock() - decoded
         decoding += decoded - begin
     begin = clock()
     probabilities = slots.run(batch, len(encoded)).probabilities
     inferred = clock()
-    decide(probabilities, contract.vote, contract.vote_weights)
+    aggregate_votes(probabilities, contract.vote, contract.vote_weights)
     return [decoding, quartering, inferred - begin, clock() - inferred]
 
 

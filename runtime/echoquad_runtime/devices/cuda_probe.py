@@ -19,10 +19,10 @@ from echoquad_runtime.devices.onnxruntime_loader import (
     silent_python,
 )
 
-__all__ = ["cuda_obstacle", "nvidia_driver"]
+__all__ = ["cuda_unavailable_reason", "nvidia_driver"]
 
 
-def cuda_obstacle() -> str | None:
+def cuda_unavailable_reason() -> str | None:
     """Say in one line why CUDA cannot be used here; None when it has just computed the right numbers.
 
     Raises

@@ -28,11 +28,11 @@ __all__ = [
     "OPENVINO_PROVIDER",
     "PROBE_MODEL",
     "create_session",
+    "fallback_nodes",
     "integers_overflow",
     "needs_exact_products",
     "probe",
     "quiet_logger",
-    "strays",
 ]
 
 CPU_PROVIDER: Final = "CPUExecutionProvider"
@@ -209,7 +209,7 @@ def probe(provider: str, *, bfloat16: bool = False) -> str | None:
     return None
 
 
-def strays(session: onnxruntime.InferenceSession, provider: str) -> str | None:
+def fallback_nodes(session: onnxruntime.InferenceSession, provider: str) -> str | None:
     """Name the nodes that went to another provider when they are the most, as ``QLinearConv`` beside CUDA.
 
     Returns

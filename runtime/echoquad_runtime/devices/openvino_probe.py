@@ -13,10 +13,10 @@ from pathlib import Path
 from echoquad_runtime.devices.execution_providers import OPENVINO_PROVIDER, probe
 from echoquad_runtime.devices.onnxruntime_loader import installed_wheels, load_onnxruntime, named, reinstall
 
-__all__ = ["openvino_obstacle"]
+__all__ = ["openvino_unavailable_reason"]
 
 
-def openvino_obstacle(*, bfloat16: bool = False) -> str | None:
+def openvino_unavailable_reason(*, bfloat16: bool = False) -> str | None:
     """Say in one line why OpenVINO cannot be used here; None when it has just computed the right numbers.
 
     Parameters

@@ -14,19 +14,19 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Literal, get_args
 
 from echoquad_runtime.devices.cpu_info import available_cpus, schedulable_cpus
-from echoquad_runtime.devices.cuda_probe import cuda_obstacle
+from echoquad_runtime.devices.cuda_probe import cuda_unavailable_reason
 from echoquad_runtime.devices.execution_providers import (
     CPU_PROVIDER,
     CUDA_PROVIDER,
     OPENVINO_PROVIDER,
     PROBE_MODEL,
     create_session,
+    fallback_nodes,
     probe,
-    strays,
 )
 from echoquad_runtime.devices.graph_cache import cached_session, find_cache
 from echoquad_runtime.devices.onnxruntime_loader import installed_wheels, load_onnxruntime, named, one_line
-from echoquad_runtime.devices.openvino_probe import openvino_obstacle
+from echoquad_runtime.devices.openvino_probe import openvino_unavailable_reason
 from echoquad_runtime.errors import BundleError, DeviceUnavailableError, MissingExtraError, UsageError
 
 if TYPE_CHECKING:
@@ -40,11 +40,11 @@ __all__ = [
     "Device",
     "OpenedSession",
     "available_cpus",
-    "cuda_obstacle",
+    "cuda_unavailable_reason",
     "installed_wheels",
     "load_onnxruntime",
     "open_session",
-    "openvino_obstacle",
+    "openvino_unavailable_reason",
     "probe",
     "usable_devices",
 ]
@@ -223,10 +223,10 @@ def _open_beside_cpu(
     """Open a model on OpenVINO, or for ``cuda`` and ``auto`` on CUDA; or say in one line why not."""
     if device == "openvino":
         name, title, provider = "openvino", "OpenVINO", OPENVINO_PROVIDER
-        obstacle, threads = openvino_obstacle(bfloat16=bfloat16), min(threads, schedulable_cpus())
+        obstacle, threads = openvino_unavailable_reason(bfloat16=bfloat16), min(threads, schedulable_cpus())
     else:
         name, title, provider = "cuda", "CUDA", CUDA_PROVIDER
-        obstacle = cuda_obstacle() or not_on_cuda or None
+        obstacle = cuda_unavailable_reason() or not_on_cuda or None
     if obstacle is not None:
         return obstacle
     try:
@@ -241,7 +241,7 @@ def _open_beside_cpu(
         )
     except Exception as error:  # they share no base; whether it is the model's own fault, the CPU will tell
         return f"{title} works, but not for this model ({one_line(error)}); do: try another precision"
-    if (left := strays(session, provider)) is not None:
+    if (left := fallback_nodes(session, provider)) is not None:
         return f"{title} leaves {left} to the CPU; do: choose precision fp32 or fp16"
     return OpenedSession(session, name, provider, "", threads)
 
@@ -262,7 +262,7 @@ def usable_devices() -> dict[str, str | None]:
     providers = load_onnxruntime().get_available_providers()
     found = {"cpu": probe(CPU_PROVIDER)}
     if CUDA_PROVIDER in providers:
-        found["cuda"] = cuda_obstacle()
+        found["cuda"] = cuda_unavailable_reason()
     if OPENVINO_PROVIDER in providers:
-        found["openvino"] = openvino_obstacle()
+        found["openvino"] = openvino_unavailable_reason()
     return found

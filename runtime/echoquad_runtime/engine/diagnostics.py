@@ -24,10 +24,10 @@ from echoquad_runtime.devices.session_factory import (
     OPENVINO_PROVIDER,
     Device,
     available_cpus,
-    cuda_obstacle,
+    cuda_unavailable_reason,
     installed_wheels,
     load_onnxruntime,
-    openvino_obstacle,
+    openvino_unavailable_reason,
     probe,
 )
 from echoquad_runtime.engine.self_test import passes_on_this_host
@@ -180,17 +180,19 @@ def _cpu() -> Check:
 
 
 def _cuda(device: Device) -> Check:
-    obstacle = cuda_obstacle()
+    obstacle = cuda_unavailable_reason()
     if obstacle is None:
         return Check("cuda", "ok", "computed the expected numbers")
     return Check("cuda", "failed" if device == "cuda" else "warning", obstacle)
 
 
 def _openvino(device: Device) -> Check:
-    obstacle = openvino_obstacle()
+    obstacle = openvino_unavailable_reason()
     if obstacle is not None:
         return Check("openvino", "failed" if device == "openvino" else "warning", obstacle)
-    bfloat16 = "in bfloat16 too" if openvino_obstacle(bfloat16=True) is None else "not in bfloat16 on this processor"
+    bfloat16 = (
+        "in bfloat16 too" if openvino_unavailable_reason(bfloat16=True) is None else "not in bfloat16 on this processor"
+    )
     return Check("openvino", "ok", f"computed the expected numbers, {bfloat16}")
 
 

@@ -13,11 +13,11 @@ from echoquad_runtime.bundle.bundle import BF16, TF32, Bundle
 from echoquad_runtime.bundle.onnx_header import CONTRACT_KEY, INPUT, OUTPUTS, cam_sides, check_graph
 from echoquad_runtime.devices.onnxruntime_loader import one_line
 from echoquad_runtime.devices.session_factory import Device, open_session
-from echoquad_runtime.engine.io_binding import FirstRuns, Floats, IoBinding, new_batch
+from echoquad_runtime.engine.io_binding import FirstRuns, FloatArray, IoBinding, new_batch
 from echoquad_runtime.engine.slot_pool import Engine
 from echoquad_runtime.errors import BundleError, UsageError
 
-__all__ = ["CONTRACT_KEY", "INPUT", "OUTPUTS", "Engine", "Floats", "OnnxEngine"]
+__all__ = ["CONTRACT_KEY", "INPUT", "OUTPUTS", "Engine", "FloatArray", "OnnxEngine"]
 
 _MANY: Final = 1 << 30
 
@@ -145,7 +145,7 @@ class OnnxEngine:
         except Exception as error:  # onnxruntime's share no base; among them, memory that does not suffice
             raise self._fault(4 * frames, error) from error
 
-    def infer(self, quadrants: npt.NDArray[np.uint8]) -> tuple[Floats, Floats]:
+    def infer(self, quadrants: npt.NDArray[np.uint8]) -> tuple[FloatArray, FloatArray]:
         """Run quadrants once, through a slot that is opened for them; a `SlotPool` keeps its slots.
 
         Parameters

@@ -28,7 +28,7 @@ from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.contract import canonical_json
 from echoquad_runtime.devices.graph_cache import cache_folder, is_ours
 from echoquad_runtime.devices.host_facts import host_facts
-from echoquad_runtime.engine.io_binding import Answers, Floats, InferenceSlot, buckets, new_batch
+from echoquad_runtime.engine.io_binding import Answers, FloatArray, InferenceSlot, buckets, new_batch
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.errors import OutputError, VerificationError
 from echoquad_runtime.quadrants import frame_quadrants
@@ -51,8 +51,8 @@ class _Golden(NamedTuple):
 
     names: tuple[str, ...]
     quadrants: npt.NDArray[np.uint8]
-    logits: Floats
-    probabilities: Floats
+    logits: FloatArray
+    probabilities: FloatArray
     gate: Mapping[str, float]
 
 
@@ -156,7 +156,7 @@ def _stuck(golden: _Golden, places: npt.NDArray[np.int64], found: Answers, befor
     return bool((differs & same).any())
 
 
-def largest_differences(found: Floats, expected: Floats) -> npt.NDArray[np.float64]:
+def largest_differences(found: FloatArray, expected: FloatArray) -> npt.NDArray[np.float64]:
     """Return each frame's largest |difference|, float64 [N], of arrays [N, 4, C]; infinite where one is no number."""
     difference = np.abs(found.astype(np.float64) - expected)
     return np.asarray(np.nan_to_num(difference, nan=np.inf).max(axis=(1, 2)))

@@ -15,11 +15,11 @@ from typing import Final
 
 from echoquad_runtime.errors import FrameError, InputNotFoundError
 from echoquad_runtime.frames.formats import (
-    AS_IT_IS,
-    EXTENSIONS,
-    IMAGE_ENDINGS,
-    MATRIX_ENDINGS,
-    Reading,
+    DEFAULT_READ_OPTIONS,
+    FRAME_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    MATRIX_EXTENSIONS,
+    ReadOptions,
     could_be_dicom,
     is_dicom,
 )
@@ -28,8 +28,8 @@ from echoquad_runtime.frames.reader import frames_in, head_of
 from echoquad_runtime.storage.directory_walk import descend, expand
 
 __all__ = [
-    "EXPECTED",
-    "OVERLAY_ENDING",
+    "EXPECTED_FILES",
+    "OVERLAY_SUFFIX",
     "find_frames",
     "find_in_folder",
     "matrices_hint",
@@ -37,18 +37,20 @@ __all__ = [
 ]
 
 
-OVERLAY_ENDING: Final = ".overlay.png"
+OVERLAY_SUFFIX: Final = ".overlay.png"
 """Ending of the pictures that EchoQuad draws; in a folder they are no frames to judge."""
 
 
-EXPECTED: Final = f"expected {', '.join(sorted(IMAGE_ENDINGS))} files, DICOM or clips"
+EXPECTED_FILES: Final = f"expected {', '.join(sorted(IMAGE_EXTENSIONS))} files, DICOM or clips"
 """What a folder is to hold."""
 
-_KNOWN: Final = EXTENSIONS | MATRIX_ENDINGS
+_KNOWN: Final = FRAME_EXTENSIONS | MATRIX_EXTENSIONS
 _FRAME_NUMBER: Final = re.compile(r"(.+)#([1-9][0-9]{0,5})")
 
 
-def find_frames(inputs: Sequence[str | Path], reading: Reading = AS_IT_IS) -> Iterator[FrameFile | Failure]:
+def find_frames(
+    inputs: Sequence[str | Path], reading: ReadOptions = DEFAULT_READ_OPTIONS
+) -> Iterator[FrameFile | Failure]:
     """Find the frames that `inputs` name, one after the other, lazily.
 
     A folder is walked, in sorted order, for images, DICOM files (also such as have no ending), clips, and for matrices
@@ -85,7 +87,7 @@ def find_frames(inputs: Sequence[str | Path], reading: Reading = AS_IT_IS) -> It
                 yield from _named(path, root, reading)
 
 
-def _named(path: str, root: _Root, reading: Reading) -> Iterator[FrameFile | Failure]:
+def _named(path: str, root: _Root, reading: ReadOptions) -> Iterator[FrameFile | Failure]:
     if os.path.exists(path):  # noqa: PTH110 - as above
         yield from _in_file(path, root.name(path), reading)
     elif (numbered := _FRAME_NUMBER.fullmatch(path)) and os.path.isfile(numbered[1]):  # noqa: PTH113 - as above
@@ -94,7 +96,9 @@ def _named(path: str, root: _Root, reading: Reading) -> Iterator[FrameFile | Fai
         yield _missing(path, "no such file or folder; check the path")
 
 
-def find_in_folder(folder: Path, prefix: str = "", reading: Reading = AS_IT_IS) -> Iterator[FrameFile | Failure]:
+def find_in_folder(
+    folder: Path, prefix: str = "", reading: ReadOptions = DEFAULT_READ_OPTIONS
+) -> Iterator[FrameFile | Failure]:
     """Find the frames in a folder, as `find_frames` does; `prefix` goes before their names.
 
     Yields
@@ -109,7 +113,7 @@ def find_in_folder(folder: Path, prefix: str = "", reading: Reading = AS_IT_IS) 
             yield from _in_file(os.path.join(folder, found), prefix + found, reading)  # noqa: PTH118 - as in tree
 
 
-def _in_folder(folder: str, root: _Root, reading: Reading, *, may_be_empty: bool) -> Iterator[FrameFile | Failure]:
+def _in_folder(folder: str, root: _Root, reading: ReadOptions, *, may_be_empty: bool) -> Iterator[FrameFile | Failure]:
     prefix = root.name(folder)
     prefix = "" if prefix == "." else prefix if prefix.endswith("/") else f"{prefix}/"
     empty = True
@@ -117,17 +121,17 @@ def _in_folder(folder: str, root: _Root, reading: Reading, *, may_be_empty: bool
         empty = False
         yield found
     if empty and not may_be_empty:
-        yield _missing(folder, f"the folder holds no image; {EXPECTED}{matrices_hint(folder, reading)}")
+        yield _missing(folder, f"the folder holds no image; {EXPECTED_FILES}{matrices_hint(folder, reading)}")
 
 
-def _in_file(path: str, name: str, reading: Reading) -> Iterator[FrameFile | Failure]:
-    if os.path.splitext(path)[1].lower() in IMAGE_ENDINGS:  # noqa: PTH122 - nothing more is asked of most files
+def _in_file(path: str, name: str, reading: ReadOptions) -> Iterator[FrameFile | Failure]:
+    if os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS:  # noqa: PTH122 - nothing more is asked of most files
         yield FrameFile(Path(path), name)
     else:
         yield from frames_in(Path(path), name, reading)
 
 
-def matrices_hint(folder: str, reading: Reading) -> str:
+def matrices_hint(folder: str, reading: ReadOptions) -> str:
     """Say that a folder without frames has matrices to offer, where it has: they are not taken by themselves."""
     if reading.matrices or not any(isinstance(found, str) for found in _files_in(folder, matrices=True)):
         return ""
@@ -159,8 +163,8 @@ def _step(matrices: bool, name: str, is_folder: bool) -> tuple[bool, bool | None
     if is_folder:
         return False, matrices
     ending = _ending(name)
-    wanted = ending in EXTENSIONS or (matrices and ending in MATRIX_ENDINGS) or could_be_dicom(name)
-    return wanted and not name.endswith(OVERLAY_ENDING), None
+    wanted = ending in FRAME_EXTENSIONS or (matrices and ending in MATRIX_EXTENSIONS) or could_be_dicom(name)
+    return wanted and not name.endswith(OVERLAY_SUFFIX), None
 
 
 def _ending(name: str) -> str:

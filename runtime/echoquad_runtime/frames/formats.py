@@ -13,33 +13,33 @@ from typing import Any, Final, Literal, get_args
 from echoquad_runtime.errors import ConfigError
 
 __all__ = [
-    "AS_IT_IS",
-    "CLIP_ENDINGS",
-    "DICOM_ENDINGS",
-    "EXTENSIONS",
+    "DEFAULT_READ_OPTIONS",
+    "DICOM_EXTENSIONS",
     "FLIPS",
-    "HEAD",
-    "IMAGE_ENDINGS",
-    "MATRIX_ENDINGS",
+    "FRAME_EXTENSIONS",
+    "HEAD_BYTES",
+    "IMAGE_EXTENSIONS",
+    "MATRIX_EXTENSIONS",
     "MAX_FILE_BYTES",
     "MAX_FRAMES",
     "MAX_PIXELS",
+    "VIDEO_EXTENSIONS",
+    "FileFormat",
     "Flip",
-    "Kind",
-    "Reading",
+    "ReadOptions",
     "could_be_dicom",
+    "detect_format",
     "is_dicom",
-    "kind_of",
 ]
 
-Kind = Literal["image", "dicom", "clip", "matrix"]
+FileFormat = Literal["image", "dicom", "clip", "matrix"]
 
-IMAGE_ENDINGS: Final = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
-DICOM_ENDINGS: Final = frozenset({".dcm", ".dicom", ".ima"})
-CLIP_ENDINGS: Final = frozenset({".avi", ".mp4", ".m4v", ".mov", ".mkv", ".webm"})
-MATRIX_ENDINGS: Final = frozenset({".txt", ".csv", ".tsv", ".npy"})
+IMAGE_EXTENSIONS: Final = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
+DICOM_EXTENSIONS: Final = frozenset({".dcm", ".dicom", ".ima"})
+VIDEO_EXTENSIONS: Final = frozenset({".avi", ".mp4", ".m4v", ".mov", ".mkv", ".webm"})
+MATRIX_EXTENSIONS: Final = frozenset({".txt", ".csv", ".tsv", ".npy"})
 
-EXTENSIONS: Final = IMAGE_ENDINGS | DICOM_ENDINGS | CLIP_ENDINGS
+FRAME_EXTENSIONS: Final = IMAGE_EXTENSIONS | DICOM_EXTENSIONS | VIDEO_EXTENSIONS
 """File name extensions, in lower case, that count as frames in a folder. A file named explicitly may have any other."""
 
 MAX_PIXELS: Final = 36_000_000  # 6000 x 6000; an 8K screen has 33 million
@@ -47,8 +47,8 @@ MAX_FILE_BYTES: Final = 256 * 1024 * 1024  # MAX_PIXELS of uncompressed 16-bit R
 MAX_FRAMES: Final = 100_000
 """Frames in a file: an hour at 28 a second."""
 
-HEAD: Final = 132
-"""Bytes from a file's beginning by which `kind_of` tells."""
+HEAD_BYTES: Final = 132
+"""Bytes from a file's beginning by which `detect_format` tells."""
 
 NPY: Final = b"\x93NUMPY"
 _MATROSKA: Final = b"\x1aE\xdf\xa3"
@@ -59,7 +59,7 @@ FLIPS: Final[tuple[Flip, ...]] = get_args(Flip)
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ReadOptions:
     """How a data set's files are read, where files alone do not say: a matter of the data, not of the network.
 
     Attributes
@@ -92,7 +92,7 @@ class Reading:
         return asdict(self)
 
     @classmethod
-    def found_in(cls, facts: object) -> Reading:
+    def found_in(cls, facts: object) -> ReadOptions:
         """Read back what a run's record, or a bundle's, says under ``reading``; what it does not say is the default.
 
         Raises
@@ -102,20 +102,20 @@ class Reading:
         """
         values = facts.get("reading") if isinstance(facts, Mapping) else None
         if not isinstance(values, Mapping):
-            return AS_IT_IS
+            return DEFAULT_READ_OPTIONS
         return cls(**{name: values[name] for name in ("matrices", "flip", "every") if name in values})
 
 
-AS_IT_IS: Final = Reading()
+DEFAULT_READ_OPTIONS: Final = ReadOptions()
 
 
-def kind_of(head: bytes, ending: str) -> Kind:
+def detect_format(head: bytes, ending: str) -> FileFormat:
     """Tell a file's kind.
 
     Parameters
     ----------
     head
-        Its first `HEAD` bytes, or all of it where it has fewer.
+        Its first `HEAD_BYTES` bytes, or all of it where it has fewer.
     ending
         Of its name, in any case, with the dot. It decides only where the bytes do not: text may be a matrix, and what
         calls itself DICOM or a clip and is none is refused as such.
@@ -133,10 +133,10 @@ def kind_of(head: bytes, ending: str) -> Kind:
     return "image"
 
 
-_BY_ENDING: Final[tuple[tuple[Kind, frozenset[str]], ...]] = (
-    ("matrix", MATRIX_ENDINGS),
-    ("dicom", DICOM_ENDINGS),
-    ("clip", CLIP_ENDINGS),
+_BY_ENDING: Final[tuple[tuple[FileFormat, frozenset[str]], ...]] = (
+    ("matrix", MATRIX_EXTENSIONS),
+    ("dicom", DICOM_EXTENSIONS),
+    ("clip", VIDEO_EXTENSIONS),
 )
 
 

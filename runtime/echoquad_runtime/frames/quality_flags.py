@@ -13,7 +13,7 @@ import numpy as np
 from echoquad_runtime.contract import QUADRANTS
 from echoquad_runtime.quadrants import Grey
 
-__all__ = ["BLANK", "COLOUR", "NO_SIGNAL", "SATURATED", "flags_of", "is_coloured"]
+__all__ = ["BLANK", "COLOUR", "NO_SIGNAL", "SATURATED", "is_coloured", "quality_flags"]
 
 BLANK: Final = "blank"
 NO_SIGNAL: Final = tuple(f"no-signal-{name}" for name in QUADRANTS)
@@ -41,7 +41,7 @@ MAX_COLOURED: Final = 0.25
 _GRID: Final = 64  # rows and columns of a quadrant that are looked at, at most: enough to estimate shares
 
 
-def flags_of(quadrants: Grey) -> tuple[str, ...]:
+def quality_flags(quadrants: Grey) -> tuple[str, ...]:
     """Look at what the network sees of a frame.
 
     Parameters

@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, Protocol
 
 from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameFormatError, FrameReadError
-from echoquad_runtime.frames.formats import HEAD, IMAGE_ENDINGS, NPY, Flip, Kind, Reading, is_dicom, kind_of
+from echoquad_runtime.frames.formats import (
+    HEAD_BYTES,
+    IMAGE_EXTENSIONS,
+    NPY,
+    FileFormat,
+    Flip,
+    ReadOptions,
+    detect_format,
+    is_dicom,
+)
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.frames.image import decode_grey, decode_grey_and_flags, decode_image, read_bytes
 from echoquad_runtime.frames.quality_flags import COLOUR
@@ -74,7 +83,7 @@ class _Source(Protocol):
 # ---------------------------------------------------------------------------------------------- frames of a file
 
 
-def frames_in(path: Path, name: str, reading: Reading) -> Iterator[FrameFile | Failure]:
+def frames_in(path: Path, name: str, reading: ReadOptions) -> Iterator[FrameFile | Failure]:
     """Give the frames of a file: itself, or each of several as ``NAME#1``, ``NAME#2`` and so on.
 
     Yields
@@ -83,7 +92,7 @@ def frames_in(path: Path, name: str, reading: Reading) -> Iterator[FrameFile | F
         A failure where its header cannot be read, and one behind the frames that are there where some are missing.
     """
     try:
-        kind = kind_of(head_of(path), path.suffix)
+        kind = detect_format(head_of(path), path.suffix)
         if kind == "image" or (kind == "matrix" and not _is_npy(path)):
             yield FrameFile(path, name, flip=reading.flip)
             return
@@ -108,7 +117,7 @@ def frames_in(path: Path, name: str, reading: Reading) -> Iterator[FrameFile | F
 
 
 def head_of(path: Path) -> bytes:
-    """Read the first bytes of a file, for `kind_of`.
+    """Read the first bytes of a file, for `detect_format`.
 
     Raises
     ------
@@ -116,7 +125,7 @@ def head_of(path: Path) -> bytes:
         If it cannot be read.
     """
     with _reading(path) as stream:
-        return stream.read(HEAD)
+        return stream.read(HEAD_BYTES)
 
 
 def _is_npy(path: Path) -> bool:
@@ -225,7 +234,7 @@ def decode_pixels(data: bytes) -> Pixels:
 
 def _is_dicom_or_numpy(data: bytes) -> bool:
     """Return whether the first bytes are those of DICOM or numpy; a clip in memory is refused as no image."""
-    return kind_of(data[:HEAD], "") in ("dicom", "matrix")
+    return detect_format(data[:HEAD_BYTES], "") in ("dicom", "matrix")
 
 
 def _grey_and_flags(pixels: Pixels) -> tuple[Grey, tuple[str, ...]]:
@@ -237,13 +246,16 @@ def _image_bytes(file: FrameFile) -> bytes | None:
     """Read an image file whole; None where it is of another kind."""
     if file.frame is not None:
         return None
-    if file.path.suffix.lower() not in IMAGE_ENDINGS and kind_of(head_of(file.path), file.path.suffix) != "image":
+    if (
+        file.path.suffix.lower() not in IMAGE_EXTENSIONS
+        and detect_format(head_of(file.path), file.path.suffix) != "image"
+    ):
         return None
     return read_bytes(file.path)
 
 
 def _pixels(file: FrameFile) -> Pixels:
-    kind = kind_of(head_of(file.path), file.path.suffix)
+    kind = detect_format(head_of(file.path), file.path.suffix)
     if kind == "matrix" and not _is_npy(file.path):
         from echoquad_runtime.frames.matrix import text_pixels
 
@@ -300,7 +312,7 @@ class _Npy:
         return self._file.pixels(number, flip)
 
 
-def _source(kind: Kind, open_stream: Open) -> _Source:
+def _source(kind: FileFormat, open_stream: Open) -> _Source:
     if kind == "dicom":
         return _Dicom(open_stream)
     return _Clip(open_stream) if kind == "clip" else _Npy(open_stream)
@@ -310,7 +322,7 @@ _kept: OrderedDict[tuple[object, ...], _Source] = OrderedDict()
 _lock = threading.Lock()
 
 
-def _opened(path: Path, kind: Kind) -> _Source:
+def _opened(path: Path, kind: FileFormat) -> _Source:
     """Open a file, or give it as it was opened before; one that has changed since is another."""
     try:
         status = path.stat()

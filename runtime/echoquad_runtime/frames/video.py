@@ -23,7 +23,7 @@ from PIL import Image
 
 from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameExtraError, FrameFormatError, FrameTooLargeError
 from echoquad_runtime.frames.decoded_frame import Pixels
-from echoquad_runtime.frames.formats import HEAD, MAX_FRAMES, MAX_PIXELS, kind_of
+from echoquad_runtime.frames.formats import HEAD_BYTES, MAX_FRAMES, MAX_PIXELS, detect_format
 from echoquad_runtime.frames.quality_flags import is_coloured
 from echoquad_runtime.quadrants import Grey
 
@@ -118,9 +118,11 @@ class Clip:
     def _opened(self, stack: ExitStack) -> tuple[Any, Any]:
         av = _load_av()
         source = stack.enter_context(self._open())
-        head = source.read(HEAD)
+        head = source.read(HEAD_BYTES)
         source.seek(0)
-        if kind_of(head, "") != "clip":  # ffmpeg would try its hundreds of formats, playlists of other files among them
+        if (
+            detect_format(head, "") != "clip"
+        ):  # ffmpeg would try its hundreds of formats, playlists of other files among them
             raise FrameFormatError("the file is no clip of a known kind; expected AVI, MP4 or Matroska")
         name = "avi" if head.startswith(b"RIFF") else "matroska" if head.startswith(b"\x1aE\xdf\xa3") else "mov"
         try:

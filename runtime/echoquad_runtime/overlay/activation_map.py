@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageColor
 
-from echoquad_runtime.engine.io_binding import Floats
+from echoquad_runtime.engine.io_binding import FloatArray
 from echoquad_runtime.quadrants import Box
 
 __all__ = ["lay_heat"]
@@ -17,7 +17,7 @@ __all__ = ["lay_heat"]
 STRONGEST: Final = 0.5  # opacity of the frame's strongest evidence: what lies beneath stays to be seen
 
 
-def lay_heat(frame: Image.Image, maps: Floats, boxes: Sequence[Box], colours: Sequence[str]) -> Image.Image:
+def lay_heat(frame: Image.Image, maps: FloatArray, boxes: Sequence[Box], colours: Sequence[str]) -> Image.Image:
     """Lay class activation maps over a frame.
 
     Parameters

@@ -13,7 +13,7 @@ from typing import Final
 from PIL import Image, ImageDraw, ImageFont
 
 from echoquad_runtime.contract import INDETERMINATE, QUADRANTS, Contract
-from echoquad_runtime.frames.discovery import OVERLAY_ENDING
+from echoquad_runtime.frames.discovery import OVERLAY_SUFFIX
 from echoquad_runtime.frames.frame_file import FrameFile
 from echoquad_runtime.frames.image import over_black, to_grey
 from echoquad_runtime.frames.reader import load_image
@@ -116,7 +116,7 @@ def draw_overlay(image: Image.Image, prediction: Prediction, contract: Contract)
 
 
 def overlay_path(folder: Path, name: str) -> Path:
-    """Name an overlay after its frame: the same relative path under `folder`, with `OVERLAY_ENDING` added.
+    """Name an overlay after its frame: the same relative path under `folder`, with `OVERLAY_SUFFIX` added.
 
     The frame's own ending stays in the name, so that ``a.png`` and ``a.jpg`` do not overwrite each other. What is too
     long for a name, or for a path, is cut and has a hash of the whole at its end; too long a path has no folders.
@@ -124,7 +124,7 @@ def overlay_path(folder: Path, name: str) -> Path:
     # A drive's colon and a backslash would lead elsewhere on Windows.
     parts = [part.replace(":", "_").replace("\\", "_") for part in PurePosixPath(name).parts]
     parts = [part for part in parts if part.strip("/") and part != ".."] or ["frame"]
-    last = f"{parts[-1]}{OVERLAY_ENDING}"
+    last = f"{parts[-1]}{OVERLAY_SUFFIX}"
     if len(os.fsencode(last)) > _LONGEST_NAME:
         last = _shortened(parts[-1], name)
     path = folder.joinpath(*parts[:-1], last)
@@ -135,7 +135,7 @@ def overlay_path(folder: Path, name: str) -> Path:
 
 def _shortened(part: str, name: str) -> str:
     whole = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    return f"{part[:40]}-{whole}{OVERLAY_ENDING}"
+    return f"{part[:40]}-{whole}{OVERLAY_SUFFIX}"
 
 
 def save_overlay(folder: Path, source: FrameFile | Path, prediction: Prediction, contract: Contract) -> Path:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.frames.frame_file import FrameFile
-from echoquad_runtime.frames.quality_flags import flags_of
+from echoquad_runtime.frames.quality_flags import quality_flags
 from echoquad_runtime.frames.reader import load_checked
 from echoquad_runtime.quadrants import Grey, frame_quadrants
 
@@ -89,4 +89,4 @@ def cut_quadrants(grey: Grey, contract: Contract, out: Grey) -> Flags:
         If the frame is less than 2 pixels wide or high.
     """
     frame_quadrants(grey, contract, out=out)
-    return flags_of(out)
+    return quality_flags(out)

@@ -14,7 +14,7 @@ import numpy as np
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.contract import VOTE_METHODS, Contract, VoteMethod
 from echoquad_runtime.devices.session_factory import Device, available_cpus
-from echoquad_runtime.engine.io_binding import Answers, Floats
+from echoquad_runtime.engine.io_binding import Answers, FloatArray
 from echoquad_runtime.engine.onnx_engine import Engine, OnnxEngine
 from echoquad_runtime.engine.self_test import PASSED, SelfTest
 from echoquad_runtime.engine.slot_pool import SlotPool
@@ -26,7 +26,7 @@ from echoquad_runtime.predict.frame_reader import Flags, FrameReader, cut_quadra
 from echoquad_runtime.predict.prediction import Prediction, checked_bound
 from echoquad_runtime.predict.worker_pool import Pipeline, Source
 from echoquad_runtime.quadrants import Grey
-from echoquad_runtime.voting import decide
+from echoquad_runtime.voting import aggregate_votes
 
 __all__ = ["TIME_LIMIT", "Failure", "Prediction", "Predictor"]
 
@@ -344,7 +344,9 @@ class Predictor:
             open_reader=open_reader,
         )
 
-    def replay(self, frames: Sequence[Grey], *, many: bool, together: int | None = None) -> tuple[Floats, Floats]:
+    def replay(
+        self, frames: Sequence[Grey], *, many: bool, together: int | None = None
+    ) -> tuple[FloatArray, FloatArray]:
         """Run frames through the path that judges, and return the network's answers in place of decisions.
 
         Parameters
@@ -380,7 +382,7 @@ class Predictor:
     def _judge(self, sources: Sequence[Source], flags: Sequence[Flags], found: Answers) -> list[Prediction | Failure]:
         classes, answers, maps = self.contract.classes, found.probabilities, found.maps
         finite = np.asarray(np.isfinite(answers).all(axis=(1, 2)))
-        decision = decide(np.where(finite[:, None, None], answers, 0), self.method, self.contract.vote_weights)
+        decision = aggregate_votes(np.where(finite[:, None, None], answers, 0), self.method, self.contract.vote_weights)
         results: list[Prediction | Failure] = []
         for index, source in enumerate(sources):
             if not finite[index]:  # the first class would win by being first
@@ -406,7 +408,7 @@ class Predictor:
         return results
 
 
-def _raw(sources: Sequence[Source], flags: Sequence[Flags], found: Answers) -> list[tuple[Floats, Floats]]:
+def _raw(sources: Sequence[Source], flags: Sequence[Flags], found: Answers) -> list[tuple[FloatArray, FloatArray]]:
     """Return each frame's logits and probabilities, float32 [4, C] each."""
     return list(zip(found.logits, found.probabilities, strict=True))
 

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from echoquad_runtime.engine.io_binding import Answers
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import FrameError, FrameReadError
-from echoquad_runtime.frames.formats import CLIP_ENDINGS
+from echoquad_runtime.frames.formats import VIDEO_EXTENSIONS
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.predict.frame_reader import Flags, FrameReader
 
@@ -263,7 +263,7 @@ def _is_for_a_process(source: Source) -> bool:
     A clip's frames are decoded one after the other, once for all threads of this process. Each reader process that gets
     some of them would decode the clip up to the last of these.
     """
-    return source.file is not None and source.file.path.suffix.lower() not in CLIP_ENDINGS
+    return source.file is not None and source.file.path.suffix.lower() not in VIDEO_EXTENSIONS
 
 
 def _name(item: Source | Failure) -> str:

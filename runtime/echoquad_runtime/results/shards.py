@@ -30,7 +30,7 @@ from echoquad_runtime.results.result_file import (
 )
 from echoquad_runtime.results.row_formats import Format, Row, RowReader, format_of
 from echoquad_runtime.storage.atomic import write_atomically
-from echoquad_runtime.storage.row_names import digest, printed, shown, walk_order
+from echoquad_runtime.storage.row_names import digest, display_name, printed, walk_order
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -173,7 +173,7 @@ def _go_through(path: Path, layout: Format) -> _Part:
         for row in reader:
             if record is not None and record["shard"] and not Shard.parse(record["shard"]).holds_row(row.name):
                 raise ResultError(
-                    f"{label}: {shown(row.name)} is no frame of shard {record['shard']}; run the shard again"
+                    f"{label}: {display_name(row.name)} is no frame of shard {record['shard']}; run the shard again"
                 )
             key = walk_order(row.name)
             if key < last:
@@ -249,7 +249,7 @@ def _in_order(parts: Sequence[_Part], layout: Format) -> Iterator[bytes]:
             if before is not None and before[0] != number and before[1].name == row.name:
                 where = " and in ".join(parts[index].path.as_posix() for index in (before[0], number))
                 raise ResultError(
-                    f"the frame {shown(row.name)} is in {where}; expected it in one: leave out one of them"
+                    f"the frame {display_name(row.name)} is in {where}; expected it in one: leave out one of them"
                 )
             before = number, row
             yield row.data

@@ -9,7 +9,7 @@ import hashlib
 import re
 from typing import Final
 
-__all__ = ["digest", "encoded", "printed", "shown", "walk_order", "without_formula"]
+__all__ = ["digest", "display_name", "encoded", "printed", "walk_order", "without_formula"]
 
 DIGEST_BYTES: Final = 16
 
@@ -51,7 +51,7 @@ def walk_order(row_name: str) -> str:
     return name.replace("/", "\0")
 
 
-def shown(text: str) -> str:
+def display_name(text: str) -> str:
     """Give text on one line of a terminal, with what cannot or must not be printed as an escape."""
     return "".join(
         sign if sign.isprintable() else sign.encode("unicode_escape", "surrogatepass").decode("ascii") for sign in text

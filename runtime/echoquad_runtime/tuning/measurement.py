@@ -32,7 +32,7 @@ from echoquad_runtime.errors import (
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.tuning.racing import Turn
-from echoquad_runtime.tuning.saved_settings import Choice, Goal
+from echoquad_runtime.tuning.saved_settings import Goal, RunConfig
 from echoquad_runtime.verify.verify import verify
 
 __all__ = ["FRAME_RATE", "GoldenFrames", "Trial", "time_pipeline"]
@@ -65,9 +65,9 @@ class GoldenFrames:
 
     def fault(self, device: str, precision: str, threads: int) -> str:
         """Say in one line why not; empty where they pass."""
-        return self.fault_of(Choice(device, precision, threads, False, 1))
+        return self.fault_of(RunConfig(device, precision, threads, False, 1))
 
-    def fault_of(self, choice: Choice) -> str:
+    def fault_of(self, choice: RunConfig) -> str:
         """Return in one line why a candidate does not pass; empty if it does."""
         key = choice.device, choice.precision, choice.threads, choice.cuda_graphs, choice.nhwc
         if key not in self._found:
@@ -77,7 +77,7 @@ class GoldenFrames:
             self._tell(f"{words}: {'failed' if found else 'passed'}")
         return self._found[key]
 
-    def _replay(self, choice: Choice) -> str:
+    def _replay(self, choice: RunConfig) -> str:
         try:
             found = verify(
                 self._bundle.folder,
@@ -114,7 +114,7 @@ class Trial:
     """
 
     def __init__(
-        self, bundle: Bundle, encoded: Sequence[bytes], choices: Sequence[Choice], goal: Goal, seconds: float
+        self, bundle: Bundle, encoded: Sequence[bytes], choices: Sequence[RunConfig], goal: Goal, seconds: float
     ) -> None:
         self.faults: dict[int, str] = {}
         self._bundle, self._encoded, self._choices, self._goal = bundle, encoded, choices, goal
@@ -169,7 +169,7 @@ class Trial:
             score = sum(calls) * _BATCHES_A_WORKER / frames
         return Turn(score, tuple(calls), frames, cpu)
 
-    def _frames_a_call(self, choice: Choice) -> int:
+    def _frames_a_call(self, choice: RunConfig) -> int:
         if self._goal != "throughput":
             return choice.batch_size
         return choice.batch_size * choice.threads * _BATCHES_A_WORKER
@@ -186,7 +186,7 @@ class Trial:
         engine.batch_size = choice.batch_size
         return time_pipeline(engine, chunk) / _BATCHES_A_WORKER
 
-    def _engine(self, choice: Choice) -> SlotPool | Predictor:
+    def _engine(self, choice: RunConfig) -> SlotPool | Predictor:
         key = _engine_key(choice)
         if key not in self._engines:
             options: dict[str, Any] = dict(key)
@@ -208,6 +208,6 @@ def time_pipeline(predictor: Predictor, encoded: Sequence[bytes]) -> float:
     return time.perf_counter() - begin
 
 
-def _engine_key(choice: Choice) -> _EngineKey:
+def _engine_key(choice: RunConfig) -> _EngineKey:
     """Return the options of a candidate's engine; candidates of other batch sizes share it."""
     return tuple((name, value) for name, value in asdict(choice).items() if name != "batch_size")

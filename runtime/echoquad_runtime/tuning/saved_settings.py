@@ -22,15 +22,15 @@ from echoquad_runtime.errors import OutputError
 from echoquad_runtime.storage.atomic import make_folder, output_errors, user_folder, write_json
 
 __all__ = [
-    "Choice",
     "Goal",
     "Kept",
-    "Settings",
+    "RunConfig",
+    "SavedSettings",
     "choice_file",
     "forget",
     "keep",
     "look_up",
-    "settle",
+    "resolve_settings",
 ]
 
 Goal = Literal["latency", "throughput", "power"]
@@ -40,7 +40,7 @@ _MOST: Final = 4096  # threads, or frames at a time: more in a file was not writ
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class RunConfig:
     """One way to run a bundle.
 
     Attributes
@@ -87,13 +87,13 @@ class Choice:
 class Kept:
     """What a file holds: the choice, what it was made for, and when (ISO 8601, UTC)."""
 
-    choice: Choice
+    choice: RunConfig
     goal: Goal
     created: str
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class SavedSettings:
     """How a command is to run a bundle.
 
     Attributes
@@ -133,7 +133,7 @@ def choice_file(bundle: Bundle) -> Path:
 
 def keep(
     bundle: Bundle,
-    choice: Choice,
+    choice: RunConfig,
     *,
     goal: Goal,
     max_p99_ms: float | None = None,
@@ -198,7 +198,7 @@ def look_up(bundle: Bundle) -> tuple[Kept | None, str]:
     return None, f"{path.as_posix()}: the tuning is ignored, {why}; run echoquad tune again, or with --forget"
 
 
-def settle(
+def resolve_settings(
     bundle: Bundle,
     *,
     device: Device | None = None,
@@ -206,7 +206,7 @@ def settle(
     threads: int | None = None,
     batch_size: int | None = None,
     untuned: bool = False,
-) -> Settings:
+) -> SavedSettings:
     """Settle how to run a bundle: what is given, else what was kept for this host, else the defaults.
 
     A choice holds for the device and the precision that it was measured on: where another is given, none of it is
@@ -228,7 +228,7 @@ def settle(
                 name for name, value in (("--threads", threads), ("--batch-size", batch_size)) if value is not None
             ]
             note = f"as tuned on {made}: {used}" + (f" ({' and '.join(given)} as given)" if given else "")
-            return Settings(
+            return SavedSettings(
                 cast("Device", used.device),
                 used.precision,
                 used.threads,
@@ -240,13 +240,13 @@ def settle(
                 nhwc=used.nhwc,
             )
         note = f"the tuning of {made} is for {choice.precision} on {choice.device}: it is not used"
-    return Settings(device or "auto", precision, threads, True, batch_size, note, tuned=False)
+    return SavedSettings(device or "auto", precision, threads, True, batch_size, note, tuned=False)
 
 
 def _parse(content: Any, bundle: Bundle) -> Kept:
     if content["schema"] != _SCHEMA:
         raise ValueError
-    choice = Choice(**content["choice"])
+    choice = RunConfig(**content["choice"])
     if (
         choice.device not in get_args(Device)
         or choice.device == "auto"

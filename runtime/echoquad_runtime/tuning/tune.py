@@ -27,7 +27,7 @@ from echoquad_runtime.devices.session_factory import Device, available_cpus, usa
 from echoquad_runtime.errors import ConfigError, InputNotFoundError
 from echoquad_runtime.tuning.measurement import FRAME_RATE, GoldenFrames, Trial
 from echoquad_runtime.tuning.racing import Round, Standing, contenders, costs, eligible, pick, race, replay, stand
-from echoquad_runtime.tuning.saved_settings import Choice, Goal
+from echoquad_runtime.tuning.saved_settings import Goal, RunConfig
 
 __all__ = ["BATCH_SIZES", "FRAME_RATE", "Row", "Tuned", "candidates", "tune"]
 
@@ -63,7 +63,7 @@ class Row:
         CPU-milliseconds of the process a frame, median over the turns.
     """
 
-    choice: Choice
+    choice: RunConfig
     verdict: str
     reason: str = ""
     turns: int = 0
@@ -104,12 +104,12 @@ class Tuned:
 
     goal: Goal
     max_p99_ms: float | None
-    choice: Choice | None
+    choice: RunConfig | None
     rows: tuple[Row, ...]
-    closest: tuple[float, Choice] | None
+    closest: tuple[float, RunConfig] | None
     left_out: dict[str, str]
     rounds: int
-    raced: Choice | None
+    raced: RunConfig | None
     ratio: float | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def candidates(
     cpus: int,
     threads: int | None = None,
     may_spin: bool = True,
-) -> list[Choice]:
+) -> list[RunConfig]:
     """List what is to be tried.
 
     Parameters
@@ -148,7 +148,7 @@ def candidates(
         # On CUDA they serve only the nodes that are left to the CPU.
         counts = [threads] if threads else [1, cpus] if device == "cuda" else [*powers, cpus]
         found += [
-            Choice(device, precision, count, spinning, batch_size, graphs, nhwc)
+            RunConfig(device, precision, count, spinning, batch_size, graphs, nhwc)
             for precision in precisions
             for count in dict.fromkeys(counts)
             for spinning in ((False, True) if may_spin else (False,))
@@ -239,7 +239,7 @@ def tune(
     for name in devices:
         for one in [precision] if precision else bundle.precisions_on(name):
             if fault := golden.fault(name, one, threads or cpus):
-                refused.append(Row(Choice(name, one, threads or cpus, False, batch_sizes[0]), "refused", fault))
+                refused.append(Row(RunConfig(name, one, threads or cpus, False, batch_sizes[0]), "refused", fault))
             else:
                 passed.setdefault(name, []).append(one)
     if device != "auto" and len(golden.unusable) == len(refused) > 0 and not passed:
@@ -309,7 +309,7 @@ def _devices(device: Device, goal: Goal) -> tuple[list[str], dict[str, str]]:
     return [name for name in found if name not in left_out], left_out
 
 
-def _gentleness(choice: Choice) -> tuple[int, ...]:
+def _gentleness(choice: RunConfig) -> tuple[int, ...]:
     """Order candidates of equal cost: what else runs on the cart comes first, then closeness to what was trained."""
     return (
         choice.threads,
@@ -321,7 +321,7 @@ def _gentleness(choice: Choice) -> tuple[int, ...]:
     )
 
 
-def _row(choice: Choice, verdict: str, cost: float, standing: Standing, *, throughput: bool) -> Row:
+def _row(choice: RunConfig, verdict: str, cost: float, standing: Standing, *, throughput: bool) -> Row:
     turns = standing.turns
     return Row(
         choice,

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from echoquad_runtime.contract import VoteMethod
-from echoquad_runtime.voting import decide
+from echoquad_runtime.voting import aggregate_votes
 
 __all__ = ["frame_leads", "quadrant_leads", "within_tolerance"]
 
@@ -94,7 +94,7 @@ def frame_leads(
         As `echoquad_runtime.voting.decide`.
     """
     p = np.asarray(probabilities, np.float64)
-    mean = decide(p, method, weights).probabilities
+    mean = aggregate_votes(p, method, weights).probabilities
     if method == "majority":
         frames = zip(quadrant_leads(p), mean, strict=True)
         leads = [[_majority_lead(*frame, label) for label in range(p.shape[2])] for frame in frames]

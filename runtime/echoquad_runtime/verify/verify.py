@@ -21,14 +21,14 @@ import numpy as np
 from echoquad_runtime.bundle.bundle import GOLDEN, Bundle, Golden, model_file
 from echoquad_runtime.devices.host_facts import host_facts
 from echoquad_runtime.devices.session_factory import Device
-from echoquad_runtime.engine.io_binding import Floats, buckets
+from echoquad_runtime.engine.io_binding import FloatArray, buckets
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.self_test import largest_differences
 from echoquad_runtime.errors import DeviceUnavailableError, EchoQuadError
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.quadrants import Grey
 from echoquad_runtime.verify.decision_margins import frame_leads, quadrant_leads, within_tolerance
-from echoquad_runtime.voting import decide
+from echoquad_runtime.voting import aggregate_votes
 
 __all__ = ["Check", "GoldenCheck", "Record", "Verification", "verify", "verify_all"]
 
@@ -313,7 +313,7 @@ def _replay(
     contract, count = bundle.contract, len(golden.frames)
     true_logits, true = golden.expected(precision)
     passes = _passes(predictor, golden.frames)
-    expected = decide(true, contract.vote, contract.vote_weights)
+    expected = aggregate_votes(true, contract.vote, contract.vote_weights)
     leads = frame_leads(true, contract.vote, contract.vote_weights)
     patch_leads, allowed = quadrant_leads(true), gate["max_abs_dprobability"]
 
@@ -324,7 +324,7 @@ def _replay(
     for logits, probabilities in passes:
         dlogit = np.maximum(dlogit, largest_differences(logits, true_logits))
         dprobability = np.maximum(dprobability, largest_differences(probabilities, true))
-        found = decide(probabilities, contract.vote, contract.vote_weights)
+        found = aggregate_votes(probabilities, contract.vote, contract.vote_weights)
         frames, patches = found.labels != expected.labels, found.quadrant_labels != expected.quadrant_labels
         within = within_tolerance(leads, found.labels, allowed)
         patches_within = within_tolerance(patch_leads, found.quadrant_labels, allowed)
@@ -370,7 +370,7 @@ def _replay(
     )
 
 
-def _passes(predictor: Predictor, frames: Sequence[Grey]) -> Iterator[tuple[Floats, Floats]]:
+def _passes(predictor: Predictor, frames: Sequence[Grey]) -> Iterator[tuple[FloatArray, FloatArray]]:
     """Run golden frames through every path of a predictor.
 
     Yields

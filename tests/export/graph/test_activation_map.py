@@ -12,7 +12,7 @@ from torch import nn
 from echoquad_export.graph.activation_map import add_cam, check_cam, last_pooling
 from echoquad_export.graph.build import build_graph
 from echoquad_export.precision.calibration_set import Ranges
-from echoquad_export.precision.fp16 import to_half
+from echoquad_export.precision.fp16 import to_fp16
 from echoquad_export.precision.quantize import float_tensors, prepare, quantize
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
@@ -38,7 +38,7 @@ def bias_of(model: QuadrantClassifier) -> np.ndarray:
     return layer.bias.detach().numpy()
 
 
-@pytest.mark.parametrize("convert", [lambda graph: graph, to_half], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("convert", [lambda graph: graph, to_fp16], ids=["fp32", "fp16"])
 def test_a_maps_mean_and_the_bias_are_the_logit(
     thin_model: Callable[[Contract], QuadrantClassifier], convert: Callable[[bytes], bytes]
 ) -> None:
@@ -103,7 +103,7 @@ def test_the_predictor_gives_them_beside_the_same_decisions(
 def test_the_export_holds_maps_against_logits(thin_model: Callable[[Contract], QuadrantClassifier]) -> None:
     single = build_graph(thin_model(CONTRACT), CONTRACT)
     frames = noise(64, 16).reshape(4, 4, 64, 64)
-    for graph in (single, to_half(single), quantized(single)):
+    for graph in (single, to_fp16(single), quantized(single)):
         found = check_cam(graph, frames)
         assert found is not None and found["sides"] == [2, 2] and 0 < found["max_abs_difference"] < 2e-5
 

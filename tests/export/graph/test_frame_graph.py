@@ -37,7 +37,7 @@ from echoquad_runtime.engine.onnx_engine import CONTRACT_KEY, INPUT, OUTPUTS, On
 from echoquad_runtime.errors import BundleError, BundleTamperedError, ParityError
 from echoquad_runtime.quadrants import Grey, frame_quadrants
 from echoquad_runtime.verify.verify import verify
-from echoquad_runtime.voting import decide
+from echoquad_runtime.voting import aggregate_votes
 from echoquad_train.data.dataset import read_split
 
 TINY = Contract(classes=("ASD", "NORM"), input_size=32)
@@ -166,7 +166,7 @@ def test_decisions_are_the_runtimes(vote: VoteMethod, data: st.DataObject) -> No
     if data.draw(st.booleans()):  # a tie, in the mean as well
         levels[:, 2:] = levels[:, 1::-1, ::-1]
     found = graph(np.stack([pixel_frame(level) for level in levels]))
-    expected = decide(VALUES[levels], vote, contract.vote_weights)
+    expected = aggregate_votes(VALUES[levels], vote, contract.vote_weights)
     np.testing.assert_array_equal(found["quadrant_probabilities"], VALUES[levels])
     np.testing.assert_array_equal(found["votes"], expected.quadrant_labels)
     np.testing.assert_array_equal(found["label"], expected.labels)

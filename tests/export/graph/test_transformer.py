@@ -15,7 +15,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 from echoquad_export.graph.build import build_graph
 from echoquad_export.graph.first_conv import integer_stem
 from echoquad_export.precision.calibration_set import CalibrationSet, open_in_memory
-from echoquad_export.precision.fp16 import to_half
+from echoquad_export.precision.fp16 import to_fp16
 from echoquad_export.precision.int8 import build_int8
 from echoquad_runtime.bundle.onnx_header import check_graph
 from echoquad_runtime.contract import Contract
@@ -65,7 +65,7 @@ def test_the_graph_is_the_model_for_any_number_of_quadrants(
 
 
 def test_in_half_precision_every_run_gives_the_same(single: bytes) -> None:
-    half = to_half(single)
+    half = to_fp16(single)
     check_graph(half, CONTRACT, "it")
     session = open_in_memory(half)  # which crashes where a cast stands before a transposition
     first, _, third = (session.run(["logits"], {"quadrants": noise(count)})[0] for count in (5, 8, 5))
@@ -75,7 +75,7 @@ def test_in_half_precision_every_run_gives_the_same(single: bytes) -> None:
 
 
 def test_layer_normalisations_stay_in_single_precision(single: bytes) -> None:
-    graph = onnx.load_from_string(to_half(single)).graph
+    graph = onnx.load_from_string(to_fp16(single)).graph
     kinds = {item.name: item.data_type for item in graph.initializer}
     read = Counter(
         kinds[name] for node in graph.node if node.op_type == "LayerNormalization" for name in node.input[1:]

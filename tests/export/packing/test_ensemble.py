@@ -17,7 +17,7 @@ from echoquad_export.graph.build import build_graph
 from echoquad_export.graph.first_conv import integer_stem
 from echoquad_export.packing.exporter import export_run
 from echoquad_export.precision.calibration_set import open_in_memory
-from echoquad_export.precision.fp16 import to_half
+from echoquad_export.precision.fp16 import to_fp16
 from echoquad_export.precision.quantize import layers, prepare
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.bundle.onnx_header import check_graph
@@ -80,7 +80,7 @@ def test_members_are_folded_and_stand_in_it_once(built: Built) -> None:
 
 
 def test_half_precision_ends_where_a_members_answer_begins(built: Built) -> None:
-    half = to_half(built[0])
+    half = to_fp16(built[0])
     if built[1].vote == "soft":  # where a vote turns, a hard one jumps
         for found, wanted in zip(run(half), run(built[0]), strict=True):
             np.testing.assert_allclose(found, wanted, atol=0.1)

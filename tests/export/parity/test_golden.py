@@ -31,7 +31,7 @@ from echoquad_runtime.errors import InputNotFoundError
 from echoquad_runtime.frames.frame_file import FrameFile
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
 from echoquad_runtime.verify.decision_margins import frame_leads, quadrant_leads
-from echoquad_runtime.voting import decide
+from echoquad_runtime.voting import aggregate_votes
 from echoquad_train.networks.torch_engine import TorchEngine
 from echoquad_train.runs.checkpoint import load_run
 
@@ -143,14 +143,14 @@ def test_every_class_vote_and_tie_that_the_pool_has(made: tuple[Brightness, Gold
     engine, golden = made
     contract = engine.contract
     pool = np.stack([engine.infer(frame_quadrants(frame, contract))[1] for _, frame in module._phantoms()])
-    found = decide(golden.probabilities, contract.vote, contract.vote_weights)
-    there = decide(pool, contract.vote, contract.vote_weights)
+    found = aggregate_votes(golden.probabilities, contract.vote, contract.vote_weights)
+    there = aggregate_votes(pool, contract.vote, contract.vote_weights)
     assert set(found.labels) >= set(there.labels)
     assert all(reason_of(golden, f"decided {contract.classes[label]}") for label in set(there.labels))
     for quadrant in range(4):
         assert set(found.quadrant_labels[:, quadrant]) >= set(there.quadrant_labels[:, quadrant])
-    if (decide(pool, "majority").margins == 0).any():
-        assert (decide(golden.probabilities, "majority").margins == 0).any()
+    if (aggregate_votes(pool, "majority").margins == 0).any():
+        assert (aggregate_votes(golden.probabilities, "majority").margins == 0).any()
         assert reason_of(golden, "tie of votes decided ")
     if len(contract.classes) == 2:
         assert patterns(golden) >= set(map(tuple, there.quadrant_labels.tolist()))

@@ -76,7 +76,7 @@ def pretend(
     monkeypatch.setattr(openvino, "probe", lambda _, bfloat16=False: narrow if bfloat16 else failure)
     monkeypatch.setattr(platform, "system", lambda: machine[0])
     monkeypatch.setattr(platform, "machine", lambda: machine[1])
-    return openvino.openvino_obstacle(bfloat16=bfloat16)
+    return openvino.openvino_unavailable_reason(bfloat16=bfloat16)
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
@@ -178,7 +178,7 @@ def opens(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
         asked.append(options)
         return fake_session()
 
-    monkeypatch.setattr(devices, "openvino_obstacle", lambda bfloat16: None)
+    monkeypatch.setattr(devices, "openvino_unavailable_reason", lambda bfloat16: None)
     monkeypatch.setattr(devices, "create_session", create)
     yield asked
 
@@ -245,7 +245,7 @@ def test_onnxruntime_falling_back_in_silence_is_caught(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     # The real onnxruntime, believed to have OpenVINO: it answers with a CPU session and a mere warning.
-    monkeypatch.setattr(devices, "openvino_obstacle", lambda bfloat16: None)
+    monkeypatch.setattr(devices, "openvino_unavailable_reason", lambda bfloat16: None)
     with pytest.raises(DeviceUnavailableError, match="OpenVINO works, but not for this model"):
         open_session(PROBE_MODEL, device="openvino")
     assert capfd.readouterr() == ("", "")
@@ -277,8 +277,8 @@ def test_usable_devices_are_those_that_the_wheel_has(
 ) -> None:
     ort = devices.load_onnxruntime()
     monkeypatch.setattr(ort, "get_available_providers", lambda: [*provided, CPU_PROVIDER])
-    monkeypatch.setattr(devices, "cuda_obstacle", lambda: "no NVIDIA driver was found")
-    monkeypatch.setattr(devices, "openvino_obstacle", lambda: None)
+    monkeypatch.setattr(devices, "cuda_unavailable_reason", lambda: "no NVIDIA driver was found")
+    monkeypatch.setattr(devices, "openvino_unavailable_reason", lambda: None)
     expected: dict[str, str | None] = {"cpu": None}
     if CUDA_PROVIDER in provided:
         expected["cuda"] = "no NVIDIA driver was found"

@@ -31,7 +31,7 @@ BROKEN = [b"", b"garbage", PROBE_MODEL[:50]]
 
 @pytest.fixture(scope="module")
 def obstacle() -> str | None:
-    return devices.cuda_obstacle()
+    return devices.cuda_unavailable_reason()
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_auto_says_why_it_is_the_cpu(no_cuda: str) -> None:
 
 def test_auto_with_the_gpu_wheel_says_what_is_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_to_list_cuda(monkeypatch)
-    monkeypatch.setattr(devices, "cuda_obstacle", lambda: "no NVIDIA driver was found")
+    monkeypatch.setattr(devices, "cuda_unavailable_reason", lambda: "no NVIDIA driver was found")
     assert open_session(PROBE_MODEL).note == "on the CPU: no NVIDIA driver was found"
 
 
@@ -197,7 +197,7 @@ def test_auto_with_the_plain_wheel_gives_no_advice_and_asks_no_driver(monkeypatc
     ort = devices.load_onnxruntime()
     monkeypatch.setattr(ort, "get_available_providers", lambda: [CPU_PROVIDER])
     monkeypatch.setattr(devices, "installed_wheels", lambda: {"onnxruntime": "1.31.1"})
-    monkeypatch.setattr(devices, "cuda_obstacle", lambda: pytest.fail("the driver was asked"))
+    monkeypatch.setattr(devices, "cuda_unavailable_reason", lambda: pytest.fail("the driver was asked"))
     assert open_session(PROBE_MODEL).note == "on the CPU: onnxruntime 1.31.1 is built without CUDA"
 
 
@@ -218,14 +218,14 @@ def test_a_broken_model_is_no_device_failure(model: bytes, device: devices.Devic
 
 
 def test_a_broken_model_is_no_device_failure_where_cuda_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "cuda_obstacle", lambda: None)
+    monkeypatch.setattr(devices, "cuda_unavailable_reason", lambda: None)
     with pytest.raises(BundleError):
         open_session(b"garbage", device="cuda")
 
 
 def test_a_model_that_only_cuda_refuses_is_a_device_failure(monkeypatch: pytest.MonkeyPatch, no_cuda: str) -> None:
     pretend_to_list_cuda(monkeypatch)
-    monkeypatch.setattr(devices, "cuda_obstacle", lambda: None)
+    monkeypatch.setattr(devices, "cuda_unavailable_reason", lambda: None)
     with pytest.raises(DeviceUnavailableError, match="CUDA works, but not for this model"):
         open_session(PROBE_MODEL, device="cuda")
     assert open_session(PROBE_MODEL).note.startswith("on the CPU: CUDA works, but not for this model")
@@ -244,7 +244,7 @@ def test_nodes_on_the_cpu_are_not_cuda() -> None:
     session = ort.InferenceSession(PROBE_MODEL, options, providers=[CPU_PROVIDER])
     if not hasattr(session, "get_provider_graph_assignment_info"):
         pytest.skip("this onnxruntime does not tell where nodes run")
-    message = providers.strays(session, CUDA_PROVIDER)
+    message = providers.fallback_nodes(session, CUDA_PROVIDER)
     assert message == "1 of the model's 1 nodes (Conv)"
 
 
@@ -255,7 +255,7 @@ def test_the_device_is_where_most_nodes_run(on_cuda: int, on_cpu: int, is_cuda: 
 
     parts = [part(CUDA_PROVIDER)] * on_cuda + [part(CPU_PROVIDER)] * on_cpu
     session = SimpleNamespace(get_provider_graph_assignment_info=lambda: parts)
-    assert (providers.strays(session, CUDA_PROVIDER) is None) is is_cuda  # type: ignore[arg-type]
+    assert (providers.fallback_nodes(session, CUDA_PROVIDER) is None) is is_cuda  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------- silence
@@ -393,7 +393,7 @@ def pretend(
     monkeypatch.setattr(cuda, "nvidia_driver", lambda: driver)
     monkeypatch.setattr(cuda, "probe", lambda _: failure)
     monkeypatch.setattr(cuda, "_missing_library", lambda *_: missing)
-    return cuda.cuda_obstacle()
+    return cuda.cuda_unavailable_reason()
 
 
 def test_no_obstacle(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

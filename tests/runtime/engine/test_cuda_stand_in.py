@@ -247,7 +247,7 @@ def test_tune_finds_how_cuda_runs_a_bundle_and_predict_runs_it_so(
     assert tried == {(name, graphs, nhwc) for name in ("fp32", "tf32") for graphs in (0, 1) for nhwc in (0, 1)}
     best = dataclasses.replace(found.choice, cuda_graphs=True, nhwc=True)
     host.keep(Bundle(tiny_bundle), best, goal="latency")
-    settings = host.settle(Bundle(tiny_bundle))
+    settings = host.resolve_settings(Bundle(tiny_bundle))
     assert (settings.tuned, settings.cuda_graphs, settings.nhwc) == (True, True, True)
     assert "on cuda, NHWC, CUDA graphs, 1 thread, one frame at a time" in settings.note
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echoquad_runtime.bundle.bundle import Bundle
-from echoquad_runtime.devices.session_factory import cuda_obstacle
+from echoquad_runtime.devices.session_factory import cuda_unavailable_reason
 from echoquad_runtime.engine.io_binding import buckets
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.slot_pool import SlotPool, infer_all
@@ -137,7 +137,7 @@ def test_answers_of_another_shape_are_one_line(tmp_path: Path, make_tiny_bundle:
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_slots_on_cuda_answer_as_the_cpu_does(tiny_bundle: Path, quadrants: np.ndarray, cuda_graphs: bool) -> None:
-    if cuda_obstacle() is not None:
+    if cuda_unavailable_reason() is not None:
         pytest.skip("no CUDA here")
     on_cpu = OnnxEngine(Bundle(tiny_bundle), device="cpu")
     slots = SlotPool(OnnxEngine(Bundle(tiny_bundle), device="cuda", cuda_graphs=cuda_graphs), 4)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameFormatError, FrameTooLargeError
 from echoquad_runtime.frames.discovery import find_frames
-from echoquad_runtime.frames.formats import FLIPS, Flip, Reading
+from echoquad_runtime.frames.formats import FLIPS, Flip, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.frames.matrix import parse_text, text_pixels
 from echoquad_runtime.frames.reader import decode_checked, decode_frame, load_checked, load_grey, load_image
@@ -173,7 +173,7 @@ def test_an_array_of_colours() -> None:
 
 def read(path: Path, flip: Flip = "none", every: int = 1) -> list[np.ndarray]:
     found = []
-    for item in find_frames([path], Reading(flip=flip, every=every)):
+    for item in find_frames([path], ReadOptions(flip=flip, every=every)):
         assert isinstance(item, FrameFile), item
         found.append(load_grey(item))
     return found
@@ -185,7 +185,7 @@ def test_an_array_of_several_frames_is_a_clip_of_one_scale(order: Any, tmp_path:
     (tmp_path / "clip.npy").write_bytes(npy(np.asarray(clip, order=order)))
     assert [int(grey.max()) for grey in read(tmp_path / "clip.npy")] == [0, 1, 200]  # a dark frame stays dark
     assert [item.name for item in find_frames([tmp_path]) if isinstance(item, FrameFile)] == []
-    found = list(find_frames([tmp_path], Reading(matrices=True, every=2)))
+    found = list(find_frames([tmp_path], ReadOptions(matrices=True, every=2)))
     assert [item.name for item in found if isinstance(item, FrameFile)] == ["clip.npy#1", "clip.npy#3"]
 
 
@@ -237,7 +237,7 @@ def test_matrices_are_turned_over_and_nothing_else_is(flip: Flip, tmp_path: Path
     Image.fromarray(levels).save(tmp_path / "a.png")
     for name in ("a.npy", "a.txt"):
         np.testing.assert_array_equal(read(tmp_path / name, flip)[0], turned)
-        (item,) = find_frames([tmp_path / name], Reading(flip=flip))
+        (item,) = find_frames([tmp_path / name], ReadOptions(flip=flip))
         assert isinstance(item, FrameFile)
         np.testing.assert_array_equal(np.asarray(load_image(item)), turned)
     np.testing.assert_array_equal(read(tmp_path / "a.png", flip)[0], levels)
@@ -248,7 +248,7 @@ def test_in_a_folder_matrices_are_frames_only_where_it_is_said(tmp_path: Path) -
     (tmp_path / "notes.csv").write_text("who,what\nme,this\n", encoding="ascii")
     (failure,) = find_frames([tmp_path])
     assert isinstance(failure, Failure) and "are read as matrices with --matrices" in str(failure.error)
-    first, second = find_frames([tmp_path], Reading(matrices=True))
+    first, second = find_frames([tmp_path], ReadOptions(matrices=True))
     assert isinstance(first, FrameFile) and isinstance(second, FrameFile)
     assert load_checked(first)[1] == ()
     with pytest.raises(FrameFormatError, match="holds no row of numbers"):

@@ -22,8 +22,8 @@ from echoquad_runtime.frames.quality_flags import (
     NO_SIGNAL,
     SATURATED,
     WHITE,
-    flags_of,
     is_coloured,
+    quality_flags,
 )
 from echoquad_runtime.frames.reader import decode_checked, decode_frame, read_checked
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
@@ -42,7 +42,7 @@ def sector(height: int = 300, width: int = 400, gain: float = 1.0) -> Grey:
 
 
 def flags(frame: Any, contract: Contract = CONTRACT) -> tuple[str, ...]:
-    return flags_of(frame_quadrants(np.asarray(frame, np.uint8), contract))
+    return quality_flags(frame_quadrants(np.asarray(frame, np.uint8), contract))
 
 
 # ---------------------------------------------------------------------------------------------- signal
@@ -112,7 +112,7 @@ def test_the_contrast_that_is_asked_for(low: int, contrast: int, percent: int) -
     high = min(255, low + contrast)
     plane = np.full(64 * 64, low, np.uint8)
     plane[: 64 * 64 * percent // 100] = high
-    found = flags_of(np.broadcast_to(plane.reshape(64, 64), (4, 1, 64, 64)).copy())
+    found = quality_flags(np.broadcast_to(plane.reshape(64, 64), (4, 1, 64, 64)).copy())
     if percent not in (2, 98):
         assert (BLANK in found) == (high - low < MIN_CONTRAST or percent < 2 or percent > 98)
 
@@ -120,7 +120,7 @@ def test_the_contrast_that_is_asked_for(low: int, contrast: int, percent: int) -
 def test_the_input_is_not_changed() -> None:
     quadrants = frame_quadrants(sector(), CONTRACT)
     before = quadrants.copy()
-    flags_of(quadrants)
+    quality_flags(quadrants)
     np.testing.assert_array_equal(quadrants, before)
 
 
@@ -139,7 +139,7 @@ def test_the_share_of_white_that_saturates(level: int, percent: int) -> None:
     planes = planes[:, :, :, np.arange(100) * 37 % 100]
     # Every other pixel is looked at: the share is met to a few percent.
     if abs(percent / 100 - MAX_WHITE) > 0.05:
-        assert (SATURATED in flags_of(planes)) == (level >= WHITE and percent / 100 > MAX_WHITE)
+        assert (SATURATED in quality_flags(planes)) == (level >= WHITE and percent / 100 > MAX_WHITE)
 
 
 def test_a_quadrant_that_is_all_white_has_no_signal_and_saturates() -> None:

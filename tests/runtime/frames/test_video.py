@@ -13,7 +13,7 @@ from PIL import Image
 
 from echoquad_runtime.errors import FrameDamagedError, FrameExtraError, FrameFormatError
 from echoquad_runtime.frames.discovery import find_frames
-from echoquad_runtime.frames.formats import Reading
+from echoquad_runtime.frames.formats import ReadOptions
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.frames.reader import forget, load_checked, load_grey, load_image
 
@@ -59,8 +59,8 @@ KINDS = [
 ]
 
 
-def found_in(path: Path, reading: Reading | None = None) -> list[FrameFile]:
-    frames = list(find_frames([path], reading or Reading()))
+def found_in(path: Path, reading: ReadOptions | None = None) -> list[FrameFile]:
+    frames = list(find_frames([path], reading or ReadOptions()))
     assert all(isinstance(frame, FrameFile) for frame in frames), frames
     return [frame for frame in frames if isinstance(frame, FrameFile)]
 
@@ -138,7 +138,7 @@ def test_each_frame_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_every_nth_frame(tmp_path: Path) -> None:
     path = tmp_path / "clip.avi"
     path.write_bytes(video("avi", "mjpeg", "yuvj420p"))
-    assert [frame.frame for frame in found_in(path, Reading(every=10))] == [1, 11, 21]
+    assert [frame.frame for frame in found_in(path, ReadOptions(every=10))] == [1, 11, 21]
 
 
 def test_a_cut_clip_gives_what_is_there_and_one_failure(tmp_path: Path) -> None:

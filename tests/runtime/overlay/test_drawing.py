@@ -14,7 +14,7 @@ from PIL import Image, ImageColor
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import FrameReadError, OutputError
-from echoquad_runtime.frames.discovery import OVERLAY_ENDING
+from echoquad_runtime.frames.discovery import OVERLAY_SUFFIX
 from echoquad_runtime.overlay import drawing as overlay
 from echoquad_runtime.overlay.drawing import draw_overlay, overlay_path, save_overlay
 from echoquad_runtime.predict.predictor import Prediction
@@ -255,7 +255,7 @@ def test_a_name_that_leaves_no_room_is_cut_and_told_apart(last: str, tmp_path: P
     path = overlay_path(tmp_path, f"a/{last}")
     assert path.parent == tmp_path / "a"
     assert path.name.startswith(last[:40])
-    assert path.name.endswith(OVERLAY_ENDING)
+    assert path.name.endswith(OVERLAY_SUFFIX)
     if os.name == "posix":
         assert len(os.fsencode(path.name)) <= 255
         write_bytes(make_folder(path.parent) / path.name, b"picture")

@@ -19,7 +19,7 @@ from echoquad_runtime.predict.predictor import Prediction, Predictor
 from echoquad_runtime.results.result_file import ResultFile, read_run_record
 from echoquad_runtime.results.row_formats import open_writer
 from echoquad_runtime.results.shards import merge
-from echoquad_runtime.voting import tempered
+from echoquad_runtime.voting import apply_temperature
 
 CONTRACT = Contract(("ASD", "NORM"), input_size=32)
 
@@ -145,6 +145,6 @@ def test_shards_of_other_bounds_are_not_merged(tmp_path: Path) -> None:
 
 def test_no_temperature_changes_nothing_to_the_last_bit() -> None:
     p = np.random.default_rng(0).dirichlet(np.ones(3), 5)
-    assert tempered(p, 1.0) is p
-    assert tempered(p, 0.5) == pytest.approx(p**2 / (p**2).sum(axis=1, keepdims=True))
-    assert np.isfinite(tempered(np.array([1.0, 0.0]), 0.05)).all()
+    assert apply_temperature(p, 1.0) is p
+    assert apply_temperature(p, 0.5) == pytest.approx(p**2 / (p**2).sum(axis=1, keepdims=True))
+    assert np.isfinite(apply_temperature(np.array([1.0, 0.0]), 0.05)).all()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echoquad_runtime.storage.row_names import digest, encoded, printed, shown, walk_order, without_formula
+from echoquad_runtime.storage.row_names import digest, display_name, encoded, printed, walk_order, without_formula
 
 FORMULAS = ["=1+1.png", "+a.png", "-a.png", "@SUM(A1).png", "\ta.png", "\ra.png", "\na.png", " =a.png", "\uff1da.png"]
 PLAIN = ["a.png", "a=b.png", "a/=b.png", "./a.png", "0.png", "", ".png", " a.png", "'=a.png", "é.png", "#a.png"]
@@ -61,7 +61,7 @@ def test_the_order_of_a_walk_where_bytes_are_no_text() -> None:
 
 @given(st.text())
 def test_what_is_shown_is_one_printable_line(text: str) -> None:
-    line = shown(text)
+    line = display_name(text)
     assert line.isprintable()
     assert text.isprintable() <= (line == text)
     line.encode("utf-8")
@@ -72,4 +72,4 @@ def test_what_is_shown_is_one_printable_line(text: str) -> None:
     [("a\nb", r"a\nb"), ("\x1b[2Jgone", r"\x1b[2Jgone"), ("\udcff.png", r"\udcff.png"), ("é漢 .png", "é漢 .png")],
 )
 def test_what_cannot_be_shown_is_an_escape(text: str, line: str) -> None:
-    assert shown(text) == line
+    assert display_name(text) == line

@@ -14,9 +14,17 @@ from echoquad_runtime.devices.host_facts import host_facts
 from echoquad_runtime.devices.session_factory import available_cpus
 from echoquad_runtime.errors import OutputError
 from echoquad_runtime.tuning import saved_settings as host
-from echoquad_runtime.tuning.saved_settings import Choice, Settings, choice_file, forget, keep, look_up, settle
+from echoquad_runtime.tuning.saved_settings import (
+    RunConfig,
+    SavedSettings,
+    choice_file,
+    forget,
+    keep,
+    look_up,
+    resolve_settings,
+)
 
-CHOICE = Choice("cpu", "fp32", 2, False, 1)
+CHOICE = RunConfig("cpu", "fp32", 2, False, 1)
 
 
 @pytest.fixture
@@ -43,7 +51,7 @@ def test_what_is_kept_is_found(config: Path, bundle: Bundle) -> None:
     assert content.keys() == {"schema", "bundle", "created", "goal", "max_p99_ms", "choice", "host", "table"}
     assert content["host"] == host_facts()
     assert (content["max_p99_ms"], content["table"]) == (40.0, [{"verdict": "chosen"}])
-    keep(bundle, Choice("cpu", "fp32", 1, False, 16), goal="throughput")  # takes the place of the other
+    keep(bundle, RunConfig("cpu", "fp32", 1, False, 16), goal="throughput")  # takes the place of the other
     kept, _ = look_up(bundle)
     assert kept is not None
     assert kept.choice.batch_size == 16
@@ -148,7 +156,7 @@ def test_no_damage_is_ever_an_error(config: Path, bundle: Bundle, place: int, pu
     kept, why = look_up(bundle)
     assert (kept is None) == bool(why)
     assert len(why.splitlines()) <= 1
-    found = settle(bundle)
+    found = resolve_settings(bundle)
     assert found.tuned == (kept is not None)
 
 
@@ -176,25 +184,25 @@ def test_a_place_that_cannot_be(config: Path, bundle: Bundle) -> None:
 
 
 def test_a_device_that_has_gone(config: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    keep(bundle, Choice("cuda", "fp32", 1, False, 1), goal="latency")
+    keep(bundle, RunConfig("cuda", "fp32", 1, False, 1), goal="latency")
     monkeypatch.setattr(host, "usable_devices", lambda: {"cpu": None, "cuda": "no driver"})
     assert "ignored, its device cuda cannot be used: no driver; run echoquad tune again" in look_up(bundle)[1]
-    assert settle(bundle).device == "auto"
+    assert resolve_settings(bundle).device == "auto"
     monkeypatch.setattr(host, "usable_devices", lambda: {"cpu": None})
     assert "this onnxruntime is built without it" in look_up(bundle)[1]
     monkeypatch.setattr(host, "usable_devices", lambda: {"cpu": None, "cuda": None})
-    assert settle(bundle).device == "cuda"
+    assert resolve_settings(bundle).device == "cuda"
 
 
 def test_the_cpu_is_not_probed(config: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "usable_devices", lambda: pytest.fail("a probe takes time"))
     keep(bundle, CHOICE, goal="latency")
-    assert settle(bundle).tuned
+    assert resolve_settings(bundle).tuned
 
 
 def test_nothing_kept_gives_the_defaults(config: Path, bundle: Bundle) -> None:
-    assert settle(bundle) == Settings("auto", None, None, True, None, "", tuned=False)
-    assert settle(bundle, device="cpu", precision="int8", threads=3, batch_size=5) == Settings(
+    assert resolve_settings(bundle) == SavedSettings("auto", None, None, True, None, "", tuned=False)
+    assert resolve_settings(bundle, device="cpu", precision="int8", threads=3, batch_size=5) == SavedSettings(
         "cpu", "int8", 3, True, 5, "", tuned=False
     )
 
@@ -204,32 +212,32 @@ def test_what_is_given_wins_over_what_was_kept(config: Path, bundle: Bundle) -> 
     kept, _ = look_up(bundle)
     assert kept is not None
     day = kept.created[:10]
-    tuned = settle(bundle)
+    tuned = resolve_settings(bundle)
     note = f"as tuned on {day} for latency: fp32 on cpu, 2 threads, not spinning, one frame at a time"
-    assert tuned == Settings("cpu", "fp32", 2, False, 1, note, tuned=True)
-    assert settle(bundle, device="cpu", precision="fp32") == tuned
-    given = settle(bundle, threads=1, batch_size=4)
+    assert tuned == SavedSettings("cpu", "fp32", 2, False, 1, note, tuned=True)
+    assert resolve_settings(bundle, device="cpu", precision="fp32") == tuned
+    given = resolve_settings(bundle, threads=1, batch_size=4)
     note = f"as tuned on {day} for latency: fp32 on cpu, 1 thread, 4 frames at a time"
     note += " (--threads and --batch-size as given)"
-    assert given == Settings("cpu", "fp32", 1, False, 4, note, tuned=True)
+    assert given == SavedSettings("cpu", "fp32", 1, False, 4, note, tuned=True)
     for changes in ({"device": "auto"}, {"device": "cuda"}, {"precision": "int8"}):
         # Threads that suit one graph on one device say nothing about another.
         device, precision = changes.get("device"), changes.get("precision")
         note = f"the tuning of {day} for latency is for fp32 on cpu: it is not used"
-        other = settle(bundle, device=device, precision=precision)  # type: ignore[arg-type]
-        assert other == Settings(device or "auto", precision, None, True, None, note, tuned=False)  # type: ignore[arg-type]
-    assert settle(bundle, untuned=True) == Settings("auto", None, None, True, None, "", tuned=False)
+        other = resolve_settings(bundle, device=device, precision=precision)  # type: ignore[arg-type]
+        assert other == SavedSettings(device or "auto", precision, None, True, None, note, tuned=False)  # type: ignore[arg-type]
+    assert resolve_settings(bundle, untuned=True) == SavedSettings("auto", None, None, True, None, "", tuned=False)
 
 
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
-        (Choice("cpu", "int8", 1, False, 1), "int8 on cpu, 1 thread, one frame at a time"),
-        (Choice("cpu", "int8", 4, True, 16), "int8 on cpu, 4 threads, spinning, 16 frames at a time"),
-        (Choice("openvino", "bf16", 4, False, 2), "bf16 on openvino, 4 threads, 2 frames at a time"),
+        (RunConfig("cpu", "int8", 1, False, 1), "int8 on cpu, 1 thread, one frame at a time"),
+        (RunConfig("cpu", "int8", 4, True, 16), "int8 on cpu, 4 threads, spinning, 16 frames at a time"),
+        (RunConfig("openvino", "bf16", 4, False, 2), "bf16 on openvino, 4 threads, 2 frames at a time"),
     ],
 )
-def test_a_choice_in_words(choice: Choice, words: str) -> None:
+def test_a_choice_in_words(choice: RunConfig, words: str) -> None:
     assert str(choice) == words
 
 

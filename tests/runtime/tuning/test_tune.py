@@ -30,7 +30,7 @@ from echoquad_runtime.errors import (
 from echoquad_runtime.tuning import measurement as trial
 from echoquad_runtime.tuning import tune as tuning
 from echoquad_runtime.tuning.racing import race
-from echoquad_runtime.tuning.saved_settings import Choice
+from echoquad_runtime.tuning.saved_settings import RunConfig
 from echoquad_runtime.tuning.tune import BATCH_SIZES, Row, Tuned, candidates, tune
 
 Make = Callable[..., Path]
@@ -191,7 +191,7 @@ def test_what_fails_on_the_golden_frames_is_refused_however_quick(
     cost_of(lambda engine, count: 0.1 if engine.precision == "fp32" else 0.001)
     told: list[str] = []
     found = quick(folder, tell=told.append)
-    assert found.choice == Choice("cpu", "fp32", 1, False, 1)
+    assert found.choice == RunConfig("cpu", "fp32", 1, False, 1)
     refused = {row.choice.precision: row for row in found.rows if row.verdict == "refused"}
     assert set(refused) == {"fp16", "int8"}
     assert "worst |dprobability| " in refused["fp16"].reason
@@ -226,7 +226,7 @@ def test_what_is_chosen_has_passed_with_its_own_threads(
     cost_of(lambda engine, count: {"int8": 0.01, "fp32": 0.022}[engine.precision] * engine.threads)
     found = quick(two_precisions)
     assert replayed == [("fp32", 2), ("int8", 2), ("int8", 1)]
-    assert found.choice == Choice("cpu", "int8", 2, False, 1)
+    assert found.choice == RunConfig("cpu", "int8", 2, False, 1)
     assert named(found)["int8 on cpu, 1 thread, one frame at a time"].verdict == "refused"
     assert named(found)["fp32 on cpu, 1 thread, one frame at a time"].verdict == "contender"
 
@@ -245,7 +245,7 @@ def test_a_changed_bundle_is_no_candidates_fault(make_tiny_bundle: Make, tmp_pat
 def test_latency_takes_the_quickest_frame(two_precisions: Path, cost_of: Callable[[Cost], None]) -> None:
     cost_of(lambda engine, count: 0.01 * (engine.precision == "fp32") + 0.02 / engine.threads - 0.001 * engine.spinning)
     found = quick(two_precisions, goal="latency")
-    assert found.choice == Choice("cpu", "int8", 2, True, 1)
+    assert found.choice == RunConfig("cpu", "int8", 2, True, 1)
     row = named(found)[str(found.choice)]
     assert (row.p50_ms, row.p99_ms) == (pytest.approx(9.0), pytest.approx(9.0))
     assert row.frames_per_second == pytest.approx(1 / 0.009)
@@ -258,7 +258,7 @@ def test_latency_takes_the_quickest_frame(two_precisions: Path, cost_of: Callabl
 def test_throughput_takes_the_batch_that_pays(tiny_bundle: Path, cost_of: Callable[[Cost], None]) -> None:
     cost_of(lambda engine, count: 0.01 + 0.01 * count + 0.0005 * count**2)
     found = quick(tiny_bundle, goal="throughput")
-    assert found.choice == Choice("cpu", "fp32", 2, False, 4)
+    assert found.choice == RunConfig("cpu", "fp32", 2, False, 4)
     row = named(found)[str(found.choice)]
     assert row.frames_per_second == pytest.approx(2 * 4 / 0.058)  # each thread has a batch of its own
     assert row.p50_ms == pytest.approx(58.0)
@@ -272,25 +272,25 @@ def test_power_is_cpu_time_at_the_source_rate(tiny_bundle: Path, cost_of: Callab
     assert burnt[1, False] == pytest.approx(1e3 / 30)
     assert burnt[2, False] == pytest.approx(1e3 / 60)
     assert burnt[2, True] == pytest.approx(1e3 / 60)
-    assert found.choice == Choice("cpu", "fp32", 2, False, 1)
+    assert found.choice == RunConfig("cpu", "fp32", 2, False, 1)
 
 
 def test_near_ties_spare_threads_then_spinning_then_precision(
     two_precisions: Path, cost_of: Callable[[Cost], None]
 ) -> None:
     cost_of(lambda engine, count: 0.0101 - 0.0001 * (engine.precision == "int8"))
-    assert quick(two_precisions).choice == Choice("cpu", "fp32", 1, False, 1)
+    assert quick(two_precisions).choice == RunConfig("cpu", "fp32", 1, False, 1)
     cost_of(lambda engine, count: 0.02 / engine.threads)
-    assert quick(two_precisions).choice == Choice("cpu", "fp32", 2, False, 1)
+    assert quick(two_precisions).choice == RunConfig("cpu", "fp32", 2, False, 1)
     cost_of(lambda engine, count: 0.01 if engine.precision == "int8" else 0.0099 / (engine.threads / 2))
-    assert quick(two_precisions).choice == Choice("cpu", "int8", 1, False, 1)
+    assert quick(two_precisions).choice == RunConfig("cpu", "int8", 1, False, 1)
 
 
 def test_the_limit_on_a_call(tiny_bundle: Path, cost_of: Callable[[Cost], None]) -> None:
     cost_of(lambda engine, count: 0.02 + 0.01 * count)
     options: dict[str, Any] = {"goal": "throughput", "threads": 1}
     found = quick(tiny_bundle, **options, max_p99_ms=65.0)
-    assert found.choice == Choice("cpu", "fp32", 1, False, 4)
+    assert found.choice == RunConfig("cpu", "fp32", 1, False, 4)
     assert {row.choice.batch_size: row.verdict for row in found.rows} == {
         16: "too slow",
         8: "too slow",
@@ -301,7 +301,7 @@ def test_the_limit_on_a_call(tiny_bundle: Path, cost_of: Callable[[Cost], None])
     assert found.rows[0].cost < 1  # quicker than what may be chosen
     found = quick(tiny_bundle, **options, max_p99_ms=25.0)
     assert found.choice is None
-    assert found.closest == (pytest.approx(30.0), Choice("cpu", "fp32", 1, False, 1))
+    assert found.closest == (pytest.approx(30.0), RunConfig("cpu", "fp32", 1, False, 1))
     assert {row.verdict for row in found.rows} == {"too slow"}
 
 
@@ -332,7 +332,7 @@ def test_what_does_not_run_is_out(
 
     cost_of(cost)
     found = quick(two_precisions, goal="throughput", precision="int8", threads=1)
-    assert found.choice == Choice("cpu", "int8", 1, False, 4)
+    assert found.choice == RunConfig("cpu", "int8", 1, False, 4)
     assert [(row.choice.batch_size, row.reason) for row in found.rows if row.verdict == "refused"] == [
         (8, "out of memory"),
         (16, "out of memory"),
@@ -375,7 +375,7 @@ def test_engines_of_those_that_were_dropped_are_closed(
 def test_what_is_given_is_kept_fixed(two_precisions: Path, cost_of: Callable[[Cost], None]) -> None:
     cost_of(lambda engine, count: 0.01)
     found = quick(two_precisions, device="cpu", precision="int8", threads=3, batch_size=5)
-    assert {row.choice for row in found.rows} == {Choice("cpu", "int8", 3, spins, 5) for spins in (False, True)}
+    assert {row.choice for row in found.rows} == {RunConfig("cpu", "int8", 3, spins, 5) for spins in (False, True)}
 
 
 def test_devices(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from echoquad_runtime.contract import VOTE_METHODS, VoteMethod
 from echoquad_runtime.errors import ConfigError
 from echoquad_runtime.verify.decision_margins import frame_leads, quadrant_leads, within_tolerance
-from echoquad_runtime.voting import decide
+from echoquad_runtime.voting import aggregate_votes
 
 WEIGHTS = (1.0, 1.0, 1.5, 1.5)
 METHODS = st.sampled_from(VOTE_METHODS)
@@ -57,7 +57,7 @@ def test_no_false_alarm(pair: tuple[np.ndarray, np.ndarray], method: VoteMethod)
     """Whatever differs by no more than is allowed, its decisions are within tolerance."""
     expected, found = pair
     allowed = float(np.abs(expected - found).max())
-    decided = decide(found, method, WEIGHTS)
+    decided = aggregate_votes(found, method, WEIGHTS)
     assert within_tolerance(frame_leads(expected, method, WEIGHTS), decided.labels, allowed).all()
     assert within_tolerance(quadrant_leads(expected), decided.quadrant_labels, allowed).all()
 
@@ -70,12 +70,12 @@ def test_with_two_classes_the_bound_is_met(p: np.ndarray, method: VoteMethod, la
     shift = share * lead / 2
     shifted = p + shift * np.where(np.arange(2) == label, 1, -1)
     if lead > 1e-9:
-        assert (decide(shifted, method, WEIGHTS).labels[0] == label) == (share > 1)
+        assert (aggregate_votes(shifted, method, WEIGHTS).labels[0] == label) == (share > 1)
 
 
 @given(FRAMES, METHODS)
 def test_the_decided_class_has_no_lead_to_turn(p: np.ndarray, method: VoteMethod) -> None:
-    decision = decide(p, method, WEIGHTS)
+    decision = aggregate_votes(p, method, WEIGHTS)
     leads = frame_leads(p, method, WEIGHTS)
     assert leads[0, decision.labels[0]] == 0
     assert (leads >= 0).all() and (leads <= 1).all()
@@ -105,7 +105,7 @@ def test_examples(first: list[float], method: VoteMethod, lead: float) -> None:
 
 def test_one_vote_of_four_wins_where_the_others_split() -> None:
     p = np.array([[[0.8, 0.1, 0.05, 0.05], [0, 1, 0, 0], [0.48, 0.04, 0.02, 0.46], [0.05, 0.1, 0.8, 0.05]]])
-    assert decide(p, "majority").labels[0] == 0
+    assert aggregate_votes(p, "majority").labels[0] == 0
     # With the third quadrant's vote turned to D, each class has one vote and B the highest mean but for A's, whose lead
     # of (1.33 - 1.24) / 4 must be turned as well.
     assert frame_leads(p, "majority")[0, 1] == pytest.approx(0.0225)

@@ -271,7 +271,7 @@ def test_a_file_that_goes_away_is_no_crash(tmp_path: Path, make_data: MakeData, 
 
 
 def test_the_frames_of_a_clip_are_frames_of_its_class(tmp_path: Path, contract: Contract) -> None:
-    from echoquad_runtime.frames.formats import Reading
+    from echoquad_runtime.frames.formats import ReadOptions
 
     rng = np.random.default_rng(2)
     for name in ("bright", "dark"):
@@ -282,7 +282,7 @@ def test_the_frames_of_a_clip_are_frames_of_its_class(tmp_path: Path, contract: 
         (folder / "torn.npy").write_bytes((folder / "clip.npy").read_bytes()[:-9])
     with pytest.raises(DatasetError, match=r"no frame found.*are read as matrices with --matrices"):
         read_split(tmp_path, "train", ("bright", "dark"))
-    split = read_split(tmp_path, "train", ("bright", "dark"), Reading(matrices=True))
+    split = read_split(tmp_path, "train", ("bright", "dark"), ReadOptions(matrices=True))
     names = ["clip.npy#1", "clip.npy#2", "clip.npy#3", "one.txt", "torn.npy"]
     assert [frame.name for frame in split.frames] == [f"train/{c}/{n}" for c in ("bright", "dark") for n in names]
     store = load_quadrants(split, contract)
@@ -290,7 +290,7 @@ def test_the_frames_of_a_clip_are_frames_of_its_class(tmp_path: Path, contract: 
     assert [failure.file for failure in store.failures] == ["train/bright/torn.npy", "train/dark/torn.npy"]
     assert len({store.quadrants[index].tobytes() for index in range(8)}) == 8
 
-    turned = read_split(tmp_path, "train", ("bright", "dark"), Reading(matrices=True, flip="vertical"))
+    turned = read_split(tmp_path, "train", ("bright", "dark"), ReadOptions(matrices=True, flip="vertical"))
     assert turned.fingerprint != split.fingerprint
     upside_down = load_quadrants(turned, contract.__class__(**{**contract.to_dict(), "keep": 1.0})).quadrants
     straight = load_quadrants(split, contract.__class__(**{**contract.to_dict(), "keep": 1.0})).quadrants

@@ -15,7 +15,7 @@ from sklearn import metrics as sklearn_metrics
 from echoquad_runtime.contract import QUADRANTS, Contract
 from echoquad_runtime.errors import DatasetError, OutputError
 from echoquad_runtime.predict.predictor import Prediction, Predictor
-from echoquad_runtime.voting import decide
+from echoquad_runtime.voting import aggregate_votes
 from echoquad_train import plot_style as figures
 from echoquad_train.data.dataset import read_split
 from echoquad_train.evaluation.evaluate import evaluate, measure, roc_curves, wilson_interval, write_evaluation
@@ -28,7 +28,7 @@ def predictions(
 ) -> list[Prediction]:
     """Make predictions from probabilities [F, 4, C], voted on as the runtime does."""
     p = np.array(quadrants, float)
-    decision = decide(p, method, (1, 1, 1.5, 1.5))
+    decision = aggregate_votes(p, method, (1, 1, 1.5, 1.5))
     return [
         Prediction(
             file=f"{index}.png",

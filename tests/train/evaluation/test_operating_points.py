@@ -12,13 +12,13 @@ from echoquad_runtime.errors import ConfigError
 from echoquad_train.evaluation.abstention import abstention, risk_coverage
 from echoquad_train.evaluation.intervals import Bootstrap
 from echoquad_train.evaluation.operating_points import check_targets, choose_threshold, operating_points
-from echoquad_train.evaluation.scored_frames import Judged
+from echoquad_train.evaluation.scored_frames import ScoredFrames
 
 
-def judged(positive: Any, truth: Any) -> Judged:
+def judged(positive: Any, truth: Any) -> ScoredFrames:
     """Frames of which all quadrants give the positive class the same probability."""
     p = np.asarray(positive, float)
-    return Judged(
+    return ScoredFrames(
         names=tuple(f"{index}.png" for index in range(len(p))),
         classes=("ASD", "NORM"),
         positive="ASD",

@@ -17,7 +17,7 @@ from sklearn.metrics import brier_score_loss, log_loss
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import RunError
-from echoquad_runtime.voting import decide, tempered
+from echoquad_runtime.voting import aggregate_votes, apply_temperature
 from echoquad_train.evaluation.reliability import brier, equal_width_bins, nll, reliability, sweep_bins
 from echoquad_train.evaluation.temperature_scaling import (
     Temperatures,
@@ -91,12 +91,12 @@ def test_the_mean_of_reliable_quadrants_is_too_timid_and_gets_its_own_temperatur
 @given(st.integers(2, 5), st.floats(0.05, 5), st.integers(0, 2**32 - 1))
 def test_a_temperature_keeps_the_order_and_is_undone_by_its_inverse(classes: int, t: float, seed: int) -> None:
     p = np.random.default_rng(seed).dirichlet(np.ones(classes), (6, 4)) * 0.98 + 0.02 / classes
-    changed = tempered(p, t)
+    changed = apply_temperature(p, t)
     assert changed.sum(axis=-1) == pytest.approx(np.ones((6, 4)))
     assert np.array_equal(changed.argmax(axis=-1), p.argmax(axis=-1))
-    assert tempered(p, 1.0) is p  # to the last bit
+    assert apply_temperature(p, 1.0) is p  # to the last bit
     if t > 0.3:  # below, what is far less likely is less than float32 holds
-        assert tempered(changed, 1 / t) == pytest.approx(p, abs=1e-6)
+        assert apply_temperature(changed, 1 / t) == pytest.approx(p, abs=1e-6)
     logits = np.log(p)
     assert softmax(logits / t, axis=-1) == pytest.approx(changed, abs=1e-9)
 
@@ -136,7 +136,7 @@ def test_what_a_record_says() -> None:
     fitted, facts = calibration_facts(logits, labels, patients, TWO)
     assert (facts["temperature"], facts["frame_temperature"]) == (fitted.quadrants, fitted.frames)
     assert (facts["frames"], facts["patients"], facts["cross_fitted"]["folds"]) == (120, 60, 5)
-    decision = decide(softmax(logits, axis=2), "majority")
+    decision = aggregate_votes(softmax(logits, axis=2), "majority")
     assert facts["before"]["frame_accuracy"] == (decision.labels == labels).mean()
     assert facts["after"]["nll"] < facts["before"]["nll"]
     assert facts["quadrants"]["after"]["nll"] <= facts["quadrants"]["before"]["nll"]

@@ -19,8 +19,8 @@ from echoquad_train.training.optimizer_schedule import (
     Phase,
     one_cycle,
     phase_of,
+    progressive_epochs,
     side_of,
-    small_epochs,
 )
 
 TRANSFER = Recipe.load("transfer")
@@ -289,7 +289,7 @@ def test_patience() -> None:
 def test_the_first_epochs_may_be_smaller(values: dict[str, Any], sides: list[int]) -> None:
     recipe = Recipe(epochs=8, input_size=112).replace(**values)
     assert [side_of(recipe, epoch) for epoch in range(1, 9)] == sides
-    assert small_epochs(recipe) == sum(side < recipe.input_size for side in sides)
+    assert progressive_epochs(recipe) == sum(side < recipe.input_size for side in sides)
 
 
 def test_no_backbone_needs_more_than_the_smallest_side() -> None:

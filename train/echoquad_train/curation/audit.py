@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from echoquad_runtime._version import __version__
 from echoquad_runtime.errors import DatasetError
-from echoquad_runtime.frames.formats import AS_IT_IS, Reading
+from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.quadrants import Grey
 from echoquad_train.curation.leaks import LOOKS, Leaks, find_leaks
@@ -27,8 +27,8 @@ from echoquad_train.curation.shortcut_features import MIN_AUC, Shortcut, Traces,
 from echoquad_train.curation.similarity import DISTANCE, LIKENESS
 from echoquad_train.curation.thumbnails import read_pictures
 from echoquad_train.data.dataset import SPLITS
-from echoquad_train.data.frame_list import Content, Found, gather
-from echoquad_train.data.patients import owner, patient_of
+from echoquad_train.data.frame_list import DecodedFile, FrameRecord, list_frames
+from echoquad_train.data.patients import patient_id, patient_of
 
 __all__ = ["Audit", "audit"]
 
@@ -66,9 +66,9 @@ class Audit:
     """
 
     data: Path
-    frames: tuple[Found, ...]
+    frames: tuple[FrameRecord, ...]
     failures: tuple[Failure, ...]
-    read: tuple[Found, ...]
+    read: tuple[FrameRecord, ...]
     thumbs: tuple[Grey, ...]
     patients: tuple[str, ...]
     unknown: int
@@ -79,7 +79,7 @@ class Audit:
     views: int
     patient_regex: str | None
     seed: int
-    reading: Reading = AS_IT_IS
+    reading: ReadOptions = DEFAULT_READ_OPTIONS
 
     @property
     def names(self) -> list[str]:
@@ -121,7 +121,7 @@ class Audit:
             "data": self.data.resolve().as_posix(),
             "patient_regex": self.patient_regex,
             "seed": self.seed,
-            **({"reading": self.reading.to_dict()} if self.reading != AS_IT_IS else {}),
+            **({"reading": self.reading.to_dict()} if self.reading != DEFAULT_READ_OPTIONS else {}),
             "frames": len(self.frames),
             "counts": self.counts,
             "notes": list(self.notes),
@@ -153,7 +153,7 @@ def audit(
     data: Path,
     pattern: re.Pattern[str] | None = None,
     *,
-    reading: Reading = AS_IT_IS,
+    reading: ReadOptions = DEFAULT_READ_OPTIONS,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Audit:
@@ -177,12 +177,12 @@ def audit(
     DatasetError
         If there is no frame, or none that can be read.
     """
-    frames = gather(data, reading)
+    frames = list_frames(data, reading)
     traces: list[Traces] = []
     files: list[bytes] = []
     modes: list[str] = []
 
-    def trace(content: Content) -> None:
+    def trace(content: DecodedFile) -> None:
         traces.append(traces_of(content.grey, content.size))
         files.append(content.digest)
         modes.append(content.mode)
@@ -193,7 +193,7 @@ def audit(
         raise DatasetError(
             f"{data.as_posix()}: no frame can be read; the first failure: {failures[0].file}: {failures[0].error}"
         )
-    patients = tuple(owner(frame.name, pattern) for frame in read)
+    patients = tuple(patient_id(frame.name, pattern) for frame in read)
     leaks = find_leaks(
         [frame.name for frame in read],
         patients,
@@ -223,7 +223,7 @@ def audit(
     )
 
 
-def _by_class(read: Sequence[Found], traces: Sequence[Traces], modes: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _by_class(read: Sequence[FrameRecord], traces: Sequence[Traces], modes: Sequence[str]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name in sorted({frame.label for frame in read}):
         chosen = [index for index, frame in enumerate(read) if frame.label == name]
@@ -243,7 +243,7 @@ def _spread(values: npt.NDArray[np.float64]) -> dict[str, float]:
     return {"p5": round(float(low), 2), "median": round(float(middle), 2), "p95": round(float(high), 2)}
 
 
-def _oddities(frames: Sequence[Found]) -> list[str]:
+def _oddities(frames: Sequence[FrameRecord]) -> list[str]:
     classes = sorted({frame.label for frame in frames})
     held = defaultdict(set)
     for frame in frames:

@@ -15,15 +15,15 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from echoquad_runtime.errors import EchoQuadError
 from echoquad_runtime.quadrants import Grey
-from echoquad_runtime.storage.row_names import shown
+from echoquad_runtime.storage.row_names import display_name
 from echoquad_train.curation.audit import Audit
-from echoquad_train.data.frame_list import Found, read_all
+from echoquad_train.data.frame_list import FrameRecord, read_all
 from echoquad_train.plot_style import save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from echoquad_train.curation.leaks import Twins
+    from echoquad_train.curation.leaks import DuplicateGroup
 
 __all__ = ["contact_sheet", "write_contact_sheet"]
 
@@ -71,7 +71,7 @@ def contact_sheet(audit: Audit) -> Figure:
     for axes in grid.ravel():
         axes.set_axis_off()
     for row, frames in zip(grid, chosen, strict=False):
-        _label(row[0], f"{frames[0].split}\n{shown(frames[0].label)}")
+        _label(row[0], f"{frames[0].split}\n{display_name(frames[0].label)}")
         for axes, frame in zip(row, frames, strict=False):
             _show(axes, pixels.get(frame.name), _short(frame.name.split("/", 2)[2]))
     row = grid[len(chosen)]
@@ -89,14 +89,14 @@ def _headline(audit: Audit) -> str:
     leaks, flagged = audit.leaks, {shortcut.kind for shortcut in audit.flagged}
     hidden = max(0, len(leaks.exact) + len(leaks.near) - TWINS)
     lines = [
-        f"{shown(audit.data.resolve().name)}: {len(audit.frames)} frames, {len(audit.failures)} unreadable",
+        f"{display_name(audit.data.resolve().name)}: {len(audit.frames)} frames, {len(audit.failures)} unreadable",
         leaks.line.removesuffix("; see `echoquad data audit`"),
         f"shortcuts: {', '.join(sorted(flagged)) or 'none'}",
     ]
     return "\n".join(lines + ([f"{hidden} more twins are in audit.json"] if hidden else []))
 
 
-def _samples(audit: Audit) -> list[list[Found]]:
+def _samples(audit: Audit) -> list[list[FrameRecord]]:
     """Choose frames of each split and class, evenly over its patients' names."""
     rows = []
     for split in dict.fromkeys(frame.split for frame in audit.frames):
@@ -114,14 +114,14 @@ def _means(audit: Audit) -> list[tuple[str, npt.NDArray[np.float64], bool]]:
     thumbs = np.stack(audit.thumbs)
     present = [name for name in audit.names if (labels == name).any()][:COLUMNS]
     means = {name: thumbs[labels == name].mean(axis=0) for name in present}
-    pictures = [(f"{shown(name)}, {(labels == name).sum()} frames", mean, False) for name, mean in means.items()]
+    pictures = [(f"{display_name(name)}, {(labels == name).sum()} frames", mean, False) for name, mean in means.items()]
     if len(means) == 2:
         (first, one), (second, other) = means.items()
-        pictures.append((f"{shown(first)} less {shown(second)}", one - other, True))
+        pictures.append((f"{display_name(first)} less {display_name(second)}", one - other, True))
     return pictures
 
 
-def _show_twins(left: Axes, right: Axes, twins: Twins, pixels: dict[str, Grey]) -> None:
+def _show_twins(left: Axes, right: Axes, twins: DuplicateGroup, pixels: dict[str, Grey]) -> None:
     colour = _LEAK if twins.leak else _TWIN
     names = _ends(twins)
     more = f", {len(twins.names)} in all" if len(twins.names) > 2 else ""
@@ -138,7 +138,7 @@ def _show_twins(left: Axes, right: Axes, twins: Twins, pixels: dict[str, Grey]) 
         axes.set_title(title, fontsize=8, color=colour, loc="left", fontweight="bold")
 
 
-def _ends(twins: Twins) -> tuple[str, str]:
+def _ends(twins: DuplicateGroup) -> tuple[str, str]:
     """Give two of the frames, of different splits where they are in several."""
     first = twins.names[0]
     others = [name for name in twins.names[1:] if name.partition("/")[0] != first.partition("/")[0]]
@@ -168,5 +168,5 @@ def _label(axes: Axes, text: str) -> None:
 
 
 def _short(name: str, width: int = 34) -> str:
-    text = shown(name)
+    text = display_name(name)
     return text if len(text) <= width else f"...{text[3 - width :]}"

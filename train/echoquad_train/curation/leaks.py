@@ -19,9 +19,9 @@ import numpy.typing as npt
 from echoquad_runtime.quadrants import Grey, stitch
 from echoquad_train.curation.similarity import CENTRED, Bits, View, alike, hashes, thumbnail
 from echoquad_train.data.dataset import Store
-from echoquad_train.data.patients import owner
+from echoquad_train.data.patients import patient_id
 
-__all__ = ["Leaks", "Twins", "find_leaks", "leaks_of_stores", "split_of"]
+__all__ = ["DuplicateGroup", "Leaks", "find_leaks", "leaks_of_stores", "split_of"]
 
 LOOKS: Final = 20_000
 """Second looks at most, nearest hashes first: some minutes."""
@@ -29,7 +29,7 @@ _BATCH: Final = 64  # frames that are taken from a store at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Twins:
+class DuplicateGroup:
     """Frames that are one picture.
 
     Attributes
@@ -95,8 +95,8 @@ class Leaks:
 
     members: dict[str, int]
     patients: dict[str, tuple[str, ...]]
-    exact: tuple[Twins, ...]
-    near: tuple[Twins, ...]
+    exact: tuple[DuplicateGroup, ...]
+    near: tuple[DuplicateGroup, ...]
     unchecked: int
 
     @property
@@ -167,10 +167,10 @@ def find_leaks(
     for patient, split in zip(patients, splits, strict=True):
         homes[patient].add(split)
 
-    def twins(kind: str, members: Sequence[int], distance: int = 0, alike: float = 1.0) -> Twins:
+    def twins(kind: str, members: Sequence[int], distance: int = 0, alike: float = 1.0) -> DuplicateGroup:
         ordered = sorted(members, key=lambda index: names[index])
         people = tuple(patients[index] for index in ordered)
-        return Twins(kind, tuple(names[index] for index in ordered), people, distance, alike)
+        return DuplicateGroup(kind, tuple(names[index] for index in ordered), people, distance, alike)
 
     same = [group for group in _groups(pixels) if len(group) > 1]
     exact = [
@@ -188,7 +188,7 @@ def find_leaks(
     pairs, unchecked = alike([bits[i] for i in left], lambda place: thumb(left[place]), views, compared, looks)
     near = [twins("near", (left[pair.first], left[pair.second]), pair.distance, pair.likeness) for pair in pairs]
 
-    def kept(found: Sequence[Twins]) -> tuple[Twins, ...]:
+    def kept(found: Sequence[DuplicateGroup]) -> tuple[DuplicateGroup, ...]:
         chosen = [one for one in found if one.leak or not across_only]
         return tuple(sorted(chosen, key=lambda one: (not one.leak, one.names)))
 
@@ -219,7 +219,7 @@ def leaks_of_stores(stores: Sequence[Store], pattern: re.Pattern[str] | None = N
         for picture in _pictures(store, range(len(store.names))):
             pixels.append(hashlib.blake2b(picture.tobytes(), digest_size=16).digest())
             bits.append(hashes(thumbnail(picture), CENTRED))
-    people = [owner(name, pattern) for name in names]
+    people = [patient_id(name, pattern) for name in names]
     return find_leaks(names, people, None, pixels, bits, thumb, CENTRED, across_only=True)
 
 

@@ -18,14 +18,14 @@ from PIL import Image
 
 from echoquad_runtime.contract import QUADRANTS
 from echoquad_runtime.errors import DatasetError, EchoQuadError, VerificationError
-from echoquad_runtime.frames.formats import AS_IT_IS, Reading
+from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.frames.reader import read_frame
 from echoquad_runtime.quadrants import Grey, crop_box, split, stitch
 from echoquad_runtime.storage.atomic import write_bytes
 from echoquad_runtime.storage.row_names import encoded, printed
-from echoquad_train.data.building import built_beside
-from echoquad_train.data.frame_list import Found, gather, read_all
+from echoquad_train.data.building import atomic_folder
+from echoquad_train.data.frame_list import FrameRecord, list_frames, read_all
 
 __all__ = ["MAPPING", "Patches", "write_patches"]
 
@@ -50,7 +50,7 @@ def write_patches(
     out: Path,
     keep: float,
     *,
-    reading: Reading = AS_IT_IS,
+    reading: ReadOptions = DEFAULT_READ_OPTIONS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Patches:
     """Write ``out/SPLIT/CLASS/*_{LA,RA,LV,RV}.png`` and ``out/patch_mapping.csv``.
@@ -79,14 +79,14 @@ def write_patches(
     OutputError
         If `out` is in the way or cannot be written.
     """
-    frames = gather(data, reading)
+    frames = list_frames(data, reading)
     bases = _bases(frames)
     counts: dict[tuple[str, str], int] = {}
     failures: list[Failure] = []
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["file", "split", "class", *QUADRANTS, "left", "top", "right", "bottom"])
-    with built_beside(out) as partial:
+    with atomic_folder(out) as partial:
         for done, (frame, content) in enumerate(read_all(frames), 1):
             try:
                 if isinstance(content, EchoQuadError):
@@ -121,7 +121,7 @@ def _write(folder: Path, names: Sequence[str], grey: Grey, keep: float) -> None:
         Image.fromarray(patch).save(path)
 
 
-def _check(folder: Path, names: Sequence[str], cropped: Grey, frame: Found) -> None:
+def _check(folder: Path, names: Sequence[str], cropped: Grey, frame: FrameRecord) -> None:
     stitched = stitch(*(read_frame(folder / name) for name in names))
     if not np.array_equal(stitched, cropped):
         raise VerificationError(
@@ -130,7 +130,7 @@ def _check(folder: Path, names: Sequence[str], cropped: Grey, frame: Found) -> N
         )
 
 
-def _bases(frames: Sequence[Found]) -> dict[str, str]:
+def _bases(frames: Sequence[FrameRecord]) -> dict[str, str]:
     """Give what a frame's patches are called: its name without the ending, where no other has the same."""
     bare = {frame.name: _without_ending(frame.name) for frame in frames}
     often: dict[str, int] = {}

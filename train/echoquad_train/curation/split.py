@@ -24,15 +24,15 @@ import numpy.typing as npt
 
 from echoquad_runtime.errors import ConfigError, DatasetError
 from echoquad_runtime.frames.discovery import matrices_hint
-from echoquad_runtime.frames.formats import AS_IT_IS, Reading
+from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.storage.atomic import write_bytes
 from echoquad_runtime.storage.row_names import encoded, printed
 from echoquad_train.curation.leaks import find_leaks
 from echoquad_train.curation.thumbnails import read_pictures
-from echoquad_train.data.building import built_beside
+from echoquad_train.data.building import atomic_folder
 from echoquad_train.data.dataset import SPLITS
-from echoquad_train.data.frame_list import Found, class_folders, frames_below
+from echoquad_train.data.frame_list import FrameRecord, class_folders, frames_below
 from echoquad_train.data.patients import patient_of
 
 __all__ = ["FRACTIONS", "MANIFEST", "Mode", "Partition", "assign", "parse_fractions", "partition", "write_partition"]
@@ -59,7 +59,7 @@ class Partition:
     """
 
     source: Path
-    frames: tuple[Found, ...]
+    frames: tuple[FrameRecord, ...]
     patients: tuple[str, ...]
     splits: tuple[str, ...]
     failures: tuple[Failure, ...]
@@ -108,7 +108,7 @@ def partition(
     fractions: tuple[float, float, float] = FRACTIONS,
     pattern: re.Pattern[str] | None = None,
     *,
-    reading: Reading = AS_IT_IS,
+    reading: ReadOptions = DEFAULT_READ_OPTIONS,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Partition:
@@ -229,7 +229,7 @@ def write_partition(parts: Partition, out: Path, mode: Mode = "copy") -> int:
         If `out` is in the way or cannot be written.
     """
     copied = 0
-    with built_beside(out) as partial:
+    with atomic_folder(out) as partial:
         if mode != "manifest":
             done: set[Path] = set()
             for frame, split in zip(parts.frames, parts.splits, strict=True):
@@ -263,7 +263,7 @@ def _manifest(parts: Partition) -> bytes:
     return encoded(text.getvalue())
 
 
-def _pool(source: Path, reading: Reading) -> list[Found]:
+def _pool(source: Path, reading: ReadOptions) -> list[FrameRecord]:
     if not source.is_dir():
         raise DatasetError(f"{source.as_posix()}: no such folder; expected a folder a class")
     there = [split for split in SPLITS if (source / split).is_dir()]
@@ -287,12 +287,12 @@ def _pool(source: Path, reading: Reading) -> list[Found]:
     return frames
 
 
-def _inner(frame: Found) -> str:
+def _inner(frame: FrameRecord) -> str:
     """Give a frame's name without its old split."""
     return frame.name.removeprefix(f"{frame.split}/") if frame.split else frame.name
 
 
-def _inner_path(source: Path, frame: Found) -> Path:
+def _inner_path(source: Path, frame: FrameRecord) -> Path:
     return frame.path.relative_to(source / frame.split if frame.split else source)
 
 

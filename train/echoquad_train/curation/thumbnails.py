@@ -10,7 +10,7 @@ from echoquad_runtime.errors import EchoQuadError
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.quadrants import Grey
 from echoquad_train.curation.similarity import CENTRED, SHIFTED, Bits, View, hashes, thumbnail
-from echoquad_train.data.frame_list import Content, Found, read_all
+from echoquad_train.data.frame_list import DecodedFile, FrameRecord, read_all
 
 __all__ = ["Pictures", "read_pictures"]
 
@@ -33,7 +33,7 @@ class Pictures:
     """
 
     views: Sequence[View]
-    read: list[Found] = field(default_factory=list)
+    read: list[FrameRecord] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     thumbs: list[Grey] = field(default_factory=list)
     hashes: list[Bits] = field(default_factory=list)
@@ -41,10 +41,10 @@ class Pictures:
 
 
 def read_pictures(
-    frames: Sequence[Found],
+    frames: Sequence[FrameRecord],
     *,
     progress: Callable[[int, int], None] | None = None,
-    also: Callable[[Content], None] | None = None,
+    also: Callable[[DecodedFile], None] | None = None,
 ) -> Pictures:
     """Read frames once, in order.
 

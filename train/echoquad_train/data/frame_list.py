@@ -16,20 +16,20 @@ from typing import NamedTuple
 from PIL import Image
 
 from echoquad_runtime.errors import DatasetError, EchoQuadError, FrameReadError
-from echoquad_runtime.frames.discovery import EXPECTED, find_in_folder, matrices_hint
-from echoquad_runtime.frames.formats import AS_IT_IS, IMAGE_ENDINGS, Flip, Reading
+from echoquad_runtime.frames.discovery import EXPECTED_FILES, find_in_folder, matrices_hint
+from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, IMAGE_EXTENSIONS, Flip, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.frames.image import read_bytes
 from echoquad_runtime.frames.reader import decode_frame, load_grey
 from echoquad_runtime.quadrants import Grey
 from echoquad_train.data.dataset import SPLITS
-from echoquad_train.data.prefetch import ahead
+from echoquad_train.data.prefetch import prefetch
 
-__all__ = ["Content", "Found", "class_folders", "frames_below", "gather", "read_all"]
+__all__ = ["DecodedFile", "FrameRecord", "class_folders", "frames_below", "list_frames", "read_all"]
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FrameRecord:
     """A frame on disk, or what is known not to be read as one.
 
     Attributes
@@ -51,7 +51,7 @@ class Found:
     fault: EchoQuadError | None = None
 
 
-class Content(NamedTuple):
+class DecodedFile(NamedTuple):
     """What a frame holds: grey levels, uint8 [H, W]; the SHA-256 and number of its file's bytes; how it is stored.
 
     The digest is empty for a frame of a clip: its file is not its own.
@@ -68,7 +68,7 @@ class Content(NamedTuple):
         return hashlib.sha256(repr(self.grey.shape).encode() + self.grey.tobytes()).digest()
 
 
-def gather(data: Path, reading: Reading = AS_IT_IS) -> list[Found]:
+def list_frames(data: Path, reading: ReadOptions = DEFAULT_READ_OPTIONS) -> list[FrameRecord]:
     """List the frames of ``DATA/SPLIT/CLASS/**``, of as many splits and classes as there are.
 
     Raises
@@ -89,18 +89,20 @@ def gather(data: Path, reading: Reading = AS_IT_IS) -> list[Found]:
     frames = [frame for split in there for frame in frames_below(data, data / split, split, reading)]
     if not frames:
         hints = (matrices_hint(str(data / split), reading) for split in there)
-        raise DatasetError(f"{data.as_posix()}: no frame found; {EXPECTED}{next(filter(None, hints), '')}")
+        raise DatasetError(f"{data.as_posix()}: no frame found; {EXPECTED_FILES}{next(filter(None, hints), '')}")
     return frames
 
 
-def frames_below(data: Path, folder: Path, split: str, reading: Reading = AS_IT_IS) -> Iterator[Found]:
+def frames_below(
+    data: Path, folder: Path, split: str, reading: ReadOptions = DEFAULT_READ_OPTIONS
+) -> Iterator[FrameRecord]:
     """List the frames in the class folders of a folder; named by their paths below `data`."""
     for name in class_folders(folder):
         for item in find_in_folder(folder / name, f"{split}/{name}/" if split else f"{name}/", reading):
             if isinstance(item, Failure):
-                yield Found(data / item.file, item.file, name, split, fault=item.error)
+                yield FrameRecord(data / item.file, item.file, name, split, fault=item.error)
             else:
-                yield Found(item.path, item.name, name, split, item.frame, item.flip)
+                yield FrameRecord(item.path, item.name, name, split, item.frame, item.flip)
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -108,24 +110,24 @@ def class_folders(folder: Path) -> list[str]:
     return sorted(e.name for e in folder.iterdir() if e.is_dir() and not e.name.startswith((".", "__")))
 
 
-def read_all(frames: Iterable[Found]) -> Iterator[tuple[Found, Content | EchoQuadError]]:
+def read_all(frames: Iterable[FrameRecord]) -> Iterator[tuple[FrameRecord, DecodedFile | EchoQuadError]]:
     """Read frames ahead, in order; an error takes the place of what cannot be read."""
-    return ahead(_read, frames, "read")
+    return prefetch(_read, frames, "read")
 
 
-def _read(frame: Found) -> Content | EchoQuadError:
+def _read(frame: FrameRecord) -> DecodedFile | EchoQuadError:
     if frame.fault is not None:
         return frame.fault
     try:
-        if frame.path.suffix.lower() in IMAGE_ENDINGS:  # its bytes are read once for all
+        if frame.path.suffix.lower() in IMAGE_EXTENSIONS:  # its bytes are read once for all
             data = read_bytes(frame.path)
-            return Content(decode_frame(data), hashlib.sha256(data).digest(), len(data), _mode(data))
+            return DecodedFile(decode_frame(data), hashlib.sha256(data).digest(), len(data), _mode(data))
         grey = load_grey(FrameFile(frame.path, frame.name, frame.frame, frame.flip))
         kind = frame.path.suffix.lower().removeprefix(".") or "other"
         if frame.frame is not None:
-            return Content(grey, b"", frame.path.stat().st_size, kind)
+            return DecodedFile(grey, b"", frame.path.stat().st_size, kind)
         data = read_bytes(frame.path)
-        return Content(grey, hashlib.sha256(data).digest(), len(data), kind)
+        return DecodedFile(grey, hashlib.sha256(data).digest(), len(data), kind)
     except EchoQuadError as error:
         return error
     except OSError as error:  # gone between two looks

@@ -9,13 +9,13 @@ from typing import TypeVar
 
 from echoquad_runtime.devices.session_factory import available_cpus
 
-__all__ = ["ahead"]
+__all__ = ["prefetch"]
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-def ahead(make: Callable[[Item], Made], items: Iterable[Item], name: str) -> Iterator[tuple[Item, Made]]:
+def prefetch(make: Callable[[Item], Made], items: Iterable[Item], name: str) -> Iterator[tuple[Item, Made]]:
     """Give each item with what `make` makes of it, in order.
 
     In threads, called `name`: Pillow lets go of the GIL, and no process is spawned. What `make` raises is raised here.

@@ -26,15 +26,15 @@ from echoquad_train.data.dataset import LabelledFrame, Split
 from echoquad_train.data.patients import patients_of
 from echoquad_train.evaluation.intervals import wilson_interval
 from echoquad_train.evaluation.metrics import Settings, measure, measure_more, roc_curves
-from echoquad_train.evaluation.scored_frames import Judged, judged_of
+from echoquad_train.evaluation.scored_frames import ScoredFrames, score_frames
 from echoquad_train.reporting.mistake_gallery import save_mistakes
 from echoquad_train.reporting.report import evaluation_report
-from echoquad_train.reporting.saved_figures import draw_all
+from echoquad_train.reporting.saved_figures import save_figures
 
 __all__ = [
     "Evaluation",
-    "Read",
     "Settings",
+    "SplitPredictions",
     "evaluate",
     "judge",
     "measure",
@@ -74,18 +74,18 @@ class Evaluation:
     labels: npt.NDArray[np.int64]
     failures: tuple[Failure, ...]
     frames: tuple[LabelledFrame, ...]
-    judged: Judged
+    judged: ScoredFrames
     contract: Contract
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class SplitPredictions:
     """The readable frames of a split, a prediction each, and the same as arrays; and those that could not be read."""
 
     predictions: tuple[Prediction, ...]
     frames: tuple[LabelledFrame, ...]
     failures: tuple[Failure, ...]
-    judged: Judged
+    judged: ScoredFrames
 
 
 def evaluate(
@@ -157,7 +157,7 @@ def judge(
     before: int = 0,
     total: int | None = None,
     progress: Progress | None = None,
-) -> Read:
+) -> SplitPredictions:
     """Judge every frame of a split; `progress` is called with the number done, `before` included, and of all.
 
     Raises
@@ -182,14 +182,14 @@ def judge(
         raise DatasetError(
             f"{split.name}: no frame can be read; the first failure: {failures[0].file}: {failures[0].error}"
         )
-    judged = judged_of(
+    judged = score_frames(
         predictions,
         np.array([frame.label for frame in frames], np.int64),
         predictor.contract.positive,
         predictor.contract,
         patients_of(frames, pattern),
     )
-    return Read(tuple(predictions), tuple(frames), tuple(failures), judged)
+    return SplitPredictions(tuple(predictions), tuple(frames), tuple(failures), judged)
 
 
 def model_facts(folder: Path) -> dict[str, Any]:
@@ -242,7 +242,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path, *, gallery: int = 0) 
     with open_writer(paths[1], tuple(metrics["classes"])) as writer:
         for prediction in evaluation.predictions:
             writer.write(prediction)
-    pictures = draw_all(found.judged, found.contract, metrics, folder)
+    pictures = save_figures(found.judged, found.contract, metrics, folder)
     report = folder / "report.html"
     write_bytes(report, evaluation_report(metrics, pictures, mistakes, folder).encode("utf-8", "backslashreplace"))
     return [*paths, *(picture.path for picture in pictures), report]

@@ -16,7 +16,7 @@ from sklearn.metrics import roc_curve
 from echoquad_runtime.errors import ConfigError
 from echoquad_train.evaluation.intervals import Bootstrap, estimate
 from echoquad_train.evaluation.reliability import Floats
-from echoquad_train.evaluation.scored_frames import Indices, Judged
+from echoquad_train.evaluation.scored_frames import Indices, ScoredFrames
 
 __all__ = ["check_targets", "choose_threshold", "operating_points", "rates"]
 
@@ -83,10 +83,10 @@ def rates(positive: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_], sampler
 
 
 def operating_points(
-    judged: Judged,
+    judged: ScoredFrames,
     sampler: Bootstrap,
     targets: Sequence[tuple[str, float]],
-    reference: Judged | None,
+    reference: ScoredFrames | None,
     folds: Indices | None,
 ) -> list[dict[str, Any]]:
     """Measure operating points.

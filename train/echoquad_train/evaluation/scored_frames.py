@@ -11,16 +11,16 @@ import numpy.typing as npt
 
 from echoquad_runtime.contract import Contract, VoteMethod
 from echoquad_runtime.predict.predictor import Prediction
-from echoquad_runtime.voting import decide, tempered
+from echoquad_runtime.voting import aggregate_votes, apply_temperature
 from echoquad_train.evaluation.reliability import Floats
 
-__all__ = ["Judged", "judged_of"]
+__all__ = ["ScoredFrames", "score_frames"]
 
 Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoredFrames:
     """Decisions on F frames of C classes, beside the truth.
 
     Attributes
@@ -75,7 +75,7 @@ class Judged:
     @cached_property
     def shares(self) -> Floats:
         """float64 [F, C], the mean over the quadrants as calibrated."""
-        return tempered(self.probabilities, self.frame_temperature)
+        return apply_temperature(self.probabilities, self.frame_temperature)
 
     @cached_property
     def confidence(self) -> Floats:
@@ -98,7 +98,7 @@ class Judged:
         number = {name: index for index, name in enumerate(dict.fromkeys(self.patients))}
         return np.array([number[name] for name in self.patients], np.int64)
 
-    def only(self, kept: Sequence[int]) -> Judged | None:
+    def only(self, kept: Sequence[int]) -> ScoredFrames | None:
         """Give the frames of these indices alone; None where there is no index."""
         if not len(kept):
             return None
@@ -112,20 +112,20 @@ class Judged:
             patients=tuple(self.patients[row] for row in rows),
         )
 
-    def under(self, factor: float, frame_temperature: float) -> Judged:
+    def under(self, factor: float, frame_temperature: float) -> ScoredFrames:
         """Give what is decided where all logits are divided by `factor` once more, under another frame temperature."""
-        quadrants = tempered(self.quadrants, factor)
-        decision = decide(quadrants, self.method, self.vote_weights)
+        quadrants = apply_temperature(self.quadrants, factor)
+        decision = aggregate_votes(quadrants, self.method, self.vote_weights)
         return replace(self, quadrants=quadrants, decided=decision.labels, frame_temperature=frame_temperature)
 
 
-def judged_of(
+def score_frames(
     predictions: Sequence[Prediction],
     labels: Indices,
     positive: str,
     contract: Contract | None = None,
     patients: Sequence[str] | None = None,
-) -> Judged:
+) -> ScoredFrames:
     """Make arrays of predictions; without `patients` each frame is somebody by itself.
 
     A `contract` gives the vote's weights and the frame temperature; without one they are equal, and 1.
@@ -133,7 +133,7 @@ def judged_of(
     first = predictions[0]
     index = {name: position for position, name in enumerate(first.classes)}
     names = tuple(prediction.file for prediction in predictions)
-    return Judged(
+    return ScoredFrames(
         names=names,
         classes=first.classes,
         positive=positive,

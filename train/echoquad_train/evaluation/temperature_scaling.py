@@ -25,7 +25,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.voting import decide, tempered
+from echoquad_runtime.voting import aggregate_votes, apply_temperature
 from echoquad_train.evaluation.reliability import BINNING, Floats, reliability
 
 __all__ = [
@@ -183,8 +183,8 @@ def cross_fit(
 def under(temperatures: Temperatures, scores: npt.NDArray[np.floating], contract: Contract) -> tuple[Floats, Indices]:
     """Give frames' calibrated probabilities, float64 [F, C], and decided classes, int64 [F], under temperatures."""
     quadrants = softmax(np.asarray(scores, np.float64) / temperatures.quadrants, axis=2)
-    decision = decide(quadrants, contract.vote, contract.vote_weights)
-    return tempered(decision.probabilities, temperatures.frames), decision.labels
+    decision = aggregate_votes(quadrants, contract.vote, contract.vote_weights)
+    return apply_temperature(decision.probabilities, temperatures.frames), decision.labels
 
 
 def calibration_facts(

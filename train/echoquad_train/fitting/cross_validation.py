@@ -22,7 +22,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from echoquad_runtime.errors import ConfigError, DatasetError, RunError
-from echoquad_runtime.frames.formats import AS_IT_IS, Reading
+from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.results.row_formats import format_of
@@ -31,7 +31,7 @@ from echoquad_runtime.storage.row_names import without_formula
 from echoquad_train.data.dataset import Split, read_classes, read_split
 from echoquad_train.data.patients import patient_pattern, patients_of
 from echoquad_train.data.stream import Stream
-from echoquad_train.evaluation.evaluate import Read, judge, measure
+from echoquad_train.evaluation.evaluate import SplitPredictions, judge, measure
 from echoquad_train.fitting.loop import Reporter, fit
 from echoquad_train.networks.device import Device, choose_device
 from echoquad_train.networks.torch_engine import TorchEngine
@@ -159,7 +159,7 @@ def fit_folds(
     stream: Stream = "auto",
     workers: int | None = None,
     tensorboard: bool = False,
-    reading: Reading = AS_IT_IS,
+    reading: ReadOptions = DEFAULT_READ_OPTIONS,
 ) -> Folded:
     """Train a run a fold, and make them an ensemble with soft vote.
 
@@ -199,7 +199,7 @@ def fit_folds(
         make_folder(folder)
         write_bytes(folder / RECIPE, recipe.to_toml().encode())
         write_json(folder / RUN, facts)
-    held_out: list[Read] = []
+    held_out: list[SplitPredictions] = []
     failures: dict[str, Failure] = {}
     for number, (train, validation) in enumerate(parts, 1):
         place = folder / f"fold-{number}"
@@ -272,7 +272,7 @@ def _told(reporter: FoldReporter, number: int) -> Callable[[int, int], None]:
     return lambda done, total: reporter.judging(number, done, total)
 
 
-def _figures(held_out: Sequence[Read], positive: str) -> dict[str, Any]:
+def _figures(held_out: Sequence[SplitPredictions], positive: str) -> dict[str, Any]:
     """Give each fold's figures, those of all frames together, and the folds' mean and standard deviation.
 
     The deviation is the sample's, with K - 1: how far one fold's figure lies from another's, which is no interval of
@@ -299,7 +299,7 @@ def _figures(held_out: Sequence[Read], positive: str) -> dict[str, Any]:
     }
 
 
-def _write_predictions(path: Path, held_out: Sequence[Read], classes: Sequence[str]) -> None:
+def _write_predictions(path: Path, held_out: Sequence[SplitPredictions], classes: Sequence[str]) -> None:
     """Write the predictions' table with the fold that a frame was held out in, and its true class, behind it."""
     layout = format_of(path)
     with write_atomically(path) as stream:

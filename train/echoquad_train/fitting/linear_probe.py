@@ -32,7 +32,7 @@ from sklearn.svm import LinearSVC
 from torch import nn
 
 from echoquad_runtime.errors import DatasetError, RunError
-from echoquad_runtime.frames.formats import AS_IT_IS, Reading
+from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_runtime.storage.atomic import make_folder, write_bytes
 from echoquad_train.curation.leaks import leaks_of_stores
 from echoquad_train.data.dataset import LabelledFrame, QuadrantStore, Split, load_quadrants, read_classes, read_split
@@ -92,7 +92,7 @@ def fit_linear(
     *,
     device: Device = "auto",
     reporter: Reporter,
-    reading: Reading = AS_IT_IS,
+    reading: ReadOptions = DEFAULT_READ_OPTIONS,
     patient_regex: str | None = None,
 ) -> Fitted:
     """Train a linear classifier on a backbone as it is.

@@ -19,7 +19,7 @@ import torch
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import RunError
-from echoquad_runtime.frames.formats import AS_IT_IS, Reading
+from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.storage.atomic import make_folder, write_bytes
 from echoquad_train.curation.leaks import Leaks, leaks_of_stores
@@ -35,7 +35,7 @@ from echoquad_train.runs import checkpoint
 from echoquad_train.runs import run_metadata as record
 from echoquad_train.runs.background_writer import BackgroundWriter
 from echoquad_train.runs.history import Epoch, best_of, out_of_patience
-from echoquad_train.runs.tensorboard_writer import Board
+from echoquad_train.runs.tensorboard_writer import TensorboardWriter
 from echoquad_train.training import optimizer_schedule as schedule
 from echoquad_train.training.batches import DeviceFeed, epoch_generator
 from echoquad_train.training.distillation import load_teacher, teacher_quadrants
@@ -105,7 +105,7 @@ def fit(
     workers: int | None = None,
     tensorboard: bool = False,
     ranks: Ranks = ALONE,
-    reading: Reading = AS_IT_IS,
+    reading: ReadOptions = DEFAULT_READ_OPTIONS,
     patient_regex: str | None = None,
     splits: tuple[Split, Split] | None = None,
     about: Mapping[str, Any] | None = None,
@@ -156,8 +156,8 @@ def fit(
         storage = opened.enter_context(Storage(folder, stream, workers))
         heard = reporter if ranks.first else _Silent()
 
-        def board(done: int) -> Board | None:
-            return opened.enter_context(Board(folder, done)) if tensorboard and ranks.first else None
+        def board(done: int) -> TensorboardWriter | None:
+            return opened.enter_context(TensorboardWriter(folder, done)) if tensorboard and ranks.first else None
 
         # On CUDA the next epoch trains while the files of this one are written.
         writer = opened.enter_context(BackgroundWriter(background=where.type == "cuda"))
@@ -182,7 +182,7 @@ def fit(
 
 def _fit(
     data: Path,
-    reading: Reading,
+    reading: ReadOptions,
     folder: Path,
     recipe: Recipe,
     where: torch.device,
@@ -190,7 +190,7 @@ def _fit(
     reporter: Reporter,
     teacher_folder: Path | None,
     storage: Storage,
-    open_board: Callable[[int], Board | None],
+    open_board: Callable[[int], TensorboardWriter | None],
     writer: BackgroundWriter,
     ranks: Ranks,
     patient_regex: str | None,
@@ -230,7 +230,7 @@ def _fit(
     teacher_facts = teacher.facts if teacher else None
     both = train, validation
     facts = record.facts(data, recipe, contract, both, failures, where.type, precision, teacher_facts, reading)
-    small = schedule.small_epochs(recipe)
+    small = schedule.progressive_epochs(recipe)
     facts |= {**({"small_epochs": small} if small else {}), **(about or {})}
     if resume:
         facts["created"] = begun(folder, "created") or facts["created"]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.engine.onnx_engine import Floats
+from echoquad_runtime.engine.onnx_engine import FloatArray
 from echoquad_train.networks.device import make_deterministic
 
 __all__ = ["TorchEngine"]
@@ -29,7 +29,7 @@ class TorchEngine:
         self._model = model.to(where).eval()
 
     @torch.inference_mode()
-    def infer(self, quadrants: npt.NDArray[np.uint8]) -> tuple[Floats, Floats]:
+    def infer(self, quadrants: npt.NDArray[np.uint8]) -> tuple[FloatArray, FloatArray]:
         """Give logits and probabilities, float32 [N, C], for quadrants, uint8 [N, 1, S, S]."""
         logits, probabilities = self.infer_on_device(torch.from_numpy(quadrants).to(self._where))
         return logits.cpu().numpy(), probabilities.cpu().numpy()

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from echoquad_runtime.errors import ConfigError
-from echoquad_train.data.building import built_beside
+from echoquad_train.data.building import atomic_folder
 from echoquad_train.data.dataset import SPLITS
 from echoquad_train.phantom.drawing import LABELS, draw_patient, generator_of, render
 
@@ -87,7 +87,7 @@ def write_dataset(
     shuffle = generator_of(seed, 0)
     total, done = patients * frames_per_patient, 0
     counts = {name: dict.fromkeys(LABELS, 0) for name in SPLITS}
-    with built_beside(Path(out)) as partial:
+    with atomic_folder(Path(out)) as partial:
         for kind, label in enumerate(LABELS):
             members = patients // 2 if label == "ASD" else patients - patients // 2
             order = shuffle.permutation(members) + 1  # a series number must not tell its split

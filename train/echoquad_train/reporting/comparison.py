@@ -22,7 +22,7 @@ from echoquad_train import plot_style as figures
 from echoquad_train.evaluation.evaluate import Evaluation, Settings, write_evaluation
 from echoquad_train.evaluation.intervals import Bootstrap, estimate, weighted_auc
 from echoquad_train.evaluation.metrics import roc_curves
-from echoquad_train.evaluation.scored_frames import Judged
+from echoquad_train.evaluation.scored_frames import ScoredFrames
 from echoquad_train.reporting import score_figures as figures_scores
 from echoquad_train.reporting.html import figure, page, paragraph, section, table
 from echoquad_train.reporting.html import figures as side_by_side
@@ -105,13 +105,13 @@ def compare(first: Evaluation, second: Evaluation, settings: Settings | None = N
     }
 
 
-def _only(judged: Judged, names: set[str]) -> Judged:
+def _only(judged: ScoredFrames, names: set[str]) -> ScoredFrames:
     kept = judged.only([index for index, name in enumerate(judged.names) if name in names])
     assert kept is not None
     return kept
 
 
-def _auc_difference(a: Judged, b: Judged, sampler: Bootstrap) -> dict[str, Any]:
+def _auc_difference(a: ScoredFrames, b: ScoredFrames, sampler: Bootstrap) -> dict[str, Any]:
     curves = [roc_curves(of.probabilities, of.labels, of.classes, of.positive) for of in (a, b)]
     if len(np.unique(a.labels)) < len(a.classes):
         return estimate(None, np.empty(0))

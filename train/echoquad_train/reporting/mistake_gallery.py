@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from echoquad_runtime.errors import FrameError
-from echoquad_runtime.frames.discovery import OVERLAY_ENDING
+from echoquad_runtime.frames.discovery import OVERLAY_SUFFIX
 from echoquad_runtime.overlay.drawing import save_overlay
 from echoquad_runtime.storage.atomic import output_errors
 
@@ -64,7 +64,7 @@ def save_mistakes(evaluation: Evaluation, folder: Path, count: int) -> list[Mist
     """
     judged, place = evaluation.judged, folder / FOLDER
     with output_errors(place):
-        for old in place.rglob(f"*{OVERLAY_ENDING}"):
+        for old in place.rglob(f"*{OVERLAY_SUFFIX}"):
             old.unlink()
     wrong = np.flatnonzero(~judged.right)
     surest = wrong[np.argsort(-judged.confidence[wrong], kind="stable")]

@@ -15,11 +15,11 @@ from echoquad_train import plot_style as figures
 from echoquad_train.evaluation.abstention import risk_coverage
 from echoquad_train.evaluation.metrics import plain, roc_curves
 from echoquad_train.evaluation.reliability import sweep_bins
-from echoquad_train.evaluation.scored_frames import Judged
+from echoquad_train.evaluation.scored_frames import ScoredFrames
 from echoquad_train.reporting import score_figures as figures_scores
 from echoquad_train.reporting import vote_figures as figures_votes
 
-__all__ = ["Picture", "draw_all", "point_words"]
+__all__ = ["Picture", "point_words", "save_figures"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def point_words(point: Mapping[str, Any]) -> str:
     return f"{point['fixed']} at least {point['target']:g}"
 
 
-def draw_all(judged: Judged, contract: Contract, metrics: Mapping[str, Any], folder: Path) -> list[Picture]:
+def save_figures(judged: ScoredFrames, contract: Contract, metrics: Mapping[str, Any], folder: Path) -> list[Picture]:
     """Draw and write the figures of an evaluation, in the order in which a report shows them.
 
     Raises

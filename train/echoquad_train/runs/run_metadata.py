@@ -17,7 +17,7 @@ from typing import Any
 
 from echoquad_runtime._version import __version__
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.frames.formats import AS_IT_IS, Reading
+from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.storage.atomic import write_bytes, write_json
 from echoquad_train import plot_style as figures
@@ -63,7 +63,7 @@ def facts(
     device: str,
     precision: str,
     teacher: Mapping[str, Any] | None = None,
-    reading: Reading = AS_IT_IS,
+    reading: ReadOptions = DEFAULT_READ_OPTIONS,
 ) -> dict[str, Any]:
     """Collect what is known of a run before its first epoch. Frames that could not be read are not counted."""
     unread = {failure.file for failure in failures}
@@ -85,7 +85,7 @@ def facts(
             "folder": data.resolve().as_posix(),
             "frames": {split.name: readable(split) for split in splits},
             "unreadable": [{"file": failure.file, "error": str(failure.error)} for failure in failures],
-            **({"reading": reading.to_dict()} if reading != AS_IT_IS else {}),
+            **({"reading": reading.to_dict()} if reading != DEFAULT_READ_OPTIONS else {}),
         },
         "versions": versions(),
         "git_commit": git_commit(),

@@ -15,14 +15,14 @@ from echoquad_runtime.contract import QUADRANTS
 from echoquad_runtime.storage.atomic import output_errors
 from echoquad_train.runs.history import Epoch
 
-__all__ = ["BOARD", "Board"]
+__all__ = ["BOARD", "TensorboardWriter"]
 
 BOARD: Final = "tensorboard"
 
 _SHOWN: Final = 64  # quadrants in the picture of a batch
 
 
-class Board:
+class TensorboardWriter:
     """Writes the event files.
 
     Parameters

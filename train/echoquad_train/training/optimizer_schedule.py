@@ -14,7 +14,7 @@ from echoquad_runtime.errors import RunError
 from echoquad_train.networks.backbones import BACKBONES
 from echoquad_train.recipe import Recipe
 
-__all__ = ["MOMENTUM", "OptimizerSchedule", "Phase", "one_cycle", "phase_of", "side_of", "small_epochs"]
+__all__ = ["MOMENTUM", "OptimizerSchedule", "Phase", "one_cycle", "phase_of", "progressive_epochs", "side_of"]
 
 MOMENTUM: Final = 0.9
 """Of optimizer ``momentum``: the heavy ball, not Nesterov's."""
@@ -65,7 +65,7 @@ def side_of(recipe: Recipe, epoch: int) -> int:
     return min(size, max(round(recipe.small_scale * size), _SMALLEST))
 
 
-def small_epochs(recipe: Recipe) -> int:
+def progressive_epochs(recipe: Recipe) -> int:
     """Give how many epochs, the first, are trained below the input size; validated they are at it."""
     return sum(side_of(recipe, epoch) < recipe.input_size for epoch in range(1, recipe.epochs + 1))
 

@@ -12,7 +12,7 @@ import torch
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ConfigError
-from echoquad_runtime.frames.formats import Reading
+from echoquad_runtime.frames.formats import ReadOptions
 from echoquad_runtime.storage.atomic import write_json
 from echoquad_train.data.dataset import Split, Store, load_quadrants, read_split
 from echoquad_train.data.patients import patient_pattern, patients_of
@@ -97,7 +97,7 @@ def calibrate_ensemble(ensemble: Ensemble, data: Path, patient_regex: str | None
             "expected runs of one split to calibrate together; leave --calibrate out"
         )
     contract, data_facts = ensemble.contract, ensemble.info.get("data")
-    reading = Reading.found_in(data_facts)
+    reading = ReadOptions.found_in(data_facts)
     split = read_split(data, "validation", contract.classes, reading)
     store = load_quadrants(split, contract)
     contract, changed = _fitted(ensemble.model, contract, split, store, torch.device("cpu"), patient_regex)

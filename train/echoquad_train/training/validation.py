@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.voting import decide
+from echoquad_runtime.voting import aggregate_votes
 from echoquad_train.networks.classifier import QuadrantClassifier
 from echoquad_train.networks.torch_engine import TorchEngine
 from echoquad_train.parallel.ranks import ALONE, Ranks
@@ -48,7 +48,9 @@ def validate(model: QuadrantClassifier, contract: Contract, feed: DeviceFeed, ra
     judged = [part.cpu().numpy() for part in own]  # after the last has been launched
     probabilities = np.concatenate([part for parts in ranks.gather(judged) for part in parts])
     labels = np.repeat(store.labels, 4)
-    decision = decide(probabilities.reshape(-1, 4, len(contract.classes)), contract.vote, contract.vote_weights)
+    decision = aggregate_votes(
+        probabilities.reshape(-1, 4, len(contract.classes)), contract.vote, contract.vote_weights
+    )
     true = np.clip(probabilities[np.arange(len(labels)), labels], 1e-12, 1)
     right = probabilities.argmax(axis=1) == labels
     return Validated(
