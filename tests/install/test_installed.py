@@ -214,7 +214,8 @@ def test_openvino_on_a_cart(openvino: Any, tiny_bundle: Path, frames_folder: Pat
 def int8_bundle(make_tiny_bundle: Any, make_tiny_graph: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a bundle with an int8 graph whose first convolution has the stride 2, as most networks' has."""
     onnx = pytest.importorskip("onnx")
-    from echoquad_export.precision.calibration_set import Ranges, open_in_memory
+    from echoquad_export.graph.memory_session import open_in_memory
+    from echoquad_export.precision.calibration_set import Ranges
     from echoquad_export.precision.quantize import float_tensors, prepare, quantize
 
     contract = Contract(classes=("ASD", "NORM"), input_size=32)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from echoquad_export.precision.calibration_set import open_in_memory
+from echoquad_export.graph.memory_session import open_in_memory
 from echoquad_runtime.bundle.onnx_header import CAM, INPUT, OUTPUTS
 from echoquad_runtime.errors import ParityError
 

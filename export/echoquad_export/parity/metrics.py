@@ -13,7 +13,7 @@ import numpy.typing as npt
 from echoquad_runtime.engine.onnx_engine import FloatArray
 from echoquad_runtime.errors import RunError
 from echoquad_runtime.voting import aggregate_votes
-from echoquad_train.evaluation.evaluate import wilson_interval
+from echoquad_train.evaluation.intervals import wilson_interval
 from echoquad_train.runs.checkpoint import Run
 from echoquad_train.runs.ensemble_folder import Ensemble
 

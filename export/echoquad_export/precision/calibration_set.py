@@ -17,17 +17,17 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from echoquad_export.graph.memory_session import open_in_memory
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.devices.session_factory import open_session
 from echoquad_runtime.engine.onnx_engine import INPUT, FloatArray
 from echoquad_runtime.errors import DatasetError
 from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_train.data.dataset import LabelledFrame, Split, load_quadrants, read_split
 
 if TYPE_CHECKING:
-    import onnxruntime
+    pass
 
-__all__ = ["CALIBRATION_FRAMES", "CalibrationSet", "Ranges", "draw_calibration_set", "open_in_memory"]
+__all__ = ["CALIBRATION_FRAMES", "CalibrationSet", "Ranges", "draw_calibration_set"]
 
 CALIBRATION_FRAMES: Final = 64
 """Frames, of four quadrants each, that calibrate by default."""
@@ -222,8 +222,3 @@ class Ranges:
     def _values(self) -> Iterator[tuple[str, FloatArray]]:
         for frame in self._quadrants:
             yield from zip(self._tensors, self._session.run(self._tensors, {INPUT: frame[:, None]}), strict=True)
-
-
-def open_in_memory(graph: bytes) -> onnxruntime.InferenceSession:
-    """Open a graph that lies on no disk as the runtime opens one, on the CPU."""
-    return open_session(graph, device="cpu").session

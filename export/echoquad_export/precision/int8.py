@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from echoquad_export.graph.memory_session import open_in_memory
 from echoquad_export.parity.parity import Parity
-from echoquad_export.precision.calibration_set import CalibrationSet, Ranges, open_in_memory
+from echoquad_export.precision.calibration_set import CalibrationSet, Ranges
 from echoquad_export.precision.quantize import float_tensors, layers, prepare, quantize
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.engine.onnx_engine import INPUT, OUTPUTS, FloatArray

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from echoquad_export.graph.build import DeployedClassifier, build_graph
+from echoquad_export.graph.memory_session import open_in_memory
 from echoquad_export.packing.exporter import export_run
-from echoquad_export.precision.calibration_set import Ranges, open_in_memory
+from echoquad_export.precision.calibration_set import Ranges
 from echoquad_export.precision.quantize import float_tensors, layers, prepare, quantize
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.contract import Contract

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from echoquad_export.graph.first_conv import integer_stem
-from echoquad_export.precision.calibration_set import open_in_memory
+from echoquad_export.graph.memory_session import open_in_memory
 from echoquad_runtime.contract import Contract
 
 BLOCKS = ["Reshape", "Transpose", "Reshape", "Transpose", "Reshape"]

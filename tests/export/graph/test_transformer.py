@@ -14,7 +14,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from echoquad_export.graph.build import build_graph
 from echoquad_export.graph.first_conv import integer_stem
-from echoquad_export.precision.calibration_set import CalibrationSet, open_in_memory
+from echoquad_export.graph.memory_session import open_in_memory
+from echoquad_export.precision.calibration_set import CalibrationSet
 from echoquad_export.precision.fp16 import to_fp16
 from echoquad_export.precision.int8 import build_int8
 from echoquad_runtime.bundle.onnx_header import check_graph

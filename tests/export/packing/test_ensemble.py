@@ -15,8 +15,8 @@ import torch
 
 from echoquad_export.graph.build import build_graph
 from echoquad_export.graph.first_conv import integer_stem
+from echoquad_export.graph.memory_session import open_in_memory
 from echoquad_export.packing.exporter import export_run
-from echoquad_export.precision.calibration_set import open_in_memory
 from echoquad_export.precision.fp16 import to_fp16
 from echoquad_export.precision.quantize import layers, prepare
 from echoquad_runtime.bundle.bundle import Bundle

@@ -29,7 +29,7 @@ from echoquad_runtime.errors import (
 )
 from echoquad_runtime.predict.predictor import Prediction, Predictor
 from echoquad_runtime.verify.verify import verify
-from echoquad_train.evaluation.evaluate import wilson_interval
+from echoquad_train.evaluation.intervals import wilson_interval
 from echoquad_train.networks.torch_engine import TorchEngine
 from echoquad_train.recipe import Recipe
 from echoquad_train.runs.checkpoint import load_run

@@ -10,7 +10,7 @@ import pytest
 from onnx import numpy_helper
 
 from echoquad_export.graph.build import build_graph
-from echoquad_export.precision.calibration_set import open_in_memory
+from echoquad_export.graph.memory_session import open_in_memory
 from echoquad_export.precision.fp16 import to_fp16
 from echoquad_runtime.contract import Contract
 

@@ -11,7 +11,8 @@ import pytest
 from onnx import numpy_helper
 
 from echoquad_export.graph.build import build_graph
-from echoquad_export.precision.calibration_set import Ranges, open_in_memory
+from echoquad_export.graph.memory_session import open_in_memory
+from echoquad_export.precision.calibration_set import Ranges
 from echoquad_export.precision.quantize import float_tensors, layers, prepare, quantize
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices.session_factory import load_onnxruntime

@@ -16,11 +16,15 @@ from echoquad_runtime.contract import QUADRANTS, Contract
 from echoquad_runtime.errors import DatasetError, OutputError
 from echoquad_runtime.predict.predictor import Prediction, Predictor
 from echoquad_runtime.voting import aggregate_votes
-from echoquad_train import plot_style as figures
 from echoquad_train.data.dataset import read_split
-from echoquad_train.evaluation.evaluate import evaluate, measure, roc_curves, wilson_interval, write_evaluation
+from echoquad_train.evaluation.evaluate import evaluate
+from echoquad_train.evaluation.intervals import wilson_interval
+from echoquad_train.evaluation.metrics import measure, roc_curves
+from echoquad_train.plot_style import save
 from echoquad_train.reporting import score_figures as figures_scores
+from echoquad_train.reporting.evaluation_folder import write_evaluation
 from echoquad_train.runs.history import Epoch
+from echoquad_train.runs.training_curves import training_curves
 
 
 def predictions(
@@ -270,13 +274,13 @@ def test_a_confusion_matrix_shows_counts_and_shares(tmp_path: Path, count: int) 
     matrix = np.arange(count * count).reshape(count, count)
     matrix[0] = 0  # a class without a frame divides by nothing
     classes = [f"class {index}" for index in range(count)]
-    figure = figures.confusion(matrix, classes, "test: accuracy")
+    figure = figures_scores.confusion(matrix, classes, "test: accuracy")
     axes = figure.axes[0]
     words = [text.get_text() for text in axes.texts]
     assert words[0] == "0\n0.0%" and words[count] == f"{count}\n{count / matrix[1].sum():.1%}"
     assert [label.get_text() for label in axes.get_yticklabels()] == classes
     assert axes.get_xlabel() == "decided" and axes.get_ylabel() == "true"
-    figures.save(figure, tmp_path / "confusion.png")
+    save(figure, tmp_path / "confusion.png")
     width, height = png_size(tmp_path / "confusion.png")
     assert 600 < width < 2200 and 600 < height < 2200
 
@@ -288,7 +292,7 @@ def test_roc_curves_are_drawn(tmp_path: Path) -> None:
         figure = figures_scores.roc(curve, "test: 60 frames")
         lines = figure.axes[0].lines
         assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines) == 1 + len(curve)
-        figures.save(figure, tmp_path / "roc.png")
+        save(figure, tmp_path / "roc.png")
         width, height = png_size(tmp_path / "roc.png")
         assert width == 960 and 900 <= height < 1300
 
@@ -296,12 +300,12 @@ def test_roc_curves_are_drawn(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 2, 20])
 def test_curves_are_drawn(tmp_path: Path, count: int) -> None:
     history = [Epoch(n, "all", 1e-3, 1 / n, 0.5, 1.2 / n, 0.4, 1 - 0.5 / n, 1.0) for n in range(1, count + 1)]
-    figure = figures.curves(history)
+    figure = training_curves(history)
     assert f"in epoch {count}" in figure.axes[1].get_legend().get_texts()[-1].get_text()
-    figures.save(figure, tmp_path / "curves.png")
+    save(figure, tmp_path / "curves.png")
     assert png_size(tmp_path / "curves.png") == (1350, 570)
     assert not any(axes.patches for axes in figure.axes)
-    for axes in figures.curves(history, 12).axes:  # of which as many are shaded as have been
+    for axes in training_curves(history, 12).axes:  # of which as many are shaded as have been
         (shade,) = axes.patches
         assert shade.get_x() == 0.5 and shade.get_width() == min(count, 12)
         assert axes.get_legend().get_texts()[-1].get_text() == "smaller quadrants"
@@ -318,5 +322,5 @@ def test_a_figure_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(figure, "savefig", broken)
     with pytest.raises(KeyboardInterrupt):
-        figures.save(figure, path)
+        save(figure, path)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

@@ -19,7 +19,6 @@ import torch
 
 from echoquad_runtime.errors import ConfigError, ContractError, DatasetError, DeviceUnavailableError, RunError
 from echoquad_runtime.predict.predictor import Predictor
-from echoquad_train import plot_style as figures
 from echoquad_train.data import dataset
 from echoquad_train.data.dataset import QuadrantStore, read_split
 from echoquad_train.evaluation.evaluate import evaluate
@@ -35,6 +34,7 @@ from echoquad_train.runs import run_metadata as record
 from echoquad_train.runs.checkpoint import load_run
 from echoquad_train.runs.history import best_of
 from echoquad_train.runs.run_metadata import versions
+from echoquad_train.runs.training_curves import training_curves
 from echoquad_train.training import optimizer_schedule as schedule
 from echoquad_train.training import sampling
 from echoquad_train.training.sampling import class_weights, draw_batches
@@ -419,7 +419,7 @@ def test_depthwise_convolutions_stay_in_float32_on_a_cpu(monkeypatch: pytest.Mon
 
 
 def test_figures_are_drawn_of_every_epoch(trained: Any) -> None:
-    figure = figures.curves(trained.fitted.history)
+    figure = training_curves(trained.fitted.history)
     losses, accuracies = figure.axes
     assert [list(line.get_xdata()) for line in losses.lines] == [[1, 2, 3]] * 2
     assert list(accuracies.lines[2].get_ydata()) == [e.validation_frame_accuracy for e in trained.fitted.history]

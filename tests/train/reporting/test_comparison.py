@@ -16,7 +16,8 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ConfigError
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_train.data.dataset import read_split
-from echoquad_train.evaluation.evaluate import Evaluation, Settings, evaluate
+from echoquad_train.evaluation.evaluate import Evaluation, evaluate
+from echoquad_train.evaluation.metrics import Settings
 from echoquad_train.reporting.comparison import compare, mcnemar, write_comparison
 
 CONTRACT = Contract(("bright", "dark"), input_size=16)

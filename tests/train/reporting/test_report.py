@@ -16,7 +16,9 @@ from PIL import Image
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_train.data.dataset import LabelledFrame, Split, read_split
-from echoquad_train.evaluation.evaluate import Evaluation, Settings, evaluate, write_evaluation
+from echoquad_train.evaluation.evaluate import Evaluation, evaluate
+from echoquad_train.evaluation.metrics import Settings
+from echoquad_train.reporting.evaluation_folder import write_evaluation
 
 NASTY = "<b>&\"' x</b>"
 LONG = "a class of a very long name, as nobody should give one but somebody will"

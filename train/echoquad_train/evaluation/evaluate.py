@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +20,17 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import DatasetError
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict.predictor import Prediction, Predictor
-from echoquad_runtime.results.row_formats import open_writer
-from echoquad_runtime.storage.atomic import make_folder, write_bytes, write_json
 from echoquad_train.data.dataset import LabelledFrame, Split
 from echoquad_train.data.patients import patients_of
-from echoquad_train.evaluation.intervals import wilson_interval
-from echoquad_train.evaluation.metrics import Settings, measure, measure_more, roc_curves
+from echoquad_train.evaluation.metrics import Settings, measure, measure_more
 from echoquad_train.evaluation.scored_frames import ScoredFrames, score_frames
-from echoquad_train.reporting.mistake_gallery import save_mistakes
-from echoquad_train.reporting.report import evaluation_report
-from echoquad_train.reporting.saved_figures import save_figures
 
 __all__ = [
     "Evaluation",
-    "Settings",
     "SplitPredictions",
     "evaluate",
     "judge",
-    "measure",
     "model_facts",
-    "roc_curves",
-    "wilson_interval",
-    "write_evaluation",
 ]
 
 Progress = Callable[[int, int], None]
@@ -214,35 +203,3 @@ def model_facts(folder: Path) -> dict[str, Any]:
             facts |= {"kind": "run", "weights_sha256": hashlib.sha256((folder / BEST).read_bytes()).hexdigest()}
         told = read_info(folder) if (folder / RUN).is_file() else None
     return {"model": facts, "trained_calibration": told.get("calibration") if isinstance(told, dict) else None}
-
-
-def write_evaluation(evaluation: Evaluation, folder: Path, *, gallery: int = 0) -> list[Path]:
-    """Write ``metrics.json``, ``predictions.csv``, the figures, ``mistakes/`` and ``report.html``; gives their paths.
-
-    Parameters
-    ----------
-    evaluation
-        What was found.
-    folder
-        Where to; made where it is not there.
-    gallery
-        How many of the most confident mistakes to draw.
-
-    Raises
-    ------
-    OutputError
-        If the system refuses.
-    """
-    make_folder(folder)
-    mistakes = save_mistakes(evaluation, folder, gallery) if gallery else []
-    metrics = {**evaluation.metrics, "mistakes": [mistake.to_dict() for mistake in mistakes]}
-    found = replace(evaluation, metrics=metrics)
-    paths = [folder / "metrics.json", folder / "predictions.csv"]
-    write_json(paths[0], metrics)
-    with open_writer(paths[1], tuple(metrics["classes"])) as writer:
-        for prediction in evaluation.predictions:
-            writer.write(prediction)
-    pictures = save_figures(found.judged, found.contract, metrics, folder)
-    report = folder / "report.html"
-    write_bytes(report, evaluation_report(metrics, pictures, mistakes, folder).encode("utf-8", "backslashreplace"))
-    return [*paths, *(picture.path for picture in pictures), report]

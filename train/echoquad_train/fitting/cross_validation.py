@@ -31,7 +31,8 @@ from echoquad_runtime.storage.row_names import without_formula
 from echoquad_train.data.dataset import Split, read_classes, read_split
 from echoquad_train.data.patients import patient_pattern, patients_of
 from echoquad_train.data.stream import Stream
-from echoquad_train.evaluation.evaluate import SplitPredictions, judge, measure
+from echoquad_train.evaluation.evaluate import SplitPredictions, judge
+from echoquad_train.evaluation.metrics import measure
 from echoquad_train.fitting.loop import Reporter, fit
 from echoquad_train.networks.device import Device, choose_device
 from echoquad_train.networks.torch_engine import TorchEngine

@@ -19,11 +19,12 @@ from echoquad_runtime.bundle.bundle import INTENDED_USE
 from echoquad_runtime.errors import ConfigError, DatasetError
 from echoquad_runtime.storage.atomic import make_folder, write_bytes, write_json
 from echoquad_train import plot_style as figures
-from echoquad_train.evaluation.evaluate import Evaluation, Settings, write_evaluation
+from echoquad_train.evaluation.evaluate import Evaluation
 from echoquad_train.evaluation.intervals import Bootstrap, estimate, weighted_auc
-from echoquad_train.evaluation.metrics import roc_curves
+from echoquad_train.evaluation.metrics import Settings, roc_curves
 from echoquad_train.evaluation.scored_frames import ScoredFrames
 from echoquad_train.reporting import score_figures as figures_scores
+from echoquad_train.reporting.evaluation_folder import write_evaluation
 from echoquad_train.reporting.html import figure, page, paragraph, section, table
 from echoquad_train.reporting.html import figures as side_by_side
 from echoquad_train.reporting.report import PRIVACY, figure_row, number

@@ -84,7 +84,7 @@ def save_figures(judged: ScoredFrames, contract: Contract, metrics: Mapping[str,
     drawn: list[tuple[str, Figure, str, str]] = [
         (
             "confusion",
-            figures.confusion(
+            figures_scores.confusion(
                 np.array(metrics["confusion"]),
                 classes,
                 f"{split}: accuracy {metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}]",

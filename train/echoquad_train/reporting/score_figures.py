@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,16 @@ from echoquad_train.evaluation.intervals import wilson_interval
 from echoquad_train.evaluation.reliability import Bins, Floats
 from echoquad_train.plot_style import BLUE, GREY, ORANGE, short, stroke
 
-__all__ = ["Curve", "Point", "histograms", "precision_recall", "reliability_diagram", "risk_coverage_curve", "roc"]
+__all__ = [
+    "Curve",
+    "Point",
+    "confusion",
+    "histograms",
+    "precision_recall",
+    "reliability_diagram",
+    "risk_coverage_curve",
+    "roc",
+]
 
 Curve = tuple[str, Floats, Floats, float]
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -230,4 +239,25 @@ def risk_coverage_curve(
     )
     axes.grid(alpha=0.25)
     axes.legend(loc="lower left", fontsize="small")
+    return figure
+
+
+def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str], title: str) -> Figure:
+    """Draw a confusion matrix, int64 [C, C], true classes in rows: counts, and each row's shares as shades."""
+    side = 3.2 + 0.7 * len(classes) + 0.06 * max(len(short(name)) for name in classes)
+    figure = Figure(figsize=(side + 0.9, side), layout="constrained")
+    axes = figure.subplots()
+    shares = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.ndindex(*matrix.shape):
+        share = shares[row, column]
+        words = f"{matrix[row, column]}\n{share:.1%}"
+        axes.text(column, row, words, ha="center", va="center", color="white" if share > 0.55 else "black")
+    ticks = range(len(classes))
+    names = [short(name) for name in classes]
+    slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(ticks, names, **(slanted if max(map(len, names)) > 8 else {}))
+    axes.set_yticks(ticks, names)
+    axes.set(title=title, xlabel="decided", ylabel="true")
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
     return figure

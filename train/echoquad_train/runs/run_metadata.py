@@ -20,11 +20,12 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.storage.atomic import write_bytes, write_json
-from echoquad_train import plot_style as figures
 from echoquad_train.data.dataset import Split
+from echoquad_train.plot_style import save
 from echoquad_train.recipe import Recipe
 from echoquad_train.runs import checkpoint
 from echoquad_train.runs.history import Epoch, best_of
+from echoquad_train.runs.training_curves import training_curves
 
 __all__ = ["facts", "git_commit", "versions", "write"]
 
@@ -110,7 +111,7 @@ def write(folder: Path, known: Mapping[str, Any], history: Sequence[Epoch], *, f
         table.writerows(epoch.to_dict() for epoch in history)
         write_bytes(folder / checkpoint.METRICS, rows.getvalue().encode())
         if finished or _age(folder / checkpoint.CURVES) > DRAWN_AGAIN:
-            figures.save(figures.curves(history, known.get("small_epochs", 0)), folder / checkpoint.CURVES)
+            save(training_curves(history, known.get("small_epochs", 0)), folder / checkpoint.CURVES)
 
 
 def _age(path: Path) -> float:

@@ -18,9 +18,8 @@ from echoquad_runtime.frames.decoded_frame import ColourPixels, GreyPixels, Pixe
 from echoquad_runtime.frames.dicom.codecs import JPEG, KNOWN, Samples, samples_of
 from echoquad_runtime.frames.dicom.elements import NATIVE, reworded
 from echoquad_runtime.frames.dicom.header import Header, Palette, Window
-from echoquad_runtime.frames.image import decode_image
+from echoquad_runtime.frames.image import decode_grey_and_flags, decode_image
 from echoquad_runtime.frames.image_integrity import check_jpeg
-from echoquad_runtime.frames.reader import decode_checked
 from echoquad_runtime.quadrants import Box, Grey
 
 __all__ = ["check_header", "pixels_of", "white_levels"]
@@ -238,14 +237,14 @@ class _JpegPixels:
 
     def grey(self) -> Grey:
         """Give the luma."""
-        levels, flags = decode_checked(self._data)
+        levels, flags = decode_grey_and_flags(self._data)
         self._coloured = bool(flags)
         return np.ascontiguousarray(cut(levels, self._box))
 
     def is_coloured(self) -> bool:
         """Look at an eighth of the resolution."""
         if self._coloured is None:
-            self._coloured = bool(decode_checked(self._data)[1])
+            self._coloured = bool(decode_grey_and_flags(self._data)[1])
         return self._coloured
 
     def image(self) -> Image.Image:
