@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from echoquad_runtime.bundle.bundle import Bundle
     from echoquad_runtime.contract import Contract
     from echoquad_runtime.errors import EchoQuadError
-    from echoquad_runtime.frames.discovery import Failure
-    from echoquad_runtime.predict.predictor import Prediction, Predictor
+    from echoquad_runtime.frames.frame_file import Failure
+    from echoquad_runtime.predict.prediction import Prediction
+    from echoquad_runtime.predict.predictor import Predictor
     from echoquad_runtime.verify.verify import Verification, verify
 
 __all__ = [
@@ -33,8 +34,8 @@ _MODULES = {
     "Bundle": "echoquad_runtime.bundle.bundle",
     "Contract": "echoquad_runtime.contract",
     "EchoQuadError": "echoquad_runtime.errors",
-    "Failure": "echoquad_runtime.frames.discovery",
-    "Prediction": "echoquad_runtime.predict.predictor",
+    "Failure": "echoquad_runtime.frames.frame_file",
+    "Prediction": "echoquad_runtime.predict.prediction",
     "Predictor": "echoquad_runtime.predict.predictor",
     "Verification": "echoquad_runtime.verify.verify",
     "verify": "echoquad_runtime.verify.verify",

@@ -30,8 +30,9 @@ SPARED = {
     *("PIL.ImageDraw", "PIL.ImageFont", "numpy.testing", "numpy.f2py"),
     # Other commands, and what they alone need.
     *(f"echoquad.cli.{name}" for name in ("full", "extras", "bench", "data", "doctor", "train", "tune", "verify")),
-    *(f"echoquad_runtime.{name}" for name in ("bench", "card", "cluster", "doctor", "inspection", "overlay", "search")),
-    *(f"echoquad_runtime.{name}" for name in ("shards", "signing", "tolerance", "trial", "tune", "verify")),
+    *(f"echoquad_runtime.{name}" for name in ("bench", "cluster", "overlay", "tuning.tune", "tuning.racing", "verify")),
+    *(f"echoquad_runtime.{name}" for name in ("bundle.model_card", "bundle.signature", "engine.diagnostics")),
+    *("echoquad_runtime.results.shards", "echoquad_runtime.tuning.measurement"),
     *("echoquad_train", "echoquad_export"),
 }
 

@@ -136,8 +136,8 @@ def _title(found: Benchmark) -> str:
 
 
 def _draw(found: Benchmark, path: Path, bundle: str) -> None:
-    from echoquad_runtime.storage.atomic import write_atomically
     from echoquad_runtime.bench.latency_plot import draw_histogram
+    from echoquad_runtime.storage.atomic import write_atomically
 
     threads = f"{found.threads} thread{'s' * (found.threads > 1)}"
     detail = f"{bundle}, {threads}, EchoQuad {found.versions['echoquad']}, {found.versions['machine']}"

@@ -100,10 +100,10 @@ def tune(
     within the parity gate of the bundle are considered. The choice is saved in the user's configuration folder, or in
     ECHOQUAD_CONFIG_DIR, and is used until the host or EchoQuad changes.
     """
-    from echoquad_runtime.tuning import saved_settings as host
-    from echoquad_runtime.tuning import tune as tuning
     from echoquad_runtime.bench.benchmark import read_encoded
     from echoquad_runtime.bundle.bundle import Bundle
+    from echoquad_runtime.tuning import saved_settings as host
+    from echoquad_runtime.tuning import tune as tuning
 
     opened = Bundle(bundle, public_key=public_key)
     if forget:

@@ -17,7 +17,7 @@ from echoquad_runtime.storage.atomic import output_errors
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-    from echoquad_runtime.frames.discovery import Failure
+    from echoquad_runtime.frames.frame_file import Failure
 
 __all__ = [
     "EXIT_PARTIAL",

@@ -144,7 +144,8 @@ def _duplicates(group: DuplicateGroup) -> str:
     kind = {"file": "same file", "pixels": "same pixels", "near": f"similarity {group.likeness:.3f}"}[group.kind]
     patients = "" if len(set(group.patients)) == 1 else ", of different patients"
     conflict = ", IN TWO CLASSES" if group.conflict else ""
-    return f"  {'LEAK ' if group.leak else ''}{' = '.join(map(display_name, group.names[:4]))} ({kind}{patients}{conflict})"
+    names = " = ".join(map(display_name, group.names[:4]))
+    return f"  {'LEAK ' if group.leak else ''}{names} ({kind}{patients}{conflict})"
 
 
 def _shorten(lines: list[str]) -> list[str]:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from echoquad_runtime.frames.formats import ReadOptions
     from echoquad_runtime.predict.predictor import Predictor
-    from echoquad_train.evaluation.evaluate import Evaluation, Settings
+    from echoquad_train.evaluation.evaluate import Evaluation
+    from echoquad_train.evaluation.metrics import Settings
 
 __all__ = ["evaluate"]
 
@@ -116,12 +117,12 @@ def evaluate(
         if not folder.is_dir():
             raise RunError(f"{folder.as_posix()}: no such folder; expected a run or a bundle; check the path")
     from echoquad_train.data.patients import patient_pattern
-    from echoquad_train.evaluation import evaluate as evaluation
+    from echoquad_train.evaluation.metrics import Settings
     from echoquad_train.evaluation.operating_points import check_targets
 
     check_targets(at_specificity or (), "--at-specificity")
     check_targets(at_sensitivity or (), "--at-sensitivity")
-    settings = evaluation.Settings(
+    settings = Settings(
         bootstrap, seed, tuple(at_specificity or (0.9,)), tuple(at_sensitivity or (0.9,)), abstain_below
     )
     pattern = patient_pattern(patient_regex)
@@ -137,7 +138,9 @@ def evaluate(
         written = write_comparison(found[0], found[1], comparison, out, gallery=gallery)
         print_result("\n\n".join([*(summarize(one.metrics) for one in found), summarize_comparison(comparison)]))
     else:
-        written = evaluation.write_evaluation(found[0], out, gallery=gallery)
+        from echoquad_train.reporting.evaluation_folder import write_evaluation
+
+        written = write_evaluation(found[0], out, gallery=gallery)
         print_result(summarize(found[0].metrics))
     print_status(f"wrote {', '.join(path.as_posix() for path in written)}")
     failures = {failure.file: failure for one in found for failure in one.failures}

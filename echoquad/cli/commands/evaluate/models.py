@@ -50,10 +50,10 @@ def open_model(
         return bundled
 
     from echoquad_runtime.errors import RunError, UsageError
-    from echoquad_train.runs.checkpoint import RUN
     from echoquad_train.networks.device import choose_device
-    from echoquad_train.runs.ensemble_folder import Ensemble, load_trained
     from echoquad_train.networks.torch_engine import TorchEngine
+    from echoquad_train.runs.checkpoint import RUN
+    from echoquad_train.runs.ensemble_folder import Ensemble, load_trained
 
     if not (folder / RUN).exists():
         raise RunError(f"{folder.as_posix()}: neither a run ({RUN}) nor a bundle ({MANIFEST}) is here; check the path")

@@ -36,11 +36,12 @@ from echoquad.cli.framework.options import (
 if TYPE_CHECKING:
     from echoquad_runtime.bundle.bundle import Bundle
     from echoquad_runtime.cluster.ray_predictor import RayPredictor
-    from echoquad_runtime.frames.discovery import Failure, FrameFile
     from echoquad_runtime.frames.formats import ReadOptions
-    from echoquad_runtime.predict.predictor import Prediction, Predictor
-    from echoquad_runtime.results.shards import Shard
+    from echoquad_runtime.frames.frame_file import Failure, FrameFile
+    from echoquad_runtime.predict.prediction import Prediction
+    from echoquad_runtime.predict.predictor import Predictor
     from echoquad_runtime.results.row_formats import Writer
+    from echoquad_runtime.results.shards import Shard
 
     _Results = Generator[Prediction | Failure, None, None]
 
@@ -140,9 +141,9 @@ def predict(
     """
     from echoquad_runtime.bundle.bundle import Bundle
     from echoquad_runtime.devices.session_factory import available_cpus
-    from echoquad_runtime.tuning.saved_settings import resolve_settings
     from echoquad_runtime.engine.self_test import PASSED
     from echoquad_runtime.results.result_file import ResultFile, is_stream
+    from echoquad_runtime.tuning.saved_settings import resolve_settings
 
     on_ray = engine == "ray"
     _check_engine(ray_address, workers, cam=cam, overlay=overlay, on_ray=on_ray)
@@ -284,7 +285,7 @@ def _write_rows(
     predictor: Predictor | RayPredictor, frames: FrameSelection, writer: Writer, tally: Tally, overlay: Path | None
 ) -> None:
     """Predict the frames; write a row and draw an overlay for each, print each failure."""
-    from echoquad_runtime.frames.discovery import Failure
+    from echoquad_runtime.frames.frame_file import Failure
 
     def draw(frame: FrameFile, prediction: Prediction) -> None:
         from echoquad_runtime.overlay.drawing import save_overlay

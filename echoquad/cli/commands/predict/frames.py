@@ -7,8 +7,8 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from echoquad_runtime.frames.discovery import Failure, FrameFile
     from echoquad_runtime.frames.formats import ReadOptions
+    from echoquad_runtime.frames.frame_file import Failure, FrameFile
     from echoquad_runtime.results.result_file import ResultFile
     from echoquad_runtime.results.shards import Shard
 
@@ -30,7 +30,9 @@ class FrameSelection:
         Number of rows of an interrupted run.
     """
 
-    def __init__(self, inputs: Sequence[str], reading: ReadOptions, shard: Shard | None, rows: ResultFile | None) -> None:
+    def __init__(
+        self, inputs: Sequence[str], reading: ReadOptions, shard: Shard | None, rows: ResultFile | None
+    ) -> None:
         from echoquad_runtime.frames.discovery import find_frames
 
         self.found = self.selected = self.yielded = 0
@@ -41,7 +43,7 @@ class FrameSelection:
         self._remaining = self._select(find_frames(inputs, reading))
 
     def _select(self, items: Iterator[FrameFile | Failure]) -> Iterator[FrameFile | Failure]:
-        from echoquad_runtime.frames.discovery import FrameFile
+        from echoquad_runtime.frames.frame_file import FrameFile
 
         for item in items:
             if isinstance(item, FrameFile):

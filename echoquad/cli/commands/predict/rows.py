@@ -28,8 +28,8 @@ def row_writer(out: Path | None, rows: ResultFile | None, classes: tuple[str, ..
     OutputError
         If a row cannot be written.
     """
-    from echoquad_runtime.storage.atomic import output_errors
     from echoquad_runtime.results.row_formats import CsvWriter, writer_of
+    from echoquad_runtime.storage.atomic import output_errors
 
     if rows is not None:
         yield rows

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from echoquad.cli.framework.console import EXIT_PARTIAL, print_failure
 
 if TYPE_CHECKING:
-    from echoquad_runtime.frames.discovery import Failure
+    from echoquad_runtime.frames.frame_file import Failure
 
 __all__ = ["Tally"]
 

@@ -150,11 +150,11 @@ def train(
     if resume and not out.exists():
         raise UsageError(f"--resume: {out.as_posix()} does not exist; train without --resume first")
 
-    from echoquad_train.runs.checkpoint import RECIPE
-    from echoquad_train.networks.device import choose_device
-    from echoquad_train.fitting.loop import fit
     from echoquad_train.fitting.linear_probe import fit_linear
+    from echoquad_train.fitting.loop import fit
+    from echoquad_train.networks.device import choose_device
     from echoquad_train.parallel.ranks import joined
+    from echoquad_train.runs.checkpoint import RECIPE
 
     if resume and not (recipe or settings or changes) and (out / RECIPE).is_file():
         chosen = Recipe.load(str(out / RECIPE))
