@@ -1,1 +1,1 @@
-"""What every command shares: application, options, console output, signals and checks for optional packages."""
+"""Shared by all commands: application, options, console output, signals and checks for optional packages."""

@@ -24,7 +24,7 @@ def install() -> None:
 
 
 def restore_defaults() -> None:
-    """Let a signal end the process at once: the command has finished and printed its result."""
+    """Restore the default handlers: after the command has finished, a signal ends the process at once."""
     for number in _SIGNALS:
         if signal.getsignal(number) is _handle:
             signal.signal(number, signal.SIG_DFL)

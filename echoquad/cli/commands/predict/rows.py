@@ -1,4 +1,4 @@
-"""Where ``echoquad predict`` writes its rows: a result file, a pipe or a terminal."""
+"""Write the rows of ``echoquad predict`` to a result file, a pipe or a terminal."""
 
 from __future__ import annotations
 

@@ -216,7 +216,7 @@ def train(
 
 @contextlib.contextmanager
 def _one_error(ranks: Ranks) -> Iterator[None]:
-    """Let the rank that fails first print its error, and mute the others."""
+    """Mute every rank but the first that fails, so that one error is printed."""
     try:
         yield
     except (Exception, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""DICOM, clips and matrices through the commands: rows, pictures, exit codes."""
+"""``echoquad predict`` and other commands on DICOM files, clips and matrices."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def exam(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a folder with a clip of 30 frames, one without an ending, a video, a matrix, an image and a text."""
+    """Return a folder: a clip of 30 frames, a DICOM file without extension, a video, a matrix, an image, a DICOMDIR."""
     folder = tmp_path_factory.mktemp("exam")
     shutil.copy(shipped(CLIP), folder / "a.dcm")
     shutil.copy(shipped(SINGLE), folder / "IM000001")
@@ -55,20 +55,22 @@ def exam(tmp_path_factory: pytest.TempPathFactory) -> Path:
 NAMES = ["IM000001", *(f"a.dcm#{n}" for n in range(1, 31)), *(f"b.avi#{n}" for n in range(1, 13)), "d.png"]
 
 
-def test_a_folder_of_every_kind(exam: Path, tiny_bundle: Path, tmp_path: Path, echoquad: Callable[..., Any]) -> None:
+def test_folder_of_all_formats_has_a_row_for_each_frame(
+    exam: Path, tiny_bundle: Path, tmp_path: Path, echoquad: Callable[..., Any]
+) -> None:
     out, pictures = tmp_path / "rows.csv", tmp_path / "pictures"
     echoquad("predict", tiny_bundle, exam, "--out", out, "--overlay", pictures, "--device", "cpu")
     assert [row["file"] for row in rows_of(out)] == NAMES
     drawn = {path.name for path in pictures.iterdir()}
     assert drawn == {f"{name}.overlay.png" for name in NAMES}
     with Image.open(pictures / "a.dcm#12.overlay.png") as picture:
-        assert picture.width == 640  # the clip's 320, enlarged
+        assert picture.width == 640  # the 320 columns of the clip, enlarged
     echoquad("predict", tiny_bundle, exam, "--out", out, "--every", "10", "--matrices", "--device", "cpu")
     every = ["IM000001", "a.dcm#1", "a.dcm#11", "a.dcm#21", "b.avi#1", "b.avi#11", "c.txt", "d.png"]
     assert [row["file"] for row in rows_of(out)] == every
 
 
-def test_shards_and_resume_give_the_one_run(
+def test_shards_and_resume_equal_a_single_run(
     exam: Path, tiny_bundle: Path, tmp_path: Path, echoquad: Callable[..., Any]
 ) -> None:
     def run(out: Path, *more: object) -> None:
@@ -85,7 +87,7 @@ def test_shards_and_resume_give_the_one_run(
     assert sorted(row["file"] for row in rows_of(part)) == sorted(NAMES)
 
 
-def test_bad_frames_are_lines_and_the_others_rows(
+def test_truncated_clips_are_failures_and_their_readable_frames_rows(
     exam: Path, tiny_bundle: Path, tmp_path: Path, echoquad: Callable[..., Any]
 ) -> None:
     data = shipped(CLIP).read_bytes()
@@ -97,29 +99,30 @@ def test_bad_frames_are_lines_and_the_others_rows(
     names = [row["file"] for row in rows_of(out)]
     there = len(names) - 1
     assert names == [*(f"cut.dcm#{number}" for number in range(1, there + 1)), "d.png"] and 10 < there < 20
-    assert ran.errors == [
-        f"cut.dcm: frames {there + 1} to 30 of 30 are not in the file: it is truncated; copy it again",
-        "empty.avi: the file is no clip of a known kind; expected AVI, MP4 or Matroska",
-    ]
+    assert ran.error_codes == ["E_FRAME_DAMAGED", "E_FRAME_FORMAT"]
+    cut, empty = ran.errors
+    assert cut.startswith("cut.dcm: ") and f"frames {there + 1} to 30 of 30" in cut
+    assert empty.startswith("empty.avi: ") and "AVI, MP4 or Matroska" in empty
 
 
-def test_without_the_extra_other_files_go_on(
+def test_missing_extra_fails_its_formats_only(
     exam: Path, tiny_bundle: Path, tmp_path: Path, echoquad: Callable[..., Any]
 ) -> None:
     out = tmp_path / "rows.csv"
-    gone = "sys.modules['pydicom'] = None; sys.modules['av'] = None"
-    ran = echoquad("predict", tiny_bundle, exam, "--out", out, "--device", "cpu", code=5, driver=gone)
+    hidden = "sys.modules['pydicom'] = None; sys.modules['av'] = None"
+    ran = echoquad("predict", tiny_bundle, exam, "--out", out, "--device", "cpu", code=5, driver=hidden)
     assert [row["file"] for row in rows_of(out)] == ["d.png"]
+    assert ran.error_codes == ["E_FRAME_EXTRA_MISSING"] * 3
     assert sum('pip install "echoquad[dicom]"' in line for line in ran.errors) == 2
     assert sum('pip install "echoquad[video]"' in line for line in ran.errors) == 1
 
 
-def test_bench_times_them(exam: Path, tiny_bundle: Path, echoquad: Callable[..., Any]) -> None:
+def test_bench_times_clips_and_matrices(exam: Path, tiny_bundle: Path, echoquad: Callable[..., Any]) -> None:
     ran = echoquad("bench", tiny_bundle, exam, exam / "c.txt", "--frames", "3", "--device", "cpu")
     assert "3 frames on cpu" in ran.out
 
 
-def test_from_python(exam: Path, tiny_bundle: Path) -> None:
+def test_predictor_reads_the_same_formats(exam: Path, tiny_bundle: Path) -> None:
     predictor = Predictor(tiny_bundle, device="cpu")
     found = list(predictor.predict([exam / "a.dcm#12", exam / "c.txt", exam / "nothing.dcm#1"]))
     assert [result.file for result in found[:2]] == ["a.dcm#12", "c.txt"]
@@ -129,7 +132,7 @@ def test_from_python(exam: Path, tiny_bundle: Path) -> None:
     assert same == alone
 
 
-def test_rows_of_matrices_turned_otherwise_do_not_mix(
+def test_rows_of_differently_flipped_matrices_do_not_mix(
     exam: Path, tiny_bundle: Path, tmp_path: Path, echoquad: Callable[..., Any]
 ) -> None:
     line = ("predict", tiny_bundle, exam / "c.txt", "--device", "cpu")
@@ -137,16 +140,16 @@ def test_rows_of_matrices_turned_otherwise_do_not_mix(
     record = json.loads((tmp_path / "a.csv.run.json").read_text("utf-8"))
     assert record["flip"] == "both"
     ran = echoquad(*line, "--out", tmp_path / "a.csv", "--resume", code=1)
-    assert "its turning over of matrices is both, this run's is none" in ran.errors[0]
+    assert ran.error[0] == "E_RESULT" and "both" in ran.errors[0] and "none" in ran.errors[0]
     echoquad(*line, "--out", tmp_path / "1.csv", "--flip", "both", "--shard", "1/2")
     echoquad(*line, "--out", tmp_path / "2.csv", "--shard", "2/2")
     ran = echoquad("merge", tmp_path / "1.csv", tmp_path / "2.csv", "--out", tmp_path / "m.csv", code=1)
-    assert "turning over of matrices" in ran.errors[0]
+    assert ran.error[0] == "E_RESULT" and "matri" in ran.errors[0]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a data folder of clips and matrices: the class is which half is bright."""
+    """Return a data folder of clips and matrices; the class is which half is bright."""
     folder = tmp_path_factory.mktemp("formats") / "data"
     rng = np.random.default_rng(0)
     for split in ("train", "validation"):
@@ -162,13 +165,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_train_records_how_matrices_are_read_and_the_rest_follows(
+def test_read_options_of_training_apply_to_evaluation_and_prediction(
     data: Path, tmp_path: Path, echoquad: Callable[..., Any]
 ) -> None:
     pytest.importorskip("torch")
     run, bundle = tmp_path / "run", tmp_path / "bundle"
     refused = echoquad("train", data, "--out", tmp_path / "none", *TINY, "--weights", "none", code=1)
-    assert "are read as matrices with --matrices" in refused.errors[0]
+    assert "--matrices" in refused.errors[0]
     ran = echoquad("train", data, "--out", run, *TINY, "--weights", "none", "--matrices", "--flip", "vertical")
     assert "train: 8 frames (low 4, top 4)" in ran.err
     facts = json.loads((run / "run.json").read_text("utf-8"))["data"]
@@ -177,7 +180,7 @@ def test_train_records_how_matrices_are_read_and_the_rest_follows(
     wrong = echoquad(
         "train", data, "--out", run, *TINY, "--weights", "none", "--resume", "--matrices", "--flip", "both", code=1
     )
-    assert "the data has changed" in wrong.errors[0]
+    assert "data has changed" in wrong.errors[0]
     echoquad("evaluate", run, data, "--split", "validation", "--out", tmp_path / "evaluation")
     names = [row["file"] for row in rows_of(tmp_path / "evaluation" / "predictions.csv")]
     assert names[:4] == [*(f"validation/low/clip.npy#{number}" for number in (1, 2, 3)), "validation/low/one.csv"]
@@ -185,9 +188,9 @@ def test_train_records_how_matrices_are_read_and_the_rest_follows(
     echoquad("export", run, "--out", bundle)
     one = data / "validation" / "low" / "one.csv"
     told = echoquad("predict", bundle, one, "--out", tmp_path / "told.csv", "--device", "cpu")
-    assert "matrices are turned over (vertical), as in training" in told.err
+    assert "matrices are flipped (vertical), as in training" in told.err
     other = echoquad("predict", bundle, one, "--out", tmp_path / "other.csv", "--device", "cpu", "--flip", "none")
-    assert "--flip none: matrices are turned over otherwise than in training, which had vertical" in other.err
+    assert "--flip none: differs from training, which had vertical" in other.err
     (as_trained,), (as_stored,) = rows_of(tmp_path / "told.csv"), rows_of(tmp_path / "other.csv")
     assert as_trained != as_stored
     evaluated = rows_of(tmp_path / "evaluation" / "predictions.csv")[3]

@@ -14,10 +14,12 @@ from PIL import Image
 
 from echoquad_runtime.frames.reader import read_frame
 
+pytest.importorskip("torch")
+
 
 @pytest.fixture
 def leaky(data_copy: Path) -> Path:
-    """Give phantoms with a frame in two splits and one that is cut."""
+    """Return phantoms with one frame in two splits and one truncated frame."""
     frame = next((data_copy / "train" / "NORM").iterdir())
     shutil.copy(frame, data_copy / "test" / "NORM" / "NORM90-0.png")
     whole = next((data_copy / "train" / "ASD").iterdir())
@@ -25,9 +27,11 @@ def leaky(data_copy: Path) -> Path:
     return data_copy
 
 
-def test_audit(data: Path, leaky: Path, warm: Callable[..., Any], tmp_path: Path) -> None:
+def test_audit_finds_leaks_and_strict_exits_1(
+    data: Path, leaky: Path, warm: Callable[..., Any], tmp_path: Path
+) -> None:
     out = tmp_path / "audit"
-    sound, found, strict, sure = warm(
+    sound, found, strict, by_letter = warm(
         [
             ["data", "audit", data, "--strict"],
             ["data", "audit", leaky, "--out", out],
@@ -35,23 +39,25 @@ def test_audit(data: Path, leaky: Path, warm: Callable[..., Any], tmp_path: Path
             ["data", "audit", leaky, "--patient-regex", "(.)"],
         ]
     )
-    assert (sound.code, found.code, strict.code, sure.code) == (0, 0, 1, 0)
+    assert (sound.code, found.code, strict.code, by_letter.code) == (0, 0, 1, 0)
     assert "unreadable files: none\npatients in more than one split: none\nexact duplicates: none\n" in sound.out
     assert "LEAK" not in sound.out and "\nshortcuts: none\n" in sound.out
     assert "unreadable files: 1\n" in found.out
     assert "exact duplicates: 1\n  LEAK test/NORM/NORM90-0.png = train/NORM/" in found.out
     assert "(same file, of different patients)" in found.out
     assert f"wrote {out.as_posix()}/audit.json, {out.as_posix()}/contact-sheet.png" in found.err
-    assert "train/ASD/" in found.err, "the unreadable file is named"
+    assert "train/ASD/" in found.err  # the unreadable file
     record = json.loads((out / "audit.json").read_text("utf-8"))
     assert record["leak"] is True and len(record["unreadable"]) == 1
     assert (out / "contact-sheet.png").stat().st_size > 10_000
-    assert len(strict.errors) == 1 and "1 exact duplicate" in strict.errors[0]
-    assert strict.out == found.out, "strict says no less"
-    assert "patients in more than one split: 2\n  LEAK A: test, train, validation\n" in sure.out
+    assert strict.error[0] == "E_DATASET" and "1 exact duplicate" in strict.errors[0]
+    assert strict.out == found.out
+    assert "patients in more than one split: 2\n  LEAK A: test, train, validation\n" in by_letter.out
 
 
-def test_split(data: Path, warm: Callable[..., Any], tmp_path: Path, left_in: Callable[..., Any]) -> None:
+def test_split_links_files_or_writes_a_manifest(
+    data: Path, warm: Callable[..., Any], tmp_path: Path, left_in: Callable[..., Any]
+) -> None:
     linked, listed = warm(
         [
             ["data", "split", data, "--out", tmp_path / "new", "--mode", "link", "--fractions", "34-33-33"],
@@ -66,13 +72,17 @@ def test_split(data: Path, warm: Callable[..., Any], tmp_path: Path, left_in: Ca
     assert left_in(tmp_path) == []
 
 
-def test_split_tells_what_it_leaves_out(leaky: Path, warm: Callable[..., Any], tmp_path: Path) -> None:
+def test_split_skips_unreadable_frames_and_keeps_duplicates_together(
+    leaky: Path, warm: Callable[..., Any], tmp_path: Path
+) -> None:
     (ran,) = warm([["data", "split", leaky, "--out", tmp_path / "new"]])
-    assert ran.code == 5 and len(ran.errors) == 1 and ran.errors[0].startswith("train/ASD/")
-    assert "kept together, since they share a picture: NORM" in ran.err
+    assert (ran.code, ran.error_codes) == (5, ["E_FRAME_DAMAGED"]) and ran.errors[0].startswith("train/ASD/")
+    assert "kept together, because they share a picture: NORM" in ran.err
 
 
-def test_patches(data: Path, leaky: Path, warm: Callable[..., Any], tmp_path: Path) -> None:
+def test_patches_equal_the_frames_when_stitched(
+    data: Path, leaky: Path, warm: Callable[..., Any], tmp_path: Path
+) -> None:
     whole, cut = warm(
         [
             ["data", "patches", data, "--out", tmp_path / "a"],
@@ -80,16 +90,16 @@ def test_patches(data: Path, leaky: Path, warm: Callable[..., Any], tmp_path: Pa
         ]
     )
     assert whole.code == 0
-    assert whole.out.endswith("stitched back: all 12 frames as they were, pixel for pixel, after the crop\n")
+    assert whole.out.splitlines()[-1].startswith("stitched back: all 12 frames ")
     assert len(list((tmp_path / "a").glob("*/*/*_L[AV].png"))) == 24
     assert (tmp_path / "a" / "patch_mapping.csv").is_file()
-    assert cut.code == 5 and cut.errors[0].startswith("train/ASD/")
-    assert "all 12 frames" in cut.out  # one more, one less
+    assert (cut.code, cut.error_codes) == (5, ["E_FRAME_DAMAGED"]) and cut.errors[0].startswith("train/ASD/")
+    assert "all 12 frames" in cut.out  # one frame more, one unreadable
 
 
 @pytest.fixture
 def upside_down(leaky: Path, tmp_path: Path) -> Path:
-    """Give the leaky phantoms as numpy files that stand on their heads; the one that is cut is no array."""
+    """Return the leaky phantoms as numpy files, flipped vertically; the truncated one is not an array."""
     folder = tmp_path / "matrices"
     for path in leaky.rglob("*.png"):
         target = folder / path.relative_to(leaky).with_suffix(".npy")
@@ -102,18 +112,20 @@ def upside_down(leaky: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_matrices(leaky: Path, upside_down: Path, warm: Callable[..., Any], tmp_path: Path) -> None:
-    turned = ["--matrices", "--flip", "vertical"]
+def test_matrices_are_read_with_the_given_flip(
+    leaky: Path, upside_down: Path, warm: Callable[..., Any], tmp_path: Path
+) -> None:
+    flipped = ["--matrices", "--flip", "vertical"]
     bare, audited, split, cut, plain = warm(
         [
             ["data", "audit", upside_down],
-            ["data", "audit", upside_down, *turned, "--out", tmp_path / "audit"],
+            ["data", "audit", upside_down, *flipped, "--out", tmp_path / "audit"],
             ["data", "split", upside_down, "--matrices", "--out", tmp_path / "new"],
-            ["data", "patches", upside_down, *turned, "--out", tmp_path / "turned"],
+            ["data", "patches", upside_down, *flipped, "--out", tmp_path / "flipped"],
             ["data", "patches", leaky, "--out", tmp_path / "plain"],
         ]
     )
-    assert (bare.code, len(bare.errors)) == (1, 1) and "--matrices" in bare.errors[0]
+    assert (bare.code, bare.error[0]) == (1, "E_DATASET") and "--matrices" in bare.errors[0]
     assert audited.code == 0 and "unreadable files: 1\n" in audited.out and "(same file" in audited.out
     found = json.loads((tmp_path / "audit" / "audit.json").read_text("utf-8"))
     assert found["reading"] == {"matrices": True, "flip": "vertical", "every": 1}
@@ -123,28 +135,28 @@ def test_matrices(leaky: Path, upside_down: Path, warm: Callable[..., Any], tmp_
     patches = sorted(path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").rglob("*.png"))
     assert len(patches) == 48
     for path in patches:
-        assert np.array_equal(read_frame(tmp_path / "turned" / path), read_frame(tmp_path / "plain" / path)), path
+        assert np.array_equal(read_frame(tmp_path / "flipped" / path), read_frame(tmp_path / "plain" / path)), path
 
 
-def test_refusals(data: Path, many: Callable[..., Any], tmp_path: Path) -> None:
+def test_invalid_data_commands_are_refused_without_torch(data: Path, many: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     new = ["--out", tmp_path / "new"]
     refusals = [
-        (1, ["data", "audit", tmp_path / "none"], "no such folder"),
-        (1, ["data", "audit", tmp_path / "full"], "none of train, validation, test found"),
-        (1, ["data", "audit", data, "--patient-regex", "("], "no regular expression"),
-        (1, ["data", "split", data, *new, "--fractions", "70-30"], "expected three shares"),
-        (1, ["data", "split", tmp_path / "full", *new], "no frame found"),
-        (1, ["data", "split", data, "--out", tmp_path / "full"], "expected a new or empty folder"),
-        (2, ["data", "split", data, *new, "--mode", "move"], "'copy', 'link', 'manifest'"),
-        (1, ["data", "patches", tmp_path / "full", *new], "none of train, validation, test found"),
-        (2, ["data", "patches", data, *new, "--keep", "2"], "'--keep'"),
-        (1, ["train", data, *new, "--patient-regex", "("], "no regular expression"),
+        ("E_DATASET", ["data", "audit", tmp_path / "none"], "none: no such folder"),
+        ("E_DATASET", ["data", "audit", tmp_path / "full"], "train, validation, test"),
+        ("E_CONFIG", ["data", "audit", data, "--patient-regex", "("], "--patient-regex '('"),
+        ("E_CONFIG", ["data", "split", data, *new, "--fractions", "70-30"], "70-30"),
+        ("E_DATASET", ["data", "split", tmp_path / "full", *new], "full"),
+        ("E_OUTPUT", ["data", "split", data, "--out", tmp_path / "full"], "new or empty folder"),
+        ("E_USAGE", ["data", "split", data, *new, "--mode", "move"], "'copy', 'link', 'manifest'"),
+        ("E_DATASET", ["data", "patches", tmp_path / "full", *new], "train, validation, test"),
+        ("E_USAGE", ["data", "patches", data, *new, "--keep", "2"], "'--keep'"),
     ]
     found, modules = many([line for _, line, _ in refusals])
     for (code, line, words), ran in zip(refusals, found, strict=True):
-        assert (ran.code, ran.out, len(ran.err.splitlines())) == (code, "", 1), (line, ran)
-        assert words in ran.err, line
+        exit_code = 2 if code == "E_USAGE" else 1
+        assert (ran.code, ran.out, len(ran.err.splitlines()), ran.error_codes) == (exit_code, "", 1, [code]), line
+        assert words in ran.errors[0], (line, ran)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
     assert "torch" not in modules
