@@ -21,7 +21,7 @@ HEADER = (
 )
 NAMES = ["a/0.png", "a/1.jpg", "a/2.bmp", "b/3.tif", "b/4.PNG", "b/5.png"]
 BAD = ["a/cut.png", "a/text.png", "b/cut.jpg", "b/empty.jpg", "b/small.png"]
-BAD_CODES = ["E_FRAME_DAMAGED", "E_FRAME_FORMAT", "E_FRAME_DAMAGED", "E_FRAME_FORMAT", "E_FRAME_TOO_SMALL"]
+BAD_CODES = ["E_FRAME_DAMAGED", "E_FRAME_FORMAT", "E_FRAME_DAMAGED", "E_FRAME_DAMAGED", "E_FRAME_TOO_SMALL"]
 
 
 def table(text: str) -> list[dict[str, str]]:
