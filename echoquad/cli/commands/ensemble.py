@@ -29,8 +29,7 @@ def ensemble(
     vote: Annotated[
         Literal["soft", "hard"],
         typer.Option(
-            "--vote",
-            help="How members vote on a quadrant: soft averages their probabilities, hard counts their votes.",
+            "--vote", help="How members vote on a quadrant: soft averages their probabilities, hard counts their votes."
         ),
     ] = "soft",
     flip: Annotated[

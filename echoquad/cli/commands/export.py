@@ -21,8 +21,7 @@ def export(
         Path, typer.Argument(metavar="RUN", help="Folder that `echoquad train` or `echoquad ensemble` wrote.")
     ],
     out: Annotated[
-        Path,
-        typer.Option("--out", metavar="BUNDLE", help="Bundle folder to write; an older bundle is replaced."),
+        Path, typer.Option("--out", metavar="BUNDLE", help="Bundle folder to write; an older bundle is replaced.")
     ],
     precision: Annotated[
         str,

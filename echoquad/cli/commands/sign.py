@@ -16,8 +16,7 @@ __all__ = ["sign"]
 def sign(
     bundle: BundleFolder,
     key: Annotated[
-        Path,
-        typer.Option("--key", metavar="PEM", help="Private key: elliptic-curve, PEM, as openssl writes it."),
+        Path, typer.Option("--key", metavar="PEM", help="Private key: elliptic-curve, PEM, as openssl writes it.")
     ],
 ) -> None:
     """Sign a bundle, so that --public-key accepts it and no other. Needs no torch.

@@ -8,14 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from echoquad.cli.framework.console import (
-    Progress,
-    format_table,
-    print_failures,
-    print_result,
-    print_status,
-    save_json,
-)
+from echoquad.cli.framework.console import Progress, format_table, print_failures, print_result, print_status, save_json
 from echoquad.cli.framework.options import (
     MAX_FRAMES,
     BundleFolder,
@@ -60,8 +53,7 @@ def tune(
         str | None, typer.Option("--precision", metavar="NAME", help="Precision to try. Default: all.")
     ] = None,
     threads: Annotated[
-        int | None,
-        typer.Option("--threads", metavar="N", min=1, help="CPU threads to try. Default: 1, 2, 4, ..."),
+        int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads to try. Default: 1, 2, 4, ...")
     ] = None,
     batch_size: Annotated[
         int | None,

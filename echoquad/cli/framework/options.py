@@ -56,8 +56,7 @@ FrameInputs = Annotated[
     typer.Argument(metavar="INPUT", help="Frame files, folders or patterns. Default: the golden frames of the bundle."),
 ]
 Device = Annotated[
-    DeviceName,
-    typer.Option("--device", help=f"Device to compute on. {_AUTO}, and never takes OpenVINO."),
+    DeviceName, typer.Option("--device", help=f"Device to compute on. {_AUTO}, and never takes OpenVINO.")
 ]
 TorchDevice = Annotated[TorchDeviceName, typer.Option("--device", help=f"Device to compute on. {_AUTO}.")]
 Method = Annotated[
@@ -82,25 +81,20 @@ CudaGraphs = Annotated[
     ),
 ]
 Nhwc = Annotated[
-    bool,
-    typer.Option("--nhwc", help="On CUDA, compute convolutions with channels last in memory; see echoquad tune."),
+    bool, typer.Option("--nhwc", help="On CUDA, compute convolutions with channels last in memory; see echoquad tune.")
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help=f"{_BATCH}.")]
 # For the commands that use the settings of `echoquad tune`: None differs from giving the default explicitly.
 TunedDevice = Annotated[
     DeviceName | None,
     typer.Option(
-        "--device",
-        help=f"Device to compute on. Default: the tuned device, or auto. {_AUTO}, and never takes OpenVINO.",
+        "--device", help=f"Device to compute on. Default: the tuned device, or auto. {_AUTO}, and never takes OpenVINO."
     ),
 ]
 TunedBatchSize = Annotated[
     int | None,
     typer.Option(
-        "--batch-size",
-        metavar="N",
-        min=1,
-        help=f"{_BATCH}. Default: the tuned size, or one that suits the device.",
+        "--batch-size", metavar="N", min=1, help=f"{_BATCH}. Default: the tuned size, or one that suits the device."
     ),
 ]
 Untuned = Annotated[
@@ -126,8 +120,7 @@ Flip = Annotated[
     ),
 ]
 Every = Annotated[
-    int,
-    typer.Option("--every", metavar="N", min=1, help="Of a multi-frame file, take the first and every N-th frame."),
+    int, typer.Option("--every", metavar="N", min=1, help="Of a multi-frame file, take the first and every N-th frame.")
 ]
 PatientRegex = Annotated[
     str | None,

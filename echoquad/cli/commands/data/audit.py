@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from echoquad.cli.framework.console import (
-    Progress,
-    describe_failure,
-    format_table,
-    print_result,
-    print_status,
-)
+from echoquad.cli.framework.console import Progress, describe_failure, format_table, print_result, print_status
 from echoquad.cli.framework.extras import require_extra
 from echoquad.cli.framework.options import Every, Flip, Matrices, PatientRegex, read_options
 

@@ -48,12 +48,7 @@ def split(
     shares = partition.parse_fractions(fractions)
     with Progress("reading") as progress:
         parts = partition.partition(
-            source,
-            shares,
-            pattern,
-            reading=read_options(matrices, None, every),
-            seed=seed,
-            progress=progress.update,
+            source, shares, pattern, reading=read_options(matrices, None, every), seed=seed, progress=progress.update
         )
     copied = partition.write_partition(parts, out, mode)
     rows = [

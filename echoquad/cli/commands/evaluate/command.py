@@ -63,17 +63,13 @@ def evaluate(
     at_specificity: Annotated[
         list[float] | None,
         typer.Option(
-            "--at-specificity",
-            metavar="RATE",
-            help="Operating point: sensitivity at this specificity. Default: 0.9.",
+            "--at-specificity", metavar="RATE", help="Operating point: sensitivity at this specificity. Default: 0.9."
         ),
     ] = None,
     at_sensitivity: Annotated[
         list[float] | None,
         typer.Option(
-            "--at-sensitivity",
-            metavar="RATE",
-            help="Operating point: specificity at this sensitivity. Default: 0.9.",
+            "--at-sensitivity", metavar="RATE", help="Operating point: specificity at this sensitivity. Default: 0.9."
         ),
     ] = None,
     abstain_below: Annotated[
@@ -91,8 +87,7 @@ def evaluate(
     ] = 1000,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the resamples.")] = 0,
     gallery: Annotated[
-        int,
-        typer.Option("--gallery", metavar="N", min=0, help="Draw the N most confident mistakes into DIR/mistakes."),
+        int, typer.Option("--gallery", metavar="N", min=0, help="Draw the N most confident mistakes into DIR/mistakes.")
     ] = 12,
     method: Method = None,
     device: Device = "auto",

@@ -61,8 +61,7 @@ def predict(
         ),
     ],
     out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="FILE", help="Result file, .csv or .jsonl. Default: CSV on stdout."),
+        Path | None, typer.Option("--out", metavar="FILE", help="Result file, .csv or .jsonl. Default: CSV on stdout.")
     ] = None,
     resume: Annotated[
         bool,
@@ -78,12 +77,10 @@ def predict(
     ] = None,
     method: Method = None,
     overlay: Annotated[
-        Path | None,
-        typer.Option("--overlay", metavar="DIR", help="Also draw each frame with its four decisions."),
+        Path | None, typer.Option("--overlay", metavar="DIR", help="Also draw each frame with its four decisions.")
     ] = None,
     cam: Annotated[
-        bool,
-        typer.Option("--cam", help="Colour the overlays by class activation maps, which show the evidence."),
+        bool, typer.Option("--cam", help="Colour the overlays by class activation maps, which show the evidence.")
     ] = False,
     abstain_below: Annotated[
         float | None,

@@ -13,15 +13,7 @@ import typer
 from echoquad.cli.commands.train.training_progress import TrainingProgress, describe_calibration
 from echoquad.cli.framework.console import mute, print_failures, print_status
 from echoquad.cli.framework.extras import missing_extra, require_extra
-from echoquad.cli.framework.options import (
-    Every,
-    Flip,
-    FlipName,
-    Matrices,
-    PatientRegex,
-    TorchDevice,
-    read_options,
-)
+from echoquad.cli.framework.options import Every, Flip, FlipName, Matrices, PatientRegex, TorchDevice, read_options
 
 if TYPE_CHECKING:
     from echoquad_runtime.frames.formats import ReadOptions
@@ -46,8 +38,7 @@ def train(
         ),
     ] = None,
     weights: Annotated[
-        str | None,
-        typer.Option("--weights", metavar="NAME|FILE", help="Initial weights: imagenet, none or a file."),
+        str | None, typer.Option("--weights", metavar="NAME|FILE", help="Initial weights: imagenet, none or a file.")
     ] = None,
     input_size: Annotated[
         int | None,
@@ -173,11 +164,7 @@ def train(
             reading=reading,
         )
         raise typer.Exit(code)
-    with (
-        TrainingProgress(chosen) as progress,
-        joined(choose_device(device)) as ranks,
-        _one_error(ranks),
-    ):
+    with TrainingProgress(chosen) as progress, joined(choose_device(device)) as ranks, _one_error(ranks):
         if linear and ranks.count > 1:
             raise UsageError(f"--fit {linear} under torchrun: one process fits it; start it without torchrun")
         shared: dict[str, Any] = {
