@@ -384,7 +384,11 @@ def test_without_ray(tiny_bundle: Path) -> None:
 def test_the_command_line_without_a_cluster(tiny_bundle: Path, frames_folder: Path, tmp_path: Path) -> None:
     line = ["predict", tiny_bundle, frames_folder, "--out", tmp_path / "rows.csv"]
     for words, code, text in (
-        (["--engine", "ray", "--ray-address", "127.0.0.1:1"], 1, "error[E_CLUSTER]: no Ray cluster answers at 127.0.0.1:1 ("),
+        (
+            ["--engine", "ray", "--ray-address", "127.0.0.1:1"],
+            1,
+            "error[E_CLUSTER]: no Ray cluster answers at 127.0.0.1:1",
+        ),
         (["--ray-address", "auto"], 2, "error[E_USAGE]: --ray-address without --engine ray; "),
     ):
         ran = echoquad(*line, *words, code=code)
