@@ -24,9 +24,9 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from echoquad_runtime.devices import available_cpus
-from echoquad_runtime.files import write_atomically
-from echoquad_runtime.inputs import walk
+from echoquad_runtime.devices.session_factory import available_cpus
+from echoquad_runtime.frames.discovery import walk
+from echoquad_runtime.storage.atomic import write_atomically
 
 WARM_UP = 3  # rounds: they allocate and choose kernels
 PAUSE = 0.08  # seconds: threads of the engine before, which spin on for half of that, would take a core from the next
@@ -91,7 +91,7 @@ def make_frames(
 
 def _grey_images(source: Path | None, count: int, size: tuple[int, int]) -> Iterator[Image.Image]:
     if source is None:
-        from echoquad_train.data.phantom import LABELS, phantom_frame
+        from echoquad_train.phantom.drawing import LABELS, phantom_frame
 
         for seed in range(count):
             yield Image.fromarray(phantom_frame(seed, LABELS[seed % 2], (size[1], size[0])))

@@ -23,13 +23,13 @@ import numpy as np
 from common import KINDS, PAUSE, alternate, arguments, make_frames, one_core, report
 from peer_ways import Setting, echoquad
 
-from echoquad_runtime.bundle import Bundle
-from echoquad_runtime.devices import open_session
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.devices.session_factory import open_session
+from echoquad_runtime.engine.onnx_engine import INPUT, OUTPUTS, OnnxEngine
 from echoquad_runtime.engine.slot_pool import SlotPool
-from echoquad_runtime.frames import read_checked
+from echoquad_runtime.frames.quality_flags import quality_flags
+from echoquad_runtime.frames.reader import read_checked
 from echoquad_runtime.quadrants import frame_quadrants
-from echoquad_runtime.sanity import flags_of
-from echoquad_runtime.session import INPUT, OUTPUTS, OnnxEngine
 
 AIM, ENGINE_AIM = 0.90, 0.97
 STAGES = ("decode", "quadrants", "inference")
@@ -76,7 +76,7 @@ def pipeline(setting: Setting, precision: str, files: Sequence[Path], work: Path
 
     def cut(index: int) -> None:
         frame_quadrants(greys[index], contract, out=batches[index, 0])
-        flags_of(batches[index, 0])
+        quality_flags(batches[index, 0])
 
     stages = dict(zip(STAGES, (decode, cut, lambda index: slots.run(batches[index], 1)), strict=True))
 

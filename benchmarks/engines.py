@@ -25,14 +25,14 @@ import numpy as np
 import torch
 from common import arguments, paired_ratio, report, time_in_turn
 
-from echoquad_export.calibrate import Ranges
-from echoquad_export.quantize import float_tensors, prepare, quantize
-from echoquad_runtime.bundle import Bundle
+from echoquad_export.precision.calibration_set import Ranges
+from echoquad_export.precision.quantize import float_tensors, prepare, quantize
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.quadrants import frame_quadrants
-from echoquad_runtime.session import OnnxEngine
-from echoquad_train.checkpoint import load_run
-from echoquad_train.networks.engine import TorchEngine
+from echoquad_train.networks.torch_engine import TorchEngine
+from echoquad_train.runs.checkpoint import load_run
 
 Quadrants = np.ndarray
 

@@ -33,16 +33,16 @@ sys.path.insert(0, str(Path(__file__).parent))  # so that a worker that is spawn
 from common import paired_ratio, report, rotated
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.cpus import available_cpus
+from echoquad_runtime.devices.cpu_info import available_cpus
 from echoquad_runtime.quadrants import quadrant_boxes
-from echoquad_train.augment import apply_augmentation
 from echoquad_train.data.dataset import LabelledFrame, Split, load_quadrants, read_classes, read_split
-from echoquad_train.device import choose_device, make_deterministic, mixed_dtype
-from echoquad_train.networks.model import QuadrantClassifier, build_model, set_trained
+from echoquad_train.networks.classifier import QuadrantClassifier, build_model, set_trained
+from echoquad_train.networks.device import choose_device, make_deterministic, mixed_dtype
 from echoquad_train.recipe import Recipe
-from echoquad_train.sampling import class_weights, draw_batches
-from echoquad_train.schedule import OptimizerSchedule, phase_of
+from echoquad_train.training.augmentation import apply_augmentation
 from echoquad_train.training.batches import BatchLoader, epoch_generator
+from echoquad_train.training.optimizer_schedule import OptimizerSchedule, phase_of
+from echoquad_train.training.sampling import class_weights, draw_batches
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # grey levels 0 to 255, float [B, 1, S, S]; labels, int64 [B]
 

@@ -35,8 +35,8 @@ from typing import Any
 from common import arguments, run_facts
 from gpu_report import OUT_OF_TIME, Report, Settings, run_section, visible_gpu
 
-from echoquad_runtime.bundle import Bundle
-from echoquad_runtime.inputs import walk
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.frames.discovery import walk
 
 PROBE_TIME = 90.0  # seconds for a first import of torch and a first use of CUDA, at most
 
@@ -86,8 +86,8 @@ try:
         found["cuDNN"] = str(torch.backends.cudnn.version())
 except Exception as error:
     found["torch"] = f"cannot be imported ({error})"
-from echoquad_runtime.devices import cuda_obstacle
-from echoquad_runtime.wheels import load_onnxruntime
+from echoquad_runtime.devices.session_factory import cuda_obstacle
+from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 found["CUDA of onnxruntime"] = str(getattr(load_onnxruntime(), "cuda_version", "") or "none")
 if sys.argv[1] == "cuda":
     found["obstacle"] = cuda_obstacle() or ""

@@ -21,7 +21,7 @@ from gpu_report import NEEDS_CUDA, OUT_OF_TIME, Context, OutOfTimeError, aim, vi
 from gpu_start import PARTS
 from peers import read_rows
 
-from echoquad_runtime.inputs import walk
+from echoquad_runtime.frames.discovery import walk
 
 ROOT = Path(__file__).parents[1]
 TRAINING_AIM = 0.8  # seconds an epoch

@@ -15,13 +15,13 @@ from common import alternate
 from gpu_report import LARGE, NEEDS_CUDA, OUT_OF_TIME, Context, aim, ratio
 from peer_ways import Setting, trained
 
+from echoquad_runtime.devices.execution_providers import CPU_PROVIDER, CUDA_PROVIDER, create_session
+from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
+from echoquad_runtime.engine.onnx_engine import INPUT, OnnxEngine
 from echoquad_runtime.engine.slot_pool import SlotPool, infer_all
-from echoquad_runtime.frames import read_frame
-from echoquad_runtime.inputs import walk
-from echoquad_runtime.providers import CPU_PROVIDER, CUDA_PROVIDER, create_session
+from echoquad_runtime.frames.discovery import walk
+from echoquad_runtime.frames.reader import read_frame
 from echoquad_runtime.quadrants import frame_quadrants
-from echoquad_runtime.session import INPUT, OnnxEngine
-from echoquad_runtime.wheels import load_onnxruntime
 
 ENGINE_AIM = 1.10  # fp16 over torch fp16, channels last, in the same run
 GRAPH_AIM = 1.5  # one frame with CUDA graphs over the device time alone

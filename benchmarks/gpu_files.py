@@ -23,11 +23,11 @@ from peer_ways import cut_small, in_threads, write
 from PIL import Image
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.cpus import available_cpus
-from echoquad_runtime.inputs import walk
-from echoquad_runtime.providers import CPU_PROVIDER, CUDA_PROVIDER
-from echoquad_runtime.session import INPUT
-from echoquad_runtime.wheels import load_onnxruntime
+from echoquad_runtime.devices.cpu_info import available_cpus
+from echoquad_runtime.devices.execution_providers import CPU_PROVIDER, CUDA_PROVIDER
+from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
+from echoquad_runtime.engine.onnx_engine import INPUT
+from echoquad_runtime.frames.discovery import walk
 
 BY_HAND_AIM = 1.5  # times onnxruntime by hand in threads
 DECODE_AIM = 0.85  # of what the cores can decode

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from common import as_markdown, as_text, write_section
 from peer_ways import Setting
 
-from echoquad_runtime.wheels import one_line
+from echoquad_runtime.devices.onnxruntime_loader import one_line
 
 LARGE = 32  # frames a batch from which on fewer turns do
 GRACE = 5.0  # seconds that a section may take beyond its time before its process is killed

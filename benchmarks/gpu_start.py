@@ -17,10 +17,10 @@ PARTS = ("imports", "bundle", "session", "slot", "self-test", "self-test again")
 
 def main(bundle: str, device: str, precision: str, frames: int) -> None:
     times = [time.perf_counter()]
-    from echoquad_runtime.bundle import Bundle
-    from echoquad_runtime.predict.self_test import SelfTest
-    from echoquad_runtime.session import OnnxEngine
-    from echoquad_runtime.wheels import load_onnxruntime
+    from echoquad_runtime.bundle.bundle import Bundle
+    from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
+    from echoquad_runtime.engine.onnx_engine import OnnxEngine
+    from echoquad_runtime.engine.self_test import SelfTest
 
     load_onnxruntime()
     times.append(time.perf_counter())

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from common import KINDS, PAUSE, arguments, make_frames, quantiles, report, rotated
 
-from echoquad_runtime.bench import STAGES, peak_rss_mb, time_stages
-from echoquad_runtime.bundle import Bundle
-from echoquad_runtime.inputs import Failure
-from echoquad_runtime.pacing import Paced, pace
-from echoquad_runtime.predictor import Predictor
-from echoquad_runtime.session import INPUT, OUTPUTS, Floats
-from echoquad_runtime.wheels import load_onnxruntime
+from echoquad_runtime.bench.benchmark import STAGES, peak_rss_mb, time_stages
+from echoquad_runtime.bench.live_source import Paced, pace
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
+from echoquad_runtime.engine.onnx_engine import INPUT, OUTPUTS, FloatArray
+from echoquad_runtime.frames.frame_file import Failure
+from echoquad_runtime.predict.predictor import Predictor
 
 BURST = 32  # frames that are there at once
 SUSTAINED_FPS = 30.0
@@ -44,7 +44,7 @@ class OrtOwn:
         options.intra_op_num_threads = threads
         self._session = onnxruntime.InferenceSession(bundle.read_model(precision), options)
 
-    def infer(self, quadrants: np.ndarray) -> tuple[Floats, Floats]:
+    def infer(self, quadrants: np.ndarray) -> tuple[FloatArray, FloatArray]:
         logits, probabilities = self._session.run(OUTPUTS, {INPUT: quadrants})
         return logits, probabilities
 

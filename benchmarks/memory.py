@@ -21,7 +21,7 @@ from typing import Any
 
 from common import KINDS, Ran, arguments, make_frames, plant_tree, report, run_process
 
-from echoquad_runtime.bundle import Bundle
+from echoquad_runtime.bundle.bundle import Bundle
 
 AIM = 1.05  # the largest tree's peak over the smallest one's
 
@@ -34,11 +34,11 @@ def resident():
 found = [("interpreter", resident())]
 import numpy, PIL.Image
 found.append(("numpy, Pillow", resident()))
-from echoquad_runtime.wheels import load_onnxruntime
+from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 load_onnxruntime()
 found.append(("onnxruntime", resident()))
-from echoquad_runtime.bundle import Bundle
-from echoquad_runtime.predictor import Predictor
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.predict.predictor import Predictor
 found.append(("EchoQuad's modules", resident()))
 bundle = Bundle(sys.argv[1])
 found.append(("bundle, read and hashed", resident()))

@@ -19,10 +19,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 
-from echoquad_runtime.bundle import BF16, Bundle
-from echoquad_runtime.devices import openvino_obstacle
+from echoquad_runtime.bundle.bundle import BF16, Bundle
+from echoquad_runtime.devices.session_factory import openvino_unavailable_reason
+from echoquad_runtime.engine.onnx_engine import INPUT, OnnxEngine
 from echoquad_runtime.engine.slot_pool import SlotPool
-from echoquad_runtime.session import INPUT, OnnxEngine
 
 
 def main(folder: str, graphs: str, threads: int) -> None:
@@ -44,7 +44,7 @@ def main(folder: str, graphs: str, threads: int) -> None:
         return lambda: request.infer({INPUT: quadrants})
 
     names = [name for name in bundle.precisions if name != "fp16"]
-    if "fp32" in names and openvino_obstacle(bfloat16=True) is None:
+    if "fp32" in names and openvino_unavailable_reason(bfloat16=True) is None:
         names.append(BF16)
     calls: dict[str, Callable[[], object]] = {}
     for name in names:

@@ -21,16 +21,16 @@ from pathlib import Path
 import numpy as np
 from common import alternate, machine, versions
 
-from echoquad_export.pack import export_run
-from echoquad_runtime.bench import time_stages
-from echoquad_runtime.bundle import Bundle
+from echoquad_export.packing.exporter import export_run
+from echoquad_runtime.bench.benchmark import time_stages
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import ParityError
-from echoquad_runtime.predictor import Prediction, Predictor
-from echoquad_runtime.session import OnnxEngine
-from echoquad_train.checkpoint import load_run
+from echoquad_runtime.predict.predictor import Prediction, Predictor
 from echoquad_train.data.dataset import read_split
-from echoquad_train.evaluation.evaluate import wilson_interval
+from echoquad_train.evaluation.intervals import wilson_interval
+from echoquad_train.runs.checkpoint import load_run
 
 
 @dataclass

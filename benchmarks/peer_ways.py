@@ -27,10 +27,10 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from echoquad_runtime.bundle import Bundle
+from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.contract import QUADRANTS, Contract
+from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 from echoquad_runtime.quadrants import quadrant_boxes
-from echoquad_runtime.wheels import load_onnxruntime
 
 Pass = Callable[[Sequence[Path], Path], None]
 In, Out = TypeVar("In"), TypeVar("Out")
@@ -128,7 +128,7 @@ def trained(setting: Setting) -> Any:
     """Give the trained network as one knows it: float32 [N, 3, S, S], normalised, to logits."""
     import torch
 
-    from echoquad_train.checkpoint import load_run
+    from echoquad_train.runs.checkpoint import load_run
 
     torch.set_num_threads(setting.threads)
     model = load_run(setting.run).model
@@ -307,9 +307,9 @@ def openvino(setting: Setting, *, graph: str, hint: str = "f32", queue: bool = F
 
 def echoquad(setting: Setting, *, precision: str) -> Pass:
     """Prepare what ``echoquad predict --out`` does once its process is there."""
-    from echoquad_runtime.inputs import Failure, FrameFile
-    from echoquad_runtime.predictor import Predictor
-    from echoquad_runtime.results import ResultFile
+    from echoquad_runtime.frames.frame_file import Failure, FrameFile
+    from echoquad_runtime.predict.predictor import Predictor
+    from echoquad_runtime.results.result_file import ResultFile
 
     predictor = Predictor(
         setting.bundle, device="cpu", precision=precision, threads=setting.threads, method="majority", many=True

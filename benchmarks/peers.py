@@ -27,7 +27,7 @@ from typing import Any
 from common import KINDS, PAUSE, arguments, make_frames, paired_ratio, report, rotated
 from peer_ways import WAYS
 
-from echoquad_runtime.bundle import Bundle
+from echoquad_runtime.bundle.bundle import Bundle
 
 DOCUMENT = "document"
 AIMS = {"fp32": 2.2, "int8": 6.0}  # times the document's way, on RGB PNG

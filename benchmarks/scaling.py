@@ -16,7 +16,7 @@ from typing import Any
 
 from common import KINDS, Ran, arguments, make_frames, plant_tree, report, rotated, run_process
 
-from echoquad_runtime.bundle import Bundle
+from echoquad_runtime.bundle.bundle import Bundle
 
 MOST_BUSY = 1.05  # cores kept busy over `--threads`
 

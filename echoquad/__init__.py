@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from echoquad_runtime._version import __version__
 
 if TYPE_CHECKING:
-    from echoquad_runtime.bundle import Bundle
+    from echoquad_runtime.bundle.bundle import Bundle
     from echoquad_runtime.contract import Contract
     from echoquad_runtime.errors import EchoQuadError
-    from echoquad_runtime.inputs import Failure
-    from echoquad_runtime.predictor import Prediction, Predictor
-    from echoquad_runtime.verify import Verification, verify
+    from echoquad_runtime.frames.frame_file import Failure
+    from echoquad_runtime.predict.predictor import Prediction, Predictor
+    from echoquad_runtime.verify.verify import Verification, verify
 
 __all__ = [
     "Bundle",
@@ -30,14 +30,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Bundle": "bundle",
+    "Bundle": "bundle.bundle",
     "Contract": "contract",
     "EchoQuadError": "errors",
-    "Failure": "inputs",
-    "Prediction": "predictor",
-    "Predictor": "predictor",
-    "Verification": "verify",
-    "verify": "verify",
+    "Failure": "frames.frame_file",
+    "Prediction": "predict.prediction",
+    "Predictor": "predict.predictor",
+    "Verification": "verify.verify",
+    "verify": "verify.verify",
 }
 
 

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from echoquad_runtime.bundle import (
+from echoquad_runtime.bundle.bundle import (
     GOLDEN,
     INTENDED_USE,
     MANIFEST,
@@ -32,10 +32,10 @@ from echoquad_runtime.bundle import (
     encode_manifest,
     model_file,
 )
+from echoquad_runtime.bundle.onnx_header import CAM, CONTRACT_HASH_KEY
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.onnx_scan import CAM, CONTRACT_HASH_KEY
+from echoquad_runtime.engine.onnx_engine import CONTRACT_KEY, INPUT, OUTPUTS
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
-from echoquad_runtime.session import CONTRACT_KEY, INPUT, OUTPUTS
 
 # The same examples in every run, and no clock: a busy machine is no fault of the code.
 settings.register_profile("echoquad", derandomize=True, deadline=None)

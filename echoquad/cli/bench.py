@@ -21,7 +21,7 @@ from echoquad.cli.options import (
 from echoquad_runtime.errors import GateError, UsageError
 
 if TYPE_CHECKING:
-    from echoquad_runtime.bench import Benchmark
+    from echoquad_runtime.bench.benchmark import Benchmark
 
 __all__ = ["bench"]
 
@@ -63,15 +63,15 @@ def bench(
     public_key: PublicKey = None,
 ) -> None:
     """Measure latency and throughput by stage on this machine."""
-    from echoquad_runtime.bench import read_encoded, run_benchmark
-    from echoquad_runtime.bundle import Bundle
-    from echoquad_runtime.files import write_json
-    from echoquad_runtime.host import settle
+    from echoquad_runtime.bench.benchmark import read_encoded, run_benchmark
+    from echoquad_runtime.bundle.bundle import Bundle
+    from echoquad_runtime.storage.atomic import write_json
+    from echoquad_runtime.tuning.saved_settings import resolve_settings
 
     if histogram is not None:
         _check_ending(histogram)
     encoded, failures = read_encoded(inputs, MAX_FRAMES) if inputs else (None, [])
-    settings = settle(
+    settings = resolve_settings(
         Bundle(bundle, public_key=public_key),
         device=device.value if device else None,
         precision=precision,
@@ -139,8 +139,8 @@ def _check_ending(path: Path) -> None:
 
 
 def _draw(found: Benchmark, path: Path, bundle: str) -> None:
-    from echoquad_runtime.files import write_atomically
-    from echoquad_runtime.histogram import draw_histogram
+    from echoquad_runtime.bench.latency_plot import draw_histogram
+    from echoquad_runtime.storage.atomic import write_atomically
 
     threads = f"{found.threads} thread{'s' * (found.threads > 1)}"
     detail = f"{bundle}, {threads}, EchoQuad {found.versions['echoquad']}, {found.versions['machine']}"

@@ -11,12 +11,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
 from echoquad_runtime.errors import EchoQuadError
-from echoquad_runtime.files import output_errors
+from echoquad_runtime.storage.atomic import output_errors
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-    from echoquad_runtime.inputs import Failure
+    from echoquad_runtime.frames.frame_file import Failure
 
 __all__ = ["PARTIAL", "STDOUT", "Progress", "fail", "failure_line", "list_failures", "mute", "note", "say", "table"]
 
@@ -66,9 +66,9 @@ def fail(error: EchoQuadError) -> int:
 
 def failure_line(failure: Failure) -> str:
     """Say in one line which input failed, and why, whatever signs its name has."""
-    from echoquad_runtime.names import shown
+    from echoquad_runtime.storage.row_names import display_name
 
-    return f"error: {shown(failure.file)}: {shown(' '.join(str(failure.error).split()))}"
+    return f"error: {display_name(failure.file)}: {display_name(' '.join(str(failure.error).split()))}"
 
 
 def list_failures(failures: Sequence[Failure], done: int) -> int:

@@ -40,7 +40,7 @@ def phantom(
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of all draws.")] = 0,
 ) -> None:
     """Write a synthetic data set: apical four-chamber phantoms, ASD against NORM. No patient's data."""
-    from echoquad_train.data.phantom_data import write_dataset
+    from echoquad_train.phantom.dataset import write_dataset
 
     with Progress("drawing", patients * frames) as progress:
         counts = write_dataset(out, patients=patients, frames_per_patient=frames, seed=seed, progress=progress.update)

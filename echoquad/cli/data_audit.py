@@ -12,8 +12,8 @@ from echoquad.cli.extras import require_extra
 from echoquad.cli.options import Every, Flip, Matrices, reading_of
 
 if TYPE_CHECKING:
-    from echoquad_train.data.audit import Audit
-    from echoquad_train.data.leaks import Twins
+    from echoquad_train.curation.audit import Audit
+    from echoquad_train.curation.leaks import DuplicateGroup
 
 __all__ = ["PatientRegex", "audit", "summarize"]
 
@@ -47,13 +47,13 @@ def audit(
 ) -> None:
     """Look for what spoils a data set: leaks between splits, duplicates, unreadable files, shortcuts to the class."""
     from echoquad_runtime.errors import DatasetError
-    from echoquad_runtime.files import make_folder, write_json
-    from echoquad_runtime.kinds import AS_IT_IS
+    from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS
+    from echoquad_runtime.storage.atomic import make_folder, write_json
     from echoquad_train.data.patients import patient_pattern
 
     require_extra("train")
-    pattern, reading = patient_pattern(patient_regex), reading_of(matrices, flip, every, AS_IT_IS)
-    from echoquad_train.data import audit as auditing
+    pattern, reading = patient_pattern(patient_regex), reading_of(matrices, flip, every, DEFAULT_READ_OPTIONS)
+    from echoquad_train.curation import audit as auditing
 
     if out is not None:
         make_folder(out)  # told now, and not after all the work
@@ -63,7 +63,7 @@ def audit(
     for failure in found.failures:
         note(failure_line(failure).removeprefix("error: "))
     if out is not None:
-        from echoquad_train.data.contact_sheet import write_contact_sheet
+        from echoquad_train.curation.contact_sheet import write_contact_sheet
 
         paths = out / "audit.json", out / "contact-sheet.png"
         write_json(paths[0], found.to_dict())
@@ -83,10 +83,10 @@ def summarize(found: Audit) -> str:
 
 
 def _counts(found: Audit) -> str:
-    from echoquad_runtime.names import shown
+    from echoquad_runtime.storage.row_names import display_name
 
     rows = [
-        [f"{split}/{shown(name)}", *(str(cell[key]) for key in ("frames", "patients", "unreadable"))]
+        [f"{split}/{display_name(name)}", *(str(cell[key]) for key in ("frames", "patients", "unreadable"))]
         for split, by_class in found.counts.items()
         for name, cell in by_class.items()
     ]
@@ -94,14 +94,14 @@ def _counts(found: Audit) -> str:
 
 
 def _figures(found: Audit) -> str:
-    from echoquad_runtime.names import shown
+    from echoquad_runtime.storage.row_names import display_name
 
     def span(figures: dict[str, float]) -> str:
         return f"{figures['median']:.0f} ({figures['p5']:.0f}-{figures['p95']:.0f})"
 
     rows = [
         [
-            shown(name),
+            display_name(name),
             *(span(figures[key]) for key in ("width", "height", "brightness", "file_bytes")),
             ", ".join(f"{kind} {count}" for kind, count in figures["kinds"].items()),
         ]
@@ -112,14 +112,14 @@ def _figures(found: Audit) -> str:
 
 
 def _findings(found: Audit) -> list[str]:
-    from echoquad_runtime.names import shown
-    from echoquad_train.data.shortcuts import KINDS
+    from echoquad_runtime.storage.row_names import display_name
+    from echoquad_train.curation.shortcut_features import KINDS
 
     leaks = found.leaks
     lines = [f"note: {text}" for text in found.notes]
     lines.append(f"unreadable files: {len(found.failures) or 'none'}")
     lines.append(f"patients in more than one split: {len(leaks.patients) or 'none'}")
-    lines += _listed([f"  LEAK {shown(who)}: {', '.join(splits)}" for who, splits in leaks.patients.items()])
+    lines += _listed([f"  LEAK {display_name(who)}: {', '.join(splits)}" for who, splits in leaks.patients.items()])
     lines.append(f"exact duplicates: {len(leaks.exact) or 'none'}")
     lines += _listed([_twins(twins) for twins in leaks.exact])
     lines.append(f"near duplicates: {len(leaks.near) or 'none'}")
@@ -130,7 +130,7 @@ def _findings(found: Audit) -> list[str]:
         lines.append(f"{found.unknown} frames have names that do not tell whom they are of; --patient-regex can")
     lines.append(f"shortcuts: {len(found.flagged) or 'none'}")
     for shortcut in found.shortcuts:
-        what = f"{shown(shortcut.name)} from {KINDS[shortcut.kind]}"
+        what = f"{display_name(shortcut.name)} from {KINDS[shortcut.kind]}"
         if shortcut.auc is None:
             lines.append(f"  {what}: not measured, too few patients")
         else:
@@ -141,13 +141,13 @@ def _findings(found: Audit) -> list[str]:
     return lines
 
 
-def _twins(twins: Twins) -> str:
-    from echoquad_runtime.names import shown
+def _twins(twins: DuplicateGroup) -> str:
+    from echoquad_runtime.storage.row_names import display_name
 
     kind = {"file": "same file", "pixels": "same pixels", "near": f"alike {twins.likeness:.3f}"}[twins.kind]
     people = "" if len(set(twins.patients)) == 1 else ", of different patients"
     people += ", IN TWO CLASSES" if twins.conflict else ""
-    return f"  {'LEAK ' if twins.leak else ''}{' = '.join(map(shown, twins.names[:4]))} ({kind}{people})"
+    return f"  {'LEAK ' if twins.leak else ''}{' = '.join(map(display_name, twins.names[:4]))} ({kind}{people})"
 
 
 def _listed(lines: list[str]) -> list[str]:

@@ -44,26 +44,26 @@ def split(
     every: Every = 1,
 ) -> None:
     """Divide frames into train, validation and test by patient, each class alike. Never a patient in two."""
-    from echoquad_runtime.kinds import Reading
-    from echoquad_runtime.names import shown
+    from echoquad_runtime.frames.formats import ReadOptions
+    from echoquad_runtime.storage.row_names import display_name
     from echoquad_train.data.patients import patient_pattern
 
     require_extra("train")
-    pattern, reading = patient_pattern(patient_regex), Reading(matrices, every=every)
-    from echoquad_train.data import partition
+    pattern, reading = patient_pattern(patient_regex), ReadOptions(matrices, every=every)
+    from echoquad_train.curation import split as partition
 
     shares = partition.parse_fractions(fractions)
     with Progress("reading") as progress:
         parts = partition.partition(source, shares, pattern, reading=reading, seed=seed, progress=progress.update)
     copied = partition.write_partition(parts, out, mode.value)
     rows = [
-        [f"{part}/{shown(name)}", str(frames), str(patients)]
+        [f"{part}/{display_name(name)}", str(frames), str(patients)]
         for part, by_class in parts.counts.items()
         for name, (frames, patients) in by_class.items()
     ]
     say(table(["split/class", "frames", "patients"], rows))
     for group in parts.joined:
-        note(f"kept together, since they share a picture: {', '.join(map(shown, group))}")
+        note(f"kept together, since they share a picture: {', '.join(map(display_name, group))}")
     if copied:
         note(f"{copied} files were copied: no hard link can be made from {source.as_posix()} to {out.as_posix()}")
     note(f"wrote {(out / partition.MANIFEST if mode is ModeName.manifest else out).as_posix()}")
@@ -83,14 +83,14 @@ def patches(
 ) -> None:
     """Write every frame's four quadrants, and the table that leads back; check that stitched they are the frame."""
     require_extra("train")
-    from echoquad_runtime.kinds import AS_IT_IS
-    from echoquad_runtime.names import shown
-    from echoquad_train.data.patches import MAPPING, write_patches
+    from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS
+    from echoquad_runtime.storage.row_names import display_name
+    from echoquad_train.curation.quadrant_files import MAPPING, write_patches
 
-    reading = reading_of(matrices, flip, every, AS_IT_IS)
+    reading = reading_of(matrices, flip, every, DEFAULT_READ_OPTIONS)
     with Progress("cutting") as progress:
         done = write_patches(data, out, keep, reading=reading, progress=progress.update)
-    rows = [[f"{part}/{shown(name)}", str(count), str(4 * count)] for (part, name), count in done.counts.items()]
+    rows = [[f"{part}/{display_name(name)}", str(count), str(4 * count)] for (part, name), count in done.counts.items()]
     say(table(["split/class", "frames", "patches"], rows))
     say(f"stitched back: all {done.frames} frames as they were, pixel for pixel, after the crop")
     note(f"wrote {out.as_posix()}/ with {MAPPING}")

@@ -28,7 +28,7 @@ def demo(
 ) -> None:
     """Run all of it on phantom frames: draw, train, export, verify, predict, bench. A few minutes on a CPU."""
     from echoquad_runtime.errors import OutputError
-    from echoquad_runtime.files import make_folder, write_bytes
+    from echoquad_runtime.storage.atomic import make_folder, write_bytes
 
     require_extra("export")
     if out.exists() and not (out / MARK).is_file() and (not out.is_dir() or any(out.iterdir())):

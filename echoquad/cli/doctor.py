@@ -11,7 +11,7 @@ from echoquad.cli.declare import Option
 from echoquad.cli.options import Device, DeviceName
 
 if TYPE_CHECKING:
-    from echoquad_runtime.doctor import Check, Status
+    from echoquad_runtime.engine.diagnostics import Check, Status
 
 __all__ = ["doctor"]
 
@@ -21,8 +21,8 @@ def doctor(
     json_file: Annotated[Path | None, Option("--json", metavar="FILE", help="Also write the report as JSON.")] = None,
 ) -> None:
     """Say what works on this machine; every device is made to compute."""
-    from echoquad_runtime.doctor import examine
-    from echoquad_runtime.files import write_json
+    from echoquad_runtime.engine.diagnostics import examine
+    from echoquad_runtime.storage.atomic import write_json
 
     report = examine(device.value, extra_checks=[_check_torch] if util.find_spec("torch") else [])
     for name, value in report.facts.items():
@@ -44,8 +44,8 @@ def _check_torch() -> Check:
     """Do what the document's check_gpu did: version, CUDA, devices, and the mean of a matrix product."""
     import torch
 
-    from echoquad_runtime.doctor import Check
-    from echoquad_train.device import autocast_dtype, choose_device
+    from echoquad_runtime.engine.diagnostics import Check
+    from echoquad_train.networks.device import autocast_dtype, choose_device
 
     where = choose_device("auto")
     ones = torch.ones(256, 256, device=where)

@@ -63,12 +63,12 @@ def ensemble(
     for run in runs:
         if not run.is_dir():
             raise RunError(f"{run.as_posix()}: no such folder; expected a run that `echoquad train` wrote")
-    from echoquad_train.members import write_ensemble
+    from echoquad_train.runs.ensemble_folder import write_ensemble
 
     made = write_ensemble(runs, out, vote=vote.value, flip=flip)
     if calibrate is not None:
         from echoquad.cli.train import calibration_line
-        from echoquad_train.run_calibration import calibrate_ensemble
+        from echoquad_train.training.run_calibration import calibrate_ensemble
 
         try:
             made = calibrate_ensemble(made, calibrate)

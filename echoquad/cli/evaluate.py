@@ -25,9 +25,10 @@ from echoquad.cli.options import (
 if TYPE_CHECKING:
     import re
 
-    from echoquad_runtime.kinds import Reading
-    from echoquad_runtime.predictor import Predictor
-    from echoquad_train.evaluation.evaluate import Evaluation, Settings
+    from echoquad_runtime.frames.formats import ReadOptions
+    from echoquad_runtime.predict.predictor import Predictor
+    from echoquad_train.evaluation.evaluate import Evaluation
+    from echoquad_train.evaluation.metrics import Settings
 
 __all__ = ["evaluate", "summarize", "summarize_pair"]
 
@@ -118,12 +119,13 @@ def evaluate(
         if not folder.is_dir():
             raise RunError(f"{folder.as_posix()}: no such folder; expected a run or a bundle; check the path")
     from echoquad_train.data.patients import patient_pattern
-    from echoquad_train.evaluation import evaluate as evaluation
-    from echoquad_train.evaluation.operating import check_targets
+    from echoquad_train.evaluation.metrics import Settings
+    from echoquad_train.evaluation.operating_points import check_targets
+    from echoquad_train.reporting.evaluation_folder import write_evaluation
 
     check_targets(at_specificity or (), "--at-specificity")
     check_targets(at_sensitivity or (), "--at-sensitivity")
-    settings = evaluation.Settings(
+    settings = Settings(
         bootstrap, seed, tuple(at_specificity or (0.9,)), tuple(at_sensitivity or (0.9,)), abstain_below
     )
     pattern = patient_pattern(patient_regex)
@@ -133,13 +135,13 @@ def evaluate(
         reading = _reading(folder, matrices, flip, every)
         found.append(_measure(predictor, folder, data, reading, split, threshold_from, settings, pattern))
     if len(found) > 1:
-        from echoquad_train.evaluation.compare import compare, write_comparison
+        from echoquad_train.reporting.comparison import compare, write_comparison
 
         compared = compare(found[0], found[1], settings)
         paths = write_comparison(found[0], found[1], compared, out, gallery=gallery)
         say("\n\n".join([*(summarize(one.metrics) for one in found), summarize_pair(compared)]))
     else:
-        paths = evaluation.write_evaluation(found[0], out, gallery=gallery)
+        paths = write_evaluation(found[0], out, gallery=gallery)
         say(summarize(found[0].metrics))
     note(f"wrote {', '.join(path.as_posix() for path in paths)}")
     failures = {failure.file: failure for one in found for failure in one.failures}
@@ -150,7 +152,7 @@ def _measure(
     predictor: Predictor,
     folder: Path,
     data: Path,
-    reading: Reading,
+    reading: ReadOptions,
     split: str,
     threshold_from: Path | None,
     settings: Settings,
@@ -257,17 +259,17 @@ def _bounds(values: list[float] | None) -> str:
     return "" if values is None else f" ({values[0]:.4f} to {values[1]:.4f})"
 
 
-def _reading(model: Path, matrices: bool, flip: FlipName | None, every: int) -> Reading:
+def _reading(model: Path, matrices: bool, flip: FlipName | None, every: int) -> ReadOptions:
     """Settle how frames are read: as told, else as the data were that a run or a bundle was trained on."""
-    from echoquad_runtime.bundle import MANIFEST, Bundle
-    from echoquad_runtime.kinds import Reading
+    from echoquad_runtime.bundle.bundle import MANIFEST, Bundle
+    from echoquad_runtime.frames.formats import ReadOptions
 
     if (model / MANIFEST).exists():
-        trained = Reading.found_in(Bundle(model).manifest["training"])
+        trained = ReadOptions.found_in(Bundle(model).manifest["training"])
     else:
-        from echoquad_train.checkpoint import read_info
+        from echoquad_train.runs.checkpoint import read_info
 
-        trained = Reading.found_in(read_info(model).get("data"))
+        trained = ReadOptions.found_in(read_info(model).get("data"))
     return reading_of(matrices or trained.matrices, flip, every, trained)
 
 
@@ -280,9 +282,9 @@ def _predictor(
     batch_size: int,
     abstain_below: float | None = None,
 ) -> Predictor:
-    from echoquad_runtime.bundle import MANIFEST
+    from echoquad_runtime.bundle.bundle import MANIFEST
     from echoquad_runtime.errors import RunError, UsageError
-    from echoquad_runtime.predictor import Predictor
+    from echoquad_runtime.predict.predictor import Predictor
 
     rule = method.value if method else None
     if (model / MANIFEST).exists():
@@ -298,10 +300,10 @@ def _predictor(
         note(bundled.engine.note or f"bundle {model.as_posix()}")
         return bundled
 
-    from echoquad_train.checkpoint import RUN
-    from echoquad_train.device import choose_device
-    from echoquad_train.members import Ensemble, load_trained
-    from echoquad_train.networks.engine import TorchEngine
+    from echoquad_train.networks.device import choose_device
+    from echoquad_train.networks.torch_engine import TorchEngine
+    from echoquad_train.runs.checkpoint import RUN
+    from echoquad_train.runs.ensemble_folder import Ensemble, load_trained
 
     if not (model / RUN).exists():
         raise RunError(f"{model.as_posix()}: neither a run ({RUN}) nor a bundle ({MANIFEST}) is here; check the path")

@@ -73,7 +73,7 @@ def export(
     if calibrate is not None and "int8" not in asked:
         raise UsageError("--calibrate: only int8 is calibrated; add int8 to --precision, or leave --calibrate out")
     require_extra("export")
-    from echoquad_export.pack import check_precisions, export_run
+    from echoquad_export.packing.exporter import check_precisions, export_run
 
     wanted = check_precisions(asked)
     exported = export_run(

@@ -19,7 +19,7 @@ _FIGURES = ("accuracy", "balanced_accuracy", "roc_auc", "patch_accuracy")
 
 def is_folded(out: Path) -> bool:
     """Tell whether a folder is one of folds that were begun."""
-    from echoquad_train.checkpoint import RUN, read_info
+    from echoquad_train.runs.checkpoint import RUN, read_info
 
     return (out / RUN).is_file() and "folds" in read_info(out)
 
@@ -29,18 +29,18 @@ def train_folds(
 ) -> int:
     """Train in folds, print what they came to, and give the exit code. What is not given, a resumed folder says.
 
-    `options` are `echoquad_train.folds.fit_folds`'s.
+    `options` are `echoquad_train.fitting.cross_validation.fit_folds`'s.
 
     Raises
     ------
     UsageError
         Under torchrun.
     """
-    from echoquad_train.parallel.torchrun import place
+    from echoquad_train.parallel.torchrun import torchrun_rank
 
-    if place().ranks > 1:
+    if torchrun_rank().ranks > 1:
         raise UsageError("--folds under torchrun: folds are trained by one process; start it without torchrun")
-    from echoquad_train.folds import FoldSettings, begun_with, fit_folds
+    from echoquad_train.fitting.cross_validation import FoldSettings, begun_with, fit_folds
 
     begun = begun_with(out) if resume else None
     count = folds or (begun.folds if begun else 0)

@@ -14,7 +14,7 @@ from echoquad.cli.options import BundleFolder
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from echoquad_runtime.blocks import Block, Document, Table
+    from echoquad_runtime.bundle.document import Block, Document, Table
 
 __all__ = ["inspect"]
 
@@ -34,7 +34,7 @@ def inspect(
     Every file is hashed; one that is missing or changed is named, and the exit code is 3.
     """
     from echoquad_runtime.errors import UsageError, VerificationError
-    from echoquad_runtime.inspection import inspect_bundle
+    from echoquad_runtime.verify.inspection import inspect_bundle
 
     if as_json and markdown:
         raise UsageError("--json and --markdown: expected one of the two; leave the other out")
@@ -60,7 +60,7 @@ def _lay_out(document: Document) -> Iterator[str]:
 
 
 def _block(block: Block, width: int) -> str:
-    from echoquad_runtime.blocks import Items, Paragraph
+    from echoquad_runtime.bundle.document import Items, Paragraph
 
     if isinstance(block, Paragraph):
         return _wrap(block.text, width)

@@ -22,8 +22,8 @@ def merge(
 
     A shard that is unfinished, damaged, missing, doubled, or of another run is refused.
     """
-    from echoquad_runtime import shards as parts
-    from echoquad_runtime.writers import check_ending
+    from echoquad_runtime.results import shards as parts
+    from echoquad_runtime.results.row_formats import check_ending
 
     check_ending(out)
     merged = parts.merge(shards, out)

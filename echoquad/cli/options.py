@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from echoquad.cli.declare import Argument, Option
 
 if TYPE_CHECKING:
-    from echoquad_runtime.kinds import Reading
+    from echoquad_runtime.frames.formats import ReadOptions
 
 __all__ = [
     "BatchSize",
@@ -169,8 +169,8 @@ PublicKey = Annotated[
 ]
 
 
-def reading_of(matrices: bool, flip: FlipName | None, every: int, trained: Reading) -> Reading:
+def reading_of(matrices: bool, flip: FlipName | None, every: int, trained: ReadOptions) -> ReadOptions:
     """Say how frames are read: as told, and where nothing is told of --flip, as those that the model was trained on."""
-    from echoquad_runtime.kinds import Reading
+    from echoquad_runtime.frames.formats import ReadOptions
 
-    return Reading(matrices, flip.value if flip is not None else trained.flip, every)
+    return ReadOptions(matrices, flip.value if flip is not None else trained.flip, every)

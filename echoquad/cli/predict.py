@@ -33,16 +33,16 @@ from echoquad.cli.options import (
 from echoquad.cli.rows import rows_writer, tell_of
 
 if TYPE_CHECKING:
-    from echoquad_runtime.bundle import Bundle
-    from echoquad_runtime.cluster import RayPredictor
+    from echoquad_runtime.bundle.bundle import Bundle
+    from echoquad_runtime.cluster.ray_predictor import RayPredictor
     from echoquad_runtime.contract import VoteMethod
-    from echoquad_runtime.host import Settings
-    from echoquad_runtime.inputs import Failure, FrameFile
-    from echoquad_runtime.kinds import Reading
-    from echoquad_runtime.predictor import Prediction, Predictor
-    from echoquad_runtime.results import ResultFile
-    from echoquad_runtime.shards import Shard
-    from echoquad_runtime.writers import Writer
+    from echoquad_runtime.frames.formats import ReadOptions
+    from echoquad_runtime.frames.frame_file import Failure, FrameFile
+    from echoquad_runtime.predict.predictor import Prediction, Predictor
+    from echoquad_runtime.results.result_file import ResultFile
+    from echoquad_runtime.results.row_formats import Writer
+    from echoquad_runtime.results.shards import Shard
+    from echoquad_runtime.tuning.saved_settings import SavedSettings
 
     _Results = Generator[Prediction | Failure, None, None]
 
@@ -145,12 +145,12 @@ def predict(
     Rows gather in FILE.partial and stay there whatever happens; --resume goes on behind them. FILE.run.json beside the
     finished file says what made it.
     """
-    from echoquad_runtime.bundle import Bundle
-    from echoquad_runtime.devices import available_cpus
-    from echoquad_runtime.host import settle
-    from echoquad_runtime.predict.self_test import PASSED
-    from echoquad_runtime.results import ResultFile, is_stream, refuse_resume
-    from echoquad_runtime.writers import check_ending
+    from echoquad_runtime.bundle.bundle import Bundle
+    from echoquad_runtime.devices.session_factory import available_cpus
+    from echoquad_runtime.engine.self_test import PASSED
+    from echoquad_runtime.results.result_file import ResultFile, is_stream, refuse_resume
+    from echoquad_runtime.results.row_formats import check_ending
+    from echoquad_runtime.tuning.saved_settings import resolve_settings
 
     on_ray = engine is EngineName.ray
     _check_ray(ray_address, workers, on_ray=on_ray)
@@ -161,7 +161,7 @@ def predict(
         refuse_resume(out)
     part = _parse(shard) if shard is not None else None
     opened = Bundle(bundle, public_key=public_key)
-    settings = settle(
+    settings = resolve_settings(
         opened,
         device=device.value if device else None,
         precision=precision,
@@ -231,7 +231,7 @@ def predict(
 
 
 def _parse(shard: str) -> Shard:
-    from echoquad_runtime.shards import Shard
+    from echoquad_runtime.results.shards import Shard
 
     return Shard.parse(shard)
 
@@ -254,11 +254,11 @@ def _check_cam(wanted: bool, overlay: Path | None, *, on_ray: bool) -> None:
         raise UsageError("--cam with --engine ray: maps are not sent between machines; leave out one of the two")
 
 
-def _reading(opened: Bundle, matrices: bool, flip: FlipName | None, every: int) -> Reading:
+def _reading(opened: Bundle, matrices: bool, flip: FlipName | None, every: int) -> ReadOptions:
     """Settle how frames are read, and tell what is done to matrices that their files do not say."""
-    from echoquad_runtime.kinds import Reading
+    from echoquad_runtime.frames.formats import ReadOptions
 
-    trained = Reading.found_in(opened.manifest["training"])
+    trained = ReadOptions.found_in(opened.manifest["training"])
     if flip is None and trained.flip != "none":
         note(f"matrices are turned over ({trained.flip}), as in training")
     elif flip is not None and flip.value != trained.flip:
@@ -268,7 +268,7 @@ def _reading(opened: Bundle, matrices: bool, flip: FlipName | None, every: int) 
 
 def _here(
     opened: Bundle,
-    settings: Settings,
+    settings: SavedSettings,
     method: VoteMethod | None,
     *,
     many: bool,
@@ -278,7 +278,7 @@ def _here(
     abstain_below: float | None,
     workers: int | None,
 ) -> Predictor:
-    from echoquad_runtime.predictor import Predictor
+    from echoquad_runtime.predict.predictor import Predictor
 
     return Predictor(
         opened,
@@ -300,13 +300,13 @@ def _here(
 
 def _on_ray(
     opened: Bundle,
-    settings: Settings,
+    settings: SavedSettings,
     method: VoteMethod | None,
     address: str | None,
     public_key: Path | None,
     abstain_below: float | None,
 ) -> RayPredictor:
-    from echoquad_runtime.cluster import RayPredictor
+    from echoquad_runtime.cluster.ray_predictor import RayPredictor
 
     return RayPredictor(
         opened,
@@ -337,8 +337,10 @@ class _Frames:
         How many rows were there before.
     """
 
-    def __init__(self, inputs: Sequence[str], reading: Reading, shard: Shard | None, rows: ResultFile | None) -> None:
-        from echoquad_runtime.inputs import find_frames
+    def __init__(
+        self, inputs: Sequence[str], reading: ReadOptions, shard: Shard | None, rows: ResultFile | None
+    ) -> None:
+        from echoquad_runtime.frames.discovery import find_frames
 
         self.found = self.wanted = self.given = 0
         self.ended = False
@@ -348,7 +350,7 @@ class _Frames:
         self._chosen = self._choose(find_frames(inputs, reading))
 
     def _choose(self, found: Iterator[FrameFile | Failure]) -> Iterator[FrameFile | Failure]:
-        from echoquad_runtime.inputs import FrameFile
+        from echoquad_runtime.frames.frame_file import FrameFile
 
         for item in found:
             if isinstance(item, FrameFile):
@@ -418,10 +420,10 @@ class _Tally:
 def _judge(
     predictor: Predictor | RayPredictor, frames: _Frames, writer: Writer, tally: _Tally, overlay: Path | None
 ) -> None:
-    from echoquad_runtime.inputs import Failure
+    from echoquad_runtime.frames.frame_file import Failure
 
     def draw(frame: FrameFile, prediction: Prediction) -> None:
-        from echoquad_runtime.overlay import save_overlay
+        from echoquad_runtime.overlay.drawing import save_overlay
 
         assert overlay is not None
         save_overlay(overlay, frame, prediction, predictor.contract)

@@ -11,8 +11,8 @@ from typing import IO, TYPE_CHECKING
 from echoquad.cli.console import STDOUT, note
 
 if TYPE_CHECKING:
-    from echoquad_runtime.results import ResultFile
-    from echoquad_runtime.writers import Writer
+    from echoquad_runtime.results.result_file import ResultFile
+    from echoquad_runtime.results.row_formats import Writer
 
 __all__ = ["rows_writer", "tell_of"]
 
@@ -22,8 +22,8 @@ _MOST_HELD = 1 << 24  # bytes of rows that wait in memory for the bar to end; wh
 @contextmanager
 def rows_writer(out: Path | None, rows: ResultFile | None, classes: tuple[str, ...]) -> Iterator[Writer]:
     """Give what takes the rows; what reads them at the other end of a pipe has each as soon as it is there."""
-    from echoquad_runtime.files import output_errors
-    from echoquad_runtime.writers import CsvWriter, writer_of
+    from echoquad_runtime.results.row_formats import CsvWriter, writer_of
+    from echoquad_runtime.storage.atomic import output_errors
 
     if rows is not None:
         yield rows

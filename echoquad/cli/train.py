@@ -16,7 +16,7 @@ from echoquad.cli.options import Every, Flip, Matrices, StreamName, TorchDevice,
 
 if TYPE_CHECKING:
     from echoquad.cli.options import FlipName
-    from echoquad_runtime.kinds import Reading
+    from echoquad_runtime.frames.formats import ReadOptions
     from echoquad_train.parallel.ranks import Ranks
     from echoquad_train.recipe import Recipe
 
@@ -122,10 +122,10 @@ def train(
     from echoquad_runtime.errors import UsageError
     from echoquad_train.data.dataset import read_classes, read_split
     from echoquad_train.data.patients import patient_pattern
-    from echoquad_train.parallel.torchrun import place
+    from echoquad_train.parallel.torchrun import torchrun_rank
     from echoquad_train.recipe import Recipe
 
-    mute(place().rank > 0)  # under torchrun, one process speaks for all
+    mute(torchrun_rank().rank > 0)  # under torchrun, one process speaks for all
     require_extra("train")
     if tensorboard and util.find_spec("tensorboard") is None:
         raise missing_extra("tensorboard", "tensorboard")
@@ -151,11 +151,11 @@ def train(
     if resume and not out.exists():
         raise UsageError(f"--resume: {out.as_posix()} is not there; train without --resume first")
 
-    from echoquad_train.checkpoint import RECIPE
-    from echoquad_train.device import choose_device
-    from echoquad_train.fit import fit
-    from echoquad_train.linear import fit_linear
+    from echoquad_train.fitting.linear_probe import fit_linear
+    from echoquad_train.fitting.loop import fit
+    from echoquad_train.networks.device import choose_device
     from echoquad_train.parallel.ranks import joined
+    from echoquad_train.runs.checkpoint import RECIPE
 
     if resume and not (recipe or settings or given) and (out / RECIPE).is_file():
         chosen = Recipe.load(str(out / RECIPE))
@@ -242,17 +242,17 @@ def _check_linear(linear: LinearName | None, *, resume: bool, epochs: int | None
         )
 
 
-def _reading(out: Path, resume: bool, matrices: bool, flip: FlipName | None, every: int) -> Reading:
+def _reading(out: Path, resume: bool, matrices: bool, flip: FlipName | None, every: int) -> ReadOptions:
     """Say how frames are read: as told, and where nothing is told of a run that is resumed, as it was begun."""
-    from echoquad_runtime.kinds import AS_IT_IS, Reading
+    from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 
     if resume and (matrices, flip, every) == (False, None, 1):
         from echoquad_runtime.errors import RunError
-        from echoquad_train.checkpoint import read_info
+        from echoquad_train.runs.checkpoint import read_info
 
         with contextlib.suppress(RunError):  # killed before it was written, or not there, which is told elsewhere
-            return Reading.found_in(read_info(out).get("data"))
-    return reading_of(matrices, flip, every, AS_IT_IS)
+            return ReadOptions.found_in(read_info(out).get("data"))
+    return reading_of(matrices, flip, every, DEFAULT_READ_OPTIONS)
 
 
 def calibration_line(found: Mapping[str, Any]) -> str:
@@ -290,9 +290,9 @@ class TrainingProgress:
         for split in (train, validation):
             counts = ", ".join(f"{name} {count}" for name, count in split.counts.items())
             note(f"{split.name}: {len(split.frames)} frames ({counts})")
-        from echoquad_train.schedule import small_epochs
+        from echoquad_train.training.optimizer_schedule import progressive_epochs
 
-        small = small_epochs(self._recipe) if self._recipe else 0
+        small = progressive_epochs(self._recipe) if self._recipe else 0
         sizes = f"; the first {small} epochs on smaller quadrants, validated at full size" if small else ""
         note(f"training on {device} in {precision}{sizes}")
 

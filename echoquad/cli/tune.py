@@ -12,7 +12,7 @@ from echoquad.cli.declare import Argument, Option
 from echoquad.cli.options import BundleFolder, DeviceName, PublicKey
 
 if TYPE_CHECKING:
-    from echoquad_runtime.tune import Row, Tuned
+    from echoquad_runtime.tuning.tune import Row, Tuned
 
 __all__ = ["tune"]
 
@@ -89,11 +89,11 @@ def tune(
     whether they spin, frames at a time. The choice is kept in a file of the user's configuration folder, or of
     ECHOQUAD_CONFIG_DIR, and is used until the host or EchoQuad changes.
     """
-    from echoquad_runtime import host
-    from echoquad_runtime import tune as tuning
-    from echoquad_runtime.bench import read_encoded
-    from echoquad_runtime.bundle import Bundle
-    from echoquad_runtime.files import write_json
+    from echoquad_runtime.bench.benchmark import read_encoded
+    from echoquad_runtime.bundle.bundle import Bundle
+    from echoquad_runtime.storage.atomic import write_json
+    from echoquad_runtime.tuning import saved_settings as host
+    from echoquad_runtime.tuning import tune as tuning
 
     opened = Bundle(bundle, public_key=public_key)
     if forget:
@@ -132,8 +132,8 @@ def tune(
 
 
 def _print(found: Tuned) -> None:
-    from echoquad_runtime.search import ENOUGH_CALLS
-    from echoquad_runtime.tune import FRAME_RATE
+    from echoquad_runtime.tuning.racing import ENOUGH_CALLS
+    from echoquad_runtime.tuning.tune import FRAME_RATE
 
     for name, obstacle in found.left_out.items():
         note(f"{name} was not tried: {obstacle}")

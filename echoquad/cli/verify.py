@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from echoquad_runtime.errors import EchoQuadError
-    from echoquad_runtime.verify import Check, Record, Verification
+    from echoquad_runtime.verify.verify import Check, Record, Verification
 
 __all__ = ["verify"]
 
@@ -45,10 +45,10 @@ def verify(
     ] = None,
 ) -> None:
     """Hash a bundle's files and replay its golden frames on the device at hand. Needs no torch."""
-    from echoquad_runtime.devices import usable_devices
+    from echoquad_runtime.devices.session_factory import usable_devices
     from echoquad_runtime.errors import OutputError, UsageError
-    from echoquad_runtime.files import write_json
-    from echoquad_runtime.verify import verify_all
+    from echoquad_runtime.storage.atomic import write_json
+    from echoquad_runtime.verify.verify import verify_all
 
     if all_devices and device is not DeviceName.auto:
         raise UsageError(f"--all-devices and --device {device.value}: expected one of the two; leave the other out")

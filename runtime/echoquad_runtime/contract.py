@@ -59,7 +59,7 @@ class Contract:
         Normalisation of a grey level g in 0..255: ``(g / 255 - mean) / std``. One number each, for all three
         channels: only then is a first convolution summed over its input channels equal, at the zero-padded border too.
     vote, vote_weights
-        The rule that joins the quadrants (see `echoquad_runtime.vote`) and the weights, in the order of
+        The rule that joins the quadrants (see `echoquad_runtime.voting`) and the weights, in the order of
         `QUADRANTS`, that the ``weighted`` rule uses.
     temperature
         Logits are divided by it before the softmax. Positive; 1 changes nothing.

@@ -18,11 +18,11 @@ import peers
 import pytest
 import scaling
 
-from echoquad_runtime.bundle import Bundle
+from echoquad_runtime.bench.live_source import Paced
+from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.frames import read_frame
-from echoquad_runtime.pacing import Paced
-from echoquad_runtime.predictor import Prediction, Predictor
+from echoquad_runtime.frames.reader import read_frame
+from echoquad_runtime.predict.predictor import Prediction, Predictor
 from echoquad_runtime.quadrants import frame_quadrants
 
 CONTRACT = Contract(classes=("ASD", "NORM"), input_size=32)

@@ -22,10 +22,10 @@ import gpu_report
 import numpy as np
 import pytest
 
-from echoquad_runtime.bundle import Bundle
-from echoquad_runtime.providers import CPU_PROVIDER, create_session
-from echoquad_runtime.session import OnnxEngine
-from echoquad_runtime.wheels import load_onnxruntime
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.devices.execution_providers import CPU_PROVIDER, create_session
+from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
+from echoquad_runtime.engine.onnx_engine import OnnxEngine
 
 SECTIONS = """
 import os

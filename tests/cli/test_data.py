@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from echoquad_runtime.frames import read_frame
+from echoquad_runtime.frames.reader import read_frame
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from echoquad_runtime.devices import OPENVINO_PROVIDER, load_onnxruntime
+from echoquad_runtime.devices.session_factory import OPENVINO_PROVIDER, load_onnxruntime
 
 
 def test_what_is_not_there_is_refused_with_its_own_exit_code(

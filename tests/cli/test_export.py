@@ -39,7 +39,8 @@ REFUSED = {
 # A graph that is there already takes the place of the slow export; no difference at all is allowed to it.
 STRICT = """
 from pathlib import Path
-from echoquad_export import pack, parity
+from echoquad_export.packing import exporter as pack
+from echoquad_export.parity import parity
 graph, build_graph, gates = Path({graph!r}).read_bytes(), pack.build_graph, parity.GATES
 pack.build_graph = lambda model, contract: graph
 parity.GATES = {{"fp32": parity.Gate(-1.0, 1e-4, 0.0, 0.0)}}

@@ -229,7 +229,7 @@ def test_a_fault_of_our_own_is_a_line_too_unless_the_traceback_is_asked_for(want
     code = """
 import sys
 from echoquad.cli import app
-from echoquad_runtime import doctor
+from echoquad_runtime.engine import diagnostics as doctor
 def examine(*_, **__): raise ZeroDivisionError("two\\nlines")
 doctor.examine = examine
 sys.argv[1:] = ["doctor"]

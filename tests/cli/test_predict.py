@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from echoquad_runtime.files import make_folder
+from echoquad_runtime.storage.atomic import make_folder
 
 HEADER = (
     "file,method,pred_image,prob_ASD,prob_NORM,pred_LA,p_LA_ASD,p_LA_NORM,pred_RA,p_RA_ASD,p_RA_NORM,"

@@ -64,7 +64,7 @@ def test_what_is_not_signed_by_that_key_is_not_used(
     found, modules = many(
         [
             *([*command, *ours] for command in commands),
-            ["python", f"from echoquad_runtime.signing import sign_bundle; from pathlib import Path as P; "
+            ["python", f"from echoquad_runtime.bundle.signature import sign_bundle; from pathlib import Path as P; "
              f"sign_bundle(P({str(bundle_copy)!r}), P({str(keys / 'ours.pem')!r}))"],
             *([*command, *theirs] for command in commands),
             ["python", f"P({str(card)!r}).write_text('Cleared for diagnosis.')"],

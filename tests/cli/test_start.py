@@ -30,8 +30,9 @@ SPARED = {
     *("PIL.ImageDraw", "PIL.ImageFont", "numpy.testing", "numpy.f2py"),
     # Other commands, and what they alone need.
     *(f"echoquad.cli.{name}" for name in ("full", "extras", "bench", "data", "doctor", "train", "tune", "verify")),
-    *(f"echoquad_runtime.{name}" for name in ("bench", "card", "cluster", "doctor", "inspection", "overlay", "search")),
-    *(f"echoquad_runtime.{name}" for name in ("shards", "signing", "tolerance", "trial", "tune", "verify")),
+    *(f"echoquad_runtime.{name}" for name in ("bench", "cluster", "overlay", "tuning.tune", "tuning.racing", "verify")),
+    *(f"echoquad_runtime.{name}" for name in ("bundle.model_card", "bundle.signature", "engine.diagnostics")),
+    *("echoquad_runtime.results.shards", "echoquad_runtime.tuning.measurement"),
     *("echoquad_train", "echoquad_export"),
 }
 
@@ -46,7 +47,7 @@ def test_one_frame_imports_what_it_needs(
     names, foreign = json.loads(line.removeprefix("MODULES "))
     assert set(foreign) == {"numpy", "PIL", "onnxruntime"}
     assert SPARED.isdisjoint(names)
-    assert "echoquad_runtime.predictor" in names, "it has not judged at all"
+    assert "echoquad_runtime.predict.predictor" in names, "it has not judged at all"
 
 
 @pytest.mark.parametrize("line", [["doctor", "more"], ["sign", "--help"], ["sign"]], ids=" ".join)

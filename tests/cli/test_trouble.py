@@ -165,7 +165,7 @@ def test_an_interruption_keeps_whole_rows(
 def test_an_interruption_that_comes_out_as_another_error_is_one(tiny_bundle: Path, frames_folder: Path) -> None:
     code = f"""
 import os, signal, sys
-from echoquad_runtime.predictor import Predictor
+from echoquad_runtime.predict.predictor import Predictor
 def predict(*_):
     try:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -187,7 +187,7 @@ def test_a_second_signal_ends_at_once(tiny_bundle: Path, many_frames: Path, tmp_
     out = tmp_path / "out.csv"
     code = f"""
 import sys, time
-from echoquad_runtime.results import ResultFile
+from echoquad_runtime.results.result_file import ResultFile
 ResultFile.close = lambda self: (print("closing", flush=True), time.sleep(60))
 ResultFile.write = lambda self, row: (print("writing", flush=True), time.sleep(60))
 sys.argv[1:] = ["predict", {str(tiny_bundle)!r}, {str(many_frames)!r}, "--out", {str(out)!r}]

@@ -70,7 +70,7 @@ def test_tune(tiny_bundle: Path, frames_folder: Path, echoquad: Run, config: Pat
 
 TELL_WITH_WHAT = """
 import sys
-from echoquad_runtime import predictor
+from echoquad_runtime.predict import predictor
 made = predictor.Predictor.__init__
 def init(self, *given, **options):
     print("threads {threads}, spinning {spinning}, batch {batch_size}".format(**options), file=sys.stderr)

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from echoquad_runtime.bundle import MANIFEST, Bundle, encode_manifest, model_file
+from echoquad_runtime.bundle.bundle import MANIFEST, Bundle, encode_manifest, model_file
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.frames import read_frame
+from echoquad_runtime.frames.reader import read_frame
 from echoquad_runtime.quadrants import frame_quadrants
 
 SOURCE = Path(__file__).parents[2] / "examples" / "javascript"
@@ -88,7 +88,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Client:
 
 def add_frame_graph(folder: Path) -> Path:
     """Give a tiny bundle a frame graph, as ``export --frame-graph`` does."""
-    build = pytest.importorskip("echoquad_export.frame_graph").build_frame_graph
+    build = pytest.importorskip("echoquad_export.graph.frame_graph").build_frame_graph
     manifest = json.loads((folder / MANIFEST).read_text())
     contract = Contract.from_dict(manifest["contract"])
     for precision in manifest["precisions"]:
@@ -241,8 +241,8 @@ def test_a_graph_of_integers_gives_the_row_of_predict(
     make_frame: Callable[..., np.ndarray],
     tmp_path: Path,
 ) -> None:
-    from echoquad_export.calibrate import Ranges
-    from echoquad_export.quantize import float_tensors, prepare, quantize
+    from echoquad_export.precision.calibration_set import Ranges
+    from echoquad_export.precision.quantize import float_tensors, prepare, quantize
 
     contract = Bundle(tiny_bundle).contract
     model = prepare((tiny_bundle / model_file("fp32")).read_bytes(), contract)

@@ -17,10 +17,10 @@ from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from echoquad_export.pack import Exported, export_run
+from echoquad_export.packing.exporter import Exported, export_run
 from echoquad_runtime.contract import Contract
-from echoquad_train.fit import fit
-from echoquad_train.networks.model import QuadrantClassifier
+from echoquad_train.fitting.loop import fit
+from echoquad_train.networks.classifier import QuadrantClassifier
 from echoquad_train.recipe import Recipe
 
 PATIENT = "DOE-JANE-19600213"

@@ -21,8 +21,9 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
 
 from echoquad_runtime.errors import EchoQuadError
-from echoquad_runtime.inputs import Failure, find_frames
-from echoquad_runtime.sources import load_checked, load_image
+from echoquad_runtime.frames.discovery import find_frames
+from echoquad_runtime.frames.frame_file import Failure
+from echoquad_runtime.frames.reader import load_checked, load_image
 
 NAME = "PlantedDoe"
 

@@ -18,7 +18,7 @@ import numpy as np
 import pictures
 
 from echoquad_runtime.errors import FrameError
-from echoquad_runtime.frames import decode_frame, read_checked
+from echoquad_runtime.frames.reader import decode_frame, read_checked
 
 with contextlib.suppress(ImportError):  # Windows
     import resource

@@ -34,7 +34,7 @@ import numpy as np
 import pytest
 
 from echoquad_runtime.errors import FrameError
-from echoquad_runtime.frames import decode_checked, decode_frame
+from echoquad_runtime.frames.reader import decode_checked, decode_frame
 
 PICTURES = runpy.run_path(str(Path(__file__).with_name("pictures.py")))
 SEEDS: dict[str, bytes] = PICTURES["SEEDS"]

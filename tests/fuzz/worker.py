@@ -19,7 +19,7 @@ from typing import Any
 from corruptions import corrupt
 
 from echoquad.cli import app
-from echoquad_runtime.bundle import Bundle
+from echoquad_runtime.bundle.bundle import Bundle
 
 with contextlib.suppress(ImportError):  # Windows
     import resource

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from echoquad_runtime.bundle import REDUCED_GATE, Golden
+from echoquad_runtime.bundle.bundle import REDUCED_GATE, Golden
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.quadrants import frame_quadrants
 
@@ -132,10 +132,10 @@ def test_openvino_computes_what_the_cpu_computes(openvino: Any, tiny_bundle: Pat
         f"""
 import json
 import numpy as np
-from echoquad_runtime.bundle import Bundle
-from echoquad_runtime.devices import PROBE_MODEL, open_session, usable_devices
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.devices.session_factory import PROBE_MODEL, open_session, usable_devices
 from echoquad_runtime.errors import BundleError, DeviceUnavailableError
-from echoquad_runtime.session import OnnxEngine
+from echoquad_runtime.engine.onnx_engine import OnnxEngine
 
 bundle = Bundle({str(tiny_bundle)!r})
 quadrants = np.random.default_rng(0).integers(0, 256, (64, 1, 32, 32), np.uint8)
@@ -214,8 +214,9 @@ def test_openvino_on_a_cart(openvino: Any, tiny_bundle: Path, frames_folder: Pat
 def int8_bundle(make_tiny_bundle: Any, make_tiny_graph: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a bundle with an int8 graph whose first convolution has the stride 2, as most networks' has."""
     onnx = pytest.importorskip("onnx")
-    from echoquad_export.calibrate import Ranges, open_in_memory
-    from echoquad_export.quantize import float_tensors, prepare, quantize
+    from echoquad_export.graph.memory_session import open_in_memory
+    from echoquad_export.precision.calibration_set import Ranges
+    from echoquad_export.precision.quantize import float_tensors, prepare, quantize
 
     contract = Contract(classes=("ASD", "NORM"), input_size=32)
     model = onnx.load_from_string(make_tiny_graph(contract))

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from echoquad_runtime import devices
-from echoquad_runtime.providers import CPU_PROVIDER, CUDA_PROVIDER, create_session
-from echoquad_runtime.wheels import load_onnxruntime
+from echoquad_runtime.devices import session_factory as devices
+from echoquad_runtime.devices.execution_providers import CPU_PROVIDER, CUDA_PROVIDER, create_session
+from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 
 CAPTURING = "cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing"
 
@@ -200,8 +200,8 @@ def cuda_stand_in(monkeypatch: pytest.MonkeyPatch) -> CudaStandIn:
             device.options.append(options["cuda_options"])
         return StandInSession(session, device if provider == CUDA_PROVIDER else cpu, provider)
 
-    monkeypatch.setattr(devices, "cuda_obstacle", lambda: None)
+    monkeypatch.setattr(devices, "cuda_unavailable_reason", lambda: None)
     monkeypatch.setattr(devices, "create_session", create)
-    for name in ("echoquad_runtime.devices", "echoquad_runtime.engine.io_binding"):
+    for name in ("echoquad_runtime.devices.session_factory", "echoquad_runtime.engine.io_binding"):
         monkeypatch.setattr(importlib.import_module(name), "load_onnxruntime", lambda: ort)
     return device

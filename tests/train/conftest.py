@@ -18,12 +18,12 @@ from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from echoquad_train import record
+from echoquad_train.curation.leaks import Leaks
 from echoquad_train.data.dataset import Split
-from echoquad_train.data.leaks import Leaks
-from echoquad_train.fit import Fitted, fit
-from echoquad_train.history import Epoch
+from echoquad_train.fitting.loop import Fitted, fit
 from echoquad_train.recipe import Recipe
+from echoquad_train.runs import run_metadata as record
+from echoquad_train.runs.history import Epoch
 
 TINY = Recipe(
     weights="none",

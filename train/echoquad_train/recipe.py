@@ -42,7 +42,9 @@ class Recipe:
     keep: float = 0.9
     mean: float = 0.5
     std: float = 0.5
-    temperature: float = 0.0  # of each quadrant's softmax; 0 is fitted, see echoquad_train.evaluation.calibration
+    temperature: float = (
+        0.0  # of each quadrant's softmax; 0 is fitted, see echoquad_train.evaluation.temperature_scaling
+    )
     positive: str = ""
     vote: VoteMethod = "majority"
     vote_weights: tuple[float, float, float, float] = (1.0, 1.0, 1.5, 1.5)
@@ -61,7 +63,7 @@ class Recipe:
     weight_decay: float = 1e-4  # adamw shrinks weights by lr * this; the others add this * weight to the gradient
     schedule: Literal["plateau", "onecycle", "constant"] = "plateau"
     small_share: float = 0.0  # of the epochs, the first: on smaller quadrants, which cost less
-    small_scale: float = 0.5  # their side over the input size; see echoquad_train.schedule
+    small_scale: float = 0.5  # their side over the input size; see echoquad_train.training.optimizer_schedule
     plateau_factor: float = 0.5
     plateau_patience: int = 2
     stop_patience: int = 3  # epochs without a better one, after the warm-up; 0 is never
@@ -71,7 +73,7 @@ class Recipe:
     weight_average: float = 0.0  # what a step leaves of the averaged weights, which are then the run's; 0 is none
     mixed_precision: bool = True  # where the device computes in bfloat16 or float16 natively
 
-    # Augmentation, a quadrant at a time; see echoquad_train.augment
+    # Augmentation, a quadrant at a time; see echoquad_train.training.augmentation
     crop_scale: tuple[float, float] = (0.5, 1.0)  # of the area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height
     flip: float = 0.5  # probability
@@ -81,13 +83,13 @@ class Recipe:
     shear: float = 5.0  # degrees, either way
     erase: float = 0.5  # probability
     neighbours: bool = False  # beyond a quadrant's inner edges lie its frame's other quadrants, else black
-    gamma: float = 0.0  # of the grey map, as an exponent of e, either way; see echoquad_train.intensity
+    gamma: float = 0.0  # of the grey map, as an exponent of e, either way; see intensity_augmentation
     gain: float = 0.0  # likewise a factor
     attenuation: float = 0.0  # likewise a factor at one edge, its inverse at the other
     shadow: float = 0.0  # probability
     speckle: float = 0.0  # of the grey level, at most
 
-    # Distillation, with `--teacher` alone; without one these do nothing. See echoquad_train.distill
+    # Distillation, with `--teacher` alone; without one these do nothing. See echoquad_train.training.distillation
     distill_weight: float = 0.7  # the teacher's share of the loss, 0 to 1; the labels have the rest
     distill_temperature: float = 4.0  # by which both models' logits are divided
 

@@ -1,1 +1,1 @@
-"""The engine: how quadrants become logits and probabilities on a device, through one path for every caller."""
+"""From quadrants to probabilities: IO binding, inference slots, the power-on self-test."""

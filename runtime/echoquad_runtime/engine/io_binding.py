@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from echoquad_runtime.bundle.onnx_header import CAM, INPUT, OUTPUTS
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.engine.device_lock import CUDA_LOCK
-from echoquad_runtime.onnx_scan import CAM, INPUT, OUTPUTS
-from echoquad_runtime.providers import CUDA_PROVIDER, quiet_logger
-from echoquad_runtime.wheels import load_onnxruntime
+from echoquad_runtime.devices.device_lock import CUDA_LOCK
+from echoquad_runtime.devices.execution_providers import CUDA_PROVIDER, quiet_logger
+from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["Answers", "BufferBinding", "FirstRuns", "Floats", "InferenceSlot", "IoBinding", "buckets", "new_batch"]
+__all__ = ["Answers", "BufferBinding", "FirstRuns", "FloatArray", "InferenceSlot", "IoBinding", "buckets", "new_batch"]
 
-Floats = npt.NDArray[np.float32]
+FloatArray = npt.NDArray[np.float32]
 
 _GRAPH_ID: Final = "gpu_graph_id"
 
@@ -46,9 +46,9 @@ class Answers(NamedTuple):
         float32 [N, 4, C, h, w], class activation maps; None where none are asked for.
     """
 
-    logits: Floats
-    probabilities: Floats
-    maps: Floats | None = None
+    logits: FloatArray
+    probabilities: FloatArray
+    maps: FloatArray | None = None
 
 
 def buckets(frames: int) -> tuple[int, ...]:
@@ -81,7 +81,7 @@ class BufferBinding:
         Returns logits and probabilities, float32 [N, C], of quadrants, uint8 [N, 1, S, S].
     """
 
-    def __init__(self, infer: Callable[[npt.NDArray[np.uint8]], tuple[Floats, Floats]]) -> None:
+    def __init__(self, infer: Callable[[npt.NDArray[np.uint8]], tuple[FloatArray, FloatArray]]) -> None:
         self._infer = infer
 
     def run(self, batch: npt.NDArray[np.uint8], frames: int) -> Answers:
@@ -259,12 +259,12 @@ def _pinned_memory(ort: ModuleType) -> Any:
     return devices[0].memory_info(kind) if devices else None
 
 
-def _array(shape: tuple[int, ...], ort: ModuleType, pinned: Any) -> tuple[Floats, Any]:
+def _array(shape: tuple[int, ...], ort: ModuleType, pinned: Any) -> tuple[FloatArray, Any]:
     """Allocate float32 zeros, in pinned memory where there is some; return them with what owns the memory."""
     if pinned is None:
         return np.zeros(shape, np.float32), None
     owner = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), np.float32, memory_info=pinned)
     memory = (ctypes.c_float * math.prod(shape)).from_address(owner.data_ptr())
-    array: Floats = np.ctypeslib.as_array(memory).reshape(shape)
+    array: FloatArray = np.ctypeslib.as_array(memory).reshape(shape)
     array[:] = 0
     return array, owner

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.engine.io_binding import Answers, BufferBinding, Floats, InferenceSlot, new_batch
+from echoquad_runtime.engine.io_binding import Answers, BufferBinding, FloatArray, InferenceSlot, new_batch
 
 __all__ = ["Engine", "SlotPool", "infer_all"]
 
@@ -39,7 +39,7 @@ class Engine(Protocol):
     precision: str
     note: str
 
-    def infer(self, quadrants: npt.NDArray[np.uint8]) -> tuple[Floats, Floats]:
+    def infer(self, quadrants: npt.NDArray[np.uint8]) -> tuple[FloatArray, FloatArray]:
         """Return logits and probabilities, float32 [N, C], of quadrants, uint8 [N, 1, S, S]."""
         ...
 
@@ -116,7 +116,7 @@ class SlotPool:
         return slot
 
 
-def infer_all(engine: Engine, quadrants: npt.NDArray[np.uint8], batch_size: int) -> tuple[Floats, Floats]:
+def infer_all(engine: Engine, quadrants: npt.NDArray[np.uint8], batch_size: int) -> tuple[FloatArray, FloatArray]:
     """Run frames' quadrants, uint8 [F, 4, S, S] or [F, 4, 1, S, S], through an engine, `batch_size` frames at a time.
 
     Returns

@@ -1,1 +1,1 @@
-"""Prediction over many frames: who reads them, who judges them, and the test of what judges before its first answer."""
+"""From files to predictions: reading, batching, inference and the vote."""

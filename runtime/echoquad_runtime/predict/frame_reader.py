@@ -12,15 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.inputs import FrameFile
+from echoquad_runtime.frames.frame_file import FrameFile
+from echoquad_runtime.frames.quality_flags import quality_flags
+from echoquad_runtime.frames.reader import load_checked
 from echoquad_runtime.quadrants import Grey, frame_quadrants
-from echoquad_runtime.sanity import flags_of
-from echoquad_runtime.sources import load_checked
 
 __all__ = ["Flags", "FrameReader", "cut_quadrants", "read_quadrants"]
 
 Flags = tuple[str, ...]
-"""Quality flags of a frame, as `echoquad_runtime.sanity` names them."""
+"""Quality flags of a frame, as `echoquad_runtime.frames.quality_flags` names them."""
 
 
 class FrameReader(Protocol):
@@ -72,7 +72,7 @@ def read_quadrants(file: FrameFile, contract: Contract, out: Grey) -> Flags:
     Raises
     ------
     FrameError
-        As `echoquad_runtime.sources.load_checked` and `echoquad_runtime.quadrants.frame_quadrants`.
+        As `echoquad_runtime.frames.reader.load_checked` and `echoquad_runtime.quadrants.frame_quadrants`.
     """
     grey, flags = load_checked(file)
     return (*cut_quadrants(grey, contract, out), *flags)
@@ -89,4 +89,4 @@ def cut_quadrants(grey: Grey, contract: Contract, out: Grey) -> Flags:
         If the frame is less than 2 pixels wide or high.
     """
     frame_quadrants(grey, contract, out=out)
-    return flags_of(out)
+    return quality_flags(out)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from echoquad_runtime.contract import INDETERMINATE, Contract, VoteMethod
-from echoquad_runtime.engine.io_binding import Floats
+from echoquad_runtime.engine.io_binding import FloatArray
 from echoquad_runtime.errors import ConfigError
-from echoquad_runtime.vote import tempered
+from echoquad_runtime.voting import apply_temperature
 
 __all__ = ["Prediction", "checked_bound"]
 
@@ -53,7 +53,7 @@ class Prediction:
     flags: tuple[str, ...]
     device: str
     precision: str
-    cam: Floats | None = field(default=None, compare=False, repr=False)
+    cam: FloatArray | None = field(default=None, compare=False, repr=False)
     leaning: str = ""
 
     @property
@@ -63,7 +63,7 @@ class Prediction:
 
     def confidence(self, contract: Contract) -> float:
         """Return the confidence, 0 to 1: the decided class's mean probability, calibrated by the contract."""
-        shares = tempered(np.array(self.probabilities), contract.frame_temperature)
+        shares = apply_temperature(np.array(self.probabilities), contract.frame_temperature)
         return float(shares[self.classes.index(self.decided)])
 
     def abstaining(self, below: float | None, contract: Contract) -> Prediction:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import FrameError, FrameTooLargeError
-from echoquad_runtime.inputs import FrameFile
+from echoquad_runtime.frames.frame_file import FrameFile
 from echoquad_runtime.predict.frame_reader import read_quadrants
 
 __all__ = ["main"]

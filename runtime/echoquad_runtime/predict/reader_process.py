@@ -41,7 +41,7 @@ from echoquad_runtime.errors import (
     FrameTooLargeError,
     FrameTooSmallError,
 )
-from echoquad_runtime.inputs import FrameFile
+from echoquad_runtime.frames.frame_file import FrameFile
 from echoquad_runtime.predict.frame_reader import Flags
 
 __all__ = ["ReaderProcess", "reader_processes"]

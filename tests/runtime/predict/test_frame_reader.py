@@ -20,7 +20,7 @@ from PIL import Image
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ConfigError, FrameDamagedError, FrameError, FrameReadError, FrameTooLargeError
-from echoquad_runtime.inputs import FrameFile
+from echoquad_runtime.frames.frame_file import FrameFile
 from echoquad_runtime.predict import reader_process
 from echoquad_runtime.predict.frame_reader import read_quadrants
 from echoquad_runtime.predict.reader_process import ReaderProcess, reader_processes
@@ -422,7 +422,7 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.inputs import FrameFile
+from echoquad_runtime.frames.frame_file import FrameFile
 from echoquad_runtime.predict import reader_process
 if faulty := os.environ.get("FAULTY_PROGRAM"):
     reader_process._PROGRAM = faulty

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from echoquad_runtime import predictor as module
 from echoquad_runtime.errors import ConfigError, FrameReadError
-from echoquad_runtime.inputs import Failure
+from echoquad_runtime.frames.frame_file import Failure
+from echoquad_runtime.predict import predictor as module
 from echoquad_runtime.predict import reader_process
+from echoquad_runtime.predict.predictor import Prediction, Predictor
 from echoquad_runtime.predict.reader_process import ReaderProcess
-from echoquad_runtime.predictor import Prediction, Predictor
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="uses POSIX signals")
 
@@ -161,7 +161,7 @@ def test_whoever_stops_early_leaves_no_process(tiny_bundle: Path, folder: Path, 
 
 SCRIPT = """
 import sys
-from echoquad_runtime.predictor import Predictor
+from echoquad_runtime.predict.predictor import Predictor
 results = list(Predictor(sys.argv[1], device="cpu", workers=2).predict(sys.argv[2]))
 print(len(results))
 """

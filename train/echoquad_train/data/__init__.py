@@ -1,1 +1,1 @@
-"""Data: frames read, audited, split, cut into quadrants and made up."""
+"""Labelled frames: listing, reading, prefetching, splits in memory or streamed, patients."""

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from echoquad_runtime.errors import OutputError
 
-__all__ = ["built_beside"]
+__all__ = ["atomic_folder"]
 
 
 @contextmanager
-def built_beside(out: Path) -> Iterator[Path]:
+def atomic_folder(out: Path) -> Iterator[Path]:
     """Give a folder to write into, ``out.partial``, that takes the name `out` when the block ends well.
 
     When the block fails it is removed. `out` may exist if it is an empty folder.

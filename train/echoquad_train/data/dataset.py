@@ -17,12 +17,13 @@ import numpy.typing as npt
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import DatasetError, EchoQuadError, FrameError
-from echoquad_runtime.files import output_errors
-from echoquad_runtime.inputs import EXPECTED, Failure, FrameFile, find_in_folder, matrices_hint
-from echoquad_runtime.kinds import AS_IT_IS, Flip, Reading
+from echoquad_runtime.frames.discovery import EXPECTED_FILES, find_in_folder, matrices_hint
+from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, Flip, ReadOptions
+from echoquad_runtime.frames.frame_file import Failure, FrameFile
+from echoquad_runtime.frames.reader import load_grey
 from echoquad_runtime.quadrants import frame_quadrants
-from echoquad_runtime.sources import load_grey
-from echoquad_train.data.ahead import ahead
+from echoquad_runtime.storage.atomic import output_errors
+from echoquad_train.data.prefetch import prefetch
 
 __all__ = [
     "SPLITS",
@@ -31,10 +32,10 @@ __all__ = [
     "Split",
     "Store",
     "decode",
+    "decode_split",
     "load_quadrants",
     "read_classes",
     "read_split",
-    "sift",
     "stored_bytes",
 ]
 
@@ -182,7 +183,7 @@ def read_classes(data: Path) -> tuple[str, ...]:
     return classes
 
 
-def read_split(data: Path, split: str, classes: Sequence[str], reading: Reading = AS_IT_IS) -> Split:
+def read_split(data: Path, split: str, classes: Sequence[str], reading: ReadOptions = DEFAULT_READ_OPTIONS) -> Split:
     """List a split's frames by class: ``DATA/SPLIT/CLASS/**/*.png`` and the other endings that frames have.
 
     Each frame of a clip is a frame, of the clip's class.
@@ -209,7 +210,7 @@ def read_split(data: Path, split: str, classes: Sequence[str], reading: Reading 
         found = [_labelled(item, data, label) for item in find_in_folder(folder / name, f"{split}/{name}/", reading)]
         if not found:
             hint = matrices_hint(str(folder / name), reading)
-            raise DatasetError(f"{(folder / name).as_posix()}: no frame found; {EXPECTED}{hint}")
+            raise DatasetError(f"{(folder / name).as_posix()}: no frame found; {EXPECTED_FILES}{hint}")
         frames += found
     return Split(split, tuple(classes), tuple(frames))
 
@@ -259,7 +260,7 @@ def load_quadrants(
             else:
                 file.write(decoded.tobytes())
 
-        kept, failures = sift(split, contract, keep, progress)
+        kept, failures = decode_split(split, contract, keep, progress)
         if file is not None:
             file.flush()
             # Writable, though nothing writes: torch warns of arrays that are not.
@@ -273,7 +274,7 @@ def stored_bytes(split: Split, contract: Contract) -> int:
     return len(split.frames) * 4 * contract.input_size**2
 
 
-def sift(
+def decode_split(
     split: Split,
     contract: Contract,
     keep: Callable[[int, npt.NDArray[np.uint8]], None],
@@ -290,7 +291,7 @@ def sift(
     """
     kept: list[LabelledFrame] = []
     failures: dict[LabelledFrame, Failure] = {}
-    for done, (frame, outcome) in enumerate(ahead(partial(decode, contract=contract), split.frames, "decode"), 1):
+    for done, (frame, outcome) in enumerate(prefetch(partial(decode, contract=contract), split.frames, "decode"), 1):
         if isinstance(outcome, EchoQuadError):
             failures[frame] = Failure(frame.name, outcome)
         else:

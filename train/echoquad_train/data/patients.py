@@ -14,7 +14,7 @@ from typing import Final
 from echoquad_runtime.errors import ConfigError
 from echoquad_train.data.dataset import LabelledFrame
 
-__all__ = ["owner", "patient_of", "patient_pattern", "patients_of"]
+__all__ = ["patient_id", "patient_of", "patient_pattern", "patients_of"]
 
 _PATIENT: Final = re.compile(r"(?i)(?:patient|subject|subj|sub|case|pat)[-_ ]?\d+")
 """``patient0001_4CH``: the patient by name, wherever it stands."""
@@ -72,13 +72,13 @@ def patient_of(name: str, pattern: re.Pattern[str] | None = None) -> str | None:
     return prefix.rstrip("/") or (place.name if mark else None)
 
 
-def owner(name: str, pattern: re.Pattern[str] | None = None) -> str:
+def patient_id(name: str, pattern: re.Pattern[str] | None = None) -> str:
     """Tell whom a frame called ``SPLIT/CLASS/...`` is of; one whose name does not tell is somebody by itself."""
     return patient_of(name.split("/", 2)[2], pattern) or name
 
 
 def patients_of(frames: Iterable[LabelledFrame], pattern: re.Pattern[str] | None = None) -> tuple[str, ...]:
-    """Tell whom each frame of a split is of; see `owner`.
+    """Tell whom each frame of a split is of; see `patient_id`.
 
     Parameters
     ----------
@@ -87,4 +87,4 @@ def patients_of(frames: Iterable[LabelledFrame], pattern: re.Pattern[str] | None
     pattern
         See `patient_of`.
     """
-    return tuple(owner(frame.name, pattern) for frame in frames)
+    return tuple(patient_id(frame.name, pattern) for frame in frames)

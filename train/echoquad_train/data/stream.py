@@ -23,11 +23,11 @@ from torch import Generator
 from torch.utils.data import DataLoader
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.cpus import available_cpus
+from echoquad_runtime.devices.cpu_info import available_cpus
 from echoquad_runtime.errors import DatasetError, EchoQuadError, RunError
-from echoquad_runtime.inputs import Failure
+from echoquad_runtime.frames.frame_file import Failure
 from echoquad_train.data import dataset
-from echoquad_train.data.dataset import LabelledFrame, Split, Store, decode, load_quadrants, sift, stored_bytes
+from echoquad_train.data.dataset import LabelledFrame, Split, Store, decode, decode_split, load_quadrants, stored_bytes
 
 __all__ = ["Storage", "Stream", "StreamedStore", "stream_quadrants"]
 
@@ -178,7 +178,7 @@ def stream_quadrants(
     DatasetError
         If of some class no frame can be read.
     """
-    return StreamedStore(*sift(split, contract, lambda index, quadrants: None, progress), contract, workers)
+    return StreamedStore(*decode_split(split, contract, lambda index, quadrants: None, progress), contract, workers)
 
 
 class Storage:

@@ -1,1 +1,1 @@
-"""Evaluation: what a model came to on labelled frames: in numbers, in figures and as a report."""
+"""What a model gets right: scores, metrics, bootstrap intervals, calibration, abstention."""

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from echoquad_train.evaluation.intervals import Bootstrap, estimate
-from echoquad_train.evaluation.judged import Judged
 from echoquad_train.evaluation.reliability import Floats
+from echoquad_train.evaluation.scored_frames import ScoredFrames
 
 __all__ = ["abstention", "risk_coverage"]
 
@@ -35,7 +35,7 @@ def risk_coverage(confidence: Floats, right: npt.NDArray[np.bool_]) -> tuple[Flo
     return sure[ends], (ends + 1) / len(sure), wrong[ends] / (ends + 1)
 
 
-def abstention(judged: Judged, sampler: Bootstrap, below: float | None = None) -> dict[str, Any]:
+def abstention(judged: ScoredFrames, sampler: Bootstrap, below: float | None = None) -> dict[str, Any]:
     """Measure what abstaining buys.
 
     Parameters

@@ -8,40 +8,29 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from echoquad_runtime.bundle import MANIFEST, Bundle
+from echoquad_runtime.bundle.bundle import MANIFEST, Bundle
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import DatasetError
-from echoquad_runtime.files import make_folder, write_bytes, write_json
-from echoquad_runtime.inputs import Failure
-from echoquad_runtime.predictor import Prediction, Predictor
-from echoquad_runtime.writers import open_writer
+from echoquad_runtime.frames.frame_file import Failure
+from echoquad_runtime.predict.predictor import Prediction, Predictor
 from echoquad_train.data.dataset import LabelledFrame, Split
 from echoquad_train.data.patients import patients_of
-from echoquad_train.evaluation.drawn import draw_all
-from echoquad_train.evaluation.gallery import save_mistakes
-from echoquad_train.evaluation.intervals import wilson_interval
-from echoquad_train.evaluation.judged import Judged, judged_of
-from echoquad_train.evaluation.metrics import Settings, measure, measure_more, roc_curves
-from echoquad_train.evaluation.report import evaluation_report
+from echoquad_train.evaluation.metrics import Settings, measure, measure_more
+from echoquad_train.evaluation.scored_frames import ScoredFrames, score_frames
 
 __all__ = [
     "Evaluation",
-    "Read",
-    "Settings",
+    "SplitPredictions",
     "evaluate",
     "judge",
-    "measure",
     "model_facts",
-    "roc_curves",
-    "wilson_interval",
-    "write_evaluation",
 ]
 
 Progress = Callable[[int, int], None]
@@ -74,18 +63,18 @@ class Evaluation:
     labels: npt.NDArray[np.int64]
     failures: tuple[Failure, ...]
     frames: tuple[LabelledFrame, ...]
-    judged: Judged
+    judged: ScoredFrames
     contract: Contract
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class SplitPredictions:
     """The readable frames of a split, a prediction each, and the same as arrays; and those that could not be read."""
 
     predictions: tuple[Prediction, ...]
     frames: tuple[LabelledFrame, ...]
     failures: tuple[Failure, ...]
-    judged: Judged
+    judged: ScoredFrames
 
 
 def evaluate(
@@ -157,7 +146,7 @@ def judge(
     before: int = 0,
     total: int | None = None,
     progress: Progress | None = None,
-) -> Read:
+) -> SplitPredictions:
     """Judge every frame of a split; `progress` is called with the number done, `before` included, and of all.
 
     Raises
@@ -182,14 +171,14 @@ def judge(
         raise DatasetError(
             f"{split.name}: no frame can be read; the first failure: {failures[0].file}: {failures[0].error}"
         )
-    judged = judged_of(
+    judged = score_frames(
         predictions,
         np.array([frame.label for frame in frames], np.int64),
         predictor.contract.positive,
         predictor.contract,
         patients_of(frames, pattern),
     )
-    return Read(tuple(predictions), tuple(frames), tuple(failures), judged)
+    return SplitPredictions(tuple(predictions), tuple(frames), tuple(failures), judged)
 
 
 def model_facts(folder: Path) -> dict[str, Any]:
@@ -208,41 +197,9 @@ def model_facts(folder: Path) -> dict[str, Any]:
         facts |= {"kind": "bundle", "manifest_sha256": manifest["manifest_sha256"]}
         told = manifest.get("training")
     else:
-        from echoquad_train.checkpoint import BEST, RUN, read_info
+        from echoquad_train.runs.checkpoint import BEST, RUN, read_info
 
         if (folder / BEST).is_file():
             facts |= {"kind": "run", "weights_sha256": hashlib.sha256((folder / BEST).read_bytes()).hexdigest()}
         told = read_info(folder) if (folder / RUN).is_file() else None
     return {"model": facts, "trained_calibration": told.get("calibration") if isinstance(told, dict) else None}
-
-
-def write_evaluation(evaluation: Evaluation, folder: Path, *, gallery: int = 0) -> list[Path]:
-    """Write ``metrics.json``, ``predictions.csv``, the figures, ``mistakes/`` and ``report.html``; gives their paths.
-
-    Parameters
-    ----------
-    evaluation
-        What was found.
-    folder
-        Where to; made where it is not there.
-    gallery
-        How many of the most confident mistakes to draw.
-
-    Raises
-    ------
-    OutputError
-        If the system refuses.
-    """
-    make_folder(folder)
-    mistakes = save_mistakes(evaluation, folder, gallery) if gallery else []
-    metrics = {**evaluation.metrics, "mistakes": [mistake.to_dict() for mistake in mistakes]}
-    found = replace(evaluation, metrics=metrics)
-    paths = [folder / "metrics.json", folder / "predictions.csv"]
-    write_json(paths[0], metrics)
-    with open_writer(paths[1], tuple(metrics["classes"])) as writer:
-        for prediction in evaluation.predictions:
-            writer.write(prediction)
-    pictures = draw_all(found.judged, found.contract, metrics, folder)
-    report = folder / "report.html"
-    write_bytes(report, evaluation_report(metrics, pictures, mistakes, folder).encode("utf-8", "backslashreplace"))
-    return [*paths, *(picture.path for picture in pictures), report]

@@ -11,9 +11,8 @@ import numpy.typing as npt
 from sklearn import metrics
 
 from echoquad_runtime.contract import QUADRANTS, Contract
-from echoquad_runtime.predictor import Prediction
+from echoquad_runtime.predict.predictor import Prediction
 from echoquad_train.evaluation.abstention import abstention
-from echoquad_train.evaluation.calibration import cross_fit, fit_temperatures, patient_folds, scores_of
 from echoquad_train.evaluation.intervals import (
     RESAMPLES,
     Bootstrap,
@@ -23,9 +22,10 @@ from echoquad_train.evaluation.intervals import (
     weighted_ece,
     wilson_interval,
 )
-from echoquad_train.evaluation.judged import Indices, Judged, judged_of
-from echoquad_train.evaluation.operating import operating_points
+from echoquad_train.evaluation.operating_points import operating_points
 from echoquad_train.evaluation.reliability import BINNING, Floats, losses, reliability, squares, sweep_bins
+from echoquad_train.evaluation.scored_frames import Indices, ScoredFrames, score_frames
+from echoquad_train.evaluation.temperature_scaling import cross_fit, fit_temperatures, patient_folds, scores_of
 
 __all__ = ["Settings", "measure", "measure_more", "plain", "roc_curves"]
 
@@ -71,10 +71,10 @@ def measure(predictions: Sequence[Prediction], labels: Indices, positive: str) -
     ``roc_auc`` is of the positive class's mean probability for two classes, the unweighted mean of one-against-rest
     areas for more, and None where a class has no frame.
     """
-    return _plain(judged_of(predictions, labels, positive))
+    return _plain(score_frames(predictions, labels, positive))
 
 
-def _plain(judged: Judged) -> dict[str, Any]:
+def _plain(judged: ScoredFrames) -> dict[str, Any]:
     classes, labels, decided = judged.classes, judged.labels, judged.decided
     every = list(range(len(classes)))
     right = int(judged.right.sum())
@@ -130,7 +130,7 @@ def roc_curves(
 
 
 def measure_more(
-    judged: Judged, settings: Settings, *, split: str, contract: Contract, reference: Judged | None = None
+    judged: ScoredFrames, settings: Settings, *, split: str, contract: Contract, reference: ScoredFrames | None = None
 ) -> dict[str, Any]:
     """Compute what ``metrics.json`` holds beside the plain figures.
 
@@ -175,7 +175,7 @@ def measure_more(
     }
 
 
-def _intervals(judged: Judged, sampler: Bootstrap, settings: Settings) -> dict[str, Any]:
+def _intervals(judged: ScoredFrames, sampler: Bootstrap, settings: Settings) -> dict[str, Any]:
     """Give the main figures with their bootstrap intervals; those of sensitivity, specificity and F1 of the vote."""
     bins = sweep_bins(judged.confidence, judged.right)
     counts = weighted_counts(sampler, judged.labels, judged.decided, len(judged.classes))
@@ -205,7 +205,7 @@ def _intervals(judged: Judged, sampler: Bootstrap, settings: Settings) -> dict[s
     }
 
 
-def _of_confusion(counts: Floats, judged: Judged) -> dict[str, Floats]:
+def _of_confusion(counts: Floats, judged: ScoredFrames) -> dict[str, Floats]:
     """Compute figures of confusion matrices, float64 [B, C, C]; NaN where one has nothing to stand on."""
     at = judged.classes.index(judged.positive)
     total, diagonal = counts.sum(axis=(1, 2)), np.diagonal(counts, axis1=1, axis2=2)
@@ -229,7 +229,7 @@ def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _patients(judged: Judged, settings: Settings) -> dict[str, Any]:
+def _patients(judged: ScoredFrames, settings: Settings) -> dict[str, Any]:
     """Measure decisions on patients: the mean of a patient's frames of one true class."""
     whole: dict[tuple[str, int], list[int]] = {}
     for index, key in enumerate(zip(judged.patients, judged.labels.tolist(), strict=True)):
@@ -239,7 +239,7 @@ def _patients(judged: Judged, settings: Settings) -> dict[str, Any]:
     labels = np.array([label for _, label in units], np.int64)
     # Each unit as one frame whose four quadrants are all its mean: a vote on them decides by that mean.
     means = np.array([judged.probabilities[rows].mean(axis=0) for rows in whole.values()])
-    joined = Judged(
+    joined = ScoredFrames(
         names=tuple(name for name, _ in units),
         classes=judged.classes,
         positive=judged.positive,
@@ -269,11 +269,11 @@ def _patients(judged: Judged, settings: Settings) -> dict[str, Any]:
 
 
 def _calibration(
-    judged: Judged, contract: Contract, reference: Judged | None, folds: Indices | None, given: bool
+    judged: ScoredFrames, contract: Contract, reference: ScoredFrames | None, folds: Indices | None, given: bool
 ) -> dict[str, Any]:
     """Measure reliability: as reported, without the contract's temperatures, and under ones that are fitted anew."""
 
-    def measured(of: Judged) -> dict[str, Any]:
+    def measured(of: ScoredFrames) -> dict[str, Any]:
         return reliability(of.shares, of.labels, of.decided)
 
     temperature, frames = contract.temperature, contract.frame_temperature
@@ -307,12 +307,12 @@ def _calibration(
     return found
 
 
-def plain(judged: Judged, contract: Contract) -> Judged:
+def plain(judged: ScoredFrames, contract: Contract) -> ScoredFrames:
     """Take the contract's temperatures back: a power of the softmax is that of the logits without one."""
     return judged.under(1 / contract.temperature, 1.0)
 
 
-def _agreement(judged: Judged) -> list[dict[str, Any]]:
+def _agreement(judged: ScoredFrames) -> list[dict[str, Any]]:
     """Count how many quadrants agree with the decision, and how often it is right then."""
     agreeing = (judged.quadrant_labels == judged.decided[:, None]).sum(axis=1)
     rows = []

@@ -1,1 +1,1 @@
-"""Networks: backbones with a head, alone and as one ensemble."""
+"""Networks: backbones, the quadrant classifier, ensembles, and the torch engine that runs them."""

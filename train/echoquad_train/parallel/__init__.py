@@ -1,1 +1,1 @@
-"""Parallel: several processes that train together what one would alone."""
+"""Training in several processes: ranks, gradient sharing, torchrun."""

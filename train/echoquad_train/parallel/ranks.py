@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from echoquad_runtime.errors import DeviceUnavailableError, EchoQuadError, RunError
-from echoquad_train.parallel.torchrun import place
+from echoquad_train.parallel.torchrun import torchrun_rank
 
 __all__ = ["ALONE", "Ranks", "Share", "joined"]
 
@@ -120,7 +120,7 @@ def joined(where: torch.device) -> Iterator[Ranks]:
     RunError
         If the processes do not find each other, or lose each other.
     """
-    ranks = Ranks(*place())
+    ranks = Ranks(*torchrun_rank())
     if ranks.count == 1:
         yield ranks
         return

@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from echoquad_runtime.errors import ConfigError
 
-__all__ = ["Place", "place"]
+__all__ = ["Place", "torchrun_rank"]
 
 _TOLD: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _NEEDED: Final = {*_TOLD, "MASTER_ADDR", "MASTER_PORT"}
@@ -21,7 +21,7 @@ class Place(NamedTuple):
     local: int = 0
 
 
-def place() -> Place:
+def torchrun_rank() -> Place:
     """Read this process's place; one that torchrun did not start is alone.
 
     Raises

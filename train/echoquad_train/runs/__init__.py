@@ -1,1 +1,1 @@
-"""Runs: what training leaves in a run folder, and how it gets there."""
+"""A training run on disk: checkpoints, metadata, history, ensembles of runs."""

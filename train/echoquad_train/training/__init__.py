@@ -1,1 +1,1 @@
-"""Training: the parts of an optimizer step, and how they run on a device."""
+"""One training step and what feeds it: batches, augmentation, schedule, EMA weights, distillation."""

@@ -17,10 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from echoquad_train.augment import apply_augmentation, draw_augmentation
 from echoquad_train.data.dataset import QuadrantStore, Store
 from echoquad_train.parallel.ranks import ALONE, Ranks, Share
 from echoquad_train.recipe import Recipe
+from echoquad_train.training.augmentation import apply_augmentation, draw_augmentation
 
 __all__ = ["BatchLoader", "DeviceFeed", "TrainingBatch", "epoch_generator"]
 
@@ -48,7 +48,7 @@ class TrainingBatch:
     weight
         float32 scalar, what the loss's sum is divided by.
     draws
-        From `echoquad_train.augment.draw_augmentation`, float32 [B, ...].
+        From `echoquad_train.training.augmentation.draw_augmentation`, float32 [B, ...].
     share
         Which rows of the batch these are.
     places

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from echoquad_train.networks.model import QuadrantClassifier
+from echoquad_train.networks.classifier import QuadrantClassifier
 
 __all__ = ["EmaWeights", "decay_at"]
 

@@ -1,0 +1,1 @@
+"""ONNX graphs: the classifier, the frame graph, and the rewrites of both."""

@@ -1,0 +1,1 @@
+"""The bundle: made beside its target, checked, and moved into place."""

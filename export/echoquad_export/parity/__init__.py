@@ -1,0 +1,1 @@
+"""Proof that an export decides as the training code: parity, golden frames, metrics."""

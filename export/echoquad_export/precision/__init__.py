@@ -1,0 +1,1 @@
+"""Graphs of reduced precision: int8 with its calibration set, and fp16."""

@@ -1,0 +1,1 @@
+"""From files to grey frames: discovery, formats, decoding, integrity checks, quality flags."""

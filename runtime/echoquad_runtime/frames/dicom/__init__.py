@@ -1,0 +1,1 @@
+"""DICOM files: their elements, header, codecs and pixels."""

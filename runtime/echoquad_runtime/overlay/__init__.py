@@ -1,0 +1,1 @@
+"""Pictures of a decision: the four boxes and the class activation map."""

@@ -1,0 +1,1 @@
+"""Result files: CSV and JSON lines, resume, shards and their merge."""

@@ -1,0 +1,599 @@
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from echoquad_runtime.errors import (
+    FrameDamagedError,
+    FrameError,
+    FrameExtraError,
+    FrameFormatError,
+    FrameTooLargeError,
+)
+from echoquad_runtime.frames.discovery import find_frames
+from echoquad_runtime.frames.frame_file import Failure, FrameFile
+from echoquad_runtime.frames.reader import (
+    decode_checked,
+    decode_frame,
+    decode_pixels,
+    load_checked,
+    load_grey,
+    load_image,
+)
+
+pydicom = pytest.importorskip("pydicom")
+pytest.importorskip("openjpeg")
+
+from pydicom.data import get_testdata_file  # noqa: E402
+from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
+from pydicom.encaps import encapsulate  # noqa: E402
+
+# pydicom's own, of the files that the tests write and of odd ones that it is asked to read.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+NATIVE, IMPLICIT, BIG, DEFLATED = (f"1.2.840.10008.1.2{end}" for end in (".1", "", ".2", ".1.99"))
+JPEG, JPEG_2000, RLE = (f"1.2.840.10008.1.2.{end}" for end in ("4.50", "4.90", "5"))
+ULTRASOUND = "1.2.840.10008.5.1.4.1.1.6.1"
+NAME = "PlantedDoe"
+
+
+def shipped(name: str) -> Path:
+    return Path(str(get_testdata_file(name, download=False)))
+
+
+def ultrasound() -> list[Path]:
+    """Find every ultrasound file that the pydicom wheel ships."""
+    found = []
+    for path in sorted(Path(pydicom.__file__).parent.joinpath("data", "test_files").rglob("*")):
+        if path.is_file():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    header = pydicom.dcmread(path, stop_before_pixels=True)
+                except Exception:
+                    continue
+            if header.get("Modality") == "US":
+                found.append(path)
+    return found
+
+
+def make(pixels: bytes, *, syntax: str = NATIVE, **values: Any) -> bytes:
+    """Write a DICOM file: 6 rows of 8 8-bit grey pixels, unless told otherwise; None leaves an element out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _make(pixels, syntax, values)
+
+
+def _make(pixels: bytes, syntax: str, values: dict[str, Any]) -> bytes:
+    made = Dataset()
+    made.file_meta = FileMetaDataset()
+    made.file_meta.TransferSyntaxUID, made.file_meta.MediaStorageSOPInstanceUID = syntax, "1.2.3"
+    made.SOPClassUID, made.PatientName = ULTRASOUND, NAME
+    every = {
+        **{"Rows": 6, "Columns": 8, "SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2"},
+        **{"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "PixelRepresentation": 0},
+        **values,
+    }
+    for keyword, value in every.items():
+        if value is not None:
+            setattr(made, keyword, value)
+    made.PixelData = pixels
+    made["PixelData"].VR = "OW" if every["BitsAllocated"] == 16 else "OB"
+    if syntax not in (NATIVE, IMPLICIT, BIG, DEFLATED):
+        made["PixelData"].is_undefined_length = True
+    stream = io.BytesIO()
+    pydicom.dcmwrite(stream, made, enforce_file_format=True)
+    return stream.getvalue()
+
+
+RAMP = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
+COLOURS = np.stack([RAMP, 255 - RAMP, np.full_like(RAMP, 7)], axis=2)
+RGB = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
+
+
+def luma(colours: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(colours).convert("L"))
+
+
+# ---------------------------------------------------------------------------------------------- real files
+
+
+def test_the_wheel_ships_the_ultrasound_files_that_are_read_here() -> None:
+    assert {path.name for path in ultrasound()} == {
+        *("ExplVR_BigEnd.dcm", "examples_jpeg2k.dcm", "examples_palette.dcm", "examples_rgb_color.dcm"),
+        "examples_ybr_color.dcm",
+    }
+
+
+@pytest.mark.parametrize("path", ultrasound(), ids=lambda path: path.name)
+def test_real_ultrasound_is_read_as_pydicom_reads_it(path: Path) -> None:
+    from pydicom.pixels import apply_color_lut, pixel_array
+
+    frames = list(find_frames([path]))
+    assert all(isinstance(frame, FrameFile) for frame in frames)
+    assert len(frames) == (30 if path.name == "examples_ybr_color.dcm" else 1)
+    for index in {0, len(frames) // 2, len(frames) - 1}:
+        frame = frames[index]
+        assert isinstance(frame, FrameFile)
+        wanted = pixel_array(path, index=index)  # in RGB
+        if wanted.ndim == 2:
+            wanted = (apply_color_lut(wanted, pydicom.dcmread(path)) / 257 + 0.5).astype(np.uint8)
+        grey, flags = load_checked(frame)
+        # JPEG's luma against luma of the RGB that was made of it, which is clipped.
+        assert np.abs(grey.astype(int) - luma(wanted)).max() <= (8 if "ybr" in path.name else 1)
+        assert flags == (("colour",) if path.name == "ExplVR_BigEnd.dcm" else ())
+        shown = np.asarray(load_image(frame).convert("RGB")).astype(int)
+        assert np.abs(shown - wanted).mean() < 1
+
+
+def test_the_echocardiogram_has_thirty_frames_that_move() -> None:
+    frames = [item for item in find_frames([shipped("examples_ybr_color.dcm")]) if isinstance(item, FrameFile)]
+    assert [item.name for item in frames] == [f"examples_ybr_color.dcm#{number}" for number in range(1, 31)]
+    greys = [load_grey(item) for item in frames]
+    from pydicom.encaps import generate_frames
+
+    stored = pydicom.dcmread(shipped("examples_ybr_color.dcm")).PixelData
+    assert len({grey.tobytes() for grey in greys}) == len(set(generate_frames(stored, number_of_frames=30))) > 20
+    assert {grey.shape for grey in greys} == {(240, 320)}  # its region goes beyond the frame, and is no crop
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "SC_rgb_rle.dcm",
+            "SC_rgb_rle_16bit.dcm",
+            "SC_rgb_jpeg_gdcm.dcm",
+            "SC_rgb_gdcm_KY.dcm",
+            "SC_rgb_small_odd.dcm",
+        ),
+        *("SC_rgb_small_odd_big_endian.dcm", "SC_rgb_jls_lossy_line.dcm", "SC_rgb_jls_lossy_sample.dcm"),
+        *("SC_rgb_dcmtk_+eb+cr.dcm", "SC_jpeg_no_color_transform.dcm", "SC_ybr_full_422_uncompressed.dcm"),
+        *("SC_rgb_jpeg_dcmd.dcm", "GDCMJ2K_TextGBR.dcm"),
+    ],
+)
+def test_colours_of_every_syntax_are_as_pydicom_reads_them(name: str) -> None:
+    if "jls" in name:
+        pytest.importorskip("gdcm")
+    from pydicom.pixels import pixel_array
+
+    wanted = pixel_array(shipped(name))
+    wanted = (wanted / 257 + 0.5).astype(np.uint8) if wanted.dtype == np.uint16 else wanted
+    (frame,) = find_frames([shipped(name)])
+    assert isinstance(frame, FrameFile)
+    assert np.abs(load_grey(frame).astype(int) - luma(wanted)).max() <= 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("MR_small.dcm", "MR_small_RLE.dcm", "MR_small_bigendian.dcm", "MR_small_implicit.dcm", "MR_small_padded.dcm"),
+        *("MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm"),
+    ],
+)
+def test_sixteen_bits_of_every_syntax_are_the_same(name: str) -> None:
+    if "jpeg_ls" in name:
+        pytest.importorskip("gdcm")
+    stored = pydicom.dcmread(shipped("MR_small.dcm")).pixel_array.astype(float)
+    center, width = 600, 1600  # its window, by DICOM PS3.3, C.11.2.1.2.1
+    wanted = np.clip(((stored - (center - 0.5)) / (width - 1) + 0.5) * 255, 0, 255)
+    (frame,) = find_frames([shipped(name)])
+    assert isinstance(frame, FrameFile)
+    np.testing.assert_allclose(load_grey(frame), wanted, atol=0.51)
+
+
+# ---------------------------------------------------------------------------------------------- kinds of pixels
+
+
+@pytest.mark.parametrize("syntax", [NATIVE, IMPLICIT, BIG, DEFLATED])
+def test_grey_is_as_it_is(syntax: str) -> None:
+    np.testing.assert_array_equal(decode_frame(make(RAMP.tobytes(), syntax=syntax)), RAMP)
+
+
+def test_monochrome1_is_inverted() -> None:
+    data = make(RAMP.tobytes(), PhotometricInterpretation="MONOCHROME1")
+    np.testing.assert_array_equal(decode_frame(data), 255 - RAMP)
+
+
+@pytest.mark.parametrize(("bits", "signed"), [(16, 0), (12, 0), (10, 0), (16, 1), (12, 1)])
+def test_without_a_window_the_greatest_number_that_can_be_stored_is_white(bits: int, signed: int) -> None:
+    levels = np.linspace(0, (1 << bits) - 1, 48).astype(np.int64).reshape(6, 8)
+    stored = (levels - (1 << bits - 1) if signed else levels).astype("<i4").astype("<u2")
+    stored |= np.uint16(0 if bits == 16 else 1 << 15)  # an overlay in an unused bit
+    data = make(stored.tobytes(), BitsAllocated=16, BitsStored=bits, HighBit=bits - 1, PixelRepresentation=signed)
+    np.testing.assert_array_equal(decode_frame(data), np.floor(levels * 255 / ((1 << bits) - 1) + 0.5))
+
+
+def test_a_window_says_what_is_shown() -> None:
+    stored = (np.arange(48).reshape(6, 8) * 80).astype("<u2")
+    wide = {"BitsAllocated": 16, "BitsStored": 12, "HighBit": 11, "RescaleSlope": 2, "RescaleIntercept": -100}
+    data = make(stored.tobytes(), **wide, WindowCenter=[1000, 5], WindowWidth=[401, 7])
+    value = stored * 2.0 - 100
+    wanted = np.clip(((value - 999.5) / 400 + 0.5) * 255, 0, 255)
+    np.testing.assert_allclose(decode_frame(data), wanted, atol=0.51)
+    exact = make(stored.tobytes(), **wide, WindowCenter=1000, WindowWidth=400, VOILUTFunction="LINEAR_EXACT")
+    np.testing.assert_allclose(decode_frame(exact), np.clip(((value - 1000) / 400 + 0.5) * 255, 0, 255), atol=0.51)
+    curved = make(stored.tobytes(), **wide, WindowCenter=1000, WindowWidth=400, VOILUTFunction="SIGMOID")
+    np.testing.assert_allclose(decode_frame(curved), 255 / (1 + np.exp(-4 * (value - 1000) / 400)), atol=0.51)
+    usual = make(RAMP.tobytes(), WindowCenter=128, WindowWidth=256)
+    np.testing.assert_array_equal(decode_frame(usual), RAMP)
+
+
+@pytest.mark.parametrize("planar", [0, 1])
+@pytest.mark.parametrize("syntax", [NATIVE, BIG])
+def test_rgb_is_luma(planar: int, syntax: str) -> None:
+    stored = np.moveaxis(COLOURS, 2, 0) if planar else COLOURS
+    data = make(stored.tobytes(), syntax=syntax, **{**RGB, "PlanarConfiguration": planar})
+    grey, flags = decode_checked(data)
+    np.testing.assert_array_equal(grey, luma(COLOURS))
+    assert flags == ("colour",)
+    np.testing.assert_array_equal(np.asarray(decode_pixels(data).image()), COLOURS)
+
+
+def test_ybr_is_its_own_luma() -> None:
+    ybr = np.asarray(Image.fromarray(COLOURS).convert("YCbCr"))
+    full = make(ybr.tobytes(), **{**RGB, "PhotometricInterpretation": "YBR_FULL"})
+    np.testing.assert_array_equal(decode_frame(full), ybr[..., 0])
+    assert np.abs(np.asarray(decode_pixels(full).image()).astype(int) - COLOURS).max() <= 3
+    pairs = np.concatenate([ybr[..., 0].reshape(6, 4, 2), ybr[:, ::2, 1:]], axis=2)
+    halved = make(pairs.tobytes(), **{**RGB, "PhotometricInterpretation": "YBR_FULL_422"})
+    np.testing.assert_array_equal(decode_frame(halved), ybr[..., 0])
+    assert decode_checked(halved)[1] == ("colour",)
+
+
+def palette(bits: int, columns: np.ndarray, **other: Any) -> dict[str, Any]:
+    kind = np.uint8 if bits == 8 else "<u2"
+    values: dict[str, Any] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for name, column in zip(("Red", "Green", "Blue"), columns.T, strict=True):
+        values[f"{name}PaletteColorLookupTableDescriptor"] = [len(columns), other.get("first", 0), bits]
+        values[f"{name}PaletteColorLookupTableData"] = column.astype(kind).tobytes()
+    return values
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_palettes(bits: int) -> None:
+    colours = np.random.default_rng(1).integers(0, 256, (240, 3))
+    data = make(RAMP.tobytes(), **palette(bits, colours * (257 if bits == 16 else 1)))
+    wanted = colours[np.minimum(RAMP, 239)].astype(np.uint8)
+    np.testing.assert_array_equal(np.asarray(decode_pixels(data).image()), wanted)
+    np.testing.assert_array_equal(decode_frame(data), luma(wanted))
+
+
+def test_a_palette_begins_where_it_says_and_its_ends_go_on() -> None:
+    colours = np.array([[10, 10, 10], [90, 90, 90], [200, 200, 200]])
+    pixels = np.repeat(np.array([[0, 100, 101, 102, 103, 255, 99, 7]], np.uint8), 6, axis=0)
+    data = make(pixels.tobytes(), **palette(16, colours * 257, first=100))
+    assert decode_frame(data)[0].tolist() == [10, 10, 90, 200, 200, 200, 10, 10]
+
+
+def test_a_palette_in_segments() -> None:
+    words = [0, 2, 0, 257, 1, 3, 4 * 257, 2, 1, 0, 0, 0, 1, 9 * 257]  # two, a line of three, the two again, one
+    segments = struct.pack("<14H", *words)
+    values: dict[str, Any] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for name in ("Red", "Green", "Blue"):
+        values[f"{name}PaletteColorLookupTableDescriptor"] = [8, 0, 16]
+        values[f"Segmented{name}PaletteColorLookupTableData"] = segments
+    pixels = np.repeat(np.arange(8, dtype=np.uint8)[None], 6, axis=0)
+    assert decode_frame(make(pixels.tobytes(), **values))[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 9]
+
+
+def jpeg(image: Image.Image, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", **options)
+    return stream.getvalue()
+
+
+def test_jpeg_baseline_is_read_as_a_jpeg_file_is() -> None:
+    whole = jpeg(Image.fromarray(COLOURS), quality=90)
+    data = make(encapsulate([whole]), syntax=JPEG, **{**RGB, "PhotometricInterpretation": "YBR_FULL_422"})
+    np.testing.assert_array_equal(decode_frame(data), decode_frame(whole))
+    cut = make(
+        encapsulate([whole[:-40] + b"\xff\xd9"]), syntax=JPEG, **{**RGB, "PhotometricInterpretation": "YBR_FULL_422"}
+    )
+    with pytest.raises(FrameDamagedError, match="truncated"):
+        decode_frame(cut)
+
+
+def test_rle_runs_may_cross_rows_but_not_the_frame() -> None:
+    def packed(plane: bytes) -> bytes:
+        return b"".join(bytes([len(part) - 1]) + part for part in (plane[i : i + 100] for i in range(0, 48, 100)))
+
+    segment = packed(RAMP.tobytes())
+    header = struct.pack("<16I", 1, 64, *[0] * 14)
+    np.testing.assert_array_equal(decode_frame(make(encapsulate([header + segment]), syntax=RLE)), RAMP)
+    for wrong in (header + segment[:20], struct.pack("<16I", 2, 64, 70, *[0] * 13) + segment):
+        with pytest.raises(FrameDamagedError):
+            decode_frame(make(encapsulate([wrong]), syntax=RLE))
+
+
+# ---------------------------------------------------------------------------------------------- the region
+
+
+def region(box: tuple[int, int, int, int], kind: int = 1, spatial: int = 1) -> Dataset:
+    made = Dataset()
+    made.RegionSpatialFormat, made.RegionDataType = spatial, kind
+    made.RegionLocationMinX0, made.RegionLocationMinY0, made.RegionLocationMaxX1, made.RegionLocationMaxY1 = box
+    return made
+
+
+INSIDE = (1, 2, 6, 5)
+
+
+@pytest.mark.parametrize(
+    ("regions", "cropped"),
+    [
+        ([region(INSIDE)], True),
+        ([region(INSIDE), region((0, 0, 7, 1), kind=4, spatial=3)], True),  # the other is of a spectrum
+        ([region((0, 0, 7, 5))], True),
+        ([region((1, 2, 8, 5))], False),  # one column beyond
+        ([region((1, 2, 6, 6))], False),
+        ([region((6, 2, 1, 5))], False),
+        ([region(INSIDE), region((0, 0, 3, 3))], False),  # which of them cannot be told
+        ([region(INSIDE, kind=2)], False),
+        ([], False),
+    ],
+)
+@pytest.mark.parametrize("syntax", [NATIVE, BIG, IMPLICIT])
+def test_the_region_is_the_crop_only_where_it_lies_inside(regions: list[Dataset], cropped: bool, syntax: str) -> None:
+    found = decode_frame(make(RAMP.tobytes(), syntax=syntax, SequenceOfUltrasoundRegions=regions or None))
+    if not cropped:
+        np.testing.assert_array_equal(found, RAMP)
+    else:
+        left, top, right, bottom = (regions[0][tag].value for tag in (0x00186018, 0x0018601A, 0x0018601C, 0x0018601E))
+        np.testing.assert_array_equal(found, RAMP[top : bottom + 1, left : right + 1])
+
+
+# ---------------------------------------------------------------------------------------------- several frames
+
+
+def clip(frames: int, announced: int | None = None, **values: Any) -> bytes:
+    stored = np.stack([RAMP + number for number in range(frames)])
+    return make(stored.tobytes(), NumberOfFrames=announced or frames, **values)
+
+
+def read_all(path: Path) -> list[np.ndarray | str]:
+    found = find_frames([path])
+    return [f"{item.file}: {item.error}" if isinstance(item, Failure) else load_grey(item) for item in found]
+
+
+def test_a_clip_is_read_frame_by_frame(tmp_path: Path) -> None:
+    path = tmp_path / "clip.dcm"
+    path.write_bytes(clip(12))
+    for number, grey in enumerate(read_all(path)):
+        np.testing.assert_array_equal(grey, RAMP + number)
+    (twelfth,) = find_frames([tmp_path / "clip.dcm#12"])
+    assert isinstance(twelfth, FrameFile) and twelfth.name == "clip.dcm#12"
+    np.testing.assert_array_equal(load_grey(twelfth), RAMP + 11)
+    (beyond,) = find_frames([tmp_path / "clip.dcm#13"])
+    with pytest.raises(FrameDamagedError, match="no frame 13; the file holds 12"):
+        load_grey(beyond)  # type: ignore[arg-type]
+
+
+def test_frames_that_are_missing_are_one_failure(tmp_path: Path) -> None:
+    path = tmp_path / "clip.dcm"
+    path.write_bytes(clip(4, announced=30))
+    *frames, last = read_all(path)
+    assert len(frames) == 4 and all(isinstance(frame, np.ndarray) for frame in frames)
+    assert last == "clip.dcm: frames 5 to 30 of 30 are not in the file: it is truncated; copy it again"
+
+
+def test_a_frame_that_is_damaged_is_a_failure_of_its_own(tmp_path: Path) -> None:
+    whole = jpeg(Image.fromarray(RAMP))
+    parts = [whole, whole[:-30] + b"\xff\xd9", whole]
+    (tmp_path / "clip.dcm").write_bytes(make(encapsulate(parts), syntax=JPEG, NumberOfFrames=3))
+    frames = list(find_frames([tmp_path / "clip.dcm"]))
+    assert len(frames) == 3
+    for number, frame in enumerate(frames):
+        assert isinstance(frame, FrameFile)
+        if number == 1:
+            with pytest.raises(FrameDamagedError):
+                load_grey(frame)
+        else:
+            np.testing.assert_array_equal(load_grey(frame), decode_frame(whole))
+
+
+@pytest.mark.parametrize("has_table", [True, False])
+def test_pieces_are_put_to_frames(tmp_path: Path, has_table: bool) -> None:
+    wholes = [jpeg(Image.fromarray(RAMP + number)) for number in (0, 40)]
+    path = tmp_path / "clip.dcm"
+    path.write_bytes(make(encapsulate(wholes, fragments_per_frame=2, has_bot=has_table), syntax=JPEG, NumberOfFrames=2))
+    if has_table:
+        for found, whole in zip(read_all(path), wholes, strict=True):
+            np.testing.assert_array_equal(found, decode_frame(whole))
+    else:
+        (failure,) = read_all(path)
+        assert "does not say which piece of its pixels is of which frame" in str(failure)
+
+
+def test_a_clip_is_never_in_memory(tmp_path: Path) -> None:
+    import tracemalloc
+
+    frames = 200
+    path = tmp_path / "clip.dcm"
+    with path.open("wb") as stream:
+        head = make(b"\0" * 48, Rows=400, Columns=500, NumberOfFrames=frames)
+        at = head.rindex(b"\xe0\x7f\x10\x00")
+        stream.write(head[: at + 8] + struct.pack("<I", frames * 200_000))
+        stream.truncate(at + 12 + frames * 200_000)
+    tracemalloc.start()
+    try:
+        found = [item for item in find_frames([path]) if isinstance(item, FrameFile)]
+        assert len(found) == frames
+        load_grey(found[150])
+        assert tracemalloc.get_traced_memory()[1] < 3_000_000  # of 40 million bytes
+    finally:
+        tracemalloc.stop()
+
+
+# ---------------------------------------------------------------------------------------------- what is refused
+
+
+def without_pixels() -> bytes:
+    data = make(RAMP.tobytes())
+    return data[: data.rindex(b"\xe0\x7f\x10\x00")]
+
+
+def bomb() -> bytes:
+    """Make a deflated file of 400 kB that inflates to more than the cap."""
+    data = make(RAMP.tobytes(), syntax=DEFLATED)
+    begin = data.index(b"1.2.840.10008.1.2.1.99")
+    begin = next(at for at in range(begin, len(data)) if _inflates(data[at:]))
+    deflater = zlib.compressobj(9, zlib.DEFLATED, -15)
+    body = b"".join(deflater.compress(bytes(1 << 20)) for _ in range(300)) + deflater.flush()
+    return data[:begin] + body
+
+
+def _inflates(data: bytes) -> bool:
+    try:
+        return len(zlib.decompressobj(-15).decompress(data)) > 100
+    except zlib.error:
+        return False
+
+
+REFUSED: dict[str, tuple[Callable[[], bytes], type[FrameError], str]] = {
+    "no pixels": (without_pixels, FrameFormatError, "no pixels"),
+    "a segmentation": (
+        lambda: make(RAMP.tobytes(), SOPClassUID="1.2.840.10008.5.1.4.1.1.66.4"),
+        FrameFormatError,
+        "no picture",
+    ),
+    "truncated": (lambda: make(RAMP.tobytes())[:-10], FrameDamagedError, "ends before its pixels do"),
+    "too many pixels": (
+        lambda: make(b"\0" * 48, Rows=60000, Columns=60000),
+        FrameTooLargeError,
+        "announces 60000x60000 pixels",
+    ),
+    "too many frames": (
+        lambda: make(b"\0" * 48, NumberOfFrames=2_000_000_000),
+        FrameTooLargeError,
+        "no frames, or too many",
+    ),
+    "no frames": (lambda: make(b"\0" * 48, NumberOfFrames=0), FrameTooLargeError, "no frames, or too many"),
+    "32 bits": (
+        lambda: make(b"\0" * 192, BitsAllocated=32, BitsStored=32, HighBit=31),
+        FrameFormatError,
+        "8 or 16 bits",
+    ),
+    "no rows": (lambda: make(RAMP.tobytes(), Rows=None), FrameFormatError, "how many rows"),
+    "an odd kind": (
+        lambda: make(RAMP.tobytes(), PhotometricInterpretation="HSV"),
+        FrameFormatError,
+        "of another kind than MONOCHROME1",
+    ),
+    "MPEG": (lambda: make(encapsulate([b"\0" * 48]), syntax="1.2.840.10008.1.2.4.102"), FrameFormatError, "MPEG"),
+    "a window of nothing": (
+        lambda: make(RAMP.tobytes(), WindowCenter=1, WindowWidth=0),
+        FrameFormatError,
+        "window cannot be",
+    ),
+    "another size than announced": (
+        lambda: make(encapsulate([jpeg(Image.fromarray(RAMP[:4]))]), syntax=JPEG),
+        FrameDamagedError,
+        "not as its header says",
+    ),
+    "JPEG 2000 of another size": (
+        lambda: make(encapsulate([b"\xff\x4f\xff\x51" + b"\x7f" * 60 + b"\xff\xd9"]), syntax=JPEG_2000),
+        FrameDamagedError,
+        "not as its header says",
+    ),
+    "a palette too short": (
+        lambda: make(
+            RAMP.tobytes(), **{**palette(16, np.ones((3, 3)) * 999), "GreenPaletteColorLookupTableData": b"\1\2"}
+        ),
+        FrameDamagedError,
+        "shorter than its header says",
+    ),
+    "a bomb": (bomb, FrameTooLargeError, "inflates to more than"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_refused_is_one_line_without_a_name(what: str) -> None:
+    data, kind, words = REFUSED[what]
+    with pytest.raises(kind, match=words) as caught:
+        decode_frame(data())
+    assert str(caught.value).isprintable()
+    assert NAME not in repr(caught.value)
+
+
+def test_bytes_of_several_frames_are_refused() -> None:
+    with pytest.raises(FrameFormatError, match="holds 3 frames; expected one"):
+        decode_frame(clip(3))
+
+
+@pytest.mark.parametrize(("module", "words"), [("pydicom.filereader", "pydicom"), ("openjpeg", "pylibjpeg-openjpeg")])
+def test_a_missing_package_is_told_with_its_extra(
+    module: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    from echoquad_runtime.frames import reader as sources
+
+    sources.forget()
+    monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / "a.dcm").write_bytes(shipped("examples_jpeg2k.dcm").read_bytes())
+    (item,) = find_frames([tmp_path / "a.dcm"])
+    with pytest.raises(FrameExtraError, match=rf'needs {words}.*pip install "echoquad\[dicom\]"') as caught:
+        if isinstance(item, Failure):
+            raise item.error
+        load_grey(item)
+    assert isinstance(caught.value, ImportError)
+
+
+# ---------------------------------------------------------------------------------------------- privacy
+
+
+def odd_places() -> dict[str, bytes]:
+    """Put the name where a value is read, so that whoever quotes it tells it."""
+    whole = make(RAMP.tobytes(), NumberOfFrames=1, WindowCenter=128, WindowWidth=256, RescaleSlope=1, StudyID=NAME)
+    found: dict[str, bytes] = {}
+    for keyword in (
+        "NumberOfFrames",
+        "WindowCenter",
+        "PhotometricInterpretation",
+        "Rows",
+        "BitsAllocated",
+        "RescaleSlope",
+    ):
+        tag = pydicom.tag.Tag(keyword)
+        at = whole.index(struct.pack("<HH", tag.group, tag.element))
+        (length,) = struct.unpack_from("<H", whole, at + 6)
+        name = NAME.encode() + b" " * (len(NAME) % 2)
+        found[keyword] = whole[: at + 6] + struct.pack("<H", len(name)) + name + whole[at + 8 + length :]
+        found[f"{keyword} of a wrong VR"] = whole[: at + 4] + b"PN" + found[keyword][at + 6 :]
+    found["transfer syntax"] = whole.replace(NATIVE.encode() + b"\0", (NAME * 2).encode()[:20])
+    found["character set"] = make(RAMP.tobytes(), SpecificCharacterSet=NAME, NumberOfFrames=NAME[:0] or "1")
+    at = whole.index(b"\x28\x00\x10\x00")
+    found["in place of a tag"] = whole[:at] + NAME.encode() * 3 + whole[at:]
+    found["cut in the name"] = whole[: whole.index(NAME.encode()) + 4]
+    return found
+
+
+ODD = odd_places()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("place", ODD)
+def test_a_name_in_an_odd_place_is_told_to_nobody(
+    place: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        decode_checked(ODD[place])
+    except FrameError as error:
+        seen: BaseException | None = error
+        while seen is not None:
+            assert NAME not in f"{seen} {seen.args!r}"
+            seen = seen.__cause__ or seen.__context__
+        assert str(error).isprintable()
+    assert NAME not in caplog.text
+    out = capfd.readouterr()
+    assert NAME not in out.out + out.err

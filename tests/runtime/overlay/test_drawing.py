@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageColor
+
+from echoquad_runtime.contract import Contract
+from echoquad_runtime.errors import FrameReadError, OutputError
+from echoquad_runtime.frames.discovery import OVERLAY_SUFFIX
+from echoquad_runtime.overlay import drawing as overlay
+from echoquad_runtime.overlay.drawing import draw_overlay, overlay_path, save_overlay
+from echoquad_runtime.predict.predictor import Prediction
+from echoquad_runtime.quadrants import quadrant_boxes
+from echoquad_runtime.storage.atomic import make_folder, write_bytes
+
+CONTRACT = Contract(classes=("ASD", "NORM"))
+ASD, NORM = (ImageColor.getrgb(overlay._COLOURS[index]) for index in (0, 1))
+BAND = ImageColor.getrgb(overlay._BAND)
+SIZES = [(320, 240), (1920, 1080), (17, 400), (400, 17), (2, 2), (3, 2), (639, 481), (800, 200)]
+
+
+def prediction(**changes: Any) -> Prediction:
+    values: dict[str, Any] = {
+        "file": "test/ASD/ASD3-0.png",
+        "classes": CONTRACT.classes,
+        "method": "majority",
+        "label": "ASD",
+        "probabilities": (0.54, 0.46),
+        "quadrant_labels": ("NORM", "ASD", "ASD", "NORM"),
+        "quadrant_probabilities": ((0.41, 0.59), (0.7, 0.3), (0.9, 0.1), (0.3, 0.7)),
+        "flags": ("tie",),
+        "device": "cpu",
+        "precision": "fp32",
+    }
+    return Prediction(**{**values, **changes})
+
+
+def draw(size: tuple[int, int], level: int = 0, contract: Contract = CONTRACT, **changes: Any) -> np.ndarray:
+    return np.asarray(draw_overlay(Image.new("L", size, level), prediction(**changes), contract))
+
+
+def scale(picture: np.ndarray, size: tuple[int, int]) -> tuple[int, int]:
+    """Give the factor by which the frame was enlarged, and the height of the band above it."""
+    factor = picture.shape[1] // size[0]
+    assert picture.shape[1] == factor * size[0]
+    return factor, picture.shape[0] - factor * size[1]
+
+
+# ---------------------------------------------------------------------------------------------- the picture
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_frame_lies_whole_below_the_band(size: tuple[int, int]) -> None:
+    picture = draw(size, 77)
+    factor, band = scale(picture, size)
+    assert 1 <= factor <= 8
+    assert band > 0
+    assert (picture[band:, 0] == 77).all() or min(size) < 10  # the border is not cropped away
+    assert (picture[: band // 8, 0] == BAND).all()
+
+
+@pytest.mark.parametrize("size", [(320, 240), (1920, 1080), (639, 481), (800, 200)])
+def test_every_box_is_drawn_in_its_labels_colour_where_the_quadrant_lies(size: tuple[int, int]) -> None:
+    picture = draw(size)
+    factor, band = scale(picture, size)
+    colours = (NORM, ASD, ASD, NORM)
+    for (left, top, right, bottom), colour in zip(quadrant_boxes(*size, CONTRACT.keep), colours, strict=True):
+        x, y = (left + right) // 2 * factor, (top + bottom) // 2 * factor + band
+        inside = picture[top * factor + band : bottom * factor + band, left * factor : right * factor]
+        for edge in (inside[:4, x - left * factor], inside[-4:, x - left * factor]):
+            assert (edge == colour).all(axis=1).any()
+        for edge in (inside[y - band - top * factor, :4], inside[y - band - top * factor, -4:]):
+            assert (edge == colour).all(axis=1).any()
+        other = ASD if colour == NORM else NORM
+        assert not (inside == other).all(axis=2).any()
+        # The number stands within the box, in the same colour.
+        lettering = inside[6 : inside.shape[0] // 2, 6 : inside.shape[1] * 3 // 4]
+        assert (lettering == colour).all(axis=2).sum() > 20
+
+
+@pytest.mark.parametrize(
+    ("flags", "begin"),
+    [
+        ((), "2 of 4 quadrants  ·  "),
+        (("tie",), "2 of 4 quadrants, tie broken by the mean  ·  "),
+        (("blank", "saturated", "tie"), "flagged blank, saturated  ·  2 of 4 quadrants, tie broken by the mean  ·  "),
+        (("no-signal-RV", "colour"), "flagged no-signal-RV, colour  ·  2 of 4 quadrants  ·  "),
+    ],
+)
+def test_flags_come_first_in_the_detail(flags: tuple[str, ...], begin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    fit = overlay._fit
+    monkeypatch.setattr(overlay, "_fit", lambda draw, words, *rest: written.append(words) or fit(draw, words, *rest))
+    draw((640, 480), flags=flags)
+    assert f"{begin}test/ASD/ASD3-0.png" in written
+
+
+def test_the_headline_has_the_decisions_colour() -> None:
+    for label, colour in (("ASD", ASD), ("NORM", NORM)):
+        picture = draw((320, 240), label=label)
+        _, band = scale(picture, (320, 240))
+        assert (picture[:band] == colour).all(axis=2).sum() > 50
+
+
+@pytest.mark.parametrize("classes", [("ASD", "NORM"), ("Atrial septal defect, " * 9, "Normal heart, " * 9)])
+def test_that_it_is_for_research_is_always_to_be_read(classes: tuple[str, ...]) -> None:
+    contract = Contract(classes=classes)
+    changes = {"classes": classes, "label": classes[0], "quadrant_labels": (classes[0],) * 4}
+    picture = draw((320, 240), 0, contract, **changes)
+    _, band = scale(picture, (320, 240))
+    rows, columns = np.nonzero((picture == ImageColor.getrgb("#9AA4AE")).all(axis=2))
+    assert len(rows) > 100
+    assert rows.max() < band / 2
+    assert 320 < columns.min() < columns.max() < 640 - 5
+    headline = np.nonzero((picture[: band // 2] == ASD).all(axis=2))[1]
+    assert headline.max() < columns.min()
+
+
+@pytest.mark.parametrize("size", [(320, 240), (1920, 1080)])
+def test_nothing_is_drawn_outside_the_quadrants(size: tuple[int, int]) -> None:
+    picture = draw(size, 50, **long_names())
+    factor, band = scale(picture, size)
+    boxes = quadrant_boxes(*size, CONTRACT.keep)
+    left, top, right, bottom = boxes[0][0], boxes[0][1], boxes[3][2], boxes[3][3]
+    outside = np.ones(picture.shape[:2], bool)
+    outside[:band] = False
+    outside[top * factor + band : bottom * factor + band, left * factor : right * factor] = False
+    assert (picture[outside] == 50).all()
+
+
+def long_names() -> dict[str, Any]:
+    return {"file": "a/" * 200 + "b.png"}
+
+
+@pytest.mark.parametrize("size", [(320, 240), (1920, 1080), (100, 100)])
+def test_long_class_names_stay_in_their_boxes_and_do_not_push_the_numbers_out(size: tuple[int, int]) -> None:
+    contract = Contract(classes=("Atrial septal defect, " * 9, "Normal heart, " * 9))
+    labels = tuple(contract.classes[index] for index in (1, 0, 0, 1))
+    changes = {**long_names(), "classes": contract.classes, "label": contract.classes[0], "quadrant_labels": labels}
+    picture = draw(size, 50, contract, **changes)
+    factor, band = scale(picture, size)
+    for index, (left, top, right, bottom) in enumerate(quadrant_boxes(*size, contract.keep)):
+        inside = picture[top * factor + band : bottom * factor + band, left * factor : right * factor]
+        other = (NORM, ASD, ASD, NORM)[3 - index - (1 if index % 2 == 0 else -1)]
+        assert not (inside == other).all(axis=2).any()
+    less = {**changes, "probabilities": (0.11, 0.89), "quadrant_probabilities": ((0.88, 0.12),) * 4}
+    assert (draw(size, 50, contract, **less)[:band] != picture[:band]).any()  # the mean is still to be read
+    assert (draw(size, 50, contract, **less)[band:] != picture[band:]).any()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_any_size_with_any_names(size: tuple[int, int]) -> None:
+    contract = Contract(classes=tuple(sorted(f"class {index} " + "x" * 80 for index in range(9))))
+    changes = {
+        "file": "漢字\n\udcff\u202e" * 30,
+        "classes": contract.classes,
+        "label": contract.classes[8],
+        "probabilities": (1 / 9,) * 9,
+        "quadrant_labels": contract.classes[:4],
+        "quadrant_probabilities": ((1 / 9,) * 9,) * 4,
+    }
+    scale(draw(size, 50, contract, **changes), size)
+
+
+@pytest.mark.parametrize(
+    "name", ["a\nb.png", "a\r\tb.png", os.fsdecode("\udcff.png".encode("utf-8", "surrogateescape"))]
+)
+def test_names_that_cannot_be_set_in_type(name: str) -> None:
+    assert (draw((320, 240), file=name) != draw((320, 240), file="")).any()
+
+
+def test_what_decided_is_told() -> None:
+    pictures = [
+        draw((320, 240)),
+        draw((320, 240), flags=()),
+        draw((320, 240), method="average"),
+        draw((320, 240), method="weighted"),
+        draw((320, 240), quadrant_labels=("ASD",) * 4),
+        draw((320, 240), file="other.png"),
+        draw((320, 240), probabilities=(0.55, 0.45)),
+    ]
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+
+
+def test_the_picture_is_deterministic() -> None:
+    first, second = draw((320, 240)), draw((320, 240))
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "I;16", "I", "F"])
+def test_modes(mode: str) -> None:
+    ramp = Image.linear_gradient("L").resize((64, 64))
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(ramp).astype(np.uint16) * 257)
+    elif mode in ("I", "F"):
+        image = Image.fromarray(np.asarray(ramp).astype(np.int32) * 257 if mode == "I" else np.float32(ramp) / 255)
+    else:
+        image = ramp.convert("RGB").convert(mode) if mode != "LA" else ramp.convert(mode)
+    assert image.mode == mode
+    picture = draw_overlay(image, prediction(), CONTRACT)
+    assert picture.mode == "RGB"
+    column = np.asarray(picture)[-64 * 8 :, 0].astype(int)
+    assert column[-1].mean() > 230
+    assert column[0].mean() < 25  # a deep frame is brought to 8 bits, and not cut off
+
+
+def test_colour_stays_colour_and_the_frame_is_not_changed() -> None:
+    image = Image.new("RGB", (64, 64), (10, 200, 30))
+    picture = np.asarray(draw_overlay(image, prediction(), CONTRACT))
+    assert picture[-1, 0].tolist() == [10, 200, 30]
+    assert image.getcolors() == [(64 * 64, (10, 200, 30))]
+
+
+# ---------------------------------------------------------------------------------------------- where it goes
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("a.png", "a.png.overlay.png"),
+        ("a.jpg", "a.jpg.overlay.png"),
+        ("test/ASD/1.png", "test/ASD/1.png.overlay.png"),
+        ("../../x.png", "x.png.overlay.png"),
+        ("a/../x.png", "a/x.png.overlay.png"),
+        ("/data/x.png", "data/x.png.overlay.png"),
+        ("C:/data/x.png", "C_/data/x.png.overlay.png"),
+        ("..\\x.png", ".._x.png.overlay.png"),
+        ("", "frame.overlay.png"),
+        ("..", "frame.overlay.png"),
+        ("//", "frame.overlay.png"),
+    ],
+)
+def test_an_overlay_is_named_after_its_frame(name: str, path: str) -> None:
+    assert overlay_path(Path("out"), name).as_posix() == f"out/{path}"
+
+
+@given(st.text(st.sampled_from("ab./\\: ~-"), max_size=12))
+def test_an_overlay_stays_in_its_folder(name: str) -> None:
+    folder = Path("out").absolute()
+    inside = Path(os.path.normpath(overlay_path(folder, name)))
+    assert inside.is_relative_to(folder)
+    assert inside != folder
+
+
+@pytest.mark.parametrize("last", ["x" * 251 + ".png", "漢" * 83 + ".png", "\udcff" * 251 + ".png", "x" * 240 + ".png"])
+def test_a_name_that_leaves_no_room_is_cut_and_told_apart(last: str, tmp_path: Path) -> None:
+    path = overlay_path(tmp_path, f"a/{last}")
+    assert path.parent == tmp_path / "a"
+    assert path.name.startswith(last[:40])
+    assert path.name.endswith(OVERLAY_SUFFIX)
+    if os.name == "posix":
+        assert len(os.fsencode(path.name)) <= 255
+        write_bytes(make_folder(path.parent) / path.name, b"picture")
+    others = {overlay_path(tmp_path, name) for name in (f"a/{last}", f"b/{last}", f"a/y{last}", f"a/{last[:-4]}.jpg")}
+    assert len(others) == 4
+    assert overlay_path(tmp_path, f"a/{last}") == path
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a path is shorter there")
+def test_a_path_that_is_too_long_has_no_folders(tmp_path: Path) -> None:
+    deep = [overlay_path(tmp_path, f"{'d/' * depth}frame.png") for depth in (10, 2100, 2101)]
+    assert deep[0] == tmp_path / ("d/" * 10) / "frame.png.overlay.png"
+    assert [path.parent for path in deep[1:]] == [tmp_path, tmp_path]
+    assert deep[1] != deep[2]
+
+
+def test_threads_draw_what_one_would(tmp_path: Path) -> None:
+    source = tmp_path / "in.png"
+    Image.new("L", (64, 48), 90).save(source)
+    one = save_overlay(tmp_path / "one", source, prediction(), CONTRACT).read_bytes()
+    with ThreadPoolExecutor(4) as threads:
+        # Some of them the same frame, given twice: the same file at the same time.
+        jobs = [
+            threads.submit(save_overlay, tmp_path / str(index // 8), source, prediction(), CONTRACT)
+            for index in range(32)
+        ]
+        found = [job.result() for job in jobs]
+    assert {path.read_bytes() for path in found} == {one}
+    assert len(list(tmp_path.rglob("*.overlay.png"))) == 5
+    assert list(tmp_path.rglob(".*")) == []
+
+
+def test_it_is_saved(tmp_path: Path) -> None:
+    source = tmp_path / "in.png"
+    Image.new("L", (64, 48), 90).save(source)
+    out = tmp_path / "out"
+    target = save_overlay(out, source, prediction(), CONTRACT)
+    assert target == out / "test" / "ASD" / "ASD3-0.png.overlay.png"
+    expected = draw_overlay(Image.open(source), prediction(), CONTRACT)
+    np.testing.assert_array_equal(np.asarray(Image.open(target)), np.asarray(expected))
+    data = target.read_bytes()
+    assert save_overlay(out, source, prediction(), CONTRACT).read_bytes() == data
+    assert [path.name for path in target.parent.iterdir()] == ["ASD3-0.png.overlay.png"]
+
+
+def test_it_is_drawn_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (64, 48), 90).save(tmp_path / "in.png", exif=exif)
+    target = save_overlay(tmp_path / "out", tmp_path / "in.png", prediction(), CONTRACT)
+    picture = np.asarray(Image.open(target))
+    assert scale(picture, (48, 64))[0] > 1
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(FrameReadError):
+        save_overlay(tmp_path / "out", tmp_path / "gone.png", prediction(), CONTRACT)
+    Image.new("L", (64, 48), 90).save(tmp_path / "in.png")
+    with pytest.raises(OutputError, match="cannot be written"):
+        save_overlay(tmp_path / "in.png", tmp_path / "in.png", prediction(), CONTRACT)
+    stream = io.BytesIO((tmp_path / "in.png").read_bytes())
+    assert Image.open(stream).size == (64, 48)
+
+
+def test_what_alpha_hides_is_drawn_as_it_was_judged() -> None:
+    hidden = Image.new("RGBA", (320, 240), (255, 255, 255, 0))
+    picture = np.asarray(draw_overlay(hidden, prediction(), CONTRACT))
+    assert (picture[-1, :] == 0).all()

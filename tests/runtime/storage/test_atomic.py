@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from echoquad_runtime.errors import EchoQuadError, FrameReadError, OutputError
+from echoquad_runtime.storage import atomic as files
+from echoquad_runtime.storage.atomic import (
+    make_folder,
+    open_regular,
+    output_errors,
+    read_regular,
+    sync_folder,
+    write_all,
+    write_atomically,
+    write_bytes,
+    write_json,
+)
+
+posix_only = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_file_appears_whole_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "out.csv"
+    target.write_bytes(b"old")
+    with write_atomically(target) as stream:
+        stream.write(b"new")
+        stream.flush()
+        assert target.read_bytes() == b"old"
+        (beside,) = set(names(tmp_path)) - {"out.csv"}
+        assert beside.startswith(".")
+    assert target.read_bytes() == b"new"
+    assert names(tmp_path) == ["out.csv"]
+
+
+@posix_only
+def test_who_is_reading_the_old_file_goes_on_reading_it(tmp_path: Path) -> None:
+    target = tmp_path / "out.csv"
+    target.write_bytes(b"old")
+    with target.open("rb") as reader:
+        write_bytes(target, b"new and longer")
+        assert reader.read() == b"old"
+    assert target.read_bytes() == b"new and longer"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, EchoQuadError])
+@pytest.mark.parametrize("held", [b"old", None])
+def test_nothing_is_left_when_the_block_fails(tmp_path: Path, held: bytes | None, error: type[BaseException]) -> None:
+    target = tmp_path / "out.csv"
+    if held is not None:
+        target.write_bytes(held)
+    with pytest.raises(error), write_atomically(target) as stream:
+        stream.write(b"half")
+        raise error("stop")
+    assert names(tmp_path) == ([] if held is None else ["out.csv"])
+    assert held is None or target.read_bytes() == held
+
+
+def test_a_refusal_of_the_system_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "absent" / "out.csv", tmp_path / "file" / "out.csv", tmp_path / ("x" * 300)):
+        with pytest.raises(OutputError, match=r"cannot be written \(.+\); check space and permissions") as caught:
+            write_bytes(path, b"data")
+        assert str(caught.value).startswith(path.as_posix())
+        assert "\n" not in str(caught.value)
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="is a folder; expected a file name"):
+        write_bytes(tmp_path, b"data")
+
+
+def test_an_error_that_knows_better_goes_through() -> None:
+    # A frame that vanished is an OSError as well, and none of the result file's.
+    with pytest.raises(FrameReadError, match=r"^gone$"), output_errors(Path("out.csv")):
+        raise FrameReadError("gone")
+    with pytest.raises(BrokenPipeError), output_errors(Path("stdout")):
+        raise BrokenPipeError
+    with pytest.raises(OutputError, match="No space left"), output_errors(Path("out.csv")):
+        raise OSError(28, "No space left on device")
+
+
+@posix_only
+def test_a_device_that_is_full(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    with pytest.raises(OutputError, match="No space left on device"):
+        write_bytes(Path("/dev/full"), b"data")
+    (tmp_path / "out.csv").symlink_to("/dev/full")
+    with pytest.raises(OutputError, match="No space left on device"):
+        write_bytes(tmp_path / "out.csv", b"x" * 100_000)
+    assert Path("/dev/full").exists()
+
+
+@posix_only
+def test_a_pipe_is_written_directly(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_bytes(tmp_path / "pipe", b"data")
+    assert os.read(reader, 9) == b"data"
+    os.close(reader)
+    assert names(tmp_path) == ["pipe"]
+
+
+@posix_only
+def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "out.csv"
+    target.write_bytes(b"old")
+    code = f"""
+        import resource
+        from pathlib import Path
+        from echoquad_runtime.errors import OutputError
+        from echoquad_runtime.storage.atomic import write_atomically
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        try:
+            with write_atomically(Path({str(target)!r})) as stream:
+                for _ in range(1000):
+                    stream.write(b"x" * 100)
+        except OutputError as error:
+            print(error)
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{target.as_posix()}: cannot be written (File too large); check space and permissions\n"
+    assert (names(tmp_path), target.read_bytes()) == (["out.csv"], b"old")
+
+
+def test_json(tmp_path: Path) -> None:
+    value = {"name": "Überlagerung", "file": os.fsdecode(b"a\xff.png"), "figures": [1, 0.5, None]}
+    write_json(tmp_path / "out.json", value)
+    data = (tmp_path / "out.json").read_bytes()
+    assert json.loads(data.decode("utf-8")) == value
+    assert data.endswith(b"}\n")
+    assert "Überlagerung".encode() in data
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "other.json", float("nan"))
+    assert names(tmp_path) == ["out.json"]
+
+
+def test_folders(tmp_path: Path) -> None:
+    made = make_folder(tmp_path / "a" / "b")
+    assert made.is_dir()
+    assert make_folder(made) == made
+    (made / "file").write_text("x")
+    with pytest.raises(OutputError, match="cannot be written"):
+        make_folder(made / "file")
+
+
+@posix_only
+def test_folders_deeper_than_pythons_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    deep = Path("d/" * 1500)
+    try:
+        assert make_folder(deep).is_dir()
+    finally:  # which Python's own way to remove them does not reach
+        subprocess.run(["rm", "-rf", "d"], check=True)
+
+
+def test_threads_may_write_one_file_at_once(tmp_path: Path) -> None:
+    target = tmp_path / "out.bin"
+    first, second = write_atomically(target), write_atomically(target)
+    with first as one:
+        one.write(b"one")
+        with second as other:
+            other.write(b"other")
+        assert target.read_bytes() == b"other"
+    assert target.read_bytes() == b"one"
+    assert names(tmp_path) == ["out.bin"]
+
+
+@posix_only
+def test_the_longest_name_that_a_disk_takes_can_be_written(tmp_path: Path) -> None:
+    for name in ("x" * 251 + ".csv", "漢" * 83 + "x.csv"):
+        write_bytes(tmp_path / name, b"data")
+        assert (tmp_path / name).read_bytes() == b"data"
+    assert len(names(tmp_path)) == 2
+
+
+def test_all_is_written_where_a_disk_takes_little_at_a_time(tmp_path: Path) -> None:
+    class Little(FileIO):
+        def write(self, data: Any, /) -> int:
+            return super().write(data[:3])
+
+    with Little(tmp_path / "file", "w") as stream:
+        write_all(stream, b"0123456789")
+    assert (tmp_path / "file").read_bytes() == b"0123456789"
+
+
+def test_a_folders_names_are_kept_or_not_but_nothing_is_raised(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "absent"):
+        sync_folder(folder)
+
+
+@pytest.mark.parametrize("limit", [0, 4, 5, 6, 1 << 40])
+def test_a_file_is_read_to_its_limit_and_one_byte(tmp_path: Path, limit: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"a\r\nbc")
+    assert read_regular(path, limit) == b"a\r\nbc"[: limit + 1]
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_regular(tmp_path / "absent", 9)
+    with pytest.raises(OSError, match=r"no regular file|denied"):
+        read_regular(tmp_path, 9)
+    if os.name == "posix":
+        os.mkfifo(tmp_path / "pipe")
+        for path in (tmp_path / "pipe", Path("/dev/zero")):
+            with pytest.raises(OSError, match="it is no regular file"), open_regular(path):
+                pass
+        # Nothing is left open of what was refused.
+        before = len(list(Path("/dev/fd").iterdir()))
+        for _ in range(5):
+            with pytest.raises(OSError, match="it is no regular file"):
+                read_regular(tmp_path, 9)
+        assert len(list(Path("/dev/fd").iterdir())) == before

@@ -1,0 +1,65 @@
+"""What `train` finds by itself: patients and pictures in both splits."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from PIL import Image
+
+from echoquad_runtime.contract import Contract
+from echoquad_train.curation.leaks import Leaks, leaks_of_stores
+from echoquad_train.data.dataset import load_quadrants, read_classes, read_split
+from echoquad_train.data.patients import patient_pattern
+
+
+def leaks_of(data: Path, regex: str | None = None) -> Leaks:
+    classes = read_classes(data)
+    contract = Contract(classes=classes, input_size=48)
+    stores = [load_quadrants(read_split(data, split, classes), contract) for split in ("train", "validation")]
+    return leaks_of_stores(stores, patient_pattern(regex))
+
+
+def test_a_clean_set(flat_data: Path) -> None:
+    found = leaks_of(flat_data)
+    assert not found.found
+    assert found.counts == {
+        "patients": {"train": 8, "validation": 8},
+        "patients_across": 0,
+        "exact_across": 0,
+        "near_across": 0,
+        "unchecked": 0,
+    }
+    assert found.line == (
+        "leaks: 0 patients, 0 exact duplicates and 0 near duplicates in more than one split "
+        "(patients: train 8, validation 8)"
+    )
+
+
+def test_every_kind_of_leak(flat_data: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(flat_data, tmp_path / "data"))
+    train, validation = data / "train" / "dark", data / "validation" / "dark"
+    shutil.copy(train / "train0.png", validation / "copy.png")
+    shutil.copy(train / "train0.png", train / "twice.png")  # in one split: no leak
+    with Image.open(train / "train1.png") as image:
+        image.point(lambda level: min(255, level + 10)).save(validation / "alike.jpg", quality=90)
+    for split in ("train", "validation"):
+        with Image.open(data / split / "bright" / f"{split}2.png") as image:
+            image.save(data / split / "bright" / f"patient7_{split}.bmp")
+    found = leaks_of(data)
+    counts = found.counts
+    assert (counts["patients_across"], counts["exact_across"], counts["near_across"]) == (1, 1, 1)
+    assert found.patients == {"patient7": ("train", "validation")}
+    assert found.exact[0].kind == "pixels"
+    assert found.near[0].names == ("train/dark/train1.png", "validation/dark/alike.jpg")
+    assert found.line.startswith("LEAK: 1 patient, 1 exact duplicate and 1 near duplicate in more than one split")
+
+
+def test_the_pattern_counts(flat_data: Path) -> None:
+    assert leaks_of(flat_data, r"(\d)").counts["patients_across"] == 4
+
+
+def test_a_run_says_what_was_found(trained) -> None:
+    assert trained.reporter.leaks is not None and not trained.reporter.leaks.found
+    assert trained.info["audit"] == trained.reporter.leaks.counts
+    assert trained.info["patient_regex"] is None

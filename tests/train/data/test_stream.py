@@ -1,0 +1,202 @@
+"""Quadrants that worker processes decode are those of memory, batch by batch and to the last bit."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from echoquad_runtime.contract import Contract
+from echoquad_runtime.errors import DatasetError, RunError
+from echoquad_train.data import dataset, stream
+from echoquad_train.data.dataset import QuadrantStore, Split, load_quadrants, read_split
+from echoquad_train.data.stream import Storage, StreamedStore, stream_quadrants
+from echoquad_train.fitting.loop import fit
+
+CONTRACT = Contract(("bright", "dark"), input_size=24, keep=0.8)
+
+
+def read(data: Path) -> Split:
+    return read_split(data, "train", CONTRACT.classes)
+
+
+def workers() -> set[int | None]:
+    return {child.pid for child in multiprocessing.active_children()}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, make_data: Callable[..., Path]) -> Path:
+    """Give frames of which the second cannot be read."""
+    folder = make_data(tmp_path_factory.mktemp("streamed") / "data", frames=4)
+    (folder / "train" / "bright" / "train1.png").write_bytes(b"not an image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def streamed(data: Path) -> Iterator[StreamedStore]:
+    """Give a store with two workers. A test that breaks one makes its own."""
+    store = stream_quadrants(read(data), CONTRACT, 2)
+    yield store
+    store.close()
+
+
+def test_it_is_the_decoded_store(streamed: StreamedStore, data: Path) -> None:
+    decoded = load_quadrants(read(data), CONTRACT)
+    assert streamed.names == decoded.names and streamed.size == decoded.size == 24
+    assert np.array_equal(streamed.labels, decoded.labels) and streamed.labels.dtype == np.int64
+    assert [(f.file, str(f.error)) for f in streamed.failures] == [(f.file, str(f.error)) for f in decoded.failures]
+    rng = np.random.default_rng(2)
+    for whole in (False, True):  # the workers live on from one pass to the next
+        batches = [rng.integers(0, 28, size) for size in (5, 8, 1, 0, 16)]
+        pairs = list(zip(streamed.feed(batches, whole=whole), decoded.feed(batches, whole=whole), strict=True))
+        assert [len(found) for found, _ in pairs] == [5, 8, 1, 0, 16]
+        for found, expected in pairs:
+            assert found.dtype == np.uint8 and found.shape[1:] == (4 if whole else 1, 24, 24)
+            assert np.array_equal(found, expected)
+
+
+def test_a_pass_that_is_broken_off_leaves_nothing_to_the_next(streamed: StreamedStore, data: Path) -> None:
+    decoded = load_quadrants(read(data), CONTRACT)
+    batches = [np.array([i]) for i in range(28)]
+    fed = streamed.feed(batches)
+    next(fed)
+    fed.close()
+    for found, expected in zip(streamed.feed(batches[::-1]), decoded.feed(batches[::-1]), strict=True):
+        assert np.array_equal(found, expected)
+
+
+def test_a_worker_is_sent_no_list_of_frames(streamed: StreamedStore) -> None:
+    """Of ten million quadrants each worker would have a copy."""
+    assert len(pickle.dumps(streamed._loader.dataset)) < 1000
+
+
+def test_a_frame_is_decoded_once_a_batch(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[str] = []
+    monkeypatch.setattr(
+        stream, "decode", lambda frame, contract: [decoded.append(frame.name), real(frame, contract)][1]
+    )
+    real = dataset.decode
+    frames = read(data).frames
+    stream._Decoder(CONTRACT).__getitems__([(frames[0], corner) for corner in range(4)] + [(frames[2], 1)])
+    assert decoded == [frames[0].name, frames[2].name]
+
+
+def test_the_trained_weights_are_the_same(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
+    before = workers()
+    train = {"device": "cpu", "resume": False, "reporter": quiet()}
+    fit(trained.data, tmp_path / "run", trained.recipe, stream="on", workers=1, **train)
+    assert (tmp_path / "run" / "best.safetensors").read_bytes() == (trained.folder / "best.safetensors").read_bytes()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in trained.folder.iterdir()}
+    assert workers() == before
+
+
+def test_a_frame_that_goes_bad_while_it_is_trained_on(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
+    data = Path(shutil.copytree(trained.data, tmp_path / "data"))
+    before = workers()
+
+    def damage(epoch: int, done: int) -> None:
+        if (epoch, done) == (1, 4):
+            (data / "train" / "dark" / "train2.png").write_bytes(b"half")
+
+    with pytest.raises(DatasetError) as error:
+        fit(
+            data,
+            tmp_path / "run",
+            trained.recipe,
+            device="cpu",
+            resume=False,
+            reporter=quiet(at_batch=damage),
+            stream="on",
+            workers=1,
+        )
+    message = str(error.value)
+    assert message.startswith("train/dark/train2.png: could be read when training began and cannot be now (")
+    assert "\n" not in message and message.endswith("; bring it back, and go on by `echoquad train --resume`")
+    assert workers() == before  # though the traceback is still held
+
+
+def test_a_worker_that_dies_is_one_line(data: Path) -> None:
+    before = workers()
+    store = stream_quadrants(read(data), CONTRACT, 1)
+    fed = store.feed([np.array([i % 28]) for i in range(1000)])
+    next(fed)
+    for child in multiprocessing.active_children():
+        if child.pid not in before:
+            child.kill()
+    with pytest.raises(RunError) as error:
+        list(fed)
+    store.close()
+    assert "\n" not in str(error.value) and "a process that decodes frames has ended" in str(error.value)
+
+
+def test_a_class_of_which_nothing_can_be_read(tmp_path: Path, data: Path) -> None:
+    broken = Path(shutil.copytree(data, tmp_path / "data"))
+    for path in (broken / "train" / "dark").iterdir():
+        path.write_bytes(b"half")
+    with pytest.raises(DatasetError, match="no frame of class dark can be read"):
+        stream_quadrants(read(broken), CONTRACT, 1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "memory", "disk", "expected"),
+    [
+        ("auto", 10**9, 0, "memory"),
+        ("auto", 0, 10**9, "disk"),
+        ("auto", 0, 1000, "stream"),
+        ("off", 0, 1000, "disk"),
+        ("off", 10**9, 0, "memory"),
+        ("on", 10**9, 10**9, "stream"),
+    ],
+)
+def test_where_quadrants_are_kept(
+    tmp_path: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: stream.Stream,
+    memory: int,
+    disk: int,
+    expected: str,
+) -> None:
+    """`memory` and `disk` are what there is of them: the quadrants take 8 x 4 x 24 x 24 bytes."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(dataset, "MEMORY_BYTES", memory)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(disk, 0, disk))
+    with Storage(tmp_path, mode, 1) as storage:
+        store = storage.open(read(data), CONTRACT)
+        found = "stream" if isinstance(store, StreamedStore) else "memory"
+        if isinstance(store, QuadrantStore) and isinstance(store.quadrants, np.memmap):
+            found = "disk"
+        assert found == expected
+    del store
+    gc.collect()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="a group of processes is interrupted")
+@pytest.mark.parametrize("moment", ["training on", "Epoch 01"])
+def test_ctrl_c_is_one_line(tmp_path: Path, trained: Any, moment: str) -> None:
+    """A terminal sends it to the workers too, which may be in the middle of an import."""
+    options = ["--recipe", "scratch", "--input-size", "32", "--epochs", "99", "--stream", "on", "--workers", "2"]
+    line = [sys.executable, "-m", "echoquad", "train", str(trained.data), "--out", str(tmp_path / "run"), *options]
+    started = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert started.stderr is not None
+    said = iter(started.stderr.readline, "")
+    assert any(moment in text for text in said)
+    time.sleep(1)
+    os.killpg(started.pid, signal.SIGINT)
+    rest = [text for text in said if not text.startswith("Epoch")]
+    assert (started.wait(60), rest) == (130, ["interrupted\n"])
+    started.stderr.close()

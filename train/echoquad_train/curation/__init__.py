@@ -1,0 +1,1 @@
+"""Tools that check and make data sets: audit, duplicates, shortcut features, splits, quadrant files."""

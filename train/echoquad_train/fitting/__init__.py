@@ -1,0 +1,1 @@
+"""What `echoquad train` runs: gradient training, linear probes, cross-validation, resume."""

@@ -1,0 +1,139 @@
+"""The record of a run: ``run.json``, ``metrics.csv`` and ``curves.png``, rewritten whole after epochs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from echoquad_runtime._version import __version__
+from echoquad_runtime.contract import Contract
+from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
+from echoquad_runtime.frames.frame_file import Failure
+from echoquad_runtime.storage.atomic import write_bytes, write_json
+from echoquad_train.data.dataset import Split
+from echoquad_train.plot_style import save
+from echoquad_train.recipe import Recipe
+from echoquad_train.runs import checkpoint
+from echoquad_train.runs.history import Epoch, best_of
+from echoquad_train.runs.training_curves import training_curves
+
+__all__ = ["facts", "git_commit", "versions", "write"]
+
+SCHEMA = 1
+
+DRAWN_AGAIN = 20.0
+"""Seconds after which curves are drawn anew, and at the end: drawing takes a fifth of a second."""
+
+
+def versions() -> dict[str, str]:
+    """Give the versions that a result depends on."""
+    found = {"python": platform.python_version(), "echoquad": __version__, "platform": platform.platform()}
+    for name in (
+        "numpy",
+        "pillow",
+        "torch",
+        "torchvision",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "onnx",
+        "onnxscript",
+    ):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def facts(
+    data: Path,
+    recipe: Recipe,
+    contract: Contract,
+    splits: Iterable[Split],
+    failures: Sequence[Failure],
+    device: str,
+    precision: str,
+    teacher: Mapping[str, Any] | None = None,
+    reading: ReadOptions = DEFAULT_READ_OPTIONS,
+) -> dict[str, Any]:
+    """Collect what is known of a run before its first epoch. Frames that could not be read are not counted."""
+    unread = {failure.file for failure in failures}
+
+    def readable(split: Split) -> dict[str, int]:
+        return replace(split, frames=tuple(frame for frame in split.frames if frame.name not in unread)).counts
+
+    return {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "contract": contract.to_dict(),
+        "contract_sha256": contract.sha256,
+        "backbone": recipe.backbone,
+        **({"teacher": dict(teacher)} if teacher else {}),
+        "seed": recipe.seed,
+        "device": device,
+        "precision": precision,
+        "data": {
+            "folder": data.resolve().as_posix(),
+            "frames": {split.name: readable(split) for split in splits},
+            "unreadable": [{"file": failure.file, "error": str(failure.error)} for failure in failures],
+            **({"reading": reading.to_dict()} if reading != DEFAULT_READ_OPTIONS else {}),
+        },
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+
+
+def write(folder: Path, known: Mapping[str, Any], history: Sequence[Epoch], *, finished: bool) -> None:
+    """Write the record, each file atomically.
+
+    Raises
+    ------
+    OutputError
+        If the system refuses.
+    """
+    best = best_of(history).to_dict() if history else None
+    status = "finished" if finished else "running"
+    write_json(folder / checkpoint.RUN, {**known, "status": status, "epochs": len(history), "best": best})
+    if history:
+        rows = io.StringIO()
+        table = csv.DictWriter(rows, [field.name for field in fields(Epoch)], lineterminator="\n")
+        table.writeheader()
+        table.writerows(epoch.to_dict() for epoch in history)
+        write_bytes(folder / checkpoint.METRICS, rows.getvalue().encode())
+        if finished or _age(folder / checkpoint.CURVES) > DRAWN_AGAIN:
+            save(training_curves(history, known.get("small_epochs", 0)), folder / checkpoint.CURVES)
+
+
+def _age(path: Path) -> float:
+    """Give the seconds since a file was written; infinity where there is none, or its time is to come."""
+    try:
+        age = time.time() - path.stat().st_mtime
+    except OSError:
+        return math.inf
+    return age if age >= 0 else math.inf
+
+
+def git_commit() -> str | None:
+    """Find the commit of EchoQuad's own checkout, ``-dirty`` where files differ; None for an installed wheel."""
+    # Without its optional locks, git does not stand in the way of another git at work.
+    git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]
+    try:
+        # An environment inside somebody else's checkout must not lend its commit to EchoQuad.
+        _run([*git, "ls-files", "--error-unmatch", Path(__file__).name])
+        return _run([*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
