@@ -87,6 +87,7 @@ COMMANDS = {
 }
 
 ROOT = Path(__file__).parents[2]
+DOCUMENTS = ["README.md", *sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +126,9 @@ def test_the_whole_help_lists_commands_and_exit_codes(pages: dict[tuple[str, ...
     assert "4 the device asked for is not there; 5 done, but some inputs failed." in page
 
 
-@pytest.mark.parametrize("document", ["README.md", *sorted(p.name for p in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_the_commands_in_the_documents_exist(document: str, pages: dict[tuple[str, ...], str]) -> None:
-    path = ROOT / document if document == "README.md" else ROOT / "docs" / document
+    path = ROOT / document
     wrong = {}
     for line in shell_lines(path.read_text("utf-8")):
         if unknown := unknown_in(line, pages):
