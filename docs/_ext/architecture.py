@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 TARGET = ROOT / "docs" / "images" / "architecture.svg"
 
 PANELS = (  # package, what it is, colour, width
-    ("echoquad", "command line", "#7d4e78", 150),
-    ("echoquad_export", "run to bundle", "#3d6494", 150),
+    ("echoquad", "command line", "#7d4e78", 140),
+    ("echoquad_export", "run to bundle", "#3d6494", 164),
     ("echoquad_train", "frames to run", "#2f7452", 212),
     ("echoquad_runtime", "frames to decisions", "#0b6578", 226),
 )
