@@ -26,7 +26,7 @@ suppress_warnings = ["misc.highlighting_failure"]  # console sessions hold table
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_class_signature = "separated"
+autodoc_class_signature = "mixed"
 napoleon_google_docstring = False
 napoleon_use_rtype = False
 python_use_unqualified_type_names = True
