@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from urllib.parse import unquote
@@ -15,6 +16,7 @@ from echoquad_runtime import errors
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+LOCKED = ("cpu", "train", "tensorboard", "dicom", "video", "export", "sign", "ray", "docs", "dev")
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 
 
@@ -108,6 +110,18 @@ def test_readme_has_at_most_120_lines_and_names_the_two_commands() -> None:
     assert any("make demo" in line for line in lines)
     assert any("make test" in line for line in lines)
     assert any("Research use only" in line for line in lines)
+
+
+def test_citation_and_lock_file_match_the_project() -> None:
+    import echoquad
+
+    assert f"\nversion: {echoquad.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+    locked = re.findall(r"^([\w.-]+)==\S+$", (ROOT / "requirements-dev.lock").read_text("utf-8"), re.MULTILINE)
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = wanted["optional-dependencies"]
+    names = [*wanted["dependencies"], *(name for extra in LOCKED for name in extras[extra])]
+    plain = {re.split(r"[^\w.-]", name)[0].lower() for name in names} - {"echoquad"}
+    assert plain - {name.lower() for name in locked} == set()
 
 
 def test_drawing_of_the_packages_matches_the_import_contracts() -> None:
