@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from echoquad_runtime.bundle.document import Block, BulletList, Document, Paragraph, Section, Table
@@ -39,18 +39,8 @@ _CONTRACT: Final[Mapping[str, str]] = {
     "schema": "schema",
 }
 _RECIPE: Final = (
-    "weights",
-    "trained_layers",
-    "epochs",
-    "batch_size",
-    "optimizer",
-    "lr",
-    "weight_decay",
-    "dropout",
-    "label_smoothing",
-    "class_weights",
-    "balanced_sampler",
-    "mixed_precision",
+    "weights trained_layers epochs batch_size optimizer lr weight_decay dropout label_smoothing class_weights "
+    "balanced_sampler mixed_precision"
 )
 _SOURCES: Final[Mapping[str, str]] = {
     "phantom": "synthetic phantoms, so that no patient's pixels are in this bundle",
@@ -124,18 +114,16 @@ def _intended_use(manifest: Mapping[str, Any]) -> Section:
 
 
 def _contract(manifest: Mapping[str, Any]) -> Section:
-    order = list(_CONTRACT)
-    fields = sorted(
-        _items(manifest, "contract"), key=lambda item: order.index(item[0]) if item[0] in _CONTRACT else len(order)
-    )
-    rows = tuple((_CONTRACT.get(key, _name(key)), format_value(value)) for key, value in fields)
+    fields = dict(_items(manifest, "contract"))
+    order = [key for key in _CONTRACT if key in fields] + [key for key in fields if key not in _CONTRACT]
+    rows = ((_CONTRACT.get(key, _name(key)), format_value(fields[key])) for key in order)
     digest = _printable(str(_at(manifest, "contract_sha256")))
     return Section(
         "Contract",
         (
             Paragraph(f"Training, export and inference share this contract, SHA-256 {digest}:"),
-            Table(("field", "value"), rows),
-            Table(("quadrant", "part of the frame"), tuple(zip(QUADRANTS, _POSITIONS, strict=True))),
+            _table("field | value", rows),
+            _table("quadrant | part of the frame", zip(QUADRANTS, _POSITIONS, strict=True)),
             Paragraph("The names are a heuristic: nothing checks that a quadrant shows the chamber of its name."),
         ),
     )
@@ -153,24 +141,19 @@ def _training(manifest: Mapping[str, Any]) -> Section:
     if _at(training, "kind") == "ensemble":
         blocks += _ensemble_members(training)
     else:
-        text = (
-            "Unreadable frames: {unreadable:d}. Seed {seed:d}, {epochs:d} epochs, trained on {device} in {precision}."
-        )
+        text = "Unreadable frames: {unreadable:d}. Seed {seed:d}, {epochs:d} epochs, on {device} in {precision}."
         blocks.append(Paragraph(_fill(text, training)))
     if (audit := _at(training, "audit")) is not None:
         blocks.append(_leaks(audit))
     if (teacher := _at(training, "teacher")) is not None:
         blocks.append(Paragraph(f"Distilled from a teacher ({format_value(teacher)})."))
     if (linear := _at(training, "fit")) is not None:
-        blocks.append(
-            Paragraph(
-                "Only the last layer was trained, a linear classifier on the features of the pretrained backbone "
-                f"({format_value(linear)}); the training options of the recipe had no effect."
-            )
-        )
+        text = "Only the last layer was trained, a linear classifier on the features of the pretrained backbone"
+        effect = "the training options of the recipe had no effect"
+        blocks.append(Paragraph(f"{text} ({format_value(linear)}); {effect}."))
     recipe = _recipe(training)
-    if rows := tuple((_name(key), format_value(recipe[key])) for key in _RECIPE if key in recipe):
-        blocks += [Table(("recipe", "value"), rows), Paragraph("`bundle.json` holds the whole recipe.")]
+    if rows := tuple((_name(key), format_value(recipe[key])) for key in _RECIPE.split() if key in recipe):
+        blocks += [_table("recipe | value", rows), Paragraph("`bundle.json` holds the whole recipe.")]
     return Section("Training data", tuple(blocks))
 
 
@@ -200,19 +183,13 @@ def _ensemble_members(training: Any) -> list[Block]:
         "{view_list}. The latencies of members and views add up."
     )
     texts = {"count": str(len(members)), "view_list": format_value(_at(training, "views"))}
-    header = ("member", "held-out fold", "seed", "best epoch", "accuracy on its validation frames", "weights, SHA-256")
-    rows = tuple(
-        (
-            _fill("{backbone}", member),
-            _fill("{fold.number:d} of {fold.of:d}" if _at(member, "fold") is not None else "none", member),
-            _fill("{seed:d}", member),
-            _fill("{best.epoch:d}", member),
-            _fill("{best.validation_frame_accuracy:.3f}", member),
-            _fill("{weights_sha256}", member)[:12],
-        )
-        for member in members
-    )
-    return [Paragraph(_fill(text, training, **texts)), Table(header, rows)]
+    header = "member | held-out fold | seed | best epoch | accuracy on its validation frames | weights, SHA-256"
+    cells = ("{seed:d}", "{best.epoch:d}", "{best.validation_frame_accuracy:.3f}")
+    rows = []
+    for member in members:
+        fold = "none" if _at(member, "fold") is None else "{fold.number:d} of {fold.of:d}"
+        rows.append((*_row(member, "{backbone}", fold, *cells), _fill("{weights_sha256}", member)[:12]))
+    return [Paragraph(_fill(text, training, **texts)), _table(header, rows)]
 
 
 def _metrics(manifest: Mapping[str, Any]) -> Section:
@@ -222,10 +199,7 @@ def _metrics(manifest: Mapping[str, Any]) -> Section:
     exported, held_out = _at(metrics, "export"), _at(metrics, "out_of_fold")
     rows = [
         _share("frames, at the export", _at(exported, "frame_accuracy")),
-        *(
-            _share(f"frames of {_printable(name)}, at the export", recall)
-            for name, recall in _items(exported, "recall")
-        ),
+        *(_share(f"frames of {_printable(name)}, at the export", one) for name, one in _items(exported, "recall")),
         _share("quadrants, at the export", _at(exported, "quadrant_accuracy")),
     ]
     if _at(manifest, "training", "kind") != "ensemble":  # the table of members has their epochs
@@ -240,8 +214,8 @@ def _metrics(manifest: Mapping[str, Any]) -> Section:
         "evaluate`. The Wilson intervals assume independent frames; with several frames per patient they are too "
         "narrow. Quadrants of a frame are not independent, so they have no interval."
     )
-    header = ("accuracy", "correct", "of", "share", "95 % interval")
-    blocks: list[Block] = [Table(header, tuple(rows)), Paragraph(_fill(caveat, exported))]
+    table = _table("accuracy | correct | of | share | 95 % interval", rows)
+    blocks: list[Block] = [table, Paragraph(_fill(caveat, exported))]
     if (calibration := _at(manifest, "training", "calibration")) is not None:
         blocks += _calibration(calibration)
     return Section("Metrics", tuple(blocks))
@@ -254,7 +228,7 @@ def _calibration(calibration: Any) -> tuple[Block, ...]:
         ("calibrated, on the frames of the fit", "after"),
         ("calibrated on other patients, cross-fitted", "cross_fitted"),
     )
-    rows = tuple(
+    rows = (
         (label, *(_number(_at(calibration, key, name), ".3f") for name in ("ece", "ece_equal_width", "nll")))
         for label, key in kinds
         if _at(calibration, key) is not None
@@ -265,25 +239,20 @@ def _calibration(calibration: Any) -> tuple[Block, ...]:
         "calibration error, bins: {binning}. A perfect model would show {after.ece_if_calibrated.mean:.3f} on so few "
         "frames."
     )
-    header = ("calibration", "ECE", "ECE, 15 equal widths", "negative log-likelihood")
-    return Table(header, rows), Paragraph(_fill(text, calibration))
+    table = _table("calibration | ECE | ECE, 15 equal widths | negative log-likelihood", rows)
+    return table, Paragraph(_fill(text, calibration))
 
 
 def _share(label: str, share: Any) -> tuple[str, ...]:
     interval = " to ".join(_number(bound, ".3f") for bound in _list(_at(share, "ci95"))) or "none"
-    return label, *(_fill(cell, share) for cell in ("{right:d}", "{count:d}", "{share:.3f}")), interval
+    return label, *_row(share, "{right:d}", "{count:d}", "{share:.3f}"), interval
 
 
 def _parity(manifest: Mapping[str, Any]) -> Section:
     parity = _items(manifest, "parity")
     header = (
-        "precision",
-        "frames",
-        "largest logit difference",
-        "largest probability difference",
-        "quadrant flips",
-        "frame flips",
-        "smallest margin at a flip",
+        "precision | frames | largest logit difference | largest probability difference | quadrant flips | frame flips"
+        " | smallest margin at a flip"
     )
     text = (
         "Each graph compared with the training code in float32: the largest value over all batch sizes and, in "
@@ -294,7 +263,7 @@ def _parity(manifest: Mapping[str, Any]) -> Section:
         sizes = ", ".join(_fill("{batch_size:d}", batch) for batch in _list(_at(figures, "batches"))) or _NOT_STATED
         where = _fill("on the {source}, on {device}", figures)
         sources.append(f"{_printable(name)}: {where}, in batches of {sizes} frames")
-    table = Table(header, tuple(_parity_row(name, figures) for name, figures in parity))
+    table = _table(header, (_parity_row(name, figures) for name, figures in parity))
     lines = BulletList((*sources, *_graph_details(manifest)))
     return Section("Parity with the training code", (table, Paragraph(text), lines))
 
@@ -395,6 +364,14 @@ def _at(value: Any, *keys: str) -> Any:
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
+
+
+def _table(header: str, rows: Iterable[tuple[str, ...]]) -> Table:
+    return Table(tuple(header.split(" | ")), tuple(rows))
+
+
+def _row(value: Any, *templates: str) -> tuple[str, ...]:
+    return tuple(_fill(template, value) for template in templates)
 
 
 def _fill(template: str, value: Any, **texts: str) -> str:

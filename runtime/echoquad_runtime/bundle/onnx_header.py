@@ -7,7 +7,7 @@ and builds only the few names and numbers that decide whether the file is a grap
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -273,17 +273,14 @@ class _OnnxReader:
         return header
 
     def _graph(self, graph: _Field, header: GraphHeader) -> None:
-        for part in self.fields(graph, {1: _BYTES, 5: _BYTES, 11: _BYTES, 12: _BYTES, 15: _BYTES}):
-            if part.number == 1:
-                self._node(part)
-            elif part.number == 5:
-                self._check_not_external(part)
-            elif part.number == 11:
-                header.inputs.append(self._value_info(part))
-            elif part.number == 12:
-                header.outputs.append(self._value_info(part))
-            elif part.number == 15:
-                self._sparse_tensor(part)
+        handlers = {
+            1: self._node,
+            5: self._check_not_external,
+            11: lambda part: header.inputs.append(self._value_info(part)),
+            12: lambda part: header.outputs.append(self._value_info(part)),
+            15: self._sparse_tensor,
+        }
+        self._walk(graph, handlers)
 
     def _node(self, node: _Field) -> None:
         operator, domains = "", [""]
@@ -300,14 +297,11 @@ class _OnnxReader:
                 raise self._error(f"uses the operator {name!r}, which is not one of ONNX", "ONNX's operators only")
 
     def _attribute(self, attribute: _Field) -> None:
-        wire_types = dict.fromkeys((5, 6, 10, 11, 22, 23), _BYTES)
-        for part in self.fields(attribute, wire_types):
-            if part.number in (5, 10):
-                self._check_not_external(part)
-            elif part.number in (6, 11):
-                raise self._error("has a subgraph in a node, as loops and branches do", "one graph")
-            elif part.number in (22, 23):
-                self._sparse_tensor(part)
+        tensor, sparse, graph = self._check_not_external, self._sparse_tensor, self._subgraph
+        self._walk(attribute, {5: tensor, 6: graph, 10: tensor, 11: graph, 22: sparse, 23: sparse})
+
+    def _subgraph(self, _: _Field) -> None:
+        raise self._error("has a subgraph in a node, as loops and branches do", "one graph")
 
     def _check_not_external(self, tensor: _Field) -> None:
         name, external = "", False
@@ -320,9 +314,7 @@ class _OnnxReader:
             raise self._error(f"keeps the tensor {name[:40]!r} outside its file", "all tensors in one file")
 
     def _sparse_tensor(self, sparse: _Field) -> None:
-        for part in self.fields(sparse, {1: _BYTES, 2: _BYTES}):
-            if part.number in (1, 2):
-                self._check_not_external(part)
+        self._walk(sparse, {1: self._check_not_external, 2: self._check_not_external})
 
     def tensor_location(self, tensor: _Field) -> TensorLocation | None:
         """Return where a tensor's bytes are; None if they are not stored as raw bytes."""
@@ -409,6 +401,12 @@ class _OnnxReader:
             if not 8 <= tag < 1 << 32 or wire_types.get(number, wire_type) != wire_type or at > end:
                 raise _NotProtobufError(f"the field at byte {begin} is damaged")
             yield _Field(number, wire_type, value, at)
+
+    def _walk(self, message: _Field, handlers: Mapping[int, Callable[[_Field], None]]) -> None:
+        """Call a handler for each field with its number; these fields must hold bytes."""
+        for part in self.fields(message, dict.fromkeys(handlers, _BYTES)):
+            if part.number in handlers:
+                handlers[part.number](part)
 
     def _last(self, message: _Field, wire_types: Mapping[int, int]) -> dict[int, _Field]:
         """Return the last field of each number in `wire_types`, the one that protobuf's readers use."""

@@ -34,7 +34,7 @@ import numpy.typing as npt
 from echoquad_runtime._version import __version__
 from echoquad_runtime.bundle.onnx_header import list_tensors
 from echoquad_runtime.contract import canonical_json
-from echoquad_runtime.devices.cache_folder import cache_folder, is_owned_exclusively
+from echoquad_runtime.devices.cache_folder import cache_folder, make_private_folder, read_private_file
 from echoquad_runtime.devices.cpu_info import cpu_model
 from echoquad_runtime.devices.execution_providers import CPU_PROVIDER, create_session, needs_exact_products
 
@@ -105,15 +105,7 @@ class CacheEntry:
     def read(self) -> CachedGraph | None:
         """Return the content of the entry; None if there is no valid one."""
         try:
-            if not is_owned_exclusively(self._folder.lstat(), folder=True):
-                return None
-            # Check and read the same descriptor: nothing can replace the file in between.
-            flags = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
-            with os.fdopen(os.open(self._path, os.O_RDONLY | sum(flags)), "rb") as stream:
-                status = os.fstat(stream.fileno())
-                if not is_owned_exclusively(status, folder=False) or status.st_size > _MAX_ENTRY:
-                    return None
-                data = stream.read(status.st_size)
+            data = read_private_file(self._path, _MAX_ENTRY)
             if (
                 not data.startswith(_MAGIC)
                 or hashlib.sha256(memoryview(data)[_DIGEST.stop :]).digest() != data[_DIGEST]
@@ -137,13 +129,9 @@ class CacheEntry:
         with contextlib.ExitStack() as stack:
             path = None
             with contextlib.suppress(OSError):
-                self._folder.parent.mkdir(parents=True, exist_ok=True)
-                self._folder.mkdir(mode=0o700, exist_ok=True)
+                make_private_folder(self._folder)
                 # Three times the size: onnxruntime's files, the entry, and a reserve for other users of the disk.
-                if (
-                    is_owned_exclusively(self._folder.lstat(), folder=True)
-                    and shutil.disk_usage(self._folder).free >= 3 * size
-                ):
+                if shutil.disk_usage(self._folder).free >= 3 * size:
                     temporary = tempfile.TemporaryDirectory(prefix=".", dir=self._folder, ignore_cleanup_errors=True)
                     path = Path(stack.enter_context(temporary))
             yield path

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from echoquad_runtime.devices.cpu_info import available_cpus, schedulable_cpus
 from echoquad_runtime.devices.cuda_probe import cuda_unavailable_reason
@@ -134,7 +134,8 @@ def open_session(
         if OPENVINO_PROVIDER in providers:
             reason += "; for OpenVINO choose device openvino"
     elif device != "cpu":
-        opened = _open_on_accelerator(ort, read_model(), device, threads, spinning, bfloat16, cuda_options, not_on_cuda)
+        options: dict[str, Any] = {"spinning": spinning, "bfloat16": bfloat16, "cuda_options": cuda_options}
+        opened = _open_on_accelerator(ort, read_model(), device, threads, not_on_cuda, options)
         if isinstance(opened, OpenedSession):
             return opened
         reason = opened
@@ -200,34 +201,19 @@ def _open_on_cpu(
 
 
 def _open_on_accelerator(
-    ort: ModuleType,
-    model: bytes,
-    device: Device,
-    threads: int,
-    spinning: bool,
-    bfloat16: bool,
-    cuda_options: Mapping[str, str] | None,
-    not_on_cuda: str,
+    ort: ModuleType, model: bytes, device: Device, threads: int, not_on_cuda: str, options: dict[str, Any]
 ) -> OpenedSession | str:
     """Open a model on OpenVINO or, for ``cuda`` and ``auto``, on CUDA; or return in one line why that is impossible."""
     if device == "openvino":
         name, title, provider = "openvino", "OpenVINO", OPENVINO_PROVIDER
-        reason, threads = openvino_unavailable_reason(bfloat16=bfloat16), min(threads, schedulable_cpus())
+        reason, threads = openvino_unavailable_reason(bfloat16=options["bfloat16"]), min(threads, schedulable_cpus())
     else:
         name, title, provider = "cuda", "CUDA", CUDA_PROVIDER
         reason = cuda_unavailable_reason() or not_on_cuda or None
     if reason is not None:
         return reason
     try:
-        session = create_session(
-            ort,
-            model,
-            provider,
-            threads=threads,
-            spinning=spinning,
-            bfloat16=bfloat16,
-            cuda_options=cuda_options,
-        )
+        session = create_session(ort, model, provider, threads=threads, **options)
     except Exception as error:  # no common base class; if the model itself is invalid, the CPU session reports it
         return f"{title} works, but not for this model ({summarize_error(error)}); do: try another precision"
     if (nodes := fallback_nodes(session, provider)) is not None:

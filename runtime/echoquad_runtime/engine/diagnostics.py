@@ -143,7 +143,7 @@ def run_diagnostics(
         checks.append(DiagnosticCheck("onnxruntime", "ok", f"{ort.__version__}, with {', '.join(providers)}"))
         checks.append(_check_cpu())
         if device == "cuda" or (device == "auto" and CUDA_PROVIDER in providers):
-            checks.append(_check_cuda(device))
+            checks.append(_check_device("cuda", device, cuda_unavailable_reason()))
         if device == "openvino" or (device == "auto" and OPENVINO_PROVIDER in providers):
             checks.append(_check_openvino(device))
         checks.append(_check_self_tests())
@@ -180,23 +180,17 @@ def _check_cpu() -> DiagnosticCheck:
     return DiagnosticCheck("cpu", "failed", f"{failure}; do: install onnxruntime again")
 
 
-def _check_cuda(device: Device) -> DiagnosticCheck:
-    reason = cuda_unavailable_reason()
+def _check_device(name: str, device: Device, reason: str | None, detail: str = "") -> DiagnosticCheck:
     if reason is None:
-        return DiagnosticCheck("cuda", "ok", "computed the expected numbers")
-    return DiagnosticCheck("cuda", "failed" if device == "cuda" else "warning", reason)
+        return DiagnosticCheck(name, "ok", f"computed the expected numbers{detail}")
+    return DiagnosticCheck(name, "failed" if device == name else "warning", reason)
 
 
 def _check_openvino(device: Device) -> DiagnosticCheck:
     reason = openvino_unavailable_reason()
-    if reason is not None:
-        return DiagnosticCheck("openvino", "failed" if device == "openvino" else "warning", reason)
-    bfloat16 = (
-        "also in bfloat16"
-        if openvino_unavailable_reason(bfloat16=True) is None
-        else "not in bfloat16 on this processor"
-    )
-    return DiagnosticCheck("openvino", "ok", f"computed the expected numbers, {bfloat16}")
+    no_bfloat16 = openvino_unavailable_reason(bfloat16=True) if reason is None else None
+    detail = ", also in bfloat16" if no_bfloat16 is None else ", not in bfloat16 on this processor"
+    return _check_device("openvino", device, reason, detail)
 
 
 def _check_self_tests() -> DiagnosticCheck:

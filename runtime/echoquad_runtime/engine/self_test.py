@@ -26,13 +26,13 @@ import numpy.typing as npt
 
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.contract import canonical_json
-from echoquad_runtime.devices.cache_folder import cache_folder, is_owned_exclusively
+from echoquad_runtime.devices.cache_folder import cache_folder, make_private_folder, read_private_file
 from echoquad_runtime.devices.host_facts import host_facts
 from echoquad_runtime.engine.io_binding import FloatArray, InferenceOutput, InferenceSlot, buckets, new_batch
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.errors import OutputError, VerificationError
 from echoquad_runtime.quadrants import frame_quadrants
-from echoquad_runtime.storage.atomic import read_regular, write_json
+from echoquad_runtime.storage.atomic import write_json
 
 __all__ = ["PASSED", "SelfTest", "cached_self_tests", "max_abs_differences"]
 
@@ -214,11 +214,7 @@ def _result_file(bundle: Bundle, engine: OnnxEngine, frames: int) -> Path | None
 def _read(path: Path) -> dict[str, Any] | None:
     """Read a saved result; None if there is none or other users may write it."""
     try:
-        if not is_owned_exclusively(path.parent.lstat(), folder=True):
-            return None
-        if not is_owned_exclusively(path.lstat(), folder=False):
-            return None
-        content = json.loads(read_regular(path, _MAX_BYTES))
+        content = json.loads(read_private_file(path, _MAX_BYTES))
         return content if content["schema"] == _SCHEMA and content["self_test"] == PASSED else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -229,12 +225,10 @@ def _save(path: Path, bundle: Bundle, engine: OnnxEngine, frames: int) -> None:
     created = datetime.now(UTC).isoformat(timespec="seconds")
     content = {"schema": _SCHEMA, "self_test": PASSED, "created": created, **_facts(bundle, engine, frames)}
     with contextlib.suppress(OSError, OutputError):
-        path.parent.parent.mkdir(parents=True, exist_ok=True)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        if is_owned_exclusively(path.parent.lstat(), folder=True):
-            write_json(path, content)
-            for old in sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)[:-_MAX_FILES]:
-                old.unlink(missing_ok=True)
+        make_private_folder(path.parent)
+        write_json(path, content)
+        for old in sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)[:-_MAX_FILES]:
+            old.unlink(missing_ok=True)
 
 
 def cached_self_tests(bundle: Bundle | None = None) -> list[dict[str, Any]]:

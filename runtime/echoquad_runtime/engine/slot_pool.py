@@ -6,8 +6,7 @@ The export's parity measurement, the golden frames, `verify`, `bench`, `tune` an
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -92,22 +91,15 @@ class SlotPool:
         BundleError
             If the engine fails.
         """
-        with self._slot() as slot:
-            return slot.run(batch, frames)
-
-    @contextmanager
-    def _slot(self) -> Iterator[InferenceSlot]:
         with self._run_limit:
-            slot = self._take_idle() or self._open()
+            try:  # pop is atomic; testing the length before it would be a race
+                slot = self._idle.pop()
+            except IndexError:
+                slot = self._open()
             try:
-                yield slot
+                return slot.run(batch, frames)
             finally:
                 self._idle.append(slot)
-
-    def _take_idle(self) -> InferenceSlot | None:
-        with suppress(IndexError):  # pop is atomic; testing the length before it would be a race
-            return self._idle.pop()
-        return None
 
     def _open(self) -> InferenceSlot:
         open_slot = getattr(self.engine, "open_slot", None)

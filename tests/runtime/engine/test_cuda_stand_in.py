@@ -241,7 +241,7 @@ def test_tuned_cuda_settings_are_used_by_predict(
 ) -> None:
     monkeypatch.setenv("ECHOQUAD_CONFIG_DIR", str(tmp_path))
     monkeypatch.setattr(host, "probe_devices", lambda: {"cpu": None, "cuda": None})
-    found = tune(tiny_bundle, device="cuda", seconds=0.5, threads=1)
+    found = tune(tiny_bundle, device="cuda", seconds=0.1, threads=1)
     assert found.choice is not None
     tried = {(row.choice.precision, row.choice.cuda_graphs, row.choice.nhwc) for row in found.rows}
     assert tried == {(name, graphs, nhwc) for name in ("fp32", "tf32") for graphs in (0, 1) for nhwc in (0, 1)}
