@@ -28,7 +28,7 @@ __all__ = [
     "cam_size",
     "check_graph",
     "list_tensors",
-    "read_header",
+    "read_graph_header",
 ]
 
 INPUT: Final = "quadrants"
@@ -105,10 +105,10 @@ def check_graph(model: bytes, contract: Contract, label: str) -> GraphHeader:
     Raises
     ------
     BundleError
-        As in `read_header`, or if the file is newer than this release, has no contract, has another contract or
+        As in `read_graph_header`, or if the file is newer than this release, has no contract, has another contract or
         encodes it differently, or has other inputs and outputs than the contract requires.
     """
-    header = read_header(model, label)
+    header = read_graph_header(model, label)
     versions = (("IR version", header.ir_version, MAX_IR_VERSION), ("opset", header.opset, MAX_OPSET))
     for name, version, newest in versions:
         if not 0 < version <= newest:
@@ -183,7 +183,7 @@ def _format_values(values: list[ValueInfo]) -> str:
     return ", ".join([*texts, *(["..."] if len(values) > 8 else [])]) or "nothing"
 
 
-def read_header(model: bytes, label: str) -> GraphHeader:
+def read_graph_header(model: bytes, label: str) -> GraphHeader:
     """Read the header of an ONNX file and reject whatever a graph of EchoQuad does not contain.
 
     The time is linear in the number of fields, which is limited; the depth is bounded.

@@ -129,7 +129,7 @@ def open_session(
         raise
     reason = ""
     if device == "auto" and CUDA_PROVIDER not in (providers := ort.get_available_providers()):
-        # Whoever installed a wheel without CUDA chose the CPU: inform, without advice.
+        # A wheel without CUDA is a choice of the CPU: inform, without advice.
         reason = f"{format_versions(installed_wheels()) or 'this onnxruntime'} is built without CUDA"
         if OPENVINO_PROVIDER in providers:
             reason += "; for OpenVINO choose device openvino"

@@ -21,7 +21,7 @@ from echoquad_runtime.bundle.onnx_header import (
     MAX_OPSET,
     cam_size,
     check_graph,
-    read_header,
+    read_graph_header,
 )
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices import session_factory as devices
@@ -101,7 +101,7 @@ def test_header_agrees_with_the_onnx_package(
 
 def assert_agrees(graph: bytes) -> None:
     """Compare an accepted header with the package's model: nothing relevant may have been overlooked."""
-    found, model = read_header(graph, "it"), onnx.load_from_string(graph)
+    found, model = read_graph_header(graph, "it"), onnx.load_from_string(graph)
     assert found.ir_version == model.ir_version & 2**64 - 1
     imported = [entry.version & 2**64 - 1 for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
     assert found.opset == max(imported, default=0)
@@ -142,7 +142,7 @@ def test_changed_bytes_hide_nothing(data: st.DataObject, tiny: bytes) -> None:
             end = at + data.draw(st.integers(1, 60))
             graph[at:end] = b"" if what == "delete" else graph[at:end] * 2
     try:
-        read_header(bytes(graph), "it")
+        read_graph_header(bytes(graph), "it")
         model = onnx.load_from_string(bytes(graph))
     except BundleError:
         return
@@ -463,7 +463,7 @@ def test_repeated_domain_is_refused(tiny: bytes) -> None:
         (b"\x00\x00", "damaged"),  # field 0
         (b"\x03\x04", "begins no field"),  # a group
         (b"\xfb\x01", "begins no field"),
-        (b"\xff\x01", "begins no field"),  # kind 7
+        (b"\xff\x01", "begins no field"),  # wire type 7
         (b"\x0a\xff\xff\xff\xff\x0f", "damaged"),  # longer than the file
         (b"\x08" + b"\xff" * 10, "does not end"),
         (b"\x08", "does not end"),

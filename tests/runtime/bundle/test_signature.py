@@ -37,7 +37,7 @@ from echoquad_runtime.errors import (
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.verify.verify import verify
 
-if util.find_spec("model_signing") is None:  # if it is there and cannot be imported, the extra is wrong
+if util.find_spec("model_signing") is None:  # if installed, it must be importable
     pytest.skip("the extra sign is not installed", allow_module_level=True)
 model_signing = importlib.import_module("model_signing")
 ec = importlib.import_module("cryptography.hazmat.primitives.asymmetric.ec")

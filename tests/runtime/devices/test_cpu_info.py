@@ -1,4 +1,4 @@
-"""How many CPUs there are for this process, and what they are called."""
+"""CPU information: affinity, cgroup quotas, the CPU model and its instruction sets."""
 
 from __future__ import annotations
 
