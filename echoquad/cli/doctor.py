@@ -11,7 +11,7 @@ from echoquad.cli.declare import Option
 from echoquad.cli.options import Device, DeviceName
 
 if TYPE_CHECKING:
-    from echoquad_runtime.engine.diagnostics import Check, Status
+    from echoquad_runtime.engine.diagnostics import CheckStatus, DiagnosticCheck
 
 __all__ = ["doctor"]
 
@@ -21,10 +21,10 @@ def doctor(
     json_file: Annotated[Path | None, Option("--json", metavar="FILE", help="Also write the report as JSON.")] = None,
 ) -> None:
     """Say what works on this machine; every device is made to compute."""
-    from echoquad_runtime.engine.diagnostics import examine
+    from echoquad_runtime.engine.diagnostics import run_diagnostics
     from echoquad_runtime.storage.atomic import write_json
 
-    report = examine(device.value, extra_checks=[_check_torch] if util.find_spec("torch") else [])
+    report = run_diagnostics(device.value, extra_checks=[_check_torch] if util.find_spec("torch") else [])
     for name, value in report.facts.items():
         say(f"{name}: {value}")
     say("")
@@ -40,22 +40,22 @@ def doctor(
     raise SystemExit(report.exit_code)
 
 
-def _check_torch() -> Check:
+def _check_torch() -> DiagnosticCheck:
     """Do what the document's check_gpu did: version, CUDA, devices, and the mean of a matrix product."""
     import torch
 
-    from echoquad_runtime.engine.diagnostics import Check
+    from echoquad_runtime.engine.diagnostics import DiagnosticCheck
     from echoquad_train.networks.device import autocast_dtype, choose_device
 
     where = choose_device("auto")
     ones = torch.ones(256, 256, device=where)
     mean = (ones @ ones).mean().item()
-    status: Status = "ok" if mean == 256 else "failed"
+    status: CheckStatus = "ok" if mean == 256 else "failed"
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     cuda = f"{len(names)} CUDA devices ({', '.join(names)})" if names else "no CUDA device"
     mixed = str(autocast_dtype(where) or "float32").removeprefix("torch.")
     version = f"torch {torch.__version__}, torchvision {metadata.version('torchvision')}"
-    return Check(
+    return DiagnosticCheck(
         "torch",
         status,
         f"{version}; {cuda}; trains on {where.type} in {mixed}; matmul mean {mean:g}, expected 256",

@@ -261,7 +261,8 @@ def _bounds(values: list[float] | None) -> str:
 
 def _reading(model: Path, matrices: bool, flip: FlipName | None, every: int) -> ReadOptions:
     """Settle how frames are read: as told, else as the data were that a run or a bundle was trained on."""
-    from echoquad_runtime.bundle.bundle import MANIFEST, Bundle
+    from echoquad_runtime.bundle.bundle import Bundle
+    from echoquad_runtime.bundle.manifest import MANIFEST
     from echoquad_runtime.frames.formats import ReadOptions
 
     if (model / MANIFEST).exists():
@@ -282,7 +283,7 @@ def _predictor(
     batch_size: int,
     abstain_below: float | None = None,
 ) -> Predictor:
-    from echoquad_runtime.bundle.bundle import MANIFEST
+    from echoquad_runtime.bundle.manifest import MANIFEST
     from echoquad_runtime.errors import RunError, UsageError
     from echoquad_runtime.predict.predictor import Predictor
 

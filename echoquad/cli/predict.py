@@ -146,7 +146,7 @@ def predict(
     finished file says what made it.
     """
     from echoquad_runtime.bundle.bundle import Bundle
-    from echoquad_runtime.devices.session_factory import available_cpus
+    from echoquad_runtime.devices.cpu_info import available_cpus
     from echoquad_runtime.engine.self_test import PASSED
     from echoquad_runtime.results.result_file import ResultFile, is_stream, refuse_resume
     from echoquad_runtime.results.row_formats import check_ending

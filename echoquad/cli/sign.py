@@ -26,8 +26,8 @@ def sign(
     A key pair: openssl ecparam -name prime256v1 -genkey -noout -out key.pem; and for carts, which need only this
     half: openssl pkey -in key.pem -pubout -out pub.pem
     """
-    from echoquad_runtime.bundle.bundle import SIGNATURE
-    from echoquad_runtime.bundle.signature import sign_bundle
+    from echoquad_runtime.bundle.manifest import SIGNATURE
+    from echoquad_runtime.bundle.signing import sign_bundle
 
     fingerprint = sign_bundle(bundle, key)
     say(

@@ -45,7 +45,7 @@ def verify(
     ] = None,
 ) -> None:
     """Hash a bundle's files and replay its golden frames on the device at hand. Needs no torch."""
-    from echoquad_runtime.devices.session_factory import usable_devices
+    from echoquad_runtime.devices.session_factory import probe_devices
     from echoquad_runtime.errors import OutputError, UsageError
     from echoquad_runtime.storage.atomic import write_json
     from echoquad_runtime.verify.verify import verify_all
@@ -56,7 +56,7 @@ def verify(
     with Progress("verifying") as progress:
         record = verify_all(
             bundle,
-            devices=usable_devices() if all_devices else {device.value: None},
+            devices=probe_devices() if all_devices else {device.value: None},
             precisions=None if every else [precision],
             threads=threads,
             public_key=public_key,

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from echoquad_runtime.devices.session_factory import OPENVINO_PROVIDER, load_onnxruntime
+from echoquad_runtime.devices.execution_providers import OPENVINO_PROVIDER
+from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 
 
 def test_what_is_not_there_is_refused_with_its_own_exit_code(
@@ -40,9 +41,7 @@ def test_bfloat16_contradicts_every_other_device(
     found, _ = many(lines)
     for line, ran in zip(lines, found, strict=True):
         assert (ran.code, ran.out) == (2, "")
-        assert ran.errors[0].startswith(
-            f"precision bf16 is computed on device openvino alone; found device {line[-1]};"
-        )
+        assert ran.errors[0].startswith(f"precision bf16 requires device openvino; found device {line[-1]};")
 
 
 def test_torch_is_not_asked_to_compute_with_openvino(tmp_path: Path, warm: Callable[..., Any]) -> None:

@@ -231,8 +231,8 @@ def test_a_fault_of_our_own_is_a_line_too_unless_the_traceback_is_asked_for(want
 import sys
 from echoquad.cli import app
 from echoquad_runtime.engine import diagnostics as doctor
-def examine(*_, **__): raise ZeroDivisionError("two\\nlines")
-doctor.examine = examine
+def run_diagnostics(*_, **__): raise ZeroDivisionError("two\\nlines")
+doctor.run_diagnostics = run_diagnostics
 sys.argv[1:] = ["doctor"]
 app.main()
 """

@@ -39,7 +39,7 @@ def test_the_text_has_all_of_the_card_and_the_files(ran: dict[str, Any], exporte
     begin = lines.index("Intended use") + 2
     assert lines[begin].startswith("Research use only. Not a medical device;")
     words, said = " ".join(ran["markdown"].out.replace("*", "").split()), " ".join(text.out.split())
-    for sentence in ("The names are a heuristic", "The smallest lead that a decision hangs on is", "not measured."):
+    for sentence in ("The names are a heuristic", "The smallest decision margin of a frame is", "was not measured"):
         assert sentence in words and sentence in said
     assert [line.split()[0] for line in lines if line.endswith("  whole")] == [
         "MODEL_CARD.md",
@@ -88,5 +88,5 @@ def test_there_is_nothing_to_inspect(tmp_path: Path, bundle_copy: Path, many: Ca
 
 def test_a_narrow_terminal_has_a_line_for_each_cell(tiny_bundle: Path, echoquad: Callable[..., Any]) -> None:
     lines = echoquad("inspect", tiny_bundle, env={"COLUMNS": "50"}).out.splitlines()
-    assert "worst probability difference: 0.00e+00 (at most" in lines
+    assert "largest probability difference: 0.00e+00 (at most" in lines
     assert [line for line in lines if len(line) > 50 and " " in line] == []  # a hash is not broken

@@ -64,7 +64,7 @@ def test_what_is_not_signed_by_that_key_is_not_used(
     found, modules = many(
         [
             *([*command, *ours] for command in commands),
-            ["python", f"from echoquad_runtime.bundle.signature import sign_bundle; from pathlib import Path as P; "
+            ["python", f"from echoquad_runtime.bundle.signing import sign_bundle; from pathlib import Path as P; "
              f"sign_bundle(P({str(bundle_copy)!r}), P({str(keys / 'ours.pem')!r}))"],
             *([*command, *theirs] for command in commands),
             ["python", f"P({str(card)!r}).write_text('Cleared for diagnosis.')"],
@@ -94,9 +94,9 @@ def test_keys_of_no_use(bundle_copy: Path, frames_folder: Path, keys: Path, many
     )
     words = [
         "none.pem: the key cannot be read (",
-        "ours.pem: a private key found; expected the public one, which alone belongs on a cart",
+        "ours.pem: found a private key; expected a public key",
         "ours.pub.pem: it is not a private key in PEM form",
-        "it holds 'notes.txt', which is no part of it; move that away first",
+        "it holds 'notes.txt', which bundle.json does not list",
         "no bundle here (bundle.json is missing)",
         "Missing option '--key'",
     ]

@@ -13,7 +13,8 @@ import pytest
 
 from echoquad_runtime._version import __version__
 from echoquad_runtime.bundle.bundle import Bundle
-from echoquad_runtime.devices.session_factory import CUDA_PROVIDER, load_onnxruntime
+from echoquad_runtime.devices.execution_providers import CUDA_PROVIDER
+from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 
 FILES = ("bundle.json", "model.fp32.onnx", "golden.npz", "MODEL_CARD.md")
 WITHOUT_TORCH = "sys.modules |= dict.fromkeys(['torch', 'torchvision', 'onnx', 'sklearn', 'matplotlib'])"
@@ -130,7 +131,7 @@ def test_a_record_that_cannot_be_written(
 # What another machine may find: a device that works, here the CPU under another name, and one that does not.
 OTHER_DEVICES = """
 import echoquad_runtime.devices.session_factory as devices, echoquad_runtime.engine.onnx_engine as session
-devices.usable_devices = lambda: {"cpu": None, "openvino": None, "cuda": "no NVIDIA driver was found; do: install it"}
+devices.probe_devices = lambda: {"cpu": None, "openvino": None, "cuda": "no NVIDIA driver was found; do: install it"}
 def open_session(model, *, device, **options):
     return devices.open_session(model, device="cpu", **{**options, "bfloat16": False})
 session.open_session = open_session
@@ -284,7 +285,7 @@ def test_cuda_is_not_there_and_nothing_pretends_it_is(
 def test_cuda_decides_as_the_cpu(
     tiny_bundle: Path, frames_folder: Path, echoquad: Callable[..., Any], tmp_path: Path
 ) -> None:
-    from echoquad_runtime.devices.session_factory import cuda_unavailable_reason
+    from echoquad_runtime.devices.cuda_probe import cuda_unavailable_reason
 
     if (obstacle := cuda_unavailable_reason()) is not None:
         pytest.skip(obstacle)
