@@ -774,7 +774,7 @@ def test_bytes_after_image_are_ignored() -> None:
         np.testing.assert_array_equal(decode_frame(SMALL[name] + b"\0" * 9), decode_frame(SMALL[name]))
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(
     st.binary(max_size=200),
     st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"BM", b"II*\0", b"MM\0*"]),
@@ -783,7 +783,7 @@ def test_random_bytes_raise_nothing_but_frame_errors(tail: bytes, head: bytes) -
     check_only_frame_errors(head + tail)
 
 
-@settings(max_examples=400)
+@settings(max_examples=100)
 @given(st.sampled_from(sorted(SMALL)), st.data())
 def test_mutated_images_raise_nothing_but_frame_errors(name: str, data: st.DataObject) -> None:
     content = bytearray(SMALL[name])
@@ -794,7 +794,7 @@ def test_mutated_images_raise_nothing_but_frame_errors(name: str, data: st.DataO
     check_only_frame_errors(bytes(content))
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(st.data())
 def test_mutated_pngs_with_right_checksums_raise_nothing_but_frame_errors(data: st.DataObject) -> None:
     # With right checksums the mutations reach the decoder itself.

@@ -121,7 +121,7 @@ numbers = st.floats(0, 255, width=32)
     st.sampled_from(["", "depth (cm), gain\n", "# note\n", "\n\n"]),
     st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_any_layout_is_parsed_to_its_numbers(
     rows: list[list[float]], delimiter: str, end: str, head: str, decimal_comma: bool
 ) -> None:
@@ -132,7 +132,7 @@ def test_any_layout_is_parsed_to_its_numbers(
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_random_bytes_yield_a_frame_or_a_one_line_error(data: bytes) -> None:
     try:
         grey = decode_text(data, "both").grey()

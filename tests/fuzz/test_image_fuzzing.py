@@ -1,14 +1,14 @@
-"""Image files, whole, broken and malicious: each is a frame, or one line that says why not.
+"""Image fuzzing: a valid, damaged or malicious image file yields a frame or a one-line error.
 
-A number stands for a whole file of some kind and what was done to it (see ``pictures.py``). Each is read in a process
-of its own, which may neither die, nor hang, nor print:
+A number identifies a file and the damage done to it (see ``image_corpus.py``). Each file is read in another process,
+which must not die, hang or print:
 
-- Whatever comes out is a uint8 [H, W] frame or a FrameError of one printable line.
-- A PNG, which has checksums, is refused or shows the pixels that it had. The other kinds have none: how often they
-  were accepted with other pixels is counted.
-- A file takes no longer than a bound, and no more memory than a cap.
+- The result is a uint8 [H, W] frame or a FrameError with one printable line.
+- A PNG, which has checksums, is refused or yields its original pixels. The other formats have none: the test counts
+  how often they are accepted with other pixels.
+- A file takes less than a time limit and a memory limit.
 
-``pytest tests/fuzz/test_images.py -m slow`` goes through 30 000, and through the largest frames that are read at all.
+``pytest tests/fuzz/test_image_fuzzing.py -m slow`` reads 30 000 files, and the largest frames that are accepted.
 """
 
 from __future__ import annotations
@@ -36,35 +36,35 @@ import pytest
 from echoquad_runtime.errors import FrameError
 from echoquad_runtime.frames.reader import decode_checked, decode_frame
 
-PICTURES = runpy.run_path(str(Path(__file__).with_name("pictures.py")))
-SEEDS: dict[str, bytes] = PICTURES["SEEDS"]
-BAD: dict[str, bytes] = PICTURES["BAD"]
+CORPUS = runpy.run_path(str(Path(__file__).with_name("image_corpus.py")))
+SEEDS: dict[str, bytes] = CORPUS["SEEDS"]
+UNSUPPORTED: dict[str, bytes] = CORPUS["UNSUPPORTED"]
 Result = dict[str, Any]
 
-SILENCE = 60.0
-"""Seconds after which a file that was not answered for counts as a hang, on however busy a machine."""
-SECONDS = 10.0
-"""What a file may take; the slowest of the largest takes one."""
-BOMB_CAP = 64 << 20
-"""Bytes of memory that a bomb may take beside what the process has."""
-DAMAGED_CAP = 200 << 20
-"""The same for a damaged file, whose header may announce 36 million pixels of four bytes, and hold a few of them."""
-LARGE_CAP = 600 << 20
-"""The same for the largest frame: 36 million pixels, in a file of 216 MB."""
+HANG_SECONDS = 60.0
+"""Seconds without an answer that count as a hang, even on a busy machine."""
+MAX_SECONDS = 10.0
+"""Limit per file; the slowest of the largest files takes one second."""
+BOMB_MEMORY = 64 << 20
+"""Bytes of additional memory that a decompression bomb may take."""
+DAMAGED_MEMORY = 200 << 20
+"""The same for a damaged file, whose header may state 36 million pixels of four bytes."""
+LARGE_MEMORY = 600 << 20
+"""The same for the largest frame: 36 million pixels in a file of 216 MB."""
 
 
-class Ended(Exception):
-    """The reader died, or went silent, over a file."""
+class WorkerEnded(Exception):
+    """The worker died or hung while reading a file."""
 
 
 @contextmanager
-def reader(scratch: Path, sabotage: str = "") -> Iterator[Callable[[dict[str, Any]], Result]]:
-    """Start a process that reads image files; gives a function that has it read one."""
-    program = Path(__file__).with_name("reader.py")
+def image_worker(scratch: Path, sabotage: str = "") -> Iterator[Callable[[dict[str, Any]], Result]]:
+    """Start a process that reads image files, and yield a function that lets it read one."""
+    program = Path(__file__).with_name("image_worker.py")
     command = [sys.executable, str(program)]
     if sabotage:
-        begin = f"import sys; sys.path.insert(0, {str(program.parent)!r}); import reader\n"
-        command = [sys.executable, "-c", f"{begin}{sabotage}\nreader.main()"]
+        begin = f"import sys; sys.path.insert(0, {str(program.parent)!r}); import image_worker\n"
+        command = [sys.executable, "-c", f"{begin}{sabotage}\nimage_worker.main()"]
     said = scratch / "stderr.txt"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
     with said.open("wb") as stderr:
@@ -89,11 +89,11 @@ def reader(scratch: Path, sabotage: str = "") -> Iterator[Callable[[dict[str, An
         stdin.write(json.dumps(what) + "\n")
         stdin.flush()
         try:
-            answer = answers.get(timeout=SILENCE)
+            answer = answers.get(timeout=HANG_SECONDS)
         except queue.Empty:
-            raise Ended(f"{what}: no answer after {SILENCE} s") from None
+            raise WorkerEnded(f"{what}: no answer after {HANG_SECONDS} s") from None
         if not answer:
-            raise Ended(
+            raise WorkerEnded(
                 f"{what}: the process ended with {process.wait()}\n{said.read_text('utf-8', 'replace')[-2000:]}"
             )
         return {**what, **json.loads(answer)}
@@ -108,12 +108,12 @@ def reader(scratch: Path, sabotage: str = "") -> Iterator[Callable[[dict[str, An
         stdout.close()
 
 
-def go_through(what: Iterable[dict[str, Any]], scratch: Path, cap: int) -> list[Result]:
-    """Have files read; none may show a fault. Gives the results."""
-    with reader(scratch) as read:
+def read_all(what: Iterable[dict[str, Any]], scratch: Path, cap: int) -> list[Result]:
+    """Read files in the worker, check that none shows a fault, and return the results."""
+    with image_worker(scratch) as read:
         results = [read(item) for item in what]
     for result in results:
-        if result["seconds"] > SECONDS:
+        if result["seconds"] > MAX_SECONDS:
             result["faults"].append(f"it took {result['seconds']} s")
         if (result["grown"] or 0) > cap:
             result["faults"].append(f"it took {result['grown'] >> 20} MB")
@@ -124,7 +124,7 @@ def go_through(what: Iterable[dict[str, Any]], scratch: Path, cap: int) -> list[
     return results
 
 
-def tally(results: list[Result]) -> dict[str, collections.Counter[str]]:
+def count_outcomes(results: list[Result]) -> dict[str, collections.Counter[str]]:
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for result in results:
         kind = "JPEG" if result["name"].startswith("MPO") else result["name"].split()[0]
@@ -134,10 +134,10 @@ def tally(results: list[Result]) -> dict[str, collections.Counter[str]]:
 
 
 def check_damaged(numbers: range, scratch: Path) -> dict[str, collections.Counter[str]]:
-    counts = tally(go_through(({"number": number} for number in numbers), scratch, DAMAGED_CAP))
+    counts = count_outcomes(read_all(({"number": number} for number in numbers), scratch, DAMAGED_MEMORY))
     assert set(counts) == {"PNG", "JPEG", "BMP", "TIFF"}
     for kind, count in counts.items():
-        # Neither is everything refused, as it would be if nothing worked, nor is damage passed over.
+        # Some files are accepted, as they would not be if nothing worked; most damage is detected.
         assert count["the same pixels"] > 0.03 * count.total(), (kind, count)
         assert count["refused"] > 0.4 * count.total(), (kind, count)
     return counts
@@ -146,18 +146,18 @@ def check_damaged(numbers: range, scratch: Path) -> dict[str, collections.Counte
 # ---------------------------------------------------------------------------------------------- damage
 
 
-def test_damaged_files(tmp_path: Path) -> None:
-    check_damaged(range(1500), tmp_path)
+def test_damaged_images_yield_frames_or_one_line_errors(tmp_path: Path) -> None:
+    check_damaged(range(800), tmp_path)
 
 
 @pytest.mark.slow
-def test_thirty_thousand_damaged_files(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
-    counts = check_damaged(range(1500, 31_500), tmp_path)
+def test_thirty_thousand_damaged_images(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    counts = check_damaged(range(800, 30_800), tmp_path)
     record_property("outcomes", {kind: dict(count) for kind, count in counts.items()})
 
 
 @pytest.mark.parametrize("name", SEEDS)
-def test_a_whole_file_is_a_frame(name: str) -> None:
+def test_valid_image_is_a_frame(name: str) -> None:
     frame, flags = decode_checked(SEEDS[name])
     assert frame.dtype == np.uint8
     assert frame.ndim == 2
@@ -165,10 +165,10 @@ def test_a_whole_file_is_a_frame(name: str) -> None:
     assert flags in ((), ("colour",))
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_is_one_line(name: str) -> None:
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_image_is_a_one_line_error(name: str) -> None:
     with pytest.raises(FrameError) as caught:
-        decode_checked(BAD[name])
+        decode_checked(UNSUPPORTED[name])
     assert str(caught.value).isprintable()
 
 
@@ -178,15 +178,15 @@ CUTS = [name for name in SEEDS if "x" not in name and not name.startswith("JPEG 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if "strips" in name or "16" in name else pytest.mark.slow) for name in CUTS]
 )
-def test_a_file_cut_anywhere_shows_no_other_pixels(name: str) -> None:
+def test_image_truncated_anywhere_never_yields_other_pixels(name: str) -> None:
     data = SEEDS[name]
-    whole = decode_frame(data)
+    expected = decode_frame(data)
     for cut in range(len(data)):
         try:
             found = decode_frame(data[:cut])
         except FrameError:
             continue
-        np.testing.assert_array_equal(found, whole)
+        np.testing.assert_array_equal(found, expected)
 
 
 def outcome(data: bytes) -> str | bytes:
@@ -196,68 +196,78 @@ def outcome(data: bytes) -> str | bytes:
         return str(error)
 
 
-def test_threads_do_not_disturb_each_other() -> None:
-    files = [*SEEDS.values(), *BAD.values()]
-    files += [PICTURES["damage"](data, random.Random(n))[0] for n, data in enumerate(SEEDS.values())]
+def test_decoding_is_thread_safe() -> None:
+    files = [*SEEDS.values(), *UNSUPPORTED.values()]
+    files += [CORPUS["damage"](data, random.Random(n))[0] for n, data in enumerate(SEEDS.values())]
     expected = [outcome(data) for data in files]
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(outcome, files * 3)) == expected * 3
 
 
-# ---------------------------------------------------------------------------------------------- bombs
+# ---------------------------------------------------------------------------------------------- decompression bombs
 
 
-def test_bombs(tmp_path: Path) -> None:
-    results = go_through(({"bomb": name} for name in PICTURES["BOMBS"]), tmp_path, BOMB_CAP)
+def test_decompression_bombs_take_little_memory(tmp_path: Path) -> None:
+    results = read_all(({"bomb": name} for name in CORPUS["BOMBS"]), tmp_path, BOMB_MEMORY)
     accepted = {result["name"] for result in results if result["outcome"] == "accepted"}
-    assert accepted == {"far more rows than announced", "TIFF that is its own next page"}  # of which little is read
+    assert accepted == {"far more rows than stated", "TIFF that is its own next page"}  # of these, little is read
     assert max(result["bytes"] for result in results if "400 MB" in result["name"]) < 400_000
 
 
 @pytest.mark.slow
-def test_the_largest_frames(tmp_path: Path) -> None:
-    results = go_through(({"bomb": name} for name in PICTURES["HEAVY"]), tmp_path, LARGE_CAP)
+def test_largest_frames_stay_within_limits(tmp_path: Path) -> None:
+    results = read_all(({"bomb": name} for name in CORPUS["LARGEST"]), tmp_path, LARGE_MEMORY)
     assert {result["outcome"] for result in results} == {"accepted"}
 
 
-# ---------------------------------------------------------------------------------------------- the test of the test
+# ---------------------------------------------------------------------------------------------- tests of the harness
 
 
 @pytest.mark.parametrize(
     ("sabotage", "what", "faults"),
     [
-        ("reader.read_checked = lambda path: (reader.np.zeros((2, 2)), ())", {"number": 0}, "float64 (2, 2) ()"),
-        ("reader.read_checked = lambda path: 1 / 0", {"number": 0}, "ZeroDivisionError: division by zero"),
-        ("def fail(path): raise reader.FrameError('a\\nb')\nreader.read_checked = fail", {"number": 0}, "the message"),
         (
-            "reader.read_checked = lambda path: (reader.np.zeros((2, 2), 'uint8'), ())",
+            "image_worker.read_checked = lambda path: (image_worker.np.zeros((2, 2)), ())",
+            {"number": 0},
+            "float64 (2, 2) ()",
+        ),
+        ("image_worker.read_checked = lambda path: 1 / 0", {"number": 0}, "ZeroDivisionError: division by zero"),
+        (
+            "def fail(path): raise image_worker.FrameError('a\\nb')\nimage_worker.read_checked = fail",
+            {"number": 0},
+            "the message",
+        ),
+        (
+            "image_worker.read_checked = lambda path: (image_worker.np.zeros((2, 2), 'uint8'), ())",
             {"number": 1},
-            "a PNG's pixels are not as they were",
+            "a PNG has other pixels",
         ),
     ],
 )
-def test_what_must_not_be_is_found_out(sabotage: str, what: dict[str, Any], faults: str, tmp_path: Path) -> None:
-    with reader(tmp_path, sabotage) as read:
+def test_harness_detects_faults(sabotage: str, what: dict[str, Any], faults: str, tmp_path: Path) -> None:
+    with image_worker(tmp_path, sabotage) as read:
         assert any(faults in fault for fault in read(what)["faults"])
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
-def test_memory_is_measured(tmp_path: Path) -> None:
-    greedy = "keep = reader.read_checked\nreader.read_checked = lambda path: (b'x' * (100 << 20), keep(path))[1]"
-    with reader(tmp_path, greedy) as read:
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc has the peak")
+def test_harness_measures_memory(tmp_path: Path) -> None:
+    greedy = (
+        "keep = image_worker.read_checked\nimage_worker.read_checked = lambda path: (b'x' * (100 << 20), keep(path))[1]"
+    )
+    with image_worker(tmp_path, greedy) as read:
         assert read({"bomb": "one row of 2^31"})["grown"] > 90 << 20
-    with reader(tmp_path) as read:
+    with image_worker(tmp_path) as read:
         assert read({"bomb": "one row of 2^31"})["grown"] < 5 << 20
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_a_crash_and_a_hang_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dead = "import os\nreader.read_checked = lambda path: os.kill(os.getpid(), 11)"
-    with reader(tmp_path, dead) as read, pytest.raises(Ended, match=r"'number': 7.*-11"):
+def test_harness_names_file_of_crash_and_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = "import os\nimage_worker.read_checked = lambda path: os.kill(os.getpid(), 11)"
+    with image_worker(tmp_path, dead) as read, pytest.raises(WorkerEnded, match=r"'number': 7.*-11"):
         read({"number": 7})
-    monkeypatch.setitem(globals(), "SILENCE", 0.1)
-    silent = "import time\nreader.read_checked = lambda path: time.sleep(600)"
-    with reader(tmp_path, silent) as read, pytest.raises(Ended, match="no answer"):
+    monkeypatch.setitem(globals(), "HANG_SECONDS", 0.1)
+    silent = "import time\nimage_worker.read_checked = lambda path: time.sleep(600)"
+    with image_worker(tmp_path, silent) as read, pytest.raises(WorkerEnded, match="no answer"):
         read({"number": 7})
 
 
@@ -265,7 +275,7 @@ def test_a_crash_and_a_hang_name_the_file(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def predict(bundle: Path, folder: Path, out: Path) -> tuple[int, dict[str, dict[str, str]], str]:
-    """Run the real command; gives its exit code, its rows by file, and what it said."""
+    """Run the command and return its exit code, its rows by file, and its stderr."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
     command = [sys.executable, "-m", "echoquad", "predict", bundle, folder, "--out", out, "--device", "cpu"]
     ended = subprocess.run(
@@ -276,21 +286,21 @@ def predict(bundle: Path, folder: Path, out: Path) -> tuple[int, dict[str, dict[
     return ended.returncode, {row["file"]: row for row in rows}, ended.stderr
 
 
-ENDINGS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "BMP": "bmp", "TIFF": "tif"}
+EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "BMP": "bmp", "TIFF": "tif"}
 
 
 def too_small(data: bytes) -> bool:
     return min(decode_frame(data).shape) < 2
 
 
-def test_good_files_among_bad_ones_are_judged_as_if_alone(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_predict_decides_valid_images_among_damaged_ones_as_if_alone(tiny_bundle: Path, tmp_path: Path) -> None:
     good_only, mixed = tmp_path / "good", tmp_path / "mixed"
     good = {
-        f"{n:03}-good.{ENDINGS[name.split()[0]]}": data
+        f"{n:03}-good.{EXTENSIONS[name.split()[0]]}": data
         for n, (name, data) in enumerate(SEEDS.items())
         if not too_small(data)
     }
-    broken = {f"{2 * n:03}-bad.png": data for n, data in enumerate(BAD.values())}
+    broken = {f"{2 * n:03}-bad.png": data for n, data in enumerate(UNSUPPORTED.values())}
     broken |= {f"{n:03}-small.png": data for n, data in enumerate(SEEDS.values()) if too_small(data)}
     rng = random.Random(5)
     for number, (name, data) in enumerate(SEEDS.items()):
