@@ -54,7 +54,7 @@ def damage_bytes(data: bytes, rng: Rng) -> tuple[bytes, str]:
     size = len(data)
     at, length = rng.randrange(size), rng.choice([1, 2, 3, 7, 16, 64, 300])
     to = rng.randrange(size)
-    kinds: dict[str, Callable[[], bytes]] = {
+    operations: dict[str, Callable[[], bytes]] = {
         "bit flipped": lambda: data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :],
         "byte set": lambda: data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :],
         "bytes inserted": lambda: data[:at] + rng.randbytes(length) + data[at:],
@@ -69,8 +69,8 @@ def damage_bytes(data: bytes, rng: Rng) -> tuple[bytes, str]:
         "itself at the end": lambda: data + data,
         "noise": lambda: rng.randbytes(size),
     }
-    what = rng.choice(list(kinds))
-    return kinds[what](), f"{what} at {at}"
+    what = rng.choice(list(operations))
+    return operations[what](), f"{what} at {at}"
 
 
 def swap_blocks(data: bytes, low: int, high: int, length: int) -> bytes:
@@ -96,7 +96,7 @@ def damage_a_file(folder: Path, rng: Rng) -> str:
 
 def replace_a_file(folder: Path, rng: Rng) -> str:
     path, other = rng.sample(sorted(folder.iterdir()), 2)
-    kinds: dict[str, Callable[[], object]] = {
+    operations: dict[str, Callable[[], object]] = {
         "missing": path.unlink,
         "empty": lambda: path.write_bytes(b""),
         "a folder": lambda: (path.unlink(), path.mkdir()),
@@ -108,7 +108,7 @@ def replace_a_file(folder: Path, rng: Rng) -> str:
         "an extra folder": (folder / "more").mkdir,
     }
     if POSIX:
-        kinds |= {
+        operations |= {
             "sparse and huge": lambda: os.truncate(path, 1 << 36),
             "a pipe": lambda: (path.unlink(), os.mkfifo(path)),
             "a link to a device": lambda: (path.unlink(), path.symlink_to(rng.choice(["/dev/zero", "/dev/null"]))),
@@ -118,8 +118,8 @@ def replace_a_file(folder: Path, rng: Rng) -> str:
             "a link out of the folder": lambda: (path.unlink(), path.symlink_to("/etc/passwd")),
             "another mode": lambda: path.chmod(rng.choice([0, stat.S_IRUSR, 0o777])),
         }
-    what = rng.choice(list(kinds))
-    kinds[what]()
+    what = rng.choice(list(operations))
+    operations[what]()
     return f"{path.name}: {what}"
 
 
@@ -217,7 +217,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], object] = lambda mani
 
 def forge_manifest(folder: Path, rng: Rng) -> str:
     """Change the values of the manifest, often correcting the hash of the contract."""
-    said = []
+    descriptions = []
 
     def change(manifest: dict[str, Any]) -> None:
         if rng.random() < 0.25:
@@ -227,18 +227,18 @@ def forge_manifest(folder: Path, rng: Rng) -> str:
                 ["../bundle.json", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "C:x", "\0", "é", "nul", "//"]
             )
             listed[trick] = listed.pop(name) if rng.random() < 0.5 else dict(listed[name])
-            said.append(f"{name} listed as {trick!r}")
+            descriptions.append(f"{name} listed as {trick!r}")
             return
         part = rng.choice(
             [manifest, manifest["contract"], manifest["files"], manifest["parity"], manifest["precisions"]]
         )
-        said.append(change_json(part, rng))
+        descriptions.append(change_json(part, rng))
         if rng.random() < 0.7:
             with contextlib.suppress(ValueError, KeyError):
                 manifest["contract_sha256"] = hashlib.sha256(canonical_json(manifest["contract"]).encode()).hexdigest()
 
     forge(folder, change)
-    return f"{MANIFEST}: {said[0]}"
+    return f"{MANIFEST}: {descriptions[0]}"
 
 
 # ---------------------------------------------------------------------------------------------- the graph
@@ -281,7 +281,7 @@ def change_graph(model: Any, rng: Rng) -> str:
         side = rng.choice(list(shape.dim))
         side.dim_value = rng.choice([0, 1, 2, 3, 7, 64, -1, 2**31, 2**62])
 
-    kinds: dict[str, Callable[[], object]] = {
+    operations: dict[str, Callable[[], object]] = {
         "operator renamed": lambda: setattr(node, "op_type", operator),
         "domain": lambda: (setattr(node, "domain", domain), model.opset_import.add(domain=domain, version=1)),
         "node removed": lambda: graph.node.remove(node),
@@ -331,8 +331,8 @@ def change_graph(model: Any, rng: Rng) -> str:
         "a note": lambda: setattr(graph, "doc_string", "x" * 9999),
         "a branch": lambda: node.attribute.append(onnx.helper.make_attribute("then_branch", onnx.GraphProto(name="g"))),
     }  # fmt: skip
-    what = rng.choice(list(kinds))
-    kinds[what]()
+    what = rng.choice(list(operations))
+    operations[what]()
     return f"{what} ({node.op_type} {tensor.name} {port.name})"
 
 
@@ -380,7 +380,7 @@ def change_arrays(content: dict[str, Any], rng: Rng) -> str:
     name = rng.choice(list(content))
     array = content[name]
     number = array.dtype.kind in "fu"
-    kinds: dict[str, Callable[[], Any]] = {
+    operations: dict[str, Callable[[], Any]] = {
         "lost": lambda: None,
         "zeroed": lambda: np.zeros_like(array),
         "NaN": lambda: np.full(array.shape, np.nan, array.dtype if array.dtype.kind == "f" else np.float32),
@@ -402,8 +402,8 @@ def change_arrays(content: dict[str, Any], rng: Rng) -> str:
         "large": lambda: np.zeros((4000, 4000), np.uint8),
         "structured": lambda: np.zeros(array.shape, [("a", np.float32)]),
     }
-    what = rng.choice(list(kinds))
-    changed = kinds[what]()
+    what = rng.choice(list(operations))
+    changed = operations[what]()
     if changed is None:
         del content[name]
     else:

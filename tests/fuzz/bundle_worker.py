@@ -100,10 +100,10 @@ class Worker:
         valid = Bundle(self.bundle)
         for precision in valid.precisions:
             options = ["--device", "cpu", "--threads", "1", "--precision", precision, *self.key]
-            code, said, why = run("verify", self.bundle, *options)
-            assert code == 0, (said, why)
-            code, self.expected[precision], why = run("predict", self.bundle, frames, "--untuned", *options)
-            assert code == 0, why
+            code, out, err = run("verify", self.bundle, *options)
+            assert code == 0, (out, err)
+            code, self.expected[precision], err = run("predict", self.bundle, frames, "--untuned", *options)
+            assert code == 0, err
             self.gates[precision] = valid.gate(precision)["max_abs_dprobability"]
         exec(sabotage, globals())
 
@@ -136,13 +136,13 @@ class Worker:
         if decided and not forged and rows != expected:
             faults.append("another decision")
         if verified == 0 and not (predicted == 0 and same_within(rows, expected, self.gates[precision])):
-            faults.append("verify passes, and predict gives another decision")
+            faults.append("verify passes, and predict decides differently")
         outcome = "refused"
         if verified == 0:
             outcome = "harmless: the same outputs"
         elif decided:
             same = rows == expected
-            outcome = "refused by verify; predict gives the same" if same else "refused by verify alone"
+            outcome = "refused by verify; predict decides the same" if same else "refused by verify alone"
         return {"outcome": outcome, "verify": verified, "predict": predicted, "why": why, "faults": faults}
 
 

@@ -120,18 +120,18 @@ def damage(data: bytes, rng: random.Random) -> bytes:
     """Damage a file, more often at its beginning, where the header is."""
     at = rng.randrange(len(data)) if rng.random() < 0.4 else rng.randrange(min(len(data), 1500))
     length = rng.choice([1, 1, 2, 4, 8, 40])
-    kind = rng.randrange(7)
-    if kind == 0:
+    operation = rng.randrange(7)
+    if operation == 0:
         return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
-    if kind == 1:
+    if operation == 1:
         return data[:at] + rng.randbytes(length) + data[at + length :]
-    if kind == 2:
+    if operation == 2:
         return data[:at]
-    if kind == 3:
+    if operation == 3:
         return data[:at] + data[at + length :]
-    if kind == 4:
+    if operation == 4:
         return data[:at] + rng.choice([b"\xff", b"\0", b"\xff\xff\xff\x7f"]) * length + data[at + length :]
-    if kind == 5:
+    if operation == 5:
         return data[:at] + NAME.encode() + data[at + (len(NAME) if rng.random() < 0.5 else 0) :]
     other = rng.randrange(len(data))
     return data[:at] + data[other : other + 60] + data[at:]
@@ -157,9 +157,9 @@ def read(path: Path) -> tuple[list[str], list[str]]:
         except BaseException as found:
             error = found
             faults.append(f"{type(found).__name__}: {found}")
-        said = str(error)
-        if len(said.splitlines()) != 1 or len(said) > 400 or not said.isprintable():
-            faults.append(f"the message {said!r}")
+        text = str(error)
+        if len(text.splitlines()) != 1 or len(text) > 400 or not text.isprintable():
+            faults.append(f"the message {text!r}")
         seen: BaseException | None = error
         while seen is not None:
             if NAME[:6] in f"{seen!s} {seen.args!r}":

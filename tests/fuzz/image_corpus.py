@@ -123,9 +123,9 @@ def seeds() -> Iterator[tuple[str, bytes]]:
         "BMP": ("1", "L", "P", "RGB", "RGBA"),
         "TIFF": tuple(modes),
     }
-    for kind, names in known.items():
+    for file_format, names in known.items():
         for name in names:
-            yield f"{kind} {name}", encode(modes[name], kind)
+            yield f"{file_format} {name}", encode(modes[name], file_format)
     yield "PNG P transparent", encode(modes["P"], "PNG", transparency=3)
     yield "PNG P transparent bytes", encode(modes["P"], "PNG", transparency=bytes(range(0, 200, 5)))
     yield "PNG L transparent", encode(grey, "PNG", transparency=100)
@@ -137,8 +137,8 @@ def seeds() -> Iterator[tuple[str, bytes]]:
     yield "PNG texts", png((4, 3), bytes(15), before=texts + chunk(b"gAMA", struct.pack(">I", 45455)))
     exif = Image.Exif()
     exif[0x0112] = 6
-    for kind in ("PNG", "JPEG", "TIFF"):
-        yield f"{kind} turned", encode(grey, kind, exif=exif)
+    for file_format in ("PNG", "JPEG", "TIFF"):
+        yield f"{file_format} turned", encode(grey, file_format, exif=exif)
     yield "JPEG progressive", encode(colour, "JPEG", progressive=True)
     yield "JPEG optimised", encode(colour, "JPEG", optimize=True, quality=95, subsampling=0)
     yield "JPEG restarts", encode(colour, "JPEG", restart_marker_blocks=2)
@@ -150,8 +150,8 @@ def seeds() -> Iterator[tuple[str, bytes]]:
     yield "TIFF strips", encode(grey, "TIFF", tiffinfo={278: 8})
     yield "TIFF big-endian", encode(Image.frombytes("I;16B", (WIDTH, HEIGHT), deep.astype(">u2").tobytes()), "TIFF")
     for width, height in ((1, 1), (2, 2), (3, 10_000), (10_000, 3)):
-        for kind in ("PNG", "JPEG", "BMP", "TIFF"):
-            yield f"{kind} {width}x{height}", encode(np.full((height, width), 90, np.uint8), kind)
+        for file_format in ("PNG", "JPEG", "BMP", "TIFF"):
+            yield f"{file_format} {width}x{height}", encode(np.full((height, width), 90, np.uint8), file_format)
 
 
 SEEDS: dict[str, bytes] = dict(seeds())
@@ -167,11 +167,11 @@ def unsupported() -> Iterator[tuple[str, bytes]]:
     yield "JPEG signature only", b"\xff\xd8\xff"
     yield "BMP signature only", b"BM"
     yield "TIFF signature only", b"II*\0"
-    for kind in ("GIF", "WEBP", "PPM", "ICO"):
-        yield f"wrongly named {kind}", encode(grey, kind)
+    for file_format in ("GIF", "WEBP", "PPM", "ICO"):
+        yield f"wrongly named {file_format}", encode(grey, file_format)
     pages = [Image.fromarray(np.full((8, 8), level, np.uint8)) for level in (0, 100, 200)]
-    for kind in ("PNG", "TIFF"):
-        yield f"animated {kind}", encode(pages[0], kind, save_all=True, append_images=pages[1:])
+    for file_format in ("PNG", "TIFF"):
+        yield f"animated {file_format}", encode(pages[0], file_format, save_all=True, append_images=pages[1:])
     for compression in ("group4", "group3"):
         yield f"TIFF {compression}", encode(grey.convert("1"), "TIFF", compression=compression)
     yield "LAB", encode(Image.new("LAB", (9, 8)), "TIFF")
@@ -196,7 +196,7 @@ def damage(data: bytes, rng: random.Random) -> tuple[bytes, str]:
     # Half of the damage hits the header, which is a small part of the file.
     at = rng.randrange(min(size, 120)) if rng.random() < 0.5 else rng.randrange(size)
     length, to = rng.choice([1, 2, 4, 16, 300]), rng.randrange(size)
-    kinds: dict[str, Callable[[], bytes]] = {
+    operations: dict[str, Callable[[], bytes]] = {
         "cut": lambda: data[:at],
         "cut near its end": lambda: data[: -rng.randrange(1, 20)],
         "cut, with an end marker added": lambda: data[:at] + rng.choice([b"\xff\xd9", chunk(b"IEND"), bytes(1000)]),
@@ -214,8 +214,8 @@ def damage(data: bytes, rng: random.Random) -> tuple[bytes, str]:
         "garbage at the end": lambda: data + rng.randbytes(length),
         "itself at the end": lambda: data + data,
     }
-    what = rng.choice(list(kinds))
-    return kinds[what](), f"{what} at {at}"
+    what = rng.choice(list(operations))
+    return operations[what](), f"{what} at {at}"
 
 
 # ---------------------------------------------------------------------------------------------- bombs

@@ -156,8 +156,8 @@ def worker(
         except queue.Empty:
             raise WorkerEnded(f"corruption {seed}: no answer after {HANG_SECONDS} s") from None
         if not answer:
-            said = (scratch / "stderr.txt").read_text("utf-8", "replace")
-            raise WorkerEnded(f"corruption {seed}: the process ended with {process.wait()}\n{said[-2000:]}")
+            stderr_text = (scratch / "stderr.txt").read_text("utf-8", "replace")
+            raise WorkerEnded(f"corruption {seed}: the process ended with {process.wait()}\n{stderr_text[-2000:]}")
         return {"seed": seed, **json.loads(answer)}
 
     try:
@@ -223,7 +223,7 @@ def test_signature_detects_every_forgery(seeds: range, valid_bundle: Path, two_f
     bundle, public_key = signed(valid_bundle, tmp_path)
     with worker(bundle, two_frames, tmp_path, public_key=public_key) as check:
         outcomes = check_all(check, seeds, tmp_path)
-    assert outcomes["refused by verify alone"] == outcomes["refused by verify; predict gives the same"] == 0, outcomes
+    assert outcomes["refused by verify alone"] == outcomes["refused by verify; predict decides the same"] == 0, outcomes
     assert outcomes["refused"] > 0.9 * len(seeds), outcomes
 
 
@@ -264,7 +264,7 @@ HANG = "import time; Worker.use = lambda *_: time.sleep(600)"
         (0, "", []),
         (0, WITHOUT_HASHES, ["another decision"]),
         (1, "", []),
-        (1, WITHOUT_GOLDEN, ["verify passes, and predict gives another decision"]),
+        (1, WITHOUT_GOLDEN, ["verify passes, and predict decides differently"]),
     ],
     ids=["hashes", "no hashes", "golden frames", "no golden frames"],
 )

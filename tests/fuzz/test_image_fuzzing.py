@@ -65,9 +65,9 @@ def image_worker(scratch: Path, sabotage: str = "") -> Iterator[Callable[[dict[s
     if sabotage:
         begin = f"import sys; sys.path.insert(0, {str(program.parent)!r}); import image_worker\n"
         command = [sys.executable, "-c", f"{begin}{sabotage}\nimage_worker.main()"]
-    said = scratch / "stderr.txt"
+    stderr_file = scratch / "stderr.txt"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-    with said.open("wb") as stderr:
+    with stderr_file.open("wb") as stderr:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, encoding="utf-8", env=environment
         )
@@ -94,7 +94,7 @@ def image_worker(scratch: Path, sabotage: str = "") -> Iterator[Callable[[dict[s
             raise WorkerEnded(f"{what}: no answer after {HANG_SECONDS} s") from None
         if not answer:
             raise WorkerEnded(
-                f"{what}: the process ended with {process.wait()}\n{said.read_text('utf-8', 'replace')[-2000:]}"
+                f"{what}: the process ended with {process.wait()}\n{stderr_file.read_text('utf-8', 'replace')[-2000:]}"
             )
         return {**what, **json.loads(answer)}
 
@@ -127,19 +127,19 @@ def read_all(what: Iterable[dict[str, Any]], scratch: Path, cap: int) -> list[Re
 def count_outcomes(results: list[Result]) -> dict[str, collections.Counter[str]]:
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for result in results:
-        kind = "JPEG" if result["name"].startswith("MPO") else result["name"].split()[0]
+        file_format = "JPEG" if result["name"].startswith("MPO") else result["name"].split()[0]
         refused = result["outcome"].startswith("Frame")
-        counts[kind]["refused" if refused else result["outcome"]] += 1
+        counts[file_format]["refused" if refused else result["outcome"]] += 1
     return counts
 
 
 def check_damaged(numbers: range, scratch: Path) -> dict[str, collections.Counter[str]]:
     counts = count_outcomes(read_all(({"number": number} for number in numbers), scratch, DAMAGED_MEMORY))
     assert set(counts) == {"PNG", "JPEG", "BMP", "TIFF"}
-    for kind, count in counts.items():
+    for file_format, count in counts.items():
         # Some files are accepted, as they would not be if nothing worked; most damage is detected.
-        assert count["the same pixels"] > 0.03 * count.total(), (kind, count)
-        assert count["refused"] > 0.4 * count.total(), (kind, count)
+        assert count["the same pixels"] > 0.03 * count.total(), (file_format, count)
+        assert count["refused"] > 0.4 * count.total(), (file_format, count)
     return counts
 
 
@@ -153,7 +153,7 @@ def test_damaged_images_yield_frames_or_one_line_errors(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_thirty_thousand_damaged_images(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     counts = check_damaged(range(800, 30_800), tmp_path)
-    record_property("outcomes", {kind: dict(count) for kind, count in counts.items()})
+    record_property("outcomes", {file_format: dict(count) for file_format, count in counts.items()})
 
 
 @pytest.mark.parametrize("name", SEEDS)
@@ -312,11 +312,11 @@ def test_predict_decides_valid_images_among_damaged_ones_as_if_alone(tiny_bundle
             (folder / name).write_bytes(data)
     (mixed / "folder.png").mkdir()
     expected_code, expected, _ = predict(tiny_bundle, good_only, tmp_path / "good.csv")
-    code, rows, said = predict(tiny_bundle, mixed, tmp_path / "mixed.csv")
+    code, rows, stderr = predict(tiny_bundle, mixed, tmp_path / "mixed.csv")
     assert (expected_code, code) == (0, 5)
     assert set(expected) == set(good)
     assert rows == expected
     assert list(rows) == sorted(good)
     for name in broken:
-        assert said.count(name) == 1, (name, said)
-    assert "Traceback" not in said
+        assert stderr.count(name) == 1, (name, stderr)
+    assert "Traceback" not in stderr

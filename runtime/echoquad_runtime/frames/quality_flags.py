@@ -1,4 +1,4 @@
-"""Quality flags: warnings about a frame that whoever reads its decision should know.
+"""Quality flags: warnings about a frame that affect the trust in its decision.
 
 A network answers for any pixels, even those of a black frame. The flags are written beside the decision and do not
 change it. ``docs/frames.md`` explains how the thresholds were chosen.
