@@ -50,11 +50,11 @@ _FRAME_NUMBER: Final = re.compile(r"(.+)#([1-9][0-9]{0,5})")
 
 
 def find_frames(
-    inputs: Sequence[str | Path], reading: ReadOptions = DEFAULT_READ_OPTIONS
+    inputs: Sequence[str | Path], options: ReadOptions = DEFAULT_READ_OPTIONS
 ) -> Iterator[FrameFile | Failure]:
     """Find the frames that `inputs` name, one after the other, lazily.
 
-    A folder is walked in sorted order for images, DICOM files (with or without an extension), clips, and, if `reading`
+    A folder is walked in sorted order for images, DICOM files (with or without an extension), clips, and, if `options`
     includes them, matrices. A file is taken whatever its name. A pattern (``*``, ``?``, ``[...]``, ``**``) that the
     shell did not expand is expanded in the same order, completely, at the beginning. ``clip.dcm#12`` is the twelfth
     frame of a clip. Names are relative to the folder if one folder is given, else to the deepest folder that contains
@@ -83,35 +83,35 @@ def find_frames(
             if isinstance(path, OSError):
                 yield _unreadable_folder(path)
             elif os.path.isdir(path):  # noqa: PTH112 - as above
-                yield from _find_in_input_folder(path, root, reading, may_be_empty=len(paths) > 1)
+                yield from _find_in_input_folder(path, root, options, may_be_empty=len(paths) > 1)
             else:
-                yield from _find_in_input_file(path, root, reading)
+                yield from _find_in_input_file(path, root, options)
 
 
-def _find_in_input_file(path: str, root: _CommonRoot, reading: ReadOptions) -> Iterator[FrameFile | Failure]:
+def _find_in_input_file(path: str, root: _CommonRoot, options: ReadOptions) -> Iterator[FrameFile | Failure]:
     if os.path.exists(path):  # noqa: PTH110 - as above
-        yield from _find_in_file(path, root.relative_name(path), reading)
+        yield from _find_in_file(path, root.relative_name(path), options)
     elif (numbered := _FRAME_NUMBER.fullmatch(path)) and os.path.isfile(numbered[1]):  # noqa: PTH113 - as above
-        yield FrameFile(Path(numbered[1]), root.relative_name(path), int(numbered[2]), reading.flip)
+        yield FrameFile(Path(numbered[1]), root.relative_name(path), int(numbered[2]), options.flip)
     else:
         yield _not_found(path, "no such file or folder; check the path")
 
 
 def _find_in_input_folder(
-    folder: str, root: _CommonRoot, reading: ReadOptions, *, may_be_empty: bool
+    folder: str, root: _CommonRoot, options: ReadOptions, *, may_be_empty: bool
 ) -> Iterator[FrameFile | Failure]:
     prefix = root.relative_name(folder)
     prefix = "" if prefix == "." else prefix if prefix.endswith("/") else f"{prefix}/"
     empty = True
-    for found in find_in_folder(Path(folder), prefix, reading):
+    for found in find_in_folder(Path(folder), prefix, options):
         empty = False
         yield found
     if empty and not may_be_empty:
-        yield _not_found(folder, f"the folder holds no image; {EXPECTED_FILES}{matrices_hint(folder, reading)}")
+        yield _not_found(folder, f"the folder holds no image; {EXPECTED_FILES}{matrices_hint(folder, options)}")
 
 
 def find_in_folder(
-    folder: Path, prefix: str = "", reading: ReadOptions = DEFAULT_READ_OPTIONS
+    folder: Path, prefix: str = "", options: ReadOptions = DEFAULT_READ_OPTIONS
 ) -> Iterator[FrameFile | Failure]:
     """Find the frames in a folder, as `find_frames` does; `prefix` is put before their names.
 
@@ -120,24 +120,24 @@ def find_in_folder(
     FrameFile or Failure
         Nothing if the folder holds none.
     """
-    for found in _frame_paths(os.fspath(folder), matrices=reading.matrices):
+    for found in _frame_paths(os.fspath(folder), matrices=options.matrices):
         if isinstance(found, OSError):
             yield _unreadable_folder(found)
         else:
             # os.path, here and below: pathlib would dominate the time of a walk.
-            yield from _find_in_file(os.path.join(folder, found), prefix + found, reading)  # noqa: PTH118
+            yield from _find_in_file(os.path.join(folder, found), prefix + found, options)  # noqa: PTH118
 
 
-def _find_in_file(path: str, name: str, reading: ReadOptions) -> Iterator[FrameFile | Failure]:
+def _find_in_file(path: str, name: str, options: ReadOptions) -> Iterator[FrameFile | Failure]:
     if _extension(path) in IMAGE_EXTENSIONS:  # most files, which need not be opened here
         yield FrameFile(Path(path), name)
     else:
-        yield from frames_in(Path(path), name, reading)
+        yield from frames_in(Path(path), name, options)
 
 
-def matrices_hint(folder: str, reading: ReadOptions) -> str:
+def matrices_hint(folder: str, options: ReadOptions) -> str:
     """Return a hint at --matrices, for an error message, if a folder without frames holds matrices; else ""."""
-    if reading.matrices or not any(isinstance(found, str) for found in _frame_paths(folder, matrices=True)):
+    if options.matrices or not any(isinstance(found, str) for found in _frame_paths(folder, matrices=True)):
         return ""
     return "; its .txt, .csv, .tsv and .npy files are read as matrices with --matrices"
 
