@@ -783,17 +783,6 @@ def test_random_bytes_raise_nothing_but_frame_errors(tail: bytes, head: bytes) -
     check_only_frame_errors(head + tail)
 
 
-@settings(max_examples=100)
-@given(st.sampled_from(sorted(SMALL)), st.data())
-def test_mutated_images_raise_nothing_but_frame_errors(name: str, data: st.DataObject) -> None:
-    content = bytearray(SMALL[name])
-    for _ in range(data.draw(st.integers(1, 4))):
-        position = data.draw(st.integers(0, len(content) - 1))
-        content[position : position + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
-        content = content or bytearray(b"x")
-    check_only_frame_errors(bytes(content))
-
-
 @settings(max_examples=60)
 @given(st.data())
 def test_mutated_pngs_with_right_checksums_raise_nothing_but_frame_errors(data: st.DataObject) -> None:
