@@ -15,7 +15,7 @@ float                     ``round(255 * value)`` if all are in [0, 1]; ``round(v
 
 The EXIF orientation is applied. A file is refused rather than guessed at: only known formats are accepted, the pixel
 count in the header is checked before any pixel is decoded, and truncation is detected (see `image_integrity`), since
-Pillow alone accepts files whose end is missing. ``docs/frames.md`` has the details.
+Pillow alone accepts files whose end is missing. ``docs/reference/frames.md`` has the details.
 """
 
 from __future__ import annotations

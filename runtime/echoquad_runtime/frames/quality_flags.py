@@ -1,7 +1,7 @@
 """Quality flags: warnings about a frame that affect the trust in its decision.
 
 A network answers for any pixels, even those of a black frame. The flags are written beside the decision and do not
-change it. ``docs/frames.md`` explains how the thresholds were chosen.
+change it. ``docs/reference/flags.md`` explains how the thresholds were chosen.
 """
 
 from __future__ import annotations
