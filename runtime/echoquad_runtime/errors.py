@@ -28,6 +28,7 @@ the process.
     │       └── SignatureError
     ├── MissingExtraError (ImportError) 1
     ├── ClusterError (RuntimeError)
+    ├── HostError (RuntimeError)
     ├── UsageError (ValueError)         2
     ├── VerificationError (ValueError)  3
     │   └── ParityError
@@ -57,6 +58,7 @@ __all__ = [
     "FrameTooLargeError",
     "FrameTooSmallError",
     "GateError",
+    "HostError",
     "InputNotFoundError",
     "MissingExtraError",
     "OutputError",
@@ -195,6 +197,12 @@ class ClusterError(EchoQuadError, RuntimeError):
     """A cluster cannot be reached, or its workers die repeatedly."""
 
     code = "E_CLUSTER"
+
+
+class HostError(EchoQuadError, RuntimeError):
+    """A check of ``echoquad doctor`` failed, other than that of a device."""
+
+    code = "E_HOST"
 
 
 class UsageError(EchoQuadError, ValueError):
