@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import random
 import re
 import struct
@@ -25,13 +24,11 @@ from echoquad_runtime.errors import (
     FrameDamagedError,
     FrameError,
     FrameFormatError,
-    FrameReadError,
     FrameTooLargeError,
     FrameTooSmallError,
 )
-from echoquad_runtime.frames import file_access, image_integrity
 from echoquad_runtime.frames import image as image_files
-from echoquad_runtime.frames.file_access import read_bytes
+from echoquad_runtime.frames import image_integrity
 from echoquad_runtime.frames.formats import MAX_PIXELS
 from echoquad_runtime.frames.image import decode_image, to_grey
 from echoquad_runtime.frames.reader import decode_frame, read_frame
@@ -43,7 +40,6 @@ COLOUR = RNG.integers(0, 256, (23, 31, 3), np.uint8)
 ALPHA = RNG.integers(0, 256, (23, 31), np.uint8)
 DEEP = RNG.integers(0, 65536, (23, 31), np.uint16)
 LOSSLESS = ("PNG", "BMP", "TIFF")
-posix_only = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
 
 
 def encode(image: Image.Image | np.ndarray, kind: str, **options: Any) -> bytes:
@@ -348,91 +344,6 @@ def test_file_without_image_is_refused(tmp_path: Path, content: bytes, error: ty
 def test_other_formats_of_pillow_are_refused(kind: str) -> None:
     with pytest.raises(FrameFormatError, match="PNG, JPEG, BMP or TIFF"):
         decode_frame(encode(GREY, kind))
-
-
-def test_missing_file_is_frame_read_error(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent.png", tmp_path, Path("a\0b.png"), tmp_path / ("x" * 300)):
-        with pytest.raises(FrameReadError) as caught:
-            read_frame(path)
-        assert "\n" not in str(caught.value)
-        assert isinstance(caught.value, OSError)
-
-
-@posix_only
-@pytest.mark.timeout(10)
-def test_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "frame.png")
-    with pytest.raises(FrameReadError, match="it is no regular file"):
-        read_frame(tmp_path / "frame.png")
-
-
-@posix_only
-@pytest.mark.timeout(10)
-def test_pipe_that_replaces_file_is_refused_without_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "frame.png"
-    path.write_bytes(encode(GREY, "PNG"))
-    opened = os.open
-
-    def open_late(name: Any, *options: Any) -> int:
-        path.unlink()
-        os.mkfifo(path)
-        return opened(name, *options)
-
-    monkeypatch.setattr(os, "open", open_late)
-    with pytest.raises(FrameReadError, match="it is no regular file"):
-        read_frame(path)
-
-
-@pytest.mark.parametrize("change", [-1, -40, 1, 5000])
-def test_file_that_changes_size_while_read_is_refused(
-    change: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "frame.png"
-    path.write_bytes(data := encode(GREY, "PNG"))
-    asked, status = os.fstat, path.stat()
-
-    def ask_early(descriptor: int) -> os.stat_result:
-        asked(descriptor)
-        path.write_bytes((data + bytes(5000))[: len(data) + change])
-        return status
-
-    monkeypatch.setattr(os, "fstat", ask_early)
-    with pytest.raises(FrameReadError, match=f"from {len(data)} bytes"):
-        read_frame(path)
-
-
-@posix_only
-def test_file_removed_after_opening_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "frame.png"
-    path.write_bytes(encode(GREY, "PNG"))
-    asked = os.fstat
-
-    def vanish(descriptor: int) -> os.stat_result:
-        path.unlink(missing_ok=True)
-        return asked(descriptor)
-
-    monkeypatch.setattr(os, "fstat", vanish)
-    np.testing.assert_array_equal(read_frame(path), GREY)
-    with pytest.raises(FrameReadError, match="No such file"):
-        read_frame(path)
-
-
-@posix_only
-def test_link_to_itself_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.png").symlink_to("a.png")
-    with pytest.raises(FrameReadError, match="cannot be read"):
-        read_frame(tmp_path / "a.png")
-
-
-def test_file_above_size_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "frame.png"
-    path.write_bytes(encode(GREY, "PNG"))
-    size = path.stat().st_size
-    monkeypatch.setattr(file_access, "MAX_FILE_BYTES", size)
-    assert read_bytes(path) == path.read_bytes()
-    monkeypatch.setattr(file_access, "MAX_FILE_BYTES", size - 1)
-    with pytest.raises(FrameTooLargeError, match=rf"\b{size} bytes.*\b{size - 1}\b"):
-        read_bytes(path)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1)])
