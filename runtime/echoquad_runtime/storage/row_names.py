@@ -16,7 +16,7 @@ DIGEST_BYTES: Final = 16
 _FORMULA: Final = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
 """Beginnings that a spreadsheet runs, perhaps after trimming; the last four are full-width forms of the first."""
 _FRAME_NUMBER: Final = re.compile(r"#([1-9][0-9]{0,5})\Z")
-_ESCAPED_SURROGATE: Final = re.compile(r"\\udc([89a-f][0-9a-f])")
+_ESCAPED_SURROGATE: Final = re.compile(r"\\u(d[89a-f][0-9a-f]{2})")
 
 
 def printed(name: str) -> str:
@@ -46,7 +46,7 @@ def walk_order(row_name: str) -> str:
     multi-frame file in their order, ``a.dcm#2`` before ``a.dcm#10``.
     """
     name = row_name.removeprefix("./")
-    name = _ESCAPED_SURROGATE.sub(lambda match: chr(0xDC00 + int(match[1], 16)), name)
+    name = _ESCAPED_SURROGATE.sub(lambda match: chr(int(match[1], 16)), name)
     name = _FRAME_NUMBER.sub(lambda match: f"/{int(match[1]):06}", name)  # as if a multi-frame file were a folder
     return name.replace("/", "\0")
 
