@@ -23,7 +23,8 @@ from pathlib import Path
 
 from common import arguments, paired_ratio, report, rotated
 
-from echoquad_runtime.bundle.bundle import Bundle, model_file
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.manifest import model_file
 
 AIM = 1.5  # the whole process over the bare script
 WARM_UP = 2  # rounds: bytecode, the disk's cache, EchoQuad's cache

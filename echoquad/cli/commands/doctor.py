@@ -9,18 +9,18 @@ from echoquad.cli.framework.console import print_result, save_json
 from echoquad.cli.framework.options import Device, JsonFile
 
 if TYPE_CHECKING:
-    from echoquad_runtime.engine.diagnostics import Check, Status
+    from echoquad_runtime.engine.diagnostics import CheckStatus, DiagnosticCheck
 
 __all__ = ["doctor"]
 
 
 def doctor(device: Device = "auto", json_file: JsonFile = None) -> None:
     """Report what works on this machine. Each device computes a small graph."""
-    from echoquad_runtime.engine.diagnostics import examine
+    from echoquad_runtime.engine.diagnostics import run_diagnostics
     from echoquad_runtime.errors import DeviceUnavailableError, HostError
 
     has_torch = util.find_spec("torch") is not None
-    report = examine(device, extra_checks=[_check_torch] if has_torch else [])
+    report = run_diagnostics(device, extra_checks=[_check_torch] if has_torch else [])
     for name, value in report.facts.items():
         print_result(f"{name}: {value}")
     print_result("")
@@ -36,20 +36,20 @@ def doctor(device: Device = "auto", json_file: JsonFile = None) -> None:
         )
 
 
-def _check_torch() -> Check:
+def _check_torch() -> DiagnosticCheck:
     """Check the versions of torch, its CUDA devices and the mean of a matrix product."""
     import torch
 
-    from echoquad_runtime.engine.diagnostics import Check
+    from echoquad_runtime.engine.diagnostics import DiagnosticCheck
     from echoquad_train.networks.device import autocast_dtype, choose_device
 
     device = choose_device("auto")
     ones = torch.ones(256, 256, device=device)
     mean = (ones @ ones).mean().item()
-    status: Status = "ok" if mean == 256 else "failed"
+    status: CheckStatus = "ok" if mean == 256 else "failed"
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     cuda = f"{len(names)} CUDA devices ({', '.join(names)})" if names else "no CUDA device"
     dtype = str(autocast_dtype(device) or "float32").removeprefix("torch.")
     version = f"torch {torch.__version__}, torchvision {metadata.version('torchvision')}"
     detail = f"{version}; {cuda}; trains on {device.type} in {dtype}; matmul mean {mean:g}, expected 256"
-    return Check("torch", status, detail)
+    return DiagnosticCheck("torch", status, detail)

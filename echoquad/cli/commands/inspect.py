@@ -61,11 +61,11 @@ def _lay_out(document: Document) -> Iterator[str]:
 
 
 def _block(block: Block, width: int) -> str:
-    from echoquad_runtime.bundle.document import Items, Paragraph
+    from echoquad_runtime.bundle.document import BulletList, Paragraph
 
     if isinstance(block, Paragraph):
         return _wrap(block.text, width)
-    if isinstance(block, Items):
+    if isinstance(block, BulletList):
         return "\n".join(_wrap(line, width, "- ", "  ") for line in block.lines)
     return _columns(block, width)
 

@@ -26,8 +26,8 @@ def sign(
     To make a key pair: openssl ecparam -name prime256v1 -genkey -noout -out key.pem; for the carts, which need only
     the public key: openssl pkey -in key.pem -pubout -out pub.pem
     """
-    from echoquad_runtime.bundle.bundle import SIGNATURE
-    from echoquad_runtime.bundle.signature import sign_bundle
+    from echoquad_runtime.bundle.manifest import SIGNATURE
+    from echoquad_runtime.bundle.signing import sign_bundle
 
     fingerprint = sign_bundle(bundle, key)
     print_result(

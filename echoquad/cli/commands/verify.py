@@ -42,7 +42,7 @@ def verify(
     json_file: JsonFile = None,
 ) -> None:
     """Hash the files of a bundle and replay its golden frames on this machine. Needs no torch."""
-    from echoquad_runtime.devices.session_factory import usable_devices
+    from echoquad_runtime.devices.session_factory import probe_devices
     from echoquad_runtime.errors import OutputError, UsageError
     from echoquad_runtime.verify.verify import verify_all
 
@@ -52,7 +52,7 @@ def verify(
     with Progress("verifying") as progress:
         record = verify_all(
             bundle,
-            devices=usable_devices() if all_devices else {device: None},
+            devices=probe_devices() if all_devices else {device: None},
             precisions=None if every_precision else [precision],
             threads=threads,
             public_key=public_key,

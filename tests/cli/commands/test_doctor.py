@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from echoquad_runtime.devices.session_factory import CUDA_PROVIDER, load_onnxruntime
+from echoquad_runtime.devices.execution_providers import CUDA_PROVIDER
+from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 
 WITHOUT_TORCH = "sys.modules |= dict.fromkeys(['torch', 'torchvision', 'onnx', 'sklearn', 'matplotlib'])"
 

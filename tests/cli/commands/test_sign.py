@@ -59,7 +59,7 @@ def test_bundle_not_signed_by_the_key_exits_3(
     ours, theirs = (["--device", "cpu", "--public-key", keys / f"{name}.pub.pem"] for name in ("ours", "theirs"))
     card = bundle_copy / "MODEL_CARD.md"
     sign = (
-        "from echoquad_runtime.bundle.signature import sign_bundle; from pathlib import Path as P; "
+        "from echoquad_runtime.bundle.signing import sign_bundle; from pathlib import Path as P; "
         f"sign_bundle(P({str(bundle_copy)!r}), P({str(keys / 'ours.pem')!r}))"
     )
     found, modules = many(

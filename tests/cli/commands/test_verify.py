@@ -13,7 +13,8 @@ import pytest
 
 from echoquad_runtime._version import __version__
 from echoquad_runtime.bundle.bundle import Bundle
-from echoquad_runtime.devices.session_factory import CUDA_PROVIDER, load_onnxruntime
+from echoquad_runtime.devices.execution_providers import CUDA_PROVIDER
+from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 
 FILES = ("bundle.json", "model.fp32.onnx", "golden.npz", "MODEL_CARD.md")
 
@@ -125,7 +126,7 @@ def test_record_that_cannot_be_written_does_not_hide_the_verdict(
 # A host where two devices work, here the CPU under two names, and one does not.
 OTHER_DEVICES = """
 import echoquad_runtime.devices.session_factory as devices, echoquad_runtime.engine.onnx_engine as engine
-devices.usable_devices = lambda: {"cpu": None, "openvino": None, "cuda": "no NVIDIA driver was found; do: install it"}
+devices.probe_devices = lambda: {"cpu": None, "openvino": None, "cuda": "no NVIDIA driver was found; do: install it"}
 def open_session(model, *, device, **options):
     return devices.open_session(model, device="cpu", **{**options, "bfloat16": False})
 engine.open_session = open_session

@@ -70,8 +70,8 @@ def test_unexpected_exception_is_one_line_unless_the_traceback_is_requested(want
 import sys
 from echoquad.cli.framework.main import main
 from echoquad_runtime.engine import diagnostics
-def examine(*_, **__): raise ZeroDivisionError("two\\nlines")
-diagnostics.examine = examine
+def run_diagnostics(*_, **__): raise ZeroDivisionError("two\\nlines")
+diagnostics.run_diagnostics = run_diagnostics
 sys.argv[1:] = ["doctor"]
 main()
 """

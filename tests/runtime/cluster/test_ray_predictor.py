@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from echoquad_runtime.bundle.bundle import Bundle
-from echoquad_runtime.bundle.signature import sign_bundle
+from echoquad_runtime.bundle.signing import sign_bundle
 from echoquad_runtime.cluster import ray_predictor as cluster
 from echoquad_runtime.cluster import ray_session, ray_worker
 from echoquad_runtime.cluster.ray_predictor import RayPredictor
@@ -387,7 +387,7 @@ def test_the_command_line_without_a_cluster(tiny_bundle: Path, frames_folder: Pa
         (
             ["--engine", "ray", "--ray-address", "127.0.0.1:1"],
             1,
-            "error[E_CLUSTER]: no Ray cluster answers at 127.0.0.1:1",
+            "error[E_CLUSTER]: no Ray cluster answers at 127.0.0.1:1 (",
         ),
         (["--ray-address", "auto"], 2, "error[E_USAGE]: --ray-address without --engine ray; "),
     ):
@@ -466,7 +466,7 @@ def test_a_signed_bundle_is_checked_on_the_nodes(
     assert told(list(predictor.predict(found))) == told(locally(tiny_bundle, found))
     files = {name: data for name, data in predictor._job.files.items() if name != "MODEL_CARD.md"}
     monkeypatch.setattr(predictor, "_job", replace(predictor._job, files=files))
-    with pytest.raises(SignatureError, match=r"^on the node [\d.]+: .+: 'MODEL_CARD.md' was taken away since"):
+    with pytest.raises(SignatureError, match=r"^on the node [\d.]+: .+: 'MODEL_CARD.md' was removed after"):
         next(predictor.predict(found))
 
 

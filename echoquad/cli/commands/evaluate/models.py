@@ -33,7 +33,7 @@ def open_model(
     UsageError
         If torch cannot run it with these options.
     """
-    from echoquad_runtime.bundle.bundle import MANIFEST
+    from echoquad_runtime.bundle.manifest import MANIFEST
     from echoquad_runtime.predict.predictor import Predictor
 
     if (folder / MANIFEST).exists():
@@ -80,7 +80,8 @@ def open_model(
 
 def evaluation_read_options(folder: Path, matrices: bool, flip: FlipName | None, every: int) -> ReadOptions:
     """Return the options for reading frames; those of the model's training data are the default."""
-    from echoquad_runtime.bundle.bundle import MANIFEST, Bundle
+    from echoquad_runtime.bundle.bundle import Bundle
+    from echoquad_runtime.bundle.manifest import MANIFEST
     from echoquad_runtime.frames.formats import ReadOptions
 
     if (folder / MANIFEST).exists():

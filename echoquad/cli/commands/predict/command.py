@@ -137,7 +137,7 @@ def predict(
     FILE.run.json beside the finished file describes the run.
     """
     from echoquad_runtime.bundle.bundle import Bundle
-    from echoquad_runtime.devices.session_factory import available_cpus
+    from echoquad_runtime.devices.cpu_info import available_cpus
     from echoquad_runtime.engine.self_test import PASSED
     from echoquad_runtime.results.result_file import ResultFile, is_stream
     from echoquad_runtime.tuning.saved_settings import resolve_settings
