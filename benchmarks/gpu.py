@@ -86,11 +86,11 @@ try:
         found["cuDNN"] = str(torch.backends.cudnn.version())
 except Exception as error:
     found["torch"] = f"cannot be imported ({error})"
-from echoquad_runtime.devices.session_factory import cuda_obstacle
+from echoquad_runtime.devices.cuda_probe import cuda_unavailable_reason
 from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 found["CUDA of onnxruntime"] = str(getattr(load_onnxruntime(), "cuda_version", "") or "none")
 if sys.argv[1] == "cuda":
-    found["obstacle"] = cuda_obstacle() or ""
+    found["obstacle"] = cuda_unavailable_reason() or ""
 print(json.dumps(found))
 """
 
