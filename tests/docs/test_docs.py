@@ -92,6 +92,14 @@ def test_relative_links_resolve(page: Path) -> None:
     assert broken == []
 
 
+def test_paths_of_pages_in_the_code_exist() -> None:
+    folders = ("echoquad", "export", "runtime", "train", "benchmarks", "examples", "tests")
+    files = [path for name in folders for path in (ROOT / name).rglob("*") if path.suffix in (".py", ".mjs", ".md")]
+    files = [path for path in files if "node_modules" not in path.parts]
+    named = {(path, page) for path in files for page in re.findall(r"docs/[\w/-]+\.md", path.read_text("utf-8"))}
+    assert {(path.relative_to(ROOT).as_posix(), page) for path, page in named if not (ROOT / page).is_file()} == set()
+
+
 def _anchors(page: Path) -> set[str]:
     headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower().replace("`", "")).replace(" ", "-") for heading in headings}
