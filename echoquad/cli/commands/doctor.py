@@ -9,7 +9,7 @@ from echoquad.cli.framework.console import print_result, save_json
 from echoquad.cli.framework.options import Device, JsonFile
 
 if TYPE_CHECKING:
-    pass
+    from echoquad_runtime.engine.diagnostics import CheckStatus, DiagnosticCheck
 
 __all__ = ["doctor"]
 
@@ -40,6 +40,7 @@ def _check_torch() -> DiagnosticCheck:
     """Check the versions of torch, its CUDA devices and the mean of a matrix product."""
     import torch
 
+    from echoquad_runtime.engine.diagnostics import DiagnosticCheck
     from echoquad_train.networks.device import autocast_dtype, choose_device
 
     device = choose_device("auto")

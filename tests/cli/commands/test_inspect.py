@@ -87,5 +87,5 @@ def test_missing_or_cut_manifest_is_refused(tmp_path: Path, bundle_copy: Path, m
 
 def test_narrow_terminal_has_one_line_for_each_cell(tiny_bundle: Path, echoquad: Callable[..., Any]) -> None:
     lines = echoquad("inspect", tiny_bundle, env={"COLUMNS": "50"}).out.splitlines()
-    assert [line for line in lines if line.startswith("worst probability difference: 0.00e+00")] != []
+    assert [line for line in lines if line.startswith("largest probability difference: 0.00e+00")] != []
     assert [line for line in lines if len(line) > 50 and " " in line] == []  # hashes are not broken

@@ -71,7 +71,7 @@ import sys
 from echoquad.cli.framework.main import main
 from echoquad_runtime.engine import diagnostics
 def run_diagnostics(*_, **__): raise ZeroDivisionError("two\\nlines")
-diagnostics.examine = examine
+diagnostics.run_diagnostics = run_diagnostics
 sys.argv[1:] = ["doctor"]
 main()
 """
