@@ -40,7 +40,7 @@ session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionPro
 size = int(sys.argv[2])
 print(session.run(None, {"quadrants": np.zeros((4, 1, size, size), np.uint8)})[1].mean(axis=0))
 """
-ECHOQUAD = "from echoquad.cli.app import main; main()"  # what the installed script consists of
+ECHOQUAD = "from echoquad.cli.framework.main import main; main()"  # what the installed script consists of
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from hypothesis.extra.numpy import arrays
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from echoquad.cli.export import export
+from echoquad.cli.commands.export import export
 from echoquad_export.graph import frame_graph
 from echoquad_export.graph.frame_graph import (
     CLASSES_KEY,
