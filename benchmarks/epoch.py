@@ -58,7 +58,7 @@ class PngQuadrants(Dataset[tuple[torch.Tensor, int]]):
             [
                 transforms.Resize((size, size), bilinear),
                 transforms.RandomResizedCrop(size, recipe.crop_scale, recipe.crop_ratio, bilinear),
-                transforms.RandomHorizontalFlip(recipe.flip),
+                transforms.RandomHorizontalFlip(recipe.horizontal_flip),
                 transforms.RandomRotation(recipe.rotate, bilinear),
                 transforms.RandomAffine(0, move, recipe.zoom, [-shear, shear], bilinear),
                 transforms.PILToTensor(),

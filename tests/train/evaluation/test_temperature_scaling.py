@@ -244,7 +244,7 @@ def test_a_run_is_left_alone_where_nobody_asks(
     trained: Any, tmp_path: Path, quiet: Any, thin_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planted(monkeypatch)
-    recipe = trained.recipe.replace(calibrate=False, epochs=1)
+    recipe = trained.recipe.replace(temperature_scaling=False, epochs=1)
     with thin_session():
         found = fit(trained.data, tmp_path / "run", recipe, device="cpu", resume=False, reporter=quiet())
         assert checkpoint.load_run(tmp_path / "run").contract == recipe.contract(("bright", "dark"))

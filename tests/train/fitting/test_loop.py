@@ -197,7 +197,13 @@ def test_the_documents_phases_move_the_layers_they_name(
     tmp_path: Path, flat_data: Path, quiet: Any, thin: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = Recipe.load("transfer").replace(
-        weights="none", input_size=32, epochs=5, warmup_epochs=2, layer3_epoch=4, batch_size=8, stop_patience=0
+        weights="none",
+        input_size=32,
+        epochs=5,
+        warmup_epochs=2,
+        layer3_epoch=4,
+        batch_size=8,
+        early_stopping_patience=0,
     )
     states: list[dict[str, torch.Tensor]] = []
     build, save = fitting.build_model, checkpoint.save_last
@@ -226,7 +232,7 @@ def test_the_documents_phases_move_the_layers_they_name(
 
 
 def test_it_stops_when_patience_is_over(tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tiny: Recipe) -> None:
-    standing = tiny.replace(epochs=9, trained_layers="head", lr=1e-30, weight_decay=0, stop_patience=2)
+    standing = tiny.replace(epochs=9, trained_layers="head", lr=1e-30, weight_decay=0, early_stopping_patience=2)
     fitted = train(flat_data, tmp_path / "run", standing, quiet())
     assert [epoch.epoch for epoch in fitted.history] == [1, 2, 3] and fitted.best.epoch == 1
     info = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
@@ -496,12 +502,12 @@ def test_smaller_quadrants_at_first(
 
     monkeypatch.setattr(QuadrantClassifier, "forward", watched)
     monkeypatch.setattr(schedule, "_SMALLEST", 32)
-    recipe = tiny.replace(input_size=64, epochs=3, small_share=0.7, small_scale=0.5)
+    recipe = tiny.replace(input_size=64, epochs=3, progressive_fraction=0.7, progressive_scale=0.5)
     fit(flat_data, tmp_path / "run", recipe, device="cpu", resume=False, reporter=quiet())
     sides = [side for side, training in seen if training]
     assert sides == sorted(sides) and set(sides) == {32, 64} and sides.count(32) == 2 * sides.count(64)
     assert {side for side, training in seen if not training} == {64}  # validated as it will be used
-    assert json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))["small_epochs"] == 2
+    assert json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))["progressive_epochs"] == 2
 
 
 def test_a_recipes_temperature_is_the_contracts(

@@ -29,13 +29,13 @@ PHASES = Recipe.load("transfer").replace(
     weights="none", input_size=24, epochs=4, warmup_epochs=1, layer3_epoch=3, batch_size=8, plateau_patience=0
 )
 CYCLE = Recipe.load("scratch").replace(
-    input_size=24, epochs=4, batch_size=8, optimizer="momentum", lr=1e-2, weight_average=0.0
+    input_size=24, epochs=4, batch_size=8, optimizer="momentum", lr=1e-2, ema_decay=0.0
 )
 RECIPES = {
     "phases": PHASES,
     "cycle": CYCLE,
     "float16": CYCLE.replace(mixed_precision=True, optimizer="adamw"),
-    "average": CYCLE.replace(weight_average=0.5),
+    "average": CYCLE.replace(ema_decay=0.5),
 }
 
 
@@ -214,7 +214,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, trained: Any, quiet: An
 def test_a_run_out_of_patience_stays_stopped(
     tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tiny: Recipe
 ) -> None:
-    standing = tiny.replace(epochs=9, trained_layers="head", lr=1e-30, weight_decay=0, stop_patience=1)
+    standing = tiny.replace(epochs=9, trained_layers="head", lr=1e-30, weight_decay=0, early_stopping_patience=1)
     first = fit(flat_data, tmp_path / "run", standing, device="cpu", resume=False, reporter=quiet())
     again = fit(flat_data, tmp_path / "run", standing, device="cpu", resume=True, reporter=quiet())
     assert len(first.history) == 2 and again.history == first.history

@@ -38,14 +38,14 @@ RECIPE = Recipe.load("scratch").replace(
     lr=1e-3,
     dropout=0.4,
     mixed_precision=False,
-    flip=0.5,
+    horizontal_flip=0.5,
     erase=0.5,
     gamma=0.2,
     gain=0.2,
     attenuation=0.2,
     shadow=0.5,
     speckle=0.2,
-    weight_average=0.9,
+    ema_decay=0.9,
 )
 
 SCRIPT = """

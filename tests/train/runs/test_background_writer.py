@@ -83,7 +83,7 @@ def in_background(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 def test_a_run_written_in_the_background_is_the_run(
     tmp_path: Path, trained: Any, quiet: Any, thin: None, in_background: Callable[[], None]
 ) -> None:
-    recipe = trained.recipe.replace(weight_average=0.5)
+    recipe = trained.recipe.replace(ema_decay=0.5)
     whole, folder = tmp_path / "whole", tmp_path / "run"
     fit(trained.data, whole, recipe, device="cpu", resume=False, reporter=quiet())
     in_background()

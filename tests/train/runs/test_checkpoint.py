@@ -93,7 +93,7 @@ def test_best_weights_without_a_contract(run: Path) -> None:
 
 def test_best_weights_of_another_run(run: Path, trained: Any) -> None:
     model = load_run(run).model
-    other = trained.recipe.replace(keep=0.7)
+    other = trained.recipe.replace(center_crop=0.7)
     save_best(run, model.state_dict(), other, other.contract(("bright", "dark")), trained.fitted.best.epoch)
     assert "best.safetensors and run.json have different contracts; they are of two runs" in refused(run)
 

@@ -162,7 +162,7 @@ def others(
         "seed": {"seed": 5},
         "input_size": {"input_size": 24},
         "positive": {"positive": "dark"},
-        "keep": {"keep": 0.8},
+        "keep": {"center_crop": 0.8},
     }
     with thin_session():
         for name, change in changes.items():

@@ -18,7 +18,15 @@ from echoquad_train.training.augmentation import _sides, augment, draw_boxes, er
 
 SIZE = 32
 STILL = Recipe(
-    crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, rotate=0, translate=0, zoom=(1, 1), shear=0, erase=0, mean=0.25
+    crop_scale=(1, 1),
+    crop_ratio=(1, 1),
+    horizontal_flip=0,
+    rotate=0,
+    translate=0,
+    zoom=(1, 1),
+    shear=0,
+    erase=0,
+    mean=0.25,
 )
 GREY_LEVELS = 0.02  # two ways to the same bilinear sample, in float32, differ by rounding alone
 
@@ -43,12 +51,12 @@ def test_nothing_to_do_gives_the_input_back(batch: Tensor) -> None:
 
 
 def test_a_flip_is_a_flip(batch: Tensor) -> None:
-    out = augment(batch, with_only(flip=1), seeded())
+    out = augment(batch, with_only(horizontal_flip=1), seeded())
     torch.testing.assert_close(out, batch.flip(3).float(), atol=1e-3, rtol=0)
 
 
 def test_a_flip_is_thrown_for_each_sample() -> None:
-    flipped = sample_warp(4000, with_only(flip=0.3), seeded())[:, 0, 0] < 0
+    flipped = sample_warp(4000, with_only(horizontal_flip=0.3), seeded())[:, 0, 0] < 0
     assert abs(flipped.float().mean() - 0.3) < 0.03
 
 
@@ -192,7 +200,7 @@ def torchvisions(image: Tensor, recipe: Recipe, generator: torch.Generator) -> T
     large = F.interpolate(image[None], size=(fine, fine), mode="bilinear", align_corners=False)[0]
     box = [round(v * fine) for v in ((y - height + 1) / 2, (x - width + 1) / 2, height, width)]
     image = TF.resized_crop(large, *box, [side, side], TF.InterpolationMode.BILINEAR, antialias=True)
-    if uniform(0, 1) < recipe.flip:
+    if uniform(0, 1) < recipe.horizontal_flip:
         image = TF.hflip(image)
     image = TF.rotate(image, uniform(-recipe.rotate, recipe.rotate), TF.InterpolationMode.BILINEAR)
     zoom, shear = uniform(*recipe.zoom), uniform(-recipe.shear, recipe.shear)
@@ -200,7 +208,7 @@ def torchvisions(image: Tensor, recipe: Recipe, generator: torch.Generator) -> T
     return TF.affine(image, 0, shift, zoom, [shear, 0.0], TF.InterpolationMode.BILINEAR)
 
 
-@pytest.mark.parametrize("recipe", [Recipe(erase=0), Recipe.load("scratch").replace(erase=0, flip=0.5)])
+@pytest.mark.parametrize("recipe", [Recipe(erase=0), Recipe.load("scratch").replace(erase=0, horizontal_flip=0.5)])
 def test_one_warp_is_torchvisions_four_steps(recipe: Recipe) -> None:
     """RandomResizedCrop, flip, RandomRotation and RandomAffine in their order, by the same draws.
 
@@ -223,10 +231,10 @@ def test_one_warp_is_torchvisions_four_steps(recipe: Recipe) -> None:
 
 def test_the_order_of_the_steps_shows() -> None:
     """With a flip after the rotation, say, the comparison above would be off by far more than it allows."""
-    recipe = Recipe(erase=0, flip=1)
+    recipe = Recipe(erase=0, horizontal_flip=1)
     image = flat_field(2)
     right = torchvisions(image, recipe, seeded(2))
-    other = TF.hflip(torchvisions(image, recipe.replace(flip=0), seeded(2)))
+    other = TF.hflip(torchvisions(image, recipe.replace(horizontal_flip=0), seeded(2)))
     assert (right - other).abs().mean() > 4
 
 
@@ -241,7 +249,7 @@ def neighbours(count: int, side: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def test_beyond_an_inner_edge_lies_the_rest_of_the_frame() -> None:
     """Against scipy's interpolation in the frame itself, at the pixels that the drawn maps lead to."""
-    side, recipe = 16, with_only(translate=0.4, zoom=(0.6, 1.2), rotate=40, flip=0.5)
+    side, recipe = 16, with_only(translate=0.4, zoom=(0.6, 1.2), rotate=40, horizontal_flip=0.5)
     frames, places = neighbours(12, side)
     found = augment(frames, recipe, seeded(5), places=places)
     maps = sample_warp(12, recipe, seeded(5)).double().numpy()

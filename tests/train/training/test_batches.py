@@ -76,10 +76,10 @@ def loaded(frames: QuadrantStore, recipe: Recipe = RECIPE, ranks: Ranks | None =
     return list(loader.epoch(batches, epoch_generator(CPU, generator, 9)))
 
 
-@pytest.mark.parametrize("neighbours", [False, True])
-def test_an_epoch(frames: QuadrantStore, kept: str, neighbours: bool) -> None:
+@pytest.mark.parametrize("context_padding", [False, True])
+def test_an_epoch(frames: QuadrantStore, kept: str, context_padding: bool) -> None:
     """On the CPU a batch's draws follow those of the epoch's batches and of the batch before."""
-    recipe = RECIPE.replace(neighbours=neighbours)
+    recipe = RECIPE.replace(context_padding=context_padding)
     generator = torch.Generator().manual_seed(3)
     batches = list(draw_batches(frames, recipe, generator))
     found = loaded(frames, recipe)
@@ -91,7 +91,7 @@ def test_an_epoch(frames: QuadrantStore, kept: str, neighbours: bool) -> None:
         labels = frames.labels[chosen // 4]
         assert batch.labels.tolist() == labels.tolist()
         assert float(batch.weight) == float(WEIGHTS[labels].sum())
-        assert (batch.places is None) == (not neighbours)
+        assert (batch.places is None) == (not context_padding)
         if batch.places is None:
             assert batch.quadrants[:, 0, 0, 0].tolist() == chosen.tolist()
         else:
@@ -139,7 +139,7 @@ def test_the_preview_is_the_first_batch(frames: QuadrantStore, kept: str) -> Non
 
 
 def test_zeros_have_memory_of_their_own(frames: QuadrantStore) -> None:
-    batch = loaded(frames, RECIPE.replace(neighbours=True))[0]
+    batch = loaded(frames, RECIPE.replace(context_padding=True))[0]
     before = [value.clone() for value in batch.tensors()]
     zeros = batch.zeros()
     assert [value.shape for value in zeros.tensors()] == [value.shape for value in before]

@@ -30,7 +30,9 @@ from echoquad_train.training.train_step import recorder_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
-RECIPE = Recipe.load("scratch").replace(input_size=24, epochs=3, batch_size=8, mixed_precision=False, small_share=0.0)
+RECIPE = Recipe.load("scratch").replace(
+    input_size=24, epochs=3, batch_size=8, mixed_precision=False, progressive_fraction=0.0
+)
 
 
 class Tape(TorchDispatchMode):
@@ -253,7 +255,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     [
         {},
         {"batch_size": 6, "dropout": 0.5, "gamma": 0.1, "speckle": 0.1, "shadow": 0.5},  # the last batch has 2
-        {"optimizer": "momentum", "lr": 1e-3, "weight_average": 0.0, "neighbours": False, "schedule": "plateau"},
+        {"optimizer": "momentum", "lr": 1e-3, "ema_decay": 0.0, "context_padding": False, "schedule": "plateau"},
         {"trained_layers": "layer4", "warmup_epochs": 1, "epochs": 2},
     ],
 )
@@ -278,7 +280,7 @@ def test_a_recorded_run_is_the_run(
 def test_sizes_have_recordings_of_their_own(
     tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = RECIPE.replace(input_size=80, small_share=0.7, small_scale=0.8)
+    recipe = RECIPE.replace(input_size=80, progressive_fraction=0.7, progressive_scale=0.8)
     recorded = run(flat_data, tmp_path / "recorded", quiet(), recipe)
     assert [tape.replays for tape in tapes] == [9, 5]
     monkeypatch.setattr(fitting, "recorder_of", lambda *_: Refusing)
@@ -305,7 +307,7 @@ def test_a_recorded_run_is_killed_and_resumed(
 def test_a_recorded_run_with_a_teacher(
     tmp_path: Path, trained: Any, quiet: Any, thin: None, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = partial(run, trained.data, recipe=RECIPE.replace(keep=1.0, epochs=2), teacher=trained.folder)
+    train = partial(run, trained.data, recipe=RECIPE.replace(center_crop=1.0, epochs=2), teacher=trained.folder)
     recorded = train(tmp_path / "recorded", quiet())
     assert tapes[0].replays == 9
     monkeypatch.setattr(fitting, "recorder_of", lambda *_: Refusing)

@@ -99,7 +99,7 @@ def test_both_see_one_view_each_at_its_own_size(speckle: float) -> None:
         assert (other - small).abs().mean() > 15
 
 
-@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize("context_padding", [False, True])
 @pytest.mark.parametrize(("size", "small"), [(16, 16), (24, 24), (16, 8)])
 def test_the_teacher_is_shown_what_the_student_is(
     tmp_path: Path,
@@ -109,7 +109,7 @@ def test_the_teacher_is_shown_what_the_student_is(
     monkeypatch: pytest.MonkeyPatch,
     size: int,
     small: int,
-    neighbours: bool,
+    context_padding: bool,
 ) -> None:
     """Batch by batch: the same quadrants under the same draws, at the teacher's 16 pixels."""
     shown_by: list[tuple[int, int]] = []  # side, and which draws: the identity of their warps
@@ -118,7 +118,7 @@ def test_the_teacher_is_shown_what_the_student_is(
     real_apply, real_call = trainer.apply_augmentation, Teacher.__call__
 
     def watched(quadrants: torch.Tensor, recipe: Recipe, draws: Any, places: torch.Tensor | None) -> torch.Tensor:
-        assert quadrants.shape[1] == (4 if neighbours else 1) and (places is not None) == neighbours
+        assert quadrants.shape[1] == (4 if context_padding else 1) and (places is not None) == context_padding
         kept.append(draws["warp"])  # so that no two have one identity
         shown_by.append((quadrants.shape[-1], id(draws["warp"])))
         return real_apply(quadrants, recipe, draws, places)
@@ -133,7 +133,7 @@ def test_the_teacher_is_shown_what_the_student_is(
     monkeypatch.setattr(trainer, "apply_augmentation", watched)
     monkeypatch.setattr(Teacher, "__call__", asked)
     monkeypatch.setattr(schedule, "_SMALLEST", 8)
-    shown = {"small_share": 1.0, "small_scale": small / size, "neighbours": neighbours}
+    shown = {"progressive_fraction": 1.0, "progressive_scale": small / size, "context_padding": context_padding}
     recipe = trained.recipe.replace(input_size=size, epochs=1, **shown)
     train(trained.data, tmp_path / "run", recipe, quiet(), teacher=trained.folder)
     assert len(judged) == 4 and all(view.shape == (8, 1, 16, 16) for view in judged)
@@ -269,7 +269,7 @@ def test_a_teacher_that_cannot_be_one(tmp_path: Path, trained: Any, make_data: A
     label = f"--teacher {teacher.as_posix()}: "
     message = refused(ConfigError, others, out, recipe, quiet(), teacher=teacher)
     assert message == f"{label}its classes is bright, dark; expected the student's, bright, dim"
-    message = refused(ConfigError, trained.data, out, recipe.replace(keep=0.8), quiet(), teacher=teacher)
+    message = refused(ConfigError, trained.data, out, recipe.replace(center_crop=0.8), quiet(), teacher=teacher)
     assert message == f"{label}its keep is 1.0; expected the student's, 0.8"
     assert "no run here (run.json is missing)" in refused(
         RunError, trained.data, out, recipe, quiet(), teacher=tmp_path / "none"

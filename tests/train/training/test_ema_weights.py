@@ -105,7 +105,7 @@ def test_less_is_kept_of_the_first_steps() -> None:
 def test_a_run_keeps_the_averaged_weights(
     tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tiny: Recipe
 ) -> None:
-    recipe = tiny.replace(weight_average=0.9, epochs=2)
+    recipe = tiny.replace(ema_decay=0.9, epochs=2)
     fitted = fit(flat_data, tmp_path / "run", recipe, device="cpu", resume=False, reporter=quiet())
     state, best = load_last(tmp_path / "run"), load_run(tmp_path / "run").model.state_dict()
     if fitted.best.epoch == 2:
@@ -115,5 +115,5 @@ def test_a_run_keeps_the_averaged_weights(
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])
 def test_what_is_no_share_is_refused(share: float) -> None:
-    with pytest.raises(ConfigError, match=r"weight_average is .*; expected a fraction from 0 to below 1"):
-        Recipe(weight_average=share)
+    with pytest.raises(ConfigError, match=r"ema_decay is .*; expected a fraction from 0 to below 1"):
+        Recipe(ema_decay=share)

@@ -11,7 +11,9 @@ from echoquad_train.recipe import Recipe
 from echoquad_train.training.augmentation import augment
 from echoquad_train.training.intensity_augmentation import draw_intensity, vary
 
-STILL = Recipe(weights="none", input_size=32, flip=0, rotate=0, translate=0, shear=0, erase=0, crop_scale=(1, 1))
+STILL = Recipe(
+    weights="none", input_size=32, horizontal_flip=0, rotate=0, translate=0, shear=0, erase=0, crop_scale=(1, 1)
+)
 STILL = dataclasses.replace(STILL, crop_ratio=(1, 1), zoom=(1, 1))
 STRENGTHS = {"gamma": 0.3, "gain": 0.3, "attenuation": 0.4, "shadow": 1.0, "speckle": 0.2}
 

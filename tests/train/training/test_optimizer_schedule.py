@@ -266,24 +266,27 @@ def test_the_best_epoch(figures: list[tuple[float, float]], best: int) -> None:
 
 
 def test_patience() -> None:
-    recipe = Recipe(epochs=20, warmup_epochs=2, stop_patience=3)
+    recipe = Recipe(epochs=20, warmup_epochs=2, early_stopping_patience=3)
     accuracies = [0.9, 0.5, 0.5, 0.5, 0.5, 0.95, 0.9, 0.9, 0.9]
     history = [epoch(number, accuracy) for number, accuracy in enumerate(accuracies, 1)]
     # The best is of the warm-up, so patience counts from its end: epochs 3, 4 and 5 brought none better.
     stops = [out_of_patience(history[:count], recipe) for count in range(len(history) + 1)]
     assert stops == [False, False, False, False, False, True, False, False, False, True]
-    assert not any(out_of_patience(history[:n], replace(recipe, stop_patience=0)) for n in range(10))
+    assert not any(out_of_patience(history[:n], replace(recipe, early_stopping_patience=0)) for n in range(10))
 
 
 @pytest.mark.parametrize(
     ("values", "sides"),
     [
         ({}, [112] * 8),
-        ({"small_share": 0.5, "small_scale": 4 / 7}, [64] * 4 + [112] * 4),
-        ({"small_share": 0.6, "small_scale": 4 / 7, "input_size": 224}, [128] * 4 + [224] * 4),  # 4.8 epochs are 4
-        ({"small_share": 1.0, "small_scale": 0.01}, [64] * 8),  # no smaller than that
-        ({"small_share": 1.0, "input_size": 24}, [24] * 8),
-        ({"small_share": 1.0, "backbone": "vit_b_16"}, [112] * 8),  # each place has an embedding
+        ({"progressive_fraction": 0.5, "progressive_scale": 4 / 7}, [64] * 4 + [112] * 4),
+        (
+            {"progressive_fraction": 0.6, "progressive_scale": 4 / 7, "input_size": 224},
+            [128] * 4 + [224] * 4,
+        ),  # 4.8 epochs are 4
+        ({"progressive_fraction": 1.0, "progressive_scale": 0.01}, [64] * 8),  # no smaller than that
+        ({"progressive_fraction": 1.0, "input_size": 24}, [24] * 8),
+        ({"progressive_fraction": 1.0, "backbone": "vit_b_16"}, [112] * 8),  # each place has an embedding
     ],
 )
 def test_the_first_epochs_may_be_smaller(values: dict[str, Any], sides: list[int]) -> None:
@@ -297,4 +300,4 @@ def test_no_backbone_needs_more_than_the_smallest_side() -> None:
 
 
 def test_a_single_epoch_is_at_full_size() -> None:
-    assert side_of(Recipe(epochs=1, small_share=0.9), 1) == 224
+    assert side_of(Recipe(epochs=1, progressive_fraction=0.9), 1) == 224

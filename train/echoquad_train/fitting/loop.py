@@ -231,7 +231,7 @@ def _fit(
     both = train, validation
     facts = record.facts(data, recipe, contract, both, failures, where.type, precision, teacher_facts, reading)
     small = schedule.progressive_epochs(recipe)
-    facts |= {**({"small_epochs": small} if small else {}), **(about or {})}
+    facts |= {**({"progressive_epochs": small} if small else {}), **(about or {})}
     if resume:
         facts["created"] = begun(folder, "created") or facts["created"]
     reporter.started(where.type, precision, train, validation)
@@ -259,7 +259,7 @@ def _fit(
         distillation = Distillation(teacher, taught_store, mixed_dtype(recipe, teacher.model.name, size, where))
     recorder = recorder_of(where, ranks, scaler)
     capturable = recorder is not None
-    ema = EmaWeights(model, recipe.weight_average, capturable=capturable) if recipe.weight_average else None
+    ema = EmaWeights(model, recipe.ema_decay, capturable=capturable) if recipe.ema_decay else None
     if ema and state:
         ema.load_state_dict(state["average"])
     kept = ema.model if ema else model  # whose weights are validated and kept

@@ -40,8 +40,8 @@ def best_of(history: Sequence[Epoch]) -> Epoch:
 
 
 def out_of_patience(history: Sequence[Epoch], recipe: Recipe) -> bool:
-    """Tell whether the last `stop_patience` epochs after the warm-up brought none better."""
-    if not recipe.stop_patience or not history:
+    """Tell whether the last `early_stopping_patience` epochs after the warm-up brought none better."""
+    if not recipe.early_stopping_patience or not history:
         return False
     since = max(best_of(history).epoch, min(recipe.warmup_epochs, recipe.epochs))
-    return history[-1].epoch - since >= recipe.stop_patience
+    return history[-1].epoch - since >= recipe.early_stopping_patience

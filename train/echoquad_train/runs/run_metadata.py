@@ -111,7 +111,7 @@ def write(folder: Path, known: Mapping[str, Any], history: Sequence[Epoch], *, f
         table.writerows(epoch.to_dict() for epoch in history)
         write_bytes(folder / checkpoint.METRICS, rows.getvalue().encode())
         if finished or _age(folder / checkpoint.CURVES) > DRAWN_AGAIN:
-            save(training_curves(history, known.get("small_epochs", 0)), folder / checkpoint.CURVES)
+            save(training_curves(history, known.get("progressive_epochs", 0)), folder / checkpoint.CURVES)
 
 
 def _age(path: Path) -> float:

@@ -121,7 +121,7 @@ def sample_warp(count: int, recipe: Recipe, generator: torch.Generator) -> Tenso
     width, height = _sides(count, recipe.crop_scale, recipe.crop_ratio, generator)
     crop = _affine(width, 0, 0, height, uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height))
 
-    flip = _affine(1 - 2 * (uniform(0, 1) < recipe.flip).float(), 0, 0, 1, 0, 0)
+    flip = _affine(1 - 2 * (uniform(0, 1) < recipe.horizontal_flip).float(), 0, 0, 1, 0, 0)
 
     degrees = math.pi / 180
     angle = uniform(-recipe.rotate, recipe.rotate) * degrees

@@ -42,7 +42,7 @@ class TrainingBatch:
     Attributes
     ----------
     quadrants
-        uint8 [B, 1, S, S], or [B, 4, S, S], all four of each one's frame, where the recipe sees neighbours.
+        uint8 [B, 1, S, S], or [B, 4, S, S], all four of each one's frame, where the recipe sees context_padding.
     labels
         int64 [B].
     weight
@@ -52,7 +52,7 @@ class TrainingBatch:
     share
         Which rows of the batch these are.
     places
-        int64 [B], which of its frame's four each quadrant is; None where the recipe sees no neighbours.
+        int64 [B], which of its frame's four each quadrant is; None where the recipe sees no context_padding.
     teacher_quadrants
         As `quadrants`, at the teacher's input size; None where that is the student's, or there is no teacher.
     """
@@ -187,7 +187,7 @@ class BatchLoader:
         side
             Pixels a side that the quadrants will be brought down to before they are augmented; None is as they are.
         """
-        whole, where = self._recipe.neighbours, self._where
+        whole, where = self._recipe.context_padding, self._where
         shares = [self._ranks.share(len(chosen)) for chosen in batches]
         own = [chosen[share.rows] for chosen, share in zip(batches, shares, strict=True)]
         sizes = [len(rows) for rows in own]
@@ -208,8 +208,8 @@ class BatchLoader:
         """Return the first whole batch as `epoch` would have it augmented at full size, float32 [B, 1, S, S]."""
         shares = [Share(0, len(chosen), len(chosen)) for chosen in batches]
         draws = next(self._draws(shares, self._size, generator))
-        quadrants = next(self._feed.feed(batches[:1], whole=self._recipe.neighbours))
-        places = _to_device(batches[0] % 4, self._where) if self._recipe.neighbours else None
+        quadrants = next(self._feed.feed(batches[:1], whole=self._recipe.context_padding))
+        places = _to_device(batches[0] % 4, self._where) if self._recipe.context_padding else None
         return apply_augmentation(quadrants, self._recipe, draws, places)
 
     def _weight(self, chosen: Indices) -> float:

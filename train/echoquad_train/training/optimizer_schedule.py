@@ -60,9 +60,9 @@ def side_of(recipe: Recipe, epoch: int) -> int:
     network with an embedding for each place has one size alone.
     """
     size = recipe.input_size
-    if BACKBONES[recipe.backbone].patch or epoch > int(recipe.small_share * recipe.epochs):
+    if BACKBONES[recipe.backbone].patch or epoch > int(recipe.progressive_fraction * recipe.epochs):
         return size
-    return min(size, max(round(recipe.small_scale * size), _SMALLEST))
+    return min(size, max(round(recipe.progressive_scale * size), _SMALLEST))
 
 
 def progressive_epochs(recipe: Recipe) -> int:

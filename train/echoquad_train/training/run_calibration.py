@@ -43,7 +43,7 @@ def calibrate_run(
     facts
         What the record says of it up to now; ``patient_regex`` says whom a frame is of.
     recipe
-        How it was trained; with ``calibrate = false`` nothing is done.
+        How it was trained; with ``temperature_scaling = false`` nothing is done.
     split, store
         The validation frames, and where their quadrants are found.
     where
@@ -61,7 +61,7 @@ def calibrate_run(
     OutputError
         If the system refuses to write.
     """
-    if not recipe.calibrate:
+    if not recipe.temperature_scaling:
         return dict(facts)
     best = checkpoint.load_best(folder, recipe)
     given = recipe.temperature or None
