@@ -181,7 +181,8 @@ def training(context: Context) -> None:
     recipe, epochs = Recipe.load("scratch"), context.settings.epochs
     out, small = context.settings.work / "run", epochs // 2
     line = ["-m", "echoquad", "train", context.settings.data, "--out", out, "--recipe", "scratch"]
-    line += ["--epochs", str(epochs), "--set", f"progressive_fraction={small / epochs}", "--device", context.settings.device]
+    line += ["--epochs", str(epochs), "--set", f"progressive_fraction={small / epochs}"]
+    line += ["--device", context.settings.device]
     log = context.settings.work / "train.log"
     with sampled_utilisation(context, log) as utilisation:
         try:

@@ -65,7 +65,7 @@ def ensemble(
             raise RunError(f"{run.as_posix()}: no such folder; expected a run that `echoquad train` wrote")
     from echoquad_train.runs.ensemble_folder import write_ensemble
 
-    made = write_ensemble(runs, out, vote=vote.value, flip=flip)
+    made = write_ensemble(runs, out, vote=vote.value, flip_tta=flip)
     if calibrate is not None:
         from echoquad.cli.train import calibration_line
         from echoquad_train.training.run_calibration import calibrate_ensemble

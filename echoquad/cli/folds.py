@@ -38,11 +38,11 @@ def train_folds(
     """
     from echoquad_train.parallel.torchrun import torchrun_rank
 
-    if torchrun_rank().ranks > 1:
+    if torchrun_rank().world_size > 1:
         raise UsageError("--folds under torchrun: folds are trained by one process; start it without torchrun")
-    from echoquad_train.fitting.cross_validation import FoldSettings, begun_with, fit_folds
+    from echoquad_train.fitting.cross_validation import FoldSettings, fit_folds, saved_fold_settings
 
-    begun = begun_with(out) if resume else None
+    begun = saved_fold_settings(out) if resume else None
     count = folds or (begun.folds if begun else 0)
     regex = patient_regex if patient_regex is not None or begun is None else begun.patient_regex
     settings = FoldSettings(count, regex)

@@ -179,7 +179,7 @@ def train(
         joined(choose_device(device.value)) as ranks,
         _told_once(ranks),
     ):
-        if linear and ranks.count > 1:
+        if linear and ranks.world_size > 1:
             raise UsageError(f"--fit {linear.value} under torchrun: one process fits it; start it without torchrun")
         if linear:
             fitted = fit_linear(

@@ -75,7 +75,7 @@ def test_resume_goes_on_and_a_second_training_is_refused(
     assert "best: epoch 1, " in resumed.err
     assert "Epoch 02" not in resumed.err
     assert again.code == other.code == 1
-    assert "go on with it by --resume, or choose another --out" in again.err
+    assert "--resume, or choose another --out" in again.err
     assert "another recipe" in other.err
     assert before == {path.name: path.read_bytes() for path in run.glob("*.safetensors")}
 
@@ -107,7 +107,7 @@ def test_a_student(
     none = (tmp_path / "none").as_posix()
     assert missing.errors == [f"--teacher: {none} is not there; expected a folder that `echoquad train` wrote"]
     assert alone.code == 1
-    assert "was begun with a teacher; resume it with the same --teacher RUN" in alone.errors[0]
+    assert "began with a teacher; resume it with the same --teacher RUN" in alone.errors[0]
     assert resumed.code == 0 and "best: epoch 1, " in resumed.err
     assert "without --teacher, distill_weight and distill_temperature do nothing" in vain.err
     assert "do nothing" not in taught.err
@@ -219,7 +219,7 @@ def test_what_only_torch_can_tell_is_refused_as_plainly(
     out = ["--out", tmp_path / "run"]
     refusals = [
         (1, ["train", spoilt["unreadable"], *out, *tiny], "no frame of class NORM can be read; the first failure"),
-        (1, ["train", data, "--out", tmp_path / "full", *tiny], "is there and not empty"),
+        (1, ["train", data, "--out", tmp_path / "full", *tiny], "not empty"),
         (1, ["train", data, "--out", tmp_path / "full", *tiny, "--resume"], "no run here"),
         (2, ["train", data, "--out", tmp_path / "new", *tiny, "--resume"], "is not there; train without --resume"),
         (1, ["train", data, "--out", tmp_path / "2", *tiny, "--weights", tmp_path / "no.pt"], "no.pt"),

@@ -65,7 +65,7 @@ class Recipe:
     warmup_epochs: int = 3  # train the head only, the backbone is frozen
     warmup_lr: float = 3e-4
     trained_layers: Literal["head", "layer4", "all"] = "layer4"  # after the warm-up; the head is always trained
-    # In a network without layers of these names, layer4 stands for the maps of 1/32 of the input's side, layer3 for 1/16.
+    # In other networks layer4 stands for the maps of 1/32 of the input's side, and layer3 for those of 1/16.
     lr: float = 1e-4
     layer3_epoch: int = 0  # first epoch, from 1, that also trains layer3; 0 never does
     layer3_lr: float = 5e-5

@@ -232,7 +232,7 @@ def test_a_kill_between_checkpoint_and_record_is_gone_on_with(
     assert record["contract"]["frame_temperature"] == 0.5 and record["calibration"]["split"] == "validation"
 
     (run / "run.json").write_text(before, "utf-8")  # as where the second of the two was not written any more
-    with thin_session(), pytest.raises(RunError, match=r"is calibrated, run\.json does not say so yet: .* --resume"):
+    with thin_session(), pytest.raises(RunError, match=r"fitted temperatures, run\.json has none yet: .* --resume"):
         checkpoint.load_run(run)
     resume(trained, run, quiet, thin_session)
     with thin_session():

@@ -18,7 +18,7 @@ from PIL import Image
 from echoquad_runtime.errors import ConfigError, DatasetError, RunError
 from echoquad_train.data.dataset import LabelledFrame, Split
 from echoquad_train.data.patients import patients_of
-from echoquad_train.fitting.cross_validation import FoldSettings, deal, fit_folds
+from echoquad_train.fitting.cross_validation import FoldSettings, fit_folds, split_folds
 from echoquad_train.recipe import Recipe
 from echoquad_train.runs.checkpoint import load_run
 from echoquad_train.runs.ensemble_folder import Ensemble, load_trained
@@ -45,7 +45,7 @@ def test_frames_are_dealt_by_patient_and_each_is_held_out_once(
     patients: int, frames: int, folds: int, seed: int
 ) -> None:
     splits, settings = pool(patients, frames), FoldSettings(folds)
-    parts = deal(splits, settings, seed)
+    parts = split_folds(splits, settings, seed)
     every = [frame for split in splits for frame in split.frames]
     held_out = [frame for _, validation in parts for frame in validation.frames]
     assert sorted(held_out, key=lambda frame: frame.name) == sorted(every, key=lambda frame: frame.name)
@@ -54,22 +54,22 @@ def test_frames_are_dealt_by_patient_and_each_is_held_out_once(
         assert set(train.frames) | set(validation.frames) == set(every)
         assert not set(patients_of(train.frames)) & set(patients_of(validation.frames))
         assert min(validation.counts.values()) > 0 and min(train.counts.values()) > 0
-    assert deal(splits, settings, seed) == parts
+    assert split_folds(splits, settings, seed) == parts
 
 
 def test_another_seed_deals_otherwise() -> None:
-    assert deal(pool(20, 2), FoldSettings(4), 0) != deal(pool(20, 2), FoldSettings(4), 1)
+    assert split_folds(pool(20, 2), FoldSettings(4), 0) != split_folds(pool(20, 2), FoldSettings(4), 1)
 
 
 def test_what_cannot_be_dealt_is_refused() -> None:
     with pytest.raises(ConfigError, match="--folds 1: expected 2 or more"):
         FoldSettings(1)
     with pytest.raises(DatasetError, match="class a has 6 patients; expected one or more for every fold"):
-        deal(pool(6, 1), FoldSettings(7), 0)
+        split_folds(pool(6, 1), FoldSettings(7), 0)
     with pytest.raises(DatasetError, match="class a has 1 patients"):
-        deal(pool(9, 2), FoldSettings(3, "(patient)"), 0)
+        split_folds(pool(9, 2), FoldSettings(3, "(patient)"), 0)
     with pytest.raises(ConfigError, match="--patient-regex"):
-        deal(pool(9, 2), FoldSettings(3, "("), 0)
+        split_folds(pool(9, 2), FoldSettings(3, "("), 0)
     # Two of class b's three patients have all its frames but one, and those of class a hang on them.
     names = [("x", 0, 9), ("x", 1, 9), ("y", 0, 1), ("z", 1, 1)]
     frames = [
@@ -78,9 +78,9 @@ def test_what_cannot_be_dealt_is_refused() -> None:
         for number in range(count)
     ]
     with pytest.raises(
-        DatasetError, match=r"fold \d has no \w+ frame of class [ab]: its patients cannot be shared out"
+        DatasetError, match=r"fold \d has no \w+ frame of class [ab]: its patients cannot be split evenly"
     ):
-        deal([Split("train", ("a", "b"), tuple(frames))], FoldSettings(2), 0)
+        split_folds([Split("train", ("a", "b"), tuple(frames))], FoldSettings(2), 0)
 
 
 # Training
@@ -184,11 +184,11 @@ def test_killed_and_resumed(tmp_path: Path, case: Case, quiet: Any, thin: None) 
         fit_folds(case.data, folder, case.recipe, FoldSettings(2), resume=False, **options)
     with pytest.raises(RunError, match="its folds are not all trained"):
         load_trained(folder)
-    with pytest.raises(RunError, match="is there and not empty"):
+    with pytest.raises(RunError, match="exists and is not empty"):
         fit_folds(case.data, folder, case.recipe, FoldSettings(2), resume=False, **options)
-    with pytest.raises(RunError, match="was begun with --folds 2"):
+    with pytest.raises(RunError, match="began with --folds 2"):
         fit_folds(case.data, folder, case.recipe, FoldSettings(3), resume=True, **options)
-    with pytest.raises(RunError, match="was begun with another recipe"):
+    with pytest.raises(RunError, match="began with another recipe"):
         fit_folds(case.data, folder, replace(case.recipe, lr=0.5), FoldSettings(2), resume=True, **options)
     options["reporter"] = last = reporter_of(quiet)
     fit_folds(case.data, folder, case.recipe, FoldSettings(2), resume=True, **options)

@@ -123,8 +123,8 @@ def kill_at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int, *,
 
 # The moments: (function to break off at, which call, before or after it).
 MOMENTS = {
-    "before run.json is written": (record, "write", 1, False),
-    "before the first epoch": (record, "write", 1, True),
+    "before run.json is written": (record, "write_run", 1, False),
+    "before the first epoch": (record, "write_run", 1, True),
     "before best.safetensors in epoch 1": (checkpoint, "save_best", 1, False),
     "between best.safetensors and last.pt in epoch 1": (checkpoint, "save_last", 1, False),
     "right after last.pt in epoch 1": (checkpoint, "save_last", 1, True),
@@ -133,7 +133,7 @@ MOMENTS = {
     "while run.json is written in epoch 2": (record, "write_json", 3, False),
     "between run.json and metrics.csv in epoch 2": (record, "write_json", 3, True),
     "while last.pt is flushed in epoch 2": (os, "fsync", 14, False),
-    "before the record says finished": (record, "write", 6, False),
+    "before the record says finished": (record, "write_run", 6, False),
 }
 
 
@@ -192,9 +192,12 @@ def test_the_recipes_put_something_at_stake(whole: Callable[[str], Result]) -> N
     """Phases change, rates move, the scaler has a state: else the tests above would prove little."""
     phases = whole("phases")
     assert [row["phase"] for row in phases.metrics] == ["head", "layer4", "layer3", "layer3"]
-    assert phases.state["course"]["plateau"] is not None and phases.state["course"]["optimizer"]["state"]
+    assert (
+        phases.state["optimizer_schedule"]["plateau"] is not None
+        and phases.state["optimizer_schedule"]["optimizer"]["state"]
+    )
     cycle = whole("cycle")
-    assert len({row["lr"] for row in cycle.metrics}) == 4 and cycle.state["course"]["step"] == 16
+    assert len({row["lr"] for row in cycle.metrics}) == 4 and cycle.state["optimizer_schedule"]["step"] == 16
     assert phases.best != cycle.best
     average = whole("average")
     assert difference(average.state["model"], cycle.state["model"]) is None  # it follows, and does not lead
@@ -332,7 +335,7 @@ def test_nothing_to_resume(tmp_path: Path, trained: Any, quiet: Any) -> None:
 def test_another_recipe(tmp_path: Path, trained: Any, quiet: Any, change: dict[str, Any]) -> None:
     folder = Path(shutil.copytree(trained.folder, tmp_path / "run"))
     message = refused(trained.data, folder, trained.recipe.replace(**change), quiet())
-    assert "begun with another recipe; resume it with the options it was begun with" in message
+    assert "began with another recipe; resume it with the options" in message
 
 
 @pytest.mark.parametrize("killed", [1, 2])
@@ -355,12 +358,12 @@ def test_another_teacher(tmp_path: Path, trained: Any, quiet: Any, thin: None, k
             teacher=trained.folder,
         )
     message = refused(trained.data, folder, recipe, quiet())
-    assert message.endswith("the run was begun with a teacher; resume it with the same --teacher RUN")
+    assert message.endswith("the run began with a teacher; resume it with the same --teacher RUN")
     fit(trained.data, tmp_path / "other", recipe, device="cpu", resume=False, reporter=quiet())
     message = refused(trained.data, folder, recipe, quiet(), tmp_path / "other")
-    assert "the run was begun with another teacher; resume it with the options" in message
+    assert "the run began with another teacher; resume it with the options" in message
     message = refused(trained.data, tmp_path / "other", recipe, quiet(), trained.folder)
-    assert "the run was begun with no teacher; resume it with the options" in message
+    assert "the run began with no teacher; resume it with the options" in message
     with pytest.raises(RunError, match=r"gone: no run here \(run\.json is missing\)"):
         fit(
             trained.data,
@@ -380,7 +383,7 @@ def test_data_that_has_changed(tmp_path: Path, trained: Any, quiet: Any, thin: N
     fit(data, folder, trained.recipe, device="cpu", resume=True, reporter=quiet())  # a copy is the same data
     (data / split / "dark" / f"{split}0.png").unlink()
     message = refused(data, folder, trained.recipe, quiet())
-    assert "the data has changed since the run was begun; train into another folder" in message
+    assert "the data has changed since the run began; train into another folder" in message
 
 
 def test_a_damaged_state(tmp_path: Path, trained: Any, quiet: Any) -> None:

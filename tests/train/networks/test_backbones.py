@@ -12,8 +12,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ConfigError
-from echoquad_train.networks.backbones import BACKBONES, build_body, check_backbone
-from echoquad_train.networks.classifier import QuadrantClassifier, load_pretrained, set_trained
+from echoquad_train.networks.backbones import BACKBONES, build_backbone, check_backbone
+from echoquad_train.networks.classifier import QuadrantClassifier, load_pretrained, set_trainable
 from echoquad_train.recipe import Recipe
 from echoquad_train.training.optimizer_schedule import OptimizerSchedule, Phase
 
@@ -45,12 +45,12 @@ STEPPED = [*LIGHT, *(pytest.param(name, marks=pytest.mark.slow) for name in HEAV
 def outlined(name: str, size: int = 64) -> nn.Module:
     """Give a backbone that has shapes and no weights: to draw a hundred million takes seconds."""
     with torch.device("meta"):
-        return build_body(name, size)[0]
+        return build_backbone(name, size)[0]
 
 
 def drawn(name: str, size: int) -> nn.Module:
     """Give torchvision's whole network, as the backbone is made from it, with random weights."""
-    options = {**BACKBONES[name].options, **({"image_size": size} if BACKBONES[name].patch else {})}
+    options = {**BACKBONES[name].options, **({"image_size": size} if BACKBONES[name].patch_size else {})}
     with torch.device("meta"):
         whole = torchvision.models.get_model(name, weights=None, **options)
     whole.to_empty(device="cpu")
@@ -76,8 +76,8 @@ def one_thread() -> Iterator[None]:
 def test_a_backbone_is_torchvisions_without_its_end(name: str) -> None:
     """Its features are what torchvision's network gives its last linear layer, in evaluation mode."""
     with torch.device("meta"):
-        body, features = build_body(name, 64)
-    whole, end = drawn(name, 64), BACKBONES[name].end
+        body, features = build_backbone(name, 64)
+    whole, end = drawn(name, 64), BACKBONES[name].classifier
     state = whole.state_dict()
     assert set(state) - set(body.state_dict()) == {f"{end}.weight", f"{end}.bias"}
     body.load_state_dict({key: state[key] for key in body.state_dict()}, assign=True)
@@ -152,7 +152,7 @@ def test_stages_leave_nothing_between_them_and_the_head(name: str) -> None:
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_the_smallest_input_is_the_smallest_that_a_network_takes(name: str) -> None:
-    smallest, patch = BACKBONES[name].smallest, BACKBONES[name].patch
+    smallest, patch = BACKBONES[name].min_input_size, BACKBONES[name].patch_size
     check_backbone(name, smallest)
     with torch.inference_mode():
         outlined(name, smallest).eval()(torch.zeros(1, 3, smallest, smallest, device="meta"))
@@ -169,8 +169,7 @@ def test_an_input_that_is_no_multiple_of_the_patches_is_refused_in_one_line() ->
     with pytest.raises(ConfigError) as error:
         QuadrantClassifier("vit_b_16", Contract(("a", "b"), input_size=100))
     assert str(error.value) == (
-        "backbone vit_b_16: input size 100 found; expected a multiple of 16, the side of its patches; "
-        "do: --input-size 96 or 112"
+        "backbone vit_b_16: input size 100 found; expected a multiple of its patch size 16; do: --input-size 96 or 112"
     )
     with pytest.raises(ConfigError, match="--input-size 16 or 32"):
         check_backbone("vit_b_16", 9)
@@ -195,7 +194,7 @@ def test_frozen_layers_stay_bit_for_bit(name: str, layers: tuple[str, ...]) -> N
     moving = ("head.", *(f"backbone.{part}." for layer in layers for part in parts.get(layer, ())))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     rates = dict.fromkeys(layers, 0.1)
-    optimizer = OptimizerSchedule(set_trained(model, rates), Recipe(optimizer="sgd"), Phase("x", 1, 1, rates), 1)
+    optimizer = OptimizerSchedule(set_trainable(model, rates), Recipe(optimizer="sgd"), Phase("x", 1, 1, rates), 1)
     frozen = [module for key, module in model.named_modules() if key and not f"{key}.".startswith(moving)]
     leaves = [module for module in frozen if not list(module.children())]
     assert leaves and not any(module.training for module in leaves)
@@ -216,7 +215,7 @@ def test_imagenets_end_is_left_out_of_weights(name: str, monkeypatch: pytest.Mon
 
 def assert_loads(name: str, file: dict[str, Any], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("echoquad_train.networks.classifier._read_weights", lambda _: file)
-    body, _ = build_body(name, 64)
+    body, _ = build_backbone(name, 64)
     load_pretrained(body, name, "weights.pth")
     for key, value in body.state_dict().items():
         assert torch.equal(value, expected[key]), key
@@ -255,7 +254,7 @@ def test_embeddings_of_places_are_interpolated(monkeypatch: pytest.MonkeyPatch) 
     ramp = torch.linspace(0, 1, 14)
     state["encoder.pos_embedding"][0, 1:] = (ramp[:, None] + 3 * ramp).reshape(-1, 1)
     monkeypatch.setattr("echoquad_train.networks.classifier._read_weights", lambda _: state)
-    body, _ = build_body("vit_b_16", 64)
+    body, _ = build_backbone("vit_b_16", 64)
     load_pretrained(body, "vit_b_16", "weights.pth")
     found = body.state_dict()["encoder.pos_embedding"]
     assert found.shape == (1, 17, 8) and torch.equal(found[0, 0], state["encoder.pos_embedding"][0, 0])
@@ -278,4 +277,4 @@ def test_a_transformers_former_names_and_what_cannot_be_interpolated(monkeypatch
             "echoquad_train.networks.classifier._read_weights", lambda _, it=places: {**state, POSITIONS: it}
         )
         with pytest.raises(ConfigError, match="pos_embedding"):
-            load_pretrained(build_body("vit_b_16", 64)[0], "vit_b_16", "weights.pth")
+            load_pretrained(build_backbone("vit_b_16", 64)[0], "vit_b_16", "weights.pth")

@@ -193,10 +193,10 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, source: nn.Module, how: str) 
         ("none.pt", None, "no such file; expected imagenet, none, or a file"),
         ("none.safetensors", None, "no such file"),
         ("empty.pt", b"", "cannot be read as tensors"),
-        ("empty.safetensors", b"", "damaged or no safetensors file"),
+        ("empty.safetensors", b"", "damaged or not a safetensors file"),
         ("text.pt", b"not a pickle at all", "cannot be read as tensors"),
         ("zip.pth", b"PK\x03\x04" + bytes(60), "cannot be read as tensors"),
-        ("text.safetensors", b"\xff" * 100, "damaged or no safetensors file"),
+        ("text.safetensors", b"\xff" * 100, "damaged or not a safetensors file"),
     ],
 )
 def test_a_file_that_holds_no_weights(
@@ -212,7 +212,7 @@ def test_a_file_that_holds_no_weights(
 @pytest.mark.parametrize("content", [[torch.zeros(2)], {"model": {"a": torch.zeros(1)}}, {"epoch": 3}, torch.zeros(1)])
 def test_tensors_without_names(tmp_path: Path, source: nn.Module, content: object) -> None:
     torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(ConfigError, match="no state dict found; expected names and tensors"):
+    with pytest.raises(ConfigError, match="no state dict found; expected a mapping"):
         load_pretrained(source, "resnet18", str(tmp_path / "x.pt"))
 
 

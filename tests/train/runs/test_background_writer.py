@@ -65,11 +65,11 @@ def test_what_is_kept_does_not_change() -> None:
     value = torch.zeros(3)
     values = {"a": value, "b": {"c": [value, 1]}, "d": "text"}
     with BackgroundWriter(background=True) as writer:
-        kept = writer.kept(values)
+        kept = writer.snapshot(values)
         value += 1
         assert not kept["a"].any() and not kept["b"]["c"][0].any() and kept["b"]["c"][1:] == [1]
     with BackgroundWriter(background=False) as writer:
-        assert writer.kept(values)["a"] is value
+        assert writer.snapshot(values)["a"] is value
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_a_run_written_in_the_background_is_the_run(
     assert (folder / "best.safetensors").read_bytes() == (whole / "best.safetensors").read_bytes()
     found, expected = (checkpoint.load_last(path) for path in (folder, whole))
     assert all(torch.equal(found["model"][name], value) for name, value in expected["model"].items())
-    assert all(torch.equal(found["average"][name], value) for name, value in expected["average"].items())
+    assert all(torch.equal(found["ema"][name], value) for name, value in expected["ema"].items())
     assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
 
 

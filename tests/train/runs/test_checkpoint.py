@@ -77,7 +77,7 @@ def test_damaged_best_weights(run: Path, where: int) -> None:
     path = run / "best.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:where])
-    assert "best.safetensors cannot be used (" in refused(run)
+    assert "best.safetensors cannot be read (" in refused(run)
 
 
 def test_best_weights_without_a_contract(run: Path) -> None:
@@ -88,14 +88,14 @@ def test_best_weights_without_a_contract(run: Path) -> None:
         {"echoquad.contract": Contract(("a", "b", "c")).to_json(), "echoquad.backbone": "resnet18"},
     ):
         safetensors.torch.save_file(state, run / "best.safetensors", metadata)
-        assert "best.safetensors cannot be used (" in refused(run)
+        assert "best.safetensors cannot be read (" in refused(run)
 
 
 def test_best_weights_of_another_run(run: Path, trained: Any) -> None:
     model = load_run(run).model
     other = trained.recipe.replace(center_crop=0.7)
     save_best(run, model.state_dict(), other, other.contract(("bright", "dark")), trained.fitted.best.epoch)
-    assert "best.safetensors and run.json have different contracts; they are of two runs" in refused(run)
+    assert "best.safetensors and run.json have different contracts, so they belong to two runs" in refused(run)
 
 
 @pytest.mark.parametrize("best", [None, {"epoch": 99}])
@@ -103,7 +103,7 @@ def test_best_weights_of_another_epoch_than_the_record(run: Path, trained: Any, 
     """A run cut off between the two must not be exported under the figures of an epoch before."""
     (run / "run.json").write_text(json.dumps({**trained.info, "best": best}), "utf-8")
     message = refused(run)
-    assert f"best.safetensors is of epoch {trained.fitted.best.epoch}, the best epoch of run.json is" in message
+    assert f"best.safetensors is of epoch {trained.fitted.best.epoch}, run.json names epoch" in message
     assert "echoquad train --resume" in message
 
 
@@ -133,7 +133,7 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 def test_a_state_that_is_none(tmp_path: Path) -> None:
     for content in ({"recipe": "x"}, [1, 2], torch.zeros(3), {}):
         torch.save(content, tmp_path / "last.pt")
-        with pytest.raises(RunError, match=r"last\.pt is no state of a run; train again into another folder"):
+        with pytest.raises(RunError, match=r"last\.pt is not the state of a run; train again into another folder"):
             load_last(tmp_path)
 
 

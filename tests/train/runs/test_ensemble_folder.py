@@ -23,7 +23,7 @@ from echoquad_train.fitting.loop import fit
 from echoquad_train.networks.ensemble_classifier import MEAN_VOTE, EnsembleClassifier, EnsembleVote
 from echoquad_train.networks.torch_engine import TorchEngine
 from echoquad_train.runs.checkpoint import Run, load_run
-from echoquad_train.runs.ensemble_folder import Ensemble, ensemble_facts, load_trained, write_ensemble
+from echoquad_train.runs.ensemble_folder import Ensemble, ensemble_metadata, load_trained, write_ensemble
 from echoquad_train.training.distillation import load_teacher
 
 QUADRANTS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 1, 16, 16), np.uint8))
@@ -105,8 +105,8 @@ def members(thin: None) -> list[Any]:
     return [model.eval() for model in made]
 
 
-def answers(members: list[Any], vote: Any = "soft", flip: bool = False, quadrants: Tensor = QUADRANTS) -> Tensor:
-    model = EnsembleClassifier(members, [1.0] * len(members), vote, flip).eval()
+def answers(members: list[Any], vote: Any = "soft", flip_tta: bool = False, quadrants: Tensor = QUADRANTS) -> Tensor:
+    model = EnsembleClassifier(members, [1.0] * len(members), vote, flip_tta).eval()
     with torch.inference_mode():
         return torch.softmax(model(quadrants), dim=1)
 
@@ -137,8 +137,8 @@ def test_the_order_of_members_is_of_no_matter(members: list[Any], vote: Any, fli
 def test_with_flips_a_flipped_quadrant_is_judged_alike(members: list[Any], vote: Any) -> None:
     mirrored = QUADRANTS.flip(3)
     assert not torch.allclose(answers(members), answers(members, quadrants=mirrored), atol=1e-3)
-    found = answers(members, vote, flip=True)
-    torch.testing.assert_close(found, answers(members, vote, flip=True, quadrants=mirrored), atol=1e-6, rtol=0)
+    found = answers(members, vote, flip_tta=True)
+    torch.testing.assert_close(found, answers(members, vote, flip_tta=True, quadrants=mirrored), atol=1e-6, rtol=0)
     if vote == "soft":
         both = (answers(members) + answers(members, quadrants=mirrored)) / 2
         torch.testing.assert_close(found, both, atol=1e-6, rtol=0)
@@ -180,7 +180,7 @@ def test_an_uncalibrated_ensemble_is_as_sure_as_its_members(trained: Any, thin: 
     ]
 
     def of(chosen: list[tuple[str, Run]], vote: EnsembleVote) -> float:
-        contract = Contract.from_dict(ensemble_facts(chosen, vote, flip=False)["contract"])
+        contract = Contract.from_dict(ensemble_metadata(chosen, vote, flip_tta=False)["contract"])
         assert contract.temperature == 1
         return contract.frame_temperature
 
@@ -195,12 +195,12 @@ def test_an_ensemble_is_whole_without_its_runs(
         Path(shutil.copytree(folder, tmp_path / name))
         for name, folder in (("a", trained.folder), ("b", others["seed"]))
     ]
-    write_ensemble(runs, tmp_path / "ensemble", vote="hard", flip=True)
+    write_ensemble(runs, tmp_path / "ensemble", vote="hard", flip_tta=True)
     for run in runs:
         shutil.rmtree(run)
     found = load_trained(tmp_path / "ensemble")
     assert isinstance(found, Ensemble) and not found.trained_in_folds
-    assert (found.model.vote, found.model.flip, len(found.members)) == ("hard", True, 2)
+    assert (found.model.vote, found.model.flip_tta, len(found.members)) == ("hard", True, 2)
     # Of the run's contract all but its temperatures, which are the run's own.
     assert found.contract == replace(load_run(trained.folder).contract, temperature=1.0, frame_temperature=1.0)
     assert {path.name for path in (tmp_path / "ensemble" / "members" / "2").iterdir()} == {
@@ -208,7 +208,7 @@ def test_an_ensemble_is_whole_without_its_runs(
         "run.json",
         "best.safetensors",
     }
-    with pytest.raises(RunError, match="an ensemble is here; expected a single run"):
+    with pytest.raises(RunError, match="this is an ensemble; expected a single run"):
         load_run(tmp_path / "ensemble")
     assert [path.name for path in tmp_path.iterdir()] == ["ensemble"]  # nothing half-written beside it
     info = json.loads((tmp_path / "ensemble" / "run.json").read_text("utf-8"))
@@ -218,7 +218,7 @@ def test_an_ensemble_is_whole_without_its_runs(
 
 
 def test_an_ensemble_stands_for_its_members(tmp_path: Path, trained: Any, others: dict[str, Path], thin: None) -> None:
-    write_ensemble([trained.folder], tmp_path / "one", flip=True)
+    write_ensemble([trained.folder], tmp_path / "one", flip_tta=True)
     made = write_ensemble([tmp_path / "one", others["seed"]], tmp_path / "two")
     assert len(made.members) == 2 and made.info["views"] == ["as it is"] and made.info["vote"] == "soft"
 
@@ -227,12 +227,14 @@ def test_an_ensemble_may_teach(tmp_path: Path, trained: Any, others: dict[str, P
     write_ensemble([trained.folder, others["seed"]], tmp_path / "ensemble")
     teacher = load_teacher(tmp_path / "ensemble", load_run(trained.folder).contract, torch.device("cpu"))
     assert not any(weight.requires_grad for weight in teacher.model.parameters())
-    assert teacher.facts["backbone"] == "soft vote of 2 networks (resnet18)" and len(teacher.facts["members"]) == 2
+    assert (
+        teacher.metadata["backbone"] == "soft vote of 2 networks (resnet18)" and len(teacher.metadata["members"]) == 2
+    )
     recipe = replace(trained.recipe, epochs=1)
     options: dict[str, Any] = {"device": "cpu", "resume": False, "reporter": quiet()}
     fit(trained.data, tmp_path / "student", recipe, teacher=tmp_path / "ensemble", **options)
     info = json.loads((tmp_path / "student" / "run.json").read_text("utf-8"))
-    assert info["teacher"]["weights_sha256"] == teacher.facts["weights_sha256"]
+    assert info["teacher"]["weights_sha256"] == teacher.metadata["weights_sha256"]
 
 
 def refused(kind: type[EchoQuadError], folders: list[Path], out: Path) -> str:
@@ -245,7 +247,7 @@ def refused(kind: type[EchoQuadError], folders: list[Path], out: Path) -> str:
 def test_what_cannot_be_joined(tmp_path: Path, trained: Any, others: dict[str, Path], thin: None) -> None:
     out, first = tmp_path / "ensemble", trained.folder.as_posix()
     for name, words in (
-        ("input_size", f"its input_size is 24; expected that of {first}, 16; members must judge alike"),
+        ("input_size", f"its input_size is 24; expected that of {first}, 16; members need the same contract"),
         ("positive", f"its positive is dark; expected that of {first}, bright"),
         ("keep", f"its keep is 0.8; expected that of {first}, 1.0"),
     ):
@@ -254,7 +256,7 @@ def test_what_cannot_be_joined(tmp_path: Path, trained: Any, others: dict[str, P
     (running / "run.json").write_text(json.dumps({**trained.info, "status": "running"}), "utf-8")
     assert "the run is not finished" in refused(RunError, [running], out)
     assert "no run here" in refused(RunError, [tmp_path / "none"], out)
-    assert "is there and not empty" in refused(RunError, [trained.folder], running)
+    assert "exists and is not empty" in refused(RunError, [trained.folder], running)
     assert [path.name for path in tmp_path.iterdir()] == ["running"]
 
 
@@ -263,9 +265,9 @@ def test_what_was_changed_since_is_refused(tmp_path: Path, trained: Any, others:
     write_ensemble([trained.folder, others["seed"]], out)
     info = json.loads((out / "run.json").read_text("utf-8"))
     changes: list[tuple[dict[str, Any], str]] = [
-        ({"vote": "loud"}, "names a vote, views or members that this release does not know"),
-        ({"members": [{**info["members"][0], "folder": "../run"}]}, "names a vote, views or members"),
-        ({"members": []}, "names a vote, views or members"),
+        ({"vote": "loud"}, "has a vote, views or members that this release does not support"),
+        ({"members": [{**info["members"][0], "folder": "../run"}]}, "has a vote, views or members"),
+        ({"members": []}, "has a vote, views or members"),
         ({"members": [{**info["members"][0], "weights_sha256": "0" * 64}]}, "members/1 was changed since"),
         ({"contract": {**info["contract"], "keep": 0.5}}, "keep of members/1 and run.json differ"),
         ({"contract": None}, "no proper ensemble's"),

@@ -13,14 +13,14 @@ from PIL import Image
 from echoquad_runtime.errors import OutputError
 from echoquad_train.fitting.loop import fit
 from echoquad_train.runs import checkpoint
-from echoquad_train.runs.tensorboard_writer import BOARD
+from echoquad_train.runs.tensorboard_writer import TENSORBOARD
 
 pytest.importorskip("tensorboard")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 def read(folder: Path) -> EventAccumulator:
-    found = EventAccumulator(str(folder / BOARD), size_guidance={"scalars": 0, "images": 0})
+    found = EventAccumulator(str(folder / TENSORBOARD), size_guidance={"scalars": 0, "images": 0})
     found.Reload()
     return found
 
@@ -89,12 +89,14 @@ def test_a_batch_is_shown_once(boards: dict[str, Path], trained: Any) -> None:
 def test_it_changes_nothing_else(boards: dict[str, Path], trained: Any) -> None:
     for folder in boards.values():
         assert (folder / "best.safetensors").read_bytes() == (trained.folder / "best.safetensors").read_bytes()
-        assert {path.name for path in folder.iterdir()} == {path.name for path in trained.folder.iterdir()} | {BOARD}
+        assert {path.name for path in folder.iterdir()} == {path.name for path in trained.folder.iterdir()} | {
+            TENSORBOARD
+        }
 
 
 def test_a_disk_that_refuses_is_one_line(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
     def block(split: str, done: int) -> None:
-        (tmp_path / "run" / BOARD).write_text("a file in the folder's place")
+        (tmp_path / "run" / TENSORBOARD).write_text("a file in the folder's place")
 
     reporter = quiet(at_decoding=block)
     with pytest.raises(OutputError, match=r"run/tensorboard: cannot be written \("):

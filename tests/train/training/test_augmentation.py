@@ -14,7 +14,7 @@ from torchvision.transforms import functional as TF
 
 from echoquad_train.parallel.ranks import Share
 from echoquad_train.recipe import Recipe
-from echoquad_train.training.augmentation import _sides, augment, draw_boxes, erase, sample_warp, shrink
+from echoquad_train.training.augmentation import _draw_sides, augment, draw_boxes, erase, resize, sample_warp
 
 SIZE = 32
 STILL = Recipe(
@@ -193,7 +193,7 @@ def torchvisions(image: Tensor, recipe: Recipe, generator: torch.Generator) -> T
         return float(torch.empty(1).uniform_(low, high, generator=generator))
 
     side = image.shape[-1]
-    width, height = (float(value) for value in _sides(1, recipe.crop_scale, recipe.crop_ratio, generator))
+    width, height = (float(value) for value in _draw_sides(1, recipe.crop_scale, recipe.crop_ratio, generator))
     x, y = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
     # torchvision crops whole pixels: the picture is cut out of a larger one, on whose grid the box's edges lie.
     fine = 8 * side
@@ -250,12 +250,12 @@ def neighbours(count: int, side: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def test_beyond_an_inner_edge_lies_the_rest_of_the_frame() -> None:
     """Against scipy's interpolation in the frame itself, at the pixels that the drawn maps lead to."""
     side, recipe = 16, with_only(translate=0.4, zoom=(0.6, 1.2), rotate=40, horizontal_flip=0.5)
-    frames, places = neighbours(12, side)
-    found = augment(frames, recipe, seeded(5), places=places)
+    frames, positions = neighbours(12, side)
+    found = augment(frames, recipe, seeded(5), positions=positions)
     maps = sample_warp(12, recipe, seeded(5)).double().numpy()
     steps = (2 * np.arange(side) + 1) / side - 1  # pixels' centres, in [-1, 1]
     x, y = np.meshgrid(steps, steps)
-    for row, (frame, place) in enumerate(zip(frames.double().numpy(), places.tolist(), strict=True)):
+    for row, (frame, place) in enumerate(zip(frames.double().numpy(), positions.tolist(), strict=True)):
         whole = np.block([[frame[0], frame[1]], [frame[2], frame[3]]])
         at = maps[row] @ np.stack([x.ravel(), y.ravel(), np.ones(side * side)])
         columns, rows = ((at + 1) * side - 1) / 2 + np.array([[place % 2], [place // 2]]) * side
@@ -265,9 +265,9 @@ def test_beyond_an_inner_edge_lies_the_rest_of_the_frame() -> None:
 
 def test_neighbours_show_only_where_there_was_black() -> None:
     recipe = with_only(translate=0.3, zoom=(0.8, 1.2), rotate=20)
-    frames, places = neighbours(8, SIZE)
-    own = frames[torch.arange(8), places][:, None]
-    alone, beside = augment(own, recipe, seeded(2)), augment(frames, recipe, seeded(2), places=places)
+    frames, positions = neighbours(8, SIZE)
+    own = frames[torch.arange(8), positions][:, None]
+    alone, beside = augment(own, recipe, seeded(2)), augment(frames, recipe, seeded(2), positions=positions)
     inside = augment(torch.full_like(own, 255), recipe, seeded(2)) > 254.9
     torch.testing.assert_close(alone[inside], beside[inside], atol=GREY_LEVELS, rtol=0)
     beyond = augment(torch.full_like(own, 255), recipe, seeded(2)) == 0
@@ -275,16 +275,18 @@ def test_neighbours_show_only_where_there_was_black() -> None:
 
 
 def test_nothing_to_do_beside_neighbours_gives_the_quadrant_back() -> None:
-    frames, places = neighbours(4, SIZE)
-    out = augment(frames, STILL, seeded(), places=places)
-    torch.testing.assert_close(out[:, 0], frames[torch.arange(4), places].float(), atol=1e-3, rtol=0)
+    frames, positions = neighbours(4, SIZE)
+    out = augment(frames, STILL, seeded(), positions=positions)
+    torch.testing.assert_close(out[:, 0], frames[torch.arange(4), positions].float(), atol=1e-3, rtol=0)
 
 
 def test_a_share_with_neighbours_is_augmented_as_in_the_whole() -> None:
     recipe = with_only(translate=0.3, rotate=20, erase=0.5)
-    frames, places = neighbours(7, SIZE)
-    whole = augment(frames, recipe, seeded(4), places=places)
-    parts = [augment(frames[a:b], recipe, seeded(4), Share(a, b, 7), places[a:b]) for a, b in ((0, 3), (3, 7), (7, 7))]
+    frames, positions = neighbours(7, SIZE)
+    whole = augment(frames, recipe, seeded(4), positions=positions)
+    parts = [
+        augment(frames[a:b], recipe, seeded(4), Share(a, b, 7), positions[a:b]) for a, b in ((0, 3), (3, 7), (7, 7))
+    ]
     assert parts[2].shape == (0, 1, SIZE, SIZE)
     torch.testing.assert_close(torch.cat(parts), whole)
 
@@ -369,6 +371,6 @@ def test_shrinking_is_pillows_up_to_rounding() -> None:
     """Smooth pictures, since noise would only show that Pillow rounds between its two passes."""
     x = np.linspace(0, 3, 112)
     picture = (127 + 60 * np.sin(x)[:, None] + 60 * np.cos(2 * x)[None]).astype(np.uint8)
-    found = shrink(torch.from_numpy(picture)[None, None], 64)[0, 0].numpy()
+    found = resize(torch.from_numpy(picture)[None, None], 64)[0, 0].numpy()
     expected = np.asarray(Image.fromarray(picture).resize((64, 64), Image.Resampling.BILINEAR), np.float64)
     assert found.shape == (64, 64) and np.abs(found - expected).max() < 1.1

@@ -63,9 +63,9 @@ def test_a_device_that_holds_something_else_is_not_asked(
     frames: QuadrantStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wrong: Any
 ) -> None:
     monkeypatch.setattr(batching, "_free_bytes", lambda where: 2**30)
-    monkeypatch.setattr(batching, "_uploaded", lambda quadrants, where: torch.from_numpy(wrong(quadrants)))
+    monkeypatch.setattr(batching, "_upload", lambda quadrants, where: torch.from_numpy(wrong(quadrants)))
     feed = DeviceFeed(frames, CPU)
-    assert feed.resident is None and "not those of the data set" in caplog.text
+    assert feed.resident is None and "differ from those of the data set" in caplog.text
     assert next(feed.feed([np.array([19])])).unique().tolist() == [19]
 
 
@@ -91,11 +91,11 @@ def test_an_epoch(frames: QuadrantStore, kept: str, context_padding: bool) -> No
         labels = frames.labels[chosen // 4]
         assert batch.labels.tolist() == labels.tolist()
         assert float(batch.weight) == float(WEIGHTS[labels].sum())
-        assert (batch.places is None) == (not context_padding)
-        if batch.places is None:
+        assert (batch.positions is None) == (not context_padding)
+        if batch.positions is None:
             assert batch.quadrants[:, 0, 0, 0].tolist() == chosen.tolist()
         else:
-            assert batch.places.tolist() == (chosen % 4).tolist()
+            assert batch.positions.tolist() == (chosen % 4).tolist()
             assert batch.quadrants[:, 0, 0, 0].tolist() == (chosen // 4 * 4).tolist()
 
 
@@ -117,9 +117,9 @@ def test_ranks_share_a_batch_and_its_draws(
 
 def test_numbers_are_drawn_at_once_for_as_many_batches_as_fit() -> None:
     sizes = [6, 6, 6, 2, 30, 1]
-    parts = {limit: [sizes[part] for part in batching._parts(sizes, limit)] for limit in (0, 12, 100)}
+    parts = {limit: [sizes[part] for part in batching._chunks(sizes, limit)] for limit in (0, 12, 100)}
     assert parts == {0: [[6], [6], [6], [2], [30], [1]], 12: [[6, 6], [6, 2], [30], [1]], 100: [sizes]}
-    assert batching._parts([], 5) == []
+    assert batching._chunks([], 5) == []
 
 
 def test_every_row_has_draws_of_its_own(frames: QuadrantStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from echoquad_train.training import captured_step
 from echoquad_train.training.batches import TrainingBatch
 from echoquad_train.training.captured_step import CapturedStep, CudaGraphRecorder, capture
 from echoquad_train.training.optimizer_schedule import OptimizerSchedule, phase_of
-from echoquad_train.training.train_step import recorder_of
+from echoquad_train.training.train_step import step_recorder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -93,7 +93,7 @@ class Small:
     def __call__(self, batch: TrainingBatch) -> None:
         logits = self.model(batch.quadrants.float().flatten(1) + batch.draws["shift"])
         loss = nn.functional.cross_entropy(logits, batch.labels, reduction="sum") / batch.weight
-        self.schedule.descend(loss, NO_SCALER)
+        self.schedule.apply_gradient(loss, NO_SCALER)
         self.loss_sum += loss.detach()
 
     def state(self) -> dict[str, list[Tensor]]:
@@ -183,7 +183,7 @@ def test_an_input_that_stays_behind_is_found(
 
     monkeypatch.setattr(CapturedStep, "__init__", forgetful)
     assert Small().captured() is None
-    assert "not captured in a CUDA graph: replayed, it changes the " in caplog.text
+    assert "not captured in a CUDA graph: its replay changes the " in caplog.text
 
 
 def test_a_number_that_stays_is_found(caplog: pytest.LogCaptureFixture) -> None:
@@ -223,7 +223,7 @@ def test_a_step_that_cannot_be_recorded_is_taken_as_it_is(caplog: pytest.LogCapt
     assert small.captured(Refusing) is None
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
     assert [record.getMessage() for record in caplog.records] == [
-        f"training steps are not captured in a CUDA graph: {reason}; training goes on without, slower"
+        f"training steps are not captured in a CUDA graph: {reason}; training continues without it, slower"
         for reason in ("operation not permitted when stream is capturing", "CUDA out of memory.")
     ]
     assert all(torch.equal(a, b) for a, b in zip(small.everything(), before, strict=False))
@@ -246,7 +246,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
         made.append(Tape())
         return made[-1]
 
-    monkeypatch.setattr(fitting, "recorder_of", lambda *_: make)
+    monkeypatch.setattr(fitting, "step_recorder", lambda *_: make)
     return made
 
 
@@ -273,7 +273,7 @@ def test_a_recorded_run_is_the_run(
     full, phases = 32 // recipe.batch_size, 1 + bool(recipe.warmup_epochs)
     # One replay of each recording is its proof.
     assert len(tapes) == phases and sum(tape.replays for tape in tapes) == recipe.epochs * full + phases
-    monkeypatch.setattr(fitting, "recorder_of", lambda *_: Refusing)
+    monkeypatch.setattr(fitting, "step_recorder", lambda *_: Refusing)
     assert run(flat_data, tmp_path / "eager", quiet(), recipe) == recorded
 
 
@@ -283,7 +283,7 @@ def test_sizes_have_recordings_of_their_own(
     recipe = RECIPE.replace(input_size=80, progressive_fraction=0.7, progressive_scale=0.8)
     recorded = run(flat_data, tmp_path / "recorded", quiet(), recipe)
     assert [tape.replays for tape in tapes] == [9, 5]
-    monkeypatch.setattr(fitting, "recorder_of", lambda *_: Refusing)
+    monkeypatch.setattr(fitting, "step_recorder", lambda *_: Refusing)
     assert run(flat_data, tmp_path / "eager", quiet(), recipe) == recorded
 
 
@@ -310,7 +310,7 @@ def test_a_recorded_run_with_a_teacher(
     train = partial(run, trained.data, recipe=RECIPE.replace(center_crop=1.0, epochs=2), teacher=trained.folder)
     recorded = train(tmp_path / "recorded", quiet())
     assert tapes[0].replays == 9
-    monkeypatch.setattr(fitting, "recorder_of", lambda *_: Refusing)
+    monkeypatch.setattr(fitting, "step_recorder", lambda *_: Refusing)
     assert train(tmp_path / "eager", quiet()) == recorded
 
 
@@ -322,7 +322,7 @@ def test_a_run_that_cannot_be_recorded_warns_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(fitting, "recorder_of", lambda *_: Refusing)
+    monkeypatch.setattr(fitting, "step_recorder", lambda *_: Refusing)
     run(flat_data, tmp_path / "run", quiet(), RECIPE.replace(trained_layers="layer4", warmup_epochs=1))
     assert len(caplog.records) == 1
 
@@ -338,10 +338,10 @@ def test_a_run_may_go_on_where_steps_are_not_recorded(
             if now == killed:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(fitting, "recorder_of", recorder)
+        monkeypatch.setattr(fitting, "step_recorder", recorder)
         with pytest.raises(KeyboardInterrupt):
             run(flat_data, tmp_path / "run", quiet(at_batch=at_batch), resume=epoch > 2)
-    monkeypatch.setattr(fitting, "recorder_of", lambda *_: Tape)
+    monkeypatch.setattr(fitting, "step_recorder", lambda *_: Tape)
     run(flat_data, tmp_path / "run", quiet(), resume=True)
 
 
@@ -366,7 +366,7 @@ def test_where_steps_are_recorded(
     if switch is not None:
         monkeypatch.setenv("ECHOQUAD_CUDA_GRAPHS", switch)
     scaler = torch.amp.GradScaler("cpu", enabled=scaled)
-    assert (recorder_of(where, ranks, scaler) is not None) == recorded
+    assert (step_recorder(where, ranks, scaler) is not None) == recorded
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -24,7 +24,7 @@ from echoquad_train.recipe import Recipe
 from echoquad_train.training import optimizer_schedule as schedule
 from echoquad_train.training import train_step as trainer
 from echoquad_train.training.augmentation import apply_augmentation, draw_augmentation
-from echoquad_train.training.distillation import Teacher, distillation_loss, load_teacher, teacher_quadrants
+from echoquad_train.training.distillation import Teacher, distillation_loss, load_teacher, open_teacher_store
 
 CPU = torch.device("cpu")
 
@@ -117,11 +117,11 @@ def test_the_teacher_is_shown_what_the_student_is(
     kept: list[Any] = []
     real_apply, real_call = trainer.apply_augmentation, Teacher.__call__
 
-    def watched(quadrants: torch.Tensor, recipe: Recipe, draws: Any, places: torch.Tensor | None) -> torch.Tensor:
-        assert quadrants.shape[1] == (4 if context_padding else 1) and (places is not None) == context_padding
+    def watched(quadrants: torch.Tensor, recipe: Recipe, draws: Any, positions: torch.Tensor | None) -> torch.Tensor:
+        assert quadrants.shape[1] == (4 if context_padding else 1) and (positions is not None) == context_padding
         kept.append(draws["warp"])  # so that no two have one identity
         shown_by.append((quadrants.shape[-1], id(draws["warp"])))
-        return real_apply(quadrants, recipe, draws, places)
+        return real_apply(quadrants, recipe, draws, positions)
 
     def asked(self: Teacher, view: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
         assert not self.model.training and not any(weight.requires_grad for weight in self.model.parameters())
@@ -132,7 +132,7 @@ def test_the_teacher_is_shown_what_the_student_is(
 
     monkeypatch.setattr(trainer, "apply_augmentation", watched)
     monkeypatch.setattr(Teacher, "__call__", asked)
-    monkeypatch.setattr(schedule, "_SMALLEST", 8)
+    monkeypatch.setattr(schedule, "_MIN_TRAINING_SIZE", 8)
     shown = {"progressive_fraction": 1.0, "progressive_scale": small / size, "context_padding": context_padding}
     recipe = trained.recipe.replace(input_size=size, epochs=1, **shown)
     train(trained.data, tmp_path / "run", recipe, quiet(), teacher=trained.folder)
@@ -150,11 +150,11 @@ def test_the_teachers_quadrants_are_the_frames_at_its_size(tmp_path: Path, train
     split = read_split(trained.data, "train", contract.classes)
     store = load_quadrants(split, contract)
     teacher = load_teacher(trained.folder, contract, CPU)
-    own = teacher_quadrants(teacher, split, store, Storage(tmp_path))
+    own = open_teacher_store(teacher, split, store, Storage(tmp_path))
     assert isinstance(own, QuadrantStore)
     assert own.names == store.names and np.array_equal(own.labels, store.labels)
     assert np.array_equal(own.quadrants, load_quadrants(split, teacher.contract).quadrants)
-    assert teacher_quadrants(teacher, split, own, Storage(tmp_path)) is own
+    assert open_teacher_store(teacher, split, own, Storage(tmp_path)) is own
 
 
 def test_frames_that_change_while_they_are_read(tmp_path: Path, trained: Any, thin: None) -> None:
@@ -165,7 +165,7 @@ def test_frames_that_change_while_they_are_read(tmp_path: Path, trained: Any, th
     store = load_quadrants(split, contract)
     (data / "train" / "dark" / "train2.png").write_bytes(b"half")
     with pytest.raises(DatasetError, match=r"^train: train/dark/train2\.png changed while the frames were read; "):
-        teacher_quadrants(load_teacher(trained.folder, contract, CPU), split, store, Storage(tmp_path))
+        open_teacher_store(load_teacher(trained.folder, contract, CPU), split, store, Storage(tmp_path))
 
 
 # What a student learns
@@ -270,18 +270,18 @@ def test_a_teacher_that_cannot_be_one(tmp_path: Path, trained: Any, make_data: A
     message = refused(ConfigError, others, out, recipe, quiet(), teacher=teacher)
     assert message == f"{label}its classes is bright, dark; expected the student's, bright, dim"
     message = refused(ConfigError, trained.data, out, recipe.replace(center_crop=0.8), quiet(), teacher=teacher)
-    assert message == f"{label}its keep is 1.0; expected the student's, 0.8"
+    assert message == f"{label}its center_crop is 1.0; expected the student's, 0.8"
     assert "no run here (run.json is missing)" in refused(
         RunError, trained.data, out, recipe, quiet(), teacher=tmp_path / "none"
     )
     (teacher / "run.json").write_text(json.dumps({**trained.info, "status": "running"}), "utf-8")
     message = refused(ConfigError, trained.data, out, recipe, quiet(), teacher=teacher)
-    assert message == f"{label}the run is not finished; go on with it by `echoquad train --resume` first"
+    assert message.startswith(f"{label}the run is not finished; ") and "--resume" in message
     (teacher / "run.json").write_text(
         json.dumps({**trained.info, "best": {"epoch": trained.fitted.best.epoch}}), "utf-8"
     )
     message = refused(RunError, trained.data, out, recipe, quiet(), teacher=teacher)
     assert message == f"{teacher.as_posix()}: run.json lacks 'validation_frame_accuracy'; train again"
     (teacher / "best.safetensors").write_bytes(b"half")
-    assert "best.safetensors cannot be used" in refused(RunError, trained.data, out, recipe, quiet(), teacher=teacher)
+    assert "best.safetensors cannot be read" in refused(RunError, trained.data, out, recipe, quiet(), teacher=teacher)
     assert not out.exists()

@@ -40,7 +40,7 @@ def test_it_is_the_weighted_sum_of_all_steps(thin: None, capturable: bool) -> No
     for step in range(12):
         randomize(model, step)
         ema.advance()
-        ema.mix()
+        ema.update()
         weight, statistic = model.head[-1].weight, model.backbone.bn1.running_var
         now = torch.cat([weight.flatten(), statistic]).detach().double().numpy()
         kept = decay_at(0.7, step)
@@ -65,7 +65,7 @@ def test_it_is_torchs_averaged_model_bit_for_bit(thin: None) -> None:
         randomize(model, step)
         reference.update_parameters(model)
         ema.advance()
-        ema.mix()
+        ema.update()
     state, expected = ema.state_dict(), reference.state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], value) for name, value in expected.items())
@@ -82,7 +82,7 @@ def test_it_continues_from_its_state(thin: None) -> None:
         randomize(model, step)
         for ema in (whole, first):
             ema.advance()
-            ema.mix()
+            ema.update()
     found, expected = first.state_dict(), whole.state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
@@ -92,7 +92,7 @@ def test_a_step_walks_over_no_modules(thin: None, monkeypatch: pytest.MonkeyPatc
     ema = EmaWeights(model, 0.9)
     monkeypatch.setattr(torch.nn.Module, "named_modules", None)
     ema.advance()
-    ema.mix()
+    ema.update()
 
 
 def test_less_is_kept_of_the_first_steps() -> None:
@@ -109,7 +109,7 @@ def test_a_run_keeps_the_averaged_weights(
     fitted = fit(flat_data, tmp_path / "run", recipe, device="cpu", resume=False, reporter=quiet())
     state, best = load_last(tmp_path / "run"), load_run(tmp_path / "run").model.state_dict()
     if fitted.best.epoch == 2:
-        assert all(torch.equal(best[name], state["average"][f"module.{name}"]) for name in best)
+        assert all(torch.equal(best[name], state["ema"][f"module.{name}"]) for name in best)
     assert not all(torch.equal(best[name], value) for name, value in state["model"].items())
 
 

@@ -9,7 +9,7 @@ import torch
 from echoquad_runtime.errors import ConfigError
 from echoquad_train.recipe import Recipe
 from echoquad_train.training.augmentation import augment
-from echoquad_train.training.intensity_augmentation import draw_intensity, vary
+from echoquad_train.training.intensity_augmentation import apply_intensity, draw_intensity
 
 STILL = Recipe(
     weights="none", input_size=32, horizontal_flip=0, rotate=0, translate=0, shear=0, erase=0, crop_scale=(1, 1)
@@ -28,13 +28,13 @@ def flat(level=100.0, count=64, size=32):
 
 def vary_by(images, seed=0, **strengths):
     recipe = STILL.replace(**strengths)
-    return vary(images, recipe, draw_intensity(len(images), images.shape[-1], recipe, generator(seed)))
+    return apply_intensity(images, recipe, draw_intensity(len(images), images.shape[-1], recipe, generator(seed)))
 
 
 def test_a_recipe_that_varies_nothing_gives_the_batch_itself_and_draws_nothing():
     images, source = flat(), generator()
     before = source.get_state()
-    assert vary(images, STILL, draw_intensity(64, 32, STILL, source)) is images
+    assert apply_intensity(images, STILL, draw_intensity(64, 32, STILL, source)) is images
     assert torch.equal(source.get_state(), before)
 
 

@@ -10,17 +10,17 @@ from torch import nn
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import RunError
 from echoquad_train.networks.backbones import BACKBONES
-from echoquad_train.networks.classifier import QuadrantClassifier, set_trained
+from echoquad_train.networks.classifier import QuadrantClassifier, set_trainable
 from echoquad_train.recipe import Recipe
-from echoquad_train.runs.history import Epoch, best_of, out_of_patience
+from echoquad_train.runs.history import Epoch, best_epoch, should_stop_early
 from echoquad_train.training.optimizer_schedule import (
-    _SMALLEST,
+    _MIN_TRAINING_SIZE,
     OptimizerSchedule,
     Phase,
     one_cycle,
     phase_of,
     progressive_epochs,
-    side_of,
+    training_size,
 )
 
 TRANSFER = Recipe.load("transfer")
@@ -120,7 +120,7 @@ def test_frozen_layers_stay_bit_for_bit(
 ) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     phase = Phase("x", 1, 1, layers)
-    under_test = OptimizerSchedule(set_trained(model, layers), Recipe(optimizer="sgd"), phase, 1)
+    under_test = OptimizerSchedule(set_trainable(model, layers), Recipe(optimizer="sgd"), phase, 1)
     for seed in range(2):
         batch = torch.randint(0, 256, (8, 1, 32, 32), generator=torch.Generator().manual_seed(seed))
         under_test.step(model(batch).square().sum(), NO_SCALER)
@@ -129,7 +129,7 @@ def test_frozen_layers_stay_bit_for_bit(
 
 
 def test_layers_train_at_their_own_rates(model: QuadrantClassifier) -> None:
-    groups = set_trained(model, {"head": 0.3, "layer4": 0.2, "layer3": 0.1})
+    groups = set_trainable(model, {"head": 0.3, "layer4": 0.2, "layer3": 0.1})
     rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}  # type: ignore[attr-defined]
     for name, parameter in model.named_parameters():
         wanted = {"head": 0.3, "backbone.layer4": 0.2, "backbone.layer3": 0.1}
@@ -138,9 +138,9 @@ def test_layers_train_at_their_own_rates(model: QuadrantClassifier) -> None:
 
 
 def test_a_frozen_backbone_is_in_evaluation_mode_and_thaws(model: QuadrantClassifier) -> None:
-    set_trained(model, {"head": 0.1})
+    set_trainable(model, {"head": 0.1})
     assert model.head.training and not any(module.training for module in model.backbone.modules())
-    set_trained(model, {"all": 0.1})
+    set_trainable(model, {"all": 0.1})
     assert all(module.training for module in model.modules())
 
 
@@ -157,7 +157,7 @@ def test_a_plateau_halves_the_rates() -> None:
     rates = []
     for accuracy in (0.6, 0.7, 0.7, 0.69, 0.7, 0.7, 0.7, 0.7, 0.9):
         rates.append(rate())
-        under_test.epoch_ended(accuracy)
+        under_test.end_epoch(accuracy)
     # Patience 2: the third epoch that is no better halves.
     assert rates == pytest.approx([1e-4] * 5 + [5e-5] * 3 + [2.5e-5])
 
@@ -166,7 +166,7 @@ def test_a_constant_rate_stays() -> None:
     recipe = replace(TRANSFER, schedule="constant")
     under_test, (head, body) = optimizer_schedule(recipe, phase_of(recipe, 4))
     for _ in range(6):
-        under_test.epoch_ended(0.5)
+        under_test.end_epoch(0.5)
         assert under_test.step((head * body).sum(), NO_SCALER) == 1e-4
 
 
@@ -184,7 +184,7 @@ def test_an_optimizer_schedule_continues_from_its_state(optimizer: Any, schedule
     def go(under_test: OptimizerSchedule, parameters: list[nn.Parameter]) -> None:
         for _ in range(3):
             under_test.step(sum((p**3).sum() for p in parameters), NO_SCALER)
-        under_test.epoch_ended(0.5)
+        under_test.end_epoch(0.5)
 
     for _ in range(4):
         go(whole, kept)
@@ -240,7 +240,7 @@ def test_a_run_of_the_sgd_that_had_momentum_is_not_gone_on_with_in_silence() -> 
     phase = phase_of(TRANSFER, 4)
     before, _ = optimizer_schedule(replace(TRANSFER, optimizer="momentum"), phase)  # what sgd was until then
     after, _ = optimizer_schedule(replace(TRANSFER, optimizer="sgd"), phase)
-    with pytest.raises(RunError, match=r"momentum is 0\.9; this release's has 0; do: .* --set optimizer=momentum"):
+    with pytest.raises(RunError, match=r"momentum is 0\.9; this release uses 0; .* --set optimizer=momentum"):
         after.load_state_dict(before.state_dict())
 
 
@@ -262,7 +262,7 @@ def epoch(number: int, accuracy: float, loss: float = 0.5) -> Epoch:
 )
 def test_the_best_epoch(figures: list[tuple[float, float]], best: int) -> None:
     history = [epoch(number, *figure) for number, figure in enumerate(figures, 1)]
-    assert best_of(history).epoch == best == best_of(history[::-1]).epoch
+    assert best_epoch(history).epoch == best == best_epoch(history[::-1]).epoch
 
 
 def test_patience() -> None:
@@ -270,9 +270,9 @@ def test_patience() -> None:
     accuracies = [0.9, 0.5, 0.5, 0.5, 0.5, 0.95, 0.9, 0.9, 0.9]
     history = [epoch(number, accuracy) for number, accuracy in enumerate(accuracies, 1)]
     # The best is of the warm-up, so patience counts from its end: epochs 3, 4 and 5 brought none better.
-    stops = [out_of_patience(history[:count], recipe) for count in range(len(history) + 1)]
+    stops = [should_stop_early(history[:count], recipe) for count in range(len(history) + 1)]
     assert stops == [False, False, False, False, False, True, False, False, False, True]
-    assert not any(out_of_patience(history[:n], replace(recipe, early_stopping_patience=0)) for n in range(10))
+    assert not any(should_stop_early(history[:n], replace(recipe, early_stopping_patience=0)) for n in range(10))
 
 
 @pytest.mark.parametrize(
@@ -291,13 +291,13 @@ def test_patience() -> None:
 )
 def test_the_first_epochs_may_be_smaller(values: dict[str, Any], sides: list[int]) -> None:
     recipe = Recipe(epochs=8, input_size=112).replace(**values)
-    assert [side_of(recipe, epoch) for epoch in range(1, 9)] == sides
+    assert [training_size(recipe, epoch) for epoch in range(1, 9)] == sides
     assert progressive_epochs(recipe) == sum(side < recipe.input_size for side in sides)
 
 
 def test_no_backbone_needs_more_than_the_smallest_side() -> None:
-    assert max(parts.smallest for parts in BACKBONES.values()) <= _SMALLEST
+    assert max(parts.min_input_size for parts in BACKBONES.values()) <= _MIN_TRAINING_SIZE
 
 
 def test_a_single_epoch_is_at_full_size() -> None:
-    assert side_of(Recipe(epochs=1, progressive_fraction=0.9), 1) == 224
+    assert training_size(Recipe(epochs=1, progressive_fraction=0.9), 1) == 224

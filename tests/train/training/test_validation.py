@@ -13,12 +13,12 @@ from echoquad_train.parallel.ranks import ALONE, Ranks
 from echoquad_train.runs.checkpoint import load_run
 from echoquad_train.training import validation
 from echoquad_train.training.batches import DeviceFeed
-from echoquad_train.training.validation import Validated, batch_size, validate
+from echoquad_train.training.validation import ValidationMetrics, batch_size, validate
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def judged(folder: Path, data: Path, where: torch.device) -> Validated:
+def judged(folder: Path, data: Path, where: torch.device) -> ValidationMetrics:
     run = load_run(folder)
     store = load_quadrants(read_split(data, "validation", run.contract.classes), run.contract)
     return validate(run.model, run.contract, DeviceFeed(store, where))
@@ -38,7 +38,7 @@ def test_the_size_of_batches_is_of_no_influence(
 ) -> None:
     monkeypatch.setattr(validation, "VALIDATION_BATCH", size)
     found, best = judged(trained.folder, trained.data, CPU), trained.fitted.best
-    assert (found.patch_accuracy, found.frame_accuracy) == (
+    assert (found.quadrant_accuracy, found.frame_accuracy) == (
         best.validation_patch_accuracy,
         best.validation_frame_accuracy,
     )

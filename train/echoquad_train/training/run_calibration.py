@@ -1,4 +1,4 @@
-"""The last step of training: a run's best weights, or an ensemble, get their temperatures."""
+"""Temperature scaling of a run's best weights after training, and of an ensemble."""
 
 from __future__ import annotations
 
@@ -29,102 +29,103 @@ __all__ = ["calibrate_ensemble", "calibrate_run"]
 
 
 def calibrate_run(
-    folder: Path, facts: Mapping[str, Any], recipe: Recipe, split: Split, store: Store, where: torch.device
+    folder: Path, metadata: Mapping[str, Any], recipe: Recipe, split: Split, store: Store, device: torch.device
 ) -> dict[str, Any]:
-    """Fit the temperature of a run's best weights, and write ``best.safetensors`` under the contract that has it.
+    """Fit the temperatures of a run's best weights and write ``best.safetensors`` with the new contract.
 
-    Of several processes the first alone does it. The record has to be written next, from what is given back: killed in
-    between, the run is one that `load_run` refuses and ``--resume`` goes on with, to the same end.
+    Only the first rank calls it, and then writes ``run.json`` from the returned metadata. If it is killed in between,
+    `load_run` refuses the run and ``--resume`` completes it.
 
     Parameters
     ----------
     folder
-        The run, its best weights written.
-    facts
-        What the record says of it up to now; ``patient_regex`` says whom a frame is of.
+        The run folder, with ``best.safetensors``.
+    metadata
+        The run metadata up to now; its ``patient_regex`` groups frames by patient.
     recipe
-        How it was trained; with ``temperature_scaling = false`` nothing is done.
+        The recipe of the run; with ``temperature_scaling = false`` nothing is fitted.
     split, store
-        The validation frames, and where their quadrants are found.
-    where
-        What to compute on.
+        The validation frames and their quadrants.
+    device
+        The device to compute on.
 
     Returns
     -------
     dict
-        `facts` with the contract that the weights now have, and ``calibration``.
+        `metadata` with the new contract and ``calibration``.
 
     Raises
     ------
     RunError
         If the best weights cannot be read.
     OutputError
-        If the system refuses to write.
+        If a file cannot be written.
     """
     if not recipe.temperature_scaling:
-        return dict(facts)
+        return dict(metadata)
     best = checkpoint.load_best(folder, recipe)
-    given = recipe.temperature or None
-    contract, changed = _fitted(best.model, best.contract, split, store, where, facts.get("patient_regex"), given)
+    regex, fixed = metadata.get("patient_regex"), recipe.temperature or None
+    contract, changed = _fit_temperatures(best.model, best.contract, split, store, device, regex, fixed)
     checkpoint.save_best(folder, best.model.state_dict(), recipe, contract, best.epoch)
-    return {**facts, **changed}
+    return {**metadata, **changed}
 
 
 def calibrate_ensemble(ensemble: Ensemble, data: Path, patient_regex: str | None = None) -> Ensemble:
-    """Fit an ensemble's own temperatures on validation frames, and write its record under the contract that has them.
+    """Fit the temperatures of an ensemble on validation frames and write its ``run.json`` with the new contract.
 
     Parameters
     ----------
     ensemble
-        As `echoquad_train.runs.ensemble_folder.write_ensemble` gives it.
+        From `echoquad_train.runs.ensemble_folder.write_ensemble`.
     data
-        The data folder; its files are read as the members' were.
+        The data folder, read with the same options as for the members.
     patient_regex
-        Says whom a frame is of, for cross-fitting; see `echoquad_train.data.patients.patient_of`.
+        Extracts the patient from a frame's name, for cross-fitting; see `echoquad_train.data.patients.patient_of`.
 
     Raises
     ------
     ConfigError
-        If the members are of folds, and so have learned from each other's validation frames.
+        If the members are runs of folds: each was trained on frames that another was validated on.
     DatasetError
-        If the frames cannot be had.
+        If the frames cannot be read.
     OutputError
-        If the system refuses to write.
+        If ``run.json`` cannot be written.
     """
     if ensemble.trained_in_folds:
         raise ConfigError(
-            f"{ensemble.folder.as_posix()}: members of folds have learned from each other's validation frames; "
-            "expected runs of one split to calibrate together; leave --calibrate out"
+            f"{ensemble.folder.as_posix()}: its members are runs of folds, trained on each other's validation frames; "
+            "expected runs that share one split; omit --calibrate"
         )
-    contract, data_facts = ensemble.contract, ensemble.info.get("data")
-    reading = ReadOptions.found_in(data_facts)
+    contract = ensemble.contract
+    reading = ReadOptions.found_in(ensemble.info.get("data"))
     split = read_split(data, "validation", contract.classes, reading)
     store = load_quadrants(split, contract)
-    contract, changed = _fitted(ensemble.model, contract, split, store, torch.device("cpu"), patient_regex)
-    facts = {**ensemble.info, **changed}
-    write_json(ensemble.folder / checkpoint.RUN, facts)
-    return replace(ensemble, info=facts, contract=contract)
+    contract, changed = _fit_temperatures(ensemble.model, contract, split, store, torch.device("cpu"), patient_regex)
+    metadata = {**ensemble.info, **changed}
+    write_json(ensemble.folder / checkpoint.RUN, metadata)
+    return replace(ensemble, info=metadata, contract=contract)
 
 
-def _fitted(
+def _fit_temperatures(
     model: QuadrantClassifier | EnsembleClassifier,
     contract: Contract,
     split: Split,
     store: Store,
-    where: torch.device,
+    device: torch.device,
     patient_regex: str | None,
-    quadrants: float | None = None,
+    quadrant_temperature: float | None = None,
 ) -> tuple[Contract, dict[str, Any]]:
-    """Fit a model's temperatures; gives the contract that has them, and what they change in its record."""
+    """Fit a model's temperatures; return the contract with them, and the changed keys of ``run.json``."""
     plain = Temperatures().of(contract)
-    engine = TorchEngine(model, plain, where)
-    every = np.arange(4 * len(store.labels))
-    batches = [every[start : start + VALIDATION_BATCH] for start in range(0, len(every), VALIDATION_BATCH)]
+    engine = TorchEngine(model, plain, device)
+    indices = np.arange(4 * len(store.labels))
+    batches = [indices[start : start + VALIDATION_BATCH] for start in range(0, len(indices), VALIDATION_BATCH)]
     logits = np.concatenate([engine.infer(quadrants)[0] for quadrants in store.feed(batches)])
-    read = set(store.names)
-    patients = patients_of((frame for frame in split.frames if frame.name in read), patient_pattern(patient_regex))
+    readable = set(store.names)
+    frames = (frame for frame in split.frames if frame.name in readable)
+    patients = patients_of(frames, patient_pattern(patient_regex))
     scores = logits.reshape(len(store.labels), 4, -1)
-    fitted, found = calibration_facts(scores, store.labels, patients, plain, quadrants)
+    fitted, found = calibration_facts(scores, store.labels, patients, plain, quadrant_temperature)
     contract = fitted.of(plain)
     return contract, {
         "contract": contract.to_dict(),
