@@ -194,7 +194,7 @@ def test_refusals_come_at_once(
         (["train", spoilt["blank"], *out, *tiny], "no train/ folder, only nothing"),
         (["train", spoilt["missing"], *out, *tiny], "missing: no such folder; expected train/, validation/, test/"),
         (["train", data, *out, "--recipe", "miracle"], "recipe 'miracle': neither transfer nor scratch nor a readable"),
-        (["train", data, *out, "--recipe", tmp_path / "recipe.toml"], "epochs is 'many'; expected a whole number"),
+        (["train", data, *out, "--recipe", tmp_path / "recipe.toml"], "epochs is 'many'; expected an integer"),
         (["train", data, *out, "--recipe", tmp_path / "no.toml"], "no.toml: not TOML"),
         (["train", data, *out, "--set", "momentum=1"], "--set: unknown name momentum; expected some of backbone"),
         (["train", data, *out, "--set", "epochs"], "--set epochs: no '=' found; expected name=value"),

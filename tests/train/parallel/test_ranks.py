@@ -253,7 +253,7 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     told(monkeypatch, RANK=1, MASTER_PORT=free_port())
-    monkeypatch.setattr("echoquad_train.parallel.ranks.PATIENCE", timedelta(seconds=1))
+    monkeypatch.setattr("echoquad_train.parallel.ranks.TIMEOUT", timedelta(seconds=1))
     with pytest.raises(RunError) as error, joined(CPU):
         pass
     message = str(error.value)

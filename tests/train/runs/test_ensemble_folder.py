@@ -270,7 +270,7 @@ def test_what_was_changed_since_is_refused(tmp_path: Path, trained: Any, others:
         ({"members": []}, "has a vote, views or members"),
         ({"members": [{**info["members"][0], "weights_sha256": "0" * 64}]}, "members/1 was changed since"),
         ({"contract": {**info["contract"], "keep": 0.5}}, "keep of members/1 and run.json differ"),
-        ({"contract": None}, "no proper ensemble's"),
+        ({"contract": None}, "does not describe an ensemble"),
         ({"status": "running"}, "its folds are not all trained"),
     ]
     for change, words in changes:
