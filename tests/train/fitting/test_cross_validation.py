@@ -1,4 +1,4 @@
-"""Cross-validation: how frames are dealt, what every fold's run is, and what all of them come to."""
+"""Cross-validation: splitting by patient, the runs of the folds, out-of-fold figures, resume."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ def pool(patients: int, frames: int) -> list[Split]:
 
 
 @given(patients=st.integers(6, 25), frames=st.integers(1, 4), folds=st.integers(2, 5), seed=st.integers(0, 2**63 - 1))
-def test_frames_are_dealt_by_patient_and_each_is_held_out_once(
-    patients: int, frames: int, folds: int, seed: int
-) -> None:
+def test_folds_split_by_patient_and_hold_each_frame_out_once(patients: int, frames: int, folds: int, seed: int) -> None:
     splits, settings = pool(patients, frames), FoldSettings(folds)
     parts = split_folds(splits, settings, seed)
     every = [frame for split in splits for frame in split.frames]
@@ -57,11 +55,11 @@ def test_frames_are_dealt_by_patient_and_each_is_held_out_once(
     assert split_folds(splits, settings, seed) == parts
 
 
-def test_another_seed_deals_otherwise() -> None:
+def test_seed_changes_folds() -> None:
     assert split_folds(pool(20, 2), FoldSettings(4), 0) != split_folds(pool(20, 2), FoldSettings(4), 1)
 
 
-def test_what_cannot_be_dealt_is_refused() -> None:
+def test_impossible_folds_are_refused() -> None:
     with pytest.raises(ConfigError, match="--folds 1: expected 2 or more"):
         FoldSettings(1)
     with pytest.raises(DatasetError, match="class a has 6 patients; expected one or more for every fold"):
@@ -136,7 +134,7 @@ def case(
     return Case(patients_data, folder, recipe, folded, reporter)
 
 
-def test_folds_are_runs_and_together_an_ensemble(case: Case, thin: None) -> None:
+def test_folds_are_runs_and_form_an_ensemble(case: Case, thin: None) -> None:
     found = load_trained(case.folder)
     assert isinstance(found, Ensemble) and found.trained_in_folds and found.info["vote"] == "soft"
     assert [member.folder.name for member in found.members] == ["fold-1", "fold-2"]
@@ -148,7 +146,7 @@ def test_folds_are_runs_and_together_an_ensemble(case: Case, thin: None) -> None
     assert case.reporter.folds == [(1, False), (2, False)]
 
 
-def test_every_frame_is_judged_once_by_the_run_that_has_not_seen_its_patient(case: Case, thin: None) -> None:
+def test_out_of_fold_figures_use_runs_that_never_saw_the_patient(case: Case, thin: None) -> None:
     with (case.folder / "out_of_fold.csv").open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert list(rows[0])[-3:] == ["precision", "fold", "true_class"] and "file" in rows[0]
@@ -171,7 +169,7 @@ def test_every_frame_is_judged_once_by_the_run_that_has_not_seen_its_patient(cas
     assert [fold["patients"] for fold in figures["folds"]] == [3, 3]
 
 
-def test_killed_and_resumed(tmp_path: Path, case: Case, quiet: Any, thin: None) -> None:
+def test_killed_folds_resume_to_equal_result(tmp_path: Path, case: Case, quiet: Any, thin: None) -> None:
     folder, reporter = tmp_path / "run", reporter_of(quiet)
 
     def at_batch(epoch: int, done: int) -> None:

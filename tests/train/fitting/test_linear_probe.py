@@ -1,4 +1,4 @@
-"""Linear classifiers on frozen features: what scikit-learn decides is what the run's graph decides."""
+"""Linear probes: the head decides as scikit-learn does; regularisation, scaling, refusals."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def logits_of(model: QuadrantClassifier, features: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("balanced", [True, False])
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("kind", ("linear-svm", "logistic"))
-def test_the_head_decides_as_scikit_learn_does(
+def test_head_decides_as_scikit_learn(
     model: Callable[[int], QuadrantClassifier], kind: linear.LinearKind, classes: int, balanced: bool
 ) -> None:
     features, labels, patients = draw(classes, classes)
@@ -86,7 +86,7 @@ def test_the_head_decides_as_scikit_learn_does(
         np.testing.assert_allclose(logits, chosen.scale * decisions, atol=1e-3)
 
 
-def test_regularisation_is_chosen_on_patients_that_were_not_fitted_to() -> None:
+def test_regularisation_is_selected_on_held_out_patients() -> None:
     """A feature that names the patient is worth nothing, and by samples alone it would be the best there is."""
     rng = np.random.default_rng(3)
     labels = np.repeat([0, 1], 60)
@@ -101,7 +101,7 @@ def test_regularisation_is_chosen_on_patients_that_were_not_fitted_to() -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_the_scale_makes_probabilities_of_decisions(classes: int) -> None:
+def test_scale_turns_decision_values_into_probabilities(classes: int) -> None:
     """Labels drawn from the softmax of 3 times the decisions give 3 back."""
     rng = np.random.default_rng(classes)
     decisions = rng.normal(0, 1, (20_000, classes))
@@ -110,7 +110,7 @@ def test_the_scale_makes_probabilities_of_decisions(classes: int) -> None:
     assert fit_scale(decisions, labels, balanced=False) == pytest.approx(3, rel=0.05)
 
 
-def test_the_scale_stays_finite_where_all_is_told_apart() -> None:
+def test_scale_is_finite_for_separable_data() -> None:
     decisions = np.array([[1.0, -1.0]] * 20 + [[-1.0, 1.0]] * 20)
     labels = np.repeat([0, 1], 20)
     scale = fit_scale(decisions, labels, balanced=True)
@@ -118,7 +118,7 @@ def test_the_scale_stays_finite_where_all_is_told_apart() -> None:
     assert 1 / (1 + np.exp(-2 * scale)) == pytest.approx(21 / 22, abs=1e-4)
 
 
-def test_features_are_what_the_head_is_given(model: Callable[[int], QuadrantClassifier], flat_data: Path) -> None:
+def test_features_are_inputs_of_head(model: Callable[[int], QuadrantClassifier], flat_data: Path) -> None:
     made = model(2)
     made.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(64, 2))
     contract = Contract(("bright", "dark"), input_size=16, keep=1.0)
@@ -138,7 +138,7 @@ def three(tmp_path: Path, make_data: Callable[..., Path]) -> Path:
 
 
 @pytest.mark.parametrize("kind", ("linear-svm", "logistic"))
-def test_a_run_like_any_other(
+def test_linear_run_loads_and_evaluates_like_any_run(
     kind: linear.LinearKind, thin: None, three: Path, tiny: Recipe, quiet: Any, tmp_path: Path
 ) -> None:
     reporter = quiet()
@@ -162,9 +162,7 @@ def test_a_run_like_any_other(
     assert (tmp_path / "again" / "best.safetensors").read_bytes() == first
 
 
-def test_the_backbone_is_the_one_that_was_given(
-    thin: None, trained: Any, quiet: Any, tiny: Recipe, tmp_path: Path
-) -> None:
+def test_backbone_weights_are_unchanged(thin: None, trained: Any, quiet: Any, tiny: Recipe, tmp_path: Path) -> None:
     weights = trained.folder / "best.safetensors"
     recipe = tiny.replace(weights=weights.as_posix())
     fit_linear(trained.data, tmp_path / "run", recipe, "logistic", device="cpu", reporter=quiet())
@@ -172,7 +170,7 @@ def test_the_backbone_is_the_one_that_was_given(
     assert all(torch.equal(value, after.state_dict()[name]) for name, value in before.state_dict().items())
 
 
-def test_one_patient_of_a_class_is_too_few(thin: None, quiet: Any, tiny: Recipe, tmp_path: Path) -> None:
+def test_class_with_one_patient_is_refused(thin: None, quiet: Any, tiny: Recipe, tmp_path: Path) -> None:
     for split in ("train", "validation"):
         for name in ("dark", "light"):
             folder = tmp_path / "data" / split / name
@@ -185,13 +183,13 @@ def test_one_patient_of_a_class_is_too_few(thin: None, quiet: Any, tiny: Recipe,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_folder_that_is_taken(thin: None, flat_data: Path, quiet: Any, tiny: Recipe, tmp_path: Path) -> None:
+def test_occupied_folder_is_refused(thin: None, flat_data: Path, quiet: Any, tiny: Recipe, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(RunError, match="exists and is not empty"):
         fit_linear(flat_data, tmp_path, tiny, "linear-svm", device="cpu", reporter=quiet())
 
 
-def test_a_scale_multiplies_weights_and_bias(model: Callable[[int], QuadrantClassifier]) -> None:
+def test_scale_multiplies_weights_and_bias(model: Callable[[int], QuadrantClassifier]) -> None:
     features, labels, _ = draw(1, 2)
     pipeline = linear._fit("logistic", 0.1, None, 0, features, labels)
     assert isinstance(pipeline.steps[-1][1], LogisticRegression)
@@ -201,7 +199,7 @@ def test_a_scale_multiplies_weights_and_bias(model: Callable[[int], QuadrantClas
     np.testing.assert_allclose(logits_of(scaled, features), 2.5 * logits_of(plain, features), atol=1e-3)
 
 
-def test_what_a_run_says_of_it_is_json(thin: None, flat_data: Path, quiet: Any, tiny: Recipe, tmp_path: Path) -> None:
+def test_run_json_describes_linear_fit(thin: None, flat_data: Path, quiet: Any, tiny: Recipe, tmp_path: Path) -> None:
     fit_linear(flat_data, tmp_path / "run", tiny, "linear-svm", device="cpu", reporter=quiet())
     facts = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))["fit"]
     assert set(facts) == {

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and resumed is the run that was not, bit for bit."""
+"""Resume: a run that is killed at any moment and resumed equals an uninterrupted run, bit for bit."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ MOMENTS = {
 
 @pytest.mark.parametrize("name", ["phases", "cycle"])
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_and_resumed(
+def test_run_killed_at_any_write_resumes_to_equal_result(
     tmp_path: Path, flat_data: Path, whole: Callable[[str], Result], quiet: Any, thin: None, name: str, moment: str
 ) -> None:
     folder, recipe = tmp_path / "run", RECIPES[name]
@@ -154,7 +154,7 @@ def test_killed_and_resumed(
 
 
 @pytest.mark.parametrize("name", ["phases", "cycle", "float16", "average"])
-def test_killed_again_and_again_in_the_middle_of_epochs(
+def test_run_killed_repeatedly_within_epochs_resumes_to_equal_result(
     tmp_path: Path,
     flat_data: Path,
     whole: Callable[[str], Result],
@@ -188,7 +188,7 @@ def test_killed_again_and_again_in_the_middle_of_epochs(
     assert_same(result(folder), whole(name))
 
 
-def test_the_recipes_put_something_at_stake(whole: Callable[[str], Result]) -> None:
+def test_recipes_under_test_have_state_to_lose(whole: Callable[[str], Result]) -> None:
     """Phases change, rates move, the scaler has a state: else the tests above would prove little."""
     phases = whole("phases")
     assert [row["phase"] for row in phases.metrics] == ["head", "layer4", "layer3", "layer3"]
@@ -204,7 +204,7 @@ def test_the_recipes_put_something_at_stake(whole: Callable[[str], Result]) -> N
     assert average.best != cycle.best
 
 
-def test_a_finished_run_is_left_as_it_is(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
+def test_resuming_finished_run_changes_nothing(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
     folder = Path(shutil.copytree(trained.folder, tmp_path / "run"))
     reporter = quiet()
     fitted = fit(trained.data, folder, trained.recipe, device="cpu", resume=True, reporter=reporter)
@@ -214,7 +214,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, trained: Any, quiet: An
     assert json.loads((folder / "run.json").read_text("utf-8")) == trained.info  # when it was begun, too
 
 
-def test_a_run_out_of_patience_stays_stopped(
+def test_resuming_early_stopped_run_trains_no_epoch(
     tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tiny: Recipe
 ) -> None:
     standing = tiny.replace(epochs=9, trained_layers="head", lr=1e-30, weight_decay=0, early_stopping_patience=1)
@@ -223,7 +223,7 @@ def test_a_run_out_of_patience_stays_stopped(
     assert len(first.history) == 2 and again.history == first.history
 
 
-def test_the_weights_it_began_from_are_not_needed_again(
+def test_resume_needs_no_initial_weights_file(
     tmp_path: Path, trained: Any, quiet: Any, thin: None, tiny: Recipe
 ) -> None:
     weights = Path(shutil.copy(trained.folder / "best.safetensors", tmp_path / "start.safetensors"))
@@ -241,7 +241,7 @@ def test_the_weights_it_began_from_are_not_needed_again(
     assert_same(result(tmp_path / "run"), result(tmp_path / "whole"))
 
 
-def test_a_run_in_float32_may_go_on_in_float16(
+def test_float32_run_may_resume_in_float16(
     tmp_path: Path, trained: Any, quiet: Any, thin: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On another device the scaler may have no state to find."""
@@ -259,7 +259,7 @@ def test_a_run_in_float32_may_go_on_in_float16(
     assert result(tmp_path / "run").info["precision"] == "fp16"
 
 
-def test_killed_and_resumed_with_a_teacher(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
+def test_killed_distillation_resumes_to_equal_result(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
     """At another input size than the teacher's, and from another place that holds the same teacher."""
     recipe = trained.recipe.replace(input_size=24)
     train = partial(fit, trained.data, device="cpu")
@@ -279,7 +279,7 @@ def test_killed_and_resumed_with_a_teacher(tmp_path: Path, trained: Any, quiet: 
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", pytest.param("efficientnet_b0", marks=pytest.mark.slow)])
-def test_a_smaller_backbone_is_killed_and_resumed(
+def test_killed_run_of_other_backbone_resumes_to_equal_result(
     tmp_path: Path, flat_data: Path, quiet: Any, tiny: Recipe, swift: None, name: str
 ) -> None:
     """EfficientNet's stochastic depth draws as dropout does."""
@@ -298,7 +298,7 @@ def test_a_smaller_backbone_is_killed_and_resumed(
     assert_same(result(tmp_path / "run"), result(tmp_path / "whole"))
 
 
-def test_a_run_of_a_release_with_fewer_fields_goes_on(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
+def test_run_of_earlier_release_resumes(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
     folder = Path(shutil.copytree(trained.folder, tmp_path / "run"))
     state = checkpoint.load_last(folder)
     lines = state["recipe"].splitlines()
@@ -322,7 +322,7 @@ def refused(data: Path, folder: Path, recipe: Recipe, reporter: Any, teacher: Pa
     return message
 
 
-def test_nothing_to_resume(tmp_path: Path, trained: Any, quiet: Any) -> None:
+def test_resume_without_run_is_refused(tmp_path: Path, trained: Any, quiet: Any) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("mine")
     for name in ("none", "empty"):
@@ -332,14 +332,16 @@ def test_nothing_to_resume(tmp_path: Path, trained: Any, quiet: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [{"lr": 1e-3}, {"seed": 1}, {"epochs": 9}])
-def test_another_recipe(tmp_path: Path, trained: Any, quiet: Any, change: dict[str, Any]) -> None:
+def test_resume_with_other_recipe_is_refused(tmp_path: Path, trained: Any, quiet: Any, change: dict[str, Any]) -> None:
     folder = Path(shutil.copytree(trained.folder, tmp_path / "run"))
     message = refused(trained.data, folder, trained.recipe.replace(**change), quiet())
     assert "began with another recipe; resume it with the options" in message
 
 
 @pytest.mark.parametrize("killed", [1, 2])
-def test_another_teacher(tmp_path: Path, trained: Any, quiet: Any, thin: None, killed: int) -> None:
+def test_resume_with_other_teacher_is_refused(
+    tmp_path: Path, trained: Any, quiet: Any, thin: None, killed: int
+) -> None:
     """Before the first state is written as after it."""
     recipe, folder = trained.recipe.replace(epochs=2), tmp_path / "run"
 
@@ -377,7 +379,7 @@ def test_another_teacher(tmp_path: Path, trained: Any, quiet: Any, thin: None, k
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_data_that_has_changed(tmp_path: Path, trained: Any, quiet: Any, thin: None, split: str) -> None:
+def test_resume_with_changed_data_is_refused(tmp_path: Path, trained: Any, quiet: Any, thin: None, split: str) -> None:
     data = Path(shutil.copytree(trained.data, tmp_path / "data"))
     folder = Path(shutil.copytree(trained.folder, tmp_path / "run"))
     fit(data, folder, trained.recipe, device="cpu", resume=True, reporter=quiet())  # a copy is the same data
@@ -386,7 +388,7 @@ def test_data_that_has_changed(tmp_path: Path, trained: Any, quiet: Any, thin: N
     assert "the data has changed since the run began; train into another folder" in message
 
 
-def test_a_damaged_state(tmp_path: Path, trained: Any, quiet: Any) -> None:
+def test_resume_from_damaged_state_is_refused(tmp_path: Path, trained: Any, quiet: Any) -> None:
     folder = Path(shutil.copytree(trained.folder, tmp_path / "run"))
     data = bytearray((folder / "last.pt").read_bytes())
     data[len(data) // 2] ^= 1  # one bit, in the midst of a tensor
@@ -433,7 +435,7 @@ fit(data, folder, recipe, device="cpu", resume=folder.exists(), reporter=Reporte
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["mid-epoch", "before last.pt", "after last.pt"])
-def test_a_process_that_dies(tmp_path: Path, flat_data: Path, moment: str) -> None:
+def test_process_that_dies_resumes_to_equal_result(tmp_path: Path, flat_data: Path, moment: str) -> None:
     def run(folder: str, moment: str) -> int:
         command = [sys.executable, "-c", SCRIPT, str(flat_data), str(tmp_path / folder), moment]
         return subprocess.run(command, check=False, timeout=200).returncode

@@ -1,3 +1,5 @@
+"""Backbones: structure, stages, input sizes, frozen layers and conversion of ImageNet checkpoints."""
+
 from __future__ import annotations
 
 import re
@@ -73,7 +75,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_a_backbone_is_torchvisions_without_its_end(name: str) -> None:
+def test_backbone_equals_torchvision_network_without_classifier(name: str) -> None:
     """Its features are what torchvision's network gives its last linear layer, in evaluation mode."""
     with torch.device("meta"):
         body, features = build_backbone(name, 64)
@@ -92,7 +94,7 @@ def test_a_backbone_is_torchvisions_without_its_end(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_no_dropout_but_the_recipes_stands_before_the_head(name: str) -> None:
+def test_backbone_has_no_dropout_before_head(name: str) -> None:
     """What stands between hidden linear layers belongs to the network, and none of it is its last module."""
     body = outlined(name)
     active = [key for key, module in body.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
@@ -101,7 +103,7 @@ def test_no_dropout_but_the_recipes_stands_before_the_head(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_batch_statistics_follow_within_an_epoch_of_ten_batches(name: str) -> None:
+def test_batch_statistics_follow_within_ten_batches(name: str) -> None:
     """What validation sees after ten batches is by more than half what those batches were."""
     momenta = {module.momentum for module in outlined(name).modules() if isinstance(module, nn.BatchNorm2d)}
     assert all(momentum is not None and 1 - (1 - momentum) ** 10 > 0.5 for momentum in momenta)
@@ -109,7 +111,7 @@ def test_batch_statistics_follow_within_an_epoch_of_ten_batches(name: str) -> No
 
 
 @pytest.mark.parametrize("name", sorted(set(BACKBONES) - {"vit_b_16"}))
-def test_stages_work_at_the_scale_that_a_resnets_do(name: str) -> None:
+def test_stages_work_at_scales_of_resnet_stages(name: str) -> None:
     """layer3 begins on maps of 1/8 of the input's side and ends on 1/16, layer4 from there on 1/32."""
     body = outlined(name)
     sides: dict[str, tuple[int, int]] = {}
@@ -134,7 +136,7 @@ def test_stages_work_at_the_scale_that_a_resnets_do(name: str) -> None:
         assert {side for pair in found for side in pair} == {first, last}
 
 
-def test_stages_of_a_transformer_are_its_last_blocks() -> None:
+def test_stages_of_transformer_are_its_last_blocks() -> None:
     body, parts = outlined("vit_b_16"), BACKBONES["vit_b_16"]
     blocks = list(dict(body.get_submodule("encoder.layers").named_children()))
     assert [f"encoder.layers.{block}" for block in blocks[6:]] == [*parts.layer3, *parts.layer4[:-1]]
@@ -142,7 +144,7 @@ def test_stages_of_a_transformer_are_its_last_blocks() -> None:
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_stages_leave_nothing_between_them_and_the_head(name: str) -> None:
+def test_no_layer_lies_between_last_stage_and_head(name: str) -> None:
     """From the first module of layer3 on, every parameter belongs to a stage; before it, none does."""
     stages = tuple(f"{part}." for part in (*BACKBONES[name].layer3, *BACKBONES[name].layer4))
     inside = [parameter.startswith(stages) for parameter, _ in outlined(name).named_parameters()]
@@ -151,7 +153,7 @@ def test_stages_leave_nothing_between_them_and_the_head(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_the_smallest_input_is_the_smallest_that_a_network_takes(name: str) -> None:
+def test_min_input_size_is_smallest_accepted(name: str) -> None:
     smallest, patch = BACKBONES[name].min_input_size, BACKBONES[name].patch_size
     check_backbone(name, smallest)
     with torch.inference_mode():
@@ -165,7 +167,7 @@ def test_the_smallest_input_is_the_smallest_that_a_network_takes(name: str) -> N
             body(torch.zeros(1, 3, smallest - 1, smallest - 1, device="meta"))
 
 
-def test_an_input_that_is_no_multiple_of_the_patches_is_refused_in_one_line() -> None:
+def test_input_size_must_be_multiple_of_patch_size() -> None:
     with pytest.raises(ConfigError) as error:
         QuadrantClassifier("vit_b_16", Contract(("a", "b"), input_size=100))
     assert str(error.value) == (
@@ -176,7 +178,7 @@ def test_an_input_that_is_no_multiple_of_the_patches_is_refused_in_one_line() ->
 
 
 @pytest.mark.parametrize(("wrong", "meant"), [("resnet-18", "resnet18"), ("VGG16", "vgg16"), ("vit_b16", "vit_b_16")])
-def test_a_wrong_name_is_refused_with_the_list(wrong: str, meant: str) -> None:
+def test_unknown_backbone_is_refused_with_suggestion(wrong: str, meant: str) -> None:
     with pytest.raises(ConfigError) as error:
         QuadrantClassifier(wrong, CONTRACT)
     assert str(error.value) == (
@@ -186,7 +188,7 @@ def test_a_wrong_name_is_refused_with_the_list(wrong: str, meant: str) -> None:
 
 @pytest.mark.parametrize("layers", [("head",), ("head", "layer4"), ("head", "layer4", "layer3")])
 @pytest.mark.parametrize("name", STEPPED)
-def test_frozen_layers_stay_bit_for_bit(name: str, layers: tuple[str, ...]) -> None:
+def test_frozen_layers_do_not_change(name: str, layers: tuple[str, ...]) -> None:
     """Batch statistics among them: a frozen stage is in evaluation mode."""
     torch.manual_seed(0)
     model = QuadrantClassifier(name, CONTRACT, dropout=0.2)
@@ -208,7 +210,7 @@ def test_frozen_layers_stay_bit_for_bit(name: str, layers: tuple[str, ...]) -> N
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "efficientnet_b0"])
-def test_imagenets_end_is_left_out_of_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imagenet_classifier_is_not_loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     state = drawn(name, 64).state_dict()
     assert_loads(name, state, state, monkeypatch)
 
@@ -221,7 +223,7 @@ def assert_loads(name: str, file: dict[str, Any], expected: dict[str, Any], monk
         assert torch.equal(value, expected[key]), key
 
 
-def test_names_of_former_days_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_former_tensor_names_are_converted(monkeypatch: pytest.MonkeyPatch) -> None:
     """DenseNet's published weights are of torch 0.3, which let names of modules have dots, and counted no batches."""
     now = drawn("densenet121", 64).state_dict()
     then = {
@@ -234,7 +236,7 @@ def test_names_of_former_days_are_known(monkeypatch: pytest.MonkeyPatch) -> None
     assert_loads("densenet121", then, {**now, **counts}, monkeypatch)
 
 
-def test_auxiliary_heads_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auxiliary_heads_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     now = drawn("googlenet", 64).state_dict()
     heads = {f"aux{index}.conv.conv.weight": torch.ones(128, 512, 1, 1) for index in (1, 2)}
     assert_loads("googlenet", {**now, **heads}, now, monkeypatch)
@@ -247,7 +249,7 @@ def small_transformer(name: str, weights: object = None, image_size: int = 224) 
     return body
 
 
-def test_embeddings_of_places_are_interpolated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_position_embeddings_are_interpolated(monkeypatch: pytest.MonkeyPatch) -> None:
     """A map of them that is a plane stays one, corner on corner, and the class token's is left alone."""
     monkeypatch.setattr(torchvision.models, "get_model", small_transformer)
     state = small_transformer("vit_b_16").state_dict()
@@ -264,7 +266,7 @@ def test_embeddings_of_places_are_interpolated(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(found[0, 1:], expected, atol=0.1, rtol=0)
 
 
-def test_a_transformers_former_names_and_what_cannot_be_interpolated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_former_transformer_names_and_invalid_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchvision.models, "get_model", small_transformer)
     state = small_transformer("vit_b_16", image_size=64).state_dict()
     then = {

@@ -1,4 +1,4 @@
-"""Several processes, as torchrun starts them, train what one process trains."""
+"""Ranks: several processes, as torchrun starts them, train what a single process trains."""
 
 from __future__ import annotations
 
@@ -158,9 +158,7 @@ def interrupted(data: Path, folder: Path, recipe: Recipe, quiet: Any) -> Path:
     return folder
 
 
-def test_two_processes_train_what_one_does(
-    tmp_path: Path, make_data: Callable[..., Path], quiet: Any, thin: None
-) -> None:
+def test_two_processes_train_as_one(tmp_path: Path, make_data: Callable[..., Path], quiet: Any, thin: None) -> None:
     """From the start, and going on with a run that one process began: figures, weights and files."""
     data = make_data(tmp_path / "data", frames=4)
     (data / "train" / "dark" / "train0.png").unlink()  # unequal classes
@@ -177,7 +175,7 @@ def test_two_processes_train_what_one_does(
 # The layers, with the ranks' rows in one process
 
 
-def test_dropout_and_stochastic_depth_draw_the_whole_batch() -> None:
+def test_dropout_and_stochastic_depth_draw_for_global_batch() -> None:
     """Each rank's rows are those that one process would have computed."""
     x = torch.rand(10, 6, 4, 4) + 0.5
     for layer in (nn.Dropout(0.4), StochasticDepth(0.3, "row")):
@@ -196,7 +194,7 @@ def test_dropout_and_stochastic_depth_draw_the_whole_batch() -> None:
 
 @pytest.mark.parametrize("total", [0, 1, 7, 8, 64])
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_shares_are_a_partition(total: int, count: int) -> None:
+def test_shares_partition_batch(total: int, count: int) -> None:
     rows = list(range(total))
     shares = [Ranks(rank, count).share(total) for rank in range(count)]
     assert [row for share in shares for row in rows[share.rows]] == rows
@@ -204,7 +202,7 @@ def test_shares_are_a_partition(total: int, count: int) -> None:
     assert max(sizes) - min(sizes) <= 1 and all(share.total == total for share in shares)
 
 
-def test_a_share_is_augmented_as_in_the_whole() -> None:
+def test_share_is_augmented_as_in_global_batch() -> None:
     quadrants = torch.randint(0, 256, (9, 1, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(4)
     whole = augment(quadrants, RECIPE, generator)
@@ -221,7 +219,7 @@ def test_a_share_is_augmented_as_in_the_whole() -> None:
 # Places
 
 
-def test_a_process_that_torchrun_did_not_start_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_without_torchrun_is_rank_0_of_1(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")  # some job schedulers set it
     with joined(CPU) as ranks:
         assert ranks == ALONE and ranks.first and not dist.is_initialized()
@@ -235,14 +233,14 @@ def told(monkeypatch: pytest.MonkeyPatch, **values: object) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"RANK": "x"}, {"RANK": 2}, {"RANK": -1}, {"LOCAL_RANK": ""}])
-def test_a_place_that_cannot_be(monkeypatch: pytest.MonkeyPatch, wrong: dict[str, object]) -> None:
+def test_invalid_torchrun_variables_are_refused(monkeypatch: pytest.MonkeyPatch, wrong: dict[str, object]) -> None:
     told(monkeypatch, **wrong)
     with pytest.raises(ConfigError) as error, joined(CPU):
         pass
     assert "\n" not in str(error.value) and "RANK, WORLD_SIZE, LOCAL_RANK are " in str(error.value)
 
 
-def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_processes_than_gpus_exits_4(monkeypatch: pytest.MonkeyPatch) -> None:
     told(monkeypatch, RANK=1, LOCAL_RANK=1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(DeviceUnavailableError) as error, joined(torch.device("cuda")):
@@ -251,7 +249,7 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error.value.exit_code == 4
 
 
-def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_processes_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     told(monkeypatch, RANK=1, MASTER_PORT=free_port())
     monkeypatch.setattr("echoquad_train.parallel.ranks.TIMEOUT", timedelta(seconds=1))
     with pytest.raises(RunError) as error, joined(CPU):
@@ -274,7 +272,7 @@ def said(ended: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_torchrun(tmp_path: Path, make_data: Callable[..., Path]) -> None:
+def test_torchrun_command_trains_streams_and_refuses(tmp_path: Path, make_data: Callable[..., Path]) -> None:
     """Streamed by workers of its own, each rank trains what it trains from memory; a failure is told once."""
     data = make_data(tmp_path / "data", frames=4)
     line = [data, "--recipe", "scratch", "--input-size", "32", "--epochs", "1", "--batch-size", "6", "--device", "cpu"]
@@ -295,7 +293,7 @@ def test_torchrun(tmp_path: Path, make_data: Callable[..., Path]) -> None:
 
 
 @pytest.mark.slow
-def test_three_processes_a_teacher_phases_and_networks(
+def test_three_processes_with_teacher_phases_and_backbones(
     tmp_path: Path, make_data: Callable[..., Path], quiet: Any, thin: None
 ) -> None:
     """Also where a batch is smaller than the number of processes, and where only some layers learn."""

@@ -1,4 +1,4 @@
-"""Files written in the background are those written at once, and what goes wrong there is raised."""
+"""Background writer: files are written in order, errors are raised, the run does not change."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from echoquad_train.runs import checkpoint
 from echoquad_train.runs.background_writer import BackgroundWriter
 
 
-def test_all_is_written_in_order_and_elsewhere() -> None:
+def test_functions_run_in_order_in_thread() -> None:
     done: list[tuple[int, int]] = []
 
     def write(number: int) -> None:
@@ -33,7 +33,7 @@ def test_all_is_written_in_order_and_elsewhere() -> None:
         assert all((thread != threading.get_ident()) == background for _, thread in done)
 
 
-def test_the_caller_does_not_wait_for_one_and_waits_for_two() -> None:
+def test_write_waits_only_for_earlier_function() -> None:
     go_on, second = threading.Event(), threading.Event()
     with BackgroundWriter(background=True) as writer:
         writer.write(lambda: [go_on.wait(60), None][1])
@@ -45,7 +45,7 @@ def test_the_caller_does_not_wait_for_one_and_waits_for_two() -> None:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_what_goes_wrong_is_raised(background: bool) -> None:
+def test_errors_are_raised(background: bool) -> None:
     def fail() -> None:
         raise OutputError("disk full")
 
@@ -61,7 +61,7 @@ def test_what_goes_wrong_is_raised(background: bool) -> None:
         raise KeyboardInterrupt
 
 
-def test_what_is_kept_does_not_change() -> None:
+def test_snapshot_does_not_change() -> None:
     value = torch.zeros(3)
     values = {"a": value, "b": {"c": [value, 1]}, "d": "text"}
     with BackgroundWriter(background=True) as writer:
@@ -80,7 +80,7 @@ def in_background(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     )
 
 
-def test_a_run_written_in_the_background_is_the_run(
+def test_run_written_in_background_equals_run(
     tmp_path: Path, trained: Any, quiet: Any, thin: None, in_background: Callable[[], None]
 ) -> None:
     recipe = trained.recipe.replace(ema_decay=0.5)
@@ -103,7 +103,7 @@ def test_a_run_written_in_the_background_is_the_run(
     assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
 
 
-def test_a_full_disk_ends_the_run(
+def test_full_disk_ends_run(
     tmp_path: Path,
     trained: Any,
     quiet: Any,

@@ -1,4 +1,4 @@
-"""Ensembles: what members and views come to together, and the folder that holds them."""
+"""Ensembles: soft and hard votes, test-time augmentation, and the ensemble folder."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def joined(*rows: tuple[float, ...], vote: Any) -> list[float]:
 # The vote
 
 
-def test_soft_is_the_mean_of_the_probabilities() -> None:
+def test_soft_vote_is_mean_of_probabilities() -> None:
     assert joined((0.9, 0.1), (0.4, 0.6), (0.2, 0.8), vote="soft") == pytest.approx([0.5, 0.5], abs=1e-6)
     assert joined((0.7, 0.2, 0.1), (0.1, 0.1, 0.8), vote="soft") == pytest.approx([0.4, 0.15, 0.45], abs=1e-6)
 
@@ -68,7 +68,7 @@ def test_soft_is_the_mean_of_the_probabilities() -> None:
         (((0.5, 0.5), (0.5, 0.5), (0.1, 0.9)), (2, 1), (11 / 30, 19 / 30)),
     ],
 )
-def test_hard_is_the_share_of_votes_by_hand(
+def test_hard_vote_is_fraction_of_votes(
     rows: tuple[tuple[float, ...], ...], votes: tuple[int, ...], mean: tuple[float, ...]
 ) -> None:
     expected = [(n + MEAN_VOTE * p) / (len(rows) + MEAN_VOTE) for n, p in zip(votes, mean, strict=True)]
@@ -80,7 +80,7 @@ def test_hard_is_the_share_of_votes_by_hand(
 
 
 @pytest.mark.parametrize("vote", ["soft", "hard"])
-def test_extreme_answers_have_logits(vote: Any) -> None:
+def test_extreme_logits_stay_finite(vote: Any) -> None:
     member = Stated((0.5, 0.5))
     member.logits = torch.tensor([[500.0, -500.0]])
     assert EnsembleClassifier([member, member], [1.0, 0.1], vote)(QUADRANTS[:1]).isfinite().all()  # type: ignore[list-item]
@@ -111,7 +111,7 @@ def answers(members: list[Any], vote: Any = "soft", flip_tta: bool = False, quad
         return torch.softmax(model(quadrants), dim=1)
 
 
-def test_one_run_is_itself_however_often_it_is_named(members: list[Any]) -> None:
+def test_repeated_member_equals_single_run(members: list[Any]) -> None:
     with torch.inference_mode():
         alone = torch.softmax(members[0](QUADRANTS), dim=1)
     assert alone.std(dim=0).min() > 0.01  # a model that answers alike would prove nothing
@@ -120,7 +120,7 @@ def test_one_run_is_itself_however_often_it_is_named(members: list[Any]) -> None
     assert torch.equal(answers(members[:1], "hard").argmax(dim=1), alone.argmax(dim=1))
 
 
-def test_a_members_temperature_is_its_own(members: list[Any]) -> None:
+def test_each_member_uses_its_own_temperature(members: list[Any]) -> None:
     with torch.inference_mode():
         parts = [torch.softmax(members[0](QUADRANTS) / t, dim=1) for t in (2.0, 0.5)]
         found = torch.softmax(EnsembleClassifier([members[0]] * 2, [2.0, 0.5])(QUADRANTS), dim=1)
@@ -129,12 +129,12 @@ def test_a_members_temperature_is_its_own(members: list[Any]) -> None:
 
 @pytest.mark.parametrize("vote", ["soft", "hard"])
 @pytest.mark.parametrize("flip", [False, True])
-def test_the_order_of_members_is_of_no_matter(members: list[Any], vote: Any, flip: bool) -> None:
+def test_order_of_members_does_not_matter(members: list[Any], vote: Any, flip: bool) -> None:
     torch.testing.assert_close(answers(members, vote, flip), answers(members[::-1], vote, flip), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("vote", ["soft", "hard"])
-def test_with_flips_a_flipped_quadrant_is_judged_alike(members: list[Any], vote: Any) -> None:
+def test_flip_tta_is_invariant_to_flip(members: list[Any], vote: Any) -> None:
     mirrored = QUADRANTS.flip(3)
     assert not torch.allclose(answers(members), answers(members, quadrants=mirrored), atol=1e-3)
     found = answers(members, vote, flip_tta=True)
@@ -144,7 +144,7 @@ def test_with_flips_a_flipped_quadrant_is_judged_alike(members: list[Any], vote:
         torch.testing.assert_close(found, both, atol=1e-6, rtol=0)
 
 
-def test_the_slowest_backbone_says_whether_mixed_precision_is_for_all() -> None:
+def test_one_backbone_without_mixed_precision_disables_it() -> None:
     parts = [Stated((0.5, 0.5), name=name) for name in ("resnet18", "mobilenet_v3_small")]
     assert EnsembleClassifier(parts, [1.0, 1.0]).name == "mobilenet_v3_small"  # type: ignore[arg-type]
 
@@ -172,7 +172,7 @@ def others(
     return found
 
 
-def test_an_uncalibrated_ensemble_is_as_sure_as_its_members(trained: Any, thin: None) -> None:
+def test_ensemble_frame_temperature_is_mean_of_members(trained: Any, thin: None) -> None:
     run = load_run(trained.folder)
     members = [
         (name, replace(run, contract=replace(run.contract, frame_temperature=value)))
@@ -188,7 +188,7 @@ def test_an_uncalibrated_ensemble_is_as_sure_as_its_members(trained: Any, thin: 
     assert of(members, "hard") == 1  # its probabilities count votes
 
 
-def test_an_ensemble_is_whole_without_its_runs(
+def test_ensemble_folder_is_independent_of_runs(
     tmp_path: Path, trained: Any, others: dict[str, Path], thin: None
 ) -> None:
     runs = [
@@ -217,13 +217,15 @@ def test_an_ensemble_is_whole_without_its_runs(
     assert evaluate(Predictor(TorchEngine(found.model, found.contract)), split).metrics["frames"] == 8
 
 
-def test_an_ensemble_stands_for_its_members(tmp_path: Path, trained: Any, others: dict[str, Path], thin: None) -> None:
+def test_ensemble_of_ensemble_contains_members(
+    tmp_path: Path, trained: Any, others: dict[str, Path], thin: None
+) -> None:
     write_ensemble([trained.folder], tmp_path / "one", flip_tta=True)
     made = write_ensemble([tmp_path / "one", others["seed"]], tmp_path / "two")
     assert len(made.members) == 2 and made.info["views"] == ["as it is"] and made.info["vote"] == "soft"
 
 
-def test_an_ensemble_may_teach(tmp_path: Path, trained: Any, others: dict[str, Path], thin: None, quiet: Any) -> None:
+def test_ensemble_can_be_teacher(tmp_path: Path, trained: Any, others: dict[str, Path], thin: None, quiet: Any) -> None:
     write_ensemble([trained.folder, others["seed"]], tmp_path / "ensemble")
     teacher = load_teacher(tmp_path / "ensemble", load_run(trained.folder).contract, torch.device("cpu"))
     assert not any(weight.requires_grad for weight in teacher.model.parameters())
@@ -244,7 +246,7 @@ def refused(kind: type[EchoQuadError], folders: list[Path], out: Path) -> str:
     return str(error.value)
 
 
-def test_what_cannot_be_joined(tmp_path: Path, trained: Any, others: dict[str, Path], thin: None) -> None:
+def test_incompatible_runs_are_refused(tmp_path: Path, trained: Any, others: dict[str, Path], thin: None) -> None:
     out, first = tmp_path / "ensemble", trained.folder.as_posix()
     for name, words in (
         ("input_size", f"its input_size is 24; expected that of {first}, 16; members need the same contract"),
@@ -260,7 +262,7 @@ def test_what_cannot_be_joined(tmp_path: Path, trained: Any, others: dict[str, P
     assert [path.name for path in tmp_path.iterdir()] == ["running"]
 
 
-def test_what_was_changed_since_is_refused(tmp_path: Path, trained: Any, others: dict[str, Path], thin: None) -> None:
+def test_changed_ensemble_is_refused(tmp_path: Path, trained: Any, others: dict[str, Path], thin: None) -> None:
     out = tmp_path / "ensemble"
     write_ensemble([trained.folder, others["seed"]], out)
     info = json.loads((out / "run.json").read_text("utf-8"))

@@ -1,3 +1,5 @@
+"""Geometric augmentation: comparisons with torchvision, distributions, context padding, random erasing."""
+
 from __future__ import annotations
 
 import math
@@ -44,24 +46,24 @@ def with_only(**values: object) -> Recipe:
     return STILL.replace(**values)
 
 
-def test_nothing_to_do_gives_the_input_back(batch: Tensor) -> None:
+def test_disabled_augmentation_returns_input(batch: Tensor) -> None:
     out = augment(batch, STILL, seeded())
     assert out.dtype == torch.float32 and out.shape == batch.shape
     torch.testing.assert_close(out, batch.float(), atol=1e-3, rtol=0)
 
 
-def test_a_flip_is_a_flip(batch: Tensor) -> None:
+def test_horizontal_flip_flips_columns(batch: Tensor) -> None:
     out = augment(batch, with_only(horizontal_flip=1), seeded())
     torch.testing.assert_close(out, batch.flip(3).float(), atol=1e-3, rtol=0)
 
 
-def test_a_flip_is_thrown_for_each_sample() -> None:
+def test_flip_is_drawn_for_each_sample() -> None:
     flipped = sample_warp(4000, with_only(horizontal_flip=0.3), seeded())[:, 0, 0] < 0
     assert abs(flipped.float().mean() - 0.3) < 0.03
 
 
 @pytest.mark.parametrize("field", ["rotate", "translate", "zoom", "shear", "all"])
-def test_an_affine_map_is_torchvisions(batch: Tensor, field: str) -> None:
+def test_affine_map_equals_torchvision(batch: Tensor, field: str) -> None:
     """Read the parameters out of the drawn map, and have torchvision draw the same."""
     values = {"rotate": 30, "translate": 0.2, "zoom": (0.7, 1.4), "shear": 15}
     recipe = with_only(**(values if field == "all" else {field: values[field]}))
@@ -95,7 +97,7 @@ def test_an_affine_map_is_torchvisions(batch: Tensor, field: str) -> None:
         (with_only(shear=5), lambda w: torch.rad2deg(torch.atan(w[:, 0, 1])), -5, 5),
     ],
 )
-def test_draws_are_uniform_over_their_range(recipe: Recipe, read, low: float, high: float) -> None:
+def test_draws_are_uniform_over_range(recipe: Recipe, read, low: float, high: float) -> None:
     drawn = read(sample_warp(4000, recipe, seeded()))
     assert low - 1e-4 <= drawn.min() and drawn.max() <= high + 1e-4
     for quantile in (0.02, 0.25, 0.5, 0.75, 0.98):
@@ -107,7 +109,7 @@ def test_draws_are_uniform_over_their_range(recipe: Recipe, read, low: float, hi
 
 
 @pytest.mark.parametrize(("scale", "ratio"), [((0.5, 1.0), (3 / 4, 4 / 3)), ((0.08, 1.0), (0.5, 2.0))])
-def test_crops_are_distributed_as_torchvisions(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
+def test_crop_distribution_equals_torchvision(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
     warps = sample_warp(4000, with_only(crop_scale=scale, crop_ratio=ratio), seeded())
     width, height, x, y = warps[:, 0, 0], warps[:, 1, 1], warps[:, 0, 2], warps[:, 1, 2]
     assert (warps[:, 0, 1] == 0).all() and (warps[:, 1, 0] == 0).all()
@@ -139,13 +141,13 @@ def test_crops_are_distributed_as_torchvisions(scale: tuple[float, float], ratio
             assert abs(drawn.quantile(quantile) - expected[name].quantile(quantile)) < 0.03, (name, quantile)
 
 
-def test_a_box_that_never_fits_is_cut() -> None:
+def test_box_that_never_fits_is_clamped() -> None:
     warps = sample_warp(50, with_only(crop_scale=(1, 1), crop_ratio=(3, 4)), seeded())
     assert (warps[:, 0, 0] == 1).all() and (warps[:, 1, 1] < 0.6).all()
     assert (warps[:, 1, 2].abs() + warps[:, 1, 1] <= 1 + 1e-5).all()
 
 
-def test_a_crop_shows_the_window_it_names() -> None:
+def test_crop_shows_its_window() -> None:
     """On a ramp bilinear sampling is exact, so every output pixel tells the coordinate it was taken from."""
     ramp = torch.arange(SIZE).float().expand(1, 1, SIZE, SIZE)
     recipe = with_only(crop_scale=(0.3, 0.5))
@@ -160,7 +162,7 @@ def test_a_crop_shows_the_window_it_names() -> None:
         torch.testing.assert_close(taken, expected, atol=1e-2, rtol=0)
 
 
-def test_the_crop_is_taken_before_the_turn() -> None:
+def test_crop_comes_before_rotation() -> None:
     """An anisotropic crop of the input leaves the map's rows orthogonal; taken after the turn it would its columns."""
     recipe = with_only(crop_scale=(0.4, 0.6), crop_ratio=(1.5, 1.6), rotate=40)
     linear = sample_warp(100, recipe, seeded())[:, :, :2]
@@ -168,7 +170,7 @@ def test_the_crop_is_taken_before_the_turn() -> None:
     assert (linear[:, :, 0] * linear[:, :, 1]).sum(dim=1).abs().mean() > 0.05
 
 
-def test_black_where_the_warp_leaves_the_quadrant() -> None:
+def test_outside_of_quadrant_is_black() -> None:
     white = torch.full((20, 1, SIZE, SIZE), 255, dtype=torch.uint8)
     out = augment(white, with_only(translate=0.3), seeded())
     assert out.min() == 0 and out.max() == pytest.approx(255, abs=1e-3)
@@ -209,7 +211,7 @@ def torchvisions(image: Tensor, recipe: Recipe, generator: torch.Generator) -> T
 
 
 @pytest.mark.parametrize("recipe", [Recipe(erase=0), Recipe.load("scratch").replace(erase=0, horizontal_flip=0.5)])
-def test_one_warp_is_torchvisions_four_steps(recipe: Recipe) -> None:
+def test_single_warp_equals_four_torchvision_transforms(recipe: Recipe) -> None:
     """RandomResizedCrop, flip, RandomRotation and RandomAffine in their order, by the same draws.
 
     Compared where no step looks beyond the picture's edge: what it finds there is black, and is carried on.
@@ -229,7 +231,7 @@ def test_one_warp_is_torchvisions_four_steps(recipe: Recipe) -> None:
     assert difference.max() < 3 and difference.mean() < 0.4, (difference.max(), difference.mean())
 
 
-def test_the_order_of_the_steps_shows() -> None:
+def test_comparison_detects_wrong_order_of_transforms() -> None:
     """With a flip after the rotation, say, the comparison above would be off by far more than it allows."""
     recipe = Recipe(erase=0, horizontal_flip=1)
     image = flat_field(2)
@@ -247,7 +249,7 @@ def neighbours(count: int, side: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return frames, torch.arange(count) % 4
 
 
-def test_beyond_an_inner_edge_lies_the_rest_of_the_frame() -> None:
+def test_context_padding_shows_rest_of_frame() -> None:
     """Against scipy's interpolation in the frame itself, at the pixels that the drawn maps lead to."""
     side, recipe = 16, with_only(translate=0.4, zoom=(0.6, 1.2), rotate=40, horizontal_flip=0.5)
     frames, positions = neighbours(12, side)
@@ -263,7 +265,7 @@ def test_beyond_an_inner_edge_lies_the_rest_of_the_frame() -> None:
         np.testing.assert_allclose(found[row, 0].numpy(), expected.reshape(side, side), atol=GREY_LEVELS)
 
 
-def test_neighbours_show_only_where_there_was_black() -> None:
+def test_context_padding_changes_only_black_pixels() -> None:
     recipe = with_only(translate=0.3, zoom=(0.8, 1.2), rotate=20)
     frames, positions = neighbours(8, SIZE)
     own = frames[torch.arange(8), positions][:, None]
@@ -274,13 +276,13 @@ def test_neighbours_show_only_where_there_was_black() -> None:
     assert (alone[beyond] == 0).all() and (beside[beyond] > 0).float().mean() > 0.1
 
 
-def test_nothing_to_do_beside_neighbours_gives_the_quadrant_back() -> None:
+def test_context_padding_without_augmentation_returns_quadrant() -> None:
     frames, positions = neighbours(4, SIZE)
     out = augment(frames, STILL, seeded(), positions=positions)
     torch.testing.assert_close(out[:, 0], frames[torch.arange(4), positions].float(), atol=1e-3, rtol=0)
 
 
-def test_a_share_with_neighbours_is_augmented_as_in_the_whole() -> None:
+def test_share_with_context_padding_is_augmented_as_in_batch() -> None:
     recipe = with_only(translate=0.3, rotate=20, erase=0.5)
     frames, positions = neighbours(7, SIZE)
     whole = augment(frames, recipe, seeded(4), positions=positions)
@@ -294,7 +296,7 @@ def test_a_share_with_neighbours_is_augmented_as_in_the_whole() -> None:
 # Erasing
 
 
-def test_erasing_fills_one_box_with_the_mean() -> None:
+def test_erasing_fills_one_box_with_mean() -> None:
     white = torch.full((3000, 1, SIZE, SIZE), 255, dtype=torch.uint8)
     out = augment(white, with_only(erase=0.4), seeded())
     filled = (out == 255 * 0.25)[:, 0]
@@ -307,7 +309,7 @@ def test_erasing_fills_one_box_with_the_mean() -> None:
         assert rows.int().diff().abs().sum() <= 2 and columns.int().diff().abs().sum() <= 2
 
 
-def test_erased_boxes_are_distributed_as_torchvisions() -> None:
+def test_erased_box_distribution_equals_torchvision() -> None:
     side = 100
     blank = torch.zeros(2500, 1, side, side)
     filled = (erase(blank, 1.0, 7.0, draw_boxes(2500, seeded())) == 7)[:, 0]
@@ -329,14 +331,14 @@ def test_erased_boxes_are_distributed_as_torchvisions() -> None:
             assert abs(ours.quantile(quantile) - expected.quantile(quantile)) < 0.035
 
 
-def test_a_probability_of_none_erases_nothing(batch: Tensor) -> None:
+def test_zero_probability_erases_nothing(batch: Tensor) -> None:
     assert torch.equal(erase(batch.float(), 0.0, 7.0, draw_boxes(len(batch), seeded())), batch.float())
 
 
 # Draws
 
 
-def test_a_seed_gives_one_batch_and_leaves_the_input_alone(batch: Tensor) -> None:
+def test_seed_determines_batch_and_input_is_unchanged(batch: Tensor) -> None:
     recipe, before = Recipe(), batch.clone()
     first = augment(batch, recipe, seeded(4))
     torch.manual_seed(99)  # the global generator has no say
@@ -345,13 +347,13 @@ def test_a_seed_gives_one_batch_and_leaves_the_input_alone(batch: Tensor) -> Non
     assert torch.equal(batch, before)
 
 
-def test_every_sample_has_draws_of_its_own(batch: Tensor) -> None:
+def test_every_sample_has_its_own_draws(batch: Tensor) -> None:
     same = batch[:1].expand(6, -1, -1, -1)
     out = augment(same, Recipe(), seeded())
     assert len({image.numpy().tobytes() for image in out}) == 6
 
 
-def test_a_sample_does_not_leak_into_its_neighbour() -> None:
+def test_samples_do_not_influence_each_other() -> None:
     black = torch.zeros(4, 1, SIZE, SIZE, dtype=torch.uint8)
     mixed = black.clone()
     mixed[2] = 255
@@ -360,14 +362,14 @@ def test_a_sample_does_not_leak_into_its_neighbour() -> None:
     assert (out[[0, 1, 3]] == 0).all() and out[2].mean() > 50
 
 
-def test_values_stay_grey_levels(batch: Tensor) -> None:
+def test_values_stay_in_0_to_255(batch: Tensor) -> None:
     out = augment(batch, Recipe(), seeded())
     assert out.min() >= 0 and out.max() <= 255.001 and np.isfinite(out.numpy()).all()
     grid = F.affine_grid(sample_warp(6, Recipe(), seeded()), list(batch.shape), align_corners=False)
     assert grid.shape == (6, SIZE, SIZE, 2)
 
 
-def test_shrinking_is_pillows_up_to_rounding() -> None:
+def test_resize_equals_pillow_up_to_rounding() -> None:
     """Smooth pictures, since noise would only show that Pillow rounds between its two passes."""
     x = np.linspace(0, 3, 112)
     picture = (127 + 60 * np.sin(x)[:, None] + 60 * np.cos(2 * x)[None]).astype(np.uint8)

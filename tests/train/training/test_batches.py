@@ -1,4 +1,4 @@
-"""Batches on the device: the quadrants that were asked for, and the same draws whoever takes which rows."""
+"""Batches on the device: quadrants, labels and draws, resident on CUDA or copied, shared by ranks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def kept(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-def test_a_batch_is_its_quadrants(frames: QuadrantStore, kept: str) -> None:
+def test_feed_yields_requested_quadrants(frames: QuadrantStore, kept: str) -> None:
     feed = DeviceFeed(frames, CPU)
     assert (feed.resident is not None) == (kept == "resident")
     batches = [np.array([0, 7, 19, 8]), np.array([3])]
@@ -52,14 +52,14 @@ def test_a_batch_is_its_quadrants(frames: QuadrantStore, kept: str) -> None:
     assert frames.quadrants.max() == 19  # copies
 
 
-def test_what_does_not_fit_is_copied(frames: QuadrantStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_that_does_not_fit_is_copied(frames: QuadrantStore, monkeypatch: pytest.MonkeyPatch) -> None:
     for free, resident in ((4 * frames.quadrants.nbytes, True), (4 * frames.quadrants.nbytes - 1, False)):
         monkeypatch.setattr(batching, "_free_bytes", lambda where, free=free: free)
         assert (DeviceFeed(frames, CPU).resident is not None) == resident
 
 
 @pytest.mark.parametrize("wrong", [lambda quadrants: quadrants * 0, lambda quadrants: quadrants[::-1].copy()])
-def test_a_device_that_holds_something_else_is_not_asked(
+def test_wrong_resident_quadrants_are_detected(
     frames: QuadrantStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wrong: Any
 ) -> None:
     monkeypatch.setattr(batching, "_free_bytes", lambda where: 2**30)
@@ -77,7 +77,9 @@ def loaded(frames: QuadrantStore, recipe: Recipe = RECIPE, ranks: Ranks | None =
 
 
 @pytest.mark.parametrize("context_padding", [False, True])
-def test_an_epoch(frames: QuadrantStore, kept: str, context_padding: bool) -> None:
+def test_epoch_yields_batches_with_labels_weights_and_draws(
+    frames: QuadrantStore, kept: str, context_padding: bool
+) -> None:
     """On the CPU a batch's draws follow those of the epoch's batches and of the batch before."""
     recipe = RECIPE.replace(context_padding=context_padding)
     generator = torch.Generator().manual_seed(3)
@@ -115,20 +117,20 @@ def test_ranks_share_a_batch_and_its_draws(
                 assert torch.equal(torch.cat(found), expected)
 
 
-def test_numbers_are_drawn_at_once_for_as_many_batches_as_fit() -> None:
+def test_chunks_hold_as_many_batches_as_fit() -> None:
     sizes = [6, 6, 6, 2, 30, 1]
     parts = {limit: [sizes[part] for part in batching._chunks(sizes, limit)] for limit in (0, 12, 100)}
     assert parts == {0: [[6], [6], [6], [2], [30], [1]], 12: [[6, 6], [6, 2], [30], [1]], 100: [sizes]}
     assert batching._chunks([], 5) == []
 
 
-def test_every_row_has_draws_of_its_own(frames: QuadrantStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_has_its_own_draws(frames: QuadrantStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batching, "_drawn_at_once", lambda where: 1000)
     warps = torch.cat([batch.draws["warp"] for batch in loaded(frames)])
     assert len({warp.numpy().tobytes() for warp in warps}) == 20
 
 
-def test_the_preview_is_the_first_batch(frames: QuadrantStore, kept: str) -> None:
+def test_preview_equals_first_batch(frames: QuadrantStore, kept: str) -> None:
     generator = torch.Generator().manual_seed(3)
     batches = list(draw_batches(frames, RECIPE, generator))
     loader = BatchLoader(RECIPE, frames, CPU, WEIGHTS)
@@ -138,7 +140,7 @@ def test_the_preview_is_the_first_batch(frames: QuadrantStore, kept: str) -> Non
     assert torch.equal(shown, other) and not torch.equal(shown, loader.preview(batches, generator))
 
 
-def test_zeros_have_memory_of_their_own(frames: QuadrantStore) -> None:
+def test_zeros_have_their_own_memory(frames: QuadrantStore) -> None:
     batch = loaded(frames, RECIPE.replace(context_padding=True))[0]
     before = [value.clone() for value in batch.tensors()]
     zeros = batch.zeros()
@@ -150,7 +152,7 @@ def test_zeros_have_memory_of_their_own(frames: QuadrantStore) -> None:
     assert all(torch.equal(a, b) for a, b in zip(batch.tensors(), before, strict=True))
 
 
-def test_a_run_from_the_device_is_the_run(
+def test_run_with_resident_quadrants_equals_run(
     tmp_path: Path, trained: Any, quiet: Any, thin: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batching, "_free_bytes", lambda where: 2**40)
@@ -160,7 +162,7 @@ def test_a_run_from_the_device_is_the_run(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_batches_on_cuda(frames: QuadrantStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_on_cuda_equal_cpu(frames: QuadrantStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """They hold what those on the CPU hold, but for the draws, which one seed repeats."""
     cuda = torch.device("cuda")
     generator = torch.Generator().manual_seed(3)

@@ -126,7 +126,7 @@ OPTIMIZERS = ["adamw", "adam", "momentum", "sgd"]  # and rmsprop, which torch ca
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_recording_does_what_the_step_does(optimizer: str) -> None:
+def test_replay_equals_eager_step(optimizer: str) -> None:
     """Step by step, under a rate that changes, with dropout; with another generator it would drop others."""
     recorded, plain = Small(optimizer), Small(optimizer)
     torch.manual_seed(4)
@@ -147,7 +147,7 @@ def test_a_recording_does_what_the_step_does(optimizer: str) -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize("works", [False, True])
-def test_recording_leaves_no_trace(optimizer: str, begun: bool, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capture_restores_state(optimizer: str, begun: bool, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it comes to be used or not, and whether or not the optimizer has a state."""
     small = Small(optimizer)
     if begun:
@@ -171,9 +171,7 @@ def test_recording_leaves_no_trace(optimizer: str, begun: bool, works: bool, mon
 
 
 @pytest.mark.parametrize("stale", [0, 1, 2, 3])
-def test_an_input_that_stays_behind_is_found(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stale: int
-) -> None:
+def test_stale_input_is_detected(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stale: int) -> None:
     """Quadrants, labels, weight or draws that the replay does not bring up to date: the recording is not used."""
     complete = CapturedStep.__init__
 
@@ -186,7 +184,7 @@ def test_an_input_that_stays_behind_is_found(
     assert "not captured in a CUDA graph: its replay changes the " in caplog.text
 
 
-def test_a_number_that_stays_is_found(caplog: pytest.LogCaptureFixture) -> None:
+def test_constant_number_is_detected(caplog: pytest.LogCaptureFixture) -> None:
     """The optimizer's rates as numbers would be those of the first step for ever."""
     small = Small(capturable=False)
     assert capture(small, small.batch(0), small.state, lambda: [], Tape) is not None  # nothing says what changes
@@ -216,7 +214,7 @@ class Refusing(Tape):
             raise RuntimeError("operation failed due to a previous error during capture")
 
 
-def test_a_step_that_cannot_be_recorded_is_taken_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_capture_returns_none_and_warns(caplog: pytest.LogCaptureFixture) -> None:
     small = Small()
     before = small.everything()
     assert capture(lambda batch: waits(small, batch), small.batch(0), small.state, lambda: [], Tape) is None
@@ -259,7 +257,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
         {"trained_layers": "layer4", "warmup_epochs": 1, "epochs": 2},
     ],
 )
-def test_a_recorded_run_is_the_run(
+def test_captured_run_equals_eager_run(
     tmp_path: Path,
     flat_data: Path,
     quiet: Any,
@@ -277,7 +275,7 @@ def test_a_recorded_run_is_the_run(
     assert run(flat_data, tmp_path / "eager", quiet(), recipe) == recorded
 
 
-def test_sizes_have_recordings_of_their_own(
+def test_each_size_is_captured_separately(
     tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = RECIPE.replace(input_size=80, progressive_fraction=0.7, progressive_scale=0.8)
@@ -288,7 +286,7 @@ def test_sizes_have_recordings_of_their_own(
 
 
 @pytest.mark.parametrize("schedule", ["onecycle", "plateau"])
-def test_a_recorded_run_is_killed_and_resumed(
+def test_captured_run_resumes_to_equal_result(
     tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tapes: list[Tape], schedule: Any
 ) -> None:
     recipe = RECIPE.replace(schedule=schedule, plateau_patience=0, dropout=0.5)
@@ -304,7 +302,7 @@ def test_a_recorded_run_is_killed_and_resumed(
     assert resumed == run(flat_data, tmp_path / "whole", quiet(), recipe) and len(tapes) == 3
 
 
-def test_a_recorded_run_with_a_teacher(
+def test_captured_distillation_equals_eager_run(
     tmp_path: Path, trained: Any, quiet: Any, thin: None, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = partial(run, trained.data, recipe=RECIPE.replace(center_crop=1.0, epochs=2), teacher=trained.folder)
@@ -314,7 +312,7 @@ def test_a_recorded_run_with_a_teacher(
     assert train(tmp_path / "eager", quiet()) == recorded
 
 
-def test_a_run_that_cannot_be_recorded_warns_once(
+def test_run_with_failed_capture_warns_once(
     tmp_path: Path,
     flat_data: Path,
     quiet: Any,
@@ -327,7 +325,7 @@ def test_a_run_that_cannot_be_recorded_warns_once(
     assert len(caplog.records) == 1
 
 
-def test_a_run_may_go_on_where_steps_are_not_recorded(
+def test_captured_run_may_resume_eagerly(
     tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As from CUDA to the CPU, and back."""
@@ -359,7 +357,7 @@ def test_a_run_may_go_on_where_steps_are_not_recorded(
         (CPU, ALONE, False, None, False),
     ],
 )
-def test_where_steps_are_recorded(
+def test_steps_are_captured_only_on_single_cuda_process(
     monkeypatch: pytest.MonkeyPatch, where: torch.device, ranks: Ranks, scaled: bool, switch: str | None, recorded: bool
 ) -> None:
     monkeypatch.delenv("ECHOQUAD_CUDA_GRAPHS", raising=False)
@@ -375,7 +373,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "rmsprop"])
-def test_a_cuda_graph_does_what_the_step_does(optimizer: str) -> None:
+def test_cuda_graph_equals_eager_step(optimizer: str) -> None:
     recorded, plain = Small(optimizer, where=CUDA), Small(optimizer, where=CUDA)
     torch.manual_seed(4)
     captured = recorded.captured(lambda: CudaGraphRecorder(CUDA))
@@ -394,7 +392,7 @@ def test_a_cuda_graph_does_what_the_step_does(optimizer: str) -> None:
 
 @pytest.mark.gpu
 @gpu
-def test_a_graph_that_cannot_be_captured_leaves_cuda_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_cuda_capture_restores_cuda_state(caplog: pytest.LogCaptureFixture) -> None:
     """The step goes on without, and drops what it would have dropped."""
     tried, plain = Small(where=CUDA), Small(where=CUDA)
 
@@ -415,7 +413,7 @@ def test_a_graph_that_cannot_be_captured_leaves_cuda_as_it_was(caplog: pytest.Lo
 
 @pytest.mark.gpu
 @gpu
-def test_a_run_on_cuda_is_captured(
+def test_run_on_cuda_is_captured(
     tmp_path: Path,
     flat_data: Path,
     quiet: Any,
@@ -439,7 +437,7 @@ def test_a_run_on_cuda_is_captured(
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("switch", ["0", "1"])
-def test_no_step_on_cuda_waits_for_the_device(
+def test_no_step_on_cuda_synchronises(
     tmp_path: Path, flat_data: Path, quiet: Any, monkeypatch: pytest.MonkeyPatch, switch: str
 ) -> None:
     """Between the first step of an epoch and the end of its last."""

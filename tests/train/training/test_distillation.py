@@ -1,4 +1,4 @@
-"""Distillation: the loss, the teacher's view, what a student learns of it, and what is refused."""
+"""Knowledge distillation: the loss, the teacher's view, learning from the teacher, refusals."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def train(data: Path, folder: Path, recipe: Recipe, reporter: Any, **options: An
 # The loss
 
 
-def test_the_loss_by_hand() -> None:
+def test_loss_equals_formula() -> None:
     student, teacher = [[1.0, -1.0, 0.5], [0.0, 2.0, 0.0]], [[2.0, 0.0, -2.0], [0.0, -1.0, 3.0]]
 
     def softened(logits: list[float], temperature: float) -> list[float]:
@@ -55,7 +55,7 @@ def test_the_loss_by_hand() -> None:
         assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_gradient_does_not_shrink_with_the_temperature() -> None:
+def test_gradient_does_not_shrink_with_temperature() -> None:
     """At a high temperature it is the difference of the centred logits over the classes: Hinton's equation 4."""
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(6, 3, generator=generator, dtype=torch.float64).requires_grad_()
@@ -66,7 +66,7 @@ def test_the_gradient_does_not_shrink_with_the_temperature() -> None:
     torch.testing.assert_close(student.grad, (centred[0] - centred[1]) / 3 / 6, atol=1e-4, rtol=0)
 
 
-def test_extreme_answers_are_no_trouble() -> None:
+def test_extreme_logits_give_finite_loss() -> None:
     student = torch.tensor([[300.0, -300.0]], requires_grad=True)
     loss = distillation_loss(torch.tensor(0.5), student, torch.tensor([[-300.0, 300.0]]), 0.5, 1.0)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -86,7 +86,7 @@ def smooth(size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("speckle", [0.0, 0.3])
-def test_both_see_one_view_each_at_its_own_size(speckle: float) -> None:
+def test_student_and_teacher_see_same_view_at_their_sizes(speckle: float) -> None:
     recipe = Recipe(erase=0.8, speckle=speckle)
     generator = torch.Generator().manual_seed(5)
     for _ in range(3):
@@ -101,7 +101,7 @@ def test_both_see_one_view_each_at_its_own_size(speckle: float) -> None:
 
 @pytest.mark.parametrize("context_padding", [False, True])
 @pytest.mark.parametrize(("size", "small"), [(16, 16), (24, 24), (16, 8)])
-def test_the_teacher_is_shown_what_the_student_is(
+def test_teacher_receives_view_of_student(
     tmp_path: Path,
     trained: Any,
     quiet: Any,
@@ -145,7 +145,7 @@ def test_the_teacher_is_shown_what_the_student_is(
     assert len({draws for _, draws in shown_by}) == 4
 
 
-def test_the_teachers_quadrants_are_the_frames_at_its_size(tmp_path: Path, trained: Any, thin: None) -> None:
+def test_teacher_store_has_teacher_input_size(tmp_path: Path, trained: Any, thin: None) -> None:
     contract = trained.recipe.replace(input_size=24).contract(("bright", "dark"))
     split = read_split(trained.data, "train", contract.classes)
     store = load_quadrants(split, contract)
@@ -157,7 +157,7 @@ def test_the_teachers_quadrants_are_the_frames_at_its_size(tmp_path: Path, train
     assert open_teacher_store(teacher, split, own, Storage(tmp_path)) is own
 
 
-def test_frames_that_change_while_they_are_read(tmp_path: Path, trained: Any, thin: None) -> None:
+def test_frames_that_change_during_reading_are_refused(tmp_path: Path, trained: Any, thin: None) -> None:
     """Nobody would notice a teacher that judges other frames than the student."""
     data = Path(shutil.copytree(trained.data, tmp_path / "data"))
     contract = trained.recipe.replace(input_size=24).contract(("bright", "dark"))
@@ -181,7 +181,7 @@ def contrary(tmp_path: Path, trained: Any) -> Path:
 
 
 @pytest.mark.parametrize("size", [16, 24])
-def test_a_student_believes_its_teacher(
+def test_student_learns_from_teacher(
     tmp_path: Path, contrary: Path, trained: Any, quiet: Any, thin: None, size: int
 ) -> None:
     """Where labels and teacher say the opposite, the weight tells which is learned.
@@ -198,7 +198,7 @@ def test_a_student_believes_its_teacher(
     assert found[0.0] > 0.7 and found[1.0] < 0.3
 
 
-def test_without_weight_it_is_the_run_without_a_teacher(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
+def test_weight_zero_equals_run_without_teacher(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
     """The teacher takes no draw from the student's generators."""
     recipe = trained.recipe.replace(input_size=24, epochs=2)
     train(trained.data, tmp_path / "alone", recipe, quiet())
@@ -208,7 +208,7 @@ def test_without_weight_it_is_the_run_without_a_teacher(tmp_path: Path, trained:
 
 
 @pytest.mark.parametrize(("teacher", "student"), [(16, 24), (24, 16)])
-def test_the_teacher_computes_in_its_own_precision(
+def test_teacher_uses_its_own_precision(
     tmp_path: Path, trained: Any, quiet: Any, thin: None, monkeypatch: pytest.MonkeyPatch, teacher: int, student: int
 ) -> None:
     """Where one is too small for mixed precision, or would be slower in it, the other need not be."""
@@ -232,7 +232,7 @@ def test_the_teacher_computes_in_its_own_precision(
 # The record
 
 
-def test_the_record_names_the_teacher_and_no_path(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
+def test_run_json_identifies_teacher_without_path(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
     reporter = quiet()
     recipe = trained.recipe.replace(input_size=24, epochs=1)
     train(trained.data, tmp_path / "run", recipe, reporter, teacher=trained.folder)
@@ -262,7 +262,7 @@ def refused(kind: type[EchoQuadError], data: Path, folder: Path, recipe: Recipe,
     return str(error.value)
 
 
-def test_a_teacher_that_cannot_be_one(tmp_path: Path, trained: Any, make_data: Any, quiet: Any, thin: None) -> None:
+def test_unsuitable_teacher_is_refused(tmp_path: Path, trained: Any, make_data: Any, quiet: Any, thin: None) -> None:
     out, recipe = tmp_path / "run", trained.recipe
     teacher = Path(shutil.copytree(trained.folder, tmp_path / "teacher"))
     others = make_data(tmp_path / "others", classes=("bright", "dim"), frames=1)

@@ -1,4 +1,4 @@
-"""EMA weights: against their formula, and as what a run keeps."""
+"""Exponential moving average of the weights: its formula, its state, and its use by a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def randomize(model: QuadrantClassifier, step: int) -> None:
 
 
 @pytest.mark.parametrize("capturable", [False, True])
-def test_it_is_the_weighted_sum_of_all_steps(thin: None, capturable: bool) -> None:
+def test_average_equals_weighted_sum_of_steps(thin: None, capturable: bool) -> None:
     model = QuadrantClassifier("resnet18", CONTRACT)
     ema = EmaWeights(model, 0.7, capturable=capturable)
     expected: np.ndarray | None = None
@@ -50,7 +50,7 @@ def test_it_is_the_weighted_sum_of_all_steps(thin: None, capturable: bool) -> No
     assert int(ema.model.backbone.bn1.num_batches_tracked) == 11
 
 
-def test_it_is_torchs_averaged_model_bit_for_bit(thin: None) -> None:
+def test_average_equals_torch_averaged_model(thin: None) -> None:
     """Earlier releases averaged with torch's class, tensor by tensor; their runs are resumed."""
     model = QuadrantClassifier("resnet18", CONTRACT)
     ema = EmaWeights(model, 0.9)
@@ -71,7 +71,7 @@ def test_it_is_torchs_averaged_model_bit_for_bit(thin: None) -> None:
     assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
-def test_it_continues_from_its_state(thin: None) -> None:
+def test_average_resumes_from_state(thin: None) -> None:
     model = QuadrantClassifier("resnet18", CONTRACT)
     whole, first = EmaWeights(model, 0.9), EmaWeights(model, 0.9)
     for step in range(6):
@@ -87,7 +87,7 @@ def test_it_continues_from_its_state(thin: None) -> None:
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_a_step_walks_over_no_modules(thin: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_update_does_not_iterate_modules(thin: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = QuadrantClassifier("resnet18", CONTRACT)
     ema = EmaWeights(model, 0.9)
     monkeypatch.setattr(torch.nn.Module, "named_modules", None)
@@ -95,16 +95,14 @@ def test_a_step_walks_over_no_modules(thin: None, monkeypatch: pytest.MonkeyPatc
     ema.update()
 
 
-def test_less_is_kept_of_the_first_steps() -> None:
+def test_decay_is_smaller_for_first_steps() -> None:
     assert decay_at(0.998, 0) == 0.1 and decay_at(0.998, 90) == 0.91
     assert decay_at(0.998, 100_000) == 0.998 and decay_at(0.5, 90) == 0.5
     shares = [decay_at(0.99, step) for step in range(2000)]
     assert shares == sorted(shares) and shares[-1] == 0.99
 
 
-def test_a_run_keeps_the_averaged_weights(
-    tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tiny: Recipe
-) -> None:
+def test_run_saves_averaged_weights(tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tiny: Recipe) -> None:
     recipe = tiny.replace(ema_decay=0.9, epochs=2)
     fitted = fit(flat_data, tmp_path / "run", recipe, device="cpu", resume=False, reporter=quiet())
     state, best = load_last(tmp_path / "run"), load_run(tmp_path / "run").model.state_dict()
@@ -114,6 +112,6 @@ def test_a_run_keeps_the_averaged_weights(
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])
-def test_what_is_no_share_is_refused(share: float) -> None:
+def test_invalid_decay_is_refused(share: float) -> None:
     with pytest.raises(ConfigError, match=r"ema_decay is .*; expected a fraction from 0 to below 1"):
         Recipe(ema_decay=share)

@@ -1,4 +1,4 @@
-"""Augmentation of intensities."""
+"""Intensity augmentation: each effect, its range, and its draws."""
 
 import dataclasses
 import math
@@ -31,7 +31,7 @@ def vary_by(images, seed=0, **strengths):
     return apply_intensity(images, recipe, draw_intensity(len(images), images.shape[-1], recipe, generator(seed)))
 
 
-def test_a_recipe_that_varies_nothing_gives_the_batch_itself_and_draws_nothing():
+def test_disabled_intensity_augmentation_returns_batch_and_draws_nothing():
     images, source = flat(), generator()
     before = source.get_state()
     assert apply_intensity(images, STILL, draw_intensity(64, 32, STILL, source)) is images
@@ -39,7 +39,7 @@ def test_a_recipe_that_varies_nothing_gives_the_batch_itself_and_draws_nothing()
 
 
 @pytest.mark.parametrize("name", STRENGTHS)
-def test_each_effect_alone_changes_images_keeps_their_range_and_black(name):
+def test_each_effect_keeps_range_and_black(name):
     images = torch.rand(32, 1, 32, 32, generator=generator(1)) * 255
     images[:, :, :5] = 0
     varied = vary_by(images, **{name: STRENGTHS[name]})
@@ -53,7 +53,7 @@ def test_each_effect_alone_changes_images_keeps_their_range_and_black(name):
     assert not torch.equal(varied, vary_by(images, seed=1, **{name: STRENGTHS[name]}))
 
 
-def test_gain_is_one_factor_an_image_within_its_bounds():
+def test_gain_is_one_bounded_factor_for_each_image():
     factors = vary_by(flat(count=2000), gain=0.3)[:, 0] / 100
     assert torch.allclose(factors.amin(dim=(1, 2)), factors.amax(dim=(1, 2)))
     logs = factors[:, 0, 0].log()
@@ -72,7 +72,7 @@ def test_gamma_keeps_black_and_white():
     assert varied[..., 1].max() <= high + 1e-3
 
 
-def test_attenuation_is_exponential_in_depth_and_neutral_in_the_middle():
+def test_attenuation_is_exponential_in_depth_and_neutral_at_centre():
     logs = (vary_by(flat(size=33), attenuation=0.4)[:, 0] / 100).log()
     assert torch.allclose(logs[:, 16, 16], torch.zeros(64), atol=1e-5)
     downwards, sideways = logs.diff(dim=1), logs.diff(dim=2)
@@ -84,7 +84,7 @@ def test_attenuation_is_exponential_in_depth_and_neutral_in_the_middle():
     assert 0.3 < float(slopes.max()) <= 0.4 + 1e-5
 
 
-def test_a_shadow_is_a_band_and_comes_as_often_as_asked():
+def test_shadow_is_a_band_with_given_probability():
     dark = vary_by(flat(count=2000), shadow=0.25) / 100
     hit = dark.amin(dim=(1, 2, 3)) < 0.75
     assert 0.2 < float(hit.float().mean()) < 0.27  # a band may lie beyond the edge
@@ -102,7 +102,7 @@ def test_speckle_keeps_the_mean_and_has_grains():
     assert 0.3 < float(neighbours) < 0.9
 
 
-def test_augment_varies_before_it_erases():
+def test_intensity_changes_before_erasing():
     recipe = STILL.replace(erase=1.0, gain=0.3)
     images = torch.full((64, 1, 32, 32), 100, dtype=torch.uint8)
     done = augment(images, recipe, generator())
@@ -112,6 +112,6 @@ def test_augment_varies_before_it_erases():
 
 
 @pytest.mark.parametrize(("name", "value"), [("shadow", 1.5), ("gain", -0.1), ("speckle", -1.0)])
-def test_strengths_that_cannot_be_are_refused(name, value):
+def test_invalid_strengths_are_refused(name, value):
     with pytest.raises(ConfigError, match=f"recipe: {name} is"):
         STILL.replace(**{name: value})

@@ -1,4 +1,4 @@
-"""Validation: its batches, and that they are of no influence on the figures."""
+"""Validation: batch sizes, which do not influence the metrics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def judged(folder: Path, data: Path, where: torch.device) -> ValidationMetrics:
     return validate(run.model, run.contract, DeviceFeed(store, where))
 
 
-def test_batches_are_large_on_cuda_alone() -> None:
+def test_batches_are_large_only_on_cuda() -> None:
     assert batch_size(10_000, 112, CPU) == batch_size(10_000, 224, CPU) == 64
     assert batch_size(10_000, 112, CUDA, ALONE) == 512 and batch_size(10_000, 224, CUDA) == 128
     assert batch_size(10_000, 4096, CUDA) == 1
@@ -33,7 +33,7 @@ def test_batches_are_large_on_cuda_alone() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 32, 1000])
-def test_the_size_of_batches_is_of_no_influence(
+def test_batch_size_does_not_change_metrics(
     trained: Any, thin: None, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     monkeypatch.setattr(validation, "VALIDATION_BATCH", size)
@@ -47,7 +47,7 @@ def test_the_size_of_batches_is_of_no_influence(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_validation_on_cuda_is_that_on_the_cpu(trained: Any, thin: None) -> None:
+def test_validation_on_cuda_equals_cpu(trained: Any, thin: None) -> None:
     found, expected = (judged(trained.folder, trained.data, where) for where in (CUDA, CPU))
     assert found.loss == pytest.approx(expected.loss, rel=1e-4)
     assert found.quadrants == expected.quadrants and found.frame_accuracy == expected.frame_accuracy
