@@ -25,7 +25,7 @@ from echoquad_train.runs.ensemble_folder import Ensemble, load_trained
 
 
 def pool(patients: int, frames: int) -> list[Split]:
-    """List frames that lie nowhere: every patient's are of both classes, in one split."""
+    """List frames without files: each patient has frames of both classes, in one split."""
 
     def of(name: str, numbers: range) -> Split:
         names = [
@@ -68,7 +68,7 @@ def test_impossible_folds_are_refused() -> None:
         split_folds(pool(9, 2), FoldSettings(3, "(patient)"), 0)
     with pytest.raises(ConfigError, match="--patient-regex"):
         split_folds(pool(9, 2), FoldSettings(3, "("), 0)
-    # Two of class b's three patients have all its frames but one, and those of class a hang on them.
+    # Two patients hold all frames of class b but one, and most of class a.
     names = [("x", 0, 9), ("x", 1, 9), ("y", 0, 1), ("z", 1, 1)]
     frames = [
         LabelledFrame(Path(), f"train/{'ab'[label]}/patient{ord(who)}_{number}.png", label)
@@ -86,7 +86,7 @@ def test_impossible_folds_are_refused() -> None:
 
 @dataclass
 class Case:
-    """Folds that were trained, and on what."""
+    """Trained folds and their inputs."""
 
     data: Path
     folder: Path
@@ -97,7 +97,7 @@ class Case:
 
 @pytest.fixture(scope="session")
 def patients_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give frames of six patients, both classes of each, in train and validation, and a test that is never read."""
+    """Write frames of six patients with both classes in train and validation, and a test split that is never read."""
     data, rng = tmp_path_factory.mktemp("patients") / "data", np.random.default_rng(2)
     for split, numbers in (("train", range(4)), ("validation", range(4, 6)), ("test", range(6, 7))):
         for level, name in ((220, "bright"), (40, "dark")):
@@ -161,7 +161,7 @@ def test_out_of_fold_figures_use_runs_that_never_saw_the_patient(case: Case, thi
     right = sum(row["pred_image"] == row["true_class"] for row in rows)
     assert figures["pooled"]["accuracy"] == pytest.approx(right / 12) and figures["pooled"]["frames"] == 12
     by_fold = [fold["accuracy"] for fold in figures["folds"]]
-    # What a fold's run reached on its validation frames in training is what is told of it.
+    # The figures of a fold are those of its run's validation.
     runs = [load_run(case.folder / f"fold-{number}") for number in (1, 2)]
     assert by_fold == [run.info["best"]["validation_frame_accuracy"] for run in runs]
     assert figures["mean"]["accuracy"] == pytest.approx(statistics.fmean(by_fold))

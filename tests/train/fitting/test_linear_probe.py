@@ -34,7 +34,7 @@ CLASSES = ("dark", "grey", "light")
 
 
 def draw(seed: int, classes: int, noise: float = 1.5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Give features, labels and patients: clouds that overlap, of very different scales, five samples a patient."""
+    """Return features, labels and patients: overlapping clusters of different scales, five samples for each patient."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.repeat(np.arange(classes), 60))
     centres = rng.normal(0, 1, (classes, 8))
@@ -87,7 +87,7 @@ def test_head_decides_as_scikit_learn(
 
 
 def test_regularisation_is_selected_on_held_out_patients() -> None:
-    """A feature that names the patient is worth nothing, and by samples alone it would be the best there is."""
+    """A feature that identifies the patient does not generalise; a split by samples would prefer it."""
     rng = np.random.default_rng(3)
     labels = np.repeat([0, 1], 60)
     patients = np.repeat([f"p{index}" for index in range(24)], 5)
@@ -102,7 +102,7 @@ def test_regularisation_is_selected_on_held_out_patients() -> None:
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_scale_turns_decision_values_into_probabilities(classes: int) -> None:
-    """Labels drawn from the softmax of 3 times the decisions give 3 back."""
+    """Labels drawn from the softmax of 3 times the decision values give a scale of 3."""
     rng = np.random.default_rng(classes)
     decisions = rng.normal(0, 1, (20_000, classes))
     raised = np.exp(3 * decisions)
@@ -123,7 +123,7 @@ def test_features_are_inputs_of_head(model: Callable[[int], QuadrantClassifier],
     made.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(64, 2))
     contract = Contract(("bright", "dark"), input_size=16, keep=1.0)
     store = load_quadrants(read_split(flat_data, "train", contract.classes), contract)
-    made.train()  # which a fitted classifier must not see
+    made.train()  # the features must be computed in evaluation mode
     features = quadrant_features(made, store)
     flat = torch.from_numpy(store.quadrants.reshape(-1, 1, 16, 16).copy())
     with torch.inference_mode():
@@ -150,7 +150,7 @@ def test_linear_run_loads_and_evaluates_like_any_run(
     assert [best for _, best in reporter.epochs] == [True] and reporter.batches[-1][1] == reporter.batches[-1][2]
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 2
     assert (tmp_path / "run" / "curves.png").exists() and not (tmp_path / "run" / "last.pt").exists()
-    # Its weights are a fit to features that it gives again: scikit-learn anew, from what lies on the disk.
+    # Refit with scikit-learn on the features of the saved run.
     store = load_quadrants(read_split(three, "train", CLASSES), run.contract)
     features, labels = quadrant_features(run.model, store), np.repeat(store.labels, 4)
     patients = np.repeat(np.arange(len(store.labels)), 4).astype(str)

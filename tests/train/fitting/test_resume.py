@@ -41,7 +41,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Result:
-    """All that a run leaves which may not depend on when it was killed."""
+    """The files of a run that must not depend on when it was killed."""
 
     best: bytes
     metrics: list[dict[str, str]]
@@ -61,7 +61,7 @@ def result(folder: Path) -> Result:
 
 
 def difference(a: Any, b: Any, path: str = "state") -> str | None:
-    """Name the first place where two states differ in a bit."""
+    """Return the first key at which two states differ; None if they are equal."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return None if a.dtype == b.dtype and torch.equal(a, b) else path
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
@@ -84,13 +84,13 @@ def half(where: torch.device) -> torch.dtype:
 
 
 @pytest.fixture(scope="module")
-def whole(
+def uninterrupted(
     tmp_path_factory: pytest.TempPathFactory,
     flat_data: Path,
     quiet: Any,
     thin_session: Callable[[], AbstractContextManager[None]],
 ) -> Callable[[str], Result]:
-    """Give the result of the recipe's run that nobody disturbed."""
+    """Return the result of an uninterrupted run of a recipe."""
     known: dict[str, Result] = {}
 
     def of(name: str) -> Result:
@@ -121,7 +121,7 @@ def kill_at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int, *,
     patch.setattr(owner, name, killed)
 
 
-# The moments: (function to break off at, which call, before or after it).
+# The moments of a kill: (owner, function, number of the call, after it or before it).
 MOMENTS = {
     "before run.json is written": (record, "write_run", 1, False),
     "before the first epoch": (record, "write_run", 1, True),
@@ -140,16 +140,22 @@ MOMENTS = {
 @pytest.mark.parametrize("name", ["phases", "cycle"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_run_killed_at_any_write_resumes_to_equal_result(
-    tmp_path: Path, flat_data: Path, whole: Callable[[str], Result], quiet: Any, thin: None, name: str, moment: str
+    tmp_path: Path,
+    flat_data: Path,
+    uninterrupted: Callable[[str], Result],
+    quiet: Any,
+    thin: None,
+    name: str,
+    moment: str,
 ) -> None:
     folder, recipe = tmp_path / "run", RECIPES[name]
     owner, function, call, after = MOMENTS[moment]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         kill_at_call(patch, owner, function, call, after=after)
         fit(flat_data, folder, recipe, device="cpu", resume=False, reporter=quiet())
-    torch.manual_seed(77)  # another process' generator
+    torch.manual_seed(77)  # as in a new process
     fit(flat_data, folder, recipe, device="cpu", resume=True, reporter=quiet())
-    assert_same(result(folder), whole(name))
+    assert_same(result(folder), uninterrupted(name))
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
@@ -157,7 +163,7 @@ def test_run_killed_at_any_write_resumes_to_equal_result(
 def test_run_killed_repeatedly_within_epochs_resumes_to_equal_result(
     tmp_path: Path,
     flat_data: Path,
-    whole: Callable[[str], Result],
+    uninterrupted: Callable[[str], Result],
     quiet: Any,
     thin: None,
     name: str,
@@ -184,23 +190,23 @@ def test_run_killed_repeatedly_within_epochs_resumes_to_equal_result(
             fit(flat_data, folder, recipe, device="cpu", resume=index > 0, reporter=reporter)
     last = quiet()
     fit(flat_data, folder, recipe, device="cpu", resume=True, reporter=last)
-    assert [epoch.epoch for epoch, _ in last.epochs] == [4]  # what was done is not done again
-    assert_same(result(folder), whole(name))
+    assert [epoch.epoch for epoch, _ in last.epochs] == [4]  # finished epochs are not repeated
+    assert_same(result(folder), uninterrupted(name))
 
 
-def test_recipes_under_test_have_state_to_lose(whole: Callable[[str], Result]) -> None:
-    """Phases change, rates move, the scaler has a state: else the tests above would prove little."""
-    phases = whole("phases")
+def test_recipes_under_test_have_state_to_lose(uninterrupted: Callable[[str], Result]) -> None:
+    """Phases change, rates change and the scaler has a state; otherwise the tests above would prove little."""
+    phases = uninterrupted("phases")
     assert [row["phase"] for row in phases.metrics] == ["head", "layer4", "layer3", "layer3"]
     assert (
         phases.state["optimizer_schedule"]["plateau"] is not None
         and phases.state["optimizer_schedule"]["optimizer"]["state"]
     )
-    cycle = whole("cycle")
+    cycle = uninterrupted("cycle")
     assert len({row["lr"] for row in cycle.metrics}) == 4 and cycle.state["optimizer_schedule"]["step"] == 16
     assert phases.best != cycle.best
-    average = whole("average")
-    assert difference(average.state["model"], cycle.state["model"]) is None  # it follows, and does not lead
+    average = uninterrupted("average")
+    assert difference(average.state["model"], cycle.state["model"]) is None  # the average does not influence training
     assert average.best != cycle.best
 
 
@@ -211,7 +217,7 @@ def test_resuming_finished_run_changes_nothing(tmp_path: Path, trained: Any, qui
     assert fitted.history == trained.fitted.history and fitted.best == trained.fitted.best and not reporter.epochs
     for name in ("best.safetensors", "last.pt", "metrics.csv", "recipe.toml"):
         assert (folder / name).read_bytes() == (trained.folder / name).read_bytes()
-    assert json.loads((folder / "run.json").read_text("utf-8")) == trained.info  # when it was begun, too
+    assert json.loads((folder / "run.json").read_text("utf-8")) == trained.info  # including the time of creation
 
 
 def test_resuming_early_stopped_run_trains_no_epoch(
@@ -244,7 +250,7 @@ def test_resume_needs_no_initial_weights_file(
 def test_float32_run_may_resume_in_float16(
     tmp_path: Path, trained: Any, quiet: Any, thin: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On another device the scaler may have no state to find."""
+    """The saved scaler has no state then, as after a change of the device."""
     recipe = trained.recipe.replace(mixed_precision=True, input_size=24, epochs=2)
 
     def at_batch(epoch: int, done: int) -> None:
@@ -260,7 +266,7 @@ def test_float32_run_may_resume_in_float16(
 
 
 def test_killed_distillation_resumes_to_equal_result(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
-    """At another input size than the teacher's, and from another place that holds the same teacher."""
+    """The student has another input size, and the teacher's folder moves."""
     recipe = trained.recipe.replace(input_size=24)
     train = partial(fit, trained.data, device="cpu")
     train(tmp_path / "whole", recipe, resume=False, reporter=quiet(), teacher=trained.folder)
@@ -282,7 +288,7 @@ def test_killed_distillation_resumes_to_equal_result(tmp_path: Path, trained: An
 def test_killed_run_of_other_backbone_resumes_to_equal_result(
     tmp_path: Path, flat_data: Path, quiet: Any, tiny: Recipe, swift: None, name: str
 ) -> None:
-    """EfficientNet's stochastic depth draws as dropout does."""
+    """EfficientNet's stochastic depth draws random numbers like dropout."""
     recipe = tiny.replace(backbone=name, input_size=32, epochs=2, batch_size=16)
     train = partial(fit, flat_data, device="cpu")
     train(tmp_path / "whole", recipe, resume=False, reporter=quiet())
@@ -342,7 +348,7 @@ def test_resume_with_other_recipe_is_refused(tmp_path: Path, trained: Any, quiet
 def test_resume_with_other_teacher_is_refused(
     tmp_path: Path, trained: Any, quiet: Any, thin: None, killed: int
 ) -> None:
-    """Before the first state is written as after it."""
+    """Before and after the first state is saved."""
     recipe, folder = trained.recipe.replace(epochs=2), tmp_path / "run"
 
     def at_batch(epoch: int, done: int) -> None:
@@ -391,12 +397,12 @@ def test_resume_with_changed_data_is_refused(tmp_path: Path, trained: Any, quiet
 def test_resume_from_damaged_state_is_refused(tmp_path: Path, trained: Any, quiet: Any) -> None:
     folder = Path(shutil.copytree(trained.folder, tmp_path / "run"))
     data = bytearray((folder / "last.pt").read_bytes())
-    data[len(data) // 2] ^= 1  # one bit, in the midst of a tensor
+    data[len(data) // 2] ^= 1  # one bit within a tensor
     (folder / "last.pt").write_bytes(data)
     assert "last.pt is damaged (" in refused(trained.data, folder, trained.recipe, quiet())
 
 
-# A process that really dies
+# Processes that end by os._exit
 
 SCRIPT = """
 import os, sys

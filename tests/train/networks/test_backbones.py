@@ -38,20 +38,20 @@ FEATURES = {
 }
 POSITIONS = "encoder.pos_embedding"
 NO_BATCH_STATISTICS = {"vgg16", "alexnet", "convnext_tiny", "vit_b_16"}
-# To train these for a step takes seconds; the others are one of each family.
+# A training step of these takes seconds; the others are one of each family.
 HEAVY = ("resnet50", "vgg16", "alexnet", "vit_b_16")
 LIGHT = ("resnet18", "mobilenet_v3_small", "efficientnet_b0", "densenet121", "googlenet")
 STEPPED = [*LIGHT, *(pytest.param(name, marks=pytest.mark.slow) for name in HEAVY)]
 
 
 def outlined(name: str, size: int = 64) -> nn.Module:
-    """Give a backbone that has shapes and no weights: to draw a hundred million takes seconds."""
+    """Return a backbone on the meta device, because drawing a hundred million weights takes seconds."""
     with torch.device("meta"):
         return build_backbone(name, size)[0]
 
 
 def drawn(name: str, size: int) -> nn.Module:
-    """Give torchvision's whole network, as the backbone is made from it, with random weights."""
+    """Return torchvision's complete network with random weights."""
     options = {**BACKBONES[name].options, **({"image_size": size} if BACKBONES[name].patch_size else {})}
     with torch.device("meta"):
         whole = torchvision.models.get_model(name, weights=None, **options)
@@ -67,7 +67,7 @@ def drawn(name: str, size: int) -> nn.Module:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Take the threads' waiting for each other out of networks this small."""
+    """Use one thread: synchronisation dominates in networks this small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -76,7 +76,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_backbone_equals_torchvision_network_without_classifier(name: str) -> None:
-    """Its features are what torchvision's network gives its last linear layer, in evaluation mode."""
+    """Its features are the inputs of torchvision's last linear layer, in evaluation mode."""
     with torch.device("meta"):
         body, features = build_backbone(name, 64)
     whole, end = drawn(name, 64), BACKBONES[name].classifier
@@ -95,7 +95,7 @@ def test_backbone_equals_torchvision_network_without_classifier(name: str) -> No
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_backbone_has_no_dropout_before_head(name: str) -> None:
-    """What stands between hidden linear layers belongs to the network, and none of it is its last module."""
+    """Dropout between hidden linear layers belongs to the network, but is not its last module."""
     body = outlined(name)
     active = [key for key, module in body.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
     hidden = {"vgg16": ["classifier.2"], "alexnet": ["classifier.0", "classifier.3"]}
@@ -104,7 +104,7 @@ def test_backbone_has_no_dropout_before_head(name: str) -> None:
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_batch_statistics_follow_within_ten_batches(name: str) -> None:
-    """What validation sees after ten batches is by more than half what those batches were."""
+    """After ten batches, they contribute more than half of the running statistics."""
     momenta = {module.momentum for module in outlined(name).modules() if isinstance(module, nn.BatchNorm2d)}
     assert all(momentum is not None and 1 - (1 - momentum) ** 10 > 0.5 for momentum in momenta)
     assert bool(momenta) is (name not in NO_BATCH_STATISTICS)
@@ -112,7 +112,7 @@ def test_batch_statistics_follow_within_ten_batches(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(BACKBONES) - {"vit_b_16"}))
 def test_stages_work_at_scales_of_resnet_stages(name: str) -> None:
-    """layer3 begins on maps of 1/8 of the input's side and ends on 1/16, layer4 from there on 1/32."""
+    """layer3 reduces maps from 1/8 to 1/16 of the input's side, layer4 from 1/16 to 1/32."""
     body = outlined(name)
     sides: dict[str, tuple[int, int]] = {}
 
@@ -129,7 +129,7 @@ def test_stages_work_at_scales_of_resnet_stages(name: str) -> None:
     with torch.inference_mode():
         body.eval()(torch.zeros(1, 3, 128, 128, device="meta"))
     third, fourth = ([sides[part] for part in names if part in sides] for names in (parts.layer3, parts.layer4))
-    # AlexNet's first layers pad less than the others' do.
+    # AlexNet's first layers pad less than those of other networks.
     begin, middle, end = (15, 7, 3) if name == "alexnet" else (16, 8, 4)
     for found, first, last in ((third, begin, middle), (fourth, middle, end)):
         assert found[0][0] == first and found[-1][1] == last
@@ -145,7 +145,7 @@ def test_stages_of_transformer_are_its_last_blocks() -> None:
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_no_layer_lies_between_last_stage_and_head(name: str) -> None:
-    """From the first module of layer3 on, every parameter belongs to a stage; before it, none does."""
+    """Every parameter from the first module of layer3 on belongs to a stage, and none before it."""
     stages = tuple(f"{part}." for part in (*BACKBONES[name].layer3, *BACKBONES[name].layer4))
     inside = [parameter.startswith(stages) for parameter, _ in outlined(name).named_parameters()]
     first = inside.index(True)
@@ -189,7 +189,7 @@ def test_unknown_backbone_is_refused_with_suggestion(wrong: str, meant: str) -> 
 @pytest.mark.parametrize("layers", [("head",), ("head", "layer4"), ("head", "layer4", "layer3")])
 @pytest.mark.parametrize("name", STEPPED)
 def test_frozen_layers_do_not_change(name: str, layers: tuple[str, ...]) -> None:
-    """Batch statistics among them: a frozen stage is in evaluation mode."""
+    """This includes batch statistics: a frozen stage is in evaluation mode."""
     torch.manual_seed(0)
     model = QuadrantClassifier(name, CONTRACT, dropout=0.2)
     parts = {"layer4": BACKBONES[name].layer4, "layer3": BACKBONES[name].layer3}
@@ -224,7 +224,7 @@ def assert_loads(name: str, file: dict[str, Any], expected: dict[str, Any], monk
 
 
 def test_former_tensor_names_are_converted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DenseNet's published weights are of torch 0.3, which let names of modules have dots, and counted no batches."""
+    """DenseNet's weights come from torch 0.3, which allowed dots in module names and did not count batches."""
     now = drawn("densenet121", 64).state_dict()
     then = {
         re.sub(r"(denselayer\d+\.)(norm|conv)([12])\.", r"\1\2.\3.", key): value
@@ -250,7 +250,7 @@ def small_transformer(name: str, weights: object = None, image_size: int = 224) 
 
 
 def test_position_embeddings_are_interpolated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A map of them that is a plane stays one, corner on corner, and the class token's is left alone."""
+    """A linear map of embeddings stays linear, corners stay corners, and the class token does not change."""
     monkeypatch.setattr(torchvision.models, "get_model", small_transformer)
     state = small_transformer("vit_b_16").state_dict()
     ramp = torch.linspace(0, 1, 14)
@@ -262,7 +262,7 @@ def test_position_embeddings_are_interpolated(monkeypatch: pytest.MonkeyPatch) -
     assert found.shape == (1, 17, 8) and torch.equal(found[0, 0], state["encoder.pos_embedding"][0, 0])
     ramp = torch.linspace(0, 1, 4)
     expected = (ramp[:, None] + 3 * ramp).reshape(-1, 1).expand(-1, 8)
-    torch.testing.assert_close(found[0, [1, 4, 13, 16]], expected[[0, 3, 12, 15]])  # the corners are places of both
+    torch.testing.assert_close(found[0, [1, 4, 13, 16]], expected[[0, 3, 12, 15]])  # both grids contain the corners
     torch.testing.assert_close(found[0, 1:], expected, atol=0.1, rtol=0)
 
 

@@ -46,7 +46,7 @@ def states_equal(a: nn.Module, b: nn.Module) -> bool:
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_head_has_number_of_classes_of_contract(backbone: str) -> None:
     contract = Contract(("a", "b", "c"), input_size=64)
-    with torch.device("meta"):  # shapes are enough: to draw weights by the hundred million takes seconds
+    with torch.device("meta"):  # shapes are enough: drawing a hundred million weights takes seconds
         model = QuadrantClassifier(backbone, contract, dropout=0.25)
     dropout, linear = model.head
     assert isinstance(dropout, nn.Dropout) and dropout.p == 0.25
@@ -75,7 +75,7 @@ def test_torch_engine_returns_outputs_of_model(thin: None) -> None:
     quadrants = np.random.default_rng(0).integers(0, 256, (6, 1, 32, 32), np.uint8)
     logits, probabilities = engine.infer(quadrants)
     assert logits.dtype == probabilities.dtype == np.float32 and logits.shape == (6, 3)
-    assert not model.training  # no dropout, the batch's statistics of no influence
+    assert not model.training  # no dropout, and no influence of batch statistics
     single = np.concatenate([engine.infer(quadrants[i : i + 1])[0] for i in range(6)])
     np.testing.assert_allclose(single, logits, atol=1e-5)
     scaled = np.exp(logits.astype(np.float64) / 2.5)
@@ -123,7 +123,7 @@ def test_weights_load_from_file(tmp_path: Path, source: nn.Module, kind: str) ->
 
 
 def test_weights_load_from_run(thin: None, trained: Any) -> None:
-    """A run's own head goes, whatever its number of classes."""
+    """The head of the run is not loaded, whatever its number of classes."""
     best = trained.folder / "best.safetensors"
     model = build_model(Recipe(weights=str(best), input_size=32), Contract(("a", "b", "c"), input_size=32))
     state = safetensors.torch.load_file(best)
@@ -161,7 +161,7 @@ def test_mismatched_weights_are_refused(tmp_path: Path, source: nn.Module, chang
 
 
 class Code:
-    """Unpickled, it leaves a file behind."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -184,7 +184,7 @@ def test_code_in_weights_file_is_not_run(tmp_path: Path, source: nn.Module, how:
     assert not proof.exists()
     message = line(error)
     assert "cannot be read as tensors (it holds more than tensors)" in message and "trust" not in message
-    # The file is what it is said to be: a reader that is less careful does run it.
+    # A reader that is less careful does run the code.
     torch.load(path, weights_only=False) if how != "pickle" else pickle.loads(path.read_bytes())
     assert proof.exists()
 
@@ -233,7 +233,7 @@ def test_truncated_weights_file_is_refused(tmp_path: Path, source: nn.Module, sh
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give an empty cache of torch's, with no way to the network."""
+    """Use an empty torch cache and block the network."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
     def refuse(*_: object, **__: object) -> None:
@@ -280,7 +280,7 @@ def test_train_without_network_exits_with_one_line(
     assert ended.value.code == 1 and out == ""
     (message,) = [text for text in err.splitlines() if not text.startswith("Downloading")]
     assert message.startswith("error: weights imagenet: the resnet18 weights cannot be downloaded ([Errno -3] Temp")
-    assert not (tmp_path / "run").exists()  # nothing in the way of the next try
+    assert not (tmp_path / "run").exists()  # the next attempt can use the folder
 
 
 def test_cached_weights_need_no_network(hub: Path, thin: None, source: nn.Module) -> None:

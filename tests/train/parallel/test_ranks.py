@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from echoquad_train.training.augmentation import augment
 
 CPU = torch.device("cpu")
 
-# Everything that a rank sees a share of: batch statistics, dropout, class weights, all draws of the augmentation. At a
-# rate at which batch statistics over few values do not yet make much of the last bit.
+# Uses everything that ranks share: batch statistics, dropout, class weights, all random numbers of the augmentation.
+# The learning rate is low enough that batch statistics over few values do not amplify rounding.
 RECIPE = Recipe.load("scratch").replace(
     input_size=40,
     epochs=2,
@@ -86,17 +86,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Have torch compute in one thread: in two, oneDNN (torch 2.14) writes beyond its memory in the backward pass of
-    channels-last convolutions as thin as these with an odd number of samples; of the real networks' width it does not.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -104,7 +93,7 @@ def free_port() -> int:
 
 
 def run_ranks(script: Path, count: int, jobs: Sequence[dict[str, Any]]) -> list[str]:
-    """Run the script as torchrun would, without its second of waiting; gives what each rank printed."""
+    """Start the script like torchrun, but without its delay of a second; return the output of each rank."""
     script.write_text(SCRIPT)
     port = str(free_port())
     started = []
@@ -134,7 +123,7 @@ def job(data: Path, folder: Path, recipe: Recipe, teacher: Path | None = None, s
 
 
 def assert_alike(found: Path, expected: Path) -> None:
-    """Hold two runs against each other within what float32 sums in another order can differ by."""
+    """Compare two runs within the rounding of float32 sums in another order."""
     first, second = (torch.load(folder / "last.pt", weights_only=True) for folder in (found, expected))
     for a, b in zip(first["history"], second["history"], strict=True):
         assert a.pop("phase") == b.pop("phase")
@@ -147,7 +136,7 @@ def assert_alike(found: Path, expected: Path) -> None:
 
 
 def interrupted(data: Path, folder: Path, recipe: Recipe, quiet: Any) -> Path:
-    """Leave a run of one process that was killed in its second epoch."""
+    """Write a run of one process that was killed in its second epoch."""
 
     def at_batch(epoch: int, done: int) -> None:
         if epoch == 2:
@@ -159,7 +148,7 @@ def interrupted(data: Path, folder: Path, recipe: Recipe, quiet: Any) -> Path:
 
 
 def test_two_processes_train_as_one(tmp_path: Path, make_data: Callable[..., Path], quiet: Any, thin: None) -> None:
-    """From the start, and going on with a run that one process began: figures, weights and files."""
+    """From the start, and resuming a run of one process: figures, weights and files are equal."""
     data = make_data(tmp_path / "data", frames=4)
     (data / "train" / "dark" / "train0.png").unlink()  # unequal classes
     (data / "validation" / "dark" / "validation1.png").write_bytes(b"not an image")
@@ -167,16 +156,16 @@ def test_two_processes_train_as_one(tmp_path: Path, make_data: Callable[..., Pat
     fit(data, alone, RECIPE, device="cpu", resume=False, reporter=quiet())
     resumed = interrupted(data, tmp_path / "resumed", RECIPE, quiet)
     out = run_ranks(tmp_path / "rank.py", 2, [job(data, tmp_path / "two", RECIPE), job(data, resumed, RECIPE)])
-    assert out == ["epoch 1\nepoch 2\nepoch 2\n", ""]  # rank 0 alone reports
+    assert out == ["epoch 1\nepoch 2\nepoch 2\n", ""]  # only rank 0 reports
     assert_alike(tmp_path / "two", alone)
     assert_alike(resumed, alone)
 
 
-# The layers, with the ranks' rows in one process
+# Shared layers, in one process
 
 
 def test_dropout_and_stochastic_depth_draw_for_global_batch() -> None:
-    """Each rank's rows are those that one process would have computed."""
+    """Each rank's rows equal those of a single process."""
     x = torch.rand(10, 6, 4, 4) + 0.5
     for layer in (nn.Dropout(0.4), StochasticDepth(0.3, "row")):
         model = nn.Sequential(layer)
@@ -209,14 +198,14 @@ def test_share_is_augmented_as_in_global_batch() -> None:
     for rank in range(3):
         own = torch.Generator().manual_seed(4)
         share = Ranks(rank, 3).share(9)
-        # A grid of another size is computed in other vectors, so the last bits may differ.
+        # A grid of another size is vectorised differently, so the last bits may differ.
         torch.testing.assert_close(
             augment(quadrants[share.rows], RECIPE, own, share), whole[share.rows], atol=1e-3, rtol=0
         )
         assert torch.equal(own.get_state(), generator.get_state())
 
 
-# Places
+# Environment variables
 
 
 def test_process_without_torchrun_is_rank_0_of_1(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +247,7 @@ def test_unreachable_processes_are_one_line(monkeypatch: pytest.MonkeyPatch) -> 
     assert "\n" not in message and message.startswith("torchrun: the processes cannot reach each other (")
 
 
-# As users start it
+# The command line
 
 
 def torchrun(*words: str | Path, count: int = 2) -> subprocess.CompletedProcess[str]:
@@ -267,13 +256,13 @@ def torchrun(*words: str | Path, count: int = 2) -> subprocess.CompletedProcess[
 
 
 def said(ended: subprocess.CompletedProcess[str]) -> list[str]:
-    """Give what EchoQuad said; torchrun has its own report of a process that failed."""
+    """Return the messages of EchoQuad, without torchrun's report of a failed process."""
     return [line for line in ended.stderr.splitlines() if line.startswith(("error:", "Epoch", "interrupted", "best:"))]
 
 
 @pytest.mark.slow
 def test_torchrun_command_trains_streams_and_refuses(tmp_path: Path, make_data: Callable[..., Path]) -> None:
-    """Streamed by workers of its own, each rank trains what it trains from memory; a failure is told once."""
+    """Streaming with workers for each rank gives equal weights; a failure is reported once."""
     data = make_data(tmp_path / "data", frames=4)
     line = [data, "--recipe", "scratch", "--input-size", "32", "--epochs", "1", "--batch-size", "6", "--device", "cpu"]
     ended = torchrun(*line, "--out", tmp_path / "run", "--tensorboard")
@@ -296,7 +285,7 @@ def test_torchrun_command_trains_streams_and_refuses(tmp_path: Path, make_data: 
 def test_three_processes_with_teacher_phases_and_backbones(
     tmp_path: Path, make_data: Callable[..., Path], quiet: Any, thin: None
 ) -> None:
-    """Also where a batch is smaller than the number of processes, and where only some layers learn."""
+    """Also if a batch is smaller than the number of processes, and if only some layers are trained."""
     data = make_data(tmp_path / "data", frames=3)
     fit(data, tmp_path / "teacher", RECIPE.replace(epochs=1), device="cpu", resume=False, reporter=quiet())
     phases = Recipe.load("transfer").replace(

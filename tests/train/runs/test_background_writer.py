@@ -56,7 +56,7 @@ def test_errors_are_raised(background: bool) -> None:
         writer.write(lambda: None)
     with pytest.raises(OutputError, match="disk full"), BackgroundWriter(background=background) as writer:
         writer.write(fail)
-    with pytest.raises(KeyboardInterrupt), BackgroundWriter(background=True) as writer:  # it says what came first
+    with pytest.raises(KeyboardInterrupt), BackgroundWriter(background=True) as writer:  # the first exception counts
         writer.write(fail)
         raise KeyboardInterrupt
 
@@ -74,7 +74,7 @@ def test_snapshot_does_not_change() -> None:
 
 @pytest.fixture
 def in_background(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Return a function that makes runs on the CPU write as runs on CUDA do."""
+    """Return a function that makes runs on the CPU write in the background, as on CUDA."""
     return lambda: monkeypatch.setattr(
         fitting, "BackgroundWriter", lambda background: BackgroundWriter(background=True)
     )
@@ -94,7 +94,7 @@ def test_run_written_in_background_equals_run(
 
     with pytest.raises(KeyboardInterrupt):
         fit(trained.data, folder, recipe, device="cpu", resume=False, reporter=quiet(at_batch=at_batch))
-    assert len(checkpoint.load_last(folder)["history"]) == 2  # the epoch that was done is not lost
+    assert len(checkpoint.load_last(folder)["history"]) == 2  # the finished epoch is not lost
     fit(trained.data, folder, recipe, device="cpu", resume=True, reporter=quiet())
     assert (folder / "best.safetensors").read_bytes() == (whole / "best.safetensors").read_bytes()
     found, expected = (checkpoint.load_last(path) for path in (folder, whole))

@@ -23,7 +23,7 @@ from echoquad_train.runs.checkpoint import load_last, load_run, save_best, save_
 
 @pytest.fixture
 def run(tmp_path: Path, trained: Any, thin: None) -> Path:
-    """Give a copy of the trained run that a test may damage."""
+    """Return a copy of the trained run, which a test may damage."""
     return Path(shutil.copytree(trained.folder, tmp_path / "run"))
 
 
@@ -102,7 +102,7 @@ def test_best_weights_of_other_run_are_refused(run: Path, trained: Any) -> None:
 
 @pytest.mark.parametrize("best", [None, {"epoch": 99}])
 def test_best_weights_of_other_epoch_are_refused(run: Path, trained: Any, best: object) -> None:
-    """A run cut off between the two must not be exported under the figures of an epoch before."""
+    """A run that was killed between the two writes must not be exported with figures of an earlier epoch."""
     (run / "run.json").write_text(json.dumps({**trained.info, "best": best}), "utf-8")
     message = refused(run)
     assert f"best.safetensors is of epoch {trained.fitted.best.epoch}, run.json names epoch" in message
@@ -155,7 +155,7 @@ def test_damaged_state_is_one_line(tmp_path: Path, trained: Any) -> None:
         except RunError as error:
             found += 1
             assert str(error).startswith(f"{tmp_path.as_posix()}: last.pt is ") and "\n" not in str(error)
-    assert found >= 20 + 36  # bytes that pad are of no consequence
+    assert found >= 20 + 36  # padding bytes have no effect
 
 
 class Code:
@@ -173,7 +173,7 @@ def test_code_in_state_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "code-was-run").exists()
 
 
-# Atomic
+# Atomic writes
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])

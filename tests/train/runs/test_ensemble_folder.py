@@ -30,7 +30,7 @@ QUADRANTS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 1, 16
 
 
 class Stated(nn.Module):
-    """A member that gives the logits it was told to, whatever it is shown."""
+    """A member with constant logits."""
 
     def __init__(self, *probabilities: tuple[float, ...], name: str = "resnet18") -> None:
         super().__init__()
@@ -41,12 +41,12 @@ class Stated(nn.Module):
 
 
 def joined(*rows: tuple[float, ...], vote: Any) -> list[float]:
-    """Give the joint probabilities of members that each state a row."""
+    """Return the ensemble's probabilities for members with the given rows."""
     model = EnsembleClassifier([Stated(row) for row in rows], [1.0] * len(rows), vote)  # type: ignore[list-item]
     return torch.softmax(model(QUADRANTS[:1]), dim=1)[0].tolist()
 
 
-# The vote
+# Votes
 
 
 def test_soft_vote_is_mean_of_probabilities() -> None:
@@ -57,14 +57,14 @@ def test_soft_vote_is_mean_of_probabilities() -> None:
 @pytest.mark.parametrize(
     ("rows", "votes", "mean"),
     [
-        # two to one, though the mean is for the other
+        # two votes to one, against the mean
         (((0.99, 0.01), (0.45, 0.55), (0.45, 0.55)), (1, 2), (0.63, 0.37)),
-        # one to one: the mean decides, either way
+        # one vote each: the mean decides
         (((0.9, 0.1), (0.2, 0.8)), (1, 1), (0.55, 0.45)),
         (((0.6, 0.4), (0.2, 0.8)), (1, 1), (0.4, 0.6)),
-        # a class without a vote keeps what the mean gives it
+        # a class without votes keeps the share of the mean
         (((0.5, 0.3, 0.2), (0.1, 0.5, 0.4), (0.4, 0.35, 0.25)), (2, 1, 0), (1 / 3, 0.38333333, 0.28333333)),
-        # a member between two classes votes for the first
+        # a tie within a member goes to the first class
         (((0.5, 0.5), (0.5, 0.5), (0.1, 0.9)), (2, 1), (11 / 30, 19 / 30)),
     ],
 )
@@ -75,7 +75,7 @@ def test_hard_vote_is_fraction_of_votes(
     found = joined(*rows, vote="hard")
     assert found == pytest.approx(expected, abs=1e-6)
     assert sum(found) == pytest.approx(1, abs=1e-6)
-    # The decision: most votes; of equal numbers the higher mean.
+    # Most votes win; the higher mean breaks ties.
     assert int(np.argmax(found)) == max(range(len(votes)), key=lambda index: (votes[index], mean[index]))
 
 
@@ -91,7 +91,7 @@ def test_extreme_logits_stay_finite(vote: Any) -> None:
 
 @pytest.fixture
 def members(thin: None) -> list[Any]:
-    """Give three thin networks whose answers differ."""
+    """Return three thin networks with different outputs."""
     from echoquad_train.networks.classifier import QuadrantClassifier
 
     torch.manual_seed(1)
@@ -114,7 +114,7 @@ def answers(members: list[Any], vote: Any = "soft", flip_tta: bool = False, quad
 def test_repeated_member_equals_single_run(members: list[Any]) -> None:
     with torch.inference_mode():
         alone = torch.softmax(members[0](QUADRANTS), dim=1)
-    assert alone.std(dim=0).min() > 0.01  # a model that answers alike would prove nothing
+    assert alone.std(dim=0).min() > 0.01  # constant outputs would prove nothing
     torch.testing.assert_close(answers(members[:1]), alone, atol=1e-6, rtol=0)
     torch.testing.assert_close(answers(members[:1] * 2), alone, atol=1e-6, rtol=0)
     assert torch.equal(answers(members[:1], "hard").argmax(dim=1), alone.argmax(dim=1))
@@ -149,14 +149,14 @@ def test_one_backbone_without_mixed_precision_disables_it() -> None:
     assert EnsembleClassifier(parts, [1.0, 1.0]).name == "mobilenet_v3_small"  # type: ignore[arg-type]
 
 
-# The folder
+# Ensemble folder
 
 
 @pytest.fixture(scope="module")
 def others(
     tmp_path_factory: pytest.TempPathFactory, trained: Any, quiet: Any, thin_session: Callable[[], Any]
 ) -> dict[str, Path]:
-    """Give runs that differ from the trained one in a field each, and one of another seed."""
+    """Train runs that each differ from the shared one in a field, and one with another seed."""
     folder, found = tmp_path_factory.mktemp("others"), {}
     changes: dict[str, dict[str, Any]] = {
         "seed": {"seed": 5},
@@ -185,7 +185,7 @@ def test_ensemble_frame_temperature_is_mean_of_members(trained: Any, thin: None)
         return contract.frame_temperature
 
     assert of(members, "soft") == 0.2 and of(members[:1], "soft") == 0.1
-    assert of(members, "hard") == 1  # its probabilities count votes
+    assert of(members, "hard") == 1  # hard votes ignore frame temperatures
 
 
 def test_ensemble_folder_is_independent_of_runs(
@@ -201,7 +201,7 @@ def test_ensemble_folder_is_independent_of_runs(
     found = load_trained(tmp_path / "ensemble")
     assert isinstance(found, Ensemble) and not found.trained_in_folds
     assert (found.model.vote, found.model.flip_tta, len(found.members)) == ("hard", True, 2)
-    # Of the run's contract all but its temperatures, which are the run's own.
+    # The contract is that of the run except for the temperatures.
     assert found.contract == replace(load_run(trained.folder).contract, temperature=1.0, frame_temperature=1.0)
     assert {path.name for path in (tmp_path / "ensemble" / "members" / "2").iterdir()} == {
         "recipe.toml",
@@ -210,7 +210,7 @@ def test_ensemble_folder_is_independent_of_runs(
     }
     with pytest.raises(RunError, match="this is an ensemble; expected a single run"):
         load_run(tmp_path / "ensemble")
-    assert [path.name for path in tmp_path.iterdir()] == ["ensemble"]  # nothing half-written beside it
+    assert [path.name for path in tmp_path.iterdir()] == ["ensemble"]  # no partial folder remains
     info = json.loads((tmp_path / "ensemble" / "run.json").read_text("utf-8"))
     assert [member["seed"] for member in info["members"]] == [0, 5] and info["data"] == trained.info["data"]
     split = read_split(trained.data, "test", found.contract.classes)

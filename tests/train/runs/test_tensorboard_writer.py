@@ -27,9 +27,9 @@ def read(folder: Path) -> EventAccumulator:
 
 @pytest.fixture(scope="module")
 def boards(tmp_path_factory: pytest.TempPathFactory, trained: Any, quiet: Any, thin_session: Any) -> dict[str, Path]:
-    """Give a run that nobody disturbed and one that was killed at the end of its second epoch, and resumed.
+    """Train an uninterrupted run, and one that is killed at the end of its second epoch and resumed.
 
-    Its figures are written by then and the state that says it is done is not: it is run again.
+    At the kill the figures of that epoch are written, but not its state, so the epoch is repeated.
     """
     folder = tmp_path_factory.mktemp("boards")
 
@@ -77,7 +77,7 @@ def test_event_file_contains_history(boards: dict[str, Path], trained: Any, name
 
 
 def test_augmented_batch_is_written_once(boards: dict[str, Path], trained: Any) -> None:
-    """Eight quadrants of 16 pixels with a frame of 2 around each."""
+    """Eight quadrants of 16 pixels with a border of 2 around each."""
     (event,) = read(boards["killed"]).Images("augmented quadrants")
     assert event.step == 1
     picture = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("L"))

@@ -30,7 +30,7 @@ STILL = Recipe(
     erase=0,
     mean=0.25,
 )
-GREY_LEVELS = 0.02  # two ways to the same bilinear sample, in float32, differ by rounding alone
+GREY_LEVELS = 0.02  # two computations of the same bilinear sample in float32 differ only by rounding
 
 
 def seeded(seed: int = 3) -> torch.Generator:
@@ -64,11 +64,11 @@ def test_flip_is_drawn_for_each_sample() -> None:
 
 @pytest.mark.parametrize("field", ["rotate", "translate", "zoom", "shear", "all"])
 def test_affine_map_equals_torchvision(batch: Tensor, field: str) -> None:
-    """Read the parameters out of the drawn map, and have torchvision draw the same."""
+    """Extract the parameters from the drawn map and apply torchvision with the same."""
     values = {"rotate": 30, "translate": 0.2, "zoom": (0.7, 1.4), "shear": 15}
     recipe = with_only(**(values if field == "all" else {field: values[field]}))
     if field == "all":
-        recipe = recipe.replace(rotate=0)  # torchvision turns in a step of its own before
+        recipe = recipe.replace(rotate=0)  # torchvision rotates in a separate step before
     warps = sample_warp(len(batch), recipe, seeded()).double()
     out = augment(batch, recipe, seeded())
     for image, warp, found in zip(batch, warps, out, strict=True):
@@ -76,7 +76,7 @@ def test_affine_map_equals_torchvision(batch: Tensor, field: str) -> None:
         scale = linear[1, 1] if field != "rotate" else torch.tensor(1.0)
         angle = -math.degrees(math.atan2(linear[1, 0], linear[0, 0]))
         shear = math.degrees(math.atan2(linear[0, 1], linear[0, 0])) if field != "rotate" else 0.0
-        # The map goes from output to input, so torchvision's translation is the one that it takes back.
+        # The map goes from output to input, so torchvision's translation is its inverse.
         shift = -torch.linalg.solve(linear, offset) * SIZE / 2
         expected = TF.affine(
             image.float(), angle, shift.tolist(), 1 / float(scale), [shear, 0.0], TF.InterpolationMode.BILINEAR
@@ -91,7 +91,7 @@ def test_affine_map_equals_torchvision(batch: Tensor, field: str) -> None:
         (with_only(rotate=10), lambda w: torch.rad2deg(torch.atan2(w[:, 1, 0], w[:, 0, 0])), -10, 10),
         (with_only(translate=0.05), lambda w: w[:, 0, 2] / 2, -0.05, 0.05),
         (with_only(translate=0.05), lambda w: w[:, 1, 2] / 2, -0.05, 0.05),
-        # The shift is of the zoomed image, as torchvision's is.
+        # The translation applies to the zoomed image, as in torchvision.
         (with_only(translate=0.05, zoom=(0.5, 0.5)), lambda w: w[:, 0, 2] / w[:, 0, 0] / 2, -0.05, 0.05),
         (with_only(zoom=(0.9, 1.2)), lambda w: 1 / w[:, 0, 0], 0.9, 1.2),
         (with_only(shear=5), lambda w: torch.rad2deg(torch.atan(w[:, 0, 1])), -5, 5),
@@ -148,7 +148,7 @@ def test_box_that_never_fits_is_clamped() -> None:
 
 
 def test_crop_shows_its_window() -> None:
-    """On a ramp bilinear sampling is exact, so every output pixel tells the coordinate it was taken from."""
+    """Bilinear sampling is exact on a ramp, so every output pixel encodes its source coordinate."""
     ramp = torch.arange(SIZE).float().expand(1, 1, SIZE, SIZE)
     recipe = with_only(crop_scale=(0.3, 0.5))
     warp = sample_warp(2, recipe, seeded())
@@ -163,7 +163,7 @@ def test_crop_shows_its_window() -> None:
 
 
 def test_crop_comes_before_rotation() -> None:
-    """An anisotropic crop of the input leaves the map's rows orthogonal; taken after the turn it would its columns."""
+    """An anisotropic crop before the rotation keeps the map's rows orthogonal; after it, the columns."""
     recipe = with_only(crop_scale=(0.4, 0.6), crop_ratio=(1.5, 1.6), rotate=40)
     linear = sample_warp(100, recipe, seeded())[:, :, :2]
     assert (linear[:, 0] * linear[:, 1]).sum(dim=1).abs().max() < 1e-5
@@ -176,19 +176,19 @@ def test_outside_of_quadrant_is_black() -> None:
     assert out.min() == 0 and out.max() == pytest.approx(255, abs=1e-3)
 
 
-# The whole against torchvision's own steps
+# Comparison with torchvision's transforms
 
 
 def flat_field(seed: int, side: int = 96) -> Tensor:
-    """Draw a smooth picture, float [1, side, side], grey levels, which a further bilinear lookup hardly changes."""
+    """Draw a smooth image, float [1, side, side], which another bilinear lookup hardly changes."""
     coarse = torch.rand(1, 1, 5, 5, generator=seeded(seed))
     return 255 * F.interpolate(coarse, size=(side, side), mode="bicubic", align_corners=True)[0].clamp(0, 1)
 
 
-def torchvisions(image: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """Do with torchvision, a step at a time, what `sample_warp` draws for a batch of one.
+def apply_torchvision(image: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+    """Apply the draws of `sample_warp` for a batch of one with torchvision, step by step.
 
-    The draws are made again in its order. torchvision's erasing comes last and is compared on its own.
+    It repeats the draws in the same order. Erasing is compared separately.
     """
 
     def uniform(low: float, high: float) -> float:
@@ -197,7 +197,7 @@ def torchvisions(image: Tensor, recipe: Recipe, generator: torch.Generator) -> T
     side = image.shape[-1]
     width, height = (float(value) for value in _draw_sides(1, recipe.crop_scale, recipe.crop_ratio, generator))
     x, y = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
-    # torchvision crops whole pixels: the picture is cut out of a larger one, on whose grid the box's edges lie.
+    # torchvision crops integer pixels: cut the image out of a larger one whose grid contains the box's edges.
     fine = 8 * side
     large = F.interpolate(image[None], size=(fine, fine), mode="bilinear", align_corners=False)[0]
     box = [round(v * fine) for v in ((y - height + 1) / 2, (x - width + 1) / 2, height, width)]
@@ -212,18 +212,18 @@ def torchvisions(image: Tensor, recipe: Recipe, generator: torch.Generator) -> T
 
 @pytest.mark.parametrize("recipe", [Recipe(erase=0), Recipe.load("scratch").replace(erase=0, horizontal_flip=0.5)])
 def test_single_warp_equals_four_torchvision_transforms(recipe: Recipe) -> None:
-    """RandomResizedCrop, flip, RandomRotation and RandomAffine in their order, by the same draws.
+    """RandomResizedCrop, flip, RandomRotation and RandomAffine in this order, with the same draws.
 
-    Compared where no step looks beyond the picture's edge: what it finds there is black, and is carried on.
+    Compares only pixels that no transform samples from outside the image, where it is black.
     """
     disagreed, compared = [], 0.0
     for seed in range(24):
         image = flat_field(seed)
         found = augment(image[None].round().to(torch.uint8), recipe, seeded(seed))[0]
-        expected = torchvisions(image.round(), recipe, seeded(seed))
-        inside = torchvisions(torch.full_like(image, 255.0), recipe, seeded(seed)) > 254.5
+        expected = apply_torchvision(image.round(), recipe, seeded(seed))
+        inside = apply_torchvision(torch.full_like(image, 255.0), recipe, seeded(seed)) > 254.5
         inside &= augment(torch.full((1, 1, 96, 96), 255, dtype=torch.uint8), recipe, seeded(seed))[0] > 254.5
-        inside = F.max_pool2d((~inside).float()[None], 5, 1, 2)[0] == 0  # and a step away from such an edge
+        inside = F.max_pool2d((~inside).float()[None], 5, 1, 2)[0] == 0  # and at a distance from such an edge
         compared += float(inside.float().mean()) / 24
         disagreed.append((found - expected).abs()[inside])
     difference = torch.cat(disagreed)
@@ -232,30 +232,30 @@ def test_single_warp_equals_four_torchvision_transforms(recipe: Recipe) -> None:
 
 
 def test_comparison_detects_wrong_order_of_transforms() -> None:
-    """With a flip after the rotation, say, the comparison above would be off by far more than it allows."""
+    """With a flip after the rotation, the comparison above fails by a wide margin."""
     recipe = Recipe(erase=0, horizontal_flip=1)
     image = flat_field(2)
-    right = torchvisions(image, recipe, seeded(2))
-    other = TF.hflip(torchvisions(image, recipe.replace(horizontal_flip=0), seeded(2)))
+    right = apply_torchvision(image, recipe, seeded(2))
+    other = TF.hflip(apply_torchvision(image, recipe.replace(horizontal_flip=0), seeded(2)))
     assert (right - other).abs().mean() > 4
 
 
-# Beyond the quadrant
+# Context padding
 
 
-def neighbours(count: int, side: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Give all four quadrants of `count` noisy frames, uint8 [count, 4, side, side], and which of them is meant."""
+def noisy_frames(count: int, side: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return the quadrants of `count` noisy frames, uint8 [count, 4, side, side], and the position of one in each."""
     frames = torch.randint(0, 256, (count, 4, side, side), dtype=torch.uint8, generator=seeded(seed))
     return frames, torch.arange(count) % 4
 
 
 def test_context_padding_shows_rest_of_frame() -> None:
-    """Against scipy's interpolation in the frame itself, at the pixels that the drawn maps lead to."""
+    """Compared with scipy's interpolation in the complete frame, at the coordinates of the drawn maps."""
     side, recipe = 16, with_only(translate=0.4, zoom=(0.6, 1.2), rotate=40, horizontal_flip=0.5)
-    frames, positions = neighbours(12, side)
+    frames, positions = noisy_frames(12, side)
     found = augment(frames, recipe, seeded(5), positions=positions)
     maps = sample_warp(12, recipe, seeded(5)).double().numpy()
-    steps = (2 * np.arange(side) + 1) / side - 1  # pixels' centres, in [-1, 1]
+    steps = (2 * np.arange(side) + 1) / side - 1  # pixel centres, in [-1, 1]
     x, y = np.meshgrid(steps, steps)
     for row, (frame, place) in enumerate(zip(frames.double().numpy(), positions.tolist(), strict=True)):
         whole = np.block([[frame[0], frame[1]], [frame[2], frame[3]]])
@@ -267,7 +267,7 @@ def test_context_padding_shows_rest_of_frame() -> None:
 
 def test_context_padding_changes_only_black_pixels() -> None:
     recipe = with_only(translate=0.3, zoom=(0.8, 1.2), rotate=20)
-    frames, positions = neighbours(8, SIZE)
+    frames, positions = noisy_frames(8, SIZE)
     own = frames[torch.arange(8), positions][:, None]
     alone, beside = augment(own, recipe, seeded(2)), augment(frames, recipe, seeded(2), positions=positions)
     inside = augment(torch.full_like(own, 255), recipe, seeded(2)) > 254.9
@@ -277,14 +277,14 @@ def test_context_padding_changes_only_black_pixels() -> None:
 
 
 def test_context_padding_without_augmentation_returns_quadrant() -> None:
-    frames, positions = neighbours(4, SIZE)
+    frames, positions = noisy_frames(4, SIZE)
     out = augment(frames, STILL, seeded(), positions=positions)
     torch.testing.assert_close(out[:, 0], frames[torch.arange(4), positions].float(), atol=1e-3, rtol=0)
 
 
 def test_share_with_context_padding_is_augmented_as_in_batch() -> None:
     recipe = with_only(translate=0.3, rotate=20, erase=0.5)
-    frames, positions = neighbours(7, SIZE)
+    frames, positions = noisy_frames(7, SIZE)
     whole = augment(frames, recipe, seeded(4), positions=positions)
     parts = [
         augment(frames[a:b], recipe, seeded(4), Share(a, b, 7), positions[a:b]) for a, b in ((0, 3), (3, 7), (7, 7))
@@ -305,7 +305,7 @@ def test_erasing_fills_one_box_with_mean() -> None:
     assert abs(hit.float().mean() - 0.4) < 0.03
     for box in filled[hit][:200]:
         rows, columns = box.any(dim=1), box.any(dim=0)
-        assert torch.equal(box, rows[:, None] & columns[None, :])  # one box, whole
+        assert torch.equal(box, rows[:, None] & columns[None, :])  # a single rectangle
         assert rows.int().diff().abs().sum() <= 2 and columns.int().diff().abs().sum() <= 2
 
 
@@ -341,7 +341,7 @@ def test_zero_probability_erases_nothing(batch: Tensor) -> None:
 def test_seed_determines_batch_and_input_is_unchanged(batch: Tensor) -> None:
     recipe, before = Recipe(), batch.clone()
     first = augment(batch, recipe, seeded(4))
-    torch.manual_seed(99)  # the global generator has no say
+    torch.manual_seed(99)  # the global generator has no influence
     assert torch.equal(first, augment(batch, recipe, seeded(4)))
     assert not torch.equal(first, augment(batch, recipe, seeded(5)))
     assert torch.equal(batch, before)
@@ -370,7 +370,7 @@ def test_values_stay_in_0_to_255(batch: Tensor) -> None:
 
 
 def test_resize_equals_pillow_up_to_rounding() -> None:
-    """Smooth pictures, since noise would only show that Pillow rounds between its two passes."""
+    """On smooth images: noise would only show that Pillow rounds between its two passes."""
     x = np.linspace(0, 3, 112)
     picture = (127 + 60 * np.sin(x)[:, None] + 60 * np.cos(2 * x)[None]).astype(np.uint8)
     found = resize(torch.from_numpy(picture)[None, None], 64)[0, 0].numpy()

@@ -34,7 +34,7 @@ def frames() -> QuadrantStore:
 
 @pytest.fixture(params=["copied", "resident"])
 def kept(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Copy quadrants batch by batch, or keep them on the device, which is the CPU here."""
+    """Copy quadrants batch by batch, or keep them resident on the device, here the CPU."""
     monkeypatch.setattr(batching, "_free_bytes", lambda where: 0 if request.param == "copied" else 2**30)
     return str(request.param)
 
@@ -49,7 +49,7 @@ def test_feed_yields_requested_quadrants(frames: QuadrantStore, kept: str) -> No
     whole, _ = feed.feed(batches, whole=True)
     assert whole[:, :, 0, 0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [16, 17, 18, 19], [8, 9, 10, 11]]
     first.zero_(), whole.zero_()
-    assert frames.quadrants.max() == 19  # copies
+    assert frames.quadrants.max() == 19  # the batch is a copy
 
 
 def test_store_that_does_not_fit_is_copied(frames: QuadrantStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +80,7 @@ def loaded(frames: QuadrantStore, recipe: Recipe = RECIPE, ranks: Ranks | None =
 def test_epoch_yields_batches_with_labels_weights_and_draws(
     frames: QuadrantStore, kept: str, context_padding: bool
 ) -> None:
-    """On the CPU a batch's draws follow those of the epoch's batches and of the batch before."""
+    """On the CPU the draws of a batch follow those of the sampler and of the previous batch."""
     recipe = RECIPE.replace(context_padding=context_padding)
     generator = torch.Generator().manual_seed(3)
     batches = list(draw_batches(frames, recipe, generator))
@@ -105,7 +105,7 @@ def test_epoch_yields_batches_with_labels_weights_and_draws(
 def test_ranks_share_a_batch_and_its_draws(
     frames: QuadrantStore, kept: str, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
-    """However many batches' numbers are drawn at once."""
+    """For any number of batches that are drawn at once."""
     monkeypatch.setattr(batching, "_drawn_at_once", lambda where: limit)
     alone = loaded(frames)
     apart = [loaded(frames, ranks=Ranks(rank, 3)) for rank in range(3)]
@@ -163,7 +163,7 @@ def test_run_with_resident_quadrants_equals_run(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_batches_on_cuda_equal_cpu(frames: QuadrantStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They hold what those on the CPU hold, but for the draws, which one seed repeats."""
+    """They equal those on the CPU except for the draws, which are reproducible."""
     cuda = torch.device("cuda")
     generator = torch.Generator().manual_seed(3)
     batches = list(draw_batches(frames, RECIPE, generator))

@@ -1,6 +1,6 @@
-"""Captured steps: what a recording does is what the step does, or it is not used.
+"""Captured steps: a replay equals the eager step, or it is not used.
 
-CUDA graphs are stood in for by `Tape`, which has the semantics that matter: fixed memory, and numbers that stay.
+`Tape` replaces CUDA graphs and has their relevant semantics: fixed memory addresses and constant numbers.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Tape(TorchDispatchMode):
             for func, args, kwargs, results in self.operations:
                 known = {value.untyped_storage().data_ptr() for value in tensors_of((args, kwargs))}
                 for result, value in zip(results, tensors_of(func(*args, **kwargs)), strict=True):
-                    if value.untyped_storage().data_ptr() not in known:  # neither changed in place nor a view
+                    if value.untyped_storage().data_ptr() not in known:  # neither modified in place nor a view
                         result.detach().copy_(value)
 
     def random_state(self) -> Tensor:
@@ -78,7 +78,7 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 
 class Small:
-    """A step of a small network with dropout and batch statistics, and all that `capture` asks for."""
+    """A step of a small network with dropout and batch normalisation, with the arguments of `capture`."""
 
     def __init__(self, optimizer: str = "adamw", *, capturable: bool = True, where: torch.device = CPU) -> None:
         torch.manual_seed(0)
@@ -122,12 +122,12 @@ class Small:
         return [tensor.clone() for tensors in self.state().values() for tensor in tensors]
 
 
-OPTIMIZERS = ["adamw", "adam", "momentum", "sgd"]  # and rmsprop, which torch captures on CUDA alone
+OPTIMIZERS = ["adamw", "adam", "momentum", "sgd"]  # and rmsprop, which torch captures only on CUDA
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_replay_equals_eager_step(optimizer: str) -> None:
-    """Step by step, under a rate that changes, with dropout; with another generator it would drop others."""
+    """Step by step, with a changing learning rate and dropout."""
     recorded, plain = Small(optimizer), Small(optimizer)
     torch.manual_seed(4)
     captured = recorded.captured()
@@ -148,7 +148,7 @@ def test_replay_equals_eager_step(optimizer: str) -> None:
 @pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize("works", [False, True])
 def test_capture_restores_state(optimizer: str, begun: bool, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether it comes to be used or not, and whether or not the optimizer has a state."""
+    """With successful and failed verification, and with and without a state of the optimizer."""
     small = Small(optimizer)
     if begun:
         small.schedule.advance()
@@ -172,7 +172,7 @@ def test_capture_restores_state(optimizer: str, begun: bool, works: bool, monkey
 
 @pytest.mark.parametrize("stale", [0, 1, 2, 3])
 def test_stale_input_is_detected(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stale: int) -> None:
-    """Quadrants, labels, weight or draws that the replay does not bring up to date: the recording is not used."""
+    """Quadrants, labels, weight or draws that the replay does not update: the recording is rejected."""
     complete = CapturedStep.__init__
 
     def forgetful(self: CapturedStep, recorder: Any, inputs: TrainingBatch) -> None:
@@ -185,9 +185,9 @@ def test_stale_input_is_detected(monkeypatch: pytest.MonkeyPatch, caplog: pytest
 
 
 def test_constant_number_is_detected(caplog: pytest.LogCaptureFixture) -> None:
-    """The optimizer's rates as numbers would be those of the first step for ever."""
+    """Learning rates that are numbers would keep the values of the first step."""
     small = Small(capturable=False)
-    assert capture(small, small.batch(0), small.state, lambda: [], Tape) is not None  # nothing says what changes
+    assert capture(small, small.batch(0), small.state, lambda: [], Tape) is not None  # without the changing scalars
     assert small.captured() is None
     assert "the learning rates are numbers" in caplog.text
 
@@ -205,7 +205,7 @@ def waits(small: Small, batch: TrainingBatch) -> None:
 
 
 class Refusing(Tape):
-    """Cannot record, as when memory is short."""
+    """A recorder that fails, as when memory is short."""
 
     def record(self, function: Callable[[], None]) -> None:
         try:
@@ -227,7 +227,7 @@ def test_failed_capture_returns_none_and_warns(caplog: pytest.LogCaptureFixture)
     assert all(torch.equal(a, b) for a, b in zip(small.everything(), before, strict=False))
 
 
-# A run
+# Runs
 
 
 def run(data: Path, folder: Path, reporter: Any, recipe: Recipe = RECIPE, **options: Any) -> bytes:
@@ -237,7 +237,7 @@ def run(data: Path, folder: Path, reporter: Any, recipe: Recipe = RECIPE, **opti
 
 @pytest.fixture
 def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
-    """Make every run on the CPU record its steps, and return the recorders."""
+    """Capture the steps of every run on the CPU, and return the recorders."""
     made: list[Tape] = []
 
     def make() -> Tape:
@@ -252,7 +252,13 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     "changes",
     [
         {},
-        {"batch_size": 6, "dropout": 0.5, "gamma": 0.1, "speckle": 0.1, "shadow": 0.5},  # the last batch has 2
+        {
+            "batch_size": 6,
+            "dropout": 0.5,
+            "gamma": 0.1,
+            "speckle": 0.1,
+            "shadow": 0.5,
+        },  # the last batch has 2 quadrants
         {"optimizer": "momentum", "lr": 1e-3, "ema_decay": 0.0, "context_padding": False, "schedule": "plateau"},
         {"trained_layers": "layer4", "warmup_epochs": 1, "epochs": 2},
     ],
@@ -269,7 +275,7 @@ def test_captured_run_equals_eager_run(
     recipe = RECIPE.replace(**changes)
     recorded = run(flat_data, tmp_path / "recorded", quiet(), recipe)
     full, phases = 32 // recipe.batch_size, 1 + bool(recipe.warmup_epochs)
-    # One replay of each recording is its proof.
+    # One replay of each recording is its verification.
     assert len(tapes) == phases and sum(tape.replays for tape in tapes) == recipe.epochs * full + phases
     monkeypatch.setattr(fitting, "step_recorder", lambda *_: Refusing)
     assert run(flat_data, tmp_path / "eager", quiet(), recipe) == recorded
@@ -328,7 +334,7 @@ def test_run_with_failed_capture_warns_once(
 def test_captured_run_may_resume_eagerly(
     tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As from CUDA to the CPU, and back."""
+    """As from CUDA to the CPU and back."""
 
     for epoch, recorder in ((2, lambda *_: Tape), (3, lambda *_: None)):
 
@@ -343,7 +349,7 @@ def test_captured_run_may_resume_eagerly(
     run(flat_data, tmp_path / "run", quiet(), resume=True)
 
 
-# Where
+# Devices
 
 
 @pytest.mark.parametrize(
@@ -393,7 +399,7 @@ def test_cuda_graph_equals_eager_step(optimizer: str) -> None:
 @pytest.mark.gpu
 @gpu
 def test_failed_cuda_capture_restores_cuda_state(caplog: pytest.LogCaptureFixture) -> None:
-    """The step goes on without, and drops what it would have dropped."""
+    """The eager step continues with the same dropout masks."""
     tried, plain = Small(where=CUDA), Small(where=CUDA)
 
     def impossible(batch: TrainingBatch) -> None:
@@ -420,7 +426,7 @@ def test_run_on_cuda_is_captured(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Without a warning, and with the weights of a run that is not, but for rounding."""
+    """Without a warning, and with the weights of an eager run up to rounding."""
     replays: list[int] = []
     replay = CudaGraphRecorder.replay
     monkeypatch.setattr(CudaGraphRecorder, "replay", lambda self: [replays.append(1), replay(self)])
@@ -440,7 +446,7 @@ def test_run_on_cuda_is_captured(
 def test_no_step_on_cuda_synchronises(
     tmp_path: Path, flat_data: Path, quiet: Any, monkeypatch: pytest.MonkeyPatch, switch: str
 ) -> None:
-    """Between the first step of an epoch and the end of its last."""
+    """Between the first step of an epoch and the end of the last step."""
 
     def at_batch(epoch: int, done: int) -> None:
         if epoch == 2:

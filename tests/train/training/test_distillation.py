@@ -33,7 +33,7 @@ def train(data: Path, folder: Path, recipe: Recipe, reporter: Any, **options: An
     return fit(data, folder, recipe, **{"device": "cpu", "resume": False, "reporter": reporter, **options})
 
 
-# The loss
+# Loss
 
 
 def test_loss_equals_formula() -> None:
@@ -56,7 +56,7 @@ def test_loss_equals_formula() -> None:
 
 
 def test_gradient_does_not_shrink_with_temperature() -> None:
-    """At a high temperature it is the difference of the centred logits over the classes: Hinton's equation 4."""
+    """At a high temperature it is the difference of the centred logits divided by the classes: Hinton's equation 4."""
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(6, 3, generator=generator, dtype=torch.float64).requires_grad_()
     teacher = torch.randn(6, 3, generator=generator, dtype=torch.float64)
@@ -73,11 +73,11 @@ def test_extreme_logits_give_finite_loss() -> None:
     assert math.isfinite(loss.item()) and student.grad is not None and bool(student.grad.isfinite().all())
 
 
-# The view
+# Teacher's view
 
 
 def smooth(size: int) -> torch.Tensor:
-    """Give pictures of soft blobs, the same at every size, uint8 [8, 1, size, size]."""
+    """Return images of soft blobs, the same at every size, uint8 [8, 1, size, size]."""
     rng = np.random.default_rng(3)
     coarse = (Image.fromarray(rng.integers(0, 256, (6, 6), np.uint8)) for _ in range(8))
     pictures = [np.asarray(picture.resize((128, 128), Image.Resampling.BICUBIC)) for picture in coarse]
@@ -93,7 +93,7 @@ def test_student_and_teacher_see_same_view_at_their_sizes(speckle: float) -> Non
         draws = draw_augmentation(8, 32, recipe, generator)
         small, large = (apply_augmentation(smooth(size), recipe, draws) for size in (32, 64))
         difference = (F.avg_pool2d(large, 2) - small).abs()
-        # Beside edges, of erased boxes and of what lies outside, where a pixel is half in.
+        # Away from the edges of erased boxes and of the image, where pixels are partly covered.
         assert difference.median() < 2 and difference.mean() < 4
         other = apply_augmentation(smooth(32), recipe, draw_augmentation(8, 32, recipe, generator))
         assert (other - small).abs().mean() > 15
@@ -111,15 +111,15 @@ def test_teacher_receives_view_of_student(
     small: int,
     context_padding: bool,
 ) -> None:
-    """Batch by batch: the same quadrants under the same draws, at the teacher's 16 pixels."""
-    shown_by: list[tuple[int, int]] = []  # side, and which draws: the identity of their warps
+    """In each batch: the same quadrants with the same draws, at the teacher's 16 pixels."""
+    shown_by: list[tuple[int, int]] = []  # side, and the identity of the warps of the draws
     judged: list[torch.Tensor] = []
     kept: list[Any] = []
     real_apply, real_call = trainer.apply_augmentation, Teacher.__call__
 
     def watched(quadrants: torch.Tensor, recipe: Recipe, draws: Any, positions: torch.Tensor | None) -> torch.Tensor:
         assert quadrants.shape[1] == (4 if context_padding else 1) and (positions is not None) == context_padding
-        kept.append(draws["warp"])  # so that no two have one identity
+        kept.append(draws["warp"])  # keep a reference, so that identities stay unique
         shown_by.append((quadrants.shape[-1], id(draws["warp"])))
         return real_apply(quadrants, recipe, draws, positions)
 
@@ -138,7 +138,7 @@ def test_teacher_receives_view_of_student(
     train(trained.data, tmp_path / "run", recipe, quiet(), teacher=trained.folder)
     assert len(judged) == 4 and all(view.shape == (8, 1, 16, 16) for view in judged)
     if small == 16:
-        assert len(shown_by) == 4  # one view serves both
+        assert len(shown_by) == 4  # both use one view
     else:
         assert [side for side, _ in shown_by] == [small, 16] * 4
         assert [draws for _, draws in shown_by[::2]] == [draws for _, draws in shown_by[1::2]]
@@ -158,7 +158,7 @@ def test_teacher_store_has_teacher_input_size(tmp_path: Path, trained: Any, thin
 
 
 def test_frames_that_change_during_reading_are_refused(tmp_path: Path, trained: Any, thin: None) -> None:
-    """Nobody would notice a teacher that judges other frames than the student."""
+    """A teacher that sees other frames than the student would go unnoticed."""
     data = Path(shutil.copytree(trained.data, tmp_path / "data"))
     contract = trained.recipe.replace(input_size=24).contract(("bright", "dark"))
     split = read_split(data, "train", contract.classes)
@@ -168,12 +168,12 @@ def test_frames_that_change_during_reading_are_refused(tmp_path: Path, trained: 
         open_teacher_store(load_teacher(trained.folder, contract, CPU), split, store, Storage(tmp_path))
 
 
-# What a student learns
+# Learning from the teacher
 
 
 @pytest.fixture
 def contrary(tmp_path: Path, trained: Any) -> Path:
-    """Give the frames that the teacher learned from under each other's names."""
+    """Write the frames of the teacher's training with swapped labels."""
     for split in ("train", "validation"):
         for name, other in (("bright", "dark"), ("dark", "bright")):
             shutil.copytree(trained.data / split / name, tmp_path / "contrary" / split / other)
@@ -184,10 +184,10 @@ def contrary(tmp_path: Path, trained: Any) -> Path:
 def test_student_learns_from_teacher(
     tmp_path: Path, contrary: Path, trained: Any, quiet: Any, thin: None, size: int
 ) -> None:
-    """Where labels and teacher say the opposite, the weight tells which is learned.
+    """If labels and teacher contradict each other, the weight decides what the student learns.
 
-    Judged by the last epoch's own steps: in so short a run the batch statistics that validation takes may still be of
-    earlier weights, which makes it right half the time on some processors. Of 20 seeds none was nearer than 0.09.
+    Compares the training metrics of the last epoch: in such a short run the running batch statistics lag behind, so
+    that validation may stay at chance on some processors. Of 20 seeds none was closer than 0.09.
     """
     assert trained.fitted.best.validation_patch_accuracy > 0.9
     found = {}
@@ -199,7 +199,7 @@ def test_student_learns_from_teacher(
 
 
 def test_weight_zero_equals_run_without_teacher(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
-    """The teacher takes no draw from the student's generators."""
+    """The teacher does not use the student's random generators."""
     recipe = trained.recipe.replace(input_size=24, epochs=2)
     train(trained.data, tmp_path / "alone", recipe, quiet())
     train(trained.data, tmp_path / "taught", recipe.replace(distill_weight=0.0), quiet(), teacher=trained.folder)
@@ -211,7 +211,7 @@ def test_weight_zero_equals_run_without_teacher(tmp_path: Path, trained: Any, qu
 def test_teacher_uses_its_own_precision(
     tmp_path: Path, trained: Any, quiet: Any, thin: None, monkeypatch: pytest.MonkeyPatch, teacher: int, student: int
 ) -> None:
-    """Where one is too small for mixed precision, or would be slower in it, the other need not be."""
+    """The student's and the teacher's precision are independent."""
     dtypes: list[torch.dtype | None] = []
     real = Teacher.__call__
 
@@ -229,7 +229,7 @@ def test_teacher_uses_its_own_precision(
     assert reporter.precision == ("bf16" if student == 24 else "fp32")
 
 
-# The record
+# Run metadata
 
 
 def test_run_json_identifies_teacher_without_path(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:

@@ -51,7 +51,7 @@ def test_average_equals_weighted_sum_of_steps(thin: None, capturable: bool) -> N
 
 
 def test_average_equals_torch_averaged_model(thin: None) -> None:
-    """Earlier releases averaged with torch's class, tensor by tensor; their runs are resumed."""
+    """Earlier releases used torch's class, and their runs can be resumed."""
     model = QuadrantClassifier("resnet18", CONTRACT)
     ema = EmaWeights(model, 0.9)
     reference = AveragedModel(

@@ -59,7 +59,7 @@ def test_gain_is_one_bounded_factor_for_each_image():
     logs = factors[:, 0, 0].log()
     assert logs.abs().max() <= 0.3 + 1e-6
     assert abs(float(logs.mean())) < 0.02
-    assert float(logs.std()) == pytest.approx(0.3 / math.sqrt(3), rel=0.05)  # a uniform distribution's
+    assert float(logs.std()) == pytest.approx(0.3 / math.sqrt(3), rel=0.05)  # of a uniform distribution
 
 
 def test_gamma_keeps_black_and_white():
@@ -87,7 +87,7 @@ def test_attenuation_is_exponential_in_depth_and_neutral_at_centre():
 def test_shadow_is_a_band_with_given_probability():
     dark = vary_by(flat(count=2000), shadow=0.25) / 100
     hit = dark.amin(dim=(1, 2, 3)) < 0.75
-    assert 0.2 < float(hit.float().mean()) < 0.27  # a band may lie beyond the edge
+    assert 0.2 < float(hit.float().mean()) < 0.27  # a band may lie outside the image
     assert dark.max() <= 1
     assert dark.min() >= 0.1 - 1e-6
     shares = (dark[hit] < 0.9).float().mean(dim=(1, 2, 3))

@@ -126,7 +126,7 @@ def test_frozen_layers_do_not_change(
     for seed in range(2):
         batch = torch.randint(0, 256, (8, 1, 32, 32), generator=torch.Generator().manual_seed(seed))
         under_test.step(model(batch).square().sum(), NO_SCALER)
-    for name, value in model.state_dict().items():  # running means and variances, and their counts, among them
+    for name, value in model.state_dict().items():  # including running means and variances and their counts
         assert torch.equal(value, before[name]) != name.startswith(moving), name
 
 
@@ -160,7 +160,7 @@ def test_plateau_halves_rates() -> None:
     for accuracy in (0.6, 0.7, 0.7, 0.69, 0.7, 0.7, 0.7, 0.7, 0.9):
         rates.append(rate())
         under_test.end_epoch(accuracy)
-    # Patience 2: the third epoch that is no better halves.
+    # Patience 2: the third epoch without improvement halves the rate.
     assert rates == pytest.approx([1e-4] * 5 + [5e-5] * 3 + [2.5e-5])
 
 
@@ -203,7 +203,7 @@ def test_optimizer_schedule_resumes_from_state(optimizer: Any, schedule: Any) ->
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_optimizer_equals_its_formula(optimizer: Any) -> None:
-    """Two steps down the gradients 2 and 1 from the weight 1, by the textbook."""
+    """Two steps with the gradients 2 and 1 from the weight 1, by the textbook formulas."""
     recipe = Recipe(optimizer=optimizer, schedule="constant", lr=0.1, weight_decay=0.5, warmup_epochs=0)
     weight = nn.Parameter(torch.ones(1))
     under_test = OptimizerSchedule([{"params": [weight], "lr": 0.1}], recipe, phase_of(recipe, 1), 1)
@@ -240,7 +240,7 @@ def test_optimizers_are_fused_if_torch_supports_it() -> None:
 
 def test_resuming_former_sgd_with_momentum_is_refused() -> None:
     phase = phase_of(TRANSFER, 4)
-    before, _ = optimizer_schedule(replace(TRANSFER, optimizer="momentum"), phase)  # what sgd was until then
+    before, _ = optimizer_schedule(replace(TRANSFER, optimizer="momentum"), phase)  # the former sgd
     after, _ = optimizer_schedule(replace(TRANSFER, optimizer="sgd"), phase)
     with pytest.raises(RunError, match=r"momentum is 0\.9; this release uses 0; .* --set optimizer=momentum"):
         after.load_state_dict(before.state_dict())
@@ -256,7 +256,7 @@ def epoch(number: int, accuracy: float, loss: float = 0.5) -> Epoch:
 @pytest.mark.parametrize(
     ("figures", "best"),
     [
-        ([(0.5, 0.9), (0.8, 1.2), (0.7, 0.1)], 2),  # accuracy first, whatever the loss
+        ([(0.5, 0.9), (0.8, 1.2), (0.7, 0.1)], 2),  # accuracy comes first
         ([(0.8, 0.6), (0.8, 0.5), (0.8, 0.7)], 2),  # then the loss
         ([(0.8, 0.5), (0.8, 0.5)], 1),  # then the first
         ([(0.0, 5.0)], 1),
@@ -271,7 +271,7 @@ def test_early_stopping_patience() -> None:
     recipe = Recipe(epochs=20, warmup_epochs=2, early_stopping_patience=3)
     accuracies = [0.9, 0.5, 0.5, 0.5, 0.5, 0.95, 0.9, 0.9, 0.9]
     history = [epoch(number, accuracy) for number, accuracy in enumerate(accuracies, 1)]
-    # The best is of the warm-up, so patience counts from its end: epochs 3, 4 and 5 brought none better.
+    # The best epoch lies in the warm-up, so patience counts from its end: epochs 3, 4 and 5 bring no improvement.
     stops = [should_stop_early(history[:count], recipe) for count in range(len(history) + 1)]
     assert stops == [False, False, False, False, False, True, False, False, False, True]
     assert not any(should_stop_early(history[:n], replace(recipe, early_stopping_patience=0)) for n in range(10))
@@ -285,10 +285,10 @@ def test_early_stopping_patience() -> None:
         (
             {"progressive_fraction": 0.6, "progressive_scale": 4 / 7, "input_size": 224},
             [128] * 4 + [224] * 4,
-        ),  # 4.8 epochs are 4
-        ({"progressive_fraction": 1.0, "progressive_scale": 0.01}, [64] * 8),  # no smaller than that
+        ),  # 4.8 epochs are rounded down to 4
+        ({"progressive_fraction": 1.0, "progressive_scale": 0.01}, [64] * 8),  # the minimum
         ({"progressive_fraction": 1.0, "input_size": 24}, [24] * 8),
-        ({"progressive_fraction": 1.0, "backbone": "vit_b_16"}, [112] * 8),  # each place has an embedding
+        ({"progressive_fraction": 1.0, "backbone": "vit_b_16"}, [112] * 8),  # vision transformers have one input size
     ],
 )
 def test_progressive_resizing_sizes(values: dict[str, Any], sides: list[int]) -> None:

@@ -29,7 +29,7 @@ def test_batches_are_large_only_on_cuda() -> None:
     assert batch_size(10_000, 112, CUDA, ALONE) == 512 and batch_size(10_000, 224, CUDA) == 128
     assert batch_size(10_000, 4096, CUDA) == 1
     assert batch_size(400, 112, CUDA) == 400
-    assert batch_size(401, 112, CUDA, Ranks(0, 4)) == 101  # each process has a batch
+    assert batch_size(401, 112, CUDA, Ranks(0, 4)) == 101  # each rank has a batch
 
 
 @pytest.mark.parametrize("size", [1, 7, 32, 1000])
