@@ -257,7 +257,7 @@ def torchrun(*words: str | Path, count: int = 2) -> subprocess.CompletedProcess[
 
 def said(ended: subprocess.CompletedProcess[str]) -> list[str]:
     """Return the messages of EchoQuad, without torchrun's report of a failed process."""
-    return [line for line in ended.stderr.splitlines() if line.startswith(("error:", "Epoch", "interrupted", "best:"))]
+    return [line for line in ended.stderr.splitlines() if line.startswith(("error[", "Epoch", "interrupted", "best:"))]
 
 
 @pytest.mark.slow
@@ -276,7 +276,7 @@ def test_torchrun_command_trains_streams_and_refuses(tmp_path: Path, make_data: 
     assert first == second
     again = torchrun(*line, "--out", tmp_path / "run")
     (line,) = said(again)
-    assert again.returncode == 1 and "exists and is not empty" in line and "--resume" in line
+    assert again.returncode == 1 and line.startswith("error[E_RUN]: ") and "exists and is not empty" in line
     missing = torchrun(tmp_path / "gone", "--out", tmp_path / "other")
     assert missing.returncode == 1 and len(said(missing)) == 1 and "gone: no such folder" in said(missing)[0]
 

@@ -1,1 +1,1 @@
-"""Parts of the training loop: sampling, batches, augmentation, step, optimizer schedule, EMA, distillation, validation."""
+"""Parts of the training loop: batches, augmentation, step, optimizer schedule, EMA, distillation, validation."""
