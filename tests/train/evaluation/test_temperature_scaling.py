@@ -29,9 +29,9 @@ from echoquad_train.evaluation.temperature_scaling import (
     scores_of,
     under,
 )
+from echoquad_train.fitting import run_temperatures
 from echoquad_train.fitting.loop import fit
 from echoquad_train.runs import checkpoint
-from echoquad_train.training import run_calibration
 
 TWO = Contract(("ASD", "NORM"))
 
@@ -211,7 +211,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the fit find something, which eight flat frames do not give."""
     fitted = Temperatures(1.25, 0.5)
     facts = {"temperature": 1.25, "frame_temperature": 0.5}
-    monkeypatch.setattr(run_calibration, "calibration_facts", lambda *_: (fitted, dict(facts)))
+    monkeypatch.setattr(run_temperatures, "calibration_facts", lambda *_: (fitted, dict(facts)))
 
 
 def resume(trained: Any, folder: Path, quiet: Any, thin: Callable[[], AbstractContextManager[None]]) -> None:

@@ -16,7 +16,15 @@ from torchvision.transforms import functional as TF
 
 from echoquad_train.parallel.ranks import Share
 from echoquad_train.recipe import Recipe
-from echoquad_train.training.augmentation import _draw_sides, augment, draw_boxes, erase, resize, sample_warp
+from echoquad_train.training.augmentation import (
+    _draw_sides,
+    apply_augmentation,
+    draw_augmentation,
+    draw_boxes,
+    erase,
+    resize,
+    sample_warp,
+)
 
 SIZE = 32
 STILL = Recipe(
@@ -31,6 +39,20 @@ STILL = Recipe(
     mean=0.25,
 )
 GREY_LEVELS = 0.02  # two computations of the same bilinear sample in float32 differ only by rounding
+
+
+def augment(
+    quadrants: Tensor,
+    recipe: Recipe,
+    generator: torch.Generator,
+    share: Share | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """Draw the augmentation of a batch and apply it to the rows of `share`, by default to all."""
+    share = share or Share(0, len(quadrants), len(quadrants))
+    draws = draw_augmentation(share.total, quadrants.shape[-1], recipe, generator)
+    own = {name: values[share.rows] for name, values in draws.items()}
+    return apply_augmentation(quadrants, recipe, own, positions)
 
 
 def seeded(seed: int = 3) -> torch.Generator:

@@ -8,7 +8,7 @@ import torch
 
 from echoquad_runtime.errors import ConfigError
 from echoquad_train.recipe import Recipe
-from echoquad_train.training.augmentation import augment
+from echoquad_train.training.augmentation import apply_augmentation, draw_augmentation
 from echoquad_train.training.intensity_augmentation import apply_intensity, draw_intensity
 
 STILL = Recipe(
@@ -105,7 +105,7 @@ def test_speckle_keeps_the_mean_and_has_grains():
 def test_intensity_changes_before_erasing():
     recipe = STILL.replace(erase=1.0, gain=0.3)
     images = torch.full((64, 1, 32, 32), 100, dtype=torch.uint8)
-    done = augment(images, recipe, generator())
+    done = apply_augmentation(images, recipe, draw_augmentation(len(images), images.shape[-1], recipe, generator()))
     erased = done == 255.0 * recipe.mean
     assert erased.flatten(1).any(dim=1).all()
     assert len(done[~erased].unique()) >= 60

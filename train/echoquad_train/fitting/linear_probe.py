@@ -39,12 +39,12 @@ from echoquad_train.data.dataset import LabelledFrame, QuadrantStore, Split, loa
 from echoquad_train.data.patients import patient_pattern, patients_of
 from echoquad_train.fitting.loop import FitResult, Reporter, make_epoch
 from echoquad_train.fitting.resume import open_run_folder, remove_folder_on_failure
+from echoquad_train.fitting.run_temperatures import fit_run_temperatures
 from echoquad_train.networks.classifier import QuadrantClassifier, build_model
 from echoquad_train.networks.device import Device, choose_device, make_deterministic
 from echoquad_train.recipe import Recipe
 from echoquad_train.runs import checkpoint, run_metadata
 from echoquad_train.training.batches import DeviceFeed
-from echoquad_train.training.run_calibration import calibrate_run
 from echoquad_train.training.validation import validate
 
 __all__ = ["REGULARISATIONS", "LinearKind", "LinearProbe", "fit_linear", "quadrant_features", "set_head"]
@@ -149,7 +149,7 @@ def fit_linear(
     )
     metadata |= {"fit": probe.metadata, "patient_regex": patient_regex, "audit": leaks.counts}
     checkpoint.save_best(folder, model.state_dict(), recipe, contract, epoch.epoch)
-    metadata = calibrate_run(folder, metadata, recipe, validation, validation_store, torch_device)
+    metadata = fit_run_temperatures(folder, metadata, recipe, validation, validation_store, torch_device)
     run_metadata.write_run(folder, metadata, [epoch], finished=True)
     reporter.epoch(epoch, 1, True)
     return FitResult(folder, (epoch,), epoch, failures, metadata.get("calibration"))

@@ -26,6 +26,7 @@ from echoquad_train.data.dataset import Split, Store, read_classes, read_split
 from echoquad_train.data.patients import patient_pattern
 from echoquad_train.data.stream import Storage, Stream
 from echoquad_train.fitting.resume import open_run_folder, remove_folder_on_failure, require_same_teacher, saved_text
+from echoquad_train.fitting.run_temperatures import fit_run_temperatures
 from echoquad_train.networks.classifier import build_model
 from echoquad_train.networks.device import Device, choose_device, make_deterministic, mixed_dtype
 from echoquad_train.parallel.ranks import ALONE, Ranks
@@ -44,7 +45,6 @@ from echoquad_train.training.optimizer_schedule import (
     progressive_epochs,
     training_size,
 )
-from echoquad_train.training.run_calibration import calibrate_run
 from echoquad_train.training.sampling import class_weights, draw_batches, epoch_seed
 from echoquad_train.training.train_step import Distillation, Trainer, TrainMetrics, step_recorder
 from echoquad_train.training.validation import ValidationMetrics, validate
@@ -343,7 +343,7 @@ class TrainingRun:
         """Fit the temperatures of the best weights, and mark the run as finished."""
         self.writer.wait()
         if self.ranks.first:
-            self.metadata = calibrate_run(
+            self.metadata = fit_run_temperatures(
                 self.folder, self.metadata, self.recipe, self.validation, self.validation_store, self.device
             )
             run_metadata.write_run(self.folder, self.metadata, self.history, finished=True)

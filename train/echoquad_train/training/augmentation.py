@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from echoquad_train.parallel.ranks import Share
 from echoquad_train.recipe import Recipe
 from echoquad_train.training.intensity_augmentation import apply_intensity, draw_intensity
 
-__all__ = ["apply_augmentation", "augment", "draw_augmentation", "draw_boxes", "erase", "resize", "sample_warp"]
+__all__ = ["apply_augmentation", "draw_augmentation", "draw_boxes", "erase", "resize", "sample_warp"]
 
 # Defaults of torchvision's RandomErasing: fraction of the area, and height over width.
 _ERASE_SCALE = (0.02, 0.33)
@@ -85,24 +84,6 @@ def apply_augmentation(
     # A rank's part of a batch may be empty, which affine_grid does not accept.
     warped = _sample(images, warp, size) if len(quadrants) else images.reshape(size)
     return erase(apply_intensity(warped, recipe, draws), recipe.erase, 255.0 * recipe.mean, draws)
-
-
-def augment(
-    quadrants: Tensor,
-    recipe: Recipe,
-    generator: torch.Generator,
-    share: Share | None = None,
-    positions: Tensor | None = None,
-) -> Tensor:
-    """Draw a batch's augmentation and apply it; see `apply_augmentation`.
-
-    With `share`, `quadrants` is that part of a batch. The draws are still those of the whole batch, so that each rank
-    augments its part as a single process does.
-    """
-    share = share or Share(0, len(quadrants), len(quadrants))
-    draws = draw_augmentation(share.total, quadrants.shape[-1], recipe, generator)
-    own = {name: values[share.rows].to(quadrants.device) for name, values in draws.items()}
-    return apply_augmentation(quadrants, recipe, own, None if positions is None else positions.to(quadrants.device))
 
 
 def resize(quadrants: Tensor, side: int) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ __all__ = [
     "CUDA_GRAPHS_VARIABLE",
     "CapturedStep",
     "CudaGraphRecorder",
-    "Recorder",
     "capture",
     "cuda_graphs_enabled",
 ]
@@ -44,27 +43,8 @@ _WARM_UP: Final = 3  # steps before recording, in which libraries allocate memor
 _log = logging.getLogger(__name__)
 
 
-class Recorder(Protocol):
-    """Records the kernels of a function on a device, and replays them on the same memory."""
-
-    def warm_up(self, function: Callable[[], None]) -> None:
-        """Run the function as during recording."""
-
-    def record(self, function: Callable[[], None]) -> None:
-        """Record the function; its results are undefined."""
-
-    def replay(self) -> None:
-        """Replay the recording."""
-
-    def random_state(self) -> Tensor:
-        """Return the state of the device's default random generator."""
-
-    def set_random_state(self, state: Tensor) -> None:
-        """Set the state of the device's default random generator."""
-
-
 class CudaGraphRecorder:
-    """Records CUDA graphs on a device."""
+    """Records the kernels of a function as a CUDA graph, and replays them on the same memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -116,7 +96,7 @@ class CapturedStep:
         The batch whose memory the recording reads.
     """
 
-    def __init__(self, recorder: Recorder, inputs: TrainingBatch) -> None:
+    def __init__(self, recorder: CudaGraphRecorder, inputs: TrainingBatch) -> None:
         self._recorder = recorder
         self._inputs = inputs.tensors()
 
@@ -136,7 +116,7 @@ def capture(
     batch: TrainingBatch,
     state: Callable[[], State],
     scalars: Callable[[], Sequence[Tensor]],
-    make_recorder: Callable[[], Recorder],
+    make_recorder: Callable[[], CudaGraphRecorder],
 ) -> CapturedStep | None:
     """Record a step and verify the recording. The state and the default generator are unchanged afterwards.
 
@@ -176,7 +156,7 @@ def _record_and_verify(
     batch: TrainingBatch,
     state: Callable[[], State],
     scalars: Callable[[], Sequence[Tensor]],
-    recorder: Recorder,
+    recorder: CudaGraphRecorder,
 ) -> CapturedStep:
     before, random_state = _clone(state()), recorder.random_state()
 

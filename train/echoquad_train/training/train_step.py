@@ -24,7 +24,6 @@ from echoquad_train.training.batches import BatchLoader, TrainingBatch
 from echoquad_train.training.captured_step import (
     CapturedStep,
     CudaGraphRecorder,
-    Recorder,
     capture,
     cuda_graphs_enabled,
 )
@@ -35,7 +34,9 @@ from echoquad_train.training.optimizer_schedule import OptimizerSchedule
 __all__ = ["Distillation", "TrainMetrics", "Trainer", "step_recorder"]
 
 
-def step_recorder(device: torch.device, ranks: Ranks, scaler: torch.amp.GradScaler) -> Callable[[], Recorder] | None:
+def step_recorder(
+    device: torch.device, ranks: Ranks, scaler: torch.amp.GradScaler
+) -> Callable[[], CudaGraphRecorder] | None:
     """Return the factory of recorders that capture training steps on a device; None if steps run eagerly.
 
     Only CUDA has graphs. Steps of several processes are not captured, because they exchange gradients and batch
@@ -104,7 +105,7 @@ class Trainer:
     distillation: Distillation | None = None
     ema: EmaWeights | None = None
     ranks: Ranks = ALONE
-    recorder: Callable[[], Recorder] | None = None
+    recorder: Callable[[], CudaGraphRecorder] | None = None
     loader: BatchLoader = field(init=False)
     _network: nn.Module = field(init=False)
     _layers: dict[str, float] = field(init=False, default_factory=dict)

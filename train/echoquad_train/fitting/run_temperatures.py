@@ -25,10 +25,10 @@ from echoquad_train.runs import checkpoint
 from echoquad_train.runs.ensemble_folder import Ensemble
 from echoquad_train.training.validation import VALIDATION_BATCH
 
-__all__ = ["calibrate_ensemble", "calibrate_run"]
+__all__ = ["fit_ensemble_temperatures", "fit_run_temperatures"]
 
 
-def calibrate_run(
+def fit_run_temperatures(
     folder: Path, metadata: Mapping[str, Any], recipe: Recipe, split: Split, store: Store, device: torch.device
 ) -> dict[str, Any]:
     """Fit the temperatures of a run's best weights and write ``best.safetensors`` with the new contract.
@@ -70,7 +70,7 @@ def calibrate_run(
     return {**metadata, **changed}
 
 
-def calibrate_ensemble(ensemble: Ensemble, data: Path, patient_regex: str | None = None) -> Ensemble:
+def fit_ensemble_temperatures(ensemble: Ensemble, data: Path, patient_regex: str | None = None) -> Ensemble:
     """Fit the temperatures of an ensemble on validation frames and write its ``run.json`` with the new contract.
 
     Parameters
