@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,12 @@ def test_shipped_recipe_survives_toml_round_trip(name: str) -> None:
     recipe = Recipe.load(name)
     assert Recipe.from_toml(recipe.to_toml()) == recipe
     assert recipe.contract(("ASD", "NORM")).input_size == recipe.input_size
+
+
+def test_configuration_page_lists_every_field() -> None:
+    page = Path(__file__).parents[2] / "docs" / "reference" / "configuration.md"
+    listed = re.findall(r"^\| `(\w+)` \| `.*` \| `.*` \|", page.read_text("utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(field.name for field in dataclasses.fields(Recipe))
 
 
 def test_scratch_recipe_needs_no_download() -> None:
