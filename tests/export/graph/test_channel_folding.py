@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from echoquad_export.graph.channel_folding import fold_first_convolution, sum_input_channels
-from echoquad_train.networks.backbones import BACKBONES, build_body
+from echoquad_train.networks.backbones import BACKBONES, build_backbone
 
 
 @settings(max_examples=40, deadline=None)
@@ -68,7 +68,7 @@ def test_the_first_convolution_is_replaced_wherever_it_is() -> None:
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_begins_so(name: str) -> None:
     torch.manual_seed(1)
-    body, _ = build_body(name, 64)
+    body, _ = build_backbone(name, 64)
     grey = torch.randn(2, 1, 64, 64)
     with torch.inference_mode():
         expected = body.eval()(grey.expand(-1, 3, -1, -1))

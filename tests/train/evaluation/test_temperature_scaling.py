@@ -29,9 +29,9 @@ from echoquad_train.evaluation.temperature_scaling import (
     scores_of,
     under,
 )
+from echoquad_train.fitting import run_temperatures
 from echoquad_train.fitting.loop import fit
 from echoquad_train.runs import checkpoint
-from echoquad_train.training import run_calibration
 
 TWO = Contract(("ASD", "NORM"))
 
@@ -211,7 +211,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the fit find something, which eight flat frames do not give."""
     fitted = Temperatures(1.25, 0.5)
     facts = {"temperature": 1.25, "frame_temperature": 0.5}
-    monkeypatch.setattr(run_calibration, "calibration_facts", lambda *_: (fitted, dict(facts)))
+    monkeypatch.setattr(run_temperatures, "calibration_facts", lambda *_: (fitted, dict(facts)))
 
 
 def resume(trained: Any, folder: Path, quiet: Any, thin: Callable[[], AbstractContextManager[None]]) -> None:
@@ -232,7 +232,7 @@ def test_a_kill_between_checkpoint_and_record_is_gone_on_with(
     assert record["contract"]["frame_temperature"] == 0.5 and record["calibration"]["split"] == "validation"
 
     (run / "run.json").write_text(before, "utf-8")  # as where the second of the two was not written any more
-    with thin_session(), pytest.raises(RunError, match=r"is calibrated, run\.json does not say so yet: .* --resume"):
+    with thin_session(), pytest.raises(RunError, match=r"fitted temperatures, run\.json has none yet: .* --resume"):
         checkpoint.load_run(run)
     resume(trained, run, quiet, thin_session)
     with thin_session():
@@ -244,7 +244,7 @@ def test_a_run_is_left_alone_where_nobody_asks(
     trained: Any, tmp_path: Path, quiet: Any, thin_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planted(monkeypatch)
-    recipe = trained.recipe.replace(calibrate=False, epochs=1)
+    recipe = trained.recipe.replace(temperature_scaling=False, epochs=1)
     with thin_session():
         found = fit(trained.data, tmp_path / "run", recipe, device="cpu", resume=False, reporter=quiet())
         assert checkpoint.load_run(tmp_path / "run").contract == recipe.contract(("bright", "dark"))
