@@ -71,7 +71,7 @@ def audit(
         note(f"wrote {', '.join(path.as_posix() for path in paths)}")
     if strict and found.leaks.found:
         raise DatasetError(
-            f"{data.as_posix()}: {found.leaks.line.removesuffix('; see `echoquad data audit`')}; expected none with "
+            f"{data.as_posix()}: {found.leaks.summary.removesuffix('; see `echoquad data audit`')}; expected none with "
             "--strict; make the splits anew with `echoquad data split`"
         )
 
@@ -126,11 +126,11 @@ def _findings(found: Audit) -> list[str]:
     lines += _listed([_twins(twins) for twins in leaks.near])
     if leaks.unchecked:
         lines.append(f"  {leaks.unchecked} more pairs of similar frames were not looked at closely")
-    if found.unknown:
-        lines.append(f"{found.unknown} frames have names that do not tell whom they are of; --patient-regex can")
+    if found.frames_without_patient:
+        lines.append(f"frames without a patient in their name: {found.frames_without_patient}; set --patient-regex")
     lines.append(f"shortcuts: {len(found.flagged) or 'none'}")
     for shortcut in found.shortcuts:
-        what = f"{display_name(shortcut.name)} from {KINDS[shortcut.kind]}"
+        what = f"{display_name(shortcut.class_name)} from {KINDS[shortcut.kind]}"
         if shortcut.auc is None:
             lines.append(f"  {what}: not measured, too few patients")
         else:
@@ -144,7 +144,7 @@ def _findings(found: Audit) -> list[str]:
 def _twins(twins: DuplicateGroup) -> str:
     from echoquad_runtime.storage.row_names import display_name
 
-    kind = {"file": "same file", "pixels": "same pixels", "near": f"alike {twins.likeness:.3f}"}[twins.kind]
+    kind = {"file": "same file", "pixels": "same pixels", "near": f"similarity {twins.similarity:.3f}"}[twins.kind]
     people = "" if len(set(twins.patients)) == 1 else ", of different patients"
     people += ", IN TWO CLASSES" if twins.conflict else ""
     return f"  {'LEAK ' if twins.leak else ''}{' = '.join(map(display_name, twins.names[:4]))} ({kind}{people})"

@@ -85,11 +85,11 @@ def patches(
     require_extra("train")
     from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS
     from echoquad_runtime.storage.row_names import display_name
-    from echoquad_train.curation.quadrant_files import MAPPING, write_patches
+    from echoquad_train.curation.quadrant_files import MAPPING, write_quadrants
 
     reading = reading_of(matrices, flip, every, DEFAULT_READ_OPTIONS)
     with Progress("cutting") as progress:
-        done = write_patches(data, out, keep, reading=reading, progress=progress.update)
+        done = write_quadrants(data, out, keep, reading=reading, progress=progress.update)
     rows = [[f"{part}/{display_name(name)}", str(count), str(4 * count)] for (part, name), count in done.counts.items()]
     say(table(["split/class", "frames", "patches"], rows))
     say(f"stitched back: all {done.frames} frames as they were, pixel for pixel, after the crop")

@@ -298,7 +298,7 @@ class TrainingProgress:
 
     def audited(self, leaks: Any) -> None:
         """Say what is in both splits."""
-        note(leaks.line)
+        note(leaks.summary)
 
     def batch(self, epoch: int, done: int, total: int) -> None:
         """Show that a batch is done."""
