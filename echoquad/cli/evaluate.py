@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from echoquad_runtime.frames.formats import ReadOptions
     from echoquad_runtime.predict.predictor import Predictor
     from echoquad_train.evaluation.evaluate import Evaluation
-    from echoquad_train.evaluation.metrics import Settings
+    from echoquad_train.evaluation.metrics import EvaluationOptions
 
 __all__ = ["evaluate", "summarize", "summarize_pair"]
 
@@ -119,13 +119,13 @@ def evaluate(
         if not folder.is_dir():
             raise RunError(f"{folder.as_posix()}: no such folder; expected a run or a bundle; check the path")
     from echoquad_train.data.patients import patient_pattern
-    from echoquad_train.evaluation.metrics import Settings
+    from echoquad_train.evaluation.metrics import EvaluationOptions
     from echoquad_train.evaluation.operating_points import check_targets
     from echoquad_train.reporting.evaluation_folder import write_evaluation
 
     check_targets(at_specificity or (), "--at-specificity")
     check_targets(at_sensitivity or (), "--at-sensitivity")
-    settings = Settings(
+    options = EvaluationOptions(
         bootstrap, seed, tuple(at_specificity or (0.9,)), tuple(at_sensitivity or (0.9,)), abstain_below
     )
     pattern = patient_pattern(patient_regex)
@@ -133,16 +133,16 @@ def evaluate(
     for folder in models:
         predictor = _predictor(folder, device, precision, threads, method, batch_size, abstain_below)
         reading = _reading(folder, matrices, flip, every)
-        found.append(_measure(predictor, folder, data, reading, split, threshold_from, settings, pattern))
+        found.append(_measure(predictor, folder, data, reading, split, threshold_from, options, pattern))
     if len(found) > 1:
         from echoquad_train.reporting.comparison import compare, write_comparison
 
-        compared = compare(found[0], found[1], settings)
+        compared = compare(found[0], found[1], options)
         paths = write_comparison(found[0], found[1], compared, out, gallery=gallery)
-        say("\n\n".join([*(summarize(one.metrics) for one in found), summarize_pair(compared)]))
+        say("\n\n".join([*(summarize(one.metrics.to_dict()) for one in found), summarize_pair(compared.to_dict())]))
     else:
         paths = write_evaluation(found[0], out, gallery=gallery)
-        say(summarize(found[0].metrics))
+        say(summarize(found[0].metrics.to_dict()))
     note(f"wrote {', '.join(path.as_posix() for path in paths)}")
     failures = {failure.file: failure for one in found for failure in one.failures}
     raise SystemExit(list_failures(list(failures.values()), done=min(len(one.predictions) for one in found)))
@@ -155,7 +155,7 @@ def _measure(
     reading: ReadOptions,
     split: str,
     threshold_from: Path | None,
-    settings: Settings,
+    options: EvaluationOptions,
     pattern: re.Pattern[str] | None,
 ) -> Evaluation:
     """Evaluate one model, with thresholds from validation frames where there are any beside those reported."""
@@ -176,12 +176,12 @@ def _measure(
     told = {**evaluation.model_facts(folder), "data": data.as_posix()}
     trained = told["trained_calibration"]
     given = isinstance(trained, dict) and trained.get("temperature_given") is True
-    settings = replace(settings, temperature_given=given)
+    options = replace(options, temperature_given=given)
     with Progress("evaluating", count) as progress:
         found = evaluation.evaluate(
-            predictor, frames, settings=settings, reference=reference, pattern=pattern, progress=progress.update
+            predictor, frames, options=options, reference=reference, pattern=pattern, progress=progress.update
         )
-    return replace(found, metrics=found.metrics | told)
+    return replace(found, metrics=replace(found.metrics, **told))
 
 
 def summarize(metrics: dict[str, Any]) -> str:

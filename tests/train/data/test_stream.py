@@ -103,7 +103,7 @@ def test_streamed_training_gives_the_same_weights(tmp_path: Path, trained: Any, 
     assert workers() == before
 
 
-def test_frame_damaged_during_training_raises_dataset_error(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
+def test_frame_damaged_in_training_raises_dataset_error(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
     data = Path(shutil.copytree(trained.data, tmp_path / "data"))
     before = workers()
 

@@ -112,7 +112,7 @@ def test_the_best_weights_are_of_the_best_epoch(trained: Any, thin: None) -> Non
     """They give, evaluated anew, the very figures that the record names."""
     run = load_run(trained.folder)
     split = read_split(trained.data, "validation", run.contract.classes)
-    found = evaluate(Predictor(TorchEngine(run.model, run.contract)), split).metrics
+    found = evaluate(Predictor(TorchEngine(run.model, run.contract)), split).metrics.to_dict()
     assert found["accuracy"] == trained.fitted.best.validation_frame_accuracy
     assert found["patch_accuracy"] == trained.fitted.best.validation_patch_accuracy
 
