@@ -133,14 +133,14 @@ def test_refusals(data: Path, many: Callable[..., Any], tmp_path: Path) -> None:
     refusals = [
         (1, ["data", "audit", tmp_path / "none"], "no such folder"),
         (1, ["data", "audit", tmp_path / "full"], "none of train, validation, test found"),
-        (1, ["data", "audit", data, "--patient-regex", "("], "no regular expression"),
+        (1, ["data", "audit", data, "--patient-regex", "("], "invalid regular expression"),
         (1, ["data", "split", data, *new, "--fractions", "70-30"], "expected three shares"),
         (1, ["data", "split", tmp_path / "full", *new], "no frame found"),
         (1, ["data", "split", data, "--out", tmp_path / "full"], "expected a new or empty folder"),
         (2, ["data", "split", data, *new, "--mode", "move"], "'copy', 'link', 'manifest'"),
         (1, ["data", "patches", tmp_path / "full", *new], "none of train, validation, test found"),
         (2, ["data", "patches", data, *new, "--keep", "2"], "'--keep'"),
-        (1, ["train", data, *new, "--patient-regex", "("], "no regular expression"),
+        (1, ["train", data, *new, "--patient-regex", "("], "invalid regular expression"),
     ]
     found, modules = many([line for _, line, _ in refusals])
     for (code, line, words), ran in zip(refusals, found, strict=True):

@@ -121,7 +121,7 @@ def test_refusals(trained: tuple[Path, Any], data: Path, many: Callable[..., Any
         (
             1,
             ["train", data, *out, "--folds", "2", "--patient-regex", "("],
-            "--patient-regex '(': no regular expression",
+            "--patient-regex '(': invalid regular expression",
         ),
         (1, ["ensemble", tmp_path / "none", *out], "none: no such folder; expected a run"),
         (2, ["ensemble", trained[0], *out, "--vote", "loud"], "'soft', 'hard'"),

@@ -59,7 +59,7 @@ def test_what_cannot_be_measured_is_refused(
             "--at-specificity 1.5 found; expected",
         ),
         ("evaluate", bundle, data, "--out", out, "--abstain-below", "2"): (1, "abstain below 2 found; expected"),
-        ("evaluate", bundle, data, "--out", out, "--patient-regex", "("): (1, "--patient-regex '(': no regular"),
+        ("evaluate", bundle, data, "--out", out, "--patient-regex", "("): (1, "--patient-regex '(': invalid regular"),
         ("evaluate", bundle, data, "--out", out, "--threshold-from", tmp_path / "x"): (1, "x: no such folder"),
     }
     for ran, (code, words) in zip(warm([list(line) for line in lines]), lines.values(), strict=True):

@@ -19,6 +19,7 @@ from echoquad_train.data.dataset import LabelledFrame, Split, read_split
 from echoquad_train.evaluation.evaluate import Evaluation, evaluate
 from echoquad_train.evaluation.metrics import EvaluationOptions
 from echoquad_train.reporting.evaluation_folder import write_evaluation
+from echoquad_train.reporting.mistake_gallery import save_mistakes
 
 NASTY = "<b>&\"' x</b>"
 LONG = "a class with a very long name, longer than any figure has room for it"
