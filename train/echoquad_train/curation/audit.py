@@ -168,8 +168,6 @@ def audit(
         How the files are read.
     seed
         Seed of the folds and permutations that measure shortcut features.
-    progress
-        Called with the number of frames read and the total.
 
     Raises
     ------

@@ -53,8 +53,6 @@ def scan_frames(
     ----------
     frames
         See `echoquad_train.data.frame_list.list_frames`.
-    progress
-        Called with the number of frames read and the total.
     visit
         Called with each decoded frame, which is not kept.
     """

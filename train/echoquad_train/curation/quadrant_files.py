@@ -69,8 +69,6 @@ def write_quadrants(
         Kept fraction of each side, as in a contract; 1 keeps the whole frame.
     reading
         How the files are read.
-    progress
-        Called with the number of frames done and the total.
 
     Raises
     ------

@@ -271,8 +271,6 @@ def load_quadrants(
     overflow
         Folder of the file that takes quadrants larger than `MEMORY_BYTES`. The file has no name, and the system
         removes it with its last user, however the process ends. None keeps the quadrants in memory.
-    progress
-        Called with the number of frames done and the total.
 
     Raises
     ------

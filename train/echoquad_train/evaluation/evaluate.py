@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,7 @@ from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict.predictor import Prediction, Predictor
 from echoquad_train.data.dataset import LabelledFrame, Progress, Split, no_readable_frame
 from echoquad_train.data.patients import patients_of
-from echoquad_train.evaluation.frame_metrics import metrics_of_frames
-from echoquad_train.evaluation.metrics import (
-    EvaluationMetrics,
-    EvaluationOptions,
-    ResampledMetrics,
-    resampled_metrics,
-)
+from echoquad_train.evaluation.metrics import EvaluationMetrics, EvaluationOptions, evaluation_metrics
 from echoquad_train.evaluation.scored_frames import ScoredFrames, score_frames
 
 __all__ = ["Evaluation", "SplitPredictions", "evaluate", "model_facts", "predict_split"]
@@ -83,8 +77,6 @@ def evaluate(
         validation split: they are cross-fitted by patient then.
     pattern
         See `echoquad_train.data.patients.patient_of`.
-    progress
-        Called with the number of frames done and the total.
 
     Raises
     ------
@@ -99,22 +91,15 @@ def evaluate(
 
     found = predict_split(predictor, split, pattern, report(0))
     chosen = predict_split(predictor, reference, pattern, report(first)) if reference else None
-    resampled = resampled_metrics(
+    metrics = evaluation_metrics(
         found.scored,
         options or EvaluationOptions(),
         split=split.name,
-        contract=predictor.contract,
-        reference=chosen.scored if chosen else None,
-    )
-    metrics = EvaluationMetrics(
-        **{field.name: getattr(resampled, field.name) for field in fields(ResampledMetrics)},
-        split=split.name,
         device=predictor.engine.device,
         precision=predictor.engine.precision,
-        method=predictor.method,
-        contract_sha256=predictor.contract.sha256,
-        frame=metrics_of_frames(found.scored),
+        contract=predictor.contract,
         unreadable=len(found.failures),
+        reference=chosen.scored if chosen else None,
     )
     return Evaluation(found.predictions, found.frames, found.failures, found.scored, metrics, predictor.contract)
 

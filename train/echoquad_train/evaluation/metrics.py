@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -51,8 +51,7 @@ __all__ = [
     "EvaluationMetrics",
     "EvaluationOptions",
     "PatientMetrics",
-    "ResampledMetrics",
-    "resampled_metrics",
+    "evaluation_metrics",
 ]
 
 VALIDATION: Final = "validation"
@@ -161,24 +160,7 @@ class CalibrationMetrics(MetricsRecord):
 
 
 @dataclass(frozen=True)
-class ResampledMetrics(MetricsRecord):
-    """The part of ``metrics.json`` that needs resampling, patients, or validation frames.
-
-    `chosen_on` states in words which frames the thresholds and refitted temperatures were chosen on.
-    """
-
-    intervals: BootstrapMetrics
-    patients: PatientMetrics
-    chosen_on: str
-    operating_points: tuple[OperatingPoint, ...]
-    calibration: CalibrationMetrics
-    vote_agreement: tuple[VoteAgreement, ...]
-    quadrant_ci95: dict[str, tuple[float, float] | None]
-    abstention: Abstention
-
-
-@dataclass(frozen=True)
-class EvaluationMetrics(ResampledMetrics):
+class EvaluationMetrics(MetricsRecord):
     """The contents of ``metrics.json``.
 
     Attributes
@@ -186,14 +168,14 @@ class EvaluationMetrics(ResampledMetrics):
     split, device, precision, method, contract_sha256
         What was evaluated, and how.
     frame
-        Metrics of the frames.
+        Metrics of the frames, which JSON has at the top level.
     unreadable
         Number of frames that could not be read.
-    model, data
-        The evaluated model, see `echoquad_train.evaluation.evaluate.model_facts`, and the data folder; without a model
-        none of the three is in JSON.
-    trained_calibration
-        ``calibration`` of the model's ``run.json``, if it has one.
+    chosen_on
+        In words, the frames on which thresholds and refitted temperatures were chosen.
+    model, trained_calibration, data
+        The evaluated model and the calibration that its training recorded, see
+        `echoquad_train.evaluation.evaluate.model_facts`, and the data folder. JSON has them only with a model.
     """
 
     split: str
@@ -203,39 +185,52 @@ class EvaluationMetrics(ResampledMetrics):
     contract_sha256: str
     frame: FrameMetrics
     unreadable: int
+    intervals: BootstrapMetrics
+    patients: PatientMetrics
+    chosen_on: str
+    operating_points: tuple[OperatingPoint, ...]
+    calibration: CalibrationMetrics
+    vote_agreement: tuple[VoteAgreement, ...]
+    quadrant_ci95: dict[str, tuple[float, float] | None]
+    abstention: Abstention
     model: dict[str, str] | None = None
     trained_calibration: dict[str, Any] | None = None
     data: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON values in the order of ``metrics.json``."""
-        values = super().to_dict()
-        resampled = {field.name: values.pop(field.name) for field in fields(ResampledMetrics)}
-        model = {name: values.pop(name) for name in ("model", "trained_calibration", "data")}
-        unreadable, frame = values.pop("unreadable"), values.pop("frame")
-        return {**values, **frame, "unreadable": unreadable, **resampled, **(model if self.model else {})}
+        """Return the fields as JSON values."""
+        values: dict[str, Any] = {}
+        for name, value in super().to_dict().items():
+            values |= value if name == "frame" else {name: value}
+        if self.model is None:
+            for name in ("model", "trained_calibration", "data"):
+                del values[name]
+        return values
 
 
-def resampled_metrics(
+def evaluation_metrics(
     scored: ScoredFrames,
     options: EvaluationOptions,
     *,
     split: str,
+    device: str,
+    precision: str,
     contract: Contract,
+    unreadable: int,
     reference: ScoredFrames | None = None,
-) -> ResampledMetrics:
-    """Compute everything but the frame metrics.
+) -> EvaluationMetrics:
+    """Compute the metrics of a split.
 
     Parameters
     ----------
     scored
         The reported frames.
     options
-        What to measure.
+        What to measure besides the frame metrics.
     split
         Name of their split. For ``validation``, thresholds and temperatures are cross-fitted by patient.
-    contract
-        The model's contract, for its temperatures.
+    device, precision, contract, unreadable
+        The model, and the number of frames that could not be read.
     reference
         Validation frames of the same model, on which thresholds and temperatures are chosen; frames of reported
         patients are left out. None if there are none, or if they are the reported frames.
@@ -253,7 +248,14 @@ def resampled_metrics(
     else:
         chosen = "not chosen: there are no validation frames of other patients"
     quadrant_hits = zip(QUADRANTS, (scored.quadrant_labels == scored.labels[:, None]).T, strict=True)
-    return ResampledMetrics(
+    return EvaluationMetrics(
+        split=split,
+        device=device,
+        precision=precision,
+        method=scored.method,
+        contract_sha256=contract.sha256,
+        frame=metrics_of_frames(scored),
+        unreadable=unreadable,
         intervals=_bootstrap_metrics(scored, sampler, options),
         patients=_patient_metrics(scored, options),
         chosen_on=chosen,

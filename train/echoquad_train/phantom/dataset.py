@@ -66,8 +66,6 @@ def write_dataset(
         0 or more. A patient's frames depend on the seed and the patient's number only.
     split
         Fractions of the patients for train, validation and test: each above 0, with sum 1.
-    progress
-        Called with the number of frames written and the total.
 
     Returns
     -------
