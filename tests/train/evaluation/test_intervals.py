@@ -1,7 +1,8 @@
-"""Bootstrap intervals by patient: resampled metrics equal those of sklearn with weights."""
+"""Wilson intervals, and bootstrap intervals by patient: resampled metrics equal those of sklearn with weights."""
 
 from __future__ import annotations
 
+import math
 import time
 
 import numpy as np
@@ -10,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix, roc_auc_score
 
-from echoquad_train.evaluation.intervals import Bootstrap, Estimate, weighted_auc, weighted_counts, weighted_ece
+from echoquad_train.evaluation.intervals import (
+    Bootstrap,
+    Estimate,
+    weighted_auc,
+    weighted_counts,
+    weighted_ece,
+    wilson_interval,
+)
 from echoquad_train.evaluation.reliability import sweep_bins
 
 
@@ -88,3 +96,31 @@ def test_thousand_resamples_of_thousand_frames_take_under_a_second() -> None:
     weighted_auc(sampler, score, labels == 1)
     weighted_counts(sampler, labels, decided, 2)
     assert time.process_time() - begin < 1
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    # R. G. Newcombe, Statistics in Medicine 17 (1998) 857, table I, method 3.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_interval_equals_published_values(right: int, count: int, low: float, high: float) -> None:
+    assert wilson_interval(right, count) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(count - right, count) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 100, 10**6])
+def test_wilson_interval_at_zero_and_all_successes(count: int) -> None:
+    z2 = 1.959963984540054**2
+    none, every = wilson_interval(0, count), wilson_interval(count, count)
+    assert none[0] == 0.0 and none[1] == pytest.approx(z2 / (count + z2))
+    assert every[1] == 1.0 and every[0] == pytest.approx(count / (count + z2))
+    for right in {0, 1, count // 2, count}:
+        low, high = wilson_interval(right, count)
+        assert 0 <= low <= right / count <= high + 1e-12 <= 1 + 1e-12
+
+
+def test_wilson_interval_solves_its_equation() -> None:
+    for bound in wilson_interval(30, 45):
+        assert (30 / 45 - bound) / math.sqrt(bound * (1 - bound) / 45) == pytest.approx(
+            math.copysign(1.959963984540054, 30 / 45 - bound)
+        )
