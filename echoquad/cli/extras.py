@@ -21,6 +21,7 @@ EXTRAS: Final[dict[str, Extra]] = {
     "matplotlib": "train",
     "scipy": "train",
     "imagehash": "train",
+    "jinja2": "train",
 }
 """The extra of each package that some command imports when it runs; ``export`` brings those of ``train`` too."""
 
