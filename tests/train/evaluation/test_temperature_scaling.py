@@ -20,7 +20,7 @@ from sklearn.metrics import brier_score_loss, log_loss
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import RunError
 from echoquad_runtime.voting import aggregate_votes, apply_temperature
-from echoquad_train.evaluation.reliability import brier, equal_width_bins, nll, reliability, sweep_bins
+from echoquad_train.evaluation.reliability import equal_width_bins, log_losses, reliability, squared_errors, sweep_bins
 from echoquad_train.evaluation.temperature_scaling import (
     Temperatures,
     calibrated_probabilities,
@@ -166,10 +166,12 @@ def test_calibration_error_of_a_small_example() -> None:
 def test_nll_and_brier_score_equal_sklearn() -> None:
     rng = np.random.default_rng(0)
     p, labels = rng.dirichlet(np.ones(3), 80), rng.integers(0, 3, 80)
-    assert nll(p, labels) == pytest.approx(log_loss(labels, p))
+    assert log_losses(p, labels).mean() == pytest.approx(log_loss(labels, p))
     two, truth = p[:, :2] / p[:, :2].sum(axis=1, keepdims=True), labels > 0
-    assert brier(two, truth.astype(int)) == pytest.approx(2 * brier_score_loss(truth, two[:, 1]))
-    assert np.isfinite(nll(np.eye(3)[(labels + 1) % 3], labels))  # a class with probability 0 has a finite loss
+    assert squared_errors(two, truth.astype(int)).mean() == pytest.approx(2 * brier_score_loss(truth, two[:, 1]))
+    assert np.isfinite(
+        log_losses(np.eye(3)[(labels + 1) % 3], labels)
+    ).all()  # a class with probability 0 has a finite loss
 
 
 def test_ece_of_perfect_probabilities_tends_to_zero() -> None:

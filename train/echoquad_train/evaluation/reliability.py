@@ -23,10 +23,8 @@ __all__ = [
     "BINNING",
     "Bins",
     "Reliability",
-    "brier",
     "equal_width_bins",
     "log_losses",
-    "nll",
     "reliability",
     "squared_errors",
     "sweep_bins",
@@ -163,21 +161,12 @@ def log_losses(probabilities: Float64Array, labels: IndexArray) -> Float64Array:
 
 
 def squared_errors(probabilities: Float64Array, labels: IndexArray) -> Float64Array:
-    """Return the squared distance to the one-hot label, summed over the classes: float64 [F], in [0, 2]."""
-    return np.asarray(((probabilities - np.eye(probabilities.shape[1])[labels]) ** 2).sum(axis=1))
+    """Return the squared distance to the one-hot label, summed over the classes: float64 [F], in [0, 2].
 
-
-def nll(probabilities: Float64Array, labels: IndexArray) -> float:
-    """Return the mean negative log-likelihood, in nats, of probabilities, float64 [F, C], and labels, int64 [F]."""
-    return float(log_losses(probabilities, labels).mean())
-
-
-def brier(probabilities: Float64Array, labels: IndexArray) -> float:
-    """Return the Brier score, in [0, 2]: the mean of `squared_errors`.
-
-    G. W. Brier, Monthly Weather Review 78 (1950) 1. For two classes it is twice the score of the positive class.
+    Their mean is the Brier score (G. W. Brier, Monthly Weather Review 78 (1950) 1), for two classes twice that of the
+    positive class alone.
     """
-    return float(squared_errors(probabilities, labels).mean())
+    return np.asarray(((probabilities - np.eye(probabilities.shape[1])[labels]) ** 2).sum(axis=1))
 
 
 def reliability(
@@ -205,8 +194,8 @@ def reliability(
         errors = [_sweep_error(ordered, rng.random(len(rows)) < ordered) for _ in range(_RESAMPLES)]
         if_calibrated = {"mean": float(np.mean(errors)), "q95": float(np.quantile(errors, 0.95))}
     return Reliability(
-        nll=nll(probabilities, labels),
-        brier=brier(probabilities, labels),
+        nll=float(log_losses(probabilities, labels).mean()),
+        brier=float(squared_errors(probabilities, labels).mean()),
         ece=bins.error,
         ece_bins=len(bins.counts),
         ece_equal_width=equal_width_bins(confidence, correct).error,
