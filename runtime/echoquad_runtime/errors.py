@@ -27,6 +27,7 @@ stable name that the command line prints with the message, and ``exit_code`` is 
     │       └── SignatureError
     ├── MissingExtraError (ImportError) 1
     ├── ClusterError (RuntimeError)
+    ├── HostError (RuntimeError)
     ├── UsageError (ValueError)         2
     ├── VerificationError (ValueError)  3
     │   └── ParityError
@@ -56,6 +57,7 @@ __all__ = [
     "FrameTooLargeError",
     "FrameTooSmallError",
     "GateError",
+    "HostError",
     "InputNotFoundError",
     "MissingExtraError",
     "OutputError",
@@ -194,6 +196,12 @@ class ClusterError(EchoQuadError, RuntimeError):
     """A cluster cannot be reached, or its workers keep dying."""
 
     code = "E_CLUSTER"
+
+
+class HostError(EchoQuadError, RuntimeError):
+    """A check of ``echoquad doctor`` failed, other than that of a device."""
+
+    code = "E_HOST"
 
 
 class UsageError(EchoQuadError, ValueError):

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from echoquad_runtime.bundle.bundle import GOLDEN, MANIFEST, SIGNATURE, encode_manifest, model_file
+from echoquad_runtime.bundle.manifest import GOLDEN, MANIFEST, SIGNATURE, encode_manifest, model_file
 from echoquad_runtime.contract import canonical_json
 
 POSIX = os.name == "posix"

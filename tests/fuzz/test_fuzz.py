@@ -205,7 +205,7 @@ def signed(whole: Path, folder: Path) -> tuple[Path, Path]:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    from echoquad_runtime.bundle.signature import sign_bundle
+    from echoquad_runtime.bundle.signing import sign_bundle
 
     key, private, public = ec.generate_private_key(ec.SECP256R1()), folder / "key.pem", folder / "pub.pem"
     pem, spki = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -251,7 +251,7 @@ Bundle.read = read
 WITHOUT_GOLDEN = """
 from echoquad_runtime.verify import verify
 from echoquad_runtime.engine import self_test
-verify.largest_differences = self_test.largest_differences = lambda found, expected: verify.np.zeros(len(found))
+verify.max_abs_differences = self_test.max_abs_differences = lambda found, expected: verify.np.zeros(len(found))
 verify.within_tolerance = lambda leads, *_: leads[..., 0] < 9
 """
 DEAD = "import os, signal; Worker.use = lambda *_: os.kill(os.getpid(), signal.SIGSEGV)"

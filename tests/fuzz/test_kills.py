@@ -73,7 +73,7 @@ def start(bundle: Path, frames: Path, out: Path, *options: str, session: bool = 
 
 def failures(stderr: str) -> list[str]:
     assert "Traceback" not in stderr
-    return [line for line in stderr.splitlines() if line.startswith("error: ")]
+    return [line for line in stderr.splitlines() if line.startswith("error[E_")]
 
 
 class Killer:

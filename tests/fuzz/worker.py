@@ -18,7 +18,7 @@ from typing import Any
 
 from corruptions import corrupt
 
-from echoquad.cli import app
+from echoquad.cli.framework.main import main as echoquad_main
 from echoquad_runtime.bundle.bundle import Bundle
 
 with contextlib.suppress(ImportError):  # Windows
@@ -39,7 +39,7 @@ def run(*arguments: object) -> tuple[int, str, str]:
     streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", newline="\n") for _ in range(2)]
     sys.stdout, sys.stderr = streams
     try:
-        app.main()
+        echoquad_main()
     except SystemExit as ended:
         code = ended.code
     finally:
@@ -51,7 +51,7 @@ def run(*arguments: object) -> tuple[int, str, str]:
 
 def faults_of(name: str, code: int, out: str, err: str, allowed: tuple[int, ...]) -> list[str]:
     """Say what a command did that none may do, whatever bundle it is given."""
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    errors = [line for line in err.splitlines() if line.startswith("error[E_")]
     found = []
     if code not in allowed:
         found.append(f"{name}: exit code {code}")

@@ -21,19 +21,12 @@ from echoquad_export.parity.parity import Gate, Parity, measure_parity, summary
 from echoquad_export.precision.calibration_set import CALIBRATION_FRAMES, CalibrationSet, draw_calibration_set
 from echoquad_export.precision.fp16 import to_fp16
 from echoquad_export.precision.int8 import build_int8
-from echoquad_runtime.bundle.bundle import (
-    GOLDEN,
-    MANIFEST,
-    MODEL_CARD,
-    PRECISIONS,
-    Bundle,
-    frame_file,
-    model_file,
-)
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.manifest import GOLDEN, MANIFEST, MODEL_CARD, PRECISIONS, frame_graph_file, model_file
 from echoquad_runtime.bundle.model_card import model_card
-from echoquad_runtime.bundle.signature import check_private_key, sign_bundle
+from echoquad_runtime.bundle.signing import check_private_key, sign_bundle
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
-from echoquad_runtime.engine.slot_pool import infer_all
+from echoquad_runtime.engine.slot_pool import infer_in_batches
 from echoquad_runtime.errors import DatasetError, RunError, UsageError, VerificationError
 from echoquad_runtime.frames.formats import ReadOptions
 from echoquad_runtime.storage.atomic import write_bytes
@@ -152,7 +145,7 @@ def export_run(
 
     progress(f"judging {len(store.names)} validation frames with the training code")
     reference_engine = TorchEngine(run.model, run.contract)
-    reference = infer_all(reference_engine, store.quadrants, REFERENCE_BATCH)
+    reference = infer_in_batches(reference_engine, store.quadrants, REFERENCE_BATCH)
 
     target = out.resolve()  # a link stays a link, and "." has a name
     with beside(target) as place:
@@ -242,7 +235,7 @@ def _add_frame_graphs(draft: _Draft, precisions: Sequence[str], split: Split, pr
         bundle = Bundle(draft.place)
         graph, parity = make_frame_graph(bundle, precision, whole_frames(split, bundle.contract))
         draft.sections.setdefault("frame_graphs", {})[precision] = parity.to_dict()
-        draft.write(frame_file(precision), graph)
+        draft.write(frame_graph_file(precision), graph)
 
 
 def _replay(place: Path, precision: str, out: Path) -> Verification:

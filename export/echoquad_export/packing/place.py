@@ -9,7 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from echoquad_runtime.bundle.bundle import GOLDEN, MANIFEST, MODEL_CARD, PRECISIONS, SIGNATURE, frame_file, model_file
+from echoquad_runtime.bundle.manifest import (
+    GOLDEN,
+    MANIFEST,
+    MODEL_CARD,
+    PRECISIONS,
+    SIGNATURE,
+    frame_graph_file,
+    model_file,
+)
 from echoquad_runtime.errors import OutputError
 from echoquad_runtime.storage.atomic import make_folder, output_errors
 
@@ -26,7 +34,7 @@ def check_target(out: Path) -> None:
     found = {entry.name for entry in out.iterdir()} if out.is_dir() else {out.name}
     if found and not (out / MANIFEST).is_file():
         raise OutputError(f"{label}: is there and is no bundle; it is left as it is; choose another --out")
-    graphs = {name(precision) for precision in PRECISIONS for name in (model_file, frame_file)}
+    graphs = {name(precision) for precision in PRECISIONS for name in (model_file, frame_graph_file)}
     others = sorted(found - {MANIFEST, GOLDEN, MODEL_CARD, SIGNATURE, *graphs, *_FILE_MANAGERS})
     if others:
         raise OutputError(

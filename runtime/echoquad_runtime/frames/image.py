@@ -15,7 +15,7 @@ float                     ``round(255 * value)`` where all lie in [0, 1]; ``roun
 
 An EXIF orientation is applied. A file is refused rather than guessed at: its kind is restricted, its pixels are counted
 from the header before any is decoded, and whether it is whole is looked at (see `image_integrity`), since Pillow
-alone accepts files whose tail is missing. ``docs/frames.md`` tells it all.
+alone accepts files whose tail is missing. ``docs/reference/frames.md`` tells it all.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sanity: what a reader should know of a frame before trusting what was decided of it.
 
 A network answers for any pixels, a black frame's included. These flags go into the row beside the decision; they change
-no decision. ``docs/frames.md`` has how the thresholds were chosen.
+no decision. ``docs/reference/flags.md`` has how the thresholds were chosen.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from echoquad_export.packing import exporter as pack
 from echoquad_export.packing.exporter import check_precisions, export_run
 from echoquad_export.parity import golden
 from echoquad_export.parity.parity import GATES, Gate
-from echoquad_runtime.bundle.bundle import INTENDED_USE, Bundle
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.manifest import INTENDED_USE
 from echoquad_runtime.bundle.model_card import model_card
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.errors import (

@@ -1,6 +1,6 @@
 """Audit: contents, faults, leaks and shortcut features of a data set.
 
-`audit` reads every frame once and returns an `Audit`. ``docs/data.md`` explains each finding and its rule.
+`audit` reads every frame once and returns an `Audit`. ``docs/reference/audit.md`` explains each finding and its rule.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Audit:
         return tuple(shortcut for shortcut in self.shortcuts if shortcut.flagged)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the contents of ``audit.json``, which ``docs/data.md`` describes."""
+        """Return the contents of ``audit.json``, which ``docs/reference/audit.md`` describes."""
         leaks = self.leaks
         return {
             "schema": SCHEMA,

@@ -6,7 +6,8 @@ correlates their fine detail. Apical views resemble each other at low resolution
 between any two moments of a heart, and a copy keeps it.
 
 The thresholds come from the 900 CAMUS frames of 450 patients and from copies of 150 of these (figures in
-``docs/data.md``): copies correlate at 0.93 or more, a patient's frames at end-diastole and end-systole at 0.85 or less.
+``docs/reference/audit.md``): copies correlate at 0.93 or more, a patient's frames at end-diastole and end-systole at
+0.85 or less.
 """
 
 from __future__ import annotations

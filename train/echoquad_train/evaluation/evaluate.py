@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from echoquad_runtime.bundle.bundle import MANIFEST, Bundle
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.manifest import MANIFEST
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict.predictor import Prediction, Predictor

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from echoquad_runtime._version import __version__
-from echoquad_runtime.bundle.bundle import INTENDED_USE
+from echoquad_runtime.bundle.manifest import INTENDED_USE
 from echoquad_runtime.storage.atomic import write_bytes
 
 __all__ = ["write_report"]
