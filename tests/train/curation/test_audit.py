@@ -138,8 +138,9 @@ def test_leak_counts_and_summary_contain_no_name(planted_audit: Audit) -> None:
 
 
 def test_contact_sheet_shows_samples_and_leaks(planted_audit: Audit, clean_audit: Audit, tmp_path: Path) -> None:
-    words = [text.get_text() for axes in contact_sheet(planted_audit).axes for text in axes.texts]
-    titles = [axes.get_title(loc="left") for axes in contact_sheet(planted_audit).axes]
+    sheet = contact_sheet(planted_audit)
+    words = [text.get_text() for axes in sheet.axes for text in axes.texts]
+    titles = [axes.get_title(loc="left") for axes in sheet.axes]
     assert "validation/NORM/NORM901-0.jpg" in words and "train\nASD" in words
     leaks = [group for group in (*planted_audit.leaks.exact, *planted_audit.leaks.near) if group.leak]
     assert sum(title.startswith("LEAK: ") for title in titles) == len(leaks) >= 2

@@ -158,16 +158,8 @@ def audit(
 ) -> Audit:
     """Audit a data set, ``DATA/{train,validation,test}/CLASS/**``.
 
-    Parameters
-    ----------
-    data
-        The data folder; splits and classes may be missing.
-    pattern
-        See `echoquad_train.data.patients.patient_of`.
-    reading
-        How the files are read.
-    seed
-        Seed of the folds and permutations that measure shortcut features.
+    Splits and classes may be missing. `pattern` defines patients, see `echoquad_train.data.patients.patient_of`; `seed`
+    is that of the folds and permutations that measure shortcut features.
 
     Raises
     ------

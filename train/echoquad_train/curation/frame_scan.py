@@ -47,15 +47,7 @@ def scan_frames(
     progress: Progress | None = None,
     visit: Callable[[DecodedFile], None] | None = None,
 ) -> FrameScan:
-    """Read each frame once, in order.
-
-    Parameters
-    ----------
-    frames
-        See `echoquad_train.data.frame_list.list_frames`.
-    visit
-        Called with each decoded frame, which is not kept.
-    """
+    """Read each frame once, in order; `visit` is called with each decoded frame, which is not kept."""
     scan = FrameScan(SHIFTED if len(frames) <= SHIFTED_LIMIT else CENTRED)
     for done, (frame, content) in enumerate(read_all(frames), 1):
         if isinstance(content, EchoQuadError):

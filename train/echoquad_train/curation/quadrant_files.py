@@ -57,18 +57,8 @@ def write_quadrants(
 ) -> QuadrantFiles:
     """Write ``out/SPLIT/CLASS/*_{LA,RA,LV,RV}.png`` and ``out/patch_mapping.csv``.
 
-    The quadrants of each frame are read back, stitched, and compared to the cropped frame pixel by pixel.
-
-    Parameters
-    ----------
-    data
-        ``DATA/SPLIT/CLASS/**``; splits may be missing.
-    out
-        New or empty folder.
-    keep
-        Kept fraction of each side, as in a contract; 1 keeps the whole frame.
-    reading
-        How the files are read.
+    The frames are those of ``DATA/SPLIT/CLASS/**``; `keep` is the fraction of each side that the crop keeps. The
+    quadrants of each frame are read back, stitched, and compared to the cropped frame pixel by pixel.
 
     Raises
     ------

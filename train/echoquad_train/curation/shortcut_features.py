@@ -118,12 +118,7 @@ def find_shortcuts(
 ) -> list[Shortcut]:
     """Measure how well each group of features predicts each class.
 
-    Parameters
-    ----------
-    features, labels, patients
-        Features, class name and patient of each of F frames.
-    seed
-        Seed of the folds and the permutations.
+    The sequences hold the features, class name and patient of each frame; `seed` is that of folds and permutations.
     """
     classes = sorted(set(labels))
     predicted = classes if len(classes) > 2 else classes[1:]

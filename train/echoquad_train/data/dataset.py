@@ -260,17 +260,10 @@ def frames_below(
 def load_quadrants(
     split: Split, contract: Contract, *, overflow: Path | None = None, progress: Progress | None = None
 ) -> QuadrantStore:
-    """Decode every frame of a split once.
+    """Decode every frame of a split once, by the contract's crop and input size.
 
-    Parameters
-    ----------
-    split
-        The frames.
-    contract
-        Defines the crop and the input size S.
-    overflow
-        Folder of the file that takes quadrants larger than `MEMORY_BYTES`. The file has no name, and the system
-        removes it with its last user, however the process ends. None keeps the quadrants in memory.
+    `overflow` is the folder of the file that takes quadrants larger than `MEMORY_BYTES`. The file has no name, and the
+    system removes it with its last user, however the process ends. None keeps the quadrants in memory.
 
     Raises
     ------

@@ -82,17 +82,7 @@ def risk_coverage(confidence: Float64Array, correct: BoolArray) -> tuple[Float64
 
 
 def abstention(scored: ScoredFrames, sampler: Bootstrap, below: float | None = None) -> Abstention:
-    """Measure the effect of abstaining on the least confident frames.
-
-    Parameters
-    ----------
-    scored
-        The frames.
-    sampler
-        Resamples of their patients.
-    below
-        ``--abstain-below``: the confidence under which a frame stays undecided.
-    """
+    """Measure the effect of abstaining on the least confident frames; `below` is ``--abstain-below``."""
     thresholds, coverage, risk = risk_coverage(scored.confidence, scored.correct)
     indices = [int(np.argmax(coverage >= target - 1e-12)) for target in COVERAGES]
     points = tuple(CoveragePoint(float(thresholds[i]), float(coverage[i]), float(1 - risk[i])) for i in indices)

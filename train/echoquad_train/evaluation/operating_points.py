@@ -64,13 +64,7 @@ class OperatingPoint(MetricsRecord):
 
 
 def check_targets(values: Sequence[float], option: str) -> None:
-    """Check the rates of an option.
-
-    Raises
-    ------
-    ConfigError
-        If a rate is not in (0, 1].
-    """
+    """Raise ConfigError if a rate of an option is not in (0, 1]."""
     for value in values:
         if not 0 < value <= 1:
             raise ConfigError(f"{option} {value:g} found; expected a rate above 0, at most 1")

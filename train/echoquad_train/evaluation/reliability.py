@@ -105,31 +105,16 @@ def _binned(index: IndexArray, confidence: Float64Array, correct: BoolArray) -> 
 
 
 def equal_width_bins(confidence: Float64Array, correct: BoolArray, count: int = EQUAL_WIDTH_BINS) -> Bins:
-    """Return bins of equal width over [0, 1], each open below, without the empty ones.
+    """Return `count` bins of equal width over [0, 1], each open below, without the empty ones.
 
-    Parameters
-    ----------
-    confidence
-        float64 [F], in [0, 1].
-    correct
-        bool [F], whether each decision is correct.
-    count
-        Number of bins.
+    The confidence is float64 [F], in [0, 1]; `correct`, bool [F], states whether each decision is correct.
     """
     index = np.clip(np.ceil(confidence * count).astype(np.int64) - 1, 0, count - 1)
     return _binned(index, confidence, correct)
 
 
 def sweep_bins(confidence: Float64Array, correct: BoolArray) -> Bins:
-    """Return as many bins of equal mass as keep the accuracy rising from bin to bin.
-
-    Parameters
-    ----------
-    confidence
-        float64 [F], in [0, 1].
-    correct
-        bool [F], whether each decision is correct.
-    """
+    """Return as many bins of equal mass as keep the accuracy rising from bin to bin; see `equal_width_bins`."""
     order = np.lexsort((correct, confidence))  # the order of equal confidences must not depend on that of the files
     ends = _sweep(correct[order])
     index = np.empty(len(order), np.int64)

@@ -78,12 +78,9 @@ class Comparison(MetricsRecord):
 
 
 def mcnemar(first_only: int, second_only: int) -> float:
-    """Return the two-sided p-value of McNemar's exact test; 1 if the models differ on no frame.
+    """Return the two-sided p-value of McNemar's exact test, by the numbers of frames on which only one model is right.
 
-    Parameters
-    ----------
-    first_only, second_only
-        Number of frames on which only the first, or only the second, model is right.
+    It is 1 if there is no such frame.
     """
     differing = first_only + second_only
     return float(binomtest(first_only, differing, 0.5).pvalue) if differing else 1.0

@@ -17,14 +17,7 @@ __all__ = ["write_evaluation"]
 def write_evaluation(evaluation: Evaluation, folder: Path, *, gallery: int = 0) -> list[Path]:
     """Write ``metrics.json``, ``predictions.csv``, the figures, ``mistakes/`` and ``report.html``; return their paths.
 
-    Parameters
-    ----------
-    evaluation
-        The evaluation.
-    folder
-        The target folder, created if it does not exist.
-    gallery
-        Number of the most confident mistakes to draw.
+    The folder is created if it does not exist; `gallery` is the number of most confident mistakes to draw.
 
     Raises
     ------

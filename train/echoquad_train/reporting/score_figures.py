@@ -121,16 +121,8 @@ def reliability_diagram(
 ) -> Figure:
     """Draw accuracy by confidence in bins, with Wilson intervals, above the counts of correct and wrong frames.
 
-    Parameters
-    ----------
-    bins
-        The frames in bins.
-    confidence, correct
-        float64 [F] and bool [F]: confidence in the decided class, and whether it is the true class.
-    title
-        Title of the figure.
-    uncalibrated
-        Bins of the same frames without temperatures; None to leave them out.
+    The confidence in the decided class is float64 [F]; `correct` is bool [F]; `uncalibrated` are the bins of the same
+    frames without temperatures.
     """
     figure = Figure(figsize=(6.4, 8.0), layout="constrained")
     upper, lower = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
@@ -200,17 +192,7 @@ def histograms(scored: ScoredFrames, title: str, thresholds: Sequence[tuple[str,
 def accuracy_coverage(
     coverage: Float64Array, risk: Float64Array, title: str, at: AbstentionPoint | None = None
 ) -> Figure:
-    """Draw the risk-coverage curve as accuracy among the decided frames against the fraction decided.
-
-    Parameters
-    ----------
-    coverage, risk
-        float64 [K]; see `echoquad_train.evaluation.abstention.risk_coverage`.
-    title
-        Title of the figure.
-    at
-        The point to mark.
-    """
+    """Draw the risk-coverage curve, float64 [K], as accuracy of the decided frames by coverage; mark the point `at`."""
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axes = figure.subplots()
     accuracy = 1 - risk
