@@ -130,7 +130,7 @@ def _flips(count: int, tolerated: int) -> str:
 
 
 def _versions(record: Record) -> str:
-    labels = {"echoquad": "echoquad ", "onnxruntime": "onnxruntime ", "python": "Python ", "platform": ""}
+    labels = {"echoquad": "echoquad ", "onnxruntime": "", "python": "Python ", "platform": ""}
     return ", ".join(f"{label}{record.versions[name]}" for name, label in labels.items() if record.versions[name])
 
 

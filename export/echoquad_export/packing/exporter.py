@@ -14,7 +14,7 @@ from echoquad_export.graph.activation_map import check_cam
 from echoquad_export.graph.build import IR_VERSION, OPSET, build_graph
 from echoquad_export.graph.frame_graph import make_frame_graph, whole_frames
 from echoquad_export.packing.manifest import make_manifest, provenance
-from echoquad_export.packing.place import beside, check_target, move_into_place
+from echoquad_export.packing.place import check_target
 from echoquad_export.parity.golden import PHANTOM, golden_source, pack_golden
 from echoquad_export.parity.metrics import measure_run
 from echoquad_export.parity.parity import Gate, Parity, measure_parity, summary
@@ -30,6 +30,7 @@ from echoquad_runtime.engine.slot_pool import infer_in_batches
 from echoquad_runtime.errors import DatasetError, RunError, UsageError, VerificationError
 from echoquad_runtime.frames.formats import ReadOptions
 from echoquad_runtime.storage.atomic import write_bytes
+from echoquad_runtime.storage.atomic_folder import atomic_folder
 from echoquad_runtime.verify.verify import Verification, verify
 from echoquad_train.data.dataset import Split, load_quadrants, read_split
 from echoquad_train.networks.torch_engine import TorchEngine
@@ -147,8 +148,7 @@ def export_run(
     reference_engine = TorchEngine(run.model, run.contract)
     reference = infer_in_batches(reference_engine, store.quadrants, REFERENCE_BATCH)
 
-    target = out.resolve()  # a link stays a link, and "." has a name
-    with beside(target) as place:
+    with atomic_folder(out, replace=True) as place:
         draft = _Draft(place, run)
         draft.sections["metrics"] = measure_run(run, reference[1], store.labels, f"{split.name} split")
 
@@ -187,7 +187,6 @@ def export_run(
         progress("replaying the golden frames")
         verification = [_replay(place, precision, out) for precision in wanted][-1]
         _sign(place, sign_key, progress)
-        move_into_place(place, target)
     return Exported(out, tuple(parities.values()), verification, len(store.failures))
 
 

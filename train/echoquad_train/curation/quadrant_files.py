@@ -24,8 +24,8 @@ from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.frames.reader import read_frame
 from echoquad_runtime.quadrants import Grey, crop_box, split, stitch
 from echoquad_runtime.storage.atomic import write_bytes
+from echoquad_runtime.storage.atomic_folder import atomic_folder
 from echoquad_runtime.storage.row_names import encoded, printed
-from echoquad_train.data.building import atomic_folder
 from echoquad_train.data.dataset import LabelledFrame, Progress, no_readable_frame
 from echoquad_train.data.frame_list import list_frames, read_all
 

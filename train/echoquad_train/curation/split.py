@@ -27,10 +27,10 @@ from echoquad_runtime.frames.discovery import matrices_hint
 from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.storage.atomic import write_bytes
+from echoquad_runtime.storage.atomic_folder import atomic_folder
 from echoquad_runtime.storage.row_names import encoded, printed
 from echoquad_train.curation.frame_scan import scan_frames
 from echoquad_train.curation.leaks import find_leaks
-from echoquad_train.data.building import atomic_folder
 from echoquad_train.data.dataset import SPLITS, LabelledFrame, Progress, class_folders
 from echoquad_train.data.frame_list import list_splits
 from echoquad_train.data.patients import patient_of

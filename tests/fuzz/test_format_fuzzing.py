@@ -1,6 +1,6 @@
-"""DICOM files, matrices and clips, damaged: each frame is read or is one line that says why not, and tells no name.
+"""Fuzzing of DICOM, matrix and video files: each frame is read or yields a one-line error without patient data.
 
-``pytest tests/fuzz/test_formats.py -m slow`` goes through 20 000; see ``formats.py``.
+``pytest tests/fuzz/test_format_fuzzing.py -m slow`` reads 20 000 files; see ``format_worker.py``.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import pytest
 for package in ("pydicom", "openjpeg", "gdcm"):
     pytest.importorskip(package)
 
-SECONDS = 20.0
-"""What a file may take, on however busy a machine; most take a hundredth of one."""
-KINDS = 23
-"""Whole files, at most; the first numbers are these."""
+MAX_SECONDS = 20.0
+"""Limit per file, even on a busy machine; most take a hundredth of a second."""
+VALID_FILES = 23
+"""Largest number of valid files; they have the first numbers."""
 
 
-def go_through(scratch: Path, first: int, last: int) -> list[tuple[str, list[str]]]:
-    """Have files read in a process of its own; gives the kind and the outcomes of each."""
-    program = Path(__file__).with_name("formats.py")
+def read_all(scratch: Path, first: int, last: int) -> list[tuple[str, list[str]]]:
+    """Read files in another process; return the name and the outcomes of each."""
+    program = Path(__file__).with_name("format_worker.py")
     ended = subprocess.run(
         [sys.executable, program, scratch, str(first), str(last)],
         check=False,
@@ -40,18 +40,18 @@ def go_through(scratch: Path, first: int, last: int) -> list[tuple[str, list[str
     assert ended.returncode == 0, (lines[-1], ended.stderr[-2000:])
     assert ended.stderr == ""
     cases = list(zip(lines[::2], lines[1::2], strict=True))
-    wrong = [(what, found) for what, found in cases if found["faults"] or found["seconds"] > SECONDS]
+    wrong = [(what, found) for what, found in cases if found["faults"] or found["seconds"] > MAX_SECONDS]
     assert wrong == []
     return [(what["name"], found["outcomes"]) for what, found in cases]
 
 
-def test_whole_files_are_frames(tmp_path: Path) -> None:
-    found = go_through(tmp_path, 0, KINDS)[:19]
+def test_valid_files_are_frames(tmp_path: Path) -> None:
+    found = read_all(tmp_path, 0, VALID_FILES)[:19]
     assert {outcome for _, outcomes in found for outcome in outcomes} == {"frame"}
 
 
-def test_damaged_files(tmp_path: Path) -> None:
-    check(go_through(tmp_path, KINDS, 700))
+def test_damaged_files_yield_frames_or_one_line_errors(tmp_path: Path) -> None:
+    check(read_all(tmp_path, VALID_FILES, 400))
 
 
 @pytest.mark.slow
@@ -59,7 +59,7 @@ def test_damaged_files(tmp_path: Path) -> None:
 def test_twenty_thousand_damaged_files(
     part: int, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    counts = check(go_through(tmp_path, 1000 + 2000 * part, 3000 + 2000 * part))
+    counts = check(read_all(tmp_path, 1000 + 2000 * part, 3000 + 2000 * part))
     record_property("outcomes", {kind: dict(count) for kind, count in counts.items()})
 
 
@@ -68,6 +68,6 @@ def check(found: list[tuple[str, list[str]]]) -> dict[str, collections.Counter[s
     for name, outcomes in found:
         counts[name.rpartition(".")[2]].update(set(outcomes))
     for kind, count in counts.items():
-        # Neither is everything refused, as it would be if nothing worked, nor is damage passed over.
+        # Some files are accepted, as they would not be if nothing worked; damage is detected in others.
         assert count["frame"] and count.total() > count["frame"], (kind, count)
     return counts

@@ -1,6 +1,6 @@
-"""Reads image files, whole and broken, in a process of its own, whose death or silence its parent can see.
+"""Worker of the image fuzzing: reads valid and damaged image files in its own process.
 
-Reads what to do, a JSON line each, and answers each with a JSON line. Run by ``test_images.py``.
+It reads one JSON line per file and answers each with a JSON line. ``test_image_fuzzing.py`` runs it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import image_corpus
 import numpy as np
-import pictures
 
 from echoquad_runtime.errors import FrameError
 from echoquad_runtime.frames.reader import decode_frame, read_checked
@@ -23,44 +23,44 @@ from echoquad_runtime.frames.reader import decode_frame, read_checked
 with contextlib.suppress(ImportError):  # Windows
     import resource
 
-    # What asks for more is told so, and does not take the machine with it.
+    # A larger allocation fails, instead of exhausting the machine.
     resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
 
 warnings.filterwarnings("ignore", module="PIL")  # as the command line does
 
-ENDINGS = (".png", ".jpg", ".bmp", ".tif", ".PNG", "")
+EXTENSIONS = (".png", ".jpg", ".bmp", ".tif", ".PNG", "")
 MEMORY = Path("/proc/self/status")
 
 
-def memory(field: str) -> int | None:
-    """Give a figure of this process's memory in bytes; None where the system does not tell."""
+def memory_bytes(field: str) -> int | None:
+    """Return a figure of this process's memory in bytes; None if the system does not report it."""
     if not MEMORY.exists():
         return None
     return next(int(line.split()[1]) << 10 for line in MEMORY.read_text().splitlines() if line.startswith(field))
 
 
-def forget_peak() -> None:
+def reset_peak() -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def case(what: dict[str, Any]) -> tuple[str, bytes, bytes | None]:
-    """Make the file that `what` stands for; gives its name, its bytes, and the whole file that it was."""
+def make_file(what: dict[str, Any]) -> tuple[str, bytes, bytes | None]:
+    """Return name and bytes of the file that `what` identifies, and the bytes before the damage, if any."""
     if "bomb" in what:
-        return what["bomb"], {**pictures.BOMBS, **pictures.HEAVY}[what["bomb"]](), None
+        return what["bomb"], {**image_corpus.BOMBS, **image_corpus.LARGEST}[what["bomb"]](), None
     number = what["number"]
-    names = list(pictures.SEEDS)
+    names = list(image_corpus.SEEDS)
     name, rng = names[number % len(names)], random.Random(number)
-    data = whole = pictures.SEEDS[name]
+    data = original = image_corpus.SEEDS[name]
     done = []
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
-        data, how = pictures.damage(data or b"?", rng)
+        data, how = image_corpus.damage(data or b"?", rng)
         done.append(how)
-    return f"{name}: {', '.join(done)}", data, whole
+    return f"{name}: {', '.join(done)}", data, original
 
 
 def read(path: Path) -> tuple[np.ndarray | None, str, list[str]]:
-    """Read a file as a frame; gives the frame, the outcome, and what must not be."""
+    """Read a file as a frame; return the frame, the outcome, and the faults."""
     faults = []
     try:
         frame, flags = read_checked(path)
@@ -76,23 +76,22 @@ def read(path: Path) -> tuple[np.ndarray | None, str, list[str]]:
     return frame, "accepted", faults
 
 
-def judge(what: dict[str, Any], scratch: Path) -> dict[str, Any]:
-    name, data, whole = case(what)
+def check(what: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    name, data, original = make_file(what)
     number = what.get("number", 0)
-    path = scratch / f"frame{ENDINGS[number // 7 % len(ENDINGS)]}"
+    path = scratch / f"frame{EXTENSIONS[number // 7 % len(EXTENSIONS)]}"
     path.write_bytes(data)
     size = len(data)
     del data
-    forget_peak()
-    before, begun = memory("VmRSS"), time.perf_counter()
+    reset_peak()
+    before, begun = memory_bytes("VmRSS"), time.perf_counter()
     frame, outcome, faults = read(path)
-    seconds, peak = time.perf_counter() - begun, memory("VmHWM")
-    if frame is not None and whole is not None:
-        original = decode_frame(whole)
-        same = np.array_equal(frame, original)
+    seconds, peak = time.perf_counter() - begun, memory_bytes("VmHWM")
+    if frame is not None and original is not None:
+        same = np.array_equal(frame, decode_frame(original))
         outcome = "the same pixels" if same else "other pixels"
         if not same and name.startswith("PNG"):
-            faults.append("a PNG's pixels are not as they were")
+            faults.append("a PNG has other pixels")
     path.unlink()
     grown = max(0, peak - before) if peak is not None and before is not None else None
     return {"name": name, "outcome": outcome, "faults": faults, "seconds": seconds, "grown": grown, "bytes": size}
@@ -101,7 +100,7 @@ def judge(what: dict[str, Any], scratch: Path) -> dict[str, Any]:
 def main() -> None:
     scratch = Path(json.loads(sys.stdin.readline())["scratch"])
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(judge(json.loads(line), scratch)) + "\n")
+        sys.stdout.write(json.dumps(check(json.loads(line), scratch)) + "\n")
         sys.stdout.flush()
 
 

@@ -1,11 +1,12 @@
-"""Kills: ``echoquad predict --out`` killed at random moments and gone on with, again and again, until it is done.
+"""Killed runs: ``echoquad predict --out`` is killed at random moments and resumed until it is complete.
 
-After every kill the rows that are there are the first of an uninterrupted run's, byte for byte; at the end the file is
-that run's, and so are the exit code and the list of failures. ``pytest tests/fuzz -m slow`` kills a hundred times.
+After every kill, the rows on disk are the first rows of an uninterrupted run, byte for byte. At the end, the file, the
+exit code and the list of failures equal those of that run. ``pytest tests/fuzz -m slow`` kills a hundred times.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
@@ -23,25 +24,25 @@ from PIL import Image
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 
 FRAMES = 48
-SECONDS = 60.0  # a run may take on a busy machine
+MAX_SECONDS = 60.0  # per run on a busy machine
 
-LAST = (b",cpu,fp32\n", b'"precision": "fp32"}\n', b"flags,device,precision\n")
-"""What whole rows, and the header, end with."""
+ROW_ENDS = (b",cpu,fp32\n", b'"precision": "fp32"}\n', b"flags,device,precision\n")
+"""Ends of complete rows and of the header."""
 
 
 @dataclass
 class Count:
-    """What the kills have met."""
+    """Counts of what the kills interrupted."""
 
     kills: int = 0
-    midway: int = 0  # some rows were there, and some were not
-    torn: int = 0  # the last row was not whole
-    runs: int = 0  # that came to their end, at last
+    midway: int = 0  # some rows were on disk, others not
+    torn: int = 0  # the last row was incomplete
+    runs: int = 0  # completed in the end
 
 
 @pytest.fixture(scope="module")
 def frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a folder of large frames, so that a run takes its time, with two bad ones and odd names among them."""
+    """Return a folder of large frames, so that a run takes a while, with two unreadable ones and odd names."""
     folder = tmp_path_factory.mktemp("archive") / "frames"
     rng = np.random.default_rng(7)
     images = []
@@ -66,7 +67,7 @@ def start(bundle: Path, frames: Path, out: Path, *options: str, session: bool = 
         stderr=subprocess.PIPE,
         encoding="utf-8",
         start_new_session=session,
-        # A test run in a shell's background has SIGINT ignored, and its children inherit that.
+        # In a shell's background job SIGINT is ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
 
@@ -76,43 +77,73 @@ def failures(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("error[E_")]
 
 
-class Killer:
-    """Runs, kills, and goes on with runs over one folder, and looks at what they leave."""
+@dataclass
+class Uninterrupted:
+    """An uninterrupted run: its file, its error lines, and its duration in seconds."""
 
-    def __init__(self, bundle: Path, frames: Path, scratch: Path, ending: str, options: tuple[str, ...] = ()) -> None:
-        self._bundle, self._frames, self._options = bundle, frames, options
-        self.out = scratch / f"out.{ending}"
-        self.partial = scratch / f"out.{ending}.partial"
-        reference = scratch / f"whole.{ending}"
+    expected: bytes
+    errors: list[str]
+    seconds: float
+
+
+Reference = Callable[[str], Uninterrupted]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_bundle: Path, frames: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Return a function that runs without interruption, once for each file format."""
+
+    @functools.cache
+    def run(extension: str) -> Uninterrupted:
+        out = tmp_path_factory.mktemp("reference") / f"out.{extension}"
         begin = time.monotonic()
-        process = start(bundle, frames, reference, *options)
-        _, stderr = process.communicate(timeout=SECONDS)
-        self._seconds = time.monotonic() - begin
+        process = start(tiny_bundle, frames, out)
+        _, stderr = process.communicate(timeout=MAX_SECONDS)
         assert process.returncode == 5
-        self.errors = failures(stderr)
-        self.expected = reference.read_bytes()
-        self.ends = {index + 1 for index in range(len(self.expected)) if self.expected.endswith(LAST, 0, index + 1)}
+        return Uninterrupted(out.read_bytes(), failures(stderr), time.monotonic() - begin)
+
+    return run
+
+
+class Killer:
+    """Runs, kills and resumes runs over one folder, and checks what they leave."""
+
+    def __init__(
+        self,
+        bundle: Path,
+        frames: Path,
+        scratch: Path,
+        reference: Reference,
+        extension: str,
+        options: tuple[str, ...] = (),
+    ) -> None:
+        self._bundle, self._frames, self._options = bundle, frames, options
+        self.out = scratch / f"out.{extension}"
+        self.partial = scratch / f"out.{extension}.partial"
+        run = reference(extension)
+        self.expected, self.errors, self._seconds = run.expected, run.errors, run.seconds
+        self.ends = {index + 1 for index in range(len(self.expected)) if self.expected.endswith(ROW_ENDS, 0, index + 1)}
 
     def kill(self, rng: random.Random, number: int, count: Count) -> None:
-        """Go on with the run, and kill it at a moment by chance, should it not be done by then."""
+        """Resume the run and kill it at a random moment, unless it is complete by then."""
         before = self._size()
         process = start(self._bundle, self._frames, self.out, "--resume", *self._options)
-        if number == signal.SIGKILL and rng.random() < 0.5:  # any moment, Python's own start included
+        if number == signal.SIGKILL and rng.random() < 0.5:  # at any moment, including the start of Python
             self._wait(process, rng.uniform(0, self._seconds))
-        else:  # while it writes
-            self._wait(process, SECONDS, lambda: self._size() > max(before, min(self.ends)))
+        else:  # while it writes rows
+            self._wait(process, MAX_SECONDS, lambda: self._size() > max(before, min(self.ends)))
             self._wait(process, rng.uniform(0, self._seconds / 4))
         if process.poll() is None:
             process.send_signal(number)
             count.kills += 1
-        self._look(process, number, count)
+        self._check(process, number, count)
 
     def finish(self, count: Count) -> None:
-        """Go on with the run to its end."""
-        self._look(start(self._bundle, self._frames, self.out, "--resume", *self._options), 0, count)
+        """Resume the run to its end."""
+        self._check(start(self._bundle, self._frames, self.out, "--resume", *self._options), 0, count)
 
-    def _look(self, process: subprocess.Popen[str], number: int, count: Count) -> None:
-        _, stderr = process.communicate(timeout=SECONDS)
+    def _check(self, process: subprocess.Popen[str], number: int, count: Count) -> None:
+        _, stderr = process.communicate(timeout=MAX_SECONDS)
         if process.returncode == 5:
             assert self.out.read_bytes() == self.expected
             assert failures(stderr) == self.errors
@@ -121,7 +152,7 @@ class Killer:
             self.out.unlink()
             count.runs += 1
             return
-        # Once all is done, Python itself dies of the signal.
+        # After the last row, the signal may end Python itself.
         assert process.returncode in (-number, 128 + number), stderr
         assert "a fault in EchoQuad" not in stderr
         assert not self.out.exists() or self.out.read_bytes() == self.expected
@@ -145,32 +176,41 @@ def kill_often(killer: Killer, number: int, kills: int, seed: int) -> Count:
     while count.kills < kills:
         killer.kill(rng, number, count)
     killer.finish(count)
-    assert count.midway >= kills // 4, "too few of the kills met a run at its work"
+    assert count.midway >= kills // 4, "too few kills interrupted a run between rows"
     return count
 
 
-@pytest.mark.parametrize(("ending", "options"), [("csv", ()), ("jsonl", ()), ("csv", ("--workers", "2"))])
-def test_kills(ending: str, options: tuple[str, ...], tiny_bundle: Path, frames: Path, tmp_path: Path) -> None:
-    count = kill_often(Killer(tiny_bundle, frames, tmp_path, ending, options), signal.SIGKILL, 5, seed=1)
+@pytest.mark.parametrize(("extension", "options"), [("csv", ()), ("jsonl", ()), ("csv", ("--workers", "2"))])
+def test_killed_run_resumes_to_the_same_bytes(
+    extension: str, options: tuple[str, ...], tiny_bundle: Path, frames: Path, reference: Reference, tmp_path: Path
+) -> None:
+    killer = Killer(tiny_bundle, frames, tmp_path, reference, extension, options)
+    count = kill_often(killer, signal.SIGKILL, 4, seed=1)
     assert count.runs >= 1
 
 
 @pytest.mark.parametrize(
-    ("number", "to_all", "code"),
+    ("number", "to_group", "code"),
     [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143), (signal.SIGKILL, False, -signal.SIGKILL)],
     ids=["Ctrl-C", "SIGTERM", "kill -9"],
 )
 def test_reader_processes_end_with_the_run(
-    number: int, to_all: bool, code: int, tiny_bundle: Path, frames: Path, tmp_path: Path
+    number: int,
+    to_group: bool,
+    code: int,
+    tiny_bundle: Path,
+    frames: Path,
+    reference: Reference,
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / "out.csv"
     process = start(tiny_bundle, frames, out, "--workers", "2", session=True)
-    end = time.monotonic() + SECONDS
+    end = time.monotonic() + MAX_SECONDS
     partial = out.with_name("out.csv.partial")
     while time.monotonic() < end and not (partial.exists() and partial.read_bytes().count(b"\n") > 2):
         time.sleep(0.002)
-    (os.killpg if to_all else os.kill)(process.pid, number)
-    _, stderr = process.communicate(timeout=SECONDS)
+    (os.killpg if to_group else os.kill)(process.pid, number)
+    _, stderr = process.communicate(timeout=MAX_SECONDS)
     assert process.returncode in (code, -number), stderr
     assert "Traceback" not in stderr
     end = time.monotonic() + 10
@@ -181,17 +221,16 @@ def test_reader_processes_end_with_the_run(
             break
         assert time.monotonic() < end, "a reader process outlives the run"
         time.sleep(0.01)
-    for file, options in ((out, ["--resume"]), (tmp_path / "whole.csv", [])):
-        again = start(tiny_bundle, frames, file, *options)
-        again.communicate(timeout=SECONDS)
-        assert again.returncode == 5
-    assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    resumed = start(tiny_bundle, frames, out, "--resume")
+    resumed.communicate(timeout=MAX_SECONDS)
+    assert resumed.returncode == 5
+    assert out.read_bytes() == reference("csv").expected
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    ("ending", "number", "kills", "options"),
+    ("extension", "number", "kills", "options"),
     [
         ("csv", signal.SIGKILL, 60, ()),
         ("jsonl", signal.SIGKILL, 40, ()),
@@ -204,33 +243,36 @@ def test_reader_processes_end_with_the_run(
     ],
     ids=["csv", "jsonl", "overlays", "SIGTERM", "SIGINT", "workers", "workers SIGTERM", "workers SIGINT"],
 )
-def test_many_kills(
-    ending: str,
+def test_run_killed_many_times_resumes_to_the_same_bytes(
+    extension: str,
     number: int,
     kills: int,
     options: tuple[str, ...],
     tiny_bundle: Path,
     frames: Path,
+    reference: Reference,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     record_property: Callable[[str, object], None],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    count = kill_often(Killer(tiny_bundle, frames, tmp_path, ending, options), number, kills, seed=2)
+    count = kill_often(Killer(tiny_bundle, frames, tmp_path, reference, extension, options), number, kills, seed=2)
     record_property("kills", vars(count))
-    if "--overlay" in options:  # a row that is there has its picture
+    if "--overlay" in options:  # every row on disk has its picture
         assert len([path for path in Path("pictures").rglob("*.overlay.png") if path.stat().st_size]) == FRAMES - 2
 
 
-# ---------------------------------------------------------------------------------------------- the test of the test
+# ---------------------------------------------------------------------------------------------- tests of the harness
 
 
-def test_a_row_that_is_doubled_is_found_out(tiny_bundle: Path, frames: Path, tmp_path: Path) -> None:
-    killer = Killer(tiny_bundle, frames, tmp_path, "csv")
+def test_harness_detects_doubled_and_lost_rows(
+    tiny_bundle: Path, frames: Path, reference: Reference, tmp_path: Path
+) -> None:
+    killer = Killer(tiny_bundle, frames, tmp_path, reference, "csv")
     first, second, *rest = killer.expected.splitlines(keepends=True)
     for lines in ([first, second, second], [first, *rest[1:2]], [second]):
         killer.partial.write_bytes(b"".join(lines))
         process = subprocess.Popen(["sleep", "60"], stderr=subprocess.PIPE, encoding="utf-8")
         process.kill()
         with pytest.raises(AssertionError, match="lost, doubled, or changed"):
-            killer._look(process, signal.SIGKILL, Count())
+            killer._check(process, signal.SIGKILL, Count())

@@ -1,9 +1,8 @@
-"""Corruptions of a bundle: what a bad disk, a careless hand or a bad intent does to its folder. A number, a corruption.
+"""Corruptions of a bundle's folder, one per number: damage by bad disks and careless hands, and forgeries.
 
-They come in two sorts. Damage leaves the manifest's hashes as they are, so that any change of a listed byte must show.
-A forgery makes every hash right again, as only somebody does who means to; then what is left to tell is the graph's
-structure, the contract inside it, and the golden answers. A forger who redoes those as well is beyond all of it: that
-is what signing is for.
+Damage leaves the hashes in the manifest unchanged, so that any change of a listed byte must be detected. A forgery
+corrects all hashes, as only an attacker does: what remains to detect it are the graph's structure, the contract in the
+graph, and the golden answers. An attacker who changes those as well is detected by signatures only.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ Rng = random.Random
 
 @dataclass(frozen=True)
 class Corruption:
-    """What was done: family, file, in words; and whether the manifest's hashes are right in spite of it."""
+    """A corruption: its family, its file, a description, and whether the hashes in the manifest were corrected."""
 
     family: str
     file: str
@@ -41,7 +40,7 @@ class Corruption:
 
 
 def corrupt(folder: Path, seed: int) -> Corruption:
-    """Corrupt a bundle's folder in the way that `seed` stands for."""
+    """Corrupt a bundle's folder in the way that `seed` identifies."""
     family, forged, damage = FAMILIES[seed % len(FAMILIES)]
     file, _, what = damage(folder, random.Random(seed)).partition(": ")
     return Corruption(family, file, what, forged)
@@ -50,12 +49,12 @@ def corrupt(folder: Path, seed: int) -> Corruption:
 # ---------------------------------------------------------------------------------------------- bytes
 
 
-def spoil(data: bytes, rng: Rng) -> tuple[bytes, str]:
-    """Change bytes of a file; gives them, and what was done."""
+def damage_bytes(data: bytes, rng: Rng) -> tuple[bytes, str]:
+    """Return the changed bytes of a file, and a description."""
     size = len(data)
     at, length = rng.randrange(size), rng.choice([1, 2, 3, 7, 16, 64, 300])
     to = rng.randrange(size)
-    kinds: dict[str, Callable[[], bytes]] = {
+    operations: dict[str, Callable[[], bytes]] = {
         "bit flipped": lambda: data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :],
         "byte set": lambda: data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :],
         "bytes inserted": lambda: data[:at] + rng.randbytes(length) + data[at:],
@@ -70,8 +69,8 @@ def spoil(data: bytes, rng: Rng) -> tuple[bytes, str]:
         "itself at the end": lambda: data + data,
         "noise": lambda: rng.randbytes(size),
     }
-    what = rng.choice(list(kinds))
-    return kinds[what](), f"{what} at {at}"
+    what = rng.choice(list(operations))
+    return operations[what](), f"{what} at {at}"
 
 
 def swap_blocks(data: bytes, low: int, high: int, length: int) -> bytes:
@@ -84,10 +83,10 @@ def any_file(folder: Path, rng: Rng) -> Path:
     return rng.choice(sorted(folder.iterdir()))
 
 
-def bytes_of_a_file(folder: Path, rng: Rng) -> str:
+def damage_a_file(folder: Path, rng: Rng) -> str:
     path = any_file(folder, rng)
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
-        data, what = spoil(path.read_bytes() or b"\0", rng)
+        data, what = damage_bytes(path.read_bytes() or b"\0", rng)
         path.write_bytes(data)
     return f"{path.name}: {what}"
 
@@ -95,9 +94,9 @@ def bytes_of_a_file(folder: Path, rng: Rng) -> str:
 # ---------------------------------------------------------------------------------------------- files
 
 
-def a_file(folder: Path, rng: Rng) -> str:
+def replace_a_file(folder: Path, rng: Rng) -> str:
     path, other = rng.sample(sorted(folder.iterdir()), 2)
-    kinds: dict[str, Callable[[], object]] = {
+    operations: dict[str, Callable[[], object]] = {
         "missing": path.unlink,
         "empty": lambda: path.write_bytes(b""),
         "a folder": lambda: (path.unlink(), path.mkdir()),
@@ -109,7 +108,7 @@ def a_file(folder: Path, rng: Rng) -> str:
         "an extra folder": (folder / "more").mkdir,
     }
     if POSIX:
-        kinds |= {
+        operations |= {
             "sparse and huge": lambda: os.truncate(path, 1 << 36),
             "a pipe": lambda: (path.unlink(), os.mkfifo(path)),
             "a link to a device": lambda: (path.unlink(), path.symlink_to(rng.choice(["/dev/zero", "/dev/null"]))),
@@ -119,8 +118,8 @@ def a_file(folder: Path, rng: Rng) -> str:
             "a link out of the folder": lambda: (path.unlink(), path.symlink_to("/etc/passwd")),
             "another mode": lambda: path.chmod(rng.choice([0, stat.S_IRUSR, 0o777])),
         }
-    what = rng.choice(list(kinds))
-    kinds[what]()
+    what = rng.choice(list(operations))
+    operations[what]()
     return f"{path.name}: {what}"
 
 
@@ -145,7 +144,7 @@ def nest(depth: int) -> list[Any]:
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """List the places of a JSON value: container and key."""
+    """Return container and key of everything inside a JSON value."""
     if isinstance(value, dict | list):
         keys = list(value) if isinstance(value, dict) else range(len(value))
         return [place for key in keys for place in [(value, key), *places(value[key])]]
@@ -153,7 +152,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def change_json(value: dict[str, Any], rng: Rng) -> str:
-    """Change a JSON object somewhere; gives what was done."""
+    """Change a JSON object at a random key and return a description."""
     container, key = rng.choice(places(value))
     what = rng.choice(["another value", "another value", "another value", "deleted", "renamed", "a new key", "wrapped"])
     if what == "deleted":
@@ -175,8 +174,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / MANIFEST).read_bytes()))
 
 
-def the_manifests_json(folder: Path, rng: Rng) -> str:
-    """Change what the manifest says, or how it says it, and leave its own hash."""
+def change_manifest(folder: Path, rng: Rng) -> str:
+    """Change the values of the manifest, or its JSON encoding."""
     data, manifest = (folder / MANIFEST).read_bytes(), read_manifest(folder)
     what = rng.choice(["value", "value", "value", "key twice", "compact", "unsorted", "BOM", "CRLF", "UTF-16", "deep"])
     lines = data.splitlines(keepends=True)
@@ -203,7 +202,7 @@ def the_manifests_json(folder: Path, rng: Rng) -> str:
 
 
 def forge(folder: Path, change: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:
-    """Write the manifest with every hash and size made right for the files as they are."""
+    """Write the manifest with the hashes and sizes of the files as they are now."""
     manifest = read_manifest(folder)
     for name, entry in manifest["files"].items():
         data = (folder / name).read_bytes()
@@ -211,14 +210,14 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], object] = lambda mani
     change(manifest)
     try:
         data = encode_manifest(manifest)
-    except ValueError:  # NaN or infinity, which no manifest can hold
+    except ValueError:  # NaN or infinity, which encode_manifest refuses
         data = json.dumps(manifest, indent=2, sort_keys=True).encode()
     (folder / MANIFEST).write_bytes(data)
 
 
-def a_forged_manifest(folder: Path, rng: Rng) -> str:
-    """Change what the manifest says, and make its own hash right; often that of the contract too."""
-    said = []
+def forge_manifest(folder: Path, rng: Rng) -> str:
+    """Change the values of the manifest, often correcting the hash of the contract."""
+    descriptions = []
 
     def change(manifest: dict[str, Any]) -> None:
         if rng.random() < 0.25:
@@ -228,25 +227,25 @@ def a_forged_manifest(folder: Path, rng: Rng) -> str:
                 ["../bundle.json", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "C:x", "\0", "é", "nul", "//"]
             )
             listed[trick] = listed.pop(name) if rng.random() < 0.5 else dict(listed[name])
-            said.append(f"{name} listed as {trick!r}")
+            descriptions.append(f"{name} listed as {trick!r}")
             return
         part = rng.choice(
             [manifest, manifest["contract"], manifest["files"], manifest["parity"], manifest["precisions"]]
         )
-        said.append(change_json(part, rng))
+        descriptions.append(change_json(part, rng))
         if rng.random() < 0.7:
             with contextlib.suppress(ValueError, KeyError):
                 manifest["contract_sha256"] = hashlib.sha256(canonical_json(manifest["contract"]).encode()).hexdigest()
 
     forge(folder, change)
-    return f"{MANIFEST}: {said[0]}"
+    return f"{MANIFEST}: {descriptions[0]}"
 
 
 # ---------------------------------------------------------------------------------------------- the graph
 
 
 def change_graph(model: Any, rng: Rng) -> str:
-    """Change the structure of a graph; gives what was done."""
+    """Change the structure of a graph and return a description."""
     graph = model.graph
     node, tensor = rng.choice(list(graph.node)), rng.choice(list(graph.initializer))
     port = rng.choice([*graph.input, *graph.output])
@@ -259,7 +258,7 @@ def change_graph(model: Any, rng: Rng) -> str:
     entry = rng.choice(list(model.metadata_props))
 
     def set_values(changed: Any) -> None:
-        with np.errstate(invalid="ignore"):  # as int8, what is too large is anything
+        with np.errstate(invalid="ignore"):  # values that int8 cannot hold become arbitrary
             cast_back = np.ascontiguousarray(changed, values.dtype)
         tensor.CopyFrom(onnx.numpy_helper.from_array(cast_back, tensor.name))
 
@@ -282,7 +281,7 @@ def change_graph(model: Any, rng: Rng) -> str:
         side = rng.choice(list(shape.dim))
         side.dim_value = rng.choice([0, 1, 2, 3, 7, 64, -1, 2**31, 2**62])
 
-    kinds: dict[str, Callable[[], object]] = {
+    operations: dict[str, Callable[[], object]] = {
         "operator renamed": lambda: setattr(node, "op_type", operator),
         "domain": lambda: (setattr(node, "domain", domain), model.opset_import.add(domain=domain, version=1)),
         "node removed": lambda: graph.node.remove(node),
@@ -332,8 +331,8 @@ def change_graph(model: Any, rng: Rng) -> str:
         "a note": lambda: setattr(graph, "doc_string", "x" * 9999),
         "a branch": lambda: node.attribute.append(onnx.helper.make_attribute("then_branch", onnx.GraphProto(name="g"))),
     }  # fmt: skip
-    what = rng.choice(list(kinds))
-    kinds[what]()
+    what = rng.choice(list(operations))
+    operations[what]()
     return f"{what} ({node.op_type} {tensor.name} {port.name})"
 
 
@@ -341,15 +340,15 @@ def any_graph(folder: Path, rng: Rng) -> Path:
     return rng.choice([folder / model_file(name) for name in read_manifest(folder)["precisions"]])
 
 
-def forged_bytes_of_a_graph(folder: Path, rng: Rng) -> str:
+def forge_graph_bytes(folder: Path, rng: Rng) -> str:
     path = any_graph(folder, rng)
-    data, what = spoil(path.read_bytes(), rng)
+    data, what = damage_bytes(path.read_bytes(), rng)
     path.write_bytes(data)
     forge(folder)
     return f"{path.name}: {what}"
 
 
-def a_forged_graph(folder: Path, rng: Rng) -> str:
+def forge_graph(folder: Path, rng: Rng) -> str:
     path = any_graph(folder, rng)
     model = onnx.load_from_string(path.read_bytes())
     what = change_graph(model, rng)
@@ -361,10 +360,10 @@ def a_forged_graph(folder: Path, rng: Rng) -> str:
 # ---------------------------------------------------------------------------------------------- the golden answers
 
 
-def a_forged_golden_file(folder: Path, rng: Rng) -> str:
+def forge_golden(folder: Path, rng: Rng) -> str:
     path = folder / GOLDEN
     if rng.random() < 0.3:
-        data, what = spoil(path.read_bytes(), rng)
+        data, what = damage_bytes(path.read_bytes(), rng)
     else:
         with np.load(path) as arrays:
             content = {name: arrays[name] for name in arrays.files}
@@ -381,7 +380,7 @@ def change_arrays(content: dict[str, Any], rng: Rng) -> str:
     name = rng.choice(list(content))
     array = content[name]
     number = array.dtype.kind in "fu"
-    kinds: dict[str, Callable[[], Any]] = {
+    operations: dict[str, Callable[[], Any]] = {
         "lost": lambda: None,
         "zeroed": lambda: np.zeros_like(array),
         "NaN": lambda: np.full(array.shape, np.nan, array.dtype if array.dtype.kind == "f" else np.float32),
@@ -403,8 +402,8 @@ def change_arrays(content: dict[str, Any], rng: Rng) -> str:
         "large": lambda: np.zeros((4000, 4000), np.uint8),
         "structured": lambda: np.zeros(array.shape, [("a", np.float32)]),
     }
-    what = rng.choice(list(kinds))
-    changed = kinds[what]()
+    what = rng.choice(list(operations))
+    changed = operations[what]()
     if changed is None:
         del content[name]
     else:
@@ -412,8 +411,8 @@ def change_arrays(content: dict[str, Any], rng: Rng) -> str:
     return f"{name} {what}"
 
 
-def forged_and_swapped(folder: Path, rng: Rng) -> str:
-    """Put files in each other's places, or other bytes in place of a file, with hashes to match."""
+def forge_swapped_files(folder: Path, rng: Rng) -> str:
+    """Swap files, or replace the bytes of a file, and correct the hashes."""
     names = sorted(path.name for path in folder.iterdir() if path.name not in (MANIFEST, SIGNATURE))
     name, other = rng.sample(names, 2)
     contents = {each: (folder / each).read_bytes() for each in (name, other)}
@@ -434,14 +433,14 @@ def forged_and_swapped(folder: Path, rng: Rng) -> str:
 
 
 FAMILIES: tuple[tuple[str, bool, Callable[[Path, Rng], str]], ...] = (
-    ("bytes", False, bytes_of_a_file),
-    ("file", False, a_file),
-    ("manifest", False, the_manifests_json),
-    ("bytes", False, bytes_of_a_file),
-    ("forged manifest", True, a_forged_manifest),
-    ("forged graph, bytes", True, forged_bytes_of_a_graph),
-    ("forged graph", True, a_forged_graph),
-    ("forged golden", True, a_forged_golden_file),
-    ("forged graph", True, a_forged_graph),
-    ("forged and swapped", True, forged_and_swapped),
+    ("bytes", False, damage_a_file),
+    ("file", False, replace_a_file),
+    ("manifest", False, change_manifest),
+    ("bytes", False, damage_a_file),
+    ("forged manifest", True, forge_manifest),
+    ("forged graph, bytes", True, forge_graph_bytes),
+    ("forged graph", True, forge_graph),
+    ("forged golden", True, forge_golden),
+    ("forged graph", True, forge_graph),
+    ("forged and swapped", True, forge_swapped_files),
 )

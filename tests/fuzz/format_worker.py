@@ -1,6 +1,7 @@
-"""Damages DICOM files, matrices and clips, and reads them, in a process of its own that may neither die nor print.
+"""Worker of the format fuzzing: damages DICOM, matrix and video files and reads them in its own process.
 
-Run by ``test_formats.py`` as ``formats.py SCRATCH FIRST LAST``: a JSON line before each file, and one after it.
+``test_format_fuzzing.py`` runs it as ``format_worker.py SCRATCH FIRST LAST``. It prints a JSON line before and after
+each file.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ SHIPPED = (
 )
 
 
-def planted(data: bytes) -> bytes:
-    """Put a name wherever a patient's may be."""
+def with_planted_name(data: bytes) -> bytes:
+    """Return a DICOM file with a name in every element that may hold a patient's."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = pydicom.dcmread(io.BytesIO(data))
@@ -53,8 +54,8 @@ def planted(data: bytes) -> bytes:
     return stream.getvalue()
 
 
-def clip_of_dicom() -> bytes:
-    """Make a clip of three frames with the name in its header."""
+def dicom_clip() -> bytes:
+    """Return a clip of three frames with the name in its header."""
     meta = FileMetaDataset()
     meta.TransferSyntaxUID, meta.MediaStorageSOPInstanceUID = "1.2.840.10008.1.2.1", "1.2.3"
     made = Dataset()
@@ -75,7 +76,7 @@ def clip_of_dicom() -> bytes:
 
 
 def video(container: str, codec: str, pixels: str) -> bytes:
-    """Make a clip of six frames."""
+    """Return a clip of six frames."""
     import av
 
     stream = io.BytesIO()
@@ -102,9 +103,11 @@ def text(delimiter: str) -> bytes:
 
 
 def make_seeds() -> dict[str, bytes]:
-    """Make a whole file of each kind, by name."""
-    seeds = {name: planted(Path(str(get_testdata_file(name, download=False))).read_bytes()) for name in SHIPPED}
-    seeds["clip.dcm"] = clip_of_dicom()
+    """Return a valid file of each format, by name."""
+    seeds = {
+        name: with_planted_name(Path(str(get_testdata_file(name, download=False))).read_bytes()) for name in SHIPPED
+    }
+    seeds["clip.dcm"] = dicom_clip()
     seeds |= {"comma.csv": text(","), "blank.txt": text(" "), "mixed.txt": text(" ;\t")}
     seeds |= {"grey.npy": array(np.arange(600, dtype=np.uint16).reshape(20, 30)), "clip.npy": array(np.ones((3, 8, 9)))}
     with contextlib.suppress(ImportError):
@@ -114,28 +117,28 @@ def make_seeds() -> dict[str, bytes]:
 
 
 def damage(data: bytes, rng: random.Random) -> bytes:
-    """Do something to a file; more often to its beginning, where headers are."""
+    """Damage a file, more often at its beginning, where the header is."""
     at = rng.randrange(len(data)) if rng.random() < 0.4 else rng.randrange(min(len(data), 1500))
     length = rng.choice([1, 1, 2, 4, 8, 40])
-    kind = rng.randrange(7)
-    if kind == 0:
+    operation = rng.randrange(7)
+    if operation == 0:
         return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
-    if kind == 1:
+    if operation == 1:
         return data[:at] + rng.randbytes(length) + data[at + length :]
-    if kind == 2:
+    if operation == 2:
         return data[:at]
-    if kind == 3:
+    if operation == 3:
         return data[:at] + data[at + length :]
-    if kind == 4:
+    if operation == 4:
         return data[:at] + rng.choice([b"\xff", b"\0", b"\xff\xff\xff\x7f"]) * length + data[at + length :]
-    if kind == 5:
+    if operation == 5:
         return data[:at] + NAME.encode() + data[at + (len(NAME) if rng.random() < 0.5 else 0) :]
     other = rng.randrange(len(data))
     return data[:at] + data[other : other + 60] + data[at:]
 
 
 def read(path: Path) -> tuple[list[str], list[str]]:
-    """Read a file as a command does; gives what came of each frame, and what must not be."""
+    """Read a file as a command does; return the outcome of each frame, and the faults."""
     outcomes, faults = [], []
     for item in find_frames([path]):
         error: BaseException
@@ -154,9 +157,9 @@ def read(path: Path) -> tuple[list[str], list[str]]:
         except BaseException as found:
             error = found
             faults.append(f"{type(found).__name__}: {found}")
-        said = str(error)
-        if len(said.splitlines()) != 1 or len(said) > 400 or not said.isprintable():
-            faults.append(f"the message {said!r}")
+        text = str(error)
+        if len(text.splitlines()) != 1 or len(text) > 400 or not text.isprintable():
+            faults.append(f"the message {text!r}")
         seen: BaseException | None = error
         while seen is not None:
             if NAME[:6] in f"{seen!s} {seen.args!r}":
@@ -167,7 +170,7 @@ def read(path: Path) -> tuple[list[str], list[str]]:
     return outcomes, faults
 
 
-def tell(what: dict[str, Any]) -> None:
+def print_json(what: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(what) + "\n")
     sys.stdout.flush()
 
@@ -183,11 +186,11 @@ def main() -> None:
             data = damage(data or b"?", rng)
         path = scratch / f"{number}{Path(name).suffix}"
         path.write_bytes(data)
-        tell({"number": number, "name": name})
+        print_json({"number": number, "name": name})
         begin = time.monotonic()
         outcomes, faults = read(path)
         result = {"outcomes": outcomes[:40], "faults": faults, "seconds": time.monotonic() - begin}
-        tell(result)
+        print_json(result)
         path.unlink()
 
 
