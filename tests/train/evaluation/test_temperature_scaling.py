@@ -38,7 +38,7 @@ from echoquad_train.training import run_calibration
 TWO = Contract(("ASD", "NORM"))
 
 
-def drawn(frames: int, quadrants: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def random_logits(frames: int, quadrants: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Draw logits, [F, Q, C], and labels that follow the softmax of the first quadrant exactly."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 1.5, (frames, quadrants, classes))
@@ -52,14 +52,14 @@ def drawn(frames: int, quadrants: int, classes: int, seed: int = 0) -> tuple[np.
 @pytest.mark.parametrize("planted", [0.4, 1.0, 2.5])
 @pytest.mark.parametrize("classes", [2, 4])
 def test_planted_temperature_is_recovered(planted: float, classes: int) -> None:
-    logits, labels = drawn(6000, 1, classes)
+    logits, labels = random_logits(6000, 1, classes)
     assert fit_temperature(planted * logits[:, 0], labels) == pytest.approx(planted, rel=0.06)
     # Log probabilities are logits up to a constant.
     assert fit_temperature(log_softmax(planted * logits[:, 0], axis=1), labels) == pytest.approx(planted, rel=0.06)
 
 
 def test_fitted_temperature_minimises_the_log_loss() -> None:
-    logits, labels = drawn(300, 1, 3)
+    logits, labels = random_logits(300, 1, 3)
     found = fit_temperature(logits[:, 0], labels)
     assert found is not None
     losses = {t: log_loss(labels, softmax(logits[:, 0] / t, axis=1)) for t in (found, 0.97 * found, 1.03 * found)}
@@ -104,7 +104,7 @@ def test_temperature_keeps_the_order_and_is_inverted_by_its_reciprocal(classes: 
 
 
 def test_log_probabilities_replace_logits() -> None:
-    logits, _ = drawn(50, 4, 3)
+    logits, _ = random_logits(50, 4, 3)
     assert softmax(log_probabilities(softmax(logits, axis=2)) / 1.7, axis=2) == pytest.approx(
         softmax(logits / 1.7, axis=2)
     )
@@ -124,7 +124,7 @@ def test_frames_of_a_patient_share_a_fold() -> None:
 
 
 def test_cross_fitted_temperature_does_not_depend_on_its_fold() -> None:
-    logits, labels = drawn(200, 4, 2)
+    logits, labels = random_logits(200, 4, 2)
     folds = np.arange(200) % 5
     refit = cross_fit(logits, labels, folds, TWO)
     assert refit.temperatures[2] == fit_temperatures(logits[folds != 2], labels[folds != 2])
@@ -136,7 +136,7 @@ def test_cross_fitted_temperature_does_not_depend_on_its_fold() -> None:
 
 
 def test_calibration_facts_record_the_fit_and_its_effect() -> None:
-    logits, labels = drawn(120, 4, 2)
+    logits, labels = random_logits(120, 4, 2)
     patients = [f"p{index // 2}" for index in range(120)]
     fitted, facts = calibration_facts(logits, labels, patients, TWO)
     assert (facts["temperature"], facts["frame_temperature"]) == (fitted.quadrants, fitted.frames)
@@ -177,7 +177,7 @@ def test_nll_and_brier_score_equal_sklearn() -> None:
 def test_ece_of_perfect_probabilities_tends_to_zero() -> None:
     errors = []
     for frames in (100, 1000, 20000):
-        logits, labels = drawn(frames, 1, 2, seed=frames)
+        logits, labels = random_logits(frames, 1, 2, seed=frames)
         p = softmax(logits[:, 0], axis=1)
         found = reliability(p, labels, p.argmax(axis=1))
         errors.append(found.ece)

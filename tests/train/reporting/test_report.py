@@ -85,11 +85,11 @@ def frames(folder: Path, classes: tuple[str, ...], count: int, without: str = ""
     return Split("test", classes, tuple(found))
 
 
-def written(tmp_path: Path, classes: tuple[str, ...], count: int, **options: Any) -> tuple[Evaluation, Page, Any]:
+def written(tmp_path: Path, classes: tuple[str, ...], count: int, without: str = "") -> tuple[Evaluation, Page, Any]:
     contract = Contract(tuple(sorted(classes)), input_size=16, temperature=1.3, frame_temperature=0.4)
-    split = frames(tmp_path, contract.classes, count, options.pop("without", ""))
-    options_of = EvaluationOptions(resamples=60, abstain_below=0.8)
-    found = evaluate(Predictor(Level(contract)), split, options=options_of, reference=options.pop("reference", None))
+    split = frames(tmp_path, contract.classes, count, without)
+    options = EvaluationOptions(resamples=60, abstain_below=0.8)
+    found = evaluate(Predictor(Level(contract)), split, options=options)
     write_evaluation(found, tmp_path / "out", gallery=3)
     out = tmp_path / "out"
     return found, Page((out / "report.html").read_text("utf-8")), json.loads((out / "metrics.json").read_text("utf-8"))
