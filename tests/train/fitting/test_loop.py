@@ -112,7 +112,7 @@ def test_reporter_receives_all_events(trained: Any) -> None:
 def test_best_weights_reproduce_recorded_accuracies(trained: Any, thin: None) -> None:
     run = load_run(trained.folder)
     split = read_split(trained.data, "validation", run.contract.classes)
-    found = evaluate(Predictor(TorchEngine(run.model, run.contract)), split).metrics
+    found = evaluate(Predictor(TorchEngine(run.model, run.contract)), split).metrics.to_dict()
     assert found["accuracy"] == trained.fitted.best.validation_frame_accuracy
     assert found["patch_accuracy"] == trained.fitted.best.validation_patch_accuracy
 

@@ -214,7 +214,7 @@ def test_ensemble_folder_is_independent_of_runs(
     info = json.loads((tmp_path / "ensemble" / "run.json").read_text("utf-8"))
     assert [member["seed"] for member in info["members"]] == [0, 5] and info["data"] == trained.info["data"]
     split = read_split(trained.data, "test", found.contract.classes)
-    assert evaluate(Predictor(TorchEngine(found.model, found.contract)), split).metrics["frames"] == 8
+    assert evaluate(Predictor(TorchEngine(found.model, found.contract)), split).metrics.frame.frames == 8
 
 
 def test_ensemble_of_ensemble_contains_members(

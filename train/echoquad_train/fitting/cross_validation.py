@@ -31,8 +31,8 @@ from echoquad_runtime.storage.row_names import without_formula
 from echoquad_train.data.dataset import Split, read_classes, read_split
 from echoquad_train.data.patients import patient_pattern, patients_of
 from echoquad_train.data.stream import Stream
-from echoquad_train.evaluation.evaluate import SplitPredictions, judge
-from echoquad_train.evaluation.metrics import measure
+from echoquad_train.evaluation.evaluate import SplitPredictions, predict_split
+from echoquad_train.evaluation.frame_metrics import frame_metrics
 from echoquad_train.fitting.loop import Reporter, fit
 from echoquad_train.fitting.resume import refuse_occupied
 from echoquad_train.networks.device import Device, choose_device
@@ -53,7 +53,7 @@ __all__ = [
 
 OUT_OF_FOLD: Final = "out_of_fold.csv"
 FIGURES: Final = ("accuracy", "balanced_accuracy", "roc_auc", "patch_accuracy")
-"""Figures of `measure` whose mean and standard deviation over the folds are reported."""
+"""The frame metrics whose mean and standard deviation over the folds are reported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +233,7 @@ def fit_folds(
             failures |= {failure.file: failure for failure in fitted.failures}
         run = load_run(fold_folder)
         predictor = Predictor(TorchEngine(run.model, run.contract, torch_device))
-        found = judge(predictor, validation, settings.pattern, progress=partial(reporter.judging, number))
+        found = predict_split(predictor, validation, settings.pattern, progress=partial(reporter.judging, number))
         failures |= {failure.file: failure for failure in found.failures}
         held_out.append(found)
 
@@ -284,18 +284,18 @@ def _figures(held_out: Sequence[SplitPredictions], positive: str) -> dict[str, A
     folds = [
         {
             "fold": number,
-            "patients": len(set(found.judged.patients)),
-            **measure(found.predictions, found.judged.labels, positive),
+            "patients": len(set(found.scored.patients)),
+            **frame_metrics(found.predictions, found.scored.labels, positive).to_dict(),
             "unreadable": len(found.failures),
         }
         for number, found in enumerate(held_out, 1)
     ]
     predictions = [prediction for found in held_out for prediction in found.predictions]
-    labels = np.concatenate([found.judged.labels for found in held_out])
+    labels = np.concatenate([found.scored.labels for found in held_out])
     columns = {name: [fold[name] for fold in folds if fold[name] is not None] for name in FIGURES}
     return {
         "folds": folds,
-        "pooled": measure(predictions, labels, positive),
+        "pooled": frame_metrics(predictions, labels, positive).to_dict(),
         "mean": {name: statistics.fmean(column) for name, column in columns.items() if column},
         "standard_deviation": {name: statistics.stdev(column) for name, column in columns.items() if len(column) > 1},
         "caveat": "each fold's epoch was chosen on the frames that it is measured on",
@@ -308,7 +308,7 @@ def _write_predictions(path: Path, held_out: Sequence[SplitPredictions], classes
     with write_atomically(path) as stream:
         stream.write(layout.header(classes).rstrip(b"\n") + b",fold,true_class\n")
         for number, found in enumerate(held_out, 1):
-            for prediction, label in zip(found.predictions, found.judged.labels, strict=True):
+            for prediction, label in zip(found.predictions, found.scored.labels, strict=True):
                 cells = io.StringIO()
                 csv.writer(cells, lineterminator="\n").writerow([number, without_formula(classes[label])])
                 stream.write(layout.row(prediction).removesuffix(b"\n") + b"," + cells.getvalue().encode())
