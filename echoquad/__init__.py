@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from echoquad_runtime.contract import Contract
     from echoquad_runtime.errors import EchoQuadError
     from echoquad_runtime.frames.frame_file import Failure
-    from echoquad_runtime.predict.predictor import Prediction, Predictor
+    from echoquad_runtime.predict.prediction import Prediction
+    from echoquad_runtime.predict.predictor import Predictor
     from echoquad_runtime.verify.verify import Verification, verify
 
 __all__ = [

@@ -23,9 +23,9 @@ def merge(
     A shard that is unfinished, damaged, missing, doubled, or of another run is refused.
     """
     from echoquad_runtime.results import shards as parts
-    from echoquad_runtime.results.row_formats import check_ending
+    from echoquad_runtime.results.row_formats import format_for
 
-    check_ending(out)
+    format_for(out)
     merged = parts.merge(shards, out)
     if not merged.complete:
         note("not every file has its .run.json beside it: whether a shard is missing cannot be told")

@@ -38,11 +38,12 @@ if TYPE_CHECKING:
     from echoquad_runtime.contract import VoteMethod
     from echoquad_runtime.frames.formats import ReadOptions
     from echoquad_runtime.frames.frame_file import Failure, FrameFile
-    from echoquad_runtime.predict.predictor import Prediction, Predictor
+    from echoquad_runtime.predict.prediction import Prediction
+    from echoquad_runtime.predict.predictor import Predictor
     from echoquad_runtime.results.result_file import ResultFile
     from echoquad_runtime.results.row_formats import Writer
     from echoquad_runtime.results.shards import Shard
-    from echoquad_runtime.tuning.saved_settings import SavedSettings
+    from echoquad_runtime.tuning.saved_settings import ResolvedSettings
 
     _Results = Generator[Prediction | Failure, None, None]
 
@@ -148,17 +149,17 @@ def predict(
     from echoquad_runtime.bundle.bundle import Bundle
     from echoquad_runtime.devices.session_factory import available_cpus
     from echoquad_runtime.engine.self_test import PASSED
-    from echoquad_runtime.results.result_file import ResultFile, is_stream, refuse_resume
-    from echoquad_runtime.results.row_formats import check_ending
+    from echoquad_runtime.results.result_file import ResultFile, check_resume, is_stream
+    from echoquad_runtime.results.row_formats import format_for
     from echoquad_runtime.tuning.saved_settings import resolve_settings
 
     on_ray = engine is EngineName.ray
     _check_ray(ray_address, workers, on_ray=on_ray)
     _check_cam(cam, overlay, on_ray=on_ray)
     if out is not None:
-        check_ending(out)
+        format_for(out)
     if resume:
-        refuse_resume(out)
+        check_resume(out)
     part = _parse(shard) if shard is not None else None
     opened = Bundle(bundle, public_key=public_key)
     settings = resolve_settings(
@@ -268,7 +269,7 @@ def _reading(opened: Bundle, matrices: bool, flip: FlipName | None, every: int) 
 
 def _here(
     opened: Bundle,
-    settings: SavedSettings,
+    settings: ResolvedSettings,
     method: VoteMethod | None,
     *,
     many: bool,
@@ -290,17 +291,17 @@ def _here(
         nhwc=nhwc,
         method=method,
         batch_size=settings.batch_size,
-        many=many,
+        concurrent=many,
         cam=cam,
         abstain_below=abstain_below,
         workers=workers,
-        warm=False,  # the first frame is waited for: an inference before it would only make it late
+        warm_up=False,  # a warm-up run would delay the first frame
     )
 
 
 def _on_ray(
     opened: Bundle,
-    settings: SavedSettings,
+    settings: ResolvedSettings,
     method: VoteMethod | None,
     address: str | None,
     public_key: Path | None,

@@ -22,14 +22,14 @@ _MOST_HELD = 1 << 24  # bytes of rows that wait in memory for the bar to end; wh
 @contextmanager
 def rows_writer(out: Path | None, rows: ResultFile | None, classes: tuple[str, ...]) -> Iterator[Writer]:
     """Give what takes the rows; what reads them at the other end of a pipe has each as soon as it is there."""
-    from echoquad_runtime.results.row_formats import CsvWriter, writer_of
+    from echoquad_runtime.results.row_formats import CsvWriter, writer_for
     from echoquad_runtime.storage.atomic import output_errors
 
     if rows is not None:
         yield rows
     elif out is not None:
         with output_errors(out), out.open("wb") as stream:
-            yield writer_of(out)(_Flushed(stream), classes)
+            yield writer_for(out)(_Flushed(stream), classes)
     elif not sys.stdout.isatty():
         with output_errors(STDOUT):
             yield CsvWriter(_Flushed(sys.stdout.buffer), classes)

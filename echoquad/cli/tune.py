@@ -12,7 +12,7 @@ from echoquad.cli.declare import Argument, Option
 from echoquad.cli.options import BundleFolder, DeviceName, PublicKey
 
 if TYPE_CHECKING:
-    from echoquad_runtime.tuning.tune import Row, Tuned
+    from echoquad_runtime.tuning.tune import CandidateResult, TuningResult
 
 __all__ = ["tune"]
 
@@ -92,12 +92,12 @@ def tune(
     from echoquad_runtime.bench.benchmark import read_encoded
     from echoquad_runtime.bundle.bundle import Bundle
     from echoquad_runtime.storage.atomic import write_json
-    from echoquad_runtime.tuning import saved_settings as host
+    from echoquad_runtime.tuning import saved_settings
     from echoquad_runtime.tuning import tune as tuning
 
     opened = Bundle(bundle, public_key=public_key)
     if forget:
-        gone = host.forget(opened)
+        gone = saved_settings.delete(opened)
         say(f"removed {gone.as_posix()}" if gone else "nothing was kept for this bundle")
         return
     frames, failures = read_encoded(inputs, MAX_FRAMES) if inputs else (None, [])
@@ -124,47 +124,47 @@ def tune(
         note(f"wrote {json_file.as_posix()}")
     if found.choice is None:
         raise _nothing(bundle, found)
-    path = host.keep(
-        opened, found.choice, goal=goal.value, max_p99_ms=max_p99_ms, table=[row.to_dict() for row in found.rows]
+    path = saved_settings.save(
+        opened, found.choice, goal=goal.value, max_p99_ms=max_p99_ms, table=[row.to_dict() for row in found.candidates]
     )
     note(f"kept for this host in {path.as_posix()}; predict and bench use it, unless told --untuned")
     raise SystemExit(list_failures(failures, done=1))
 
 
-def _print(found: Tuned) -> None:
-    from echoquad_runtime.tuning.racing import ENOUGH_CALLS
+def _print(found: TuningResult) -> None:
+    from echoquad_runtime.tuning.racing import MIN_P99_CALLS
     from echoquad_runtime.tuning.tune import FRAME_RATE
 
     for name, obstacle in found.left_out.items():
         note(f"{name} was not tried: {obstacle}")
-    for row in found.rows:
+    for row in found.candidates:
         if row.reason:
-            note(f"refused, {row.choice}: {row.reason}")
+            note(f"refused, {row.config}: {row.reason}")
     paced = f" at {FRAME_RATE:.0f}/s" if found.goal == "power" else ""
     header = ["", "threads", "spin", "batch", "cost", "p50 ms", "p99 ms", "frames/s", f"CPU ms/frame{paced}"]
-    say(table([*header, "calls", ""], [_cells(row) for row in found.rows]))
+    say(table([*header, "calls", ""], [_cells(row) for row in found.candidates]))
     say(f"cost: {COST[found.goal]}, over the best; times are of a call; measured over {found.rounds} rounds")
-    if found.raced is not None and found.ratio is not None:
-        say(f"without --exhaustive: {found.raced}, at {found.ratio:.3f} of the best cost")
-    for row in found.rows:
+    if found.racing_choice is not None and found.racing_cost is not None:
+        say(f"without --exhaustive: {found.racing_choice}, at {found.racing_cost:.3f} of the best cost")
+    for row in found.candidates:
         if row.verdict == "chosen":
-            say(f"chosen for {found.goal}: {row.choice}")
-            if found.max_p99_ms is not None and row.calls < ENOUGH_CALLS:
+            say(f"chosen for {found.goal}: {row.config}")
+            if found.max_p99_ms is not None and row.calls < MIN_P99_CALLS:
                 note(f"its p99 comes from {row.calls} calls alone: measure for longer by --seconds")
 
 
-def _cells(row: Row) -> list[str]:
-    choice = row.choice
-    name = f"{choice.precision} {choice.device}{choice.on_cuda}"
+def _cells(row: CandidateResult) -> list[str]:
+    config = row.config
+    name = f"{config.precision} {config.device}{config.cuda_options}"
     if row.cost is None:
         return [name, *["-"] * 9, row.verdict]
-    spin = "-" if not choice.can_spin else "yes" if choice.spinning else "no"
+    spin = "-" if not config.can_spin else "yes" if config.spinning else "no"
     figures = (row.p50_ms, row.p99_ms, row.frames_per_second, row.cpu_ms)
     return [
         name,
-        str(choice.threads),
+        str(config.threads),
         spin,
-        str(choice.batch_size),
+        str(config.batch_size),
         f"{row.cost:.3f}",
         *(f"{value:.2f}" for value in figures),
         str(row.calls),
@@ -172,12 +172,12 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _nothing(bundle: Path, found: Tuned) -> Exception:
+def _nothing(bundle: Path, found: TuningResult) -> Exception:
     """Say why nothing can be chosen."""
     from echoquad_runtime.errors import VerificationError
 
     if found.closest is None:
-        first = next((row.reason for row in found.rows), "no device works, see echoquad doctor")
+        first = next((row.reason for row in found.candidates), "no device works, see echoquad doctor")
         return VerificationError(
             f"{bundle.as_posix()}: nothing runs and passes its golden frames on this host; the first: {first}"
         )

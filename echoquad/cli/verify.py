@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from echoquad_runtime.errors import EchoQuadError
-    from echoquad_runtime.verify.verify import Check, Record, Verification
+    from echoquad_runtime.verify.verify import DeviceCheck, Verification, VerificationReport
 
 __all__ = ["verify"]
 
@@ -69,7 +69,7 @@ def verify(
             note(f"wrote {json_file.as_posix()}")
         except OutputError as error:  # what was found comes first
             unwritten = error
-    for line in dict.fromkeys(check.found.provider_note for check in record.checks if check.found):
+    for line in dict.fromkeys(check.verification.provider_note for check in record.checks if check.verification):
         if line:
             note(line)
     if every or all_devices:
@@ -85,7 +85,7 @@ def verify(
         raise unwritten
 
 
-def _failure(record: Record) -> EchoQuadError | None:
+def _failure(record: VerificationReport) -> EchoQuadError | None:
     """Give what the command ends with; None where all has passed."""
     from echoquad_runtime.errors import BundleError, BundleNotFoundError, VerificationError
 
@@ -108,18 +108,18 @@ def _failure(record: Record) -> EchoQuadError | None:
     return VerificationError(f"{record.bundle}: FAILED in {len(failed)} of {len(record.checks)} checks: {what}")
 
 
-def _summary(record: Record) -> str:
-    if len(record.checks) == 1 and (found := record.checks[0].found) is not None:
+def _summary(record: VerificationReport) -> str:
+    if len(record.checks) == 1 and (found := record.checks[0].verification) is not None:
         return f"{_figures(found)}; {found.provider}"
-    tried = [check.found for check in record.checks if check.found is not None]
+    tried = [check.verification for check in record.checks if check.verification is not None]
     return f"{record.files} files whole, {len(tried)} of {len(tried)} checks of {tried[0].frames} golden frames"
 
 
-def _outcome(check: Check) -> str:
-    if check.found is None:
+def _outcome(check: DeviceCheck) -> str:
+    if check.verification is None:
         return str(check.error)
-    allowed = ", ".join(f"{name} {value:g}" for name, value in check.found.gate.items())
-    return f"{_figures(check.found)}; allowed: {allowed}; do not deploy it on this device"
+    allowed = ", ".join(f"{name} {value:g}" for name, value in check.verification.gate.items())
+    return f"{_figures(check.verification)}; allowed: {allowed}; do not deploy it on this device"
 
 
 def _figures(found: Verification) -> str:
@@ -136,7 +136,7 @@ def _flips(counted: int, tolerated: int) -> str:
     return f"{counted} (+{tolerated} within tolerance)" if tolerated else str(counted)
 
 
-def _versions(record: Record) -> Iterable[str]:
+def _versions(record: VerificationReport) -> Iterable[str]:
     known = record.versions
     for name, words in (
         ("echoquad", f"echoquad {known['echoquad']}"),
@@ -148,10 +148,10 @@ def _versions(record: Record) -> Iterable[str]:
             yield words
 
 
-def _show_table(record: Record) -> None:
+def _show_table(record: VerificationReport) -> None:
     rows = []
     for check in record.checks:
-        found, verdict = check.found, "passed" if check.passed else "FAILED" if check.usable else "not usable"
+        found, verdict = check.verification, "passed" if check.passed else "FAILED" if check.usable else "not usable"
         figures = ["-"] * 4
         if found is not None:
             figures = [
@@ -165,7 +165,7 @@ def _show_table(record: Record) -> None:
     if rows:
         figures = ["max |dlogit|", "max |dp|", "frame flips", "quadrant flips"]
         say(table(["device", "precision", "provider", *figures, "verdict"], rows))
-    for name, obstacle in record.obstacles.items():
+    for name, obstacle in record.unavailable_devices.items():
         say(f"{name} is not usable: {obstacle}")
     for check in record.checks:
         if not check.usable:

@@ -58,7 +58,7 @@ def test_what_cannot_be_measured_is_refused(
             1,
             "--at-specificity 1.5 found; expected",
         ),
-        ("evaluate", bundle, data, "--out", out, "--abstain-below", "2"): (1, "abstain below 2 found; expected"),
+        ("evaluate", bundle, data, "--out", out, "--abstain-below", "2"): (1, "abstain_below is 2; expected"),
         ("evaluate", bundle, data, "--out", out, "--patient-regex", "("): (1, "--patient-regex '(': no regular"),
         ("evaluate", bundle, data, "--out", out, "--threshold-from", tmp_path / "x"): (1, "x: no such folder"),
     }

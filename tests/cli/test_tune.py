@@ -63,7 +63,7 @@ def test_tune(tiny_bundle: Path, frames_folder: Path, echoquad: Run, config: Pat
     written, in_file = (json.loads(path.read_text("utf-8")) for path in (record, file))
     assert written["choice"] == in_file["choice"]
     assert written["choice"]["batch_size"] == int(best[4])
-    assert written["rows"] == in_file["table"]
+    assert written["candidates"] == in_file["table"]
     assert (in_file["goal"], in_file["max_p99_ms"]) == ("throughput", 9999.0)
     assert {"CPU", "onnxruntime", "echoquad"} <= written["host"].keys()
 
@@ -118,7 +118,7 @@ def test_predict_and_bench_use_it_and_say_so(
     assert "1 thread, 3 frames at a time (--batch-size as given)" in batched.err
     assert "2 threads, not spinning, one frame at a time (--threads as given)" in threads.err
     assert "tun" not in untuned.err
-    assert "for latency is for fp32 on cpu: it is not used\n" in auto.err
+    assert "for latency are for fp32 on cpu; they are not used\n" in auto.err
     # It is the same graph: not a digit of a decision hangs on how it is run.
     assert tuned.out == batched.out == threads.out == untuned.out == auto.out == after.out
     assert {(row["device"], row["precision"]) for row in rows(tuned.out)} == {("cpu", "fp32")}
@@ -139,8 +139,8 @@ def test_a_file_of_no_use_is_a_line_and_no_more(
     moved = json.loads(whole)
     moved["host"]["CPUs to use"] = "512"
     for text, why in (
-        (whole[: len(whole) // 2], "it is not what echoquad tune writes"),
-        (json.dumps(moved), "CPUs to use was 512 when it was made and is "),
+        (whole[: len(whole) // 2], "echoquad tune did not write this file"),
+        (json.dumps(moved), "CPUs to use was 512 at the time and is "),
     ):
         kept.write_text(text, "utf-8")
         (ran, bench), _ = many(
@@ -148,7 +148,7 @@ def test_a_file_of_no_use_is_a_line_and_no_more(
         )
         assert (ran.code, bench.code) == (0, 0)
         for one in (ran, bench):
-            assert one.err.startswith(f"{kept.as_posix()}: the tuning is ignored, {why}")
+            assert one.err.startswith(f"{kept.as_posix()}: saved settings are ignored, {why}")
         assert len(rows(ran.out)) == 6
 
 
@@ -251,5 +251,5 @@ def test_wrong_use(tiny_bundle: Path, many: Run, tmp_path: Path) -> None:
         assert text in ran.err
     found, _ = many([["tune", tiny_bundle, "--seconds", "0"], ["tune", tmp_path]])
     assert [ran.code for ran in found] == [1, 1]
-    assert "seconds 0.0 found; expected a number above 0" in found[0].errors[0]
+    assert "seconds is 0.0; expected a number above 0" in found[0].errors[0]
     assert "no bundle here" in found[1].errors[0]

@@ -9,15 +9,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from echoquad_runtime.overlay import palette
+from echoquad_runtime.overlay.palette import BLACK, BLUE, GREEN, GREY, PINK, SKY_BLUE, VERMILION
 from echoquad_runtime.storage.atomic import write_atomically
 
 __all__ = ["BLUE", "GREY", "ORANGE", "save", "short", "stroke"]
 
-# Okabe and Ito's palette, which readers with a colour vision deficiency can tell apart. doi:10.1038/nmeth.1618
-BLUE = "#0072B2"
-ORANGE = "#D55E00"
-GREY = "#7F7F7F"
-_CLASSES = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+ORANGE = VERMILION
+_CLASSES = (BLUE, VERMILION, GREEN, PINK, palette.ORANGE, SKY_BLUE, BLACK)
 
 
 _LONGEST = 28  # characters of a class's name in a figure

@@ -16,7 +16,7 @@ DIGEST_BYTES: Final = 16
 _FORMULA: Final = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
 """What a spreadsheet runs, or may once it has trimmed it; the last four are the full-width forms of the first."""
 _FRAME_NUMBER: Final = re.compile(r"#([1-9][0-9]{0,5})\Z")
-_LONE: Final = re.compile(r"\\udc([89a-f][0-9a-f])")
+_LONE: Final = re.compile(r"\\u(d[89a-f][0-9a-f]{2})")
 
 
 def printed(name: str) -> str:
@@ -46,7 +46,7 @@ def walk_order(row_name: str) -> str:
     of a file of several in their order, ``a.dcm#2`` before ``a.dcm#10``.
     """
     name = row_name.removeprefix("./")
-    name = _LONE.sub(lambda found: chr(0xDC00 + int(found[1], 16)), name)
+    name = _LONE.sub(lambda found: chr(int(found[1], 16)), name)
     name = _FRAME_NUMBER.sub(lambda found: f"/{int(found[1]):06}", name)  # as if a file of several were a folder
     return name.replace("/", "\0")
 

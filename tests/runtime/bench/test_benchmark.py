@@ -94,7 +94,7 @@ def test_a_live_source(tiny_bundle: Path) -> None:
 
 @pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf")])
 def test_a_source_that_cannot_be(tiny_bundle: Path, fps: float) -> None:
-    with pytest.raises(ConfigError, match="frames a second found; expected a number above 0"):
+    with pytest.raises(ConfigError, match=r"fps is .*; expected a number above 0"):
         run_benchmark(tiny_bundle, device="cpu", fps=fps)
 
 
@@ -154,7 +154,7 @@ def test_real_golden_frames_stand_in_too(tmp_path: Path, tiny_bundle: Path, make
 def test_no_phantoms_and_no_frames(tmp_path: Path, tiny_bundle: Path, make_tiny_bundle: Make) -> None:
     golden = Bundle(tiny_bundle).read_golden()
     renamed = dataclasses.replace(golden, names=tuple(f"frame-{index}" for index in range(len(golden.names))))
-    with pytest.raises(InputNotFoundError, match="hold none to time; name frames to time"):
+    with pytest.raises(InputNotFoundError, match="no golden frame can be timed"):
         run_benchmark(make_tiny_bundle(tmp_path, golden=renamed), device="cpu")
 
 

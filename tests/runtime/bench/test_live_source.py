@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echoquad_runtime.bench.live_source import Waiting, count_missed, pace
+from echoquad_runtime.bench.live_source import Clock, count_missed, run_live
 
 
 @dataclass
@@ -27,8 +27,8 @@ class Time:
         self.cpu += seconds
 
     @property
-    def waiting(self) -> Waiting:
-        return Waiting(lambda: self.now, lambda: self.cpu, self.sleep)
+    def waiting(self) -> Clock:
+        return Clock(lambda: self.now, lambda: self.cpu, self.sleep)
 
 
 def test_a_source_that_is_kept_up_with() -> None:
@@ -40,7 +40,7 @@ def test_a_source_that_is_kept_up_with() -> None:
         began.append(time.now)
         time.work(0.02)
 
-    found = pace(call, 25, 4, time.waiting)
+    found = run_live(call, 25, 4, time.waiting)
     assert began == pytest.approx([100, 100.04, 100.08, 100.12])
     assert found.latencies == pytest.approx((0.02,) * 4)
     assert (found.fps, found.missed) == (25, 0)
@@ -50,7 +50,7 @@ def test_a_source_that_is_kept_up_with() -> None:
 
 def test_what_waits_in_a_busy_loop_is_told() -> None:
     time = Time(spin=0.75)
-    found = pace(lambda _: time.work(0.01), 50, 10, time.waiting)
+    found = run_live(lambda _: time.work(0.01), 50, 10, time.waiting)
     assert found.idle_cpu == pytest.approx(0.75)
     assert found.cpu_cores == pytest.approx((10 * 0.01 + 9 * 0.75 * 0.01) / 0.19)
 
@@ -58,7 +58,7 @@ def test_what_waits_in_a_busy_loop_is_told() -> None:
 def test_one_late_frame_delays_those_behind_it_and_none_is_dropped() -> None:
     time = Time()
     work = iter([0.025, 0.001, 0.001, 0.001, 0.001])
-    found = pace(lambda _: time.work(next(work)), 100, 5, time.waiting)
+    found = run_live(lambda _: time.work(next(work)), 100, 5, time.waiting)
     # Due at 0, 10, 20, 30, 40 ms; done at 25, 26, 27, 31, 41.
     assert found.latencies == pytest.approx((0.025, 0.016, 0.007, 0.001, 0.001))
     assert found.missed == 2
@@ -66,7 +66,7 @@ def test_one_late_frame_delays_those_behind_it_and_none_is_dropped() -> None:
 
 def test_a_source_that_is_too_fast() -> None:
     time = Time()
-    found = pace(lambda _: time.work(0.02), 100, 4, time.waiting)
+    found = run_live(lambda _: time.work(0.02), 100, 4, time.waiting)
     assert found.latencies == pytest.approx((0.02, 0.03, 0.04, 0.05))
     assert found.missed == 4
     assert found.idle_cpu is None  # there was no wait to measure
@@ -77,7 +77,7 @@ def test_a_source_that_is_too_fast() -> None:
 def test_latencies_follow_from_the_frames_before(work: list[float], fps: float) -> None:
     time = Time()
     todo = iter(work)
-    found = pace(lambda _: time.work(next(todo)), fps, len(work), time.waiting)
+    found = run_live(lambda _: time.work(next(todo)), fps, len(work), time.waiting)
     done, expected = 0.0, []
     for index, seconds in enumerate(work):
         done = max(done, index / fps) + seconds
@@ -90,6 +90,6 @@ def test_a_decision_at_the_deadline_is_in_time() -> None:
 
 
 def test_real_time_passes() -> None:
-    found = pace(lambda _: None, 200, 5)
+    found = run_live(lambda _: None, 200, 5)
     assert len(found.latencies) == 5 and min(found.latencies) >= -1e-3
     assert found.idle_cpu is not None

@@ -523,7 +523,7 @@ def test_a_private_key_of_no_use(name: str, words: str, signed: Path, keys: Path
 def test_a_key_for_what_is_open_already(signed: Path, ours: Path) -> None:
     bundle = Bundle(signed, public_key=ours)
     for model in (bundle, OnnxEngine(bundle, device="cpu")):
-        with pytest.raises(ConfigError, match="public_key is for a bundle's folder"):
+        with pytest.raises(ConfigError, match="public_key needs a bundle's folder"):
             Predictor(model, device="cpu", public_key=ours)
 
 

@@ -42,7 +42,8 @@ from echoquad_runtime.errors import (
 )
 from echoquad_runtime.frames.discovery import find_frames
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
-from echoquad_runtime.predict.predictor import Prediction, Predictor
+from echoquad_runtime.predict.prediction import Prediction
+from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.quadrants import Grey
 
 if util.find_spec("ray") is None:
@@ -174,7 +175,7 @@ def slow_frames(folder: Path, make_frame: Frame) -> Path:
 
 
 def locally(bundle: Path, frames: Found) -> list[Prediction | Failure]:
-    return list(Predictor(bundle, device="cpu", many=True).predict(frames))
+    return list(Predictor(bundle, device="cpu", concurrent=True).predict(frames))
 
 
 def told(results: list[Prediction | Failure]) -> list[object]:
@@ -224,7 +225,7 @@ def test_it_abstains_as_one_machine_does(address: str, tiny_bundle: Path, tmp_pa
     contract = Bundle(tiny_bundle).contract
     sure = sorted(it.confidence(contract) for it in locally(tiny_bundle, found) if isinstance(it, Prediction))
     bound = (sure[9] + sure[10]) / 2
-    expected = list(Predictor(tiny_bundle, device="cpu", many=True, abstain_below=bound).predict(found))
+    expected = list(Predictor(tiny_bundle, device="cpu", concurrent=True, abstain_below=bound).predict(found))
     results = list(RayPredictor(Bundle(tiny_bundle), abstain_below=bound).predict(found))
     assert told(results) == told(expected)
     assert [isinstance(it, Prediction) and it.label for it in results].count(INDETERMINATE) == 10

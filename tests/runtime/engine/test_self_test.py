@@ -59,7 +59,7 @@ def test_a_start_is_tested_once_and_the_next_one_remembers_it(
     assert runs == [1, 1, 1]  # two golden frames, then the warm run
     assert first.self_test == "passed"
     runs.clear()
-    second = Predictor(tiny_bundle, device="cpu", threads=2, warm=False)
+    second = Predictor(tiny_bundle, device="cpu", threads=2, warm_up=False)
     assert second(make_frame(0)) == first(make_frame(0))
     assert (runs, second.self_test) == ([1, 1], "passed")  # one frame each, and no test
     assert len(remembered(cache)) == 1
@@ -68,7 +68,7 @@ def test_a_start_is_tested_once_and_the_next_one_remembers_it(
 def test_every_worker_tests_every_bucket_before_its_first_frame(
     tiny_bundle: Path, runs: list[int], make_frame: Callable[..., np.ndarray]
 ) -> None:
-    predictor = Predictor(tiny_bundle, device="cpu", threads=1, many=True, batch_size=5)
+    predictor = Predictor(tiny_bundle, device="cpu", threads=1, concurrent=True, batch_size=5)
     assert (runs, predictor.self_test) == ([], "")  # nothing is known yet
     results = predictor.predict_frames(make_frame(seed) for seed in range(12))
     next(results)
@@ -82,7 +82,7 @@ def test_other_circumstances_are_tested_anew(
 ) -> None:
     def starts(bundle: Path, **options: Any) -> bool:
         runs.clear()
-        Predictor(bundle, device="cpu", **{"threads": 1, "warm": True, **options})
+        Predictor(bundle, device="cpu", **{"threads": 1, "warm_up": True, **options})
         return len(runs) > 1
 
     both = make_tiny_bundle(tmp_path / "two", precisions=("fp32", "int8"))
@@ -117,7 +117,7 @@ def test_an_open_predictor_goes_on_refusing(
     tmp_path: Path, make_tiny_bundle: Make, make_frame: Callable[..., np.ndarray]
 ) -> None:
     folder = make_tiny_bundle(tmp_path / "bundle", graph={"logit_scale": 1.01})
-    predictor = Predictor(folder, device="cpu", warm=False)
+    predictor = Predictor(folder, device="cpu", warm_up=False)
     for _ in range(3):
         with pytest.raises(VerificationError, match="the self-test failed"):
             predictor(make_frame(0))

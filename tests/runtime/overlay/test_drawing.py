@@ -16,14 +16,16 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import FrameReadError, OutputError
 from echoquad_runtime.frames.discovery import OVERLAY_SUFFIX
 from echoquad_runtime.overlay import drawing as overlay
+from echoquad_runtime.overlay import palette
 from echoquad_runtime.overlay.drawing import draw_overlay, overlay_path, save_overlay
-from echoquad_runtime.predict.predictor import Prediction
+from echoquad_runtime.overlay.palette import CLASS_COLOURS
+from echoquad_runtime.predict.prediction import Prediction
 from echoquad_runtime.quadrants import quadrant_boxes
 from echoquad_runtime.storage.atomic import make_folder, write_bytes
 
 CONTRACT = Contract(classes=("ASD", "NORM"))
-ASD, NORM = (ImageColor.getrgb(overlay._COLOURS[index]) for index in (0, 1))
-BAND = ImageColor.getrgb(overlay._BAND)
+ASD, NORM = (ImageColor.getrgb(CLASS_COLOURS[index]) for index in (0, 1))
+BAND = ImageColor.getrgb(palette.BAND)
 SIZES = [(320, 240), (1920, 1080), (17, 400), (400, 17), (2, 2), (3, 2), (639, 481), (800, 200)]
 
 

@@ -15,7 +15,8 @@ from PIL import Image
 from echoquad_runtime.contract import INDETERMINATE, Contract
 from echoquad_runtime.errors import ConfigError, ResultError
 from echoquad_runtime.overlay.drawing import draw_overlay
-from echoquad_runtime.predict.predictor import Prediction, Predictor
+from echoquad_runtime.predict.prediction import Prediction
+from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.results.result_file import ResultFile, read_run_record
 from echoquad_runtime.results.row_formats import open_writer
 from echoquad_runtime.results.shards import merge
@@ -33,9 +34,9 @@ def test_a_decision_below_the_bound_has_no_class() -> None:
     sure = prediction()
     assert sure.abstaining(None, CONTRACT) is sure and sure.abstaining(0.7, CONTRACT) is sure
     unsure = sure.abstaining(0.71, CONTRACT)
-    assert (unsure.label, unsure.decided, unsure.leaning) == (INDETERMINATE, "ASD", "ASD")
+    assert (unsure.label, unsure.predicted_class) == (INDETERMINATE, "ASD")
     assert unsure.probabilities == sure.probabilities and unsure.quadrant_labels == sure.quadrant_labels
-    assert (sure.decided, sure.leaning) == ("ASD", "")
+    assert (sure.label, sure.predicted_class) == ("ASD", "ASD")
 
 
 def test_the_confidence_is_of_the_decided_class_and_calibrated() -> None:
@@ -54,14 +55,14 @@ def test_a_predictor_abstains(tiny_bundle: Path, frames_folder: Path) -> None:
     some = list(Predictor(tiny_bundle, abstain_below=bound).predict(frames_folder))
     labels = [found.label for found in some]  # type: ignore[union-attr]
     assert 0 < labels.count(INDETERMINATE) < len(labels)
-    assert [found.decided for found in some] == [found.label for found in every]  # type: ignore[union-attr]
+    assert [found.predicted_class for found in some] == [found.label for found in every]  # type: ignore[union-attr]
     one = Predictor(tiny_bundle, abstain_below=1.0)(np.zeros((40, 40), np.uint8))
-    assert one.label == INDETERMINATE and one.decided in contract.classes
+    assert one.label == INDETERMINATE and one.predicted_class in contract.classes
 
 
 @pytest.mark.parametrize("bound", [0.0, -1.0, 1.01, float("nan")])
 def test_a_bound_that_cannot_be_is_refused(bound: float, tiny_bundle: Path) -> None:
-    with pytest.raises(ConfigError, match="found; expected a probability above 0, at most 1"):
+    with pytest.raises(ConfigError, match=r"abstain_below is .*; expected a probability above 0 and at most 1"):
         Predictor(tiny_bundle, abstain_below=bound)
 
 
@@ -112,7 +113,7 @@ def test_rows_of_another_bound_are_not_gone_on_with(tmp_path: Path, finish: bool
     path = tmp_path / "rows.csv"
     begun(path, identity("0.8"), finish=finish)
     for other, words in (("0.9", "0.9"), (None, "none")):
-        with pytest.raises(ResultError, match=f"its bound for abstaining is 0.8, this run's is {words}"):
+        with pytest.raises(ResultError, match=f"its abstain_below is 0.8, this run's is {words}"):
             begun(path, identity(other), resume=True)
     begun(path, identity("0.8"), resume=True)
     assert (read_run_record(path) or {})["abstain_below"] == "0.8"
@@ -124,7 +125,7 @@ def test_rows_of_a_release_that_knew_no_bound_are_gone_on_with(tmp_path: Path) -
     del old["abstain_below"]
     begun(path, old)
     begun(path, identity(None), resume=True)
-    with pytest.raises(ResultError, match=r"its bound for abstaining is none, this run's is 0.8"):
+    with pytest.raises(ResultError, match=r"its abstain_below is none, this run's is 0.8"):
         begun(path, identity("0.8"), resume=True)
 
 
@@ -137,9 +138,7 @@ def test_shards_of_other_bounds_are_not_merged(tmp_path: Path) -> None:
         name = next(f"{n}.png" for n in range(99) if Shard(index, 2).holds(f"{n}.png"))
         begun(path, identity(below, f"{index}/2"), name=name)
         parts.append(path)
-    with pytest.raises(
-        ResultError, match=r"its bound for abstaining is none, that of .* is 0.8; expected shards of one"
-    ):
+    with pytest.raises(ResultError, match=r"its abstain_below is none, that of .* is 0.8; expected shards of one"):
         merge(parts, tmp_path / "all.csv")
 
 

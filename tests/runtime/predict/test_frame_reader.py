@@ -249,7 +249,7 @@ def test_memory_fits_an_engine(reader: ReaderProcess, frame: FrameFile) -> None:
         ("abort", FrameDamagedError, "ended with SIGABRT twice"),
         ("kill", FrameReadError, "ended with SIGKILL twice"),
         ("exit", FrameDamagedError, "ended with exit status 3 twice"),
-        ("garbage", FrameDamagedError, "gave an answer that cannot be read twice"),
+        ("garbage", FrameDamagedError, "sent a malformed answer twice"),
     ],
 )
 @posix
@@ -299,7 +299,7 @@ def test_a_fault_quotes_nothing(reader: ReaderProcess, frame: FrameFile) -> None
     with pytest.raises(FrameError, match="RuntimeError") as raised:
         reader.read(named(frame, "fault"), 0)
     assert "Doe" not in str(raised.value) and type(raised.value) is FrameError
-    with pytest.raises(FrameTooLargeError, match="no memory"):
+    with pytest.raises(FrameTooLargeError, match="not enough memory"):
         reader.read(named(frame, "memory"), 0)
 
 

@@ -24,10 +24,11 @@ from echoquad_runtime.errors import (
     InputNotFoundError,
     VerificationError,
 )
-from echoquad_runtime.frames.frame_file import FrameFile
+from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.predict import frame_reader
 from echoquad_runtime.predict import predictor as module
-from echoquad_runtime.predict.predictor import Failure, Prediction, Predictor
+from echoquad_runtime.predict.prediction import Prediction
+from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.quadrants import Grey, frame_quadrants
 
 Make = Callable[..., Path]
@@ -154,7 +155,7 @@ def test_a_frame_without_a_signal_is_never_a_silent_decision(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("options", [{"method": "plurality"}, {"batch_size": 0}, {"batch_size": -1}, {"time_limit": 0}])
 def test_options_that_cannot_be(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="found; expected"):
+    with pytest.raises(ConfigError, match=r" is .*; expected"):
         Predictor(MeanEngine(), **options)
 
 
@@ -349,7 +350,7 @@ def test_one_frame_gets_all_threads_and_of_many_each_thread_its_own(
 
 
 def test_a_folder_alone_opens_one_session(tiny_bundle: Path, make_frame: Frame, opened: list[int]) -> None:
-    predictor = Predictor(tiny_bundle, device="cpu", threads=2, many=True)
+    predictor = Predictor(tiny_bundle, device="cpu", threads=2, concurrent=True)
     assert len(judged(predictor.predict_frames(make_frame(seed) for seed in range(7)))) == 7
     assert opened == [1]
     predictor(make_frame(0))
@@ -444,14 +445,14 @@ def test_an_answer_that_is_no_number_is_no_decision(value: float) -> None:
         assert [type(result) for result in found] == [Prediction, Failure, Prediction]
         assert isinstance(found[1], Failure)
         assert found[1].file == "1"
-        assert "on cpu in fp16 is no number; try another precision" in str(found[1].error)
+        assert "on cpu in fp16 is not a number; try another precision" in str(found[1].error)
 
 
 def test_a_bundle_that_overflows(tmp_path: Path, make_tiny_bundle: Make, make_frame: Frame) -> None:
     folder = make_tiny_bundle(tmp_path, graph={"logit_scale": float("nan")})
     with pytest.raises(VerificationError, match="the self-test failed on cpu in fp32"):
         Predictor(folder, device="cpu")
-    with pytest.raises(FrameError, match="is no number"):
+    with pytest.raises(FrameError, match="is not a number"):
         Predictor(folder, device="cpu", self_test=False)(make_frame(0))
 
 

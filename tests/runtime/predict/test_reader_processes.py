@@ -20,7 +20,8 @@ from echoquad_runtime.errors import ConfigError, FrameReadError
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict import predictor as module
 from echoquad_runtime.predict import reader_process
-from echoquad_runtime.predict.predictor import Prediction, Predictor
+from echoquad_runtime.predict.prediction import Prediction
+from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.predict.reader_process import ReaderProcess
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="uses POSIX signals")
@@ -95,7 +96,7 @@ def test_processes_start_by_themselves_beyond_four_threads_and_where_files_are_m
     assert opened(threads=6) == 0
     assert opened(threads=6, workers=0) == 0
     assert opened(threads=6, workers=1) == 1
-    monkeypatch.setattr(module, "FILES_A_READER", 6)
+    monkeypatch.setattr(module, "FILES_PER_READER", 6)
     assert opened(threads=6) == 6
 
 
@@ -111,7 +112,7 @@ def test_frames_in_memory_and_few_files_start_none(
 
 @pytest.mark.parametrize("workers", [-1, 513])
 def test_a_number_of_workers_that_cannot_be(tiny_bundle: Path, workers: int) -> None:
-    with pytest.raises(ConfigError, match=f"{workers} workers found; expected 0 to 512"):
+    with pytest.raises(ConfigError, match=f"workers is {workers}; expected 0 to 512"):
         Predictor(tiny_bundle, workers=workers)
 
 

@@ -15,7 +15,7 @@ from echoquad_runtime.engine.io_binding import Answers
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import BundleError, FrameError, FrameReadError
 from echoquad_runtime.frames.frame_file import Failure
-from echoquad_runtime.predict.worker_pool import Pipeline, Source
+from echoquad_runtime.predict.worker_pool import FrameTask, WorkerPool
 
 CONTRACT = Contract(classes=("dark", "light"), input_size=8)
 
@@ -26,7 +26,7 @@ def infer(quadrants: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return both, both
 
 
-def judge(sources: Sequence[Source], flags: Sequence[tuple[str, ...]], found: Answers) -> list[Any]:
+def judge(sources: Sequence[FrameTask], flags: Sequence[tuple[str, ...]], found: Answers) -> list[Any]:
     assert found.maps is None  # none were asked for
     answers = found.probabilities
     assert len(sources) == len(flags) == len(answers)
@@ -41,18 +41,18 @@ def pipeline(
     time_limit: float = 30.0,
     infer: Callable[..., Any] = infer,
     judge: Callable[..., Any] = judge,
-) -> Pipeline[Any]:
+) -> WorkerPool[Any]:
     engine: Any = SimpleNamespace(contract=CONTRACT, infer=infer, turns=threading.Semaphore(at_once))
-    return Pipeline(SlotPool(engine, frames), judge, workers=workers, time_limit=time_limit)
+    return WorkerPool(SlotPool(engine, frames), judge, workers=workers, time_limit=time_limit)
 
 
-def source(number: int, load: Callable[[], object] = lambda: None) -> Source:
+def source(number: int, load: Callable[[], object] = lambda: None) -> FrameTask:
     def into(slot: np.ndarray) -> tuple[str, ...]:
         load()
         slot[:] = number % 256
         return (f"flag-{number}",)
 
-    return Source(str(number), into)
+    return FrameTask(str(number), into)
 
 
 def refuse() -> None:
@@ -72,7 +72,7 @@ def _no_worker_outlives_a_test() -> Iterator[None]:
 @pytest.mark.parametrize(("workers", "frames"), [(1, 1), (1, 4), (3, 1), (4, 3), (8, 16)])
 def test_order_is_kept_however_long_each_takes(workers: int, frames: int) -> None:
     rng = random.Random(workers)
-    items: list[Source | Failure] = []
+    items: list[FrameTask | Failure] = []
     expected: list[object] = []
     for number in range(120):
         pause = rng.choice([0, 0, 0, 0.001, 0.01])
@@ -101,7 +101,7 @@ def test_work_is_done_side_by_side() -> None:
 def test_what_is_taken_ahead_is_bounded(workers: int, frames: int) -> None:
     taken = 0
 
-    def endless() -> Iterator[Source]:
+    def endless() -> Iterator[FrameTask]:
         nonlocal taken
         while True:
             taken += 1
@@ -162,7 +162,7 @@ def test_a_file_that_hangs_is_given_up_and_nothing_else(workers: int, frames: in
 def test_a_worker_that_was_given_up_spoils_nothing_when_it_comes_back() -> None:
     release = threading.Event()
 
-    def items() -> Iterator[Source]:
+    def items() -> Iterator[FrameTask]:
         yield source(0, lambda: release.wait(10))
         for number in range(1, 200):
             if number == 100:
@@ -197,7 +197,7 @@ def test_an_engine_that_fails_is_told_where_its_results_are_awaited() -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("the camera is gone"), KeyboardInterrupt()])
 def test_an_input_that_fails(error: BaseException) -> None:
-    def items() -> Iterator[Source]:
+    def items() -> Iterator[FrameTask]:
         yield source(1)
         raise error
 

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from echoquad_runtime.errors import OutputError, ResultError, UsageError
-from echoquad_runtime.predict.predictor import Prediction
+from echoquad_runtime.predict.prediction import Prediction
 from echoquad_runtime.results import result_file as results
 from echoquad_runtime.results.result_file import (
-    Named,
     ResultFile,
+    RowNames,
+    check_resume,
     is_stream,
-    partial_of,
+    partial_path,
     read_run_record,
-    refuse_resume,
-    run_record_of,
+    run_record_path,
 )
 from echoquad_runtime.storage import file_lock as lock
 from echoquad_runtime.storage.row_names import printed
@@ -92,7 +92,7 @@ def test_the_file_appears_at_the_end_beside_what_says_what_made_it(ending: str, 
         for count, name in enumerate(NAMES, 1):
             rows.write(prediction(name))
             # Whole and in the system's hands, row by row: a process that is killed here loses none.
-            assert partial_of(path).read_bytes().count(b"cpu") == count
+            assert partial_path(path).read_bytes().count(b"cpu") == count
         assert path.read_text() == "of yesterday"
         assert rows.finish()
     assert left(tmp_path) == [f"out.{ending}", f"out.{ending}.run.json"]
@@ -146,11 +146,11 @@ def test_wherever_it_was_torn(ending: str, tail: bytes, tmp_path: Path, whole: C
     expected = whole(ending)
     path, record = tmp_path / f"out.{ending}", tmp_path / f"out.{ending}.partial.json"
     run(path, NAMES, stop=len(NAMES))
-    assert partial_of(path).read_bytes() == expected
+    assert partial_path(path).read_bytes() == expected
     described = record.read_bytes()
     ends = [index for index in range(1, len(expected) + 1) if expected[:index].endswith((b"cpu,fp32\n", b'"fp32"}\n'))]
     for cut in range(0, len(expected), 43):
-        partial_of(path).write_bytes(expected[:cut] + tail)
+        partial_path(path).write_bytes(expected[:cut] + tail)
         record.write_bytes(described)
         rows = run(path, NAMES, resume=True)
         assert path.read_bytes() == expected
@@ -163,12 +163,12 @@ def test_wherever_it_was_torn(ending: str, tail: bytes, tmp_path: Path, whole: C
 def test_rows_that_are_there_are_not_overwritten_by_mistake(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     run(path, NAMES, stop=2)
-    before = partial_of(path).read_bytes()
+    before = partial_path(path).read_bytes()
     with pytest.raises(
-        ResultError, match=r"out\.csv\.partial: it holds rows of a run .* go on with --resume, or delete it"
+        ResultError, match=r"out\.csv\.partial: the file holds rows of an interrupted run; continue with --resume"
     ):
         ResultFile(path)
-    assert partial_of(path).read_bytes() == before
+    assert partial_path(path).read_bytes() == before
     assert left(tmp_path) == ["out.csv.partial", "out.csv.partial.json"]
     run(path, NAMES, resume=True)
 
@@ -201,7 +201,10 @@ def test_another_run_does_not_go_on_with_it(
 def test_columns_that_the_record_does_not_know_of_are_seen(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     run(path, NAMES, stop=2)
-    with pytest.raises(ResultError, match="its columns are not this bundle's"), ResultFile(path, resume=True) as rows:
+    with (
+        pytest.raises(ResultError, match="its columns are not those of this bundle"),
+        ResultFile(path, resume=True) as rows,
+    ):
         rows.begin(("ASD", "OTHER"), RUN)
 
 
@@ -210,12 +213,12 @@ def test_rows_of_which_nobody_knows_the_run_are_refused(data: bytes, tmp_path: P
     path = tmp_path / "out.csv"
     run(path, NAMES, stop=2)
     (tmp_path / "out.csv.partial.json").write_bytes(data)
-    with pytest.raises(ResultError, match=r"out\.csv\.partial\.json does not say which run its rows are of"):
+    with pytest.raises(ResultError, match=r"out\.csv\.partial\.json does not identify the run of its rows"):
         ResultFile(path, resume=True)
-    partial_of(path).unlink()
+    partial_path(path).unlink()
     run(path, NAMES)
-    run_record_of(path).write_bytes(data)
-    with pytest.raises(ResultError, match=r"there is no out\.csv\.run\.json to say what made it"):
+    run_record_path(path).write_bytes(data)
+    with pytest.raises(ResultError, match=r"out\.csv\.run\.json is missing or malformed"):
         ResultFile(path, resume=True)
 
 
@@ -271,7 +274,7 @@ def test_a_finished_file_that_was_changed_is_not_gone_on_with(change: bytes | No
     run(path, NAMES)
     lines = path.read_bytes()
     path.write_bytes(lines + change if change else lines[: lines.rfind(b"z.png")])
-    with pytest.raises(ResultError, match="it is not as its run left it"):
+    with pytest.raises(ResultError, match="the file has changed since its run"):
         ResultFile(path, resume=True)
     assert left(tmp_path) == ["out.csv", "out.csv.run.json"]
 
@@ -280,7 +283,7 @@ def test_a_finished_file_that_was_changed_is_not_gone_on_with(change: bytes | No
 
 
 def test_a_name_is_taken_as_often_as_it_is_there() -> None:
-    named = Named()
+    named = RowNames()
     names = ["a", "b", "a", "=c", "\udcff"]
     for name in names:
         named.add(printed(name))
@@ -291,7 +294,7 @@ def test_a_name_is_taken_as_often_as_it_is_there() -> None:
 
 
 def test_a_million_names_are_seventeen_bytes_each() -> None:
-    named = Named()
+    named = RowNames()
     for index in range(20_000):
         named.add(f"{index}.png")
     named.sort()
@@ -308,7 +311,7 @@ def test_a_second_writer_is_refused_at_once(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     with ResultFile(path) as rows:
         for resume in (False, True):
-            with pytest.raises(ResultError, match=r"out\.csv: another process is writing it; wait for its end"):
+            with pytest.raises(ResultError, match=r"out\.csv: another process is writing it; wait until it ends"):
                 ResultFile(path, resume=resume)
         rows.begin(CLASSES, RUN)
         rows.write(prediction("a.png"))
@@ -353,7 +356,7 @@ def test_a_disk_that_is_full_keeps_whole_rows(ending: str, small_disk: Path, tmp
         for name in names:
             rows.write(prediction(name))
     assert rows.interrupted
-    data = partial_of(path).read_bytes()
+    data = partial_path(path).read_bytes()
     assert data.endswith(b"\n")
     assert data.count(b"cpu") == rows.rows > 20
     # With more room, and with none lost, it goes on.
@@ -410,14 +413,14 @@ def test_places_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_gone_on_with(tmp_path: Path) -> None:
-    refuse_resume(tmp_path / "out.csv")
-    with pytest.raises(UsageError, match="--resume: rows on stdout cannot be gone on with; name a file with --out"):
-        refuse_resume(None)
+    check_resume(tmp_path / "out.csv")
+    with pytest.raises(UsageError, match="--resume needs a result file; name it with --out"):
+        check_resume(None)
     if os.name == "posix":
         os.mkfifo(tmp_path / "pipe.csv")
         assert is_stream(tmp_path / "pipe.csv")
-        with pytest.raises(UsageError, match="is no regular file, and cannot be gone on with"):
-            refuse_resume(tmp_path / "pipe.csv")
+        with pytest.raises(UsageError, match="is not a regular file"):
+            check_resume(tmp_path / "pipe.csv")
     assert not is_stream(tmp_path)
     assert not is_stream(tmp_path / "absent.csv")
 

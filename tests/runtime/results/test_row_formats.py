@@ -14,16 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echoquad_runtime.errors import OutputError, UsageError
-from echoquad_runtime.predict.predictor import Prediction
+from echoquad_runtime.predict.prediction import Prediction
 from echoquad_runtime.results.row_formats import (
     CsvWriter,
     JsonlWriter,
     RowReader,
-    check_ending,
     columns,
-    format_of,
+    format_for,
     open_writer,
-    writer_of,
+    writer_for,
 )
 from echoquad_runtime.storage.row_names import encoded, printed
 
@@ -192,7 +191,7 @@ names = st.lists(st.text(st.characters(exclude_characters="\0"), max_size=20), m
 
 
 def reader(data: bytes, ending: str = ".csv", **options: Any) -> RowReader:
-    return RowReader(io.BytesIO(data), format_of(Path(f"x{ending}")), **options)
+    return RowReader(io.BytesIO(data), format_for(Path(f"x{ending}")), **options)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -202,9 +201,9 @@ def test_rows_are_read_back_with_their_bytes(ending: str, given_names: list[str]
     found = reader(data, ending)
     rows = list(found)
     assert [encoded(row.name) for row in rows] == [encoded(printed(name)) for name in given_names]
-    assert {row.ran for row in rows} == {("majority", "cpu", "fp32")}
+    assert {row.run for row in rows} == {("majority", "cpu", "fp32")}
     assert found.columns == columns(CLASSES)
-    assert found.whole == len(data)
+    assert found.complete_bytes == len(data)
     assert found.hash.hexdigest() == hashlib.sha256(data).hexdigest()
     assert data.endswith(b"".join(row.data for row in rows))
 
@@ -223,7 +222,7 @@ def test_wherever_it_is_torn_the_whole_rows_are_read(ending: str, given_names: l
     for row in rows:
         ends.append(ends[-1] + len(row) - len(head))
     expected = [end for end in ends if end <= cut]
-    assert found.whole == (expected[-1] if expected else 0)
+    assert found.complete_bytes == (expected[-1] if expected else 0)
     assert len(read) == max(0, len(expected) - 1)
 
 
@@ -243,7 +242,7 @@ def test_nothing_is_read_behind_a_row_that_is_none(damaged: bytes) -> None:
     data = as_csv(prediction("a.png"))
     found = reader(data + damaged + data)
     assert [row.name for row in found] == ["a.png"]
-    assert found.whole == len(data)
+    assert found.complete_bytes == len(data)
 
 
 @pytest.mark.parametrize("damaged", [b"{}\n", b"[1]\n", b"1\n", b"nothing\n", b'{"file": "a"}\n', b"[" * 9999 + b"\n"])
@@ -256,7 +255,7 @@ def test_nothing_is_read_behind_a_line_that_is_no_row(damaged: bytes) -> None:
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_row_of_another_run_ends_it(ending: str) -> None:
     data = ENDINGS[ending](prediction("a.png"), prediction("b.png", precision="int8"), prediction("c.png"))
-    assert [row.name for row in reader(data, ending, ran=("majority", "cpu", "fp32"))] == ["a.png"]
+    assert [row.name for row in reader(data, ending, run=("majority", "cpu", "fp32"))] == ["a.png"]
     assert len(list(reader(data, ending))) == 3
 
 
@@ -275,14 +274,14 @@ def test_the_ending_decides(tmp_path: Path, name: str, expected: Any) -> None:
         writer.write(prediction())
         assert not (tmp_path / name).exists()
     assert (tmp_path / name).read_bytes() == expected(prediction())
-    assert writer_of(tmp_path / name) is {as_csv: CsvWriter, as_jsonl: JsonlWriter}[expected]
+    assert writer_for(tmp_path / name) is {as_csv: CsvWriter, as_jsonl: JsonlWriter}[expected]
     assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("name", ["out", "out.txt", "out.json", "out.csv.gz", ".csv"])
 def test_another_ending_is_refused_before_anything_is_made(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match=r"--out .*: the ending is '.*'; expected \.csv or \.jsonl") as caught:
-        check_ending(tmp_path / name)
+    with pytest.raises(UsageError, match=r"--out .*: the extension is '.*'; expected \.csv or \.jsonl") as caught:
+        format_for(tmp_path / name)
     assert caught.value.exit_code == 2
     with pytest.raises(UsageError), open_writer(tmp_path / name, CLASSES):
         pytest.fail("it was opened")

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from echoquad_runtime.errors import EchoQuadError, InputNotFoundError, ResultError, UsageError
-from echoquad_runtime.predict.predictor import Prediction
+from echoquad_runtime.predict.prediction import Prediction
 from echoquad_runtime.results import shards
-from echoquad_runtime.results.result_file import ResultFile, partial_of, read_run_record, run_record_of
+from echoquad_runtime.results.result_file import ResultFile, partial_path, read_run_record, run_record_path
 from echoquad_runtime.results.shards import Shard, merge
 
 CLASSES = ("ASD", "NORM")
@@ -89,7 +89,7 @@ def test_a_shard_is_read(text: str) -> None:
     "text", ["", "1", "0/4", "5/4", "1/0", "-1/4", "1/4/2", "a/b", "1 /4", "1/٤", "1/4\n", "1/1000000"]
 )
 def test_what_is_no_shard_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="expected i/n, two whole numbers with i from 1 to n, such as 2/4"):
+    with pytest.raises(UsageError, match="expected i/n with i from 1 to n, such as 2/4"):
         Shard.parse(text)
 
 
@@ -111,6 +111,7 @@ def test_merged_shards_equal_the_single_run(ending: str, count: int, tmp_path: P
 
 
 @endings
+@example(names=["]", "\ud800"], count=1)
 @given(names=st.lists(path, unique=True, max_size=12), count=st.integers(1, 4))
 def test_any_names(ending: str, names: list[str], count: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("any")
@@ -148,16 +149,16 @@ def test_a_pipe_takes_the_rows_and_no_record(tmp_path: Path) -> None:
     merge(parts, pipe)
     assert os.read(reader, 100_000) == run(tmp_path / "single.csv", NAMES).read_bytes()
     os.close(reader)
-    assert not run_record_of(pipe).exists()
+    assert not run_record_path(pipe).exists()
 
 
 def test_without_records_what_can_be_seen_is_checked(tmp_path: Path) -> None:
     parts = run_shards(tmp_path, 3)
     for path in parts:
-        run_record_of(path).unlink()
+        run_record_path(path).unlink()
     merged = merge(parts, tmp_path / "all.csv")
     assert (merged.rows, merged.complete) == (len(NAMES), False)
-    assert not run_record_of(tmp_path / "all.csv").exists()
+    assert not run_record_path(tmp_path / "all.csv").exists()
     parts[2].write_bytes(parts[0].read_bytes())
     with pytest.raises(ResultError, match=r"the frame .* is in .*part1\.csv and in .*part3\.csv; expected it in one"):
         merge(parts, tmp_path / "all.csv")
@@ -179,8 +180,8 @@ def test_no_more_is_held_than_a_few_rows(tmp_path: Path) -> None:
 
 
 def spoil(path: Path, **changes: Any) -> None:
-    record = json.loads(run_record_of(path).read_text())
-    run_record_of(path).write_text(json.dumps({**record, **changes}))
+    record = json.loads(run_record_path(path).read_text())
+    run_record_path(path).write_text(json.dumps({**record, **changes}))
 
 
 def append(path: Path, data: bytes) -> None:
@@ -190,7 +191,7 @@ def append(path: Path, data: bytes) -> None:
 REFUSED: dict[str, tuple[Any, str]] = {
     "a shard is missing": (
         lambda parts: parts.pop(1),
-        r"shard 2/4 of the archive is not among the files; name .* all 4",
+        r"shard 2/4 is missing; name .* all 4",
     ),
     "a shard twice": (lambda parts: parts.append(parts[0]), r"part1\.csv: it is shard 1/4, as is .*part1\.csv"),
     "another bundle": (
@@ -204,25 +205,25 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "another method": (lambda parts: spoil(parts[2], method="average"), r"its vote method is average"),
     "another release": (lambda parts: spoil(parts[2], echoquad="99"), r"its EchoQuad is 99"),
     "another count": (lambda parts: run(parts[2], [], Shard(3, 9)), r"files are of 4 and of 9 shards"),
-    "a whole run": (lambda parts: run(parts[2], NAMES), r"part3\.csv: it is no shard but a whole run"),
+    "a whole run": (lambda parts: run(parts[2], NAMES), r"part3\.csv: it is a run without --shard"),
     "unfinished": (
-        lambda parts: partial_of(parts[1]).touch(),
-        r"part2\.csv\.partial lies beside it, so its run is not",
+        lambda parts: partial_path(parts[1]).touch(),
+        r"its run is not finished, since part2\.csv\.partial exists",
     ),
-    "cut": (lambda parts: parts[1].write_bytes(parts[1].read_bytes()[:-9]), r"part2\.csv: row \d+ is not whole"),
+    "cut": (lambda parts: parts[1].write_bytes(parts[1].read_bytes()[:-9]), r"part2\.csv: row \d+ is incomplete"),
     "cut after a row": (
         lambda parts: parts[1].write_bytes(b"".join(parts[1].read_bytes().splitlines(keepends=True)[:-1])),
-        r"part2\.csv: it is not as its run left it",
+        r"part2\.csv: the file has changed since its run",
     ),
-    "zeros": (lambda parts: append(parts[1], b"\0" * 99), r"part2\.csv: row \d+ is not whole"),
-    "empty": (lambda parts: parts[1].write_bytes(b""), r"part2\.csv: row 1 is not whole"),
+    "zeros": (lambda parts: append(parts[1], b"\0" * 99), r"part2\.csv: row \d+ is incomplete"),
+    "empty": (lambda parts: parts[1].write_bytes(b""), r"part2\.csv: row 1 is incomplete"),
     "another header": (
-        lambda parts: (parts[1].write_bytes(b"a,b\n"), run_record_of(parts[1]).unlink()),
-        "is not whole",
+        lambda parts: (parts[1].write_bytes(b"a,b\n"), run_record_path(parts[1]).unlink()),
+        "is incomplete",
     ),
     "a frame of another shard": (
         lambda parts: append(parts[1], parts[0].read_bytes().splitlines(keepends=True)[-1]),
-        r"part2\.csv: .* is no frame of shard 2/4; run the shard again",
+        r"part2\.csv: .* is not in shard 2/4; run the shard again",
     ),
 }
 
@@ -238,7 +239,7 @@ def test_what_is_not_all_of_one_run_is_refused(what: str, tmp_path: Path) -> Non
         merge(parts, out)
     assert "\n" not in str(caught.value)
     assert out.read_text() == "of yesterday"
-    assert not run_record_of(out).exists()
+    assert not run_record_path(out).exists()
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
 
 
@@ -246,8 +247,8 @@ def test_names_that_cannot_be(tmp_path: Path) -> None:
     parts = run_shards(tmp_path, 2)
     wrong: list[tuple[list[Path], Path, type[EchoQuadError], str]] = [
         ([tmp_path / "absent.csv"], tmp_path / "all.csv", InputNotFoundError, "no such file"),
-        ([tmp_path], tmp_path / "all.csv", UsageError, "its ending is ''"),
-        (parts, tmp_path / "all.jsonl", UsageError, r"its ending is '\.csv', that of --out '\.jsonl'"),
+        ([tmp_path], tmp_path / "all.csv", UsageError, "its extension is ''"),
+        (parts, tmp_path / "all.jsonl", UsageError, r"its extension is '\.csv', that of --out '\.jsonl'"),
         (parts, parts[0], UsageError, "it is one of the shards"),
         (parts, tmp_path / "all.txt", UsageError, r"expected \.csv or \.jsonl"),
     ]
@@ -260,7 +261,7 @@ def test_other_columns_are_refused_though_there_is_no_record(tmp_path: Path) -> 
     parts = run_shards(tmp_path, 2, "jsonl")
     line = json.loads(parts[1].read_text("utf-8").splitlines()[0])
     parts[1].write_text(json.dumps({**line, "more": 1}) + "\n")
-    run_record_of(parts[1]).unlink()
+    run_record_path(parts[1]).unlink()
     with pytest.raises(ResultError, match=r"part2\.jsonl: its columns are not those of .*part1\.jsonl"):
         merge(parts, tmp_path / "all.jsonl")
 
@@ -276,6 +277,6 @@ def test_rows_in_no_order_are_refused_before_they_fill_the_memory(
     merge([tmp_path / "part1.csv"], tmp_path / "all.csv")
     names = [line.partition(",")[0] for line in (tmp_path / "all.csv").read_text().splitlines()[1:]]
     assert names == [f"{index:02d}.png" for index in range(1, 41)]
-    monkeypatch.setattr(shards, "_MOST_STRETCHES", 39)
-    with pytest.raises(ResultError, match="leave their order 40 times; expected at most 39"):
+    monkeypatch.setattr(shards, "_MAX_RUNS", 39)
+    with pytest.raises(ResultError, match="form 40 sorted runs; expected at most 39"):
         merge([tmp_path / "part1.csv"], tmp_path / "all.csv")

@@ -10,28 +10,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echoquad_runtime.tuning.racing import (
+    ELIMINATION_MARGINS,
     MIN_ROUNDS,
-    NEAR_TIE,
-    SLACK,
+    TIE_TOLERANCE,
     Round,
-    Turn,
+    Sample,
     contenders,
-    costs,
     eligible,
-    pick,
-    race,
-    replay,
-    stand,
+    relative_costs,
+    replay_elimination,
+    select,
+    successive_elimination,
+    summarize,
 )
 
 
-def turn(score: float, *calls: float) -> Turn:
-    return Turn(score, calls or (score,) * 20, len(calls) or 20, score)
+def sample(score: float, *calls: float) -> Sample:
+    return Sample(score, calls or (score,) * 20, len(calls) or 20, score)
 
 
 def rounds_of(table: Sequence[Sequence[float]]) -> list[Round]:
     """Make rounds, in which everybody runs, of a table of scores [rounds][candidates]."""
-    return [{index: turn(score) for index, score in enumerate(row)} for row in table]
+    return [{index: sample(score) for index, score in enumerate(row)} for row in table]
 
 
 def alike(count: int) -> list[tuple[int, ...]]:
@@ -51,22 +51,21 @@ class Machine:
         if seed % 2:  # many are about as good as the best, as threads and batch sizes of one graph often are
             close = max(2, count // 4)
             self.costs[:close] = self.costs.min() * self.chance.uniform(1, 1.1, close)
-        self.time, self.turns = 0.0, 0
+        self.time = 0.0
         self.length = min(0.5, max(0.05, seconds / (8 * count)))
         self._noise, self._busy, self._drift, self._speed = noise, busy, drift, 0.0
 
-    def give_turn(self, index: int) -> Turn:
+    def measure(self, index: int) -> Sample:
         self._speed = 0.97 * self._speed + self._drift * np.sqrt(1 - 0.97**2) * self.chance.normal()
         score = self.costs[index] * np.exp(self._noise * self.chance.normal() + self._speed)
         if self.chance.random() < self._busy:
             score *= self.chance.uniform(1.2, 2.5)
         calls = score * np.exp(0.02 * self.chance.normal(size=max(1, int(self.length / score))))
         self.time += calls.sum() + 0.08
-        self.turns += 1
-        return Turn(float(np.median(calls)), tuple(calls.tolist()), len(calls), float(calls.sum()))
+        return Sample(float(np.median(calls)), tuple(calls.tolist()), len(calls), float(calls.sum()))
 
-    def race(self, **options: object) -> list[Round]:
-        return race(len(self.costs), self.give_turn, clock=lambda: self.time, **options)  # type: ignore[arg-type]
+    def search(self, **options: object) -> list[Round]:
+        return successive_elimination(len(self.costs), self.measure, clock=lambda: self.time, **options)  # type: ignore[arg-type]
 
 
 def test_the_pick_is_within_5_percent_of_the_best_of_200_simulated_machines() -> None:
@@ -74,7 +73,7 @@ def test_the_pick_is_within_5_percent_of_the_best_of_200_simulated_machines() ->
     found = []
     for seed in range(200):
         machine = Machine(seed)
-        best = pick(machine.race(seconds=60.0, seed=seed), alike(len(machine.costs)))
+        best = select(machine.search(seconds=60.0, seed=seed), alike(len(machine.costs)))
         assert machine.time < 61.0
         found.append(machine.costs[best] / machine.costs.min())
     assert np.mean(np.array(found) <= 1.05) >= 0.95
@@ -85,7 +84,7 @@ def test_on_a_calm_machine_nearly_every_pick_is() -> None:
     found = []
     for seed in range(60):
         machine = Machine(seed, noise=0.02, busy=0.02, drift=0.05)
-        best = pick(machine.race(seconds=60.0, seed=seed), alike(len(machine.costs)))
+        best = select(machine.search(seconds=60.0, seed=seed), alike(len(machine.costs)))
         found.append(machine.costs[best] / machine.costs.min())
     assert np.mean(np.array(found) <= 1.05) >= 0.98
     assert max(found) < 1.07
@@ -95,11 +94,11 @@ def test_the_race_finds_in_a_third_of_the_turns_what_an_exhaustive_search_of_the
     ratios, shares = [], []
     for seed in range(40):
         machine = Machine(seed)
-        full = machine.race(seconds=120.0, seed=seed, exhaustive=True)
+        full = machine.search(seconds=120.0, seed=seed, exhaustive=True)
         assert all(len(one) == len(machine.costs) for one in full)
-        seen = replay(full)
-        cost = costs(full)
-        raced = pick(seen, alike(len(machine.costs)))
+        seen = replay_elimination(full)
+        cost = relative_costs(full)
+        raced = select(seen, alike(len(machine.costs)))
         assert raced is not None
         ratios.append(cost[raced] / min(cost[index] for index in eligible(full)))
         shares.append(sum(map(len, seen)) / sum(map(len, full)))
@@ -121,29 +120,29 @@ limits = st.sampled_from([np.inf, 0.5, 0.05])
 def test_a_replay_is_the_race_turn_for_turn(table: list[list[float]], limit: float, seed: int) -> None:
     """What ``--exhaustive`` says that the race would have done is what it does."""
     full, begun = rounds_of(table), []
-    rounds = race(
+    rounds = successive_elimination(
         len(table[0]),
         lambda index: full[len(begun) - 1][index],
         seconds=len(table) - 0.5,
-        limit=limit,
+        max_p99=limit,
         seed=seed,
         before_round=lambda running: begun.append(set(running)),
         clock=lambda: len(begun),  # a second a round
     )
     assert [set(one) for one in rounds] == begun
-    assert rounds == replay(full, limit)[: len(rounds)]
+    assert rounds == replay_elimination(full, limit)[: len(rounds)]
     assert len(rounds) == len(table) or len(contenders(rounds, limit)) <= 1
 
 
 @given(tables(), limits)
 def test_the_pick_keeps_the_limit_and_is_a_near_tie_of_the_best(table: list[list[float]], limit: float) -> None:
     rounds = rounds_of(table)
-    standings, cost, within = stand(rounds), costs(rounds, limit), eligible(rounds, limit)
-    best = pick(rounds, alike(len(table[0])), limit)
+    standings, cost, within = summarize(rounds), relative_costs(rounds, limit), eligible(rounds, limit)
+    best = select(rounds, alike(len(table[0])), limit)
     assert (best is None) == (min(standing.p99 for standing in standings.values()) > limit) == (not within)
     if best is not None:
         assert standings[best].p99 <= limit
-        assert cost[best] <= (1 + NEAR_TIE) * min(cost[index] for index in within)
+        assert cost[best] <= (1 + TIE_TOLERANCE) * min(cost[index] for index in within)
         assert not [index for index in within if index < best and cost[index] <= min(cost[i] for i in within)]
 
 
@@ -152,7 +151,7 @@ def test_the_quickest_in_every_round_is_never_dropped_and_always_picked(table: l
     rows = [[0.9 * min(row), *row] for row in table]
     for count in range(1, len(rows) + 1):
         assert 0 in contenders(rounds_of(rows[:count]))
-    assert pick(rounds_of(rows), alike(len(rows[0]))) == 0
+    assert select(rounds_of(rows), alike(len(rows[0]))) == 0
 
 
 @given(tables(), st.lists(st.floats(0.1, 10), min_size=9, max_size=9))
@@ -165,7 +164,7 @@ def test_a_machine_that_slows_down_for_a_whole_round_changes_nothing(
     slowed_ahead = [[min(row) / 2 if index == leader else score for index, score in enumerate(row)] for row in slowed]
     gentle = alike(len(table[0]))
     assert contenders(rounds_of(ahead)) == contenders(rounds_of(slowed_ahead))
-    assert pick(rounds_of(ahead), gentle) == pick(rounds_of(slowed_ahead), gentle)
+    assert select(rounds_of(ahead), gentle) == select(rounds_of(slowed_ahead), gentle)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +175,7 @@ def test_a_machine_that_slows_down_for_a_whole_round_changes_nothing(
     ],
 )
 def test_who_is_dropped_when(second: float, turns: int, stays: bool) -> None:
-    assert SLACK == (1.5, 0.25, 0.10, 0.10, 0.10, 0.05)
+    assert ELIMINATION_MARGINS == (1.5, 0.25, 0.10, 0.10, 0.10, 0.05)
     assert contenders(rounds_of([[1.0, second]] * turns)) == ({0, 1} if stays else {0})
 
 
@@ -188,78 +187,78 @@ def test_a_bad_moment_drops_nobody() -> None:
 
 def test_near_ties_go_to_the_gentler() -> None:
     rounds = rounds_of([[1.0, 1.019, 1.021]] * 5)
-    assert pick(rounds, [(2,), (1,), (0,)]) == 1
-    assert pick(rounds, [(0,), (1,), (2,)]) == 0
-    assert pick(rounds, [(1, 1), (1, 0), (0, 0)]) == 1
+    assert select(rounds, [(2,), (1,), (0,)]) == 1
+    assert select(rounds, [(0,), (1,), (2,)]) == 0
+    assert select(rounds, [(1, 1), (1, 0), (0, 0)]) == 1
 
 
 def test_the_limit() -> None:
-    quick_but_uneven, slower, too_slow = turn(1.0, *[1.0] * 90, *[9.0] * 10), turn(1.3), turn(6.0)
+    quick_but_uneven, slower, too_slow = sample(1.0, *[1.0] * 90, *[9.0] * 10), sample(1.3), sample(6.0)
     rounds: list[Round] = [{0: quick_but_uneven, 1: slower, 2: too_slow}] * 5
-    assert pick(rounds, alike(3)) == 0
-    assert pick(rounds, alike(3), limit=5.0) == 1
-    assert pick(rounds, alike(3), limit=1.0) is None
+    assert select(rounds, alike(3)) == 0
+    assert select(rounds, alike(3), max_p99=5.0) == 1
+    assert select(rounds, alike(3), max_p99=1.0) is None
     # Who keeps the limit is not dropped for being dearer than who does not; who is far above it goes.
-    assert contenders(rounds, limit=5.0) == {0, 1}
-    assert contenders(rounds, limit=0.1) == set()
-    assert eligible(rounds, limit=5.0) == {1}
+    assert contenders(rounds, max_p99=5.0) == {0, 1}
+    assert contenders(rounds, max_p99=0.1) == set()
+    assert eligible(rounds, max_p99=5.0) == {1}
 
 
 def test_one_that_was_dropped_runs_again_when_the_leader_misses_the_limit_after_all() -> None:
-    calm, hiccups, dropped = turn(1.0, *[1.0] * 50), turn(1.0, *[1.0] * 40, *[9.0] * 10), turn(1.5, *[1.5] * 50)
+    calm, hiccups, dropped = sample(1.0, *[1.0] * 50), sample(1.0, *[1.0] * 40, *[9.0] * 10), sample(1.5, *[1.5] * 50)
     rounds: list[Round] = [{0: calm, 1: dropped}, {0: calm, 1: dropped}, {0: calm}]
-    assert contenders(rounds, limit=5.0) == {0}
-    assert contenders([*rounds, {0: hiccups}], limit=5.0) == {0, 1}
-    assert pick([*rounds, {0: hiccups}], alike(2), limit=5.0) == 1
+    assert contenders(rounds, max_p99=5.0) == {0}
+    assert contenders([*rounds, {0: hiccups}], max_p99=5.0) == {0, 1}
+    assert select([*rounds, {0: hiccups}], alike(2), max_p99=5.0) == 1
 
 
 def test_one_that_fails_is_out_with_all_its_turns_and_those_dropped_beside_it_are_back() -> None:
     had = [0, 0, 0]
 
-    def give_turn(index: int) -> Turn | None:
+    def measure(index: int) -> Sample | None:
         had[index] += 1
-        return None if index == 0 and had[0] == 3 else turn(0.5 if index == 0 else 1.0, *[1.0] * 10)
+        return None if index == 0 and had[0] == 3 else sample(0.5 if index == 0 else 1.0, *[1.0] * 10)
 
     begun: list[set[int]] = []
-    rounds = race(
+    rounds = successive_elimination(
         3,
-        give_turn,
+        measure,
         seconds=4.5,
         clock=lambda: len(begun),
         before_round=lambda running: begun.append(set(running)),
     )
     assert begun == [{0, 1, 2}, {0, 1, 2}, {0}, {1, 2}, {1, 2}]
     assert [set(one) for one in rounds] == [{1, 2}, {1, 2}, set(), {1, 2}, {1, 2}]
-    assert pick(rounds, alike(3)) == 1
+    assert select(rounds, alike(3)) == 1
 
 
 def test_nothing_to_choose_from() -> None:
-    assert race(0, lambda _: pytest.fail(), seconds=9) == []
-    assert [dict(one) for one in race(2, lambda _: None, seconds=9)] == [{}]
-    assert pick([], []) is None
-    assert costs([{}]) == {}
+    assert successive_elimination(0, lambda _: pytest.fail(), seconds=9) == []
+    assert [dict(one) for one in successive_elimination(2, lambda _: None, seconds=9)] == [{}]
+    assert select([], []) is None
+    assert relative_costs([{}]) == {}
 
 
 def test_three_rounds_are_run_however_short_the_time_and_none_that_would_not_fit() -> None:
     machine = Machine(0)
-    assert len(machine.race(seconds=0.0)) == MIN_ROUNDS
+    assert len(machine.search(seconds=0.0)) == MIN_ROUNDS
     machine = Machine(0)
     spent: list[float] = []
-    machine.race(seconds=20.0, progress=spent.append)
+    machine.search(seconds=20.0, progress=spent.append)
     assert machine.time <= 20.0
     assert spent == sorted(spent)
     assert spent[-1] == pytest.approx(machine.time)
 
 
 def test_the_race_ends_when_one_is_left_and_well_known() -> None:
-    rounds = race(2, lambda index: turn(1.0 + 9 * index, *[1.0] * 30), seconds=60, clock=lambda: 0)
+    rounds = successive_elimination(2, lambda index: sample(1.0 + 9 * index, *[1.0] * 30), seconds=60, clock=lambda: 0)
     assert [set(one) for one in rounds] == [{0, 1}, {0}, {0}, {0}]
 
 
 def test_the_order_is_shuffled_in_every_round_and_the_same_for_a_seed() -> None:
     def order(seed: int) -> list[int]:
         had: list[int] = []
-        race(9, lambda index: had.append(index) or turn(1.0), seconds=0, seed=seed, clock=lambda: 0)
+        successive_elimination(9, lambda index: had.append(index) or sample(1.0), seconds=0, seed=seed, clock=lambda: 0)
         return had
 
     first = order(1)
@@ -271,10 +270,10 @@ def test_the_order_is_shuffled_in_every_round_and_the_same_for_a_seed() -> None:
 
 def test_what_turns_come_to() -> None:
     chance = np.random.default_rng(3)
-    rounds = [{0: turn(score, *chance.uniform(0, 1, count))} for score, count in [(3.0, 30), (1.0, 7), (2.0, 110)]]
-    (standing,) = stand(rounds).values()
-    calls = [one[0].calls for one in rounds]
+    rounds = [{0: sample(score, *chance.uniform(0, 1, count))} for score, count in [(3.0, 30), (1.0, 7), (2.0, 110)]]
+    (standing,) = summarize(rounds).values()
+    calls = [one[0].call_seconds for one in rounds]
     assert standing.score == 2.0
     assert standing.p50 == np.median([np.median(each) for each in calls])
     assert standing.p99 == pytest.approx(np.percentile(np.concatenate(calls), 99))
-    assert standing.quick_p50 == min(np.median(each) for each in calls)
+    assert standing.lower_quartile_p50 == min(np.median(each) for each in calls)

@@ -27,11 +27,11 @@ from echoquad_runtime.errors import (
     InputNotFoundError,
     UsageError,
 )
-from echoquad_runtime.tuning import measurement as trial
+from echoquad_runtime.tuning import measurement
 from echoquad_runtime.tuning import tune as tuning
-from echoquad_runtime.tuning.racing import race
+from echoquad_runtime.tuning.racing import successive_elimination
 from echoquad_runtime.tuning.saved_settings import RunConfig
-from echoquad_runtime.tuning.tune import BATCH_SIZES, Row, Tuned, candidates, tune
+from echoquad_runtime.tuning.tune import BATCH_SIZES, CandidateResult, TuningResult, candidates, tune
 
 Make = Callable[..., Path]
 Cost = Callable[[OnnxEngine, int], float]
@@ -74,16 +74,16 @@ def cost_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cost], None]:
             Clock.now += (seconds := cost(slots.engine, len(encoded)))  # type: ignore[arg-type]
             return [seconds / 2, seconds / 2]
 
-        def time_pipeline(predictor: Any, encoded: Sequence[bytes]) -> float:
+        def time_pool(predictor: Any, encoded: Sequence[bytes]) -> float:
             engine = SimpleNamespace(precision=predictor.engine.precision, threads=predictor.threads)
             batches = len(encoded) / (predictor.batch_size * predictor.threads)
             Clock.now += (seconds := batches * cost(engine, predictor.batch_size))  # type: ignore[arg-type]
             return seconds
 
-        monkeypatch.setattr(trial, "time_pipeline", time_pipeline)
-        monkeypatch.setattr(trial, "time", Clock)
-        monkeypatch.setattr(tuning, "race", partial(race, clock=Clock.perf_counter))
-        monkeypatch.setattr(trial, "time_stages", time_stages)
+        monkeypatch.setattr(measurement, "time_pool", time_pool)
+        monkeypatch.setattr(measurement, "time", Clock)
+        monkeypatch.setattr(tuning, "successive_elimination", partial(successive_elimination, clock=Clock.perf_counter))
+        monkeypatch.setattr(measurement, "time_stages", time_stages)
 
     return install
 
@@ -91,8 +91,8 @@ def cost_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cost], None]:
 quick = partial(tune, seconds=5.0)  # of the made-up clock
 
 
-def named(found: Tuned) -> dict[str, Row]:
-    return {str(row.choice): row for row in found.rows}
+def named(found: TuningResult) -> dict[str, CandidateResult]:
+    return {str(row.config): row for row in found.candidates}
 
 
 # ---------------------------------------------------------------------------------------------- candidates
@@ -141,33 +141,33 @@ def test_a_real_search(tiny_bundle: Path, frames_folder: Path) -> None:
         progress=spent.append,
     )
     assert told == ["golden frames: fp32 on cpu, 1 thread: passed"]
-    assert [row.choice.batch_size for row in sorted(found.rows, key=lambda row: row.choice.batch_size)] == [
+    assert [row.config.batch_size for row in sorted(found.candidates, key=lambda row: row.config.batch_size)] == [
         *BATCH_SIZES
     ]
-    assert {row.turns for row in found.rows} == {found.rounds}
+    assert {row.samples for row in found.candidates} == {found.rounds}
     assert found.rounds >= 3
     assert spent == sorted(spent)
-    assert [row.cost for row in found.rows] == sorted(row.cost for row in found.rows if row.cost)
-    for row in found.rows:
+    assert [row.cost for row in found.candidates] == sorted(row.cost for row in found.candidates if row.cost)
+    for row in found.candidates:
         assert row.cost is not None and row.p50_ms and row.p99_ms and row.frames_per_second and row.cpu_ms
         assert row.cost >= 1
         assert 0 < row.p50_ms <= row.p99_ms < 1000
-        assert row.frames_per_second == pytest.approx(1e3 * row.choice.batch_size / row.p50_ms, rel=0.9)
-        assert row.calls >= row.turns
-    (chosen,) = [row for row in found.rows if row.verdict == "chosen"]
-    assert chosen.choice == found.choice
+        assert row.frames_per_second == pytest.approx(1e3 * row.config.batch_size / row.p50_ms, rel=0.9)
+        assert row.calls >= row.samples
+    (chosen,) = [row for row in found.candidates if row.verdict == "chosen"]
+    assert chosen.config == found.choice
     assert chosen.cost <= 1.02
     # The machine that runs this is in use: the strict bound is held on simulated ones, in test_search.
-    assert found.raced is not None
-    assert 1 <= found.ratio < 1.25
+    assert found.racing_choice is not None
+    assert 1 <= found.racing_cost < 1.25
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["choice"] == dataclasses.asdict(found.choice)
 
 
 def test_what_spins_does_so_within_an_inference_alone(tiny_bundle: Path) -> None:
     """A network of microseconds, thirty times a second: all that could be seen is what is burnt between frames."""
     found = tune(tiny_bundle, goal="power", threads=2, seconds=0.1)
-    assert [row.choice.spinning for row in found.rows].count(True) == 1
-    for row in found.rows:
+    assert [row.config.spinning for row in found.candidates].count(True) == 1
+    for row in found.candidates:
         assert row.cpu_ms is not None
         assert row.cpu_ms < 15  # a thread that spun on through the pauses would burn 33
 
@@ -175,7 +175,7 @@ def test_what_spins_does_so_within_an_inference_alone(tiny_bundle: Path) -> None
 def test_golden_phantoms_stand_in_for_frames(tiny_bundle: Path, make_tiny_bundle: Make, tmp_path: Path) -> None:
     golden = Bundle(tiny_bundle).read_golden()
     renamed = dataclasses.replace(golden, names=tuple(f"frame-{index}" for index in range(len(golden.names))))
-    with pytest.raises(InputNotFoundError, match="hold none to time; name frames to time"):
+    with pytest.raises(InputNotFoundError, match="no golden frame can be timed; name frames"):
         tune(make_tiny_bundle(tmp_path, golden=renamed))
 
 
@@ -192,12 +192,12 @@ def test_what_fails_on_the_golden_frames_is_refused_however_quick(
     told: list[str] = []
     found = quick(folder, tell=told.append)
     assert found.choice == RunConfig("cpu", "fp32", 1, False, 1)
-    refused = {row.choice.precision: row for row in found.rows if row.verdict == "refused"}
+    refused = {row.config.precision: row for row in found.candidates if row.verdict == "refused"}
     assert set(refused) == {"fp16", "int8"}
     assert "worst |dprobability| " in refused["fp16"].reason
     assert "allowed: max_abs_dlogit 0.0001" in refused["fp16"].reason
     assert "int8 graph" in refused["int8"].reason
-    assert all(row.cost is None and row.turns == 0 for row in refused.values())
+    assert all(row.cost is None and row.samples == 0 for row in refused.values())
     assert set(told[:3]) == {
         f"golden frames: {name} on cpu, 2 threads: {how}"
         for name, how in [("fp32", "passed"), ("fp16", "failed"), ("int8", "failed")]
@@ -206,8 +206,14 @@ def test_what_fails_on_the_golden_frames_is_refused_however_quick(
 
 def test_nothing_passes(make_tiny_bundle: Make, tmp_path: Path) -> None:
     found = tune(make_tiny_bundle(tmp_path, graph={"logit_scale": 1.5}), seconds=0.1)
-    assert (found.choice, found.closest, found.rounds, found.raced, found.ratio) == (None, None, 0, None, None)
-    (row,) = found.rows
+    assert (found.choice, found.closest, found.rounds, found.racing_choice, found.racing_cost) == (
+        None,
+        None,
+        0,
+        None,
+        None,
+    )
+    (row,) = found.candidates
     assert row.verdict == "refused"
 
 
@@ -221,8 +227,8 @@ def test_what_is_chosen_has_passed_with_its_own_threads(
         found = real(folder, **options)
         return dataclasses.replace(found, passed=replayed[-1] != ("int8", 1))
 
-    real = trial.verify
-    monkeypatch.setattr(trial, "verify", verify)
+    real = measurement.verify
+    monkeypatch.setattr(measurement, "verify", verify)
     cost_of(lambda engine, count: {"int8": 0.01, "fp32": 0.022}[engine.precision] * engine.threads)
     found = quick(two_precisions)
     assert replayed == [("fp32", 2), ("int8", 2), ("int8", 1)]
@@ -249,10 +255,10 @@ def test_latency_takes_the_quickest_frame(two_precisions: Path, cost_of: Callabl
     row = named(found)[str(found.choice)]
     assert (row.p50_ms, row.p99_ms) == (pytest.approx(9.0), pytest.approx(9.0))
     assert row.frames_per_second == pytest.approx(1 / 0.009)
-    assert {row.choice.batch_size for row in found.rows} == {1}
+    assert {row.config.batch_size for row in found.candidates} == {1}
     assert named(found)["fp32 on cpu, 1 thread, one frame at a time"].verdict == "dropped"
     assert named(found)["fp32 on cpu, 1 thread, one frame at a time"].cost == pytest.approx(0.03 / 0.009)
-    assert found.ratio is None
+    assert found.racing_cost is None
 
 
 def test_throughput_takes_the_batch_that_pays(tiny_bundle: Path, cost_of: Callable[[Cost], None]) -> None:
@@ -268,7 +274,7 @@ def test_power_is_cpu_time_at_the_source_rate(tiny_bundle: Path, cost_of: Callab
     """The made-up process burns half a core, in the pauses too; who misses a frame of the source waits for the next."""
     cost_of(lambda engine, count: 0.010 if engine.threads == 2 else 0.040)
     found = quick(tiny_bundle, goal="power")
-    burnt = {(row.choice.threads, row.choice.spinning): row.cpu_ms for row in found.rows}
+    burnt = {(row.config.threads, row.config.spinning): row.cpu_ms for row in found.candidates}
     assert burnt[1, False] == pytest.approx(1e3 / 30)
     assert burnt[2, False] == pytest.approx(1e3 / 60)
     assert burnt[2, True] == pytest.approx(1e3 / 60)
@@ -291,25 +297,25 @@ def test_the_limit_on_a_call(tiny_bundle: Path, cost_of: Callable[[Cost], None])
     options: dict[str, Any] = {"goal": "throughput", "threads": 1}
     found = quick(tiny_bundle, **options, max_p99_ms=65.0)
     assert found.choice == RunConfig("cpu", "fp32", 1, False, 4)
-    assert {row.choice.batch_size: row.verdict for row in found.rows} == {
+    assert {row.config.batch_size: row.verdict for row in found.candidates} == {
         16: "too slow",
         8: "too slow",
         4: "chosen",
         2: "dropped",
         1: "dropped",
     }
-    assert found.rows[0].cost < 1  # quicker than what may be chosen
+    assert found.candidates[0].cost < 1  # quicker than what may be chosen
     found = quick(tiny_bundle, **options, max_p99_ms=25.0)
     assert found.choice is None
     assert found.closest == (pytest.approx(30.0), RunConfig("cpu", "fp32", 1, False, 1))
-    assert {row.verdict for row in found.rows} == {"too slow"}
+    assert {row.verdict for row in found.candidates} == {"too slow"}
 
 
 def test_the_ratio_of_an_exhaustive_search(tiny_bundle: Path, cost_of: Callable[[Cost], None]) -> None:
     turns: dict[int, int] = {}
 
     def cost(engine: OnnxEngine, count: int) -> float:
-        """Give frames of four at a time a bad beginning, for which the race drops them."""
+        """Give frames of four at a time a bad beginning, for which the successive_elimination drops them."""
         turns[count] = turns.get(count, 0) + 1
         slow = 4.0 if count == 4 and turns[count] < 12 else 1.0
         return slow * count * (1.0 if count == 4 else 1.04)
@@ -317,9 +323,9 @@ def test_the_ratio_of_an_exhaustive_search(tiny_bundle: Path, cost_of: Callable[
     cost_of(cost)
     found = tune(tiny_bundle, goal="throughput", threads=1, seconds=6000, exhaustive=True)
     assert found.choice.batch_size == 4
-    assert found.raced.batch_size == 1
-    assert found.ratio == pytest.approx(1.04)
-    assert {row.choice.batch_size: row.verdict for row in found.rows}[1] == "contender"
+    assert found.racing_choice.batch_size == 1
+    assert found.racing_cost == pytest.approx(1.04)
+    assert {row.config.batch_size: row.verdict for row in found.candidates}[1] == "contender"
 
 
 def test_what_does_not_run_is_out(
@@ -333,7 +339,7 @@ def test_what_does_not_run_is_out(
     cost_of(cost)
     found = quick(two_precisions, goal="throughput", precision="int8", threads=1)
     assert found.choice == RunConfig("cpu", "int8", 1, False, 4)
-    assert [(row.choice.batch_size, row.reason) for row in found.rows if row.verdict == "refused"] == [
+    assert [(row.config.batch_size, row.reason) for row in found.candidates if row.verdict == "refused"] == [
         (8, "out of memory"),
         (16, "out of memory"),
     ]
@@ -344,8 +350,8 @@ def test_each_candidate_goes_through_all_frames(
 ) -> None:
     cost_of(lambda engine, count: 0.3)
     had: list[bytes] = []
-    inner = trial.time_stages
-    monkeypatch.setattr(trial, "time_stages", lambda *given: had.extend(given[1]) or inner(*given))
+    inner = measurement.time_stages
+    monkeypatch.setattr(measurement, "time_stages", lambda *given: had.extend(given[1]) or inner(*given))
     quick(tiny_bundle, [(str(index), bytes([index])) for index in range(5)], threads=1)
     assert had == [bytes([index % 5]) for index in range(len(had))]
     assert len(had) > 10
@@ -355,13 +361,13 @@ def test_engines_of_those_that_were_dropped_are_closed(
     two_precisions: Path, cost_of: Callable[[Cost], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_now: list[int] = []
-    close_others = trial.Trial.close_others
+    close_others = measurement.CandidateTimer.close_others
 
-    def close(self: trial.Trial, running: Sequence[int]) -> None:
+    def close(self: measurement.CandidateTimer, running: Sequence[int]) -> None:
         close_others(self, running)
         open_now.append(len(self._engines))
 
-    monkeypatch.setattr(trial.Trial, "close_others", close)
+    monkeypatch.setattr(measurement.CandidateTimer, "close_others", close)
     cost_of(lambda engine, count: 0.01 if engine.precision == "int8" and engine.threads == 1 else 0.1)
     quick(two_precisions)
     assert open_now[0] == 0
@@ -375,7 +381,9 @@ def test_engines_of_those_that_were_dropped_are_closed(
 def test_what_is_given_is_kept_fixed(two_precisions: Path, cost_of: Callable[[Cost], None]) -> None:
     cost_of(lambda engine, count: 0.01)
     found = quick(two_precisions, device="cpu", precision="int8", threads=3, batch_size=5)
-    assert {row.choice for row in found.rows} == {RunConfig("cpu", "int8", 3, spins, 5) for spins in (False, True)}
+    assert {row.config for row in found.candidates} == {
+        RunConfig("cpu", "int8", 3, spins, 5) for spins in (False, True)
+    }
 
 
 def test_devices(
@@ -388,9 +396,11 @@ def test_devices(
         asked.append((options["device"], options["precision"]))
         return real(folder, **{**options, "device": "cpu", "precision": "fp32"})
 
-    real = trial.verify
-    monkeypatch.setattr(trial, "verify", verify)
-    monkeypatch.setattr(trial, "OnnxEngine", lambda bundle, **options: OnnxEngine(bundle, threads=options["threads"]))
+    real = measurement.verify
+    monkeypatch.setattr(measurement, "verify", verify)
+    monkeypatch.setattr(
+        measurement, "OnnxEngine", lambda bundle, **options: OnnxEngine(bundle, threads=options["threads"])
+    )
     works = {"cpu": None, "cuda": None, "openvino": None}
     monkeypatch.setattr(tuning, "usable_devices", lambda: works)
     found = quick(two_precisions)
@@ -399,16 +409,16 @@ def test_devices(
         *(("cuda", one) for one in ("fp32", "tf32")),  # int8 is slower there than fp32, and refused
         *(("openvino", one) for one in ("fp32", "int8", "bf16")),
     ]
-    assert {row.choice.device for row in found.rows} == {"cpu", "cuda", "openvino"}
+    assert {row.config.device for row in found.candidates} == {"cpu", "cuda", "openvino"}
     assert found.left_out == {}
     # CPU time says nothing of a GPU: it would always win.
     found = quick(tiny_bundle, goal="power")
-    assert {row.choice.device for row in found.rows} == {"cpu", "openvino"}
+    assert {row.config.device for row in found.candidates} == {"cpu", "openvino"}
     assert "compare its settings by --device cuda" in found.left_out["cuda"]
-    assert {row.choice.device for row in quick(tiny_bundle, goal="power", device="cuda").rows} == {"cuda"}
+    assert {row.config.device for row in quick(tiny_bundle, goal="power", device="cuda").candidates} == {"cuda"}
     monkeypatch.setattr(tuning, "usable_devices", lambda: {"cpu": None, "cuda": "no driver"})
     found = quick(tiny_bundle)
-    assert {row.choice.device for row in found.rows} == {"cpu"}
+    assert {row.config.device for row in found.candidates} == {"cpu"}
     assert found.left_out == {"cuda": "no driver"}
 
 
@@ -427,11 +437,11 @@ def test_a_gate_that_is_missed_is_no_missing_device(two_precisions: Path, monkey
             raise DeviceUnavailableError("no int8 here")
         return dataclasses.replace(real(folder, **options), passed=False)
 
-    real = trial.verify
-    monkeypatch.setattr(trial, "verify", verify)
+    real = measurement.verify
+    monkeypatch.setattr(measurement, "verify", verify)
     found = tune(two_precisions, device="cpu")
     assert found.choice is None
-    assert {row.choice.precision: row.reason for row in found.rows}["int8"] == "no int8 here"
+    assert {row.config.precision: row.reason for row in found.candidates}["int8"] == "no int8 here"
     with pytest.raises(DeviceUnavailableError, match="no int8 here"):
         tune(two_precisions, device="cpu", precision="int8")
 
@@ -468,5 +478,5 @@ def test_a_batch_size_with_wrong_answers_is_refused(
     monkeypatch.setattr(IoBinding, "run", wrong)
     found = tune(tiny_bundle, goal=goal, device="cpu", batch_size=8, threads=1, seconds=0.3)
     assert found.choice is None
-    assert {row.verdict for row in found.rows} == {"refused"}
-    assert all("the self-test failed on cpu in fp32, in batches of 8" in row.reason for row in found.rows)
+    assert {row.verdict for row in found.candidates} == {"refused"}
+    assert all("the self-test failed on cpu in fp32, in batches of 8" in row.reason for row in found.candidates)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from echoquad_runtime.contract import VOTE_METHODS, VoteMethod
 from echoquad_runtime.errors import ConfigError
-from echoquad_runtime.verify.decision_margins import frame_leads, quadrant_leads, within_tolerance
+from echoquad_runtime.verify.decision_margins import frame_margins, quadrant_margins, within_tolerance
 from echoquad_runtime.voting import aggregate_votes
 
 WEIGHTS = (1.0, 1.0, 1.5, 1.5)
@@ -47,7 +47,7 @@ def slow_majority_lead(p: np.ndarray, label: int) -> float:
 
 @given(FRAMES)
 def test_a_majority_against_brute_force(p: np.ndarray) -> None:
-    found = frame_leads(p, "majority")
+    found = frame_margins(p, "majority")
     expected = [[slow_majority_lead(p[0], label) for label in range(p.shape[2])]]
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
@@ -58,15 +58,15 @@ def test_no_false_alarm(pair: tuple[np.ndarray, np.ndarray], method: VoteMethod)
     expected, found = pair
     allowed = float(np.abs(expected - found).max())
     decided = aggregate_votes(found, method, WEIGHTS)
-    assert within_tolerance(frame_leads(expected, method, WEIGHTS), decided.labels, allowed).all()
-    assert within_tolerance(quadrant_leads(expected), decided.quadrant_labels, allowed).all()
+    assert within_tolerance(frame_margins(expected, method, WEIGHTS), decided.labels, allowed).all()
+    assert within_tolerance(quadrant_margins(expected), decided.quadrant_labels, allowed).all()
 
 
 @given(frame(2), METHODS, st.integers(0, 1), st.sampled_from([0.98, 1.02]))
 def test_with_two_classes_the_bound_is_met(p: np.ndarray, method: VoteMethod, label: int, share: float) -> None:
     """The rule excuses no more than has to be: just beyond half the lead, some difference does turn the decision."""
     p = 0.3 + 0.4 * p  # away from 0 and 1, where a probability cannot be shifted further
-    lead = frame_leads(p, method, WEIGHTS)[0, label]
+    lead = frame_margins(p, method, WEIGHTS)[0, label]
     shift = share * lead / 2
     shifted = p + shift * np.where(np.arange(2) == label, 1, -1)
     if lead > 1e-9:
@@ -76,7 +76,7 @@ def test_with_two_classes_the_bound_is_met(p: np.ndarray, method: VoteMethod, la
 @given(FRAMES, METHODS)
 def test_the_decided_class_has_no_lead_to_turn(p: np.ndarray, method: VoteMethod) -> None:
     decision = aggregate_votes(p, method, WEIGHTS)
-    leads = frame_leads(p, method, WEIGHTS)
+    leads = frame_margins(p, method, WEIGHTS)
     assert leads[0, decision.labels[0]] == 0
     assert (leads >= 0).all() and (leads <= 1).all()
     if method != "majority":
@@ -97,7 +97,7 @@ EXAMPLES: dict[str, tuple[list[float], VoteMethod, float]] = {
 @pytest.mark.parametrize(("first", "method", "lead"), EXAMPLES.values(), ids=EXAMPLES)
 def test_examples(first: list[float], method: VoteMethod, lead: float) -> None:
     p = np.array([[[value, 1 - value] for value in first]])
-    found = frame_leads(p, method, WEIGHTS)
+    found = frame_margins(p, method, WEIGHTS)
     assert found[0] == pytest.approx([0, lead], abs=1e-12)
     assert not within_tolerance(found, np.array([1]), lead / 2 - 1e-6)[0]
     assert within_tolerance(found, np.array([1]), lead / 2)[0]
@@ -108,17 +108,17 @@ def test_one_vote_of_four_wins_where_the_others_split() -> None:
     assert aggregate_votes(p, "majority").labels[0] == 0
     # With the third quadrant's vote turned to D, each class has one vote and B the highest mean but for A's, whose lead
     # of (1.33 - 1.24) / 4 must be turned as well.
-    assert frame_leads(p, "majority")[0, 1] == pytest.approx(0.0225)
+    assert frame_margins(p, "majority")[0, 1] == pytest.approx(0.0225)
 
 
 def test_a_number_that_is_none_is_never_within_tolerance() -> None:
     p = np.full((1, 4, 2), np.nan)
     for method in VOTE_METHODS:
-        assert not within_tolerance(frame_leads(p, method, WEIGHTS), np.array([1]), 0.5).any()
-    assert not within_tolerance(quadrant_leads(p), np.ones((1, 4), int), 1e300).any()
+        assert not within_tolerance(frame_margins(p, method, WEIGHTS), np.array([1]), 0.5).any()
+    assert not within_tolerance(quadrant_margins(p), np.ones((1, 4), int), 1e300).any()
 
 
 def test_no_frames_and_no_rule() -> None:
-    assert frame_leads(np.zeros((0, 4, 3)), "majority").shape == (0, 3)
+    assert frame_margins(np.zeros((0, 4, 3)), "majority").shape == (0, 3)
     with pytest.raises(ConfigError, match="expected one of majority, average, weighted"):
-        frame_leads(np.zeros((1, 4, 2)), "oracle")  # type: ignore[arg-type]
+        frame_margins(np.zeros((1, 4, 2)), "oracle")  # type: ignore[arg-type]

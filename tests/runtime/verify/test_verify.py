@@ -21,7 +21,7 @@ from echoquad_runtime.errors import (
     BundleTamperedError,
     DeviceUnavailableError,
 )
-from echoquad_runtime.verify.decision_margins import frame_leads
+from echoquad_runtime.verify.decision_margins import frame_margins
 from echoquad_runtime.verify.verify import verify, verify_all
 
 Make = Callable[..., Path]
@@ -141,7 +141,7 @@ def test_beyond_the_gate_flips_count_and_no_difference_is_excused(undecided: Cal
     found = verify(folder, device="cpu")
     assert not found.passed
     golden = golden_of(folder)
-    leads = frame_leads(golden.probabilities, "majority").max(axis=1)
+    leads = frame_margins(golden.probabilities, "majority").max(axis=1)
     assert 0 < (leads > 0.008).sum() < found.frames  # there are both kinds
     assert found.frame_flips == (leads > 0.008).sum()
     assert found.tolerated_frame_flips == found.frames - found.frame_flips
@@ -229,7 +229,7 @@ def test_a_record_of_all_devices(tmp_path: Path, make_tiny_bundle: Make) -> None
     assert record.passed and record.error is None
     assert [(check.device, check.precision) for check in record.checks] == [("cpu", "fp32"), ("cpu", "int8")]
     assert steps == [(0, 2), (1, 2)]
-    assert record.obstacles == {"cuda": "no driver"}
+    assert record.unavailable_devices == {"cuda": "no driver"}
     manifest = json.loads((folder / "bundle.json").read_text("ascii"))
     found = json.loads(json.dumps(record.to_dict(), allow_nan=False))
     assert (found["verdict"], found["error"], found["bundle"]) == ("passed", None, folder.as_posix())

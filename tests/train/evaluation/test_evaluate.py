@@ -14,7 +14,8 @@ from sklearn import metrics as sklearn_metrics
 
 from echoquad_runtime.contract import QUADRANTS, Contract
 from echoquad_runtime.errors import DatasetError, OutputError
-from echoquad_runtime.predict.predictor import Prediction, Predictor
+from echoquad_runtime.predict.prediction import Prediction
+from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.voting import aggregate_votes
 from echoquad_train.data.dataset import read_split
 from echoquad_train.evaluation.evaluate import evaluate

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from echoquad_runtime.errors import EchoQuadError
+from echoquad_runtime.overlay.palette import BLUE, GREY, VERMILION
 from echoquad_runtime.quadrants import Grey
 from echoquad_runtime.storage.row_names import display_name
 from echoquad_train.curation.audit import Audit
@@ -32,7 +33,7 @@ CLASSES: Final = 8  # of which samples are shown, of each split
 TWINS: Final = 12  # that are shown side by side
 
 _INCH: Final = 1.9  # a picture's side
-_LEAK, _TWIN, _QUIET = "#D55E00", "#0072B2", "#7F7F7F"  # Okabe and Ito's palette
+_LEAK, _TWIN, _QUIET = VERMILION, BLUE, GREY
 
 
 def write_contact_sheet(audit: Audit, path: Path) -> None:

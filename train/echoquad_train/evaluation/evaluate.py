@@ -19,7 +19,8 @@ from echoquad_runtime.bundle.bundle import MANIFEST, Bundle
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import DatasetError
 from echoquad_runtime.frames.frame_file import Failure
-from echoquad_runtime.predict.predictor import Prediction, Predictor
+from echoquad_runtime.predict.prediction import Prediction
+from echoquad_runtime.predict.predictor import Predictor
 from echoquad_train.data.dataset import LabelledFrame, Split
 from echoquad_train.data.patients import patients_of
 from echoquad_train.evaluation.metrics import Settings, measure, measure_more

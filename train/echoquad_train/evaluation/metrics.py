@@ -11,7 +11,7 @@ import numpy.typing as npt
 from sklearn import metrics
 
 from echoquad_runtime.contract import QUADRANTS, Contract
-from echoquad_runtime.predict.predictor import Prediction
+from echoquad_runtime.predict.prediction import Prediction
 from echoquad_train.evaluation.abstention import abstention
 from echoquad_train.evaluation.intervals import (
     RESAMPLES,
