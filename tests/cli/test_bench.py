@@ -57,7 +57,7 @@ def test_what_could_not_be_read_is_told(echoquad, tiny_bundle: Path, frames_fold
     ("options", "code", "words"),
     [
         (("--histogram", "latencies.jpg"), 2, "--histogram latencies.jpg: the ending is '.jpg'; expected .png"),
-        (("--fps", "0"), 1, "0 frames a second found; expected a number above 0"),
+        (("--fps", "0"), 1, "fps is 0; expected a number above 0"),
         (("--max-p99-ms", "-1"), 2, "--max-p99-ms"),
         (("--frames", "0"), 2, "--frames"),
     ],

@@ -258,7 +258,7 @@ def test_a_run_that_was_torn_is_gone_on_with(
     refused, other, resumed, again = found
     assert refused.code == 1
     assert refused.errors == [
-        f"{out.as_posix()}.partial: it holds rows of a run that was interrupted; go on with --resume, or delete it"
+        f"{out.as_posix()}.partial: the file holds rows of an interrupted run; continue with --resume, or delete it"
     ]
     assert (other.code, other.errors) == (
         1,
@@ -312,13 +312,13 @@ def test_what_cannot_be_resumed_or_split_is_wrong_use(
     tiny_bundle: Path, frames_folder: Path, many: Callable[..., Any], tmp_path: Path
 ) -> None:
     lines = {
-        ("--resume",): "--resume: rows on stdout cannot be gone on with; name a file with --out",
+        ("--resume",): "--resume needs a result file; name it with --out",
         ("--shard", "3/2"): "--shard 3/2: expected i/n, two whole numbers with i from 1 to n, such as 2/4",
         ("--shard", "half"): "--shard half: expected i/n",
     }
     if os.name == "posix":
         os.mkfifo(tmp_path / "pipe.csv")
-        lines["--resume", "--out", str(tmp_path / "pipe.csv")] = "is no regular file, and cannot be gone on with"
+        lines["--resume", "--out", str(tmp_path / "pipe.csv")] = "is not a regular file"
     found, _ = many([["predict", tiny_bundle, frames_folder, *options] for options in lines])
     for (options, words), ran in zip(lines.items(), found, strict=True):
         assert (ran.code, ran.out, len(ran.errors)) == (2, "", 1), options

@@ -1,4 +1,4 @@
-"""Heat: class activation maps as colour over a frame."""
+"""Tests of class activation maps as colours over a frame."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def maps(*levels: tuple[float, float, float]) -> np.ndarray:
     return np.array(levels, np.float32)[:, :, None, None] * np.ones((1, 1, 2, 2), np.float32)
 
 
-def test_each_quadrant_has_the_colour_of_what_it_speaks_for_as_strongly_as_it_does() -> None:
+def test_colour_and_opacity_follow_class_and_margin() -> None:
     heat = np.asarray(
         draw_activation_maps(
             frame(), maps((4.0, 0.0, 0.0), (0.0, 2.0, 0.0), (0.0, 0.0, 0.0), (1.0, 1.0, 3.0)), BOXES, COLOURS
@@ -29,7 +29,7 @@ def test_each_quadrant_has_the_colour_of_what_it_speaks_for_as_strongly_as_it_do
     assert heat[5, 5].tolist() == [round(grey + 255 * MAX_OPACITY), round(grey), round(grey)]
     half = MAX_OPACITY / 2
     assert heat[5, 30].tolist() == [round(100 * (1 - half))] * 2 + [round(100 * (1 - half) + 255 * half)]
-    assert heat[15, 5].tolist() == [100, 100, 100]  # no class is ahead
+    assert heat[15, 5].tolist() == [100, 100, 100]  # no margin
     assert heat[15, 30].tolist() == [
         round(100 * (1 - half)),
         round(100 * (1 - half) + 255 * half),
@@ -38,19 +38,19 @@ def test_each_quadrant_has_the_colour_of_what_it_speaks_for_as_strongly_as_it_do
     assert (heat[:, 40:] == 100).all() and (heat[20:] == 100).all()
 
 
-def test_what_all_classes_share_changes_nothing() -> None:
+def test_common_evidence_has_no_effect() -> None:
     some = np.random.default_rng(0).normal(size=(4, 3, 4, 4)).astype(np.float32)
     plain = np.asarray(draw_activation_maps(frame(), some, BOXES, COLOURS)).astype(int)
     shifted = np.asarray(draw_activation_maps(frame(), some + 7 * some[:, :1], BOXES, COLOURS)).astype(int)
     assert np.abs(plain - shifted).max() <= 1
 
 
-def test_maps_that_say_nothing_leave_the_frame() -> None:
+def test_flat_maps_leave_frame_unchanged() -> None:
     untouched = draw_activation_maps(frame(), maps(*[(1.0, 1.0, 1.0)] * 4), BOXES, COLOURS)
     assert np.array_equal(np.asarray(untouched), np.asarray(frame()))
 
 
-def test_the_place_is_the_maps() -> None:
+def test_colour_is_at_the_position_of_the_evidence() -> None:
     some = np.zeros((4, 2, 4, 4), np.float32)
     some[0, 0, 0, 3] = 1.0  # top right of the first quadrant
     heat = np.asarray(draw_activation_maps(frame(), some, BOXES, COLOURS[:2])).astype(int)

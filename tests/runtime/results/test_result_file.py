@@ -1,3 +1,5 @@
+"""Tests of result files: resume, torn rows, run records, locks and full disks."""
+
 from __future__ import annotations
 
 import errno
@@ -52,7 +54,7 @@ def prediction(file: str, **changes: Any) -> Prediction:
 def run(
     path: Path, names: Sequence[str], *, stop: int | None = None, resume: bool = False, **changes: Any
 ) -> ResultFile:
-    """Write a row for each name that has none, `stop` of them before the process is as good as killed."""
+    """Write a row for each name without one; with `stop`, close without finishing after that many rows."""
     with ResultFile(path, resume=resume) as rows:
         wanted = [name for name in names if not rows.take(name)]
         rows.begin(CLASSES, {**RUN, **changes})
@@ -69,7 +71,7 @@ def left(folder: Path) -> list[str]:
 
 @pytest.fixture
 def whole(tmp_path: Path) -> Callable[[str], bytes]:
-    """Give the bytes of an uninterrupted run over `NAMES`, of an ending."""
+    """Return a function from an extension to the bytes of an uninterrupted run over `NAMES`."""
 
     def make(ending: str) -> bytes:
         path = tmp_path / "reference" / f"out.{ending}"
@@ -84,14 +86,14 @@ def whole(tmp_path: Path) -> Callable[[str], bytes]:
 
 
 @endings
-def test_the_file_appears_at_the_end_beside_what_says_what_made_it(ending: str, tmp_path: Path) -> None:
+def test_file_and_run_record_appear_at_the_end(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"out.{ending}"
     path.write_text("of yesterday")
     with ResultFile(path) as rows:
         rows.begin(CLASSES, RUN)
         for count, name in enumerate(NAMES, 1):
             rows.write(prediction(name))
-            # Whole and in the system's hands, row by row: a process that is killed here loses none.
+            # Every row is complete and with the operating system: a process killed here loses none.
             assert partial_path(path).read_bytes().count(b"cpu") == count
         assert path.read_text() == "of yesterday"
         assert rows.finish()
@@ -104,7 +106,7 @@ def test_the_file_appears_at_the_end_beside_what_says_what_made_it(ending: str, 
     assert not rows.interrupted
 
 
-def test_a_run_without_a_row_leaves_nothing(tmp_path: Path) -> None:
+def test_run_without_rows_leaves_no_file(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     path.write_text("of yesterday")
     run(path, NAMES, stop=0)
@@ -117,7 +119,7 @@ def test_a_run_without_a_row_leaves_nothing(tmp_path: Path) -> None:
     assert path.read_text() == "of yesterday"
 
 
-def test_a_finished_file_without_a_row(tmp_path: Path) -> None:
+def test_finished_file_without_rows(tmp_path: Path) -> None:
     for name, size in (("out.csv", 1), ("out.jsonl", 0)):
         run(tmp_path / name, [])
         assert len((tmp_path / name).read_bytes().splitlines()) == size
@@ -128,9 +130,7 @@ def test_a_finished_file_without_a_row(tmp_path: Path) -> None:
 
 @endings
 @pytest.mark.parametrize("stop", range(1, len(NAMES) + 1))
-def test_what_is_gone_on_with_equals_what_was_not_interrupted(
-    ending: str, stop: int, tmp_path: Path, whole: Callable[[str], bytes]
-) -> None:
+def test_resumed_file_is_byte_identical(ending: str, stop: int, tmp_path: Path, whole: Callable[[str], bytes]) -> None:
     path = tmp_path / f"out.{ending}"
     assert run(path, NAMES, stop=stop).interrupted
     assert left(tmp_path) == [f"out.{ending}.partial", f"out.{ending}.partial.json"]
@@ -142,7 +142,9 @@ def test_what_is_gone_on_with_equals_what_was_not_interrupted(
 
 @endings
 @pytest.mark.parametrize("tail", [b"", b"\0" * 5000])
-def test_wherever_it_was_torn(ending: str, tail: bytes, tmp_path: Path, whole: Callable[[str], bytes]) -> None:
+def test_torn_rows_are_dropped_on_resume(
+    ending: str, tail: bytes, tmp_path: Path, whole: Callable[[str], bytes]
+) -> None:
     expected = whole(ending)
     path, record = tmp_path / f"out.{ending}", tmp_path / f"out.{ending}.partial.json"
     run(path, NAMES, stop=len(NAMES))
@@ -160,7 +162,7 @@ def test_wherever_it_was_torn(ending: str, tail: bytes, tmp_path: Path, whole: C
         path.unlink()
 
 
-def test_rows_that_are_there_are_not_overwritten_by_mistake(tmp_path: Path) -> None:
+def test_existing_rows_are_not_overwritten_without_resume(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     run(path, NAMES, stop=2)
     before = partial_path(path).read_bytes()
@@ -184,7 +186,7 @@ def test_rows_that_are_there_are_not_overwritten_by_mistake(tmp_path: Path) -> N
     ],
 )
 @pytest.mark.parametrize("finished", [True, False])
-def test_another_run_does_not_go_on_with_it(
+def test_resume_refuses_rows_of_another_run(
     changes: dict[str, str], words: str, finished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "out.csv"
@@ -198,7 +200,7 @@ def test_another_run_does_not_go_on_with_it(
     assert {entry: entry.read_bytes() for entry in tmp_path.iterdir()} == before
 
 
-def test_columns_that_the_record_does_not_know_of_are_seen(tmp_path: Path) -> None:
+def test_resume_refuses_other_columns(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     run(path, NAMES, stop=2)
     with (
@@ -209,7 +211,7 @@ def test_columns_that_the_record_does_not_know_of_are_seen(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b'{"schema": 1}', b"\xff", b"[" * 9999])
-def test_rows_of_which_nobody_knows_the_run_are_refused(data: bytes, tmp_path: Path) -> None:
+def test_resume_refuses_missing_or_malformed_record(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     run(path, NAMES, stop=2)
     (tmp_path / "out.csv.partial.json").write_bytes(data)
@@ -222,17 +224,17 @@ def test_rows_of_which_nobody_knows_the_run_are_refused(data: bytes, tmp_path: P
         ResultFile(path, resume=True)
 
 
-def test_nothing_to_go_on_with_is_a_start(tmp_path: Path, whole: Callable[[str], bytes]) -> None:
+def test_resume_without_rows_starts_a_new_file(tmp_path: Path, whole: Callable[[str], bytes]) -> None:
     path = tmp_path / "out.csv"
     run(path, NAMES, resume=True)
     assert path.read_bytes() == whole("csv")
 
 
-# ---------------------------------------------------------------------------------------------- a finished file
+# ---------------------------------------------------------------------------------------------- finished files
 
 
 @endings
-def test_a_grown_archive_gets_its_new_rows_alone(ending: str, tmp_path: Path) -> None:
+def test_resume_of_finished_file_adds_only_new_rows(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"out.{ending}"
     run(path, NAMES[:3])
     before = path.read_bytes()
@@ -244,7 +246,7 @@ def test_a_grown_archive_gets_its_new_rows_alone(ending: str, tmp_path: Path) ->
         assert [rows.take(name) for name in NAMES] == [True] * 3 + [False] * 4
 
 
-def test_nothing_new_leaves_it_as_it_is(tmp_path: Path) -> None:
+def test_resume_without_new_rows_leaves_file_untouched(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     run(path, NAMES)
     before = {entry: (entry.read_bytes(), entry.stat().st_mtime_ns) for entry in tmp_path.iterdir()}
@@ -256,7 +258,7 @@ def test_nothing_new_leaves_it_as_it_is(tmp_path: Path) -> None:
     assert {entry: (entry.read_bytes(), entry.stat().st_mtime_ns) for entry in tmp_path.iterdir()} == before
 
 
-def test_an_interruption_leaves_the_finished_file_and_the_new_rows(tmp_path: Path) -> None:
+def test_interrupted_resume_keeps_finished_file_and_new_rows(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     run(path, NAMES[:3])
     before = path.read_bytes()
@@ -269,7 +271,7 @@ def test_an_interruption_leaves_the_finished_file_and_the_new_rows(tmp_path: Pat
 
 
 @pytest.mark.parametrize("change", [b"x", b"\0", None], ids=["appended", "zeros", "cut"])
-def test_a_finished_file_that_was_changed_is_not_gone_on_with(change: bytes | None, tmp_path: Path) -> None:
+def test_resume_refuses_changed_finished_file(change: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     run(path, NAMES)
     lines = path.read_bytes()
@@ -279,35 +281,35 @@ def test_a_finished_file_that_was_changed_is_not_gone_on_with(change: bytes | No
     assert left(tmp_path) == ["out.csv", "out.csv.run.json"]
 
 
-# ---------------------------------------------------------------------------------------------- which rows are there
+# ---------------------------------------------------------------------------------------------- names of existing rows
 
 
-def test_a_name_is_taken_as_often_as_it_is_there() -> None:
-    named = RowNames()
+def test_row_names_count_duplicates() -> None:
+    existing = RowNames()
     names = ["a", "b", "a", "=c", "\udcff"]
     for name in names:
-        named.add(printed(name))
-    named.sort()
-    assert [named.take(name) for name in ["a", "a", "a", "b", "b", "=c", "./=c", "d", "\udcff"]] == [
+        existing.add(printed(name))
+    existing.sort()
+    assert [existing.take(name) for name in ["a", "a", "a", "b", "b", "=c", "./=c", "d", "\udcff"]] == [
         *[True, True, False, True, False, True, False, False, True]
     ]
 
 
-def test_a_million_names_are_seventeen_bytes_each() -> None:
-    named = RowNames()
+def test_row_names_take_17_bytes_each() -> None:
+    existing = RowNames()
     for index in range(20_000):
-        named.add(f"{index}.png")
-    named.sort()
-    assert named._digests.nbytes + named._used.nbytes == 17 * 20_000
-    assert named._digests.base is not None, "sorted where it is, with no copy"
-    assert all(named.take(f"{index}.png") for index in range(20_000))
-    assert not any(named.take(f"{index}.png") for index in range(20_100))
+        existing.add(f"{index}.png")
+    existing.sort()
+    assert existing._digests.nbytes + existing._used.nbytes == 17 * 20_000
+    assert existing._digests.base is not None, "sorted in place, without a copy"
+    assert all(existing.take(f"{index}.png") for index in range(20_000))
+    assert not any(existing.take(f"{index}.png") for index in range(20_100))
 
 
-# ---------------------------------------------------------------------------------------------- trouble
+# ---------------------------------------------------------------------------------------------- errors
 
 
-def test_a_second_writer_is_refused_at_once(tmp_path: Path) -> None:
+def test_second_writer_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     with ResultFile(path) as rows:
         for resume in (False, True):
@@ -321,7 +323,7 @@ def test_a_second_writer_is_refused_at_once(tmp_path: Path) -> None:
     ResultFile(path).close()
 
 
-def test_a_disk_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -332,7 +334,7 @@ def test_a_disk_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Give a disk of 32 kB."""
+    """Return a file system of 32 kB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=32k", "echoquad-test", folder]
@@ -345,7 +347,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @endings
-def test_a_disk_that_is_full_keeps_whole_rows(ending: str, small_disk: Path, tmp_path: Path) -> None:
+def test_full_disk_keeps_complete_rows(ending: str, small_disk: Path, tmp_path: Path) -> None:
     path = small_disk / f"out.{ending}"
     names = [f"{index:04d}.png" for index in range(300)]
     with (
@@ -359,14 +361,14 @@ def test_a_disk_that_is_full_keeps_whole_rows(ending: str, small_disk: Path, tmp
     data = partial_path(path).read_bytes()
     assert data.endswith(b"\n")
     assert data.count(b"cpu") == rows.rows > 20
-    # With more room, and with none lost, it goes on.
+    # With more space it resumes without a loss.
     subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
     assert run(path, names, resume=True).kept == rows.rows
     run(tmp_path / path.name, names)
     assert path.read_bytes() == (tmp_path / path.name).read_bytes()
 
 
-def test_a_disk_that_is_full_from_the_beginning(small_disk: Path) -> None:
+def test_disk_that_is_full_at_the_start(small_disk: Path) -> None:
     (small_disk / "else").write_bytes(b"x" * 32768)
     with pytest.raises(OutputError, match="No space left"):
         run(small_disk / "out.csv", NAMES)
@@ -374,7 +376,7 @@ def test_a_disk_that_is_full_from_the_beginning(small_disk: Path) -> None:
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace", "write_json"])
-def test_rows_outlive_an_end_that_fails(
+def test_rows_survive_a_failed_finish(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Callable[[str], bytes]
 ) -> None:
     expected, path = whole("csv"), tmp_path / "out.csv"
@@ -401,7 +403,7 @@ def test_rows_outlive_an_end_that_fails(
     assert path.read_bytes() == expected
 
 
-def test_places_that_cannot_be(tmp_path: Path) -> None:
+def test_path_that_cannot_be_written_raises(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder.csv").mkdir()
     for name in ("absent/out.csv", "file/out.csv", "folder.csv", "x" * 252 + ".csv"):
@@ -412,7 +414,7 @@ def test_places_that_cannot_be(tmp_path: Path) -> None:
     assert left(tmp_path) == ["file", "folder.csv"]
 
 
-def test_what_cannot_be_gone_on_with(tmp_path: Path) -> None:
+def test_check_resume_refuses_stdout_and_pipes(tmp_path: Path) -> None:
     check_resume(tmp_path / "out.csv")
     with pytest.raises(UsageError, match="--resume needs a result file; name it with --out"):
         check_resume(None)
@@ -425,7 +427,7 @@ def test_what_cannot_be_gone_on_with(tmp_path: Path) -> None:
     assert not is_stream(tmp_path / "absent.csv")
 
 
-def test_the_disk_is_waited_for_about_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_is_synced_about_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, synced, took = [100.0], [], [0.0]
 
     def fsync(descriptor: int) -> None:
@@ -440,9 +442,9 @@ def test_the_disk_is_waited_for_about_once_a_second(tmp_path: Path, monkeypatch:
         for index in range(100):
             now[0] += 0.1
             rows.write(prediction(f"{index}.png"))
-        # The first time, what the rows are of is waited for, and the folder that has their names.
+        # The first sync includes the run record and the folder.
         assert len(synced) - 2 in (9, 10)
-        took[0] = 0.5  # a slow disk is waited for in no more than one part of twenty of the time
+        took[0] = 0.5  # a slow disk is synced for at most 1/20 of the time
         del synced[:]
         for index in range(100, 400):
             now[0] += 0.1
@@ -451,7 +453,7 @@ def test_the_disk_is_waited_for_about_once_a_second(tmp_path: Path, monkeypatch:
         rows.finish()
 
 
-def test_a_record_is_json_that_a_person_can_read(tmp_path: Path) -> None:
+def test_run_record_is_readable_json(tmp_path: Path) -> None:
     run(tmp_path / "out.csv", NAMES, stop=1)
     found = json.loads((tmp_path / "out.csv.partial.json").read_text("utf-8"))
     assert list(found) == ["schema", "echoquad", "bundle", "method", "device", "precision", "shard"]

@@ -1,3 +1,5 @@
+"""Tests of shards: assignment by name, and merged files that equal a single run byte for byte."""
+
 from __future__ import annotations
 
 import json
@@ -48,7 +50,7 @@ def prediction(file: str, **changes: Any) -> Prediction:
 
 
 def run(path: Path, names: Sequence[str], shard: Shard | None = None, *, resume: bool = False, **changes: Any) -> Path:
-    """Write the rows of a run over a folder of these names, or of a shard of it."""
+    """Write the rows of a run over a folder with these names, or over a shard of it."""
     with ResultFile(path, resume=resume) as rows:
         names = sorted(names, key=lambda name: name.split("/"))
         wanted = [name for name in names if (shard is None or shard.holds(name)) and not rows.take(name)]
@@ -67,20 +69,20 @@ def run_shards(folder: Path, count: int, ending: str = "csv", names: Sequence[st
 
 
 @given(st.lists(path, unique=True, max_size=20), st.integers(1, 9))
-def test_each_frame_is_in_one_shard(names: list[str], count: int) -> None:
+def test_each_frame_is_in_exactly_one_shard(names: list[str], count: int) -> None:
     held = [[name for name in names if Shard(index, count).holds(name)] for index in range(1, count + 1)]
     assert sorted(name for names in held for name in names) == sorted(names)
 
 
-def test_shards_are_about_even_and_fixed_for_good() -> None:
+def test_shards_are_even_and_stable() -> None:
     counts = [sum(Shard(index, 7).holds(f"{number}.png") for number in range(7000)) for index in range(1, 8)]
     assert 850 < min(counts) <= max(counts) < 1150
-    # Another release, or another machine, must not move a frame.
+    # No release and no host may move a frame to another shard.
     assert [name for name in NAMES[:10] if Shard(1, 3).holds(name)] == ["a/1.png", "a/2.png", "=1.png", "\udcff.png"]
 
 
 @pytest.mark.parametrize("text", ["1/1", "2/4", "04/4", "999999/999999"])
-def test_a_shard_is_read(text: str) -> None:
+def test_shard_is_parsed(text: str) -> None:
     index, count = map(int, text.split("/"))
     assert Shard.parse(text) == Shard(index, count)
 
@@ -88,7 +90,7 @@ def test_a_shard_is_read(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", "1", "0/4", "5/4", "1/0", "-1/4", "1/4/2", "a/b", "1 /4", "1/٤", "1/4\n", "1/1000000"]
 )
-def test_what_is_no_shard_is_refused(text: str) -> None:
+def test_malformed_shard_raises(text: str) -> None:
     with pytest.raises(UsageError, match="expected i/n with i from 1 to n, such as 2/4"):
         Shard.parse(text)
 
@@ -98,7 +100,7 @@ def test_what_is_no_shard_is_refused(text: str) -> None:
 
 @endings
 @pytest.mark.parametrize("count", [1, 2, 5, 60])
-def test_merged_shards_equal_the_single_run(ending: str, count: int, tmp_path: Path) -> None:
+def test_merged_shards_equal_single_run(ending: str, count: int, tmp_path: Path) -> None:
     single = run(tmp_path / f"single.{ending}", NAMES)
     parts = run_shards(tmp_path, count, ending)
     random.Random(7).shuffle(parts)
@@ -106,21 +108,23 @@ def test_merged_shards_equal_the_single_run(ending: str, count: int, tmp_path: P
     merged = merge(parts, out)
     assert out.read_bytes() == single.read_bytes()
     assert (merged.rows, merged.complete) == (len(NAMES), True)
-    # It can be gone on with as that of a single run.
+    # It can be resumed like a single run.
     assert read_run_record(out) == read_run_record(single)
 
 
 @endings
 @example(names=["]", "\ud800"], count=1)
 @given(names=st.lists(path, unique=True, max_size=12), count=st.integers(1, 4))
-def test_any_names(ending: str, names: list[str], count: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_merge_equals_single_run_for_any_names(
+    ending: str, names: list[str], count: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("any")
     single = run(folder / f"single.{ending}", names)
     merge(run_shards(folder, count, ending, names), folder / f"all.{ending}")
     assert (folder / f"all.{ending}").read_bytes() == single.read_bytes()
 
 
-def test_shards_that_have_grown_are_merged_in_order(tmp_path: Path) -> None:
+def test_resumed_shards_are_merged_in_order(tmp_path: Path) -> None:
     parts = run_shards(tmp_path, 3, names=NAMES[::2])
     for index, path in enumerate(parts, 1):
         run(path, NAMES, Shard(index, 3), resume=True)
@@ -128,12 +132,12 @@ def test_shards_that_have_grown_are_merged_in_order(tmp_path: Path) -> None:
     assert (tmp_path / "all.csv").read_bytes() == run(tmp_path / "single.csv", NAMES).read_bytes()
 
 
-def test_a_frame_that_was_given_twice_keeps_its_two_rows(tmp_path: Path) -> None:
+def test_frame_given_twice_keeps_both_rows(tmp_path: Path) -> None:
     parts = run_shards(tmp_path, 2, names=[*NAMES, *NAMES[:4]])
     assert merge(parts, tmp_path / "all.csv").rows == len(NAMES) + 4
 
 
-def test_shards_of_several_devices(tmp_path: Path) -> None:
+def test_shards_of_several_devices_are_merged(tmp_path: Path) -> None:
     parts = run_shards(tmp_path, 2)
     run(parts[1], NAMES, Shard(2, 2), device="cuda")
     merge(parts, tmp_path / "all.csv")
@@ -141,7 +145,7 @@ def test_shards_of_several_devices(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="named pipes")
-def test_a_pipe_takes_the_rows_and_no_record(tmp_path: Path) -> None:
+def test_merge_into_pipe_writes_no_record(tmp_path: Path) -> None:
     parts = run_shards(tmp_path, 2)
     pipe = tmp_path / "pipe.csv"
     os.mkfifo(pipe)
@@ -152,7 +156,7 @@ def test_a_pipe_takes_the_rows_and_no_record(tmp_path: Path) -> None:
     assert not run_record_path(pipe).exists()
 
 
-def test_without_records_what_can_be_seen_is_checked(tmp_path: Path) -> None:
+def test_merge_without_records_checks_rows(tmp_path: Path) -> None:
     parts = run_shards(tmp_path, 3)
     for path in parts:
         run_record_path(path).unlink()
@@ -164,7 +168,7 @@ def test_without_records_what_can_be_seen_is_checked(tmp_path: Path) -> None:
         merge(parts, tmp_path / "all.csv")
 
 
-def test_no_more_is_held_than_a_few_rows(tmp_path: Path) -> None:
+def test_merge_memory_is_bounded(tmp_path: Path) -> None:
     names = [f"{index:05d}.png" for index in range(6000)]
     parts = run_shards(tmp_path, 4, names=names)
     merge(parts, tmp_path / "warm.csv")
@@ -229,7 +233,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_is_not_all_of_one_run_is_refused(what: str, tmp_path: Path) -> None:
+def test_merge_refuses_parts_that_do_not_form_one_run(what: str, tmp_path: Path) -> None:
     parts = run_shards(tmp_path, 4)
     change, words = REFUSED[what]
     change(parts)
@@ -243,7 +247,7 @@ def test_what_is_not_all_of_one_run_is_refused(what: str, tmp_path: Path) -> Non
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
 
 
-def test_names_that_cannot_be(tmp_path: Path) -> None:
+def test_merge_refuses_unusable_paths(tmp_path: Path) -> None:
     parts = run_shards(tmp_path, 2)
     wrong: list[tuple[list[Path], Path, type[EchoQuadError], str]] = [
         ([tmp_path / "absent.csv"], tmp_path / "all.csv", InputNotFoundError, "no such file"),
@@ -257,7 +261,7 @@ def test_names_that_cannot_be(tmp_path: Path) -> None:
             merge(paths, out)
 
 
-def test_other_columns_are_refused_though_there_is_no_record(tmp_path: Path) -> None:
+def test_merge_refuses_other_columns_without_records(tmp_path: Path) -> None:
     parts = run_shards(tmp_path, 2, "jsonl")
     line = json.loads(parts[1].read_text("utf-8").splitlines()[0])
     parts[1].write_text(json.dumps({**line, "more": 1}) + "\n")
@@ -266,9 +270,7 @@ def test_other_columns_are_refused_though_there_is_no_record(tmp_path: Path) -> 
         merge(parts, tmp_path / "all.jsonl")
 
 
-def test_rows_in_no_order_are_refused_before_they_fill_the_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_merge_refuses_too_many_sorted_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ResultFile(tmp_path / "part1.csv") as rows:
         rows.begin(CLASSES, {**RUN, "shard": "1/1"})
         for index in range(40, 0, -1):
