@@ -13,6 +13,7 @@ are checked against those that were sent.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -35,6 +36,8 @@ from echoquad_runtime.predict.prediction import Prediction, check_abstain_below
 from echoquad_runtime.storage.atomic import read_regular
 
 __all__ = ["RayPredictor"]
+
+_logger = logging.getLogger(__name__)
 
 _BLOCK: Final = 128  # frames per task: seconds of work, against milliseconds of overhead of Ray
 _SLICE_PER_WORKER: Final = 4096  # frames; starting the workers of a slice takes two or three seconds
@@ -78,7 +81,7 @@ class RayPredictor:
     workers
         Number of workers; None is as many as the CPUs (or GPUs) of the nodes allow.
     tell
-        Called with one line on the workers, and one if the head of the cluster is lost.
+        Called with one line on the workers, and one if the head of the cluster is lost; the default logs them.
 
     Attributes
     ----------
@@ -113,7 +116,7 @@ class RayPredictor:
         public_key: str | Path | None = None,
         address: str | None = None,
         workers: int | None = None,
-        tell: Callable[[str], object] | None = None,
+        tell: Callable[[str], object] = _logger.info,
         abstain_below: float | None = None,
     ) -> None:
         for name, value in (("threads", threads), ("workers", workers), ("batch_size", batch_size)):
@@ -127,7 +130,7 @@ class RayPredictor:
         address = address or os.environ.get("RAY_ADDRESS") or "local"
         load_ray(own=address == "local")
         self._address = check_address(address)
-        self._workers, self._tell = workers, tell or (lambda line: None)
+        self._workers, self._tell = workers, tell
         self.contract: Contract = bundle.contract
         self.method: VoteMethod = method or bundle.contract.vote
         self.engine = _Engine("cpu" if device == "auto" else device, bundle.choose_precision(precision))

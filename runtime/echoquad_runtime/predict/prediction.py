@@ -44,7 +44,7 @@ class Prediction:
         float32 [4, C, h, w], class activation maps of LA, RA, LV, RV, if requested: the mean of a map plus the head's
         bias is the class's logit.
     predicted_class
-        The class that the vote decided, also where `label` is ``INDETERMINATE``. Default: `label`.
+        The class that the vote decided: `label`, unless that is ``INDETERMINATE``.
     """
 
     file: str
@@ -61,7 +61,7 @@ class Prediction:
     predicted_class: str = ""
 
     def __post_init__(self) -> None:
-        if not self.predicted_class:
+        if self.label != INDETERMINATE or not self.predicted_class:
             object.__setattr__(self, "predicted_class", self.label)
 
     def confidence(self, contract: Contract) -> float:

@@ -57,7 +57,7 @@ class GoldenFrameCheck:
         The errors of devices, and of precisions on them, that are not available.
     """
 
-    def __init__(self, bundle: Bundle, public_key: str | Path | None, tell: Callable[[str], None]) -> None:
+    def __init__(self, bundle: Bundle, public_key: str | Path | None, tell: Callable[[str], object]) -> None:
         self.unavailable: list[EchoQuadError] = []
         self._bundle, self._public_key, self._tell = bundle, public_key, tell
         self._reasons: dict[tuple[str, str, int, bool, bool], str] = {}
@@ -139,8 +139,9 @@ class CandidateTimer:
     def close_others(self, running: Collection[int]) -> None:
         """Close the engines that none of these candidates uses: each takes two to three times its graph's memory."""
         needed = {_engine_key(self._configs[index]) for index in running}
-        self._engines = {key: engine for key, engine in self._engines.items() if key in needed}
-        gc.collect()
+        if self._engines.keys() - needed:
+            self._engines = {key: engine for key, engine in self._engines.items() if key in needed}
+            gc.collect()
 
     def measure(self, index: int) -> Sample | None:
         """Measure a candidate once; None if it does not run (see `failures`)."""

@@ -288,7 +288,7 @@ def _paired_ratios(rounds: Sequence[Round], leader: int) -> dict[int, list[float
 
 def _lower_quartile(values: Sequence[float]) -> float:
     """Return the lower quartile, not interpolated: the minimum of up to four values, since noise only adds time."""
-    return float(np.percentile(values, 25, method="lower"))
+    return sorted(values)[(len(values) - 1) // 4]  # np.percentile takes twenty times as long for so few values
 
 
 def _is_decided(rounds: Sequence[Round], running: Collection[int]) -> bool:

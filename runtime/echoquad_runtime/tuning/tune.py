@@ -13,6 +13,7 @@ in memory: decode, quadrants, inference, vote.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ from echoquad_runtime.tuning.racing import (
 from echoquad_runtime.tuning.saved_settings import Goal, RunConfig
 
 __all__ = ["BATCH_SIZES", "FRAME_RATE", "CandidateResult", "TuningResult", "candidates", "tune"]
+
+_logger = logging.getLogger(__name__)
 
 BATCH_SIZES: Final = (1, 2, 4, 8, 16)
 """Batch sizes to try for throughput; the other goals process one frame at a time."""
@@ -185,7 +188,7 @@ def tune(
     seconds: float = 60.0,
     exhaustive: bool = False,
     seed: int = 0,
-    tell: Callable[[str], None] = lambda _: None,
+    tell: Callable[[str], object] = _logger.info,
     progress: Callable[[float], None] = lambda _: None,
 ) -> TuningResult:
     """Measure the configurations of a bundle on this host and select one.
@@ -211,7 +214,7 @@ def tune(
     seed
         Seed for the order within the rounds.
     tell
-        Called with one line for each replay of the golden frames.
+        Called with one line for each replay of the golden frames; the default logs it.
     progress
         Called with the seconds measured so far.
 

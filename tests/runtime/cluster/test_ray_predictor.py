@@ -226,7 +226,7 @@ def test_abstains_like_a_local_predictor(address: str, tiny_bundle: Path, tmp_pa
     confidences = sorted(it.confidence(contract) for it in locally(tiny_bundle, found) if isinstance(it, Prediction))
     threshold = (confidences[9] + confidences[10]) / 2
     expected = list(Predictor(tiny_bundle, device="cpu", concurrent=True, abstain_below=threshold).predict(found))
-    results = list(RayPredictor(Bundle(tiny_bundle), abstain_below=threshold).predict(found))
+    results = list(RayPredictor(Bundle(tiny_bundle), workers=1, abstain_below=threshold).predict(found))
     assert comparable(results) == comparable(expected)
     assert [isinstance(it, Prediction) and it.label for it in results].count(INDETERMINATE) == 10
 
@@ -299,7 +299,7 @@ def test_error_names_node_that_cannot_open_bundle(
         return files | {"model.fp32.onnx": files["model.fp32.onnx"][:-1] + b"!"}
 
     monkeypatch.setattr(cluster, "_files", spoiled)
-    rows = RayPredictor(Bundle(tiny_bundle)).predict(find_frames([frames_folder]))
+    rows = RayPredictor(Bundle(tiny_bundle), workers=1).predict(find_frames([frames_folder]))
     name = tiny_bundle.as_posix()
     with pytest.raises(
         BundleTamperedError, match=rf"^on the node [\d.]+: {name}: model.fp32.onnx has SHA-256 "
@@ -354,7 +354,7 @@ def test_settings_out_of_range_raise(tiny_bundle: Path, settings: dict[str, Any]
 def test_missing_cluster_resources_raise(address: str, tiny_bundle: Path, frames_folder: Path) -> None:
     for settings, kind, text in (
         ({"device": "cuda"}, DeviceUnavailableError, "^none of the 1 nodes of the Ray cluster has a GPU"),
-        ({"threads": 3}, ClusterError, "^no node of the Ray cluster has 3 CPUs for a worker, but at most 2"),
+        ({"threads": 3}, ClusterError, "^no node of the Ray cluster has the 3 CPUs of a worker, but at most 2"),
     ):
         rows = RayPredictor(Bundle(tiny_bundle), **settings).predict(find_frames([frames_folder]))  # type: ignore[arg-type]
         with pytest.raises(kind, match=text):
