@@ -345,7 +345,7 @@ class _Frames:
 
         self.found = self.wanted = self.given = 0
         self.ended = False
-        self.kept = rows.kept if rows is not None else 0
+        self.kept = rows.existing_rows if rows is not None else 0
         self._shard, self._rows = shard, rows
         self._ahead: list[FrameFile | Failure] = []
         self._chosen = self._choose(find_frames(inputs, reading))
@@ -358,7 +358,7 @@ class _Frames:
                 self.found += 1
                 if self._shard is not None and not self._shard.holds(item.name):
                     continue
-                if self._rows is not None and self._rows.take(item.name):
+                if self._rows is not None and self._rows.claim(item.name):
                     continue
                 self.wanted += 1
             self.given += 1

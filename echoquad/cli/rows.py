@@ -63,6 +63,6 @@ def tell_of(rows: ResultFile) -> None:
     """Say what was found in place of an empty file."""
     if not rows.certain:
         note(f"{rows.path.as_posix()}: its disk knows no locks; see to it that no other process writes the file")
-    if rows.kept:
-        torn = f"; {rows.torn} bytes behind them are torn, and dropped" if rows.torn else ""
-        note(f"{rows.kept} rows are there from before{torn}")
+    if rows.existing_rows:
+        torn = f"; {rows.torn_bytes} bytes behind them are torn, and dropped" if rows.torn_bytes else ""
+        note(f"{rows.existing_rows} rows are there from before{torn}")

@@ -263,7 +263,7 @@ def test_a_run_that_was_torn_is_gone_on_with(
     assert (other.code, other.errors) == (
         1,
         [
-            f"{out.as_posix()}.partial: its vote method is majority, this run's is average; run as it was begun, or "
+            f"{out.as_posix()}.partial: its vote method is majority, this run's is average; use the same as before, or "
             "name another --out"
         ],
     )
@@ -313,7 +313,7 @@ def test_what_cannot_be_resumed_or_split_is_wrong_use(
 ) -> None:
     lines = {
         ("--resume",): "--resume needs a result file; name it with --out",
-        ("--shard", "3/2"): "--shard 3/2: expected i/n, two whole numbers with i from 1 to n, such as 2/4",
+        ("--shard", "3/2"): "--shard 3/2: expected i/n with i from 1 to n, such as 2/4",
         ("--shard", "half"): "--shard half: expected i/n",
     }
     if os.name == "posix":

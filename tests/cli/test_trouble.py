@@ -217,7 +217,7 @@ def test_a_second_run_on_the_same_file_is_refused(
     for options in ([], ["--resume"]):
         ran = echoquad(*line, *options, code=1)
         assert ran.errors == [
-            f"{out.as_posix()}: another process is writing it; wait for its end, or name another --out"
+            f"{out.as_posix()}: another process is writing it; wait until it ends, or name another --out"
         ]
     process.send_signal(signal.SIGCONT)
     process.communicate(timeout=60)

@@ -62,7 +62,6 @@ IDENTITY: Final[Mapping[str, str]] = {
 }
 """Fields of the run record that must match for rows to go into the same file, and their names in messages."""
 _OPTIONAL: Final = ("shard", "flip", "abstain_below")  # a string or null
-_NOT_STRINGS: Final = {"schema", *_OPTIONAL}
 
 
 def is_stream(path: Path) -> bool:
@@ -101,11 +100,11 @@ def _parse_record(data: bytes) -> dict[str, Any] | None:
         record = json.loads(data)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or not all(
-        isinstance(record.get(name), str) for name in IDENTITY.keys() - _NOT_STRINGS
-    ):
-        return None
-    return record if all(isinstance(record.get(name), str | None) for name in _OPTIONAL) else None
+    valid = isinstance(record, dict) and all(
+        isinstance(record.get(name), str) or (name in _OPTIONAL and record.get(name) is None)
+        for name in IDENTITY.keys() - {"schema"}
+    )
+    return record if valid else None
 
 
 class RowNames:
@@ -121,12 +120,12 @@ class RowNames:
         self._bytes += digest(row_name)
 
     def sort(self) -> None:
-        """Prepare for `take`."""
+        """Prepare for `claim`."""
         self._digests = np.frombuffer(self._bytes, f"S{DIGEST_BYTES}")  # shares the memory, and is sorted in place
         self._digests.sort()
         self._used = np.zeros(len(self._digests), bool)
 
-    def take(self, name: str) -> bool:
+    def claim(self, name: str) -> bool:
         """Remove one row of a frame; return False if none is left."""
         key = np.frombuffer(digest(printed(name)), f"S{DIGEST_BYTES}")
         begin, end = (int(np.searchsorted(self._digests, key, side)[0]) for side in ("left", "right"))
@@ -152,10 +151,10 @@ class ResultFile:
 
     Attributes
     ----------
-    kept
-        Number of existing rows.
-    torn
-        Number of incomplete bytes after them, which are dropped.
+    existing_rows
+        Number of rows of earlier runs.
+    torn_bytes
+        Number of bytes of an incomplete row after them, which are dropped.
     rows
         Number of rows now.
     certain
@@ -181,7 +180,7 @@ class ResultFile:
         self._columns: list[str] | None = None
         self._resumed_from: Path | None = None  # the file with the existing rows
         self._hash = hashlib.sha256()  # of all bytes so far
-        self.kept = self.rows = self.torn = self._size = 0
+        self.existing_rows = self.rows = self.torn_bytes = self._size = 0
         self._next_sync = 0.0
         self._recorded = self._finished = False
         with output_errors(path):
@@ -222,7 +221,7 @@ class ResultFile:
                     "cannot be resumed; leave out --resume to replace it, or name another --out"
                 )
             self._scan(self.path)
-            if self.torn or self._hash.hexdigest() != self._earlier.get("sha256"):
+            if self.torn_bytes or self._hash.hexdigest() != self._earlier.get("sha256"):
                 raise ResultError(
                     f"{self.path.as_posix()}: the file has changed since its run; leave out --resume to replace it, or "
                     "name another --out"
@@ -243,15 +242,15 @@ class ResultFile:
             reader = RowReader(stream, self._layout, run=(method, device, precision))
             for row in reader:
                 self._names.add(row.name)
-                self.kept += 1
-            self.torn = os.fstat(stream.fileno()).st_size - reader.complete_bytes
+                self.existing_rows += 1
+            self.torn_bytes = os.fstat(stream.fileno()).st_size - reader.complete_bytes
         self._names.sort()
-        self._hash, self._size, self.rows = reader.hash, reader.complete_bytes, self.kept
+        self._hash, self._size, self.rows = reader.hash, reader.complete_bytes, self.existing_rows
         self._columns, self._resumed_from = reader.columns, source
 
-    def take(self, name: str) -> bool:
+    def claim(self, name: str) -> bool:
         """Return whether a frame has an existing row, and mark it as used: a frame given twice has two rows."""
-        return self.kept > 0 and self._names.take(name)
+        return self.existing_rows > 0 and self._names.claim(name)
 
     def begin(self, classes: Sequence[str], identity: Mapping[str, str | None]) -> None:
         """Prepare the file for rows.
@@ -281,7 +280,7 @@ class ResultFile:
                 if self._resumed_from is None:
                     self.partial.write_bytes(b"")
                 else:
-                    import shutil
+                    import shutil  # slow to import, and rarely needed
 
                     shutil.copyfile(self._resumed_from, self.partial)
             self._stream = FileIO(self.partial, "r+")
@@ -361,7 +360,7 @@ class ResultFile:
     @property
     def _adds_nothing(self) -> bool:
         """Whether the finished file already has all rows."""
-        return self._resumed_from == self.path and self.rows == self.kept
+        return self._resumed_from == self.path and self.rows == self.existing_rows
 
     @property
     def _keeps_rows(self) -> bool:

@@ -56,7 +56,7 @@ def run(
 ) -> ResultFile:
     """Write a row for each name without one; with `stop`, close without finishing after that many rows."""
     with ResultFile(path, resume=resume) as rows:
-        wanted = [name for name in names if not rows.take(name)]
+        wanted = [name for name in names if not rows.claim(name)]
         rows.begin(CLASSES, {**RUN, **changes})
         for name in wanted[:stop]:
             rows.write(prediction(name))
@@ -135,7 +135,7 @@ def test_resumed_file_is_byte_identical(ending: str, stop: int, tmp_path: Path, 
     assert run(path, NAMES, stop=stop).interrupted
     assert left(tmp_path) == [f"out.{ending}.partial", f"out.{ending}.partial.json"]
     rows = run(path, NAMES, resume=True)
-    assert (rows.kept, rows.rows, rows.torn) == (stop, len(NAMES), 0)
+    assert (rows.existing_rows, rows.rows, rows.torn_bytes) == (stop, len(NAMES), 0)
     assert path.read_bytes() == whole(ending)
     assert read_run_record(path)["sha256"] == results.hashlib.sha256(whole(ending)).hexdigest()  # type: ignore[index]
 
@@ -157,8 +157,8 @@ def test_torn_rows_are_dropped_on_resume(
         rows = run(path, NAMES, resume=True)
         assert path.read_bytes() == expected
         whole_ends = [end for end in ends if end <= cut]
-        assert rows.kept == len(whole_ends)
-        assert rows.torn == (cut + len(tail) - whole_ends[-1] if whole_ends else 0)
+        assert rows.existing_rows == len(whole_ends)
+        assert rows.torn_bytes == (cut + len(tail) - whole_ends[-1] if whole_ends else 0)
         path.unlink()
 
 
@@ -239,11 +239,11 @@ def test_resume_of_finished_file_adds_only_new_rows(ending: str, tmp_path: Path)
     run(path, NAMES[:3])
     before = path.read_bytes()
     rows = run(path, ["0.png", *NAMES], resume=True)
-    assert (rows.kept, rows.rows) == (3, len(NAMES) + 1)
+    assert (rows.existing_rows, rows.rows) == (3, len(NAMES) + 1)
     assert path.read_bytes().startswith(before)
     run(path, NAMES[:3])
     with ResultFile(path, resume=True) as rows:
-        assert [rows.take(name) for name in NAMES] == [True] * 3 + [False] * 4
+        assert [rows.claim(name) for name in NAMES] == [True] * 3 + [False] * 4
 
 
 def test_resume_without_new_rows_leaves_file_untouched(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_resume_without_new_rows_leaves_file_untouched(tmp_path: Path) -> None:
     run(path, NAMES)
     before = {entry: (entry.read_bytes(), entry.stat().st_mtime_ns) for entry in tmp_path.iterdir()}
     with ResultFile(path, resume=True) as rows:
-        assert all(rows.take(name) for name in NAMES)
+        assert all(rows.claim(name) for name in NAMES)
         rows.begin(CLASSES, RUN)
         assert not rows.finish()
     assert not rows.interrupted
@@ -266,7 +266,7 @@ def test_interrupted_resume_keeps_finished_file_and_new_rows(tmp_path: Path) -> 
     assert left(tmp_path) == ["out.csv", "out.csv.run.json"]
     assert run(path, NAMES, resume=True, stop=2).interrupted
     assert path.read_bytes() == before
-    assert run(path, NAMES, resume=True).kept == 5
+    assert run(path, NAMES, resume=True).existing_rows == 5
     assert read_run_record(path)["rows"] == len(NAMES)  # type: ignore[index]
 
 
@@ -290,7 +290,7 @@ def test_row_names_count_duplicates() -> None:
     for name in names:
         existing.add(printed(name))
     existing.sort()
-    assert [existing.take(name) for name in ["a", "a", "a", "b", "b", "=c", "./=c", "d", "\udcff"]] == [
+    assert [existing.claim(name) for name in ["a", "a", "a", "b", "b", "=c", "./=c", "d", "\udcff"]] == [
         *[True, True, False, True, False, True, False, False, True]
     ]
 
@@ -302,8 +302,8 @@ def test_row_names_take_17_bytes_each() -> None:
     existing.sort()
     assert existing._digests.nbytes + existing._used.nbytes == 17 * 20_000
     assert existing._digests.base is not None, "sorted in place, without a copy"
-    assert all(existing.take(f"{index}.png") for index in range(20_000))
-    assert not any(existing.take(f"{index}.png") for index in range(20_100))
+    assert all(existing.claim(f"{index}.png") for index in range(20_000))
+    assert not any(existing.claim(f"{index}.png") for index in range(20_100))
 
 
 # ---------------------------------------------------------------------------------------------- errors
@@ -363,7 +363,7 @@ def test_full_disk_keeps_complete_rows(ending: str, small_disk: Path, tmp_path: 
     assert data.count(b"cpu") == rows.rows > 20
     # With more space it resumes without a loss.
     subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
-    assert run(path, names, resume=True).kept == rows.rows
+    assert run(path, names, resume=True).existing_rows == rows.rows
     run(tmp_path / path.name, names)
     assert path.read_bytes() == (tmp_path / path.name).read_bytes()
 
@@ -399,7 +399,7 @@ def test_rows_survive_a_failed_finish(
         rows.finish()
     assert path.read_text() == "of yesterday"
     assert rows.interrupted
-    assert run(path, NAMES, resume=True).kept == len(NAMES)
+    assert run(path, NAMES, resume=True).existing_rows == len(NAMES)
     assert path.read_bytes() == expected
 
 

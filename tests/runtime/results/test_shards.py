@@ -53,7 +53,7 @@ def run(path: Path, names: Sequence[str], shard: Shard | None = None, *, resume:
     """Write the rows of a run over a folder with these names, or over a shard of it."""
     with ResultFile(path, resume=resume) as rows:
         names = sorted(names, key=lambda name: name.split("/"))
-        wanted = [name for name in names if (shard is None or shard.holds(name)) and not rows.take(name)]
+        wanted = [name for name in names if (shard is None or shard.holds(name)) and not rows.claim(name)]
         rows.begin(CLASSES, {**RUN, "shard": str(shard) if shard else None, **changes})
         for name in wanted:
             rows.write(prediction(name, **{key: changes[key] for key in ("device",) if key in changes}))
