@@ -6,7 +6,7 @@
 Each section has a share of the time and a process of its own. What one cannot measure, for want of time, of a package
 or of CUDA, or since something failed, is listed with the reason, and the other sections run. Tables and JSON lines are
 written as they grow, so that a run that is killed keeps what it has. With `--device cpu` the same code makes a dry run
-without a GPU, and what needs CUDA is listed as not measured. See docs/gpu.md. Linux.
+without a GPU, and what needs CUDA is listed as not measured. See docs/how-to/gpu.md. Linux.
 
 Environment variables, read here or by what is started:
     PYTHONPATH            where EchoQuad is not installed: the checkout, and its runtime, train and export
@@ -86,11 +86,11 @@ try:
         found["cuDNN"] = str(torch.backends.cudnn.version())
 except Exception as error:
     found["torch"] = f"cannot be imported ({error})"
-from echoquad_runtime.devices.session_factory import cuda_obstacle
+from echoquad_runtime.devices.cuda_probe import cuda_unavailable_reason
 from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 found["CUDA of onnxruntime"] = str(getattr(load_onnxruntime(), "cuda_version", "") or "none")
 if sys.argv[1] == "cuda":
-    found["obstacle"] = cuda_obstacle() or ""
+    found["obstacle"] = cuda_unavailable_reason() or ""
 print(json.dumps(found))
 """
 

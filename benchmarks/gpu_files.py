@@ -22,11 +22,11 @@ from gpu_report import OUT_OF_TIME, Context, OutOfTimeError, aim, ratio
 from peer_ways import cut_small, in_threads, write
 from PIL import Image
 
+from echoquad_runtime.bundle.onnx_header import INPUT
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices.cpu_info import available_cpus
 from echoquad_runtime.devices.execution_providers import CPU_PROVIDER, CUDA_PROVIDER
 from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
-from echoquad_runtime.engine.onnx_engine import INPUT
 from echoquad_runtime.frames.discovery import walk
 
 BY_HAND_AIM = 1.5  # times onnxruntime by hand in threads

@@ -16,7 +16,7 @@ import numpy as np
 from gpu_engine import Call, Sample, engine_rows, open_plain_session, slots, time_calls
 from gpu_report import NEEDS_CUDA, OUT_OF_TIME, Context
 
-from echoquad_runtime.engine.io_binding import FirstRuns, IoBinding
+from echoquad_runtime.engine.io_binding import FirstRunLock, IoBinding
 
 BASELINE = "baseline"
 OVERLAP = 0.7  # seconds of each count of threads side by side
@@ -78,7 +78,7 @@ def compare_options(context: Context, precision: str, sample: Sample, sizes: Seq
 
 
 def _slot_call(context: Context, session: Any, most: int) -> Call:
-    provider, first_runs = session.get_providers()[0], FirstRuns(session.get_providers()[0])
+    provider, first_runs = session.get_providers()[0], FirstRunLock(session.get_providers()[0])
     slot = IoBinding(
         session,
         context.peer.contract,

@@ -1,6 +1,7 @@
 """Accuracy against time: one point for each trained run and precision, in a table, a plot and one JSON line.
 
-    python benchmarks/pareto.py RUN [RUN ...] --out docs/pareto [--precision fp32,int8] [--rounds 60] [--threads 2]
+    python benchmarks/pareto.py RUN [RUN ...] --out docs/reference/pareto [--precision fp32,int8] [--rounds 60]
+        [--threads 2]
 
 Every run is exported, with its parity gate, and judges the validation frames of the data that it was trained on: the
 frame accuracy is that of the exported graph, not of the training code. The time is one frame's, from the bytes of its

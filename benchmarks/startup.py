@@ -23,7 +23,8 @@ from pathlib import Path
 
 from common import arguments, paired_ratio, report, rotated
 
-from echoquad_runtime.bundle.bundle import Bundle, model_file
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.manifest import model_file
 
 AIM = 1.5  # the whole process over the bare script
 WARM_UP = 2  # rounds: bytecode, the disk's cache, EchoQuad's cache
@@ -39,7 +40,7 @@ session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionPro
 size = int(sys.argv[2])
 print(session.run(None, {"quadrants": np.zeros((4, 1, size, size), np.uint8)})[1].mean(axis=0))
 """
-ECHOQUAD = "from echoquad.cli.app import main; main()"  # what the installed script consists of
+ECHOQUAD = "from echoquad.cli.framework.main import main; main()"  # what the installed script consists of
 
 
 def main() -> None:

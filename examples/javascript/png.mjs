@@ -1,4 +1,4 @@
-// Reads a PNG as EchoQuad does: to grey, 8 bits, by one stated rule for each kind of pixel; see docs/bundle.md.
+// Reads a PNG as EchoQuad does: to grey, 8 bits, by one stated rule for each kind of pixel; see docs/reference/contract.md.
 
 import { crc32 } from "node:zlib";
 import { PNG } from "pngjs";

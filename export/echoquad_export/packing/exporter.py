@@ -14,29 +14,23 @@ from echoquad_export.graph.activation_map import check_cam
 from echoquad_export.graph.build import IR_VERSION, OPSET, build_graph
 from echoquad_export.graph.frame_graph import make_frame_graph, whole_frames
 from echoquad_export.packing.manifest import make_manifest, provenance
-from echoquad_export.packing.place import beside, check_target, move_into_place
+from echoquad_export.packing.place import check_target
 from echoquad_export.parity.golden import PHANTOM, golden_source, pack_golden
 from echoquad_export.parity.metrics import measure_run
 from echoquad_export.parity.parity import Gate, Parity, measure_parity, summary
 from echoquad_export.precision.calibration_set import CALIBRATION_FRAMES, CalibrationSet, draw_calibration_set
 from echoquad_export.precision.fp16 import to_fp16
 from echoquad_export.precision.int8 import build_int8
-from echoquad_runtime.bundle.bundle import (
-    GOLDEN,
-    MANIFEST,
-    MODEL_CARD,
-    PRECISIONS,
-    Bundle,
-    frame_file,
-    model_file,
-)
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.manifest import GOLDEN, MANIFEST, MODEL_CARD, PRECISIONS, frame_graph_file, model_file
 from echoquad_runtime.bundle.model_card import model_card
-from echoquad_runtime.bundle.signature import check_private_key, sign_bundle
+from echoquad_runtime.bundle.signing import check_private_key, sign_bundle
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
-from echoquad_runtime.engine.slot_pool import infer_all
+from echoquad_runtime.engine.slot_pool import infer_in_batches
 from echoquad_runtime.errors import DatasetError, RunError, UsageError, VerificationError
 from echoquad_runtime.frames.formats import ReadOptions
 from echoquad_runtime.storage.atomic import write_bytes
+from echoquad_runtime.storage.atomic_folder import atomic_folder
 from echoquad_runtime.verify.verify import Verification, verify
 from echoquad_train.data.dataset import Split, load_quadrants, read_split
 from echoquad_train.networks.torch_engine import TorchEngine
@@ -152,10 +146,9 @@ def export_run(
 
     progress(f"judging {len(store.names)} validation frames with the training code")
     reference_engine = TorchEngine(run.model, run.contract)
-    reference = infer_all(reference_engine, store.quadrants, REFERENCE_BATCH)
+    reference = infer_in_batches(reference_engine, store.quadrants, REFERENCE_BATCH)
 
-    target = out.resolve()  # a link stays a link, and "." has a name
-    with beside(target) as place:
+    with atomic_folder(out, replace=True) as place:
         draft = _Draft(place, run)
         draft.sections["metrics"] = measure_run(run, reference[1], store.labels, f"{split.name} split")
 
@@ -194,7 +187,6 @@ def export_run(
         progress("replaying the golden frames")
         verification = [_replay(place, precision, out) for precision in wanted][-1]
         _sign(place, sign_key, progress)
-        move_into_place(place, target)
     return Exported(out, tuple(parities.values()), verification, len(store.failures))
 
 
@@ -242,7 +234,7 @@ def _add_frame_graphs(draft: _Draft, precisions: Sequence[str], split: Split, pr
         bundle = Bundle(draft.place)
         graph, parity = make_frame_graph(bundle, precision, whole_frames(split, bundle.contract))
         draft.sections.setdefault("frame_graphs", {})[precision] = parity.to_dict()
-        draft.write(frame_file(precision), graph)
+        draft.write(frame_graph_file(precision), graph)
 
 
 def _replay(place: Path, precision: str, out: Path) -> Verification:

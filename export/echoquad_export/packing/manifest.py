@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from echoquad_runtime.bundle.bundle import INTENDED_USE, SCHEMA, encode_manifest
+from echoquad_runtime.bundle.manifest import INTENDED_USE, SCHEMA, encode_manifest
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import RunError
 from echoquad_train.runs.checkpoint import Run

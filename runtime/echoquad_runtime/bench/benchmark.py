@@ -20,7 +20,8 @@ from echoquad_runtime.bench.latency_plot import count_latencies
 from echoquad_runtime.bench.live_source import run_live
 from echoquad_runtime.bench.peak_memory import peak_rss_mb
 from echoquad_runtime.bundle.bundle import Bundle
-from echoquad_runtime.devices.session_factory import Device, installed_wheels
+from echoquad_runtime.devices.onnxruntime_loader import installed_wheels
+from echoquad_runtime.devices.session_factory import Device
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import ConfigError, FrameError, GateError, InputNotFoundError
 from echoquad_runtime.frames.discovery import find_frames

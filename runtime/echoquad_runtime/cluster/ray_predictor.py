@@ -24,12 +24,14 @@ from typing import Any, Final
 
 from echoquad_runtime import errors
 from echoquad_runtime._version import __version__
-from echoquad_runtime.bundle.bundle import GOLDEN, MANIFEST, SIGNATURE, Bundle, encode_manifest, model_file
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.manifest import GOLDEN, MANIFEST, SIGNATURE, encode_manifest, model_file
 from echoquad_runtime.cluster.ray_session import check_address, count_workers, join_cluster, load_ray
 from echoquad_runtime.cluster.ray_worker import CODEC, AttemptCounter, Worker, WorkerConfig
 from echoquad_runtime.contract import VOTE_METHODS, Contract, VoteMethod
-from echoquad_runtime.devices.onnxruntime_loader import one_line
-from echoquad_runtime.devices.session_factory import Device, available_cpus
+from echoquad_runtime.devices.cpu_info import available_cpus
+from echoquad_runtime.devices.error_summary import summarize_error
+from echoquad_runtime.devices.session_factory import Device
 from echoquad_runtime.errors import ClusterError, ConfigError, EchoQuadError, FrameError
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.predict.prediction import Prediction, check_abstain_below
@@ -80,8 +82,6 @@ class RayPredictor:
         host. None is the environment variable ``RAY_ADDRESS``, else a temporary local cluster.
     workers
         Number of workers; None is as many as the CPUs (or GPUs) of the nodes allow.
-    tell
-        Called with one line on the workers, and one if the head of the cluster is lost; the default logs them.
 
     Attributes
     ----------
@@ -116,7 +116,6 @@ class RayPredictor:
         public_key: str | Path | None = None,
         address: str | None = None,
         workers: int | None = None,
-        tell: Callable[[str], object] = _logger.info,
         abstain_below: float | None = None,
     ) -> None:
         for name, value in (("threads", threads), ("workers", workers), ("batch_size", batch_size)):
@@ -130,7 +129,7 @@ class RayPredictor:
         address = address or os.environ.get("RAY_ADDRESS") or "local"
         load_ray(own=address == "local")
         self._address = check_address(address)
-        self._workers, self._tell = workers, tell
+        self._workers = workers
         self.contract: Contract = bundle.contract
         self.method: VoteMethod = method or bundle.contract.vote
         self.engine = _Engine("cpu" if device == "auto" else device, bundle.choose_precision(precision))
@@ -178,9 +177,9 @@ class RayPredictor:
             names the node.
         """
         config, frames = self._config, iter(frames)
-        with join_cluster(self._address, max(available_cpus(), config.threads * (self._workers or 1)), self._tell):
+        with join_cluster(self._address, max(available_cpus(), config.threads * (self._workers or 1))):
             pool = self._pool_size()
-            self._tell(f"{_plural(pool, 'Ray worker')} of {_plural(config.threads, 'CPU')} each")
+            _logger.info("%s of %s each", _plural(pool, "Ray worker"), _plural(config.threads, "CPU"))
             arguments = _ship(config)
             begin = 0
             while chunk := list(islice(frames, min(_MAX_SLICE, _SLICE_PER_WORKER * pool))):
@@ -326,4 +325,4 @@ def _plural(count: int, noun: str) -> str:
 def _last_line(error: BaseException) -> str:
     """Return the last line of an error of Ray: its text is a worker's traceback, which ends with the message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return one_line(lines[-1] if lines else type(error).__name__)
+    return summarize_error(lines[-1] if lines else type(error).__name__)

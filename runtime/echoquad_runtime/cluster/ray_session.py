@@ -11,14 +11,17 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from echoquad_runtime.devices.onnxruntime_loader import one_line, silent_descriptor
+from echoquad_runtime.devices.error_summary import summarize_error
+from echoquad_runtime.devices.output_suppression import suppress_native_stderr
 from echoquad_runtime.errors import ClusterError, DeviceUnavailableError, MissingExtraError, UsageError
 
 __all__ = ["check_address", "count_workers", "join_cluster", "load_ray"]
+
+_logger = logging.getLogger(__name__)
 
 _STORE: Final = 512 << 20  # bytes of shared memory of a local cluster: a bundle and file names
 _CONNECT_SECONDS: Final = 5.0  # within which the head of a cluster must answer
@@ -80,8 +83,10 @@ def check_address(address: str) -> str:
 
 
 @contextmanager
-def join_cluster(address: str, cpus: int, tell: Callable[[str], object]) -> Iterator[None]:
+def join_cluster(address: str, cpus: int) -> Iterator[None]:
     """Join a cluster for the duration of the block. An existing session is used and stays open.
+
+    If the head of the cluster is lost, Ray ends this process a minute later without a message, so this logs a warning.
 
     Parameters
     ----------
@@ -89,8 +94,6 @@ def join_cluster(address: str, cpus: int, tell: Callable[[str], object]) -> Iter
         As returned by `check_address`; ``local`` starts a local cluster.
     cpus
         Number of CPUs of a local cluster.
-    tell
-        Called with one line if the head of a cluster is lost. Ray ends this process a minute later, without a message.
 
     Raises
     ------
@@ -109,23 +112,23 @@ def join_cluster(address: str, cpus: int, tell: Callable[[str], object]) -> Iter
     with _quiet():
         try:
             try:
-                with silent_descriptor():
+                with suppress_native_stderr():
                     ray.init(address, log_to_driver=False, configure_logging=False, **start)
             except Exception as error:  # ConnectionError, ValueError, RuntimeError and others
                 where = "Ray cannot be started here" if own else f"the Ray cluster at {address} cannot be joined"
                 remedy = "see its logs" if own else "try auto on a node of it, or RAY_AUTH_MODE=token if it needs one"
-                raise ClusterError(f"{where} ({one_line(error)}); {remedy}") from error
+                raise ClusterError(f"{where} ({summarize_error(error)}); {remedy}") from error
             finally:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
-            with contextlib.nullcontext() if own else _watch_head(ray.get_runtime_context().gcs_address, tell):
+            with contextlib.nullcontext() if own else _watch_head(ray.get_runtime_context().gcs_address):
                 yield
         finally:
             ray.shutdown()
 
 
 @contextmanager
-def _watch_head(head: str, tell: Callable[[str], object]) -> Iterator[None]:
+def _watch_head(head: str) -> Iterator[None]:
     ended = threading.Event()
 
     def watch() -> None:
@@ -134,9 +137,11 @@ def _watch_head(head: str, tell: Callable[[str], object]) -> Iterator[None]:
                 _connect(head)
             except OSError as error:
                 if not ended.is_set():
-                    tell(
-                        f"the head of the Ray cluster, {head}, does not answer ({error.strerror or error}); unless it "
-                        "comes back, this run ends within minutes; rows written so far are kept"
+                    _logger.warning(
+                        "the head of the Ray cluster, %s, does not answer (%s); unless it comes back, this run ends "
+                        "within minutes; rows written so far are kept",
+                        head,
+                        error.strerror or error,
                     )
                 return
 

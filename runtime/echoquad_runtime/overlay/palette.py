@@ -4,26 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = [
-    "BAND",
-    "BLACK",
-    "BLUE",
-    "CLASS_COLOURS",
-    "FAINT",
-    "GREEN",
-    "GREY",
-    "INK",
-    "LIGHT_BLUE",
-    "ORANGE",
-    "PINK",
-    "SILVER",
-    "SKY_BLUE",
-    "SLATE",
-    "VERMILION",
-    "WHITE",
-    "YELLOW",
-]
-
 # The palette of Okabe and Ito, distinguishable with a colour vision deficiency. doi:10.1038/nmeth.1618
 BLACK: Final = "#000000"
 ORANGE: Final = "#E69F00"

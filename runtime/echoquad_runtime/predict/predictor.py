@@ -13,11 +13,12 @@ import numpy as np
 
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.contract import VOTE_METHODS, Contract, VoteMethod
-from echoquad_runtime.devices.session_factory import Device, available_cpus
-from echoquad_runtime.engine.io_binding import Answers, FloatArray
-from echoquad_runtime.engine.onnx_engine import Engine, OnnxEngine
+from echoquad_runtime.devices.cpu_info import available_cpus
+from echoquad_runtime.devices.session_factory import Device
+from echoquad_runtime.engine.io_binding import FloatArray, InferenceOutput
+from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.self_test import PASSED, SelfTest
-from echoquad_runtime.engine.slot_pool import SlotPool
+from echoquad_runtime.engine.slot_pool import Engine, SlotPool
 from echoquad_runtime.errors import ConfigError, FrameError
 from echoquad_runtime.frames.discovery import find_frames
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
@@ -42,7 +43,7 @@ _BATCH_SIZES: Final = {"cpu": 2, "openvino": 4, "cuda": 16}
 _ENGINE_BATCH_SIZE: Final = 8  # for an engine that does not come from a bundle
 
 _Result = TypeVar("_Result")
-_Postprocess = Callable[[Sequence[FrameTask], Sequence[Flags], Answers], Sequence[_Result | Failure]]
+_Postprocess = Callable[[Sequence[FrameTask], Sequence[Flags], InferenceOutput], Sequence[_Result | Failure]]
 
 
 class Predictor:
@@ -383,7 +384,7 @@ class Predictor:
         return np.stack(logits), np.stack(probabilities)
 
     def _classify(
-        self, tasks: Sequence[FrameTask], flags: Sequence[Flags], answers: Answers
+        self, tasks: Sequence[FrameTask], flags: Sequence[Flags], answers: InferenceOutput
     ) -> list[Prediction | Failure]:
         """Return the predictions of a batch: the vote on its probabilities."""
         classes, p, maps = self.contract.classes, answers.probabilities, answers.maps
@@ -422,7 +423,7 @@ class Predictor:
 
 
 def _raw_answers(
-    tasks: Sequence[FrameTask], flags: Sequence[Flags], answers: Answers
+    tasks: Sequence[FrameTask], flags: Sequence[Flags], answers: InferenceOutput
 ) -> list[tuple[FloatArray, FloatArray]]:
     """Return each frame's logits and probabilities, float32 [4, C] each."""
     return list(zip(answers.logits, answers.probabilities, strict=True))

@@ -18,33 +18,26 @@ from echoquad_runtime.storage.atomic import output_errors, write_atomically
 from echoquad_runtime.storage.row_names import encoded, printed, without_formula
 
 if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
+
     from echoquad_runtime.predict.prediction import Prediction
 
 __all__ = [
-    "CsvWriter",
+    "CSV",
+    "JSON_LINES",
     "Format",
-    "JsonlWriter",
     "Row",
     "RowReader",
-    "Stream",
+    "RowWriter",
     "Writer",
     "columns",
     "format_for",
     "open_writer",
-    "writer_for",
 ]
 
 _QUOTED: Final = re.compile(r'[",\r\n]')
 _QUOTED_NAME: Final = re.compile(r'[",\r\n;\t]')  # also separators of other locales, so that a name stays one cell
 _MAX_ROW_BYTES: Final = 1 << 22  # stops reading a damaged file without line ends; two classes take about 200 bytes
-
-
-class Stream(Protocol):
-    """A writable binary stream."""
-
-    def write(self, data: bytes, /) -> object:
-        """Write bytes."""
-        ...
 
 
 class Writer(Protocol):
@@ -174,10 +167,17 @@ def _json_parse(data: bytes, _: Sequence[str] | None) -> tuple[list[str], list[s
     return list(row), [str(value) for value in row.values()]
 
 
-_FORMATS: Final[Mapping[str, Format]] = {
-    ".csv": Format(_csv_header, _csv_row, _csv_split, _csv_parse),
-    ".jsonl": Format(lambda _: b"", _json_row, _json_split, _json_parse),
-}
+CSV: Final = Format(_csv_header, _csv_row, _csv_split, _csv_parse)
+"""CSV in UTF-8 with a header, probabilities with four decimals, and line feeds on all platforms.
+
+No cell starts like a spreadsheet formula: such a file name gets the prefix ``./``, which is the same path, and such a
+class name an apostrophe.
+"""
+
+JSON_LINES: Final = Format(lambda _: b"", _json_row, _json_split, _json_parse)
+"""One JSON object per line: its keys are the columns of the CSV, probabilities are numbers, flags a list."""
+
+_FORMATS: Final[Mapping[str, Format]] = {".csv": CSV, ".jsonl": JSON_LINES}
 
 
 class RowReader:
@@ -254,34 +254,26 @@ class RowReader:
         self.hash.update(data)
 
 
-class _StreamWriter:
-    """Writes rows to a stream."""
+class RowWriter:
+    """Writes rows to a stream.
 
-    layout: Format
+    Parameters
+    ----------
+    stream
+        A writable binary stream; it gets the header at once.
+    classes
+        Class names of the model.
+    layout
+        Format of the rows.
+    """
 
-    def __init__(self, stream: Stream, classes: Sequence[str]) -> None:
-        self._stream = stream
-        stream.write(self.layout.header(classes))
+    def __init__(self, stream: SupportsWrite[bytes], classes: Sequence[str], layout: Format = CSV) -> None:
+        self._stream, self._layout = stream, layout
+        stream.write(layout.header(classes))
 
     def write(self, prediction: Prediction) -> None:
         """Write one row."""
-        self._stream.write(self.layout.row(prediction))
-
-
-class CsvWriter(_StreamWriter):
-    """Writes CSV in UTF-8 with a header, probabilities with four decimals, and line feeds on all platforms.
-
-    No cell starts like a spreadsheet formula: such a file name gets the prefix ``./``, which is the same path, and such
-    a class name an apostrophe.
-    """
-
-    layout = _FORMATS[".csv"]
-
-
-class JsonlWriter(_StreamWriter):
-    """Writes one JSON object per line: its keys are the columns of the CSV, probabilities are numbers, flags a list."""
-
-    layout = _FORMATS[".jsonl"]
+        self._stream.write(self._layout.row(prediction))
 
 
 @contextmanager
@@ -295,20 +287,9 @@ def open_writer(path: Path, classes: Sequence[str]) -> Iterator[Writer]:
     OutputError
         If the file cannot be written.
     """
-    writer = writer_for(path)
+    layout = format_for(path)
     with write_atomically(path) as stream, output_errors(path):
-        yield writer(stream, classes)
-
-
-def writer_for(path: Path) -> type[CsvWriter | JsonlWriter]:
-    """Return the writer for a result file's extension.
-
-    Raises
-    ------
-    UsageError
-        As `format_for`.
-    """
-    return CsvWriter if format_for(path) is CsvWriter.layout else JsonlWriter
+        yield RowWriter(stream, classes, layout)
 
 
 def format_for(path: Path) -> Format:

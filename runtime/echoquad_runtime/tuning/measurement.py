@@ -7,8 +7,9 @@ Goal ``throughput`` times the worker pool, as for a folder; the other goals time
 from __future__ import annotations
 
 import gc
+import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -16,7 +17,7 @@ from typing import Any, Final, cast
 
 from echoquad_runtime.bench.benchmark import time_pool, time_stages
 from echoquad_runtime.bundle.bundle import Bundle
-from echoquad_runtime.devices.onnxruntime_loader import one_line
+from echoquad_runtime.devices.error_summary import summarize_error
 from echoquad_runtime.devices.session_factory import Device
 from echoquad_runtime.engine.io_binding import new_batch
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
@@ -35,6 +36,8 @@ from echoquad_runtime.tuning.saved_settings import Goal, RunConfig
 from echoquad_runtime.verify.verify import verify
 
 __all__ = ["FRAME_RATE", "CandidateTimer", "GoldenFrameCheck"]
+
+_logger = logging.getLogger(__name__)
 
 FRAME_RATE: Final = 30.0
 """Frames per second of the live source that goal ``power`` simulates."""
@@ -57,9 +60,9 @@ class GoldenFrameCheck:
         The errors of devices, and of precisions on them, that are not available.
     """
 
-    def __init__(self, bundle: Bundle, public_key: str | Path | None, tell: Callable[[str], object]) -> None:
+    def __init__(self, bundle: Bundle, public_key: str | Path | None) -> None:
         self.unavailable: list[EchoQuadError] = []
-        self._bundle, self._public_key, self._tell = bundle, public_key, tell
+        self._bundle, self._public_key = bundle, public_key
         self._reasons: dict[tuple[str, str, int, bool, bool], str] = {}
 
     def failure_reason(self, config: RunConfig) -> str:
@@ -68,8 +71,8 @@ class GoldenFrameCheck:
         if key not in self._reasons:
             self._reasons[key] = reason = self._replay(config)
             threads = f"{config.threads} thread{'s' * (config.threads > 1)}"
-            name = f"golden frames: {config.precision} on {config.device}{config.cuda_options}, {threads}"
-            self._tell(f"{name}: {'failed' if reason else 'passed'}")
+            name = f"{config.precision} on {config.device}{config.cuda_options}, {threads}"
+            _logger.info("golden frames: %s: %s", name, "failed" if reason else "passed")
         return self._reasons[key]
 
     def _replay(self, config: RunConfig) -> str:
@@ -89,7 +92,7 @@ class GoldenFrameCheck:
             self.unavailable.append(error)
             return str(error)
         except Exception as error:  # execution providers raise exceptions without a common base class
-            return one_line(error)
+            return summarize_error(error)
         if verification.passed:
             return ""
         allowed = ", ".join(f"{name} {value:g}" for name, value in verification.gate.items())
@@ -150,7 +153,7 @@ class CandidateTimer:
         except BundleTamperedError:
             raise
         except Exception as error:  # execution providers raise exceptions without a common base class
-            self.failures[index] = one_line(error)
+            self.failures[index] = summarize_error(error)
             return None
 
     def _measure(self, index: int) -> Sample:

@@ -18,7 +18,7 @@ from typing import Any, Final, Literal, get_args
 
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.devices.host_facts import host_facts
-from echoquad_runtime.devices.session_factory import Device, usable_devices
+from echoquad_runtime.devices.session_factory import Device, probe_devices
 from echoquad_runtime.errors import OutputError
 from echoquad_runtime.storage.atomic import make_folder, output_errors, user_folder, write_json
 
@@ -263,7 +263,7 @@ def _check(data: bytes, bundle: Bundle) -> tuple[SavedSettings | None, str]:
             return None, f"{name} was {saved_value} at the time and is {current} now"
     device = saved.config.device
     # The CPU is always usable. Probing other devices takes a while, so only a saved device is probed.
-    reason = None if device == "cpu" else usable_devices().get(device, "this onnxruntime is built without it")
+    reason = None if device == "cpu" else probe_devices().get(device, "this onnxruntime is built without it")
     return saved, "" if reason is None else f"device {device} cannot be used: {reason}"
 
 

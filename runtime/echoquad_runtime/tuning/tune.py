@@ -13,7 +13,6 @@ in memory: decode, quadrants, inference, vote.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,9 +22,11 @@ from typing import Any, Final
 import numpy as np
 
 from echoquad_runtime.bench.benchmark import Encoded, encoded_golden_frames
-from echoquad_runtime.bundle.bundle import BF16, TF32, Bundle
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.manifest import BF16, TF32
+from echoquad_runtime.devices.cpu_info import available_cpus
 from echoquad_runtime.devices.host_facts import host_facts
-from echoquad_runtime.devices.session_factory import Device, available_cpus, usable_devices
+from echoquad_runtime.devices.session_factory import Device, probe_devices
 from echoquad_runtime.errors import ConfigError, InputNotFoundError
 from echoquad_runtime.tuning.measurement import FRAME_RATE, CandidateTimer, GoldenFrameCheck
 from echoquad_runtime.tuning.racing import (
@@ -42,8 +43,6 @@ from echoquad_runtime.tuning.racing import (
 from echoquad_runtime.tuning.saved_settings import Goal, RunConfig
 
 __all__ = ["BATCH_SIZES", "FRAME_RATE", "CandidateResult", "TuningResult", "candidates", "tune"]
-
-_logger = logging.getLogger(__name__)
 
 BATCH_SIZES: Final = (1, 2, 4, 8, 16)
 """Batch sizes to try for throughput; the other goals process one frame at a time."""
@@ -188,7 +187,6 @@ def tune(
     seconds: float = 60.0,
     exhaustive: bool = False,
     seed: int = 0,
-    tell: Callable[[str], object] = _logger.info,
     progress: Callable[[float], None] = lambda _: None,
 ) -> TuningResult:
     """Measure the configurations of a bundle on this host and select one.
@@ -213,8 +211,6 @@ def tune(
         Whether to measure every candidate in every round, to see what elimination would have missed.
     seed
         Seed for the order within the rounds.
-    tell
-        Called with one line for each replay of the golden frames; the default logs it.
     progress
         Called with the seconds measured so far.
 
@@ -242,7 +238,7 @@ def tune(
     cpus = available_cpus()
     batch_sizes = (batch_size,) if batch_size else BATCH_SIZES if goal == "throughput" else (1,)
     devices, left_out = _devices(device, goal)
-    golden = GoldenFrameCheck(bundle, public_key, tell)
+    golden = GoldenFrameCheck(bundle, public_key)
     passed: dict[str, list[str]] = {}
     refused = []
     for name in devices:
@@ -310,7 +306,7 @@ def _devices(device: Device, goal: Goal) -> tuple[list[str], dict[str, str]]:
     """Return the devices to try, and why others are left out."""
     if device != "auto":
         return [device], {}
-    usable = usable_devices()
+    usable = probe_devices()
     left_out = {name: reason for name, reason in usable.items() if reason is not None}
     if goal == "power" and "cuda" in usable:
         # CUDA would always win: the energy of a GPU is not CPU time.

@@ -18,12 +18,14 @@ from typing import Any, Final, cast
 
 import numpy as np
 
-from echoquad_runtime.bundle.bundle import GOLDEN, Bundle, Golden, model_file
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.golden_frames import GoldenFrames
+from echoquad_runtime.bundle.manifest import GOLDEN, model_file
 from echoquad_runtime.devices.host_facts import host_facts
 from echoquad_runtime.devices.session_factory import Device
 from echoquad_runtime.engine.io_binding import FloatArray, buckets
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
-from echoquad_runtime.engine.self_test import largest_differences
+from echoquad_runtime.engine.self_test import max_abs_differences
 from echoquad_runtime.errors import DeviceUnavailableError, EchoQuadError
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.quadrants import Grey
@@ -74,7 +76,7 @@ class Verification:
     frames
         Number of golden frames.
     max_abs_dlogit, max_abs_dprobability
-        Largest |difference| from the expected answers; see `Golden.expected`.
+        Largest |difference| from the expected answers; see `GoldenFrames.expected`.
     frame_flips, quadrant_flips
         Number of changed decisions that no difference within the gate explains.
     tolerated_frame_flips, tolerated_quadrant_flips
@@ -245,7 +247,7 @@ def verify_all(
         The bundle.
     devices
         Device names, including ``auto``, each with the reason why it is unavailable or None, as
-        `echoquad_runtime.devices.session_factory.usable_devices` returns them.
+        `echoquad_runtime.devices.session_factory.probe_devices` returns them.
     precisions
         Precisions to check on each device; None in it is the bundle's default. None is every precision of the bundle,
         bf16 on OpenVINO and tf32 on CUDA included.
@@ -289,7 +291,7 @@ def verify_all(
     return VerificationReport(*head, len(manifest["files"]), tuple(checks), unavailable, None)
 
 
-def _hash_files(bundle: Bundle, precisions: Sequence[str]) -> Golden:
+def _hash_files(bundle: Bundle, precisions: Sequence[str]) -> GoldenFrames:
     """Hash every file except the graphs of `precisions`, which are hashed when they are loaded.
 
     Raises
@@ -305,7 +307,7 @@ def _hash_files(bundle: Bundle, precisions: Sequence[str]) -> Golden:
 
 
 def _replay(
-    bundle: Bundle, golden: Golden, device: Device, precision: str, threads: int | None, **options: Any
+    bundle: Bundle, golden: GoldenFrames, device: Device, precision: str, threads: int | None, **options: Any
 ) -> Verification:
     gate = bundle.gate(precision)
     predictor = Predictor(
@@ -321,10 +323,10 @@ def _replay(
     dlogit, dprobability = np.zeros(count), np.zeros(count)
     labels, tolerated = expected.labels.copy(), np.ones(count, np.bool_)
     flips = []
-    # `largest_differences` is infinite for an answer that is not a number, so such an answer cannot pass.
+    # `max_abs_differences` is infinite for an answer that is not a number, so such an answer cannot pass.
     for logits, probabilities in _passes(predictor, golden.frames):
-        dlogit = np.maximum(dlogit, largest_differences(logits, expected_logits))
-        dprobability = np.maximum(dprobability, largest_differences(probabilities, expected_p))
+        dlogit = np.maximum(dlogit, max_abs_differences(logits, expected_logits))
+        dprobability = np.maximum(dprobability, max_abs_differences(probabilities, expected_p))
         found = aggregate_votes(probabilities, contract.vote, contract.vote_weights)
         frames, quadrants = found.labels != expected.labels, found.quadrant_labels != expected.quadrant_labels
         within = within_tolerance(margins, found.labels, allowed)

@@ -15,7 +15,8 @@ from echoquad_export.packing import exporter as pack
 from echoquad_export.packing.exporter import check_precisions, export_run
 from echoquad_export.parity import golden
 from echoquad_export.parity.parity import GATES, Gate
-from echoquad_runtime.bundle.bundle import INTENDED_USE, Bundle
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.manifest import INTENDED_USE
 from echoquad_runtime.bundle.model_card import model_card
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.errors import (
@@ -397,13 +398,11 @@ def test_the_older_bundle_is_there_until_the_new_one_is(
     out = tmp_path / "bundle"
     shutil.copytree(case.bundle, out)
     before, seen = tree(out), []
-    real = pack.move_into_place
 
-    def watch(partial: Path, target: Path) -> None:
-        seen.append((tree(target) == before, set(tree(partial)) == FILES, verify(partial, device="cpu").passed))
-        real(partial, target)
+    def watch(partial: Path, *_: object) -> None:  # the last step before the bundle takes its name
+        seen.append((tree(out) == before, set(tree(partial)) == FILES, verify(partial, device="cpu").passed))
 
-    monkeypatch.setattr(pack, "move_into_place", watch)
+    monkeypatch.setattr(pack, "_sign", watch)
     export_run(run, out)
     assert seen == [(True, True, True)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
@@ -23,7 +24,7 @@ import pytest
 from PIL import Image
 
 from echoquad_runtime.bundle.bundle import Bundle
-from echoquad_runtime.bundle.signature import sign_bundle
+from echoquad_runtime.bundle.signing import sign_bundle
 from echoquad_runtime.cluster import ray_predictor as cluster
 from echoquad_runtime.cluster import ray_session, ray_worker
 from echoquad_runtime.cluster.ray_predictor import RayPredictor
@@ -132,7 +133,7 @@ def workers() -> set[int]:
 
 def start(*words: object, begin: str = "", **options: Any) -> subprocess.Popen[bytes]:
     """Start ``echoquad WORDS`` in a process that runs `begin` first."""
-    code = f"{begin}\nfrom echoquad.cli.app import main\nmain()"
+    code = f"{begin}\nfrom echoquad.cli.framework.main import main\nmain()"
     command = [sys.executable, "-c", code, *map(str, words)]
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, **{**streams, "env": {**os.environ, "PYTHONUTF8": "1"}, **options})
@@ -189,7 +190,12 @@ def small_slices(monkeypatch: pytest.MonkeyPatch, *, block: int, frames: int) ->
 
 
 def test_results_equal_those_of_a_local_predictor(
-    address: str, tiny_bundle: Path, tmp_path: Path, make_frame: Frame, monkeypatch: pytest.MonkeyPatch
+    address: str,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    make_frame: Frame,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     folder = draw(tmp_path / "frames", make_frame, 40)
     (folder / "0" / "0000.png").write_bytes(b"")
@@ -208,8 +214,8 @@ def test_results_equal_those_of_a_local_predictor(
             taken.append(index)
             yield item
 
-    lines: list[str] = []
-    rows = RayPredictor(Bundle(tiny_bundle), tell=lines.append).predict(lazily())
+    caplog.set_level(logging.INFO, "echoquad_runtime")
+    rows = RayPredictor(Bundle(tiny_bundle)).predict(lazily())
     assert taken == []
     results = [next(rows)]
     assert len(taken) == 24
@@ -217,7 +223,7 @@ def test_results_equal_those_of_a_local_predictor(
     assert comparable(results) == comparable(locally(tiny_bundle, found))
     failures = [type(it.error) for it in results if isinstance(it, Failure)]
     assert failures == [FrameDamagedError, InputNotFoundError, FrameDamagedError, FrameReadError]
-    assert lines == ["2 Ray workers of 1 CPU each"]
+    assert caplog.messages == ["2 Ray workers of 1 CPU each"]
 
 
 def test_abstains_like_a_local_predictor(address: str, tiny_bundle: Path, tmp_path: Path, make_frame: Frame) -> None:
@@ -322,19 +328,18 @@ def test_address_without_cluster_raises(tiny_bundle: Path, monkeypatch: pytest.M
     assert time.monotonic() - begin < 15
 
 
-def test_lost_head_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_head_is_reported_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(ray_session, "_CHECK_SECONDS", 0.02)
-    lines: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as head:
         address = f"127.0.0.1:{head.getsockname()[1]}"
-        with ray_session._watch_head(address, lines.append):
+        with ray_session._watch_head(address):
             time.sleep(0.2)
-            assert lines == []
+            assert caplog.messages == []
             head.close()
-            assert wait_until(lambda: lines)
+            assert wait_until(lambda: caplog.messages)
             time.sleep(0.1)
-    assert len(lines) == 1
-    assert lines[0].startswith(f"the head of the Ray cluster, {address}, does not answer (")
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(f"the head of the Ray cluster, {address}, does not answer (")
 
 
 @pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "head", "head:", ":6379", "head:port"])
@@ -385,17 +390,22 @@ def test_missing_ray_raises_missing_extra(tiny_bundle: Path) -> None:
 def test_command_line_without_cluster_or_ray(tiny_bundle: Path, frames_folder: Path, tmp_path: Path) -> None:
     line = ["predict", tiny_bundle, frames_folder, "--out", tmp_path / "rows.csv"]
     for words, code, text in (
-        (["--engine", "ray", "--ray-address", "127.0.0.1:1"], 1, "no Ray cluster answers at 127.0.0.1:1 ("),
-        (["--ray-address", "auto"], 2, "--ray-address is given without --engine ray; "),
+        (
+            ["--engine", "ray", "--ray-address", "127.0.0.1:1"],
+            1,
+            "error[E_CLUSTER]: no Ray cluster answers at 127.0.0.1:1 (",
+        ),
+        (["--ray-address", "auto"], 2, "error[E_USAGE]: --ray-address without --engine ray; "),
     ):
         ran = echoquad(*line, *words, code=code)
         assert ran.stdout == b""
-        assert ran.stderr.decode().startswith(f"error: {text}")
+        assert ran.stderr.decode().startswith(text)
         assert len(ran.stderr.splitlines()) == 1
     assert not (tmp_path / "rows.csv").exists()
     hidden = "import sys; sys.modules['ray'] = None"
     ran = echoquad(*line, "--engine", "ray", code=1, begin=hidden)
-    assert ran.stderr == b'error: this needs ray, which is not installed; do: pip install "echoquad[cpu,ray]"\n'
+    assert ran.stderr.startswith(b"error[E_EXTRA_MISSING]: ") and b'pip install "echoquad[cpu,ray]"' in ran.stderr
+    assert len(ran.stderr.splitlines()) == 1
 
 
 # ---------------------------------------------------------------------------------------------- slow tests
@@ -462,7 +472,7 @@ def test_signature_is_checked_on_the_nodes(
     assert comparable(list(predictor.predict(found))) == comparable(locally(tiny_bundle, found))
     files = {name: data for name, data in predictor._config.files.items() if name != "MODEL_CARD.md"}
     monkeypatch.setattr(predictor, "_config", replace(predictor._config, files=files))
-    with pytest.raises(SignatureError, match=r"^on the node [\d.]+: .+: 'MODEL_CARD.md' was taken away since"):
+    with pytest.raises(SignatureError, match=r"^on the node [\d.]+: .+: 'MODEL_CARD.md' was removed after"):
         next(predictor.predict(found))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.engine.io_binding import Answers
+from echoquad_runtime.engine.io_binding import InferenceOutput
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import BundleError, FrameError, FrameReadError
 from echoquad_runtime.frames.frame_file import Failure
@@ -28,7 +28,7 @@ def infer(quadrants: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return both, both
 
 
-def postprocess(tasks: Sequence[FrameTask], flags: Sequence[tuple[str, ...]], answers: Answers) -> list[Any]:
+def postprocess(tasks: Sequence[FrameTask], flags: Sequence[tuple[str, ...]], answers: InferenceOutput) -> list[Any]:
     assert answers.maps is None
     p = answers.probabilities
     assert len(tasks) == len(flags) == len(p)
@@ -44,7 +44,7 @@ def make_pool(
     infer: Callable[..., Any] = infer,
     postprocess: Callable[..., Any] = postprocess,
 ) -> WorkerPool[Any]:
-    engine: Any = SimpleNamespace(contract=CONTRACT, infer=infer, turns=threading.Semaphore(concurrent))
+    engine: Any = SimpleNamespace(contract=CONTRACT, infer=infer, run_limit=threading.Semaphore(concurrent))
     return WorkerPool(SlotPool(engine, frames), postprocess, workers=workers, time_limit=time_limit)
 
 

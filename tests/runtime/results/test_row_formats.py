@@ -18,13 +18,12 @@ from hypothesis import strategies as st
 from echoquad_runtime.errors import OutputError, UsageError
 from echoquad_runtime.predict.prediction import Prediction
 from echoquad_runtime.results.row_formats import (
-    CsvWriter,
-    JsonlWriter,
+    JSON_LINES,
     RowReader,
+    RowWriter,
     columns,
     format_for,
     open_writer,
-    writer_for,
 )
 from echoquad_runtime.storage.row_names import encoded, printed
 
@@ -68,7 +67,7 @@ def prediction(file: str = "test/ASD/ASD3-0.png", **changes: Any) -> Prediction:
 
 def as_csv(*rows: Prediction, classes: Sequence[str] = CLASSES) -> bytes:
     stream = io.BytesIO()
-    writer = CsvWriter(stream, classes)
+    writer = RowWriter(stream, classes)
     for row in rows:
         writer.write(row)
     return stream.getvalue()
@@ -76,7 +75,7 @@ def as_csv(*rows: Prediction, classes: Sequence[str] = CLASSES) -> bytes:
 
 def as_jsonl(*rows: Prediction) -> bytes:
     stream = io.BytesIO()
-    writer = JsonlWriter(stream, CLASSES)
+    writer = RowWriter(stream, CLASSES, JSON_LINES)
     for row in rows:
         writer.write(row)
     return stream.getvalue()
@@ -278,7 +277,6 @@ def test_extension_selects_the_format(tmp_path: Path, name: str, expected: Any) 
         writer.write(prediction())
         assert not (tmp_path / name).exists()
     assert (tmp_path / name).read_bytes() == expected(prediction())
-    assert writer_for(tmp_path / name) is {as_csv: CsvWriter, as_jsonl: JsonlWriter}[expected]
     assert len(list(tmp_path.iterdir())) == 1
 
 

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.devices.cpu_info import available_cpus
 from echoquad_runtime.devices.host_facts import host_facts
-from echoquad_runtime.devices.session_factory import available_cpus
 from echoquad_runtime.errors import OutputError
 from echoquad_runtime.tuning import saved_settings
 from echoquad_runtime.tuning.saved_settings import (
@@ -191,17 +191,17 @@ def test_settings_of_unavailable_device_are_ignored(
     config: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(bundle, RunConfig("cuda", "fp32", 1, False, 1), goal="latency")
-    monkeypatch.setattr(saved_settings, "usable_devices", lambda: {"cpu": None, "cuda": "no driver"})
+    monkeypatch.setattr(saved_settings, "probe_devices", lambda: {"cpu": None, "cuda": "no driver"})
     assert "ignored, device cuda cannot be used: no driver; run echoquad tune again" in load(bundle)[1]
     assert resolve_settings(bundle).device == "auto"
-    monkeypatch.setattr(saved_settings, "usable_devices", lambda: {"cpu": None})
+    monkeypatch.setattr(saved_settings, "probe_devices", lambda: {"cpu": None})
     assert "this onnxruntime is built without it" in load(bundle)[1]
-    monkeypatch.setattr(saved_settings, "usable_devices", lambda: {"cpu": None, "cuda": None})
+    monkeypatch.setattr(saved_settings, "probe_devices", lambda: {"cpu": None, "cuda": None})
     assert resolve_settings(bundle).device == "cuda"
 
 
 def test_cpu_is_not_probed(config: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saved_settings, "usable_devices", lambda: pytest.fail("probed"))
+    monkeypatch.setattr(saved_settings, "probe_devices", lambda: pytest.fail("probed"))
     save(bundle, CONFIG, goal="latency")
     assert resolve_settings(bundle).tuned
 

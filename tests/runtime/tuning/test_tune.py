@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -126,8 +127,8 @@ def test_candidates() -> None:
 # ---------------------------------------------------------------------------------------------- real engines
 
 
-def test_search_on_real_bundle(tiny_bundle: Path, frames_folder: Path) -> None:
-    told: list[str] = []
+def test_search_on_real_bundle(tiny_bundle: Path, frames_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "echoquad_runtime.tuning")
     spent: list[float] = []
     frames, _ = read_encoded([frames_folder], 10)
     found = tune(
@@ -137,10 +138,9 @@ def test_search_on_real_bundle(tiny_bundle: Path, frames_folder: Path) -> None:
         threads=1,
         seconds=1.0,
         exhaustive=True,
-        tell=told.append,
         progress=spent.append,
     )
-    assert told == ["golden frames: fp32 on cpu, 1 thread: passed"]
+    assert caplog.messages == ["golden frames: fp32 on cpu, 1 thread: passed"]
     assert [row.config.batch_size for row in sorted(found.candidates, key=lambda row: row.config.batch_size)] == [
         *BATCH_SIZES
     ]
@@ -182,14 +182,18 @@ def test_no_frame_to_time_raises(tiny_bundle: Path, make_tiny_bundle: Make, tmp_
 
 
 def test_candidate_that_fails_golden_frames_is_refused(
-    make_tiny_bundle: Make, make_tiny_graph: Callable[..., bytes], tmp_path: Path, cost_of: Callable[[Cost], None]
+    make_tiny_bundle: Make,
+    make_tiny_graph: Callable[..., bytes],
+    tmp_path: Path,
+    cost_of: Callable[[Cost], None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     contract = Contract(classes=("ASD", "NORM"), input_size=32)
     wrong = make_tiny_graph(contract, logit_scale=1.5)
     folder = make_tiny_bundle(tmp_path, precisions=("fp32", "fp16", "int8"), graphs={"fp16": wrong, "int8": b"none"})
     cost_of(lambda engine, count: 0.1 if engine.precision == "fp32" else 0.001)
-    told: list[str] = []
-    found = quick(folder, tell=told.append)
+    caplog.set_level(logging.INFO, "echoquad_runtime.tuning")
+    found = quick(folder)
     assert found.choice == RunConfig("cpu", "fp32", 1, False, 1)
     refused = {row.config.precision: row for row in found.candidates if row.verdict == "refused"}
     assert set(refused) == {"fp16", "int8"}
@@ -197,7 +201,7 @@ def test_candidate_that_fails_golden_frames_is_refused(
     assert "allowed: max_abs_dlogit 0.0001" in refused["fp16"].reason
     assert "int8 graph" in refused["int8"].reason
     assert all(row.cost is None and row.samples == 0 for row in refused.values())
-    assert set(told[:3]) == {
+    assert set(caplog.messages[:3]) == {
         f"golden frames: {name} on cpu, 2 threads: {how}"
         for name, how in [("fp32", "passed"), ("fp16", "failed"), ("int8", "failed")]
     }
@@ -401,7 +405,7 @@ def test_devices_and_precisions(
         measurement, "OnnxEngine", lambda bundle, **options: OnnxEngine(bundle, threads=options["threads"])
     )
     works = {"cpu": None, "cuda": None, "openvino": None}
-    monkeypatch.setattr(tuning, "usable_devices", lambda: works)
+    monkeypatch.setattr(tuning, "probe_devices", lambda: works)
     found = quick(two_precisions)
     assert asked[:7] == [
         *(("cpu", one) for one in ("fp32", "int8")),
@@ -415,16 +419,16 @@ def test_devices_and_precisions(
     assert {row.config.device for row in found.candidates} == {"cpu", "openvino"}
     assert "compare its settings by --device cuda" in found.left_out["cuda"]
     assert {row.config.device for row in quick(tiny_bundle, goal="power", device="cuda").candidates} == {"cuda"}
-    monkeypatch.setattr(tuning, "usable_devices", lambda: {"cpu": None, "cuda": "no driver"})
+    monkeypatch.setattr(tuning, "probe_devices", lambda: {"cpu": None, "cuda": "no driver"})
     found = quick(tiny_bundle)
     assert {row.config.device for row in found.candidates} == {"cpu"}
     assert found.left_out == {"cuda": "no driver"}
 
 
 def test_unavailable_device_raises(tiny_bundle: Path) -> None:
-    from echoquad_runtime.devices.session_factory import usable_devices
+    from echoquad_runtime.devices.session_factory import probe_devices
 
-    if "openvino" in usable_devices():
+    if "openvino" in probe_devices():
         pytest.skip("this onnxruntime has OpenVINO")
     with pytest.raises(DeviceUnavailableError, match="device openvino cannot be used"):
         tune(tiny_bundle, device="openvino")
@@ -448,7 +452,7 @@ def test_failed_gate_is_not_an_unavailable_device(two_precisions: Path, monkeypa
 def test_unavailable_precision_raises(tiny_bundle: Path) -> None:
     with pytest.raises(BundleError, match="it holds no int8 graph"):
         tune(tiny_bundle, precision="int8")
-    with pytest.raises(UsageError, match="bf16 is computed on device openvino alone"):
+    with pytest.raises(UsageError, match="bf16 requires device openvino"):
         tune(tiny_bundle, device="cpu", precision="bf16")
 
 

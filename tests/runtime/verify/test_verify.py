@@ -13,16 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from echoquad_runtime.bundle.bundle import GOLDEN, Bundle, Golden
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.golden_frames import GoldenFrames
+from echoquad_runtime.bundle.manifest import GOLDEN
 from echoquad_runtime.devices.session_factory import open_session
 from echoquad_runtime.engine.io_binding import IoBinding
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
-from echoquad_runtime.errors import (
-    BundleError,
-    BundleNotFoundError,
-    BundleTamperedError,
-    DeviceUnavailableError,
-)
+from echoquad_runtime.errors import BundleError, BundleNotFoundError, BundleTamperedError, DeviceUnavailableError
 from echoquad_runtime.verify.decision_margins import frame_margins
 from echoquad_runtime.verify.verify import verify, verify_all
 
@@ -30,7 +27,7 @@ Make = Callable[..., Path]
 LOOSE = {"max_abs_dprobability": 0.05, "max_frame_flip_fraction": 0.01}
 
 
-def golden_of(folder: Path) -> Golden:
+def golden_of(folder: Path) -> GoldenFrames:
     return Bundle(folder).read_golden()
 
 
@@ -183,7 +180,7 @@ def test_low_precision_graph_is_compared_with_its_exported_answers(
     for name, golden, passes in (
         (
             "far from torch",
-            Golden(right.names, right.frames, *wrong, exported={"int8": right.expected("fp32")}),
+            GoldenFrames(right.names, right.frames, *wrong, exported={"int8": right.expected("fp32")}),
             "int8",
         ),
         ("another device", dataclasses.replace(right, exported={"int8": wrong}), "fp32"),
@@ -324,7 +321,7 @@ def test_batch_size_does_not_depend_on_number_of_golden_frames(
 ) -> None:
     """Peak memory must not depend on the number of golden frames."""
     golden = golden_of(tiny_bundle)
-    many = Golden(
+    many = GoldenFrames(
         golden.names * 7,
         golden.frames * 7,
         np.tile(golden.logits, (7, 1, 1)),
