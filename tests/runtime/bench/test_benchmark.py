@@ -19,11 +19,11 @@ from PIL import Image
 from echoquad_runtime.bench.benchmark import (
     STAGES,
     encoded_golden_frames,
-    peak_rss_mb,
     read_encoded,
     run_benchmark,
     time_stages,
 )
+from echoquad_runtime.bench.peak_memory import peak_rss_mb
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.slot_pool import SlotPool
