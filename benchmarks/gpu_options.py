@@ -83,7 +83,7 @@ def _slot_call(context: Context, session: Any, most: int) -> Call:
         session,
         context.peer.contract,
         most,
-        fault=lambda _, error: error,
+        make_error=lambda _, error: error,
         provider=provider,
         first_runs=first_runs,
     )

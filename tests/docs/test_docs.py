@@ -11,6 +11,7 @@ from types import ModuleType
 from urllib.parse import unquote
 
 import pytest
+from packaging.requirements import Requirement
 
 from echoquad_runtime import errors
 
@@ -91,6 +92,14 @@ def test_relative_links_resolve(page: Path) -> None:
     assert broken == []
 
 
+def test_paths_of_pages_in_the_code_exist() -> None:
+    folders = ("echoquad", "export", "runtime", "train", "benchmarks", "examples", "tests")
+    files = [path for name in folders for path in (ROOT / name).rglob("*") if path.suffix in (".py", ".mjs", ".md")]
+    files = [path for path in files if "node_modules" not in path.parts]
+    named = {(path, page) for path in files for page in re.findall(r"docs/[\w/-]+\.md", path.read_text("utf-8"))}
+    assert {(path.relative_to(ROOT).as_posix(), page) for path, page in named if not (ROOT / page).is_file()} == set()
+
+
 def _anchors(page: Path) -> set[str]:
     headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower().replace("`", "")).replace(" ", "-") for heading in headings}
@@ -116,12 +125,13 @@ def test_citation_and_lock_file_match_the_project() -> None:
     import echoquad
 
     assert f"\nversion: {echoquad.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
-    locked = re.findall(r"^([\w.-]+)==\S+$", (ROOT / "requirements-dev.lock").read_text("utf-8"), re.MULTILINE)
+    lines = (ROOT / "requirements-dev.lock").read_text("utf-8").splitlines()
+    locked = {name.lower(): version for name, _, version in (line.partition("==") for line in lines)}
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = wanted["optional-dependencies"]
-    names = [*wanted["dependencies"], *(name for extra in LOCKED for name in extras[extra])]
-    plain = {re.split(r"[^\w.-]", name)[0].lower() for name in names} - {"echoquad"}
-    assert plain - {name.lower() for name in locked} == set()
+    requirements = map(Requirement, [*wanted["dependencies"], *(item for extra in LOCKED for item in extras[extra])])
+    versions = {item.name.lower(): item.specifier for item in requirements if item.name != "echoquad"}
+    assert [name for name, allowed in versions.items() if locked.get(name, "") not in allowed] == []
 
 
 def test_drawing_of_the_packages_matches_the_import_contracts() -> None:

@@ -274,7 +274,7 @@ def test_openvino_never_lies_about_bfloat16(openvino: Any, tiny_bundle: Path) ->
     verify = ("verify", tiny_bundle, "--precision", "bf16", "--device", "openvino")
     doctor = openvino.echoquad("doctor", "--device", "openvino")
     assert "[ok] openvino: computed the expected numbers, " in doctor.out
-    if "in bfloat16 too" in doctor.out:
+    if "also in bfloat16" in doctor.out:
         assert " on openvino in bf16: " in openvino.echoquad(*verify).out
     ran = openvino.echoquad(*verify, code=4, env=OLD_PROCESSOR)
     assert ran.out == ""

@@ -57,14 +57,8 @@ INTENDED_USE: Final = (
 _SELF_HASH: Final = "manifest_sha256"
 _MAX_MANIFEST: Final = 1 << 24  # bytes; a thousand times the usual size
 _REQUIRED: Final[Mapping[str, type]] = {
-    "contract": dict,
-    "contract_sha256": str,
-    "files": dict,
-    "precisions": dict,
-    "default_precision": str,
-    "parity": dict,
-    "training": dict,
-    "intended_use": str,
+    **dict.fromkeys(("contract", "files", "precisions", "parity", "training"), dict),
+    **dict.fromkeys(("contract_sha256", "default_precision", "intended_use"), str),
 }
 
 

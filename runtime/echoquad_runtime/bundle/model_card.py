@@ -105,8 +105,8 @@ def _intended_use(manifest: Mapping[str, Any]) -> Section:
     text = (
         "Classifies a still echocardiogram frame as one of {classes}. The frame is converted to grey levels, the "
         "central {contract.keep:.0%} of each side is kept and split into four quadrants, and each is resized to "
-        "{contract.input_size:d}x{contract.input_size:d} and classified by a {training.backbone}. A {contract.vote} "
-        "vote of the quadrants decides."
+        "{contract.input_size:d}x{contract.input_size:d} and classified by a {training.backbone}. The quadrants' "
+        "results are combined by {contract.vote} vote."
     )
     origin = "Exported {created} by EchoQuad {versions.echoquad}."
     summary = Paragraph(_fill(text, manifest, classes=_class_list(manifest)))

@@ -31,13 +31,13 @@ from echoquad_runtime.errors import ConfigError, MissingExtraError, SignatureErr
 from echoquad_runtime.storage.atomic import open_regular, read_regular
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 __all__ = [
     "import_extra",
     "key_fingerprint",
     "list_files",
-    "read_private_key",
+    "read_key",
     "verify_envelope",
     "verify_signature",
 ]
@@ -80,7 +80,7 @@ def verify_signature(folder: Path, public_key: str | Path, manifest: bytes) -> s
         If the extra ``sign`` is not installed.
     """
     label, path = folder.as_posix(), Path(public_key)
-    key = _read_public_key(path)
+    key: EllipticCurvePublicKey = read_key(path, private=False)
     try:
         data = read_regular(folder / SIGNATURE, _MAX_BYTES)
     except FileNotFoundError:
@@ -209,59 +209,43 @@ def _parse_statement(payload: bytes) -> dict[str, str] | None:
 # ---------------------------------------------------------------------------------------------- keys
 
 
-def _read_public_key(path: Path) -> EllipticCurvePublicKey:
-    data = _read_key(path)
-    if b"PRIVATE KEY-----" in data:
-        raise ConfigError(
-            f"{path.as_posix()}: found a private key; expected a public key, the only one that belongs on a cart; "
-            "create it: openssl pkey -in KEY.pem -pubout -out PUB.pem"
-        )
-    key: EllipticCurvePublicKey = _load_key("load_pem_public_key", "a public key", path, data)
-    return key
-
-
-def read_private_key(path: Path) -> EllipticCurvePrivateKey:
-    """Read an elliptic-curve private key from a PEM file.
+def read_key(path: Path, *, private: bool) -> Any:
+    """Read an elliptic-curve key, private or public, from a PEM file.
 
     Raises
     ------
     ConfigError
-        If it cannot be read, is encrypted, or is not an elliptic-curve private key.
+        If it cannot be read, is encrypted, or is not an elliptic-curve key of the expected kind.
     MissingExtraError
         If the extra ``sign`` is not installed.
     """
-    data = _read_key(path)
-    if b"ENCRYPTED" in data:
-        raise ConfigError(
-            f"{path.as_posix()}: the private key is encrypted; expected an unencrypted key, since no password is "
-            "asked for; decrypt it for signing: openssl pkey -in KEY.pem -out PLAIN.pem"
-        )
-    key: EllipticCurvePrivateKey = _load_key("load_pem_private_key", "a private key", path, data, None)
-    return key
-
-
-def _read_key(path: Path) -> bytes:
+    label, expected = path.as_posix(), "a private key" if private else "a public key"
     try:
-        return read_regular(path, _MAX_BYTES)
+        data = read_regular(path, _MAX_BYTES)
     except OSError as error:
+        raise ConfigError(f"{label}: the key cannot be read ({error.strerror or error}); check the path") from error
+    if private and b"ENCRYPTED" in data:
         raise ConfigError(
-            f"{path.as_posix()}: the key cannot be read ({error.strerror or error}); check the path"
-        ) from error
-
-
-def _load_key(loader: str, expected: str, path: Path, data: bytes, *arguments: None) -> Any:
+            f"{label}: the private key is encrypted; expected an unencrypted key, since no password is asked for; "
+            "decrypt it for signing: openssl pkey -in KEY.pem -out PLAIN.pem"
+        )
+    if not private and b"PRIVATE KEY-----" in data:
+        raise ConfigError(
+            f"{label}: found a private key; expected a public key, the only one that belongs on a cart; create it: "
+            "openssl pkey -in KEY.pem -pubout -out PUB.pem"
+        )
     unsupported = import_extra("cryptography.exceptions").UnsupportedAlgorithm
-    serialization = import_extra("cryptography.hazmat.primitives.serialization")
+    load = import_extra("cryptography.hazmat.primitives.serialization")
     try:
-        key = getattr(serialization, loader)(data, *arguments)
+        key = load.load_pem_private_key(data, None) if private else load.load_pem_public_key(data)
     except (ValueError, TypeError, unsupported) as error:
         raise ConfigError(
-            f"{path.as_posix()}: it is not {expected} in PEM form; expected {_EXPECTED_KEY}, as openssl writes it"
+            f"{label}: it is not {expected} in PEM form; expected {_EXPECTED_KEY}, as openssl writes it"
         ) from error
     curve = getattr(getattr(key, "curve", None), "name", None)
     if curve not in _HASHES:
         found = f"the curve {curve}" if curve else type(key).__name__.strip("_")
-        raise ConfigError(f"{path.as_posix()}: found {found}; expected {_EXPECTED_KEY}")
+        raise ConfigError(f"{label}: found {found}; expected {_EXPECTED_KEY}")
     return key
 
 

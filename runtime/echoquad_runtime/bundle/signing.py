@@ -8,13 +8,7 @@ from pathlib import Path
 
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.bundle.manifest import MANIFEST, SIGNATURE, encode_manifest
-from echoquad_runtime.bundle.signature import (
-    import_extra,
-    key_fingerprint,
-    list_files,
-    read_private_key,
-    verify_envelope,
-)
+from echoquad_runtime.bundle.signature import import_extra, key_fingerprint, list_files, read_key, verify_envelope
 from echoquad_runtime.errors import BundleError
 from echoquad_runtime.storage.atomic import write_bytes
 
@@ -31,7 +25,7 @@ def check_private_key(path: Path) -> None:
     MissingExtraError
         If the extra ``sign`` is not installed.
     """
-    read_private_key(path)
+    read_key(path, private=True)
     import_extra("model_signing")
 
 
@@ -59,7 +53,7 @@ def sign_bundle(folder: Path, private_key: Path) -> str:
     OutputError
         If the signature cannot be written.
     """
-    key = read_private_key(private_key)
+    key = read_key(private_key, private=True)
     signing = import_extra("model_signing")
     bundle, label = Bundle(folder), folder.as_posix()
     for name in bundle.manifest["files"]:

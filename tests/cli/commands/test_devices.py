@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from echoquad_runtime.devices import session_factory
-from echoquad_runtime.devices.session_factory import CUDA_PROVIDER, OPENVINO_PROVIDER, load_onnxruntime
+from echoquad_runtime.devices.execution_providers import CUDA_PROVIDER, OPENVINO_PROVIDER
+from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 
 
 @pytest.mark.parametrize(("device", "provider"), [("cuda", CUDA_PROVIDER), ("openvino", OPENVINO_PROVIDER)])

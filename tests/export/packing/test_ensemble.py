@@ -139,7 +139,7 @@ def test_one_bundle_in_every_precision(case: Any, thin: None, tmp_path: Path) ->
     card = " ".join((bundle / "MODEL_CARD.md").read_text("utf-8").split())  # its lines are wrapped
     assert "2 members judge every quadrant, soft vote, each in the views: as it is, flipped" in card
     assert "judged by a soft vote of 2 networks (resnet18)" in card and "not stated" not in card
-    with pytest.raises(BundleError, match="gives no class activation maps"):
+    with pytest.raises(BundleError, match="has no class activation maps"):
         Predictor(bundle, cam=True)
 
 

@@ -187,11 +187,11 @@ def test_read_options_of_training_apply_to_evaluation_and_prediction(
 
     echoquad("export", run, "--out", bundle)
     one = data / "validation" / "low" / "one.csv"
-    told = echoquad("predict", bundle, one, "--out", tmp_path / "told.csv", "--device", "cpu")
-    assert "matrices are flipped (vertical), as in training" in told.err
+    default = echoquad("predict", bundle, one, "--out", tmp_path / "default.csv", "--device", "cpu")
+    assert "matrices are flipped (vertical), as in training" in default.err
     other = echoquad("predict", bundle, one, "--out", tmp_path / "other.csv", "--device", "cpu", "--flip", "none")
     assert "--flip none: differs from training, which had vertical" in other.err
-    (as_trained,), (as_stored,) = rows_of(tmp_path / "told.csv"), rows_of(tmp_path / "other.csv")
+    (as_trained,), (as_stored,) = rows_of(tmp_path / "default.csv"), rows_of(tmp_path / "other.csv")
     assert as_trained != as_stored
     evaluated = rows_of(tmp_path / "evaluation" / "predictions.csv")[3]
     assert abs(float(as_trained["prob_low"]) - float(evaluated["prob_low"])) <= 1e-4

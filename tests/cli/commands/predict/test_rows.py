@@ -1,4 +1,4 @@
-"""Where ``echoquad predict`` writes its rows: unwritable files, full disks, pipes."""
+"""Output of ``echoquad predict``: unwritable files, full disks, pipes."""
 
 from __future__ import annotations
 
