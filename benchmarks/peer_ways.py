@@ -312,7 +312,7 @@ def echoquad(setting: Setting, *, precision: str) -> Pass:
     from echoquad_runtime.results.result_file import ResultFile
 
     predictor = Predictor(
-        setting.bundle, device="cpu", precision=precision, threads=setting.threads, method="majority", many=True
+        setting.bundle, device="cpu", precision=precision, threads=setting.threads, method="majority", concurrent=True
     )
 
     made_by = {

@@ -25,7 +25,7 @@ from echoquad_runtime.errors import ConfigError, DatasetError, RunError
 from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict.predictor import Predictor
-from echoquad_runtime.results.row_formats import format_of
+from echoquad_runtime.results.row_formats import format_for
 from echoquad_runtime.storage.atomic import make_folder, write_atomically, write_bytes, write_json
 from echoquad_runtime.storage.row_names import without_formula
 from echoquad_train.data.dataset import Split, read_classes, read_split
@@ -304,7 +304,7 @@ def _figures(held_out: Sequence[SplitPredictions], positive: str) -> dict[str, A
 
 def _write_predictions(path: Path, held_out: Sequence[SplitPredictions], classes: Sequence[str]) -> None:
     """Write the predictions table with two more columns: the fold that held the frame out, and the true class."""
-    layout = format_of(path)
+    layout = format_for(path)
     with write_atomically(path) as stream:
         stream.write(layout.header(classes).rstrip(b"\n") + b",fold,true_class\n")
         for number, found in enumerate(held_out, 1):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from echoquad_train.plot_style import BLUE, GREY, ORANGE
+from echoquad_train.plot_style import BLUE, GREY, VERMILION
 from echoquad_train.runs.history import Epoch, best_epoch
 
 __all__ = ["training_curves"]
@@ -24,12 +24,12 @@ def training_curves(history: Sequence[Epoch], progressive_epochs: int = 0) -> Fi
         (losses, [epoch.validation_loss for epoch in history], BLUE, "validation"),
         (accuracies, [epoch.train_patch_accuracy for epoch in history], GREY, "train, quadrants"),
         (accuracies, [epoch.validation_patch_accuracy for epoch in history], BLUE, "validation, quadrants"),
-        (accuracies, [epoch.validation_frame_accuracy for epoch in history], ORANGE, "validation, frames"),
+        (accuracies, [epoch.validation_frame_accuracy for epoch in history], VERMILION, "validation, frames"),
     ):
         axes.plot(epochs, figures, color=colour, marker=marker, label=label)
     best = best_epoch(history)
     label = f"best: {best.validation_frame_accuracy:.3f} in epoch {best.epoch}"
-    accuracies.plot(best.epoch, best.validation_frame_accuracy, "*", color=ORANGE, markersize=13, label=label)
+    accuracies.plot(best.epoch, best.validation_frame_accuracy, "*", color=VERMILION, markersize=13, label=label)
     losses.set(title="Loss (quadrants)", xlabel="epoch", ylabel="cross-entropy in nats")
     accuracies.set(title="Accuracy", xlabel="epoch", ylabel="fraction right", ylim=(0, 1.02))
     if progressive_epochs:  # after them the training loss jumps: the network sees another size
