@@ -26,7 +26,7 @@ import torch
 from common import arguments, paired_ratio, report, time_in_turn
 
 from echoquad_export.precision.calibration_set import Ranges
-from echoquad_export.precision.quantize import float_tensors, prepare, quantize
+from echoquad_export.precision.quantize import activation_tensors, prepare, quantize
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.slot_pool import SlotPool
@@ -139,7 +139,7 @@ def plain_int8(bundle: Bundle) -> bytes:
     """
     model = prepare(bundle.read_model("fp32"), bundle.contract, space_to_depth=False)
     frames = np.stack([frame_quadrants(frame, bundle.contract)[:, 0] for frame in bundle.read_golden().frames])
-    return quantize(model, Ranges(model, frames, float_tensors(model)))
+    return quantize(model, Ranges(model, frames, activation_tensors(model)))
 
 
 if __name__ == "__main__":

@@ -242,12 +242,12 @@ def test_a_graph_of_integers_gives_the_row_of_predict(
     tmp_path: Path,
 ) -> None:
     from echoquad_export.precision.calibration_set import Ranges
-    from echoquad_export.precision.quantize import float_tensors, prepare, quantize
+    from echoquad_export.precision.quantize import activation_tensors, prepare, quantize
 
     contract = Bundle(tiny_bundle).contract
     model = prepare((tiny_bundle / model_file("fp32")).read_bytes(), contract)
     frames = np.stack([frame_quadrants(make_frame(seed), contract)[:, 0] for seed in range(4)])
-    integers = quantize(model, Ranges(model, frames, float_tensors(model)))
+    integers = quantize(model, Ranges(model, frames, activation_tensors(model)))
     assert b"QuantizeLinear" in integers
     gate = {"max_abs_dprobability": 0.05, "max_frame_flip_fraction": 0.01}
     parity = {"parity": {"int8": {"gate": gate}}}

@@ -214,9 +214,9 @@ def test_openvino_on_a_cart(openvino: Any, tiny_bundle: Path, frames_folder: Pat
 def int8_bundle(make_tiny_bundle: Any, make_tiny_graph: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a bundle with an int8 graph whose first convolution has the stride 2, as most networks' has."""
     onnx = pytest.importorskip("onnx")
-    from echoquad_export.graph.memory_session import open_in_memory
+    from echoquad_export.graph.onnx_graph import open_in_memory
     from echoquad_export.precision.calibration_set import Ranges
-    from echoquad_export.precision.quantize import float_tensors, prepare, quantize
+    from echoquad_export.precision.quantize import activation_tensors, prepare, quantize
 
     contract = Contract(classes=("ASD", "NORM"), input_size=32)
     model = onnx.load_from_string(make_tiny_graph(contract))
@@ -227,7 +227,10 @@ def int8_bundle(make_tiny_bundle: Any, make_tiny_graph: Any, tmp_path_factory: p
     frames = np.random.default_rng(0).integers(0, 256, (8, 60, 80), np.uint8)
     quadrants = np.stack([frame_quadrants(frame, contract) for frame in frames])
     prepared = prepare(single, contract)
-    graphs = {"fp32": single, "int8": quantize(prepared, Ranges(prepared, quadrants[:, :, 0], float_tensors(prepared)))}
+    graphs = {
+        "fp32": single,
+        "int8": quantize(prepared, Ranges(prepared, quadrants[:, :, 0], activation_tensors(prepared))),
+    }
     found = open_in_memory(single).run(["logits", "probabilities"], {"quadrants": quadrants.reshape(-1, 1, 32, 32)})
     logits, probabilities = (answer.reshape(len(frames), 4, 2) for answer in found)
     golden = Golden(tuple(f"noise-{i}" for i in range(len(frames))), tuple(frames), logits, probabilities)

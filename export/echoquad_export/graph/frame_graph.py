@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, compose, helper
 
-from echoquad_export.graph.build import replace_nodes
+from echoquad_export.graph.onnx_graph import replace_nodes
 from echoquad_export.graph.resize_graph import FRAMES, Nodes, add_quadrants
 from echoquad_runtime._version import __version__
 from echoquad_runtime.bundle.bundle import Bundle

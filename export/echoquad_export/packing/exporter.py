@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from echoquad_export.graph.activation_map import check_cam
+from echoquad_export.graph.activation_map import check_activation_maps
 from echoquad_export.graph.build import IR_VERSION, OPSET, build_graph
 from echoquad_export.graph.frame_graph import make_frame_graph, whole_frames
 from echoquad_export.packing.manifest import make_manifest, provenance
@@ -181,7 +181,7 @@ def export_run(
                 graph = single if precision == "fp32" else to_fp16(single)
                 parities[precision] = judge(precision, graph)
                 parities[precision].require()
-            if maps := check_cam(graph, store.quadrants[:CAM_FRAMES]):
+            if maps := check_activation_maps(graph, store.quadrants[:CAM_FRAMES]):
                 draft.details[precision]["cam"] = maps
         draft.figures = summary(tuple(parities.values()))
 

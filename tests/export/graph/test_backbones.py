@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from echoquad_export.graph.build import DeployedClassifier, build_graph
-from echoquad_export.graph.memory_session import open_in_memory
+from echoquad_export.graph.onnx_graph import open_in_memory
 from echoquad_export.packing.exporter import export_run
 from echoquad_export.precision.calibration_set import Ranges
-from echoquad_export.precision.quantize import float_tensors, layers, prepare, quantize
+from echoquad_export.precision.quantize import activation_tensors, layers, prepare, quantize
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
@@ -67,7 +67,7 @@ def test_a_graph_gives_what_the_backbone_gives(name: str) -> None:
 
     prepared = prepare(graph, contract)
     units = layers(prepared)
-    ranges = Ranges(prepared, quadrants.numpy().reshape(2, 4, 64, 64), float_tensors(prepared))
+    ranges = Ranges(prepared, quadrants.numpy().reshape(2, 4, 64, 64), activation_tensors(prepared))
     every = [name for unit in units for name in unit]
     errors = []
     for kept in (every, [name for unit in units[: len(units) // 2] for name in unit], []):

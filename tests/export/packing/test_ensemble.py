@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from echoquad_export.graph.build import build_graph
-from echoquad_export.graph.first_conv import integer_stem
-from echoquad_export.graph.memory_session import open_in_memory
+from echoquad_export.graph.first_conv import integer_first_conv
+from echoquad_export.graph.onnx_graph import open_in_memory
 from echoquad_export.packing.exporter import export_run
 from echoquad_export.precision.fp16 import to_fp16
 from echoquad_export.precision.quantize import layers, prepare
@@ -92,13 +92,13 @@ def test_half_precision_ends_where_a_members_answer_begins(built: Built) -> None
 
 
 def test_every_member_begins_with_integers_and_ends_in_float(built: Built) -> None:
-    stem = integer_stem(onnx.load_from_string(built[0]), CONTRACT)
-    onnx.checker.check_model(stem, full_check=True)
-    assert sum(node.op_type == "DequantizeLinear" for node in stem.graph.node) == 1
-    for found, wanted in zip(run(stem.SerializeToString()), run(built[0]), strict=True):
+    rewritten = integer_first_conv(onnx.load_from_string(built[0]), CONTRACT)
+    onnx.checker.check_model(rewritten, full_check=True)
+    assert sum(node.op_type == "DequantizeLinear" for node in rewritten.graph.node) == 1
+    for found, wanted in zip(run(rewritten.SerializeToString()), run(built[0]), strict=True):
         np.testing.assert_allclose(found, wanted, atol=5e-4)
     quantised = {name for unit in layers(prepare(built[0], CONTRACT)) for name in unit}
-    assert {"stem", "stem.1"} <= quantised
+    assert {"first_conv", "first_conv.1"} <= quantised
     # Nothing of the vote is rounded to 8 bits.
     assert not [name for name in quantised if name.startswith(("Mul", "GlobalAveragePool"))]
 
