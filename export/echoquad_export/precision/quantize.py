@@ -26,6 +26,7 @@ from echoquad_export.graph.first_conv import integer_first_conv
 from echoquad_export.graph.float_tail import float_tail
 from echoquad_export.graph.onnx_graph import attributes, constants, float_tensors, is_spatial_mean
 from echoquad_export.precision.calibration_set import Ranges
+from echoquad_runtime.bundle.onnx_header import OUTPUTS
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices.session_factory import load_onnxruntime
 
@@ -103,6 +104,7 @@ def quantize(
     from onnxruntime.quantization.quant_utils import add_infer_metadata
 
     bounds = {name: ranges.range(name, percentile) for name in activation_tensors(model)}
+    bounds[OUTPUTS[1]] = (0.0, 1.0)  # onnxruntime 1.20 needs the range of each Softmax
     values = constants(model.graph)
     for node in model.graph.node:
         # onnxruntime before 1.22 quantizes these again: the same scale and zero point make that a no-op.
