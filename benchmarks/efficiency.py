@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from common import KINDS, PAUSE, alternate, arguments, make_frames, one_core, report
-from peer_ways import Setting, echoquad
+from workers.peer import Setting, echoquad
 
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.devices.session_factory import open_session

@@ -96,7 +96,7 @@ def openvino_calls(
     with TemporaryDirectory() as folder:
         if {"fp32", "int8"} <= set(bundle.precisions):
             Path(folder, f"{AS_TRAINED}.onnx").write_bytes(plain_int8(bundle))
-        worker = Path(__file__).with_name("openvino_worker.py")
+        worker = Path(__file__).with_name("workers") / "openvino_worker.py"
         line = [python, str(worker), str(bundle.folder.resolve()), folder, str(threads)]
         with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdin is not None and process.stdout is not None

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from common import KINDS, PAUSE, arguments, make_frames, paired_ratio, report, rotated
-from peer_ways import WAYS
+from workers.peer import WAYS
 
 from echoquad_runtime.bundle.bundle import Bundle
 
@@ -40,14 +40,15 @@ class Peer:
 
     def __init__(self, name: str, run: Path, bundle: Path, threads: int) -> None:
         self.name = name
-        command = [sys.executable, Path(__file__).with_name("peer_ways.py"), name, run, bundle, threads]
+        command = [sys.executable, "-m", "workers.peer", name, run, bundle, threads]
+        path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             list(map(str, command)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},  # one that is set for this process is not for them
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": str(threads)},
         )
         self.obstacle: str = self._answer()
 

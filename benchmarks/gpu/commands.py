@@ -17,13 +17,13 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from gpu_report import NEEDS_CUDA, OUT_OF_TIME, Context, OutOfTimeError, aim, visible_gpu
-from gpu_start import PARTS
 from peers import read_rows
+from workers.start_parts import PARTS
 
 from echoquad_runtime.frames.discovery import walk
+from gpu.report import NEEDS_CUDA, OUT_OF_TIME, Context, OutOfTimeError, aim, visible_gpu
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TRAINING_AIM = 0.8  # seconds an epoch
 TRAINING_FRAMES = 800  # those of the aim
 TRUTH_FRAMES = 200  # frames whose decisions are compared, at most
@@ -337,7 +337,7 @@ NO_CACHE = {"ECHOQUAD_CACHE_DIR": ""}  # a pass of the self-test that is remembe
 
 def _parts(context: Context, precision: str, frames: int) -> dict[str, float]:
     line = [
-        Path(__file__).with_name("gpu_start.py"),
+        ROOT / "benchmarks" / "workers" / "start_parts.py",
         context.settings.bundle,
         context.settings.device,
         precision,

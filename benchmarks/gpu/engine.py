@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 from common import alternate
-from gpu_report import LARGE, NEEDS_CUDA, OUT_OF_TIME, Context, aim, ratio
-from peer_ways import Setting, trained
+from workers.peer import Setting, trained
 
 from echoquad_runtime.devices.execution_providers import CPU_PROVIDER, CUDA_PROVIDER, create_session
 from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
@@ -22,6 +21,7 @@ from echoquad_runtime.engine.slot_pool import SlotPool, infer_all
 from echoquad_runtime.frames.discovery import walk
 from echoquad_runtime.frames.reader import read_frame
 from echoquad_runtime.quadrants import frame_quadrants
+from gpu.report import LARGE, NEEDS_CUDA, OUT_OF_TIME, Context, aim, ratio
 
 ENGINE_AIM = 1.10  # fp16 over torch fp16, channels last, in the same run
 GRAPH_AIM = 1.5  # one frame with CUDA graphs over the device time alone

@@ -17,10 +17,8 @@ from typing import Any
 
 import numpy as np
 from common import FRAME_SIZE, KINDS, plant_tree, rotated
-from gpu_engine import Call, torch_call
-from gpu_report import OUT_OF_TIME, Context, OutOfTimeError, aim, ratio
-from peer_ways import cut_small, in_threads, write
 from PIL import Image
+from workers.peer import cut_small, in_threads, write
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices.cpu_info import available_cpus
@@ -28,6 +26,8 @@ from echoquad_runtime.devices.execution_providers import CPU_PROVIDER, CUDA_PROV
 from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 from echoquad_runtime.engine.onnx_engine import INPUT
 from echoquad_runtime.frames.discovery import walk
+from gpu.engine import Call, torch_call
+from gpu.report import OUT_OF_TIME, Context, OutOfTimeError, aim, ratio
 
 BY_HAND_AIM = 1.5  # times onnxruntime by hand in threads
 DECODE_AIM = 0.85  # of what the cores can decode

@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import Any
 
 from common import arguments, run_facts
-from gpu_report import OUT_OF_TIME, Report, Settings, run_section, visible_gpu
 
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.frames.discovery import walk
+from gpu.report import OUT_OF_TIME, Report, Settings, run_section, visible_gpu
 
 PROBE_TIME = 90.0  # seconds for a first import of torch and a first use of CUDA, at most
 
@@ -64,20 +64,20 @@ class Section:
 
 
 SECTIONS: dict[str, Section] = {
-    "tests": Section("Tests", "gpu_commands:gpu_tests", 55),
-    "truth": Section("Decisions", "gpu_commands:truth", 50),
-    "engine": Section("Engine", "gpu_engine:engine", 70),
-    "options": Section("Provider options", "gpu_options:options", 100),
-    "files": Section("Files to CSV", "gpu_files:files", 110),
-    "scaling": Section("CPU cores", "gpu_files:scaling", 25, on_cpu=True),
-    "training": Section("Training", "gpu_commands:training", 35),
-    "start": Section("Start", "gpu_commands:start", 35),
+    "tests": Section("Tests", "gpu.commands:gpu_tests", 55),
+    "truth": Section("Decisions", "gpu.commands:truth", 50),
+    "engine": Section("Engine", "gpu.engine:engine", 70),
+    "options": Section("Provider options", "gpu.options:options", 100),
+    "files": Section("Files to CSV", "gpu.files:files", 110),
+    "scaling": Section("CPU cores", "gpu.files:scaling", 25, on_cpu=True),
+    "training": Section("Training", "gpu.commands:training", 35),
+    "start": Section("Start", "gpu.commands:start", 35),
 }
 
 # Prints facts of the GPU as JSON. In a process of its own: this one is to hold no CUDA context.
 _PROBE = """
 import json, sys
-found = {"obstacle": ""}
+found = {"unavailable_reason": ""}
 try:
     import torch
     found["CUDA of torch"] = torch.version.cuda or "none"
@@ -86,11 +86,11 @@ try:
         found["cuDNN"] = str(torch.backends.cudnn.version())
 except Exception as error:
     found["torch"] = f"cannot be imported ({error})"
-from echoquad_runtime.devices.session_factory import cuda_obstacle
+from echoquad_runtime.devices.session_factory import cuda_unavailable_reason
 from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 found["CUDA of onnxruntime"] = str(getattr(load_onnxruntime(), "cuda_version", "") or "none")
 if sys.argv[1] == "cuda":
-    found["obstacle"] = cuda_obstacle() or ""
+    found["unavailable_reason"] = cuda_unavailable_reason() or ""
 print(json.dumps(found))
 """
 
@@ -138,18 +138,18 @@ def main() -> None:
         report = Report(titles, facts, options.device, options.results, options.out)
         print(f"{facts['gpu']}\n{facts['date']}; {facts['machine']}; {json.dumps(facts['versions'])}", flush=True)
         try:
-            run_all(options, report, gpu["obstacle"], begin + 60 * options.minutes, Path(work))
+            run_all(options, report, gpu["unavailable_reason"], begin + 60 * options.minutes, Path(work))
         finally:
             report.print_rest()
     print(f"{time.time() - begin:.0f} seconds")
 
 
-def run_all(options: argparse.Namespace, report: Report, obstacle: str, end: float, work: Path) -> None:
+def run_all(options: argparse.Namespace, report: Report, unavailable_reason: str, end: float, work: Path) -> None:
     """Run the sections one after another; time that one leaves goes to those after it."""
     for index, name in enumerate(options.sections):
         section = SECTIONS[name]
-        if obstacle and not section.on_cpu:
-            report.take(name, ("missing", "all of it", obstacle))
+        if unavailable_reason and not section.on_cpu:
+            report.take(name, ("missing", "all of it", unavailable_reason))
         elif (seconds := allot(options.sections[index:], end - time.time())) <= 0:
             report.take(name, ("missing", "all of it", OUT_OF_TIME))
         else:
@@ -176,14 +176,14 @@ def allot(names: Sequence[str], left: float) -> float:
 
 
 def probe(device: str) -> dict[str, str]:
-    """Return facts of the GPU by name; ``obstacle`` is why CUDA cannot be used, empty where it can or is not asked."""
-    found: dict[str, Any] = {"obstacle": ""}
+    """Return facts about the GPU by name; ``unavailable_reason`` is empty if CUDA works or is not requested."""
+    found: dict[str, Any] = {"unavailable_reason": ""}
     try:
         command = [sys.executable, "-c", _PROBE, device]
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIME, check=True)
         found |= json.loads(done.stdout.splitlines()[-1])
     except (subprocess.SubprocessError, OSError, ValueError, IndexError) as error:
-        found["obstacle"] = f"the GPU could not be asked ({type(error).__name__})" if device == "cuda" else ""
+        found["unavailable_reason"] = f"the GPU could not be asked ({type(error).__name__})" if device == "cuda" else ""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", f"--id={visible_gpu()}"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
@@ -196,8 +196,10 @@ def probe(device: str) -> dict[str, str]:
 def describe(found: Mapping[str, str]) -> str:
     """Return the facts of `probe` in words."""
     parts = [found.get("card", "no NVIDIA card")]
-    parts += [f"{name} {value}" for name, value in found.items() if name not in ("card", "obstacle")]
-    return ", ".join(parts) + (f"; CUDA cannot be used: {found['obstacle']}" if found["obstacle"] else "")
+    parts += [f"{name} {value}" for name, value in found.items() if name not in ("card", "unavailable_reason")]
+    return ", ".join(parts) + (
+        f"; CUDA cannot be used: {found['unavailable_reason']}" if found["unavailable_reason"] else ""
+    )
 
 
 if __name__ == "__main__":

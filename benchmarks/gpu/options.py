@@ -13,10 +13,10 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from gpu_engine import Call, Sample, engine_rows, open_plain_session, slots, time_calls
-from gpu_report import NEEDS_CUDA, OUT_OF_TIME, Context
 
 from echoquad_runtime.engine.io_binding import FirstRuns, IoBinding
+from gpu.engine import Call, Sample, engine_rows, open_plain_session, slots, time_calls
+from gpu.report import NEEDS_CUDA, OUT_OF_TIME, Context
 
 BASELINE = "baseline"
 OVERLAP = 0.7  # seconds of each count of threads side by side

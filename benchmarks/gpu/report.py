@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import as_markdown, as_text, write_section
-from peer_ways import Setting
+from workers.peer import Setting
 
 from echoquad_runtime.devices.onnxruntime_loader import one_line
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "runtime"))
 
 from echoquad_runtime.bundle.bundle import BF16, Bundle
 from echoquad_runtime.devices.session_factory import openvino_unavailable_reason

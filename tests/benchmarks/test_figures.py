@@ -13,10 +13,10 @@ import engines
 import latency
 import memory
 import numpy as np
-import peer_ways
 import peers
 import pytest
 import scaling
+from workers import peer as peer_ways
 
 from echoquad_runtime.bench.live_source import Paced
 from echoquad_runtime.bundle.bundle import Bundle
@@ -191,7 +191,8 @@ def test_rows_that_are_missing_end_the_benchmark(tmp_path: Path) -> None:
 def test_a_way_that_cannot_be_gone_says_why() -> None:
     """Through the process that serves it: what it says first, and that it ends."""
     code = (
-        "import sys, peer_ways as ways\n"
+        "import sys\n"
+        "from workers import peer as ways\n"
         "def no(setting): raise ways.UnavailableError('this processor has no bfloat16')\n"
         "ways.WAYS['torch'] = ways.Way('torch', 'bf16', no)\n"
         "ways.serve('torch', None)\n"

@@ -13,14 +13,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gpu
-import gpu_commands
-import gpu_engine
-import gpu_files
-import gpu_options
-import gpu_report
+import common
 import numpy as np
 import pytest
+from gpu import commands as gpu_commands
+from gpu import engine as gpu_engine
+from gpu import files as gpu_files
+from gpu import main as gpu
+from gpu import options as gpu_options
+from gpu import report as gpu_report
 
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.devices.execution_providers import CPU_PROVIDER, create_session
@@ -127,7 +128,9 @@ def test_shares_of_the_time() -> None:
 # ---------------------------------------------------------------------------------------------- sections and report
 
 
-def run_all(tmp_path: Path, bundle: Path, frames: Path, *line: str, obstacle: str = "", seconds: float = 60) -> Any:
+def run_all(
+    tmp_path: Path, bundle: Path, frames: Path, *line: str, unavailable_reason: str = "", seconds: float = 60
+) -> Any:
     given = ["run", str(bundle), "--frames", str(frames), "--device", "cpu", *line]
     options = gpu.parse(given)
     titles = {name: gpu.SECTIONS[name].title for name in options.sections}
@@ -138,7 +141,7 @@ def run_all(tmp_path: Path, bundle: Path, frames: Path, *line: str, obstacle: st
         "versions": {"torch": "2"},
     }
     report = gpu_report.Report(titles, {**facts, "gpu": "a card"}, "cpu", tmp_path / "R.md", tmp_path / "out.jsonl")
-    gpu.run_all(options, report, obstacle, time.time() + seconds, tmp_path)
+    gpu.run_all(options, report, unavailable_reason, time.time() + seconds, tmp_path)
     return report
 
 
@@ -187,7 +190,7 @@ def test_a_section_that_takes_too_long_is_stopped(
 def test_without_cuda_or_time_nothing_is_run(
     tmp_path: Path, tiny_bundle: Path, frames_folder: Path, made_up: None
 ) -> None:
-    report = run_all(tmp_path, tiny_bundle, frames_folder, "--sections", "measure", obstacle="no driver")
+    report = run_all(tmp_path, tiny_bundle, frames_folder, "--sections", "measure", unavailable_reason="no driver")
     assert report.not_measured() == ["measure: all of it: no driver"]
     report = run_all(tmp_path, tiny_bundle, frames_folder, "--sections", "measure", seconds=-1)
     assert report.not_measured() == ["measure: all of it: out of time"]
@@ -210,7 +213,7 @@ def test_an_obstacle_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], **options: Any) -> Any:
         if command[0] == "nvidia-smi":
             raise FileNotFoundError(command[0])
-        return SimpleNamespace(stdout='{"obstacle": "no driver", "cuDNN": "91000"}\n')
+        return SimpleNamespace(stdout='{"unavailable_reason": "no driver", "cuDNN": "91000"}\n')
 
     monkeypatch.setattr(gpu.subprocess, "run", run)
     found = gpu.probe("cuda")
@@ -321,7 +324,7 @@ def test_every_file_with_tests_marked_gpu_is_found() -> None:
         for path in (gpu_commands.ROOT / "tests").rglob("test_*.py")
         if gpu_commands.MARKED.search(path.read_text("utf-8"))
     ]
-    assert {"test_devices.py", "test_io_binding.py", "test_verify.py", "test_fit.py"} <= set(marked)
+    assert {"test_session_factory.py", "test_io_binding.py", "test_verify.py", "test_loop.py"} <= set(marked)
     assert "test_gpu.py" not in marked
 
 
@@ -408,6 +411,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_engine, "trained", lambda setting: copy.deepcopy(network))
     monkeypatch.setattr(gpu_engine, "OnnxEngine", on_cpu)
     monkeypatch.setattr(gpu_engine, "CUDA_PROVIDER", CPU_PROVIDER)
+    monkeypatch.setattr(common, "WARM_UP", 0)  # times do not matter here
 
 
 def test_engine_and_options_on_a_stand_in_for_cuda(
@@ -475,7 +479,7 @@ def test_dry_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(gpu, "probe", lambda device: {"obstacle": "", "driver": "unknown"})
+    monkeypatch.setattr(gpu, "probe", lambda device: {"unavailable_reason": "", "driver": "unknown"})
     monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)  # pytest keeps its own handler
     for name in ("ECHOQUAD_CACHE_DIR", "ECHOQUAD_CONFIG_DIR"):
         monkeypatch.setenv(name, os.environ[name])  # the script replaces them
@@ -548,7 +552,7 @@ def test_tests_are_run_or_the_reason_is_given(
 
     def command(self: Any, *line: Any) -> gpu_report.Finished:
         assert "timeout = " not in (tmp_path / "pyproject.toml").read_text("utf-8")
-        assert any(Path(word).name == "test_devices.py" for word in line)
+        assert any(Path(word).name == "test_session_factory.py" for word in line)
         skipped = f"SKIPPED [1] {gpu_commands.ROOT}/tests/a.py:3: no CUDA"
         return gpu_report.Finished(1, 2.0, f"{skipped}\nFAILED tests/b.py::c\n1 failed, 1 skipped in 2.0s\n", "")
 
