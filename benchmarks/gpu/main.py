@@ -3,18 +3,18 @@
     python benchmarks/gpu.py RUN BUNDLE --frames DIR [--data DIR] [--device cuda|cpu] [--minutes 8]
                              [--sections engine,options] [--results FILE] [--out FILE.jsonl]
 
-Each section has a share of the time and a process of its own. What one cannot measure, for want of time, of a package
-or of CUDA, or since something failed, is listed with the reason, and the other sections run. Tables and JSON lines are
-written as they grow, so that a run that is killed keeps what it has. With `--device cpu` the same code makes a dry run
-without a GPU, and what needs CUDA is listed as not measured. See docs/gpu.md. Linux.
+Each section has a share of the time and a separate process. What it cannot measure, because of time, a missing package,
+missing CUDA or an error, is listed with the reason, and the other sections still run. Tables and JSON lines are written
+as they grow, so an interrupted run keeps its results. `--device cpu` is a dry run without a GPU; what needs CUDA is
+listed as not measured. See docs/gpu.md. Linux.
 
-Environment variables, read here or by what is started:
-    PYTHONPATH            where EchoQuad is not installed: the checkout, and its runtime, train and export
-    LD_LIBRARY_PATH       CUDA and cuDNN, where onnxruntime does not find them
-    CUDA_VISIBLE_DEVICES  which GPU; the first of it is measured
+Environment variables of this program and its processes:
+    PYTHONPATH            if EchoQuad is not installed: the checkout and its runtime, train and export folders
+    LD_LIBRARY_PATH       CUDA and cuDNN, if onnxruntime does not find them
+    CUDA_VISIBLE_DEVICES  the GPU; the first one is measured
     OMP_NUM_THREADS       CPU threads of torch and numpy
     TMPDIR                folder for frames and results, up to 2 GB, removed at the end
-ECHOQUAD_CACHE_DIR and ECHOQUAD_CONFIG_DIR are replaced, so that no earlier run has an influence.
+ECHOQUAD_CACHE_DIR and ECHOQUAD_CONFIG_DIR are replaced, so that earlier runs have no influence.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.frames.discovery import walk
 from gpu.report import OUT_OF_TIME, Report, Settings, run_section, visible_gpu
 
-PROBE_TIME = 90.0  # seconds for a first import of torch and a first use of CUDA, at most
+PROBE_TIME = 90.0  # seconds allowed for a first import of torch and a first use of CUDA
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the script.
+    """A section of the benchmark.
 
     Attributes
     ----------
     title
-        Of its tables.
+        Title in the report.
     target
         Its function, ``module:function``.
     share
-        Of the time, in seconds of eight minutes.
+        Share of the time, in seconds of eight minutes.
     on_cpu
-        Whether it measures something on a machine whose CUDA does not work though `--device cuda` was given.
+        Whether it can run with `--device cuda` although CUDA does not work.
     """
 
     title: str
@@ -74,7 +74,7 @@ SECTIONS: dict[str, Section] = {
     "start": Section("Start", "gpu.commands:start", 35),
 }
 
-# Prints facts of the GPU as JSON. In a process of its own: this one is to hold no CUDA context.
+# Prints facts about the GPU as JSON, in a separate process, because this one must not hold a CUDA context.
 _PROBE = """
 import json, sys
 found = {"unavailable_reason": ""}
@@ -96,21 +96,15 @@ print(json.dumps(found))
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line.
-
-    Raises
-    ------
-    SystemExit
-        With code 2, if it is wrong.
-    """
+    """Parse the command line; raise SystemExit with code 2 if it is invalid."""
     parser = arguments(__doc__, run=True, rounds=20)
     parser.set_defaults(count=1600)
-    parser.add_argument("--data", type=Path, help="data folder for the training section; skipped where not given")
+    parser.add_argument("--data", type=Path, help="data folder for the training section (default: section skipped)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a dry run")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all sections (default %(default)s)")
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="default: %(default)s")
-    parser.add_argument("--epochs", type=int, default=6, help="of the training section (default %(default)s)")
-    parser.add_argument("--out", type=Path, help="file for every measurement as a line of JSON; replaced")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for all sections (default %(default)s)")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of the training section (default %(default)s)")
+    parser.add_argument("--out", type=Path, help="file to write each measurement to, as a line of JSON")
     options = parser.parse_args(argv)
     options.sections = options.sections.split(",")
     if unknown := [name for name in options.sections if name not in SECTIONS]:
@@ -126,9 +120,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    Bundle(options.bundle)  # one that is damaged is told now
+    Bundle(options.bundle)  # raises early if the bundle is damaged
     begin = time.time()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped, as for Ctrl-C
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the processes, as Ctrl-C does
     with tempfile.TemporaryDirectory(prefix="echoquad-gpu-") as work:
         for name in ("cache", "config"):
             os.environ[f"ECHOQUAD_{name.upper()}_DIR"] = str(Path(work) / name)
@@ -145,7 +139,7 @@ def main() -> None:
 
 
 def run_all(options: argparse.Namespace, report: Report, unavailable_reason: str, end: float, work: Path) -> None:
-    """Run the sections one after another; time that one leaves goes to those after it."""
+    """Run the sections in order; unused time goes to later sections."""
     for index, name in enumerate(options.sections):
         section = SECTIONS[name]
         if unavailable_reason and not section.on_cpu:
@@ -171,7 +165,7 @@ def run_all(options: argparse.Namespace, report: Report, unavailable_reason: str
 
 
 def allot(names: Sequence[str], left: float) -> float:
-    """Return the seconds of the first of the sections that are still to run, of the seconds that are left."""
+    """Return the seconds for the first of the remaining sections, out of the seconds `left`."""
     return left * SECTIONS[names[0]].share / sum(SECTIONS[name].share for name in names)
 
 
@@ -183,18 +177,18 @@ def probe(device: str) -> dict[str, str]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIME, check=True)
         found |= json.loads(done.stdout.splitlines()[-1])
     except (subprocess.SubprocessError, OSError, ValueError, IndexError) as error:
-        found["unavailable_reason"] = f"the GPU could not be asked ({type(error).__name__})" if device == "cuda" else ""
+        found["unavailable_reason"] = f"the GPU probe failed ({type(error).__name__})" if device == "cuda" else ""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", f"--id={visible_gpu()}"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
         found["card"], found["driver"] = (cell.strip() for cell in done.stdout.strip().splitlines()[0].split(","))
     except (subprocess.SubprocessError, OSError, ValueError, IndexError):
-        found["driver"] = "unknown: nvidia-smi gives none"
+        found["driver"] = "unknown (no nvidia-smi)"
     return found
 
 
 def describe(found: Mapping[str, str]) -> str:
-    """Return the facts of `probe` in words."""
+    """Return the facts of `probe` as text."""
     parts = [found.get("card", "no NVIDIA card")]
     parts += [f"{name} {value}" for name, value in found.items() if name not in ("card", "unavailable_reason")]
     return ", ".join(parts) + (
