@@ -32,7 +32,7 @@ WARM_UP = 3  # rounds, in which engines allocate memory and choose kernels
 PAUSE = 0.08  # seconds; threads of the previous engine spin for about half of that and would occupy a core
 PACKAGES = ("echoquad", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "torchvision", "numpy", "pillow")
 FRAME_SIZE = (800, 600)  # width and height
-KINDS: dict[str, tuple[str, str, dict[str, int]]] = {  # Pillow's mode, file extension, encoder options
+FORMATS: dict[str, tuple[str, str, dict[str, int]]] = {  # Pillow's mode, file extension, encoder options
     "rgb-png": ("RGB", ".png", {}),
     "l-png": ("L", ".png", {}),
     "rgb-jpeg": ("RGB", ".jpg", {"quality": 90}),
@@ -73,13 +73,13 @@ def arguments(doc: str | None, *, run: bool = False, frames: bool = True, rounds
 
 
 def make_frames(
-    folder: Path, kind: str, count: int, source: Path | None = None, size: tuple[int, int] = FRAME_SIZE
+    folder: Path, file_format: str, count: int, source: Path | None = None, size: tuple[int, int] = FRAME_SIZE
 ) -> list[Path]:
-    """Write `count` frames of a kind in `KINDS` into `folder`, each of `size` (width, height); deterministic.
+    """Write `count` frames of a format in `FORMATS` into `folder`, each of `size` (width, height); deterministic.
 
     The frames are those of the folder `source` in random order, repeated if there are too few, or phantoms.
     """
-    mode, ending, options = KINDS[kind]
+    mode, ending, options = FORMATS[file_format]
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for index, image in enumerate(_grey_images(source, count, size)):

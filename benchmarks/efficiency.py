@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import KINDS, PAUSE, alternate, arguments, make_frames, one_core, report
+from common import FORMATS, PAUSE, alternate, arguments, make_frames, one_core, report
 from workers.peer import Setup, echoquad
 
 from echoquad_runtime.bundle.bundle import Bundle
@@ -39,7 +39,7 @@ SLOTS = ((1, 1), (1, 8), (None, 1))  # threads (None: all) and frames: worker of
 
 def main() -> None:
     parser = arguments(__doc__, rounds=9)
-    parser.add_argument("--kind", choices=list(KINDS), default="rgb-png")
+    parser.add_argument("--format", choices=list(FORMATS), default="rgb-png")
     parser.add_argument(
         "--precision", help="comma-separated, such as fp32,int8 (default: those of the bundle without fp16)"
     )
@@ -49,16 +49,16 @@ def main() -> None:
     precisions = (options.precision or ",".join(name for name in bundle.precisions if name != "fp16")).split(",")
     setup = Setup(Path(), options.bundle, options.threads)
     rows = [["", "ms a frame", "CPU ms a frame", "frames/s", "share", "aim"]]
-    record: dict[str, Any] = {"frames": options.count, "rounds": options.rounds, "kind": options.kind}
+    record: dict[str, Any] = {"frames": options.count, "rounds": options.rounds, "kind": options.format}
     with tempfile.TemporaryDirectory() as work:
-        files = make_frames(Path(work) / "frames", options.kind, options.count, options.frames)
+        files = make_frames(Path(work) / "frames", options.format, options.count, options.frames)
         for precision in precisions:
             found = pipeline(setup, precision, files, Path(work), options.rounds)
             slots = engine_alone(bundle, precision, options.threads, options.rounds)
             rows += table(precision, found, slots)
             record[precision] = {"pipeline": found, "engine": slots}
     note = (
-        f"Medians of {options.rounds} alternating rounds over {options.count} frames of 800x600, {options.kind}, "
+        f"Medians of {options.rounds} alternating rounds over {options.count} frames of 800x600, {options.format}, "
         f"{options.threads} threads. The share of a pass is its frames per second over the bound of the same round. "
         "Other work on the machine lengthens wall time but not CPU time."
     )

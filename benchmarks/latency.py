@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import KINDS, PAUSE, arguments, make_frames, quantiles, report, rotated
+from common import FORMATS, PAUSE, arguments, make_frames, quantiles, report, rotated
 
 from echoquad_runtime.bench.benchmark import STAGES, peak_rss_mb, time_stages
 from echoquad_runtime.bench.live_source import Paced, pace
@@ -51,7 +51,7 @@ class OrtOwn:
 
 def main() -> None:
     parser = arguments(__doc__, rounds=5)
-    parser.add_argument("--kind", choices=list(KINDS), default="rgb-png")
+    parser.add_argument("--format", choices=list(FORMATS), default="rgb-png")
     parser.add_argument(
         "--precision", help="comma-separated, such as fp32,int8 (default: those of the bundle without fp16)"
     )
@@ -67,7 +67,7 @@ def main() -> None:
     bundle = Bundle(options.bundle)
     precisions = (options.precision or ",".join(name for name in bundle.precisions if name != "fp16")).split(",")
     with tempfile.TemporaryDirectory() as work:
-        files = make_frames(Path(work), options.kind, options.count, options.frames)
+        files = make_frames(Path(work), options.format, options.count, options.frames)
         encoded = [path.read_bytes() for path in files]
     rows, record = [HEADER], dict[str, Any]()
     for precision in precisions:
@@ -75,7 +75,7 @@ def main() -> None:
         rows += table(precision, found)
     note = (
         f"Live runs of {options.seconds:g} seconds in {options.rounds} interleaved parts, frames of 800x600, "
-        f"{options.kind}. Cores is CPU time over wall time of the process; idle CPU is the same while it waits for a "
+        f"{options.format}. Cores is CPU time over wall time of the process; idle CPU is the same while it waits for a "
         "frame, in percent of one core."
     )
     report("latency", rows, record, options.results, threads=options.threads, notes=[note])

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import KINDS, Ran, arguments, link_tree, make_frames, report, run_process
+from common import FORMATS, Ran, arguments, link_tree, make_frames, report, run_process
 
 from echoquad_runtime.bundle.bundle import Bundle
 
@@ -55,7 +55,7 @@ print(json.dumps(found))
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--counts", default="1000,20000", help="frames per tree (default %(default)s)")
-    parser.add_argument("--kind", choices=list(KINDS), default="l-png")
+    parser.add_argument("--format", choices=list(FORMATS), default="l-png")
     parser.add_argument("--size", default="200x150", help="width and height of a frame (default %(default)s)")
     parser.add_argument("--precision", help="default: that of the bundle")
     options = parser.parse_args()
@@ -69,7 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         width, height = map(int, options.size.split("x"))
-        frames = make_frames(work / "frames", options.kind, options.count, options.frames, (width, height))
+        frames = make_frames(work / "frames", options.format, options.count, options.frames, (width, height))
         for count in counts:
             tree, out = work / f"tree-{count}", work / f"{count}.csv"
             link_tree(tree, frames, count)

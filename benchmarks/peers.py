@@ -1,6 +1,6 @@
 """Frames per second from files to a CSV: EchoQuad, the reference pipeline, and plain implementations (peers).
 
-    python benchmarks/peers.py RUN BUNDLE [--frames FOLDER] [--kinds rgb-png,rgb-jpeg] [--results benchmarks/RESULTS.md]
+    python benchmarks/peers.py RUN BUNDLE [--frames FOLDER] [--formats rgb-png,rgb-jpeg] [--results FILE]
 
 Each peer is a process that prepares once and then makes passes over the same files. A round has one pass of each peer,
 with pauses, and starts with the next peer each time. First, all peers must agree in their decisions.
@@ -23,7 +23,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from common import KINDS, PAUSE, arguments, make_frames, paired_ratio, report, rotated
+from common import FORMATS, PAUSE, arguments, make_frames, paired_ratio, report, rotated
 from workers.peer import PIPELINES
 
 from echoquad_runtime.bundle.bundle import Bundle
@@ -82,7 +82,7 @@ class Times:
 def main() -> None:
     parser = arguments(__doc__, run=True, rounds=5)
     parser.add_argument(
-        "--kinds", default="rgb-png", help=f"comma-separated, of {', '.join(KINDS)} (default %(default)s)"
+        "--formats", default="rgb-png", help=f"comma-separated, of {', '.join(FORMATS)} (default %(default)s)"
     )
     parser.add_argument("--peers", help=f"comma-separated, of {', '.join(PIPELINES)} (default: all that can run here)")
     options = parser.parse_args()
@@ -102,22 +102,22 @@ def main() -> None:
             peers.append(peer)
             print(f"prepared: {PIPELINES[name].title}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as work:
-            for kind in options.kinds.split(","):
-                frames = Path(work) / kind
-                make_frames(frames, kind, options.count, options.frames)
+            for file_format in options.formats.split(","):
+                frames = Path(work) / file_format
+                make_frames(frames, file_format, options.count, options.frames)
                 agreement = agree(peers, frames, Path(work) / "check")
                 times = measure(peers, frames, Path(work) / "passes", options.rounds)
                 found = figures(times, options.count, agreement)
-                record["kinds"][kind] = found
-                rows += table(kind, found) if not rows else table(kind, found)[1:]
-                notes += verdict(kind, found)
+                record["kinds"][file_format] = found
+                rows += table(file_format, found) if not rows else table(file_format, found)[1:]
+                notes += verdict(file_format, found)
     finally:
         for peer in peers:
             peer.close()
     notes += [f"Left out: {line}." for line in left_out]
     notes.append(
         f"Median of {options.rounds} interleaved passes over {options.count} frames of 800x600; ratios are "
-        "medians over the rounds. All decisions agree: dp is the largest difference of a probability from the reference."
+        "medians over the rounds. All decisions agree; dp is the largest difference of a probability."
     )
     report("peers", rows, record, options.results, threads=options.threads, notes=notes)
 
@@ -229,7 +229,7 @@ def figures(times: dict[str, Times], frames: int, agreement: dict[str, float]) -
     return found
 
 
-def table(kind: str, found: dict[str, dict[str, Any]]) -> list[list[str]]:
+def table(file_format: str, found: dict[str, dict[str, Any]]) -> list[list[str]]:
     header = [
         "peer",
         "files",
@@ -242,7 +242,7 @@ def table(kind: str, found: dict[str, dict[str, Any]]) -> list[list[str]]:
     return [header] + [
         [
             one["title"],
-            kind,
+            file_format,
             f"{one['frames_per_second']:.1f}",
             f"{one['of_reference']:.2f}",
             "" if one["of_best_peer"] is None else f"{one['of_best_peer']:.2f}",
@@ -253,14 +253,14 @@ def table(kind: str, found: dict[str, dict[str, Any]]) -> list[list[str]]:
     ]
 
 
-def verdict(kind: str, found: dict[str, dict[str, Any]]) -> list[str]:
+def verdict(file_format: str, found: dict[str, dict[str, Any]]) -> list[str]:
     """Compare EchoQuad with its aims, one sentence per precision."""
     lines = []
     for precision, aim in AIMS.items():
         if (one := found.get(f"echoquad-{precision}")) is None:
             continue
-        words = f"{kind}, EchoQuad {precision}: {one['of_reference']:.2f} times the reference pipeline"
-        if kind == "rgb-png":
+        words = f"{file_format}, EchoQuad {precision}: {one['of_reference']:.2f} times the reference pipeline"
+        if file_format == "rgb-png":
             words += f" (aim {aim:g})"
         if one["of_best_peer"] is not None:
             words += f", {one['of_best_peer']:.2f} of the best peer of its precision, {one['best_peer']} (aim 1)"

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import KINDS, Ran, arguments, link_tree, make_frames, report, rotated, run_process
+from common import FORMATS, Ran, arguments, link_tree, make_frames, report, rotated, run_process
 
 from echoquad_runtime.bundle.bundle import Bundle
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument(
         "--each", type=int, default=1000, help="frames for the comparison of threads (default %(default)s)"
     )
-    parser.add_argument("--kind", choices=list(KINDS), default="l-png")
+    parser.add_argument("--format", choices=list(FORMATS), default="l-png")
     parser.add_argument("--size", default="800x600", help="width and height of a frame (default %(default)s)")
     parser.add_argument("--precision", help="default: that of the bundle")
     options = parser.parse_args()
@@ -37,7 +37,7 @@ def main() -> None:
     width, height = map(int, options.size.split("x"))
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        frames = make_frames(work / "frames", options.kind, options.count, options.frames, (width, height))
+        frames = make_frames(work / "frames", options.format, options.count, options.frames, (width, height))
         for count in {1, options.each, *counts}:
             link_tree(work / str(count), frames, count)
 
@@ -60,7 +60,7 @@ def main() -> None:
     }
     over = [str(one["threads"]) for one in threads if one["cores"] > MOST_BUSY * one["threads"]]
     notes = [
-        f"{precision}, frames of {options.size}, {options.kind}; {options.rounds} rounds to compare threads.",
+        f"{precision}, frames of {options.size}, {options.format}; {options.rounds} rounds to compare threads.",
         f"More cores busy than --threads: {'at ' + ', '.join(over) + ' threads' if over else 'never'} "
         f"(tolerance: {MOST_BUSY}).",
     ]

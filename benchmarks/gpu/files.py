@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import FRAME_SIZE, KINDS, link_tree, rotated
+from common import FORMATS, FRAME_SIZE, link_tree, rotated
 from PIL import Image
 from workers.peer import cut_small, in_threads, write
 
@@ -41,40 +41,43 @@ NOISE = 3.0  # grey levels, standard deviation
 
 PNG, JPEG = "rgb-png", "rgb-jpeg"
 Pass = Callable[[Sequence[Path]], "float | None"]  # may return the seconds to count
-Seconds = dict[tuple[str, str], list[float]]  # per pass, by kind of file and pipeline
+Seconds = dict[tuple[str, str], list[float]]  # per pass, by file format and pipeline
 
 
 # Frame files
 
 
-def frame_tree(context: Context, kind: str, count: int) -> Path:
+def frame_tree(context: Context, file_format: str, count: int) -> Path:
     """Return a folder of `count` RGB files of 800x600, the given frames with noise; written once."""
     work = context.settings.work
-    folder, distinct = work / f"{kind}-{count}", work / kind
+    folder, distinct = work / f"{file_format}-{count}", work / file_format
     if folder.exists():
         return folder
     if not distinct.exists():
         sources = list(walk(context.settings.frames))
         random.Random(0).shuffle(sources)
-        made = work / f"{kind}.part"
+        made = work / f"{file_format}.part"
         made.mkdir()
         number = min(context.settings.count, DISTINCT)
-        jobs = [(sources[index % len(sources)], made / f"{index:05}{KINDS[kind][1]}", index) for index in range(number)]
+        jobs = [
+            (sources[index % len(sources)], made / f"{index:05}{FORMATS[file_format][1]}", index)
+            for index in range(number)
+        ]
         with ProcessPoolExecutor(context.settings.threads, multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(partial(_make_file, kind, FRAME_SIZE), jobs, chunksize=8))
+            list(pool.map(partial(_make_file, file_format, FRAME_SIZE), jobs, chunksize=8))
         made.rename(distinct)
-    links = work / f"{kind}-{count}.part"
+    links = work / f"{file_format}-{count}.part"
     link_tree(links, sorted(distinct.iterdir()), count)
     links.rename(folder)
     return folder
 
 
-def _make_file(kind: str, size: tuple[int, int], job: tuple[Path, Path, int]) -> None:
+def _make_file(file_format: str, size: tuple[int, int], job: tuple[Path, Path, int]) -> None:
     source, target, seed = job
     with Image.open(source) as image:
         levels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), np.float32)
     noisy = levels + np.random.default_rng(seed).normal(0, NOISE, levels.shape)
-    Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(target, **KINDS[kind][2])
+    Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(target, **FORMATS[file_format][2])
 
 
 # Files to CSV
@@ -87,10 +90,12 @@ def files(context: Context) -> None:
     if count <= short:
         raise ValueError(f"--count {count} found; expected more than {short} files on {threads} CPUs")
     order = [name for name in (("fp16", "fp32") if context.cuda else ("int8", "fp32")) if _holds(context, name)]
-    trees = {kind: frame_tree(context, kind, count) for kind in (PNG, JPEG)}
-    short_trees = {kind: frame_tree(context, kind, short) for kind in (PNG, JPEG)}
+    trees = {file_format: frame_tree(context, file_format, count) for file_format in (PNG, JPEG)}
+    short_trees = {file_format: frame_tree(context, file_format, short) for file_format in (PNG, JPEG)}
     passes = _passes(context, order)
-    plan = [(kind, name) for name in passes for kind in ((PNG, JPEG) if _on_jpeg(name, order) else (PNG,))]
+    plan = [
+        (file_format, name) for name in passes for file_format in ((PNG, JPEG) if _on_jpeg(name, order) else (PNG,))
+    ]
     starts: Seconds = {}
     seconds: Seconds = {}
     failed: set[str] = set()
@@ -98,30 +103,32 @@ def files(context: Context) -> None:
         for name in (name for name in passes if name.startswith("EchoQuad")):
             _clock(passes[name], short_trees[JPEG])
     for turn in range(ROUNDS):
-        for kind, name in rotated(plan, turn):
-            if name in failed or (turn and context.left() < 3 * max(seconds.get((kind, name), [0.0]))):
+        for file_format, name in rotated(plan, turn):
+            if name in failed or (turn and context.left() < 3 * max(seconds.get((file_format, name), [0.0]))):
                 continue
             if context.left() <= 0:
-                context.missing(f"{name}, {kind}", OUT_OF_TIME)
+                context.missing(f"{name}, {file_format}", OUT_OF_TIME)
                 continue
             try:
                 if name.startswith("EchoQuad"):
-                    starts.setdefault((kind, name), []).append(_clock(passes[name], short_trees[kind]))
-                taken = _clock(passes[name], trees[kind])
+                    starts.setdefault((file_format, name), []).append(_clock(passes[name], short_trees[file_format]))
+                taken = _clock(passes[name], trees[file_format])
             except OutOfTimeError:
-                context.missing(f"{name}, {kind}", OUT_OF_TIME)
+                context.missing(f"{name}, {file_format}", OUT_OF_TIME)
                 continue
             except Exception as error:
                 failed.add(name)
                 context.missing(name, error)
                 continue
-            seconds.setdefault((kind, name), []).append(taken)
-            context.record(way=name, files=kind, frames=count, seconds=taken)
+            seconds.setdefault((file_format, name), []).append(taken)
+            context.record(way=name, files=file_format, frames=count, seconds=taken)
             context.table("Files to CSV", file_rows(rates(seconds, starts, count, short), seconds, count))
     found = rates(seconds, starts, count, short)
-    for kind, name in (key for key in seconds if key[1] not in found[key[0]]):
-        context.missing(f"{name}, {kind}", f"{count} files took no longer than {short}; give a larger --count")
-    context.aims([line for kind in (PNG, JPEG) for line in file_aims(kind, order[0], found.get(kind, {}))])
+    for file_format, name in (key for key in seconds if key[1] not in found[key[0]]):
+        context.missing(f"{name}, {file_format}", f"{count} files took no longer than {short}; give a larger --count")
+    context.aims(
+        [line for file_format in (PNG, JPEG) for line in file_aims(file_format, order[0], found.get(file_format, {}))]
+    )
     context.note(
         f"{count} files of 800x600 per pass, {threads} threads, medians of up to {ROUNDS} rounds. EchoQuad is the "
         f"command `predict --out`; its frames/s exclude the start, measured by a run over {short} files, and the "
@@ -243,45 +250,50 @@ def _read(contract: Contract, path: Path) -> None:
 
 
 def rates(seconds: Seconds, starts: Seconds, count: int, short: int) -> dict[str, dict[str, float]]:
-    """Return frames per second by kind of file and pipeline, without the start of commands.
+    """Return frames per second by file format and pipeline, without the start of commands.
 
     A command that took no longer for all files than for a few is omitted.
 
     Parameters
     ----------
     seconds
-        Seconds of the passes over `count` files, by kind and pipeline.
+        Seconds of the passes over `count` files, by format and pipeline.
     starts
         Seconds of the commands over `short` files.
     """
     found: dict[str, dict[str, float]] = {}
-    for (kind, name), taken in seconds.items():
-        column, median, files = found.setdefault(kind, {}), statistics.median(taken), count
-        if (kind, name) in starts:
-            median, files = median - statistics.median(starts[kind, name]), count - short
+    for (file_format, name), taken in seconds.items():
+        column, median, files = found.setdefault(file_format, {}), statistics.median(taken), count
+        if (file_format, name) in starts:
+            median, files = median - statistics.median(starts[file_format, name]), count - short
         if median > 0:
             column[name] = files / median
     return found
 
 
 def file_rows(found: Mapping[str, Mapping[str, float]], seconds: Seconds, count: int) -> list[list[str]]:
-    """Return table rows: one per pipeline and kind of file."""
+    """Return table rows: one per pipeline and file format."""
     rows = [["", "files", "frames/s", "passes", "frames/s with start"]]
-    for (kind, name), taken in seconds.items():
+    for (file_format, name), taken in seconds.items():
         whole = f"{count / statistics.median(taken):.0f}" if name.startswith("EchoQuad") else ""
-        rate = f"{found[kind][name]:.0f}" if name in found[kind] else ""
-        rows.append([name, kind, rate, str(len(taken)), whole])
+        rate = f"{found[file_format][name]:.0f}" if name in found[file_format] else ""
+        rows.append([name, file_format, rate, str(len(taken)), whole])
     return rows
 
 
-def file_aims(kind: str, precision: str, found: Mapping[str, float]) -> list[str]:
-    """Compare frames per second of one kind of file with the aims."""
+def file_aims(file_format: str, precision: str, found: Mapping[str, float]) -> list[str]:
+    """Compare frames per second of one file format with the aims."""
     own, plain = f"EchoQuad {precision}", f"plain onnxruntime {precision}"
     reading = [value for name, value in found.items() if name.startswith("reading alone")]
     most = {"reading": max(reading)} if reading else {}
     return [
-        aim(f"{kind}, {own} over {plain}", ratio(found, own, plain), PLAIN_AIM, at_most=False),
-        aim(f"{kind}, {own} over reading alone", ratio({**found, **most}, own, "reading"), DECODE_AIM, at_most=False),
+        aim(f"{file_format}, {own} over {plain}", ratio(found, own, plain), PLAIN_AIM, at_most=False),
+        aim(
+            f"{file_format}, {own} over reading alone",
+            ratio({**found, **most}, own, "reading"),
+            DECODE_AIM,
+            at_most=False,
+        ),
     ]
 
 

@@ -45,9 +45,9 @@ def test_quantiles_of_a_range() -> None:
 # Frames
 
 
-@pytest.mark.parametrize("kind", common.KINDS)
+@pytest.mark.parametrize("kind", common.FORMATS)
 def test_make_frames_is_deterministic(kind: str, frames_folder: Path, tmp_path: Path) -> None:
-    mode, ending, _ = common.KINDS[kind]
+    mode, ending, _ = common.FORMATS[kind]
     first = common.make_frames(tmp_path / "a", kind, 8, frames_folder, (80, 60))
     again = common.make_frames(tmp_path / "b", kind, 8, frames_folder, (80, 60))
     assert [path.name for path in first] == [f"frame-{index:05}{ending}" for index in range(8)]
