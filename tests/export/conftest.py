@@ -17,7 +17,9 @@ from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from echoquad_export.graph.build import build_graph
 from echoquad_export.packing.exporter import Exported, export_run
+from echoquad_export.parity import golden
 from echoquad_runtime.contract import Contract
 from echoquad_train.fitting.loop import fit
 from echoquad_train.networks.classifier import QuadrantClassifier
@@ -70,6 +72,27 @@ def thin_model(thin: None) -> Callable[[Contract], QuadrantClassifier]:
         return model.eval()
 
     return make
+
+
+_GRAPHS: dict[str, bytes] = {}
+
+
+@pytest.fixture
+def thin_graph(thin_model: Callable[[Contract], QuadrantClassifier]) -> Callable[[Contract], bytes]:
+    """Return a maker of the exported graphs of `thin_model`; each is built once per session."""
+
+    def make(contract: Contract) -> bytes:
+        if contract.sha256 not in _GRAPHS:
+            _GRAPHS[contract.sha256] = build_graph(thin_model(contract), contract)
+        return _GRAPHS[contract.sha256]
+
+    return make
+
+
+@pytest.fixture
+def few_golden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use a small pool of golden frames, for tests that do not depend on it."""
+    monkeypatch.setattr(golden, "POOL", 6)
 
 
 class Silent:

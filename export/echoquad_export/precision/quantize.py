@@ -35,7 +35,7 @@ __all__ = ["activation_tensors", "layers", "prepare", "quantize"]
 COMPUTED: Final = ("Conv", "Add", "Mul", "GlobalAveragePool", "Sigmoid")
 """Operators for which onnxruntime has integer kernels."""
 
-FOLLOWING: Final = ("Relu", "MaxPool", "Transpose", "Reshape")
+FOLLOWING: Final = ("Relu", "Clip", "MaxPool", "Transpose", "Reshape")
 """Operators that become part of the integer operator before them, or that move its integers unchanged."""
 
 

@@ -40,16 +40,20 @@ def bias_of(model: QuadrantClassifier) -> np.ndarray:
 
 @pytest.mark.parametrize("convert", [lambda graph: graph, to_fp16], ids=["fp32", "fp16"])
 def test_mean_of_map_plus_bias_is_the_logit(
-    thin_model: Callable[[Contract], QuadrantClassifier], convert: Callable[[bytes], bytes]
+    thin_model: Callable[[Contract], QuadrantClassifier],
+    thin_graph: Callable[[Contract], bytes],
+    convert: Callable[[bytes], bytes],
 ) -> None:
     model = thin_model(CONTRACT)
-    logits, _, maps = answers(convert(build_graph(model, CONTRACT)), noise(64))
+    logits, _, maps = answers(convert(thin_graph(CONTRACT)), noise(64))
     assert maps.shape == (8, 3, 2, 2) and maps.dtype == np.float32
     np.testing.assert_allclose(maps.mean(axis=(2, 3)) + bias_of(model), logits, atol=2e-5)
     assert np.ptp(maps, axis=(2, 3)).min() > 1e-3  # flat maps would prove nothing
 
 
-def test_map_is_the_linear_layer_at_each_position(thin_model: Callable[[Contract], QuadrantClassifier]) -> None:
+def test_map_is_the_linear_layer_at_each_position(
+    thin_model: Callable[[Contract], QuadrantClassifier], thin_graph: Callable[[Contract], bytes]
+) -> None:
     """The reference is the training code's feature map, captured before the pooling."""
     model = thin_model(CONTRACT)
     seen: list[torch.Tensor] = []
@@ -62,7 +66,7 @@ def test_map_is_the_linear_layer_at_each_position(thin_model: Callable[[Contract
     layer = model.head[-1]
     assert isinstance(layer, nn.Linear)
     expected = torch.einsum("nfhw,cf->nchw", seen[0], layer.weight).detach().numpy()
-    np.testing.assert_allclose(answers(build_graph(model, CONTRACT), quadrants)[2], expected, atol=2e-5)
+    np.testing.assert_allclose(answers(thin_graph(CONTRACT), quadrants)[2], expected, atol=2e-5)
 
 
 def quantized(graph: bytes) -> bytes:
@@ -73,12 +77,13 @@ def quantized(graph: bytes) -> bytes:
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_predictor_returns_maps_with_unchanged_decisions(
     thin_model: Callable[[Contract], QuadrantClassifier],
+    thin_graph: Callable[[Contract], bytes],
     make_tiny_bundle: Callable[..., Path],
     tmp_path: Path,
     precision: str,
 ) -> None:
     model = thin_model(CONTRACT)
-    single = build_graph(model, CONTRACT)
+    single = thin_graph(CONTRACT)
     graphs = {"fp32": single, "int8": quantized(single)}
     gate = {"max_abs_dprobability": 1.0, "max_frame_flip_fraction": 1.0}  # its golden answers belong to another network
     parity = {name: {"gate": gate} for name in graphs}
@@ -101,9 +106,9 @@ def test_predictor_returns_maps_with_unchanged_decisions(
 
 
 def test_check_activation_maps_raises_parity_error_on_deviation(
-    thin_model: Callable[[Contract], QuadrantClassifier],
+    thin_graph: Callable[[Contract], bytes],
 ) -> None:
-    single = build_graph(thin_model(CONTRACT), CONTRACT)
+    single = thin_graph(CONTRACT)
     frames = noise(64, 16).reshape(4, 4, 64, 64)
     for graph in (single, to_fp16(single), quantized(single)):
         found = check_activation_maps(graph, frames)

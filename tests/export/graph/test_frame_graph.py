@@ -31,7 +31,6 @@ from echoquad_export.graph.frame_graph import (
 )
 from echoquad_export.graph.resize_graph import FRAMES
 from echoquad_export.packing.exporter import export_run
-from echoquad_export.parity import golden
 from echoquad_runtime.bundle.bundle import Bundle, frame_file
 from echoquad_runtime.contract import Contract, VoteMethod
 from echoquad_runtime.devices.session_factory import open_session
@@ -329,13 +328,7 @@ def test_load_frames_skips_unreadable_and_tiny_frames(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- export
 
 
-@pytest.fixture
-def quick(thin: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use a small pool of golden frames: these tests do not depend on it."""
-    monkeypatch.setattr(golden, "POOL", 6)
-
-
-def test_export_adds_frame_graphs_that_passed_parity(case: Any, quick: None, tmp_path: Path) -> None:
+def test_export_adds_frame_graphs_that_passed_parity(case: Any, thin: None, few_golden: None, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     export(case.run, folder, precision="fp32,fp16", frame_graph=True)
     bundle = Bundle(folder)
@@ -360,7 +353,7 @@ def test_export_adds_frame_graphs_that_passed_parity(case: Any, quick: None, tmp
 
 
 def test_failed_frame_parity_leaves_no_bundle(
-    case: Any, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Any, thin: None, few_golden: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(frame_graph, "MAX_GREY_DIFFERENCE", -1)
     with pytest.raises(ParityError, match=r"the fp32 frame graph .* grey levels"):

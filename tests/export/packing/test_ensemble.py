@@ -113,7 +113,9 @@ class Silent:
         return lambda *_, **__: None
 
 
-def test_ensemble_exports_to_one_bundle_in_each_precision(case: Any, thin: None, tmp_path: Path) -> None:
+def test_ensemble_exports_to_one_bundle_in_each_precision(
+    case: Any, thin: None, few_golden: None, tmp_path: Path
+) -> None:
     recipe = Recipe.load(str(case.run / "recipe.toml"))
     options: dict[str, Any] = {"device": "cpu", "resume": False, "reporter": Silent()}
     fit(case.data, tmp_path / "Jane-Q", replace(recipe, seed=4), **options)
@@ -142,7 +144,9 @@ def test_ensemble_exports_to_one_bundle_in_each_precision(case: Any, thin: None,
         Predictor(bundle, cam=True)
 
 
-def test_manifest_of_folds_holds_the_out_of_fold_accuracy(case: Any, thin: None, tmp_path: Path) -> None:
+def test_manifest_of_folds_holds_the_out_of_fold_accuracy(
+    case: Any, thin: None, few_golden: None, tmp_path: Path
+) -> None:
     recipe = replace(Recipe.load(str(case.run / "recipe.toml")), epochs=1)
     # The number in the file name is the patient: all frames are in one patient's folder.
     settings = FoldSettings(2, r"-(\d)\D*$")

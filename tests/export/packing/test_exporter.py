@@ -48,7 +48,7 @@ def manifest(case: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def ready(case: Any, thin: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def ready(case: Any, thin: None, few_golden: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Reuse the graph that was built before, or a changed one, because building takes seconds."""
 
     def use(change: Callable[[onnx.ModelProto], None] | None = None) -> None:
@@ -59,7 +59,6 @@ def ready(case: Any, thin: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..
             data = proto.SerializeToString()
         monkeypatch.setattr(pack, "build_graph", lambda model, contract: data)
 
-    monkeypatch.setattr(golden, "POOL", 6)  # these tests do not depend on the golden frames
     use()
     return use
 
@@ -490,7 +489,7 @@ def test_reference_network_trains_and_exports(case: Any, tmp_path: Path) -> None
 
 
 def test_inexact_activation_maps_leave_no_bundle(
-    case: Any, thin: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Any, thin: None, few_golden: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("echoquad_export.graph.activation_map.CAM_TOLERANCE", -1.0)
     with pytest.raises(ParityError, match="class activation maps"):
@@ -501,7 +500,7 @@ def test_inexact_activation_maps_leave_no_bundle(
 # Precisions
 
 
-def test_one_bundle_holds_all_precisions(case: Any, thin: None, tmp_path: Path) -> None:
+def test_one_bundle_holds_all_precisions(case: Any, thin: None, few_golden: None, tmp_path: Path) -> None:
     steps: list[str] = []
     exported = export_run(
         case.run, tmp_path / "bundle", precisions=("int8", "fp16", "fp32"), calibration_frames=5, progress=steps.append
@@ -526,7 +525,7 @@ def test_one_bundle_holds_all_precisions(case: Any, thin: None, tmp_path: Path) 
 
 
 def test_failed_int8_parity_leaves_no_bundle(
-    case: Any, thin: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Any, thin: None, few_golden: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     impossible = Gate(None, -1.0, 0.0, None)
     monkeypatch.setattr("echoquad_export.parity.parity.GATES", {"fp32": GATES["fp32"], "int8": impossible})

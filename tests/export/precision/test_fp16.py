@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
 
-from echoquad_export.graph.build import build_graph
 from echoquad_export.graph.onnx_graph import open_in_memory
 from echoquad_export.precision.fp16 import to_fp16
 from echoquad_runtime.contract import Contract
@@ -20,8 +18,8 @@ CONTRACT = Contract(("a", "b", "c"), input_size=40, mean=0.31, std=0.22, tempera
 
 
 @pytest.fixture
-def single(thin_model: Callable[[Contract], Any]) -> bytes:
-    return build_graph(thin_model(CONTRACT), CONTRACT)
+def single(thin_graph: Callable[[Contract], bytes]) -> bytes:
+    return thin_graph(CONTRACT)
 
 
 def test_fp16_graph_differs_by_rounding_only(single: bytes) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from echoquad_export.graph.build import build_graph
 from echoquad_export.parity.parity import GATES, BatchParity, Parity
 from echoquad_export.precision import int8
 from echoquad_export.precision.calibration_set import CalibrationSet
@@ -22,14 +21,11 @@ CONTRACT = Contract(("a", "b"), input_size=32)
 CALIBRATION = CalibrationSet(
     np.random.default_rng(0).integers(0, 256, (4, 4, 32, 32), np.uint8), seed=0, sha256="0" * 64, left_out=0
 )
-_BUILT: dict[str, bytes] = {}
 
 
 @pytest.fixture
-def single(thin_model: Callable[[Contract], Any]) -> bytes:
-    if not _BUILT:
-        _BUILT["graph"] = build_graph(thin_model(CONTRACT), CONTRACT)
-    return _BUILT["graph"]
+def single(thin_graph: Callable[[Contract], bytes]) -> bytes:
+    return thin_graph(CONTRACT)
 
 
 class Judge:

@@ -12,7 +12,6 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from echoquad_export.graph.build import build_graph
 from echoquad_export.graph.onnx_graph import open_in_memory
 from echoquad_export.precision.calibration_set import Ranges
 from echoquad_export.precision.quantize import activation_tensors, layers, prepare, quantize
@@ -20,14 +19,11 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices.session_factory import load_onnxruntime
 
 CONTRACT = Contract(("a", "b", "c"), input_size=64, mean=0.31, std=0.22, temperature=1.7)
-_BUILT: dict[str, bytes] = {}
 
 
 @pytest.fixture
-def single(thin_model: Callable[[Contract], Any]) -> bytes:
-    if not _BUILT:
-        _BUILT["graph"] = build_graph(thin_model(CONTRACT), CONTRACT)
-    return _BUILT["graph"]
+def single(thin_graph: Callable[[Contract], bytes]) -> bytes:
+    return thin_graph(CONTRACT)
 
 
 @pytest.fixture
@@ -136,6 +132,21 @@ def test_error_shrinks_with_more_float_layers(single: bytes, quadrants: np.ndarr
         for kept in ((), everything[len(everything) // 2 :], everything)
     ]
     assert errors[0] > errors[1] > errors[2]
+
+
+def test_relu6_becomes_part_of_the_integer_operator_before_it(single: bytes, quadrants: np.ndarray) -> None:
+    model = onnx.load_from_string(single)
+    for node in model.graph.node:
+        if node.op_type == "Relu":
+            node.op_type = "Clip"
+            node.input.extend(["zero", "six"])
+    for name, value in (("zero", 0), ("six", 6)):
+        model.graph.initializer.append(numpy_helper.from_array(np.float32(value), name))
+    changed = model.SerializeToString()
+    graph = quantized(changed, quadrants)
+    assert "Clip" not in {node.op_type for node in onnx.load_from_string(graph).graph.node}
+    expected, found = (answers(one, quadrants)[0] for one in (changed, graph))
+    assert np.abs(expected - found).max() < 0.2 * np.ptp(expected, axis=0).min()
 
 
 def test_filter_with_tiny_weights_keeps_its_bias(single: bytes, quadrants: np.ndarray) -> None:
