@@ -11,9 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
+pytest.importorskip("torch")
+pytest.importorskip("onnx")
+
 import torch
 import torchvision
-from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
