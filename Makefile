@@ -1,10 +1,10 @@
-# The two commands: `make demo` and `make test`. README.md has the same in plain pip, for Windows.
+# The two commands: `make demo` and `make test`. README.md has the same lines for pip, for Windows.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint bench bench-gpu clean
+.PHONY: demo test test-slow lint docs lock bench bench-gpu clean
 
 demo: $(READY)
 	$(BIN)/echoquad demo
@@ -22,7 +22,16 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# On a network and frames of one's own: make bench RUN=run BUNDLE=bundle FRAMES=frames MINUTES=10
+# The documentation, into build/docs. Needs no network; a warning is an error.
+docs: $(READY)
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs build/docs
+
+# The versions in .venv, for an environment that is the same elsewhere; see CONTRIBUTING.md.
+lock: $(READY)
+	echo "# Versions of every package in the development environment; \`make lock\` writes this file." > requirements-dev.lock
+	$(BIN)/python -m pip list --format=freeze --exclude-editable --exclude pip --exclude setuptools >> requirements-dev.lock
+
+# On a network and frames of your own: make bench RUN=run BUNDLE=bundle FRAMES=frames MINUTES=10
 RUN ?= demo/run
 BUNDLE ?= demo/bundle
 FRAMES ?= demo/data/test
@@ -43,7 +52,7 @@ bench: $(READY)
 	frame=$$(find $(FRAMES) -name '*.png' -o -name '*.jpg' | sort | head -n 1) && \
 	$(BIN)/python benchmarks/startup.py $(BUNDLE) "$$frame" --results $(RESULTS)
 
-# On a machine with a GPU; see docs/gpu.md. It may have no package registry: where there is no .venv, PYTHON runs it.
+# On a machine with a GPU; see docs/how-to/gpu.md. It may have no package registry: where there is no .venv, PYTHON runs it.
 DATA ?=
 GPU ?=
 bench-gpu:

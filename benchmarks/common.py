@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from echoquad_runtime.devices.session_factory import available_cpus
+from echoquad_runtime.devices.cpu_info import available_cpus
 from echoquad_runtime.frames.discovery import walk
 from echoquad_runtime.storage.atomic import write_atomically
 

@@ -24,8 +24,9 @@ from common import FORMATS, PAUSE, alternate, arguments, make_frames, one_core, 
 from workers.peer import Setup, echoquad
 
 from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.onnx_header import INPUT, OUTPUTS
 from echoquad_runtime.devices.session_factory import open_session
-from echoquad_runtime.engine.onnx_engine import INPUT, OUTPUTS, OnnxEngine
+from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.frames.quality_flags import quality_flags
 from echoquad_runtime.frames.reader import read_checked

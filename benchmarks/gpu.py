@@ -1,4 +1,4 @@
-"""Measure EchoQuad on a GPU: the entry point of the package `gpu`; see docs/gpu.md and `--help`."""
+"""Measure EchoQuad on a GPU: the entry point of the package `gpu`; see docs/how-to/gpu.md and `--help`."""
 
 from __future__ import annotations
 

@@ -22,8 +22,9 @@ from common import FORMATS, PAUSE, arguments, make_frames, quantiles, report, ro
 from echoquad_runtime.bench.benchmark import STAGES, peak_rss_mb, time_stages
 from echoquad_runtime.bench.live_source import Paced, pace
 from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.onnx_header import INPUT, OUTPUTS
 from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
-from echoquad_runtime.engine.onnx_engine import INPUT, OUTPUTS, FloatArray
+from echoquad_runtime.engine.io_binding import FloatArray
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict.predictor import Predictor
 

@@ -1,6 +1,7 @@
 """Accuracy against time (Pareto front): a table, a plot and a line of JSON with a point per run and precision.
 
-    python benchmarks/pareto.py RUN [RUN ...] --out docs/pareto [--precision fp32,int8] [--rounds 60] [--threads 2]
+    python benchmarks/pareto.py RUN [RUN ...] --out docs/reference/pareto [--precision fp32,int8] [--rounds 60]
+        [--threads 2]
 
 Each run is exported, with its parity gate, and the exported graph classifies the validation frames of the run's data.
 The time is that of one frame, from file bytes to decision; all points are timed interleaved. An int8 graph that fails

@@ -1,6 +1,6 @@
 """EchoQuad: from a folder of labelled echo frames to a checked ONNX bundle that a bedside cart can run.
 
-Research use only. Nothing here imports more than it must: `Predictor` and its kin are loaded when first asked for.
+Research use only. Importing the package imports nothing else: `Predictor` and the other names are loaded on first use.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from echoquad_runtime.contract import Contract
     from echoquad_runtime.errors import EchoQuadError
     from echoquad_runtime.frames.frame_file import Failure
-    from echoquad_runtime.predict.predictor import Prediction, Predictor
+    from echoquad_runtime.predict.prediction import Prediction
+    from echoquad_runtime.predict.predictor import Predictor
     from echoquad_runtime.verify.verify import Verification, verify
 
 __all__ = [
@@ -29,24 +30,24 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = {
-    "Bundle": "bundle.bundle",
-    "Contract": "contract",
-    "EchoQuadError": "errors",
-    "Failure": "frames.frame_file",
-    "Prediction": "predict.prediction",
-    "Predictor": "predict.predictor",
-    "Verification": "verify.verify",
-    "verify": "verify.verify",
+_MODULES = {
+    "Bundle": "echoquad_runtime.bundle.bundle",
+    "Contract": "echoquad_runtime.contract",
+    "EchoQuadError": "echoquad_runtime.errors",
+    "Failure": "echoquad_runtime.frames.frame_file",
+    "Prediction": "echoquad_runtime.predict.prediction",
+    "Predictor": "echoquad_runtime.predict.predictor",
+    "Verification": "echoquad_runtime.verify.verify",
+    "verify": "echoquad_runtime.verify.verify",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'echoquad' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f"echoquad_runtime.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,5 +1,5 @@
-"""``python -m echoquad``."""
+"""Run the command line with ``python -m echoquad``."""
 
-from echoquad.cli.app import main
+from echoquad.cli.framework.main import main
 
 main()

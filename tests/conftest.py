@@ -21,20 +21,18 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from echoquad_runtime.bundle.bundle import (
+from echoquad_runtime.bundle.golden_frames import GoldenFrames, encode_golden
+from echoquad_runtime.bundle.manifest import (
     GOLDEN,
     INTENDED_USE,
     MANIFEST,
     MODEL_CARD,
     SCHEMA,
-    Golden,
-    encode_golden,
     encode_manifest,
     model_file,
 )
-from echoquad_runtime.bundle.onnx_header import CAM, CONTRACT_HASH_KEY
+from echoquad_runtime.bundle.onnx_header import CAM, CONTRACT_HASH_KEY, CONTRACT_KEY, INPUT, OUTPUTS
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.engine.onnx_engine import CONTRACT_KEY, INPUT, OUTPUTS
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
 
 # The same examples in every run, and no clock: a busy machine is no fault of the code.
@@ -190,7 +188,7 @@ def tiny_graph(
 # ---------------------------------------------------------------------------------------------- a tiny bundle
 
 
-def tiny_golden(contract: Contract) -> Golden:
+def tiny_golden(contract: Contract) -> GoldenFrames:
     """Make golden frames and answer them in numpy."""
     frames = {f"phantom-{i}": draw_frame(i, *size) for i, size in enumerate([(60, 80), (61, 79), (97, 33), (48, 48)])}
     frames |= {
@@ -199,7 +197,7 @@ def tiny_golden(contract: Contract) -> Golden:
     }
     weights = tiny_weights(len(contract.classes))
     answers = [tiny_answers(frame_quadrants(frame, contract), contract, weights) for frame in frames.values()]
-    return Golden(
+    return GoldenFrames(
         names=tuple(frames),
         frames=tuple(frames.values()),
         logits=np.stack([logits for logits, _ in answers]).astype(np.float32),
@@ -220,7 +218,7 @@ def build_tiny_bundle(
     precisions: Sequence[str] = ("fp32",),
     graphs: Mapping[str, bytes] | None = None,
     graph: Mapping[str, Any] | None = None,
-    golden: Golden | bytes | None = None,
+    golden: GoldenFrames | bytes | None = None,
     manifest: Mapping[str, Any] | None = None,
     without: Sequence[str] = (),
     **fields: Any,

@@ -14,10 +14,11 @@ import numpy as np
 from common import alternate
 from workers.peer import Setup, trained
 
+from echoquad_runtime.bundle.onnx_header import INPUT
 from echoquad_runtime.devices.execution_providers import CPU_PROVIDER, CUDA_PROVIDER, create_session
 from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
-from echoquad_runtime.engine.onnx_engine import INPUT, OnnxEngine
-from echoquad_runtime.engine.slot_pool import SlotPool, infer_all
+from echoquad_runtime.engine.onnx_engine import OnnxEngine
+from echoquad_runtime.engine.slot_pool import SlotPool, infer_in_batches
 from echoquad_runtime.frames.discovery import walk
 from echoquad_runtime.frames.reader import read_frame
 from echoquad_runtime.quadrants import frame_quadrants
@@ -55,7 +56,7 @@ class Sample:
         self.quadrants = np.stack([found[index % len(found)] for index in range(frames)])
         exact = "fp32" if "fp32" in bundle.precisions else bundle.default_precision
         engine = OnnxEngine(bundle, precision=exact, device="cpu", threads=context.settings.threads)
-        _, probabilities = infer_all(engine, self.quadrants, min(8, frames))
+        _, probabilities = infer_in_batches(engine, self.quadrants, min(8, frames))
         self.expected = probabilities.reshape(frames, 4, -1)
 
     def batch(self, frames: int, start: int = 0) -> tuple[np.ndarray, np.ndarray]:

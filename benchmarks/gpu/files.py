@@ -20,11 +20,11 @@ from common import FORMATS, FRAME_SIZE, link_tree, rotated
 from PIL import Image
 from workers.peer import cut_small, in_threads, write
 
+from echoquad_runtime.bundle.onnx_header import INPUT
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices.cpu_info import available_cpus
 from echoquad_runtime.devices.execution_providers import CPU_PROVIDER, CUDA_PROVIDER
 from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
-from echoquad_runtime.engine.onnx_engine import INPUT
 from echoquad_runtime.frames.discovery import walk
 from gpu.engine import Call, torch_call
 from gpu.report import OUT_OF_TIME, Context, OutOfTimeError, aim, ratio

@@ -6,7 +6,7 @@
 Each section has a share of the time and a separate process. What it cannot measure, because of time, a missing package,
 missing CUDA or an error, is listed with the reason, and the other sections still run. Tables and JSON lines are written
 as they grow, so an interrupted run keeps its results. `--device cpu` is a dry run without a GPU; what needs CUDA is
-listed as not measured. See docs/gpu.md. Linux.
+listed as not measured. See docs/how-to/gpu.md. Linux.
 
 Environment variables of this program and its processes:
     PYTHONPATH            if EchoQuad is not installed: the checkout and its runtime, train and export folders
@@ -86,7 +86,7 @@ try:
         found["cuDNN"] = str(torch.backends.cudnn.version())
 except Exception as error:
     found["torch"] = f"cannot be imported ({error})"
-from echoquad_runtime.devices.session_factory import cuda_unavailable_reason
+from echoquad_runtime.devices.cuda_probe import cuda_unavailable_reason
 from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 found["CUDA of onnxruntime"] = str(getattr(load_onnxruntime(), "cuda_version", "") or "none")
 if sys.argv[1] == "cuda":

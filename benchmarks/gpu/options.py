@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from echoquad_runtime.engine.io_binding import FirstRuns, IoBinding
+from echoquad_runtime.engine.io_binding import FirstRunLock, IoBinding
 from gpu.engine import Call, Sample, engine_rows, open_plain_session, slots, time_calls
 from gpu.report import NEEDS_CUDA, OUT_OF_TIME, Context
 
@@ -78,12 +78,12 @@ def compare_options(context: Context, precision: str, sample: Sample, sizes: Seq
 
 
 def _slot_call(context: Context, session: Any, most: int) -> Call:
-    provider, first_runs = session.get_providers()[0], FirstRuns(session.get_providers()[0])
+    provider, first_runs = session.get_providers()[0], FirstRunLock(session.get_providers()[0])
     slot = IoBinding(
         session,
         context.peer.contract,
         most,
-        fault=lambda _, error: error,
+        make_error=lambda _, error: error,
         provider=provider,
         first_runs=first_runs,
     )

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from common import as_markdown, as_text, write_section
 from workers.peer import Setup
 
-from echoquad_runtime.devices.onnxruntime_loader import one_line
+from echoquad_runtime.devices.error_summary import summarize_error
 
 LARGE = 32  # frames per batch from which half of the rounds suffice
 GRACE = 5.0  # seconds after the deadline before a section's process is killed
@@ -126,7 +126,7 @@ class Context:
 
     def missing(self, what: str, why: object) -> None:
         """Send what could not be measured, and why."""
-        self.send(("missing", what, why if isinstance(why, str) else one_line(why)))
+        self.send(("missing", what, why if isinstance(why, str) else summarize_error(why)))
 
     def command(self, *line: object, environment: Mapping[str, str] | None = None) -> Finished:
         """Run ``python LINE`` within the time of the section; raise OutOfTimeError and kill it if it takes longer."""
@@ -234,7 +234,7 @@ def _run(sending: Connection, target: str, settings: Settings) -> None:
         sending.send(("missing", "the rest of the section", OUT_OF_TIME))
     except Exception as error:
         traceback.print_exc()
-        sending.send(("missing", "the rest of the section", f"{type(error).__name__}: {one_line(error)}"))
+        sending.send(("missing", "the rest of the section", f"{type(error).__name__}: {summarize_error(error)}"))
 
 
 def _kill_group(process: Any) -> None:

@@ -19,9 +19,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "runtime"))
 
-from echoquad_runtime.bundle.bundle import BF16, Bundle
-from echoquad_runtime.devices.session_factory import openvino_unavailable_reason
-from echoquad_runtime.engine.onnx_engine import INPUT, OnnxEngine
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.manifest import BF16
+from echoquad_runtime.bundle.onnx_header import INPUT
+from echoquad_runtime.devices.openvino_probe import openvino_unavailable_reason
+from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.slot_pool import SlotPool
 
 

@@ -1,1 +1,1 @@
-"""The command line. A module a command: each parses, calls, and prints; what it calls is imported when it runs."""
+"""The command line: `framework` runs commands and prints; `commands` contains the commands."""

@@ -1,4 +1,4 @@
-// Read a PNG as 8-bit grey levels by the same rules as EchoQuad; see docs/bundle.md.
+// Read a PNG as 8-bit grey levels by the same rules as EchoQuad; see docs/reference/contract.md.
 
 import { crc32 } from "node:zlib";
 import { PNG } from "pngjs";

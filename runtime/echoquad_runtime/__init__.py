@@ -1,1 +1,5 @@
-"""The runtime: what a frame is, and how it becomes a decision. Needs numpy, Pillow and onnxruntime; never torch."""
+"""The runtime: from a frame's bytes to a decision. It needs numpy, Pillow and onnxruntime, and never imports torch."""
+
+import logging
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())

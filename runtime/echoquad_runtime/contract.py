@@ -1,6 +1,6 @@
-"""The contract: everything that training, export and inference must agree on for a frame to mean the same decision.
+"""The contract: what training, export and inference must agree on for a frame to get the same decision.
 
-It is stored in every checkpoint, bundle and ONNX file, and is identified by the SHA-256 of its canonical JSON.
+It is stored in every checkpoint, bundle and ONNX file, and identified by the SHA-256 of its canonical JSON.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ QUADRANTS: Final = ("LA", "RA", "LV", "RV")
 """Names of the quadrants in their fixed order: top-left, top-right, bottom-left, bottom-right of the cropped frame."""
 
 INDETERMINATE: Final = "INDETERMINATE"
-"""What stands for a frame's class where the model abstains; no class is called so."""
+"""Replaces the class of a frame when the model abstains; no class may have this name."""
 
 VoteMethod = Literal["majority", "average", "weighted"]
 VOTE_METHODS: Final[tuple[VoteMethod, ...]] = get_args(VoteMethod)
 
 SCHEMA: Final = 1
-MAX_INPUT_SIZE: Final = 2048  # a quadrant of an 8K frame; anything above is a slip of the keyboard
+MAX_INPUT_SIZE: Final = 2048  # a quadrant of an 8K frame; a larger value is a typing error
 
 
 def canonical_json(value: object) -> str:
-    """Write `value` as JSON in the one form that is hashed: sorted keys, no spaces, ASCII, shortest floats.
+    """Return `value` as JSON in the form that is hashed: sorted keys, no spaces, ASCII, shortest floats.
 
     Raises
     ------
     ValueError
-        If a number is NaN or infinite, which JSON cannot hold.
+        If a number is NaN or infinite, which JSON cannot represent.
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
@@ -48,32 +48,32 @@ class Contract:
     Parameters
     ----------
     classes
-        Class names in sorted order, two or more. The index of a name is its column in logits and probabilities.
+        Two or more class names in sorted order. The index of a name is its column in logits and probabilities.
     positive
-        The class that ROC curves and operating points are drawn for. Empty: the first of `classes`.
+        The class of ROC curves and operating points. Empty: the first of `classes`.
     keep
-        Fraction of the frame's width and of its height that the centre crop keeps, in (0, 1]; 1 is no crop.
+        Fraction of the frame's width and height that the centre crop keeps, in (0, 1]; 1 is no crop.
     input_size
-        Side S of the square that each quadrant is resized to, in pixels.
+        Side S, in pixels, of the square to which each quadrant is resized.
     mean, std
-        Normalisation of a grey level g in 0..255: ``(g / 255 - mean) / std``. One number each, for all three
-        channels: only then is a first convolution summed over its input channels equal, at the zero-padded border too.
+        Normalisation of a grey level g in 0..255: ``(g / 255 - mean) / std``. One number for all three channels, so
+        that the first convolution can be summed over its input channels, with equal results at the zero-padded border.
     vote, vote_weights
-        The rule that joins the quadrants (see `echoquad_runtime.voting`) and the weights, in the order of
-        `QUADRANTS`, that the ``weighted`` rule uses.
+        The rule that aggregates the quadrants (see `echoquad_runtime.voting`), and the weights of the ``weighted`` rule
+        in the order of `QUADRANTS`.
     temperature
-        Logits are divided by it before the softmax. Positive; 1 changes nothing.
+        Divides the logits before the softmax. Positive; 1 changes nothing.
     frame_temperature
-        Of the quadrants' mean, after the vote: the frame's confidence is the decided class's share of the mean
-        probabilities to the power of 1 / frame_temperature. Positive; 1 changes nothing, and is left out of the JSON,
-        so that contracts from before there was one keep their identity.
+        Temperature of the quadrants' mean after the vote: the frame's confidence is the decided class's share of the
+        mean probabilities to the power of 1 / frame_temperature. Positive; 1 changes nothing and is omitted from the
+        JSON, so that contracts older than this field keep their hash.
     interpolation, quadrants
-        Fixed in this schema; stored so that a reader in another language need not guess.
+        Fixed in this schema; stored for readers in other languages.
 
     Raises
     ------
     ContractError
-        If a value cannot be.
+        If a value is invalid.
     """
 
     classes: tuple[str, ...]
@@ -105,14 +105,14 @@ class Contract:
         self._check()
 
     def _check(self) -> None:
-        def require(holds: bool, name: str, expected: str) -> None:
-            if not holds:
+        def require(valid: bool, name: str, expected: str) -> None:
+            if not valid:
                 raise ContractError(f"contract: {name} is {repr(getattr(self, name))[:200]}; expected {expected}")
 
         require(
             type(self.schema) is int and self.schema == SCHEMA,
             "schema",
-            f"{SCHEMA}; this file needs another release of EchoQuad",
+            f"{SCHEMA}; install the release of EchoQuad that wrote the file",
         )
         require(
             len(self.classes) >= 2 and all(isinstance(name, str) and name for name in self.classes),
@@ -120,7 +120,7 @@ class Contract:
             "two or more names",
         )
         require(list(self.classes) == sorted(set(self.classes)), "classes", "distinct names in sorted order")
-        require(INDETERMINATE not in self.classes, "classes", f"none that is called {INDETERMINATE}; rename the folder")
+        require(INDETERMINATE not in self.classes, "classes", f"no class named {INDETERMINATE}; rename the folder")
         require(self.positive in self.classes, "positive", f"one of {', '.join(self.classes)}")
         require(0 < self.keep <= 1, "keep", "a fraction above 0, at most 1")
         require(
@@ -135,25 +135,25 @@ class Contract:
         require(
             len(self.vote_weights) == len(QUADRANTS) and min(self.vote_weights) >= 0 and sum(self.vote_weights) > 0,
             "vote_weights",
-            "four numbers, none negative, not all zero",
+            "four numbers of 0 or more, not all 0",
         )
         require(self.interpolation == "bilinear", "interpolation", "'bilinear'")
         require(self.quadrants == QUADRANTS, "quadrants", f"{QUADRANTS}")
 
     @property
     def positive_index(self) -> int:
-        """Column of the positive class."""
+        """Index of the positive class."""
         return self.classes.index(self.positive)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the contract as plain JSON values."""
+        """Return the contract as JSON values."""
         values = asdict(self)
         if self.frame_temperature == 1:
             del values["frame_temperature"]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def to_json(self) -> str:
-        """Write the canonical JSON that `sha256` is taken of."""
+        """Return the canonical JSON, which `sha256` hashes."""
         return canonical_json(self.to_dict())
 
     @property
@@ -163,19 +163,19 @@ class Contract:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Contract:
-        """Read a contract from JSON values; every field must be there and no other, a frame temperature of 1 not.
+        """Return the contract of JSON values, with all fields and no others; `frame_temperature` is optional.
 
         Raises
         ------
         ContractError
-            If a field is missing, unknown, or has a value that cannot be.
+            If a field is missing, unknown or invalid.
         """
         expected = {field.name for field in fields(cls)}
         missing, unknown = expected - {"frame_temperature"} - set(values), set(values) - expected
         if missing or unknown:
-            what = [f"lacks {', '.join(sorted(missing))}"] if missing else []
-            what += [f"has the unknown {', '.join(sorted(unknown))}"] if unknown else []
-            raise ContractError(f"contract: it {' and '.join(what)}; expected the fields of schema {SCHEMA}")
+            faults = [f"lacks {', '.join(sorted(missing))}"] if missing else []
+            faults += [f"has the unknown {', '.join(sorted(unknown))}"] if unknown else []
+            raise ContractError(f"contract: it {' and '.join(faults)}; expected the fields of schema {SCHEMA}")
         try:
             return cls(**values)
         except TypeError as error:
@@ -183,7 +183,7 @@ class Contract:
 
     @classmethod
     def from_json(cls, text: str) -> Contract:
-        """Read a contract from JSON text.
+        """Return the contract of a JSON text.
 
         Raises
         ------
@@ -202,8 +202,8 @@ class Contract:
 def _finite(name: str, value: object) -> float:
     number = math.nan
     if isinstance(value, int | float) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):  # a whole number of hundreds of digits
+        with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
             number = float(value)
     if not math.isfinite(number):
         raise ContractError(f"contract: {name} has {repr(value)[:40]}; expected a finite number")
-    return number + 0.0  # -0.0 equals 0.0 but would be hashed as another text
+    return number + 0.0  # turns -0.0 into 0.0, which would have another hash

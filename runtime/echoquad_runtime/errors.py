@@ -1,8 +1,9 @@
-"""Everything that EchoQuad raises on purpose.
+"""Exceptions that EchoQuad raises on purpose.
 
-One class a failure. Each inherits :class:`EchoQuadError`, so that ``except EchoQuadError`` catches all of it, and
-where one fits the builtin that a caller would expect, so that ``except FileNotFoundError`` works too. ``code`` is the
-stable name that the command line prints with the message, and ``exit_code`` is what the process ends with.
+There is one class per kind of failure. Each inherits :class:`EchoQuadError`, so that ``except EchoQuadError`` catches
+all of them, and, where one matches, the builtin exception that a caller expects, so that ``except FileNotFoundError``
+works too. ``code`` is the stable name that the command line prints with the message; ``exit_code`` is the exit code of
+the process.
 
 ::
 
@@ -27,13 +28,14 @@ stable name that the command line prints with the message, and ``exit_code`` is 
     │       └── SignatureError
     ├── MissingExtraError (ImportError) 1
     ├── ClusterError (RuntimeError)
+    ├── HostError (RuntimeError)
     ├── UsageError (ValueError)         2
     ├── VerificationError (ValueError)  3
     │   └── ParityError
     ├── GateError (ValueError)          3
     └── DeviceUnavailableError (RuntimeError)   4
 
-A message is one line: what was found, what was expected, what to do.
+A message is one line: what is wrong, what was expected, and how to fix it.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ __all__ = [
     "FrameTooLargeError",
     "FrameTooSmallError",
     "GateError",
+    "HostError",
     "InputNotFoundError",
     "MissingExtraError",
     "OutputError",
@@ -69,14 +72,14 @@ __all__ = [
 
 
 class EchoQuadError(Exception):
-    """Base of every error that EchoQuad raises on purpose."""
+    """Base class of all exceptions that EchoQuad raises on purpose."""
 
     code = "E_UNEXPECTED"
     exit_code = 1
 
 
 class FrameError(EchoQuadError, ValueError):
-    """A frame cannot be judged."""
+    """A frame cannot be read or decided."""
 
     code = "E_FRAME"
 
@@ -88,19 +91,19 @@ class FrameReadError(FrameError, OSError):
 
 
 class FrameFormatError(FrameError):
-    """The bytes are not an image of a supported kind."""
+    """The file is not a frame of a supported format."""
 
     code = "E_FRAME_FORMAT"
 
 
 class FrameDamagedError(FrameError):
-    """The image is truncated or its checksums do not match."""
+    """The file is truncated, or its checksums do not match."""
 
     code = "E_FRAME_DAMAGED"
 
 
 class FrameTooLargeError(FrameError):
-    """The header announces more pixels, or the file holds more bytes, than the cap allows."""
+    """The header states more pixels, or the file has more bytes, than the limit."""
 
     code = "E_FRAME_TOO_LARGE"
 
@@ -112,7 +115,7 @@ class FrameTooSmallError(FrameError):
 
 
 class FrameExtraError(FrameError, ImportError):
-    """A frame is of a kind whose packages this installation does not have; others may be judged."""
+    """The frame's format needs packages that are not installed; other frames may be readable."""
 
     code = "E_FRAME_EXTRA_MISSING"
 
@@ -124,25 +127,25 @@ class InputNotFoundError(EchoQuadError, FileNotFoundError):
 
 
 class ContractError(EchoQuadError, ValueError):
-    """A contract has a value that cannot be."""
+    """A contract has an invalid value."""
 
     code = "E_CONTRACT"
 
 
 class ConfigError(EchoQuadError, ValueError):
-    """A recipe or an option has a value that cannot be."""
+    """A recipe or an option has an invalid value."""
 
     code = "E_CONFIG"
 
 
 class DatasetError(EchoQuadError, ValueError):
-    """A data folder cannot be trained on or evaluated."""
+    """A data folder cannot be used for training or evaluation."""
 
     code = "E_DATASET"
 
 
 class RunError(EchoQuadError, ValueError):
-    """A run folder is missing, unfinished, damaged, or in the way."""
+    """A run folder is missing, unfinished, damaged, or already in use."""
 
     code = "E_RUN"
 
@@ -154,13 +157,13 @@ class OutputError(EchoQuadError, OSError):
 
 
 class ResultError(EchoQuadError, ValueError):
-    """A result file is another run's, unfinished, damaged, or in the way."""
+    """A result file belongs to another run, is unfinished or damaged, or already exists."""
 
     code = "E_RESULT"
 
 
 class BundleError(EchoQuadError, ValueError):
-    """A bundle is malformed or of an unknown schema."""
+    """A bundle is malformed or has an unknown schema."""
 
     code = "E_BUNDLE"
 
@@ -172,28 +175,34 @@ class BundleNotFoundError(BundleError, FileNotFoundError):
 
 
 class BundleTamperedError(BundleError):
-    """A bundle's bytes are not those that were exported."""
+    """The bytes of a bundle are not those that were exported."""
 
     code = "E_BUNDLE_TAMPERED"
     exit_code = 3
 
 
 class SignatureError(BundleTamperedError):
-    """A bundle is not as the holder of a key has signed it, or nobody has."""
+    """A bundle is unsigned, or its content does not match its signature."""
 
     code = "E_SIGNATURE"
 
 
 class MissingExtraError(EchoQuadError, ImportError):
-    """A command needs packages that this installation does not have."""
+    """A command needs packages that are not installed."""
 
     code = "E_EXTRA_MISSING"
 
 
 class ClusterError(EchoQuadError, RuntimeError):
-    """A cluster cannot be reached, or its workers keep dying."""
+    """A cluster cannot be reached, or its workers die repeatedly."""
 
     code = "E_CLUSTER"
+
+
+class HostError(EchoQuadError, RuntimeError):
+    """A check of ``echoquad doctor`` failed, other than that of a device."""
+
+    code = "E_HOST"
 
 
 class UsageError(EchoQuadError, ValueError):
@@ -204,27 +213,27 @@ class UsageError(EchoQuadError, ValueError):
 
 
 class VerificationError(EchoQuadError, ValueError):
-    """A bundle does not compute what its golden frames say."""
+    """A bundle does not reproduce the answers of its golden frames."""
 
     code = "E_VERIFICATION"
     exit_code = 3
 
 
 class ParityError(VerificationError):
-    """An export does not decide as the training code does."""
+    """An exported graph does not decide as the training code does."""
 
     code = "E_PARITY"
 
 
 class GateError(EchoQuadError, ValueError):
-    """A figure that was measured is beyond the bound that was given for it."""
+    """A measured figure exceeds its limit."""
 
     code = "E_GATE"
     exit_code = 3
 
 
 class DeviceUnavailableError(EchoQuadError, RuntimeError):
-    """The device that was asked for is not there."""
+    """The requested device is not available."""
 
     code = "E_DEVICE_UNAVAILABLE"
     exit_code = 4

@@ -1,6 +1,6 @@
-"""Quadrants: where a frame is cut, and how a quadrant becomes the network's input.
+"""Quadrants: where a frame is split, and how a quadrant becomes the network's input.
 
-Training, export and inference all come here; there is no second implementation.
+Training, export and inference share this implementation; there is no other.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from echoquad_runtime.errors import FrameTooSmallError
 __all__ = ["Box", "Grey", "crop_box", "frame_quadrants", "quadrant_boxes", "resize", "split", "stitch"]
 
 Grey = npt.NDArray[np.uint8]
-"""A grey image: uint8 [H, W], 0 black to 255 white."""
+"""A grey image: uint8 [H, W], from 0, black, to 255, white."""
 
 Box = tuple[int, int, int, int]
-"""Left, top, right, bottom in pixels; right and bottom are the first column and row outside."""
+"""Left, top, right, bottom in pixels; right and bottom are the first column and row outside the box."""
 
-MIN_SIDE: Final = 2  # pixels; below it a quadrant would be empty
+MIN_SIDE: Final = 2  # pixels; a quadrant of a smaller frame would be empty
 
 
 def crop_box(width: int, height: int, keep: float) -> Box:
-    """Find the centred box that keeps `keep` of the width and of the height.
+    """Return the centred box that keeps the fraction `keep` of the width and of the height.
 
-    A kept side is ``floor(side * keep + 0.5)`` pixels, at least 2; an odd pixel of border goes to the right and bottom.
+    A kept side has ``floor(side * keep + 0.5)`` pixels, at least 2; an odd border pixel is at the right or bottom.
 
     Raises
     ------
@@ -38,7 +38,7 @@ def crop_box(width: int, height: int, keep: float) -> Box:
     """
     if width < MIN_SIDE or height < MIN_SIDE:
         raise FrameTooSmallError(
-            f"the frame is {width}x{height} pixels; expected at least {MIN_SIDE}x{MIN_SIDE} to cut four quadrants"
+            f"the frame is {width}x{height} pixels; expected at least {MIN_SIDE}x{MIN_SIDE} for four quadrants"
         )
     kept_width = max(MIN_SIDE, math.floor(width * keep + 0.5))
     kept_height = max(MIN_SIDE, math.floor(height * keep + 0.5))
@@ -47,9 +47,9 @@ def crop_box(width: int, height: int, keep: float) -> Box:
 
 
 def quadrant_boxes(width: int, height: int, keep: float) -> tuple[Box, Box, Box, Box]:
-    """Give the boxes of LA, RA, LV, RV in the pixels of the whole frame.
+    """Return the boxes of LA, RA, LV, RV in pixels of the uncropped frame.
 
-    The crop is split at half its width and height, rounded down: the right and lower quadrants take the odd pixel.
+    The crop is split at half its width and height, rounded down: the right and lower quadrants get an odd pixel.
 
     Raises
     ------
@@ -62,7 +62,7 @@ def quadrant_boxes(width: int, height: int, keep: float) -> tuple[Box, Box, Box,
 
 
 def split(frame: Grey, keep: float) -> tuple[Grey, Grey, Grey, Grey]:
-    """Cut a frame, uint8 [H, W], into views of its quadrants LA, RA, LV, RV.
+    """Split a frame, uint8 [H, W], into views of its quadrants LA, RA, LV, RV.
 
     Raises
     ------
@@ -75,37 +75,37 @@ def split(frame: Grey, keep: float) -> tuple[Grey, Grey, Grey, Grey]:
 
 
 def stitch(la: Grey, ra: Grey, lv: Grey, rv: Grey) -> Grey:
-    """Put four quadrants, uint8 [h, w] each, back together: the cropped frame, pixel for pixel."""
+    """Return the cropped frame that four quadrants, uint8 [h, w] each, came from, pixel for pixel."""
     return np.block([[la, ra], [lv, rv]])
 
 
 def resize(quadrant: Grey, size: int) -> Grey:
     """Resize a quadrant, uint8 [h, w], to uint8 [size, size] with Pillow's antialiased bilinear filter.
 
-    Columns are filtered first, then rows, each pass rounded to 8 bits. The quadrant is resized as an image of its own:
-    nothing beyond its edge is read.
+    Columns are filtered first, then rows, and each pass is rounded to 8 bits. The filter reads nothing beyond the edge
+    of the quadrant.
     """
     if quadrant.shape == (size, size):
         return quadrant
-    return np.asarray(_filter(_image(quadrant), size))
+    return np.asarray(_filter(_to_image(quadrant), size))
 
 
 def frame_quadrants(frame: Grey, contract: Contract, out: npt.NDArray[np.uint8] | None = None) -> Grey:
-    """Turn a frame into the network's input.
+    """Return the network's input for a frame.
 
     Parameters
     ----------
     frame
         uint8 [H, W], grey levels 0 to 255.
     contract
-        Gives the kept fraction and the input size S.
+        Defines the kept fraction and the input size S.
     out
-        uint8 [4, 1, S, S] to write into; made where it is not given.
+        uint8 [4, 1, S, S] to write into; allocated if None.
 
     Returns
     -------
     uint8 [4, 1, S, S]
-        The quadrants LA, RA, LV, RV, still as grey levels: normalisation is the graph's.
+        The quadrants LA, RA, LV, RV as grey levels; the graph normalises them.
 
     Raises
     ------
@@ -117,22 +117,23 @@ def frame_quadrants(frame: Grey, contract: Contract, out: npt.NDArray[np.uint8] 
         out = np.empty((4, 1, size, size), np.uint8)
     quadrants = split(frame, contract.keep)
     if quadrants[0].shape == quadrants[3].shape != (size, size):
-        # Four channels at once take three quarters of the time. CMYK, since no channel of it weights the others.
-        together = _filter(Image.merge("CMYK", [_image(quadrant) for quadrant in quadrants]), size)
+        # Resizing four channels at once takes three quarters of the time. CMYK has four channels without alpha, which
+        # would weight the others.
+        merged = _filter(Image.merge("CMYK", [_to_image(quadrant) for quadrant in quadrants]), size)
         for index in range(len(quadrants)):
-            out[index, 0] = np.asarray(together.getchannel(index))
+            out[index, 0] = np.asarray(merged.getchannel(index))
     else:
         for index, quadrant in enumerate(quadrants):
             out[index, 0] = resize(quadrant, size)
     return out
 
 
-def _image(quadrant: Grey) -> Image.Image:
+def _to_image(quadrant: Grey) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(quadrant))
 
 
 def _filter(image: Image.Image, size: int) -> Image.Image:
-    # In two calls: from 12.2 on, Pillow by itself takes the rows of tall images first, and rounds otherwise.
+    # Two calls fix the order of the passes: from 12.2 on, Pillow filters the rows of tall images first.
     image = image.resize((size, image.height), Image.Resampling.BILINEAR)
     return image.resize((size, size), Image.Resampling.BILINEAR)
 

@@ -1,4 +1,4 @@
-"""Votes: how the four quadrants' probabilities become one decision on the frame."""
+"""Voting: how the probabilities of the four quadrants become one decision per frame."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Decision:
     Attributes
     ----------
     labels
-        int64 [N], the decided class of each frame.
+        int64 [N], the index of each frame's decided class.
     probabilities
-        float64 [N, C], the plain mean over the quadrants, whatever the method.
+        float64 [N, C], the unweighted mean over the quadrants, whatever the method.
     quadrant_labels
-        int64 [N, Q], the class of each quadrant: the largest probability, the first of equal ones.
+        int64 [N, Q], the class of each quadrant: the largest probability, the first one of equal ones.
     margins
-        float64 [N], the decided class's score less the best other's: votes over Q for ``majority`` (0 where the
-        tie was broken by the mean), probability for the other methods. In [0, 1].
+        float64 [N] in [0, 1], the score of the decided class minus the best other score: votes / Q for ``majority`` (0
+        if the mean broke a tie), probability for the other methods.
     """
 
     labels: npt.NDArray[np.int64]
@@ -42,23 +42,23 @@ def aggregate_votes(
     method: VoteMethod,
     weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
 ) -> Decision:
-    """Join the quadrants' probabilities.
+    """Aggregate the quadrants' probabilities to decisions.
 
     Parameters
     ----------
     probabilities
-        float [N, Q, C], each row over C in [0, 1] with the sum 1. Means are taken in float64.
+        float [N, Q, C] in [0, 1] with sum 1 over C. Means are computed in float64.
     method
-        ``majority``: the class with most quadrant votes (plurality); a tie goes to the highest mean probability among
-        the tied, a tie of those to the first class. ``average``: the highest mean probability. ``weighted``: the
-        highest mean weighted by `weights`.
+        ``majority``: the class with the most quadrant votes (plurality); a tie goes to the highest mean probability
+        among the tied classes, and a tie of those to the first class. ``average``: the highest mean probability.
+        ``weighted``: the highest mean weighted by `weights`.
     weights
-        Q numbers, used by ``weighted`` alone.
+        Q numbers, used by ``weighted`` only.
 
     Raises
     ------
     ConfigError
-        If the method is unknown or the shapes do not fit.
+        If the method is unknown or the shapes do not match.
     """
     p = np.asarray(probabilities, np.float64)
     if p.ndim != 3:
@@ -85,10 +85,11 @@ def aggregate_votes(
 
 
 def apply_temperature(probabilities: npt.NDArray[np.floating], temperature: float) -> npt.NDArray[np.float64]:
-    """Bring probabilities, [..., C], to another temperature: as if their logits were divided by it.
+    """Return probabilities, [..., C], at another temperature, as if their logits were divided by it.
 
-    p^(1/T) over the sum of it, since a probability is exp(logit) but for a factor; no order changes. A probability
-    below what float32 can hold counts as the smallest of these. At 1 nothing changes, to the last bit.
+    The result is p^(1/T), normalised, since a probability is exp(logit) up to a factor; the order of classes does not
+    change. Probabilities below float32's smallest normal number count as that number. A temperature of 1 returns the
+    same bits.
     """
     p = np.asarray(probabilities, np.float64)
     if temperature == 1:

@@ -324,7 +324,7 @@ def test_all_files_with_gpu_tests_are_found() -> None:
         for path in (gpu_commands.ROOT / "tests").rglob("test_*.py")
         if gpu_commands.MARKED.search(path.read_text("utf-8"))
     ]
-    assert {"test_session_factory.py", "test_io_binding.py", "test_verify.py", "test_loop.py"} <= set(marked)
+    assert {"test_session_factory.py", "test_io_binding.py", "test_devices.py", "test_loop.py"} <= set(marked)
     assert "test_gpu.py" not in marked
 
 

@@ -1,9 +1,10 @@
-"""The command line as a user runs it: a process, its exit code, and what it printed where."""
+"""Fixtures that run the command line as a user does: a process, its exit code, its stdout and its stderr."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,11 +16,11 @@ from typing import Any, Self
 
 import pytest
 
-# A chatter of a library, or a fault, is none of what a command may print.
+# No command prints a traceback, a warning of a library, or a report of its own fault.
 FORBIDDEN = ("Traceback", "this is a fault in EchoQuad", "Exception ignored", "Warning", "[W:onnxruntime", "[E:onnx")
 
 TINY = ("--recipe", "scratch", "--input-size", "16", "--epochs", "1", "--set", "batch_size=8", "--device", "cpu")
-"""Options of a training that takes a second, once torch is there."""
+"""Options of a training that takes a second once torch is imported."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,23 @@ class Ran:
 
     @property
     def errors(self) -> list[str]:
-        return [line.removeprefix("error: ") for line in self.err.splitlines() if line.startswith("error: ")]
+        """The messages of the error lines, without ``error[CODE]: ``."""
+        return [message for _, message in self._error_lines]
+
+    @property
+    def error_codes(self) -> list[str]:
+        """The stable codes of the error lines."""
+        return [code for code, _ in self._error_lines]
+
+    @property
+    def error(self) -> tuple[str, str]:
+        """The code and the message of the only error line."""
+        (line,) = self._error_lines
+        return line
+
+    @property
+    def _error_lines(self) -> list[tuple[str, str]]:
+        return re.findall(r"^error\[(E_[A-Z_]+)\]: (.*)$", self.err, re.MULTILINE)
 
 
 def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -40,17 +57,19 @@ def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**kept, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", **(changes or {})}
 
 
-def hold(arguments: Sequence[object], ran: Ran, code: int | None, *, help_only: bool = False) -> Ran:
-    """Hold what a command did against what every command owes its user; `code` None is any.
+def check(arguments: Sequence[object], ran: Ran, code: int | None, *, help_only: bool = False) -> Ran:
+    """Check what every command guarantees; `code` None allows any exit code.
 
-    No traceback. An exit code from 1 to 4 comes with a line that begins with ``error:``, and from 2 on with no more
-    than one; 5 comes with one for each input that failed, 0 with none. Help that was not asked for is the exception.
+    There is no traceback. Exit codes 1 to 4 come with an ``error[CODE]:`` line, 2 to 4 with exactly one; 5 comes with
+    one for each failed input, 0 with none. A help page that was not requested (`help_only`) has exit code 2 and no
+    error line.
     """
-    shown = f"{arguments} gave {ran.code}, expected {code}\n--- stdout\n{ran.out}\n--- stderr\n{ran.err}"
+    shown = f"{arguments} returned {ran.code}, expected {code}\n--- stdout\n{ran.out}\n--- stderr\n{ran.err}"
     assert code is None or ran.code == code, shown
     for text in FORBIDDEN:
         assert text not in ran.out + ran.err, shown
     assert bool(ran.errors) == (ran.code in (1, 2, 3, 4, 5) and not help_only), shown
+    assert not re.search(r"^error(?!\[E_[A-Z_]+\]: )", ran.err, re.MULTILINE), shown
     if ran.code in (2, 3, 4):
         assert len(ran.errors) <= 1, shown
     return ran
@@ -65,13 +84,13 @@ def run(
     help_only: bool = False,
     **options: Any,
 ) -> Ran:
-    """Run ``echoquad ARGUMENTS`` in a process of its own; it has to end with `code` and to pass `hold`.
+    """Run ``echoquad ARGUMENTS`` in a process of its own; it has to end with `code` and to pass `check`.
 
-    `driver` is Python text that is run before the command, in the same process: to hide a package, to change a bound.
+    `driver` is Python code that runs before the command in the same process, for example to hide a package.
     """
     begin = ["-m", "echoquad"]
     if driver is not None:
-        begin = ["-c", f"import sys\n{driver}\nfrom echoquad.cli.app import main\nmain()"]
+        begin = ["-c", f"import sys\n{driver}\nfrom echoquad.cli.framework.main import main\nmain()"]
     ended = subprocess.run(
         [sys.executable, *begin, *map(str, arguments)],
         check=False,
@@ -81,13 +100,13 @@ def run(
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 240, **options},
     )
     ran = Ran(ended.returncode, *(_text(stream) for stream in (ended.stdout, ended.stderr)))
-    return hold(arguments, ran, code, help_only=help_only)
+    return check(arguments, ran, code, help_only=help_only)
 
 
-# Runs lists of command lines in one process, where what they say is of interest and not how they leave.
+# Runs lists of command lines in one process: imports are paid once.
 _SERVER = """
 import io, json, sys
-from echoquad.cli import app
+from echoquad.cli.framework.main import main
 kept = sys.stdin, sys.stdout, sys.stderr
 for lines in kept[0]:
     ended = []
@@ -98,10 +117,10 @@ for lines in kept[0]:
         sys.argv[1:] = line
         sys.stdout, sys.stderr = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="\\n") for _ in range(2))
         try:
-            app.main()
+            main()
         except SystemExit as error:
-            said = [(stream.flush(), stream.buffer.getvalue().decode())[1] for stream in (sys.stdout, sys.stderr)]
-            ended.append([error.code, *said])
+            printed = [(stream.flush(), stream.buffer.getvalue().decode())[1] for stream in (sys.stdout, sys.stderr)]
+            ended.append([error.code, *printed])
     sys.stdout, sys.stderr = kept[1:]
     print(json.dumps([ended, sorted(name for name in sys.modules if "." not in name)]), flush=True)
 """
@@ -110,7 +129,7 @@ Lines = Sequence[Sequence[str | Path]]
 
 
 class Server:
-    """A process that runs one list of command lines after the other; what they import is imported once."""
+    """A process that runs lists of command lines, one after the other."""
 
     def __init__(self, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> None:
         command = [sys.executable, "-c", _SERVER]
@@ -118,18 +137,18 @@ class Server:
         self._process = subprocess.Popen(command, cwd=cwd, env=environment(env), **pipes)
 
     def __call__(self, lines: Lines) -> tuple[list[Ran], set[str]]:
-        """Give what each line did, and the packages that were imported up to now; each line has to pass `hold`.
+        """Return the result of each line, and the packages imported so far; each line has to pass `check`.
 
-        A line ``["python", TEXT]`` runs TEXT in the process, to change a bound and to put it back, and gives nothing.
+        A line ``["python", CODE]`` executes CODE in the process and has no result.
         """
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(json.dumps([[str(word) for word in line] for line in lines]) + "\n")
         process.stdin.flush()
-        found, modules = json.loads(process.stdout.readline())
+        results, modules = json.loads(process.stdout.readline())
         lines = [line for line in lines if line[0] != "python"]
-        assert len(found) == len(lines)
-        return [hold(line, Ran(*values), None) for line, values in zip(lines, found, strict=True)], set(modules)
+        assert len(results) == len(lines)
+        return [check(line, Ran(*values), None) for line, values in zip(lines, results, strict=True)], set(modules)
 
     def __enter__(self) -> Self:
         return self
@@ -138,50 +157,50 @@ class Server:
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
             stream.close()
-        self._process.kill()  # it has nothing to write, and torch takes its time to leave
+        self._process.kill()  # it has nothing to write, and torch is slow to shut down
         self._process.wait()
 
 
 def run_many(
     lines: Lines, *, cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> tuple[list[Ran], set[str]]:
-    """Run command lines in one new process; gives what each did, and the packages that were imported for them."""
+    """Run command lines in one new process; return their results and the packages imported for them."""
     with Server(cwd, env) as server:
         return server(lines)
 
 
 def _text(stream: bytes | None) -> str:
-    # Windows' line ends are of no interest here; that the CSV has none of them a test sees for itself.
+    # Windows line ends are ignored; a test of its own checks that the CSV has none.
     return (stream or b"").decode("utf-8", "surrogateescape").replace("\r\n", "\n")
 
 
 @pytest.fixture(scope="session")
 def echoquad() -> Callable[..., Ran]:
-    """Give `run(*arguments, code=0, cwd=None, env=None, driver=None)`: see there."""
+    """Return `run(*arguments, code=0, cwd=None, env=None, driver=None)`."""
     return run
 
 
 @pytest.fixture(scope="session")
 def many() -> Callable[..., tuple[list[Ran], set[str]]]:
-    """Give `run_many(lines)`: see there."""
+    """Return `run_many(lines)`."""
     return run_many
 
 
 @pytest.fixture(scope="session")
 def warm() -> Iterator[Callable[[Lines], list[Ran]]]:
-    """Give a function that runs command lines in a process that lives as long as the tests: torch is imported once."""
+    """Return a function that runs command lines in one process for all tests: torch is imported once."""
     with Server() as server:
         yield lambda lines: server(lines)[0]
 
 
 @pytest.fixture
 def started() -> Any:
-    """Give a function that starts ``echoquad ARGUMENTS`` and does not wait; what still runs at the end is killed."""
+    """Return a function that starts ``echoquad ARGUMENTS`` without waiting; the test's end kills what still runs."""
     processes: list[subprocess.Popen[bytes]] = []
 
     def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[bytes]:
         if os.name == "posix":
-            # A test run in a shell's background has SIGINT ignored, and its children inherit that.
+            # A shell ignores SIGINT in background jobs, and child processes inherit that.
             options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         command: Sequence[str] = [sys.executable, "-m", "echoquad", *map(str, arguments)]
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -201,47 +220,76 @@ def started() -> Any:
 
 @pytest.fixture(scope="session")
 def tiny() -> tuple[str, ...]:
-    """Give the options of a training that takes a second."""
+    """Return the options of a training that takes a second."""
     return TINY
 
 
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
-    """Give a data set of six patients and what ``data phantom`` printed. Shared: a test must not change it."""
+    """Return a data set of six patients and the output of ``data phantom``. Shared: tests must not change it."""
     folder = tmp_path_factory.mktemp("phantoms") / "data"
     return folder, run("data", "phantom", folder, "--patients", "6", "--frames", "2")
 
 
 @pytest.fixture(scope="session")
 def data(phantoms: tuple[Path, Ran]) -> Path:
-    """Give the phantoms' folder. Shared: a test must not change it."""
+    """Return the folder of the phantoms. Shared: tests must not change it."""
     return phantoms[0]
 
 
 @pytest.fixture(scope="session")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
-    """Give a run of one epoch and what ``train`` printed. Shared: a test must not change it."""
+    """Return a run of one epoch and the output of ``train``. Shared: tests must not change it."""
+    pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("trained") / "run"
     return folder, run("train", data, "--out", folder, *TINY)
 
 
 @pytest.fixture(scope="session")
 def exported(trained: tuple[Path, Ran], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
-    """Give a bundle of that run and what ``export`` printed. Shared: a test must not change it."""
+    """Return a bundle of that run and the output of ``export``. Shared: tests must not change it."""
+    pytest.importorskip("onnxscript")
     folder = tmp_path_factory.mktemp("exported") / "bundle"
     return folder, run("export", trained[0], "--out", folder)
 
 
 @pytest.fixture
 def data_copy(data: Path, tmp_path: Path) -> Path:
-    """Give a copy of the phantoms that a test may spoil."""
+    """Return a copy of the phantoms that a test may change."""
     return Path(shutil.copytree(data, tmp_path / "data"))
 
 
 @pytest.fixture
 def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """Give a copy of the tiny bundle that a test may spoil."""
+    """Return a copy of the tiny bundle that a test may change."""
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def many_frames(make_frame: Any, tmp_path: Path) -> Path:
+    """Return a folder of 60 frames: their rows exceed the buffer of a stream, their overlays take seconds."""
+    from PIL import Image
+
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for index in range(60):
+        Image.fromarray(make_frame(index)).save(folder / f"{index:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def mixed(frames_folder: Path) -> Path:
+    """Return six good frames and five bad ones: `BAD_FRAMES`."""
+    import numpy as np
+    from PIL import Image
+
+    png, jpeg = ((frames_folder / "a" / name).read_bytes() for name in ("0.png", "1.jpg"))
+    (frames_folder / "a" / "cut.png").write_bytes(png[: len(png) // 2])
+    (frames_folder / "a" / "text.png").write_text("id,label\n1,ASD\n")
+    (frames_folder / "b" / "empty.jpg").write_bytes(b"")
+    (frames_folder / "b" / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    Image.fromarray(np.zeros((1, 1), np.uint8)).save(frames_folder / "b" / "small.png")
+    return frames_folder
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -250,5 +298,5 @@ def leftovers(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def left_in() -> Callable[[Path], list[str]]:
-    """Give a function that lists the hidden and half-written files of a folder."""
+    """Return a function that lists the hidden and unfinished files of a folder."""
     return leftovers

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from echoquad_runtime.bundle.bundle import MANIFEST, Bundle, encode_manifest, model_file
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.manifest import MANIFEST, encode_manifest, model_file
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.frames.reader import read_frame
 from echoquad_runtime.quadrants import frame_quadrants

@@ -61,7 +61,7 @@ class Environment:
         ended = run([str(self.scripts / "echoquad"), *map(str, arguments)], cwd=self.folder, env=env)
         assert ended.code == code, (arguments, ended)
         assert "Traceback" not in ended.out + ended.err
-        errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+        errors = [line for line in ended.err.splitlines() if line.startswith("error[E_")]
         assert len(errors) == (code != 0), (arguments, ended)
         return ended
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from echoquad_runtime.bundle.bundle import REDUCED_GATE, Golden
+from echoquad_runtime.bundle.golden_frames import GoldenFrames
+from echoquad_runtime.bundle.manifest import REDUCED_GATE
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.quadrants import frame_quadrants
 
@@ -74,8 +75,8 @@ def test_missing_extra_is_named_with_its_install_command(cpu: Any, tmp_path: Pat
     for command, extra in commands.items():
         ran = cpu.echoquad(*command, code=1)
         assert ran.out == ""
-        assert ran.err.startswith("error: this needs ")
-        assert ran.err.endswith(f', which is not installed; do: pip install "echoquad[{extra}]"\n')
+        assert ran.err.startswith("error[E_EXTRA_MISSING]: ")
+        assert f'pip install "echoquad[{extra}]"' in ran.err
         assert not out.exists()
 
 
@@ -102,7 +103,7 @@ def test_gpu_wheel_without_driver_reports_the_cause(
     ran = echoquad("predict", tiny_bundle, frames_folder, "--device", "cuda", code=4)
     assert ran.out == ""
     assert len(ran.err.splitlines()) == 1
-    assert ran.err.startswith(f"error: device cuda cannot be used: {cause}")
+    assert ran.err.startswith("error[E_DEVICE_UNAVAILABLE]: ") and cause in ran.err
 
     ran = echoquad("predict", tiny_bundle, frames_folder, "--device", "auto")
     assert {row["device"] for row in csv.DictReader(io.StringIO(ran.out))} == {"cpu"}
@@ -133,14 +134,15 @@ def test_openvino_engine_agrees_with_the_cpu(openvino: Any, tiny_bundle: Path) -
 import json
 import numpy as np
 from echoquad_runtime.bundle.bundle import Bundle
-from echoquad_runtime.devices.session_factory import PROBE_MODEL, open_session, usable_devices
+from echoquad_runtime.devices.execution_providers import PROBE_MODEL
+from echoquad_runtime.devices.session_factory import open_session, probe_devices
 from echoquad_runtime.errors import BundleError, DeviceUnavailableError
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 
 bundle = Bundle({str(tiny_bundle)!r})
 quadrants = np.random.default_rng(0).integers(0, 256, (64, 1, 32, 32), np.uint8)
 expected = OnnxEngine(bundle, device="cpu").infer(quadrants)
-found = {{"usable": usable_devices()}}
+found = {{"usable": probe_devices()}}
 for precision in ("fp32", "bf16"):
     try:
         engine = OnnxEngine(bundle, device="openvino", precision=precision, threads=1)
@@ -235,7 +237,7 @@ def int8_bundle(make_tiny_bundle: Any, make_tiny_graph: Any, tmp_path_factory: p
     }
     found = open_in_memory(single).run(["logits", "probabilities"], {"quadrants": quadrants.reshape(-1, 1, 32, 32)})
     logits, probabilities = (answer.reshape(len(frames), 4, 2) for answer in found)
-    golden = Golden(tuple(f"noise-{i}" for i in range(len(frames))), tuple(frames), logits, probabilities)
+    golden = GoldenFrames(tuple(f"noise-{i}" for i in range(len(frames))), tuple(frames), logits, probabilities)
     parity = {name: {"device": "cpu", "gate": dict(REDUCED_GATE)} for name in graphs}
     return Path(
         make_tiny_bundle(
@@ -277,7 +279,7 @@ def test_openvino_bfloat16_needs_processor_support(openvino: Any, tiny_bundle: P
     verify = ("verify", tiny_bundle, "--precision", "bf16", "--device", "openvino")
     doctor = openvino.echoquad("doctor", "--device", "openvino")
     assert "[ok] openvino: computed the expected numbers, " in doctor.out
-    if "in bfloat16 too" in doctor.out:
+    if "also in bfloat16" in doctor.out:
         assert " on openvino in bf16: " in openvino.echoquad(*verify).out
     ran = openvino.echoquad(*verify, code=4, env=OLD_PROCESSOR)
     assert ran.out == ""

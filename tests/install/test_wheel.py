@@ -52,7 +52,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert extras <= set(metadata.get_all("Provides-Extra"))
     bare = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert sorted(re.split(r"[<>=!]", line)[0] for line in bare) == ["numpy", "pillow", "rich", "typer"]
-    assert "echoquad = echoquad.cli.app:main" in scripts
+    assert "echoquad = echoquad.cli.framework.main:main" in scripts
 
 
 def test_source_distribution_contains_tests_and_no_build_products(built: Path) -> None:

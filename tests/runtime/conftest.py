@@ -1,4 +1,4 @@
-"""A device for tests without one: a CPU session behind the semantics of onnxruntime's CUDA provider."""
+"""A stand-in for CUDA: a CPU session with the semantics of onnxruntime's CUDA provider, for machines without a GPU."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ CAPTURING = "cudaErrorStreamCaptureUnsupported: operation not permitted when str
 
 
 class CudaStandIn:
-    """What a CUDA device does otherwise than the CPU, each semantic to be switched off alone.
+    """A simulated CUDA device; each difference from the CPU can be switched off.
 
-    - `copies_at_bind`: a host input is copied to the device when it is bound, and not looked at again.
-    - `late_outputs`: what a run answers is in host memory only once the outputs are synchronised.
-    - `first_run_alone`: while a shape runs for the first time, every other call to the device is refused.
+    - `copies_at_bind`: a host input is copied to the device when it is bound, and not read again.
+    - `late_outputs`: the outputs of a run are in host memory only after they are synchronized.
+    - `exclusive_first_run`: during the first run of a shape, the device refuses every other call.
 
-    A captured CUDA graph always reads and writes the memory that it was captured with, whatever is bound by then.
+    A captured CUDA graph always reads and writes the memory that it was captured with, whatever is bound later.
 
     Attributes
     ----------
     refused
-        How many calls came while another thread was capturing.
+        Number of calls that were refused because another thread was capturing.
     runs
         Input shapes of the runs, in order.
     options
-        Of the provider, for each session.
+        Provider options of each session.
     """
 
     def __init__(self) -> None:
-        self.copies_at_bind = self.late_outputs = self.first_run_alone = True
+        self.copies_at_bind = self.late_outputs = self.exclusive_first_run = True
         self.refused = 0
         self.runs: list[tuple[int, ...]] = []
         self.options: list[dict[str, str]] = []
@@ -48,7 +48,7 @@ class CudaStandIn:
         self._capturing = False
 
     def call(self, *, capturing: bool = False) -> _Call:
-        return _Call(self, capturing and self.first_run_alone)
+        return _Call(self, capturing and self.exclusive_first_run)
 
     def enter(self, capturing: bool) -> None:
         with self._lock:
@@ -58,7 +58,7 @@ class CudaStandIn:
             self._calls += 1
             self._capturing = capturing
         if capturing:
-            time.sleep(0.01)  # as cuDNN takes its time to choose: another thread has one to call in
+            time.sleep(0.01)  # kernel selection takes time, in which another thread may call
 
     def leave(self) -> None:
         with self._lock:
@@ -78,7 +78,7 @@ class _Call:
 
 
 class StandInValue:
-    """An OrtValue: host memory by reference, or device memory, which is copied to and from."""
+    """An OrtValue: a reference to host memory, or a copy in device memory."""
 
     def __init__(self, array: np.ndarray, device: CudaStandIn | None) -> None:
         self.device = device
@@ -121,7 +121,7 @@ class StandInBinding:
 
 
 class StandInSession:
-    """A CPU session that answers as one on `device` does."""
+    """A CPU session with the semantics of a session on `device`."""
 
     def __init__(self, session: Any, device: CudaStandIn, provider: str) -> None:
         self._session, self.device, self._provider = session, device, provider
@@ -149,12 +149,12 @@ class StandInSession:
             self.device.runs.append(shape)
             if graph is not None:
                 binding = self._graphs.setdefault(graph, binding)
-            answers = self._session.run(list(binding.outputs), binding.inputs)
-            for (name, value), answer in zip(binding.outputs.items(), answers, strict=True):
+            outputs = self._session.run(list(binding.outputs), binding.inputs)
+            for (name, value), output in zip(binding.outputs.items(), outputs, strict=True):
                 if value.device is None and self.device.late_outputs:
-                    binding.pending[name] = answer
+                    binding.pending[name] = output
                 else:
-                    value.array[:] = answer
+                    value.array[:] = output
 
 
 class StandInOptions:
@@ -166,7 +166,7 @@ class StandInOptions:
 
 
 class StandInOnnxruntime(ModuleType):
-    """The onnxruntime package, with CUDA among its providers."""
+    """The onnxruntime package with the CUDA provider."""
 
     def __init__(self, device: CudaStandIn) -> None:
         super().__init__("onnxruntime")
@@ -189,9 +189,9 @@ class StandInOnnxruntime(ModuleType):
 
 @pytest.fixture
 def cuda_stand_in(monkeypatch: pytest.MonkeyPatch) -> CudaStandIn:
-    """Make ``cuda`` a stand-in that works, and return it."""
+    """Replace the device ``cuda`` by a working stand-in and return it."""
     device, cpu = CudaStandIn(), CudaStandIn()
-    cpu.copies_at_bind = cpu.late_outputs = cpu.first_run_alone = False
+    cpu.copies_at_bind = cpu.late_outputs = cpu.exclusive_first_run = False
     ort = StandInOnnxruntime(device)
 
     def create(ort: Any, model: bytes, provider: str, **options: Any) -> Any:

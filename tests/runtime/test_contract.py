@@ -1,3 +1,5 @@
+"""The contract: canonical JSON and hash, defaults, round trip, and refusal of invalid values."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -37,7 +39,7 @@ contracts = st.builds(
 
 
 def test_canonical_json_and_hash_are_fixed() -> None:
-    # Bundles in the field carry this hash: a change here is a change of schema.
+    # Released bundles carry this hash: changing it needs a new schema.
     assert CONTRACT.to_json() == GOLDEN_JSON
     assert CONTRACT.sha256 == hashlib.sha256(GOLDEN_JSON.encode()).hexdigest() == GOLDEN_SHA256
 
@@ -48,7 +50,7 @@ def test_canonical_json_is_ascii_sorted_and_finite() -> None:
         canonical_json(float("nan"))
 
 
-def test_it_is_frozen() -> None:
+def test_contract_is_frozen_and_hashable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         CONTRACT.keep = 1.0  # type: ignore[misc]
     assert hash(CONTRACT) == hash(Contract.from_json(GOLDEN_JSON))
@@ -63,7 +65,7 @@ def test_defaults() -> None:
 
 
 @given(contracts)
-def test_round_trip(contract: Contract) -> None:
+def test_json_round_trip_keeps_contract_and_hash(contract: Contract) -> None:
     text = contract.to_json()
     again = Contract.from_json(text)
     assert again == contract
@@ -72,8 +74,8 @@ def test_round_trip(contract: Contract) -> None:
 
 
 @given(contracts, contracts, st.data())
-@settings(max_examples=200)
-def test_equal_hashes_mean_equal_contracts(first: Contract, second: Contract, data: st.DataObject) -> None:
+@settings(max_examples=100)
+def test_hashes_are_equal_exactly_if_contracts_are(first: Contract, second: Contract, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(["keep", "mean", "std", "temperature", "vote", "vote_weights", "input_size"]))
     mixed = dataclasses.replace(first, **{name: getattr(second, name)})
     assert (mixed.sha256 == first.sha256) == (mixed == first)
@@ -84,7 +86,7 @@ def test_equal_hashes_mean_equal_contracts(first: Contract, second: Contract, da
     ("one", "other"),
     [({"keep": 1}, {"keep": 1.0}), ({"mean": 0.0}, {"mean": -0.0}), ({"vote_weights": [1, 1, 2, 2]}, {})],
 )
-def test_the_same_number_written_otherwise_is_the_same_contract(one: dict[str, Any], other: dict[str, Any]) -> None:
+def test_equal_numbers_of_other_types_give_the_same_contract(one: dict[str, Any], other: dict[str, Any]) -> None:
     first = Contract(("A", "B"), **one)
     second = Contract(("A", "B"), **(other or {"vote_weights": (1.0, 1.0, 2.0, 2.0)}))
     assert first == second
@@ -115,7 +117,7 @@ NUMBERS = [float("nan"), float("inf"), float("-inf"), "0.5", None, True, [0.5], 
         *(("schema", value) for value in (0, 2, "1", None, True, 1.0)),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(name: str, value: object) -> None:
+def test_invalid_value_is_refused_in_one_line(name: str, value: object) -> None:
     values = {**CONTRACT.to_dict(), name: value}
     with pytest.raises(ContractError, match=f"contract: {name} (is|has) .*; expected ") as caught:
         Contract.from_dict(values)
@@ -127,31 +129,31 @@ def test_what_cannot_be_is_refused_in_one_line(name: str, value: object) -> None
 @pytest.mark.parametrize(
     "name", [field.name for field in dataclasses.fields(Contract) if field.name != "frame_temperature"]
 )
-def test_a_missing_field_is_named(name: str) -> None:
+def test_missing_field_is_named(name: str) -> None:
     values = CONTRACT.to_dict()
     del values[name]
-    with pytest.raises(ContractError, match=f"lacks {name};"):
+    with pytest.raises(ContractError, match=rf"\b{name};"):
         Contract.from_dict(values)
 
 
-def test_a_frame_temperature_of_one_is_left_out_and_any_other_is_not() -> None:
+def test_frame_temperature_of_1_is_omitted_from_json() -> None:
     assert "frame_temperature" not in CONTRACT.to_dict()
     assert Contract.from_dict(CONTRACT.to_dict()).frame_temperature == 1
     sharper = dataclasses.replace(CONTRACT, frame_temperature=0.25)
     assert Contract.from_json(sharper.to_json()) == sharper and sharper.sha256 != CONTRACT.sha256
-    with pytest.raises(ContractError, match=r"frame_temperature is 0\.0; expected a positive number"):
+    with pytest.raises(ContractError, match=r"frame_temperature is 0\.0;"):
         dataclasses.replace(CONTRACT, frame_temperature=0)
 
 
-def test_no_class_is_called_as_what_has_none() -> None:
-    with pytest.raises(ContractError, match="expected none that is called INDETERMINATE; rename the folder"):
+def test_class_named_indeterminate_is_refused() -> None:
+    with pytest.raises(ContractError, match="INDETERMINATE"):
         Contract(("ASD", "INDETERMINATE"))
 
 
 def test_unknown_fields_are_named() -> None:
     values = {**CONTRACT.to_dict(), "flip": True, "augment": 1}
     del values["keep"]
-    with pytest.raises(ContractError, match="it lacks keep and has the unknown augment, flip;"):
+    with pytest.raises(ContractError, match=r"\bkeep\b.*\baugment, flip;"):
         Contract.from_dict(values)
 
 
@@ -160,7 +162,7 @@ def test_unknown_fields_are_named() -> None:
     ["", "{", "nonsense", "null", "[]", "3", '"text"', "[" * 100_000, GOLDEN_JSON.replace("0.85", "NaN"), "\ud800"],
     ids=["empty", "cut", "word", "null", "list", "number", "string", "deep", "nan", "surrogate"],
 )
-def test_text_that_is_no_contract(text: str) -> None:
+def test_text_without_contract_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(ContractError) as caught:
         Contract.from_json(text)
     assert "\n" not in str(caught.value)
@@ -168,7 +170,7 @@ def test_text_that_is_no_contract(text: str) -> None:
 
 @pytest.mark.parametrize("name", ["classes", "vote_weights", "positive", "interpolation", "keep", "schema", "vote"])
 @pytest.mark.parametrize("value", ["9" * 9999, 10**4000, ["9" * 9999, "9"], [10**4000] * 4], ids=type)
-def test_what_is_found_is_not_repeated_at_length(name: str, value: object) -> None:
+def test_long_invalid_value_is_abbreviated(name: str, value: object) -> None:
     with pytest.raises(ContractError) as caught:
         Contract.from_dict({**CONTRACT.to_dict(), name: value})
     assert len(str(caught.value)) < 400

@@ -1,3 +1,5 @@
+"""Quadrants: crop, split and stitch, the resize of Pillow, and the network's input."""
+
 from __future__ import annotations
 
 import io
@@ -23,15 +25,15 @@ keeps = st.floats(0, 1, exclude_min=True)
 
 
 def counted(width: int, height: int) -> np.ndarray:
-    """Make a frame whose pixels can be told apart, as far as 8 bits allow."""
+    """Return a frame, uint8 [height, width], whose neighbouring pixels differ."""
     return (np.arange(width * height) * 37 % 256).astype(np.uint8).reshape(height, width)
 
 
-# ---------------------------------------------------------------------------------------------- where it is cut
+# ---------------------------------------------------------------------------------------------- crop and split
 
 
 @given(sides, sides, keeps)
-def test_stitched_quadrants_are_the_crop(width: int, height: int, keep: float) -> None:
+def test_stitched_quadrants_equal_the_crop(width: int, height: int, keep: float) -> None:
     frame = counted(width, height)
     left, top, right, bottom = crop_box(width, height, keep)
     np.testing.assert_array_equal(stitch(*split(frame, keep)), frame[top:bottom, left:right])
@@ -51,16 +53,16 @@ def test_boxes_tile_the_crop(width: int, height: int, keep: float) -> None:
 
 
 @given(sides, sides, keeps)
-def test_the_crop_is_centred_and_keeps_what_is_asked(width: int, height: int, keep: float) -> None:
+def test_crop_is_centred_and_keeps_the_fraction(width: int, height: int, keep: float) -> None:
     left, top, right, bottom = crop_box(width, height, keep)
     for side, low, high in ((width, left, right), (height, top, bottom)):
         assert 0 <= low < high <= side
         assert high - low == max(2, int(side * keep + 0.5))
-        assert (side - high) - low in (0, 1)  # an odd pixel of border goes to the right and bottom
+        assert (side - high) - low in (0, 1)  # an odd border pixel is at the right or bottom
 
 
 @given(sides, sides, keeps)
-def test_the_right_and_lower_quadrants_take_the_odd_pixel(width: int, height: int, keep: float) -> None:
+def test_right_and_lower_quadrants_get_the_odd_pixel(width: int, height: int, keep: float) -> None:
     la, ra, lv, rv = split(counted(width, height), keep)
     assert la.shape[0] == ra.shape[0]
     assert la.shape[1] == lv.shape[1]
@@ -70,7 +72,7 @@ def test_the_right_and_lower_quadrants_take_the_odd_pixel(width: int, height: in
 
 
 @given(sides, sides)
-def test_keeping_all_is_no_crop(width: int, height: int) -> None:
+def test_keep_of_1_is_no_crop(width: int, height: int) -> None:
     assert crop_box(width, height, 1.0) == (0, 0, width, height)
 
 
@@ -83,11 +85,11 @@ def test_keeping_all_is_no_crop(width: int, height: int) -> None:
         ((2, 2), 0.1, ((0, 0, 1, 1), (1, 0, 2, 1), (0, 1, 1, 2), (1, 1, 2, 2))),
     ],
 )
-def test_fixed_boxes(size: tuple[int, int], keep: float, boxes: Any) -> None:
+def test_boxes_of_given_sizes(size: tuple[int, int], keep: float, boxes: Any) -> None:
     assert quadrant_boxes(*size, keep) == boxes
 
 
-def test_names_stand_for_places() -> None:
+def test_order_is_la_ra_lv_rv() -> None:
     la, ra, lv, rv = split(np.array([[1, 2], [3, 4]], np.uint8), 1.0)
     assert (la.item(), ra.item(), lv.item(), rv.item()) == (1, 2, 3, 4)
 
@@ -97,11 +99,9 @@ def test_quadrants_are_views() -> None:
 
 
 @pytest.mark.parametrize("size", [(0, 0), (1, 1), (1, 100), (100, 1), (0, 5)])
-def test_a_frame_too_small_for_four(size: tuple[int, int]) -> None:
+def test_frame_too_small_for_four_quadrants_is_refused(size: tuple[int, int]) -> None:
     width, height = size
-    with pytest.raises(
-        FrameTooSmallError, match=f"the frame is {width}x{height} pixels; expected at least 2x2"
-    ) as caught:
+    with pytest.raises(FrameTooSmallError, match=f"{width}x{height} pixels; expected at least 2x2") as caught:
         frame_quadrants(np.zeros((height, width), np.uint8), Contract(classes=("A", "B")))
     assert isinstance(caught.value, FrameError)
 
@@ -111,7 +111,7 @@ def test_a_frame_too_small_for_four(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("size", [8, 32, 64, 224])
 @pytest.mark.parametrize("keep", [0.85, 0.9, 1.0])
-def test_a_quadrant_is_resized_as_a_file_of_its_own(size: int, keep: float) -> None:
+def test_quadrant_is_resized_as_a_separate_image(size: int, keep: float) -> None:
     for quadrant in split(NOISE, keep):
         stream = io.BytesIO()
         Image.fromarray(quadrant.copy()).save(stream, "PNG")
@@ -120,7 +120,7 @@ def test_a_quadrant_is_resized_as_a_file_of_its_own(size: int, keep: float) -> N
 
 
 def filter_columns(image: np.ndarray, size: int) -> np.ndarray:
-    """Do one pass over the columns of uint8 [h, w] as Pillow's Resample.c does it, weights of 22 fractional bits."""
+    """Filter the columns of uint8 [h, w] as Pillow's Resample.c does, with weights of 22 fractional bits."""
     scale = image.shape[1] / size
     support = max(scale, 1.0)
     columns = np.empty((image.shape[0], size), np.int64)
@@ -135,33 +135,33 @@ def filter_columns(image: np.ndarray, size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(300, 40), (260, 70), (90, 60), (40, 300), (31, 9), (9, 31)])
-def test_columns_come_first_under_every_pillow(shape: tuple[int, int]) -> None:
+def test_columns_are_filtered_first_with_every_pillow(shape: tuple[int, int]) -> None:
     quadrant = np.random.default_rng(shape[0]).integers(0, 256, shape, np.uint8)
     expected = filter_columns(filter_columns(quadrant, 24).T.copy(), 24).T
     np.testing.assert_array_equal(resize(quadrant, 24), expected)
 
 
-def test_resizing_a_box_of_the_frame_is_something_else() -> None:
-    # Pillow's box= lets the filter read across the quadrant's edge: it must never be swapped in.
+def test_resizing_a_box_of_the_frame_differs() -> None:
+    # Pillow's box= lets the filter read beyond the quadrant's edge, so it must not replace the crop.
     boxes = quadrant_boxes(317, 211, 0.9)
     for quadrant, box in zip(split(NOISE, 0.9), boxes, strict=True):
         other = np.asarray(Image.fromarray(NOISE).resize((64, 64), Image.Resampling.BILINEAR, box=box))
         assert (resize(quadrant, 64) != other).any()
 
 
-def test_a_quadrant_of_the_right_size_is_not_touched() -> None:
+def test_quadrant_of_input_size_is_unchanged() -> None:
     quadrant = NOISE[10:42, 20:52]
     np.testing.assert_array_equal(resize(quadrant, 32), quadrant)
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(8, 64), st.integers(0, 255))
-def test_a_flat_quadrant_stays_flat(width: int, height: int, size: int, level: int) -> None:
+def test_flat_quadrant_stays_flat(width: int, height: int, size: int, level: int) -> None:
     found = resize(np.full((height, width), level, np.uint8), size)
     np.testing.assert_array_equal(found, np.full((size, size), level))
 
 
-def test_golden_values() -> None:
-    # 12 x 10 grey levels, keep 1, to 8 x 8: fixed figures, so that another Pillow that computes otherwise is noticed.
+def test_resize_yields_golden_values() -> None:
+    # 12 x 10 grey levels, keep 1, to 8 x 8. Fixed values reveal a Pillow that computes differently.
     frame = (np.arange(120).reshape(10, 12) * 2).astype(np.uint8)
     found = frame_quadrants(frame, Contract(classes=("A", "B"), keep=1.0, input_size=8))
     np.testing.assert_array_equal(found[0, 0, 0], GOLDEN_ROW)
@@ -171,7 +171,7 @@ def test_golden_values() -> None:
 # ---------------------------------------------------------------------------------------------- the network's input
 
 
-def test_the_networks_input() -> None:
+def test_frame_quadrants_resizes_each_quadrant() -> None:
     contract = Contract(classes=("A", "B"), input_size=48)
     found = frame_quadrants(NOISE, contract)
     assert (found.shape, found.dtype) == ((4, 1, 48, 48), np.uint8)
@@ -180,8 +180,8 @@ def test_the_networks_input() -> None:
 
 
 @given(st.integers(1, 150), st.integers(1, 150), st.integers(8, 90), st.sampled_from([0.7, 0.9, 1.0]))
-def test_quadrants_of_one_shape_are_resized_as_each_alone(width: int, height: int, size: int, keep: float) -> None:
-    # Together, as four channels of one image, where their shapes are the same; one by one where a pixel is odd.
+def test_merged_resize_equals_separate_resizes(width: int, height: int, size: int, keep: float) -> None:
+    # Quadrants of equal shape are resized as four channels of one image, others one by one.
     for wide, high in ((2 * width, 2 * height), (2 * width + 1, 2 * height), (2 * width, 2 * height + 1)):
         frame = NOISE[:high, :wide] if high <= 211 and wide <= 317 else np.resize(NOISE, (high, wide))
         found = frame_quadrants(frame, Contract(classes=("A", "B"), input_size=size, keep=keep))
@@ -189,15 +189,15 @@ def test_quadrants_of_one_shape_are_resized_as_each_alone(width: int, height: in
             np.testing.assert_array_equal(plane[0], resize(quadrant, size))
 
 
-def test_the_resize_that_is_done_together_is_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merged_resize_equals_reference_filter(monkeypatch: pytest.MonkeyPatch) -> None:
     frame = NOISE[:200, :300]
     expected = [filter_columns(filter_columns(quadrant, 24).T.copy(), 24).T for quadrant in split(frame, 1.0)]
-    monkeypatch.setattr("echoquad_runtime.quadrants.resize", lambda *_: pytest.fail("each alone"))
+    monkeypatch.setattr("echoquad_runtime.quadrants.resize", lambda *_: pytest.fail("resized separately"))
     found = frame_quadrants(frame, Contract(classes=("A", "B"), input_size=24, keep=1.0))
     np.testing.assert_array_equal(found[:, 0], expected)
 
 
-def test_it_is_written_in_place() -> None:
+def test_frame_quadrants_writes_in_place() -> None:
     contract = Contract(classes=("A", "B"), input_size=16)
     batch = np.full((3, 4, 1, 16, 16), 7, np.uint8)
     found = frame_quadrants(NOISE, contract, out=batch[1])
@@ -209,12 +209,12 @@ def test_it_is_written_in_place() -> None:
 @pytest.mark.parametrize(
     "frame", [np.asfortranarray(NOISE), NOISE[::-1, ::-1], NOISE[::2, ::3]], ids=["F", "flip", "step"]
 )
-def test_any_memory_layout(frame: np.ndarray) -> None:
+def test_memory_layout_does_not_matter(frame: np.ndarray) -> None:
     contract = Contract(classes=("A", "B"), input_size=16)
     np.testing.assert_array_equal(frame_quadrants(frame, contract), frame_quadrants(frame.copy(order="C"), contract))
 
 
-def test_the_frame_is_not_changed() -> None:
+def test_frame_is_not_modified() -> None:
     before = NOISE.copy()
     found = frame_quadrants(NOISE, Contract(classes=("A", "B"), input_size=16))
     found[:] = 0

@@ -28,9 +28,10 @@ from echoquad_export.graph.onnx_graph import open_in_memory, replace_nodes
 from echoquad_export.graph.resize_graph import FRAMES, Nodes, add_quadrants
 from echoquad_runtime._version import __version__
 from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.onnx_header import CONTRACT_KEY, INPUT, OUTPUTS
 from echoquad_runtime.contract import QUADRANTS, Contract
-from echoquad_runtime.engine.onnx_engine import CONTRACT_KEY, INPUT, OUTPUTS, Engine, OnnxEngine
-from echoquad_runtime.engine.slot_pool import SlotPool
+from echoquad_runtime.engine.onnx_engine import OnnxEngine
+from echoquad_runtime.engine.slot_pool import Engine, SlotPool
 from echoquad_runtime.errors import BundleError, FrameError, ParityError
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.frames.reader import load_grey

@@ -13,31 +13,32 @@ from echoquad_export.graph.activation_map import check_activation_maps
 from echoquad_export.graph.build import IR_VERSION, OPSET, build_graph
 from echoquad_export.graph.frame_graph import load_frames, make_frame_graph
 from echoquad_export.packing.manifest import new_manifest
-from echoquad_export.packing.place import beside, check_target, move_into_place
 from echoquad_export.parity.golden import PHANTOM, golden_source, pack_golden
 from echoquad_export.parity.metrics import measure_run
 from echoquad_export.parity.parity import Gate, Parity, measure_parity
 from echoquad_export.precision.calibration_set import CALIBRATION_FRAMES, CalibrationSet, draw_calibration_set
 from echoquad_export.precision.fp16 import to_fp16
 from echoquad_export.precision.int8 import build_int8
-from echoquad_runtime.bundle.bundle import (
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.manifest import (
     GOLDEN,
     MANIFEST,
     MODEL_CARD,
     PRECISIONS,
-    Bundle,
+    SIGNATURE,
     encode_manifest,
-    frame_file,
+    frame_graph_file,
     model_file,
 )
 from echoquad_runtime.bundle.model_card import model_card
-from echoquad_runtime.bundle.signature import check_private_key, sign_bundle
+from echoquad_runtime.bundle.signing import check_private_key, sign_bundle
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
-from echoquad_runtime.engine.slot_pool import infer_all
-from echoquad_runtime.errors import DatasetError, RunError, UsageError, VerificationError
+from echoquad_runtime.engine.slot_pool import infer_in_batches
+from echoquad_runtime.errors import DatasetError, OutputError, RunError, UsageError, VerificationError
 from echoquad_runtime.frames.formats import ReadOptions
 from echoquad_runtime.storage.atomic import write_bytes
+from echoquad_runtime.storage.atomic_folder import atomic_folder
 from echoquad_runtime.verify.verify import Verification, verify
 from echoquad_train.data.dataset import Split, load_quadrants, read_split
 from echoquad_train.networks.torch_engine import TorchEngine
@@ -47,6 +48,7 @@ from echoquad_train.runs.ensemble_folder import Ensemble, load_trained
 __all__ = ["Exported", "check_precisions", "export_run"]
 
 REFERENCE_BATCH: Final = 8  # frames per batch of the training code
+_FILE_MANAGERS: Final = (".DS_Store", "Thumbs.db", "desktop.ini")  # files of Finder and Explorer
 CAM_FRAMES: Final = 8  # frames on which class activation maps are compared with logits
 
 
@@ -142,7 +144,7 @@ def export_run(
         If the run, the data, the golden frames, the precisions, the target or the key cannot be used.
     """
     wanted = check_precisions(precisions)
-    check_target(out)
+    _check_target(out)
     if sign_key is not None:
         check_private_key(sign_key)
     progress("reading the run")
@@ -154,11 +156,10 @@ def export_run(
 
     progress(f"running {len(store.names)} validation frames through the training code")
     reference_engine = TorchEngine(run.model, run.contract)
-    reference = infer_all(reference_engine, store.quadrants, REFERENCE_BATCH)
+    reference = infer_in_batches(reference_engine, store.quadrants, REFERENCE_BATCH)
 
-    target = out.resolve()  # writes through a symbolic link, and gives "." a name
-    with beside(target) as place:
-        draft = _Draft(place, new_manifest(run, wanted[0]))
+    with atomic_folder(out, replace=True) as unfinished:
+        draft = _Draft(unfinished, new_manifest(run, wanted[0]))
         draft.manifest["metrics"] = measure_run(run, reference[1], store.labels, f"{split.name} split")
 
         def measure(precision: str, graph: bytes) -> Parity:
@@ -188,16 +189,15 @@ def export_run(
         for precision in wanted if frame_graph else ():
             progress(f"building the {precision} frame graph and measuring its parity")
             frames = load_frames(split, run.contract)
-            data, frame_parity = make_frame_graph(Bundle(place), precision, frames)
+            data, frame_parity = make_frame_graph(Bundle(draft.folder), precision, frames)
             draft.manifest.setdefault("frame_graphs", {})[precision] = frame_parity.to_dict()
-            draft.write(frame_file(precision), data)
-        draft.write(MODEL_CARD, model_card(Bundle(place).manifest).markdown().encode())
+            draft.write(frame_graph_file(precision), data)
+        draft.write(MODEL_CARD, model_card(Bundle(draft.folder).manifest).markdown().encode())
         progress("replaying the golden frames")
-        verification = [_replay(place, precision, out) for precision in wanted][-1]
+        verification = [_replay(draft.folder, precision, out) for precision in wanted][-1]
         if sign_key is not None:
             progress("signing the bundle")
-            sign_bundle(place, sign_key)
-        move_into_place(place, target)
+            sign_bundle(draft.folder, sign_key)
     return Exported(out, tuple(parities), verification, len(store.failures))
 
 
@@ -224,14 +224,14 @@ def _convert(
 class _Draft:
     """A bundle in progress: after each file, the manifest on disk describes the files in the folder."""
 
-    def __init__(self, place: Path, manifest: dict[str, Any]) -> None:
-        self.place, self.manifest = place, manifest
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file and update the manifest."""
         self.manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        write_bytes(self.place / name, data)
-        write_bytes(self.place / MANIFEST, encode_manifest(self.manifest))
+        write_bytes(self.folder / name, data)
+        write_bytes(self.folder / MANIFEST, encode_manifest(self.manifest))
 
     def add_graph(self, precision: str, graph: bytes) -> None:
         """Write the graph of a precision; it replaces an earlier attempt."""
@@ -240,18 +240,35 @@ class _Draft:
 
     def open_graph(self, precision: str) -> OnnxEngine:
         """Open a graph as deployment does, on the CPU."""
-        return OnnxEngine(Bundle(self.place), precision=precision, device="cpu")
+        return OnnxEngine(Bundle(self.folder), precision=precision, device="cpu")
 
 
-def _replay(place: Path, precision: str, out: Path) -> Verification:
-    """Replay the golden frames of the bundle in `place`, which is to become `out`, on the CPU."""
-    found = verify(place, device="cpu", precision=precision)
+def _replay(folder: Path, precision: str, out: Path) -> Verification:
+    """Replay the golden frames of the bundle in `folder`, which is to become `out`, on the CPU."""
+    found = verify(folder, device="cpu", precision=precision)
     if not found.passed:
         raise VerificationError(
             f"{out.as_posix()}: the {precision} graph does not reproduce its golden answers "
             f"(worst: {found.worst_frame}, |dp| {found.max_abs_dprobability:.3g}); no bundle was written"
         )
     return found
+
+
+def _check_target(out: Path) -> None:
+    """Raise OutputError if `out` contains anything but a bundle: its content will be removed."""
+    if not out.exists():
+        return
+    label = out.as_posix()
+    found = {entry.name for entry in out.iterdir()} if out.is_dir() else {out.name}
+    if found and not (out / MANIFEST).is_file():
+        raise OutputError(f"{label}: it exists and is not a bundle; it is unchanged; choose another --out")
+    graphs = {name(precision) for precision in PRECISIONS for name in (model_file, frame_graph_file)}
+    others = sorted(found - {MANIFEST, GOLDEN, MODEL_CARD, SIGNATURE, *graphs, *_FILE_MANAGERS})
+    if others:
+        raise OutputError(
+            f"{label}: it contains {', '.join(others[:6])} beside a bundle; it is unchanged; move these files away, or "
+            "choose another --out"
+        )
 
 
 def _calibration_set(run: Run | Ensemble, data: Path | None, frames: int) -> CalibrationSet:

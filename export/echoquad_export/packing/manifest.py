@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from echoquad_runtime.bundle.bundle import INTENDED_USE, SCHEMA
+from echoquad_runtime.bundle.manifest import INTENDED_USE, SCHEMA
 from echoquad_runtime.errors import RunError
 from echoquad_train.runs.checkpoint import Run
 from echoquad_train.runs.ensemble_folder import Ensemble

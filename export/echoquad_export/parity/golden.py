@@ -26,10 +26,10 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 
-from echoquad_runtime.bundle.bundle import Golden, encode_golden
+from echoquad_runtime.bundle.golden_frames import GoldenFrames, encode_golden
 from echoquad_runtime.contract import QUADRANTS, Contract
-from echoquad_runtime.engine.onnx_engine import Engine, FloatArray
-from echoquad_runtime.engine.slot_pool import infer_all
+from echoquad_runtime.engine.io_binding import FloatArray
+from echoquad_runtime.engine.slot_pool import Engine, infer_in_batches
 from echoquad_runtime.errors import FrameError, InputNotFoundError
 from echoquad_runtime.frames.discovery import find_frames
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
@@ -132,7 +132,7 @@ def fixed_frames(contract: Contract) -> dict[str, tuple[Grey, str]]:
     }
 
 
-def make_golden(engine: Engine, source: GoldenSource = PHANTOM) -> Golden:
+def make_golden(engine: Engine, source: GoldenSource = PHANTOM) -> GoldenFrames:
     """Run a pool of frames through the training code, one at a time, and choose the golden frames.
 
     The result depends on engine and source only. Frames are named by their position in the pool, not by their file.
@@ -170,7 +170,7 @@ def make_golden(engine: Engine, source: GoldenSource = PHANTOM) -> Golden:
         *((pool[index], reasons) for index, reasons in _choose(pool, contract, budget, MAX_FRAMES - len(fixed))),
         *fixed.values(),
     ]
-    return Golden(
+    return GoldenFrames(
         names=tuple(candidate.name for candidate, _ in chosen),
         frames=tuple(candidate.frame for candidate, _ in chosen),
         logits=np.stack([candidate.logits for candidate, _ in chosen]),
@@ -204,11 +204,11 @@ def pack_golden(engine: Engine, source: GoldenSource, exported: Iterable[Engine]
 
 def _answers(engine: Engine, frames: Iterable[Grey]) -> tuple[FloatArray, FloatArray]:
     quadrants = np.stack([frame_quadrants(frame, engine.contract) for frame in frames])
-    logits, probabilities = (part.reshape(len(quadrants), 4, -1) for part in infer_all(engine, quadrants, 1))
+    logits, probabilities = (part.reshape(len(quadrants), 4, -1) for part in infer_in_batches(engine, quadrants, 1))
     return logits, probabilities
 
 
-def golden_facts(golden: Golden, contract: Contract, source: GoldenSource, size: int) -> dict[str, Any]:
+def golden_facts(golden: GoldenFrames, contract: Contract, source: GoldenSource, size: int) -> dict[str, Any]:
     """Return what the golden frames cover, for the manifest; `size` is that of the golden file in bytes."""
     p, classes = golden.probabilities, len(contract.classes)
     decision = aggregate_votes(p, contract.vote, contract.vote_weights)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from echoquad_runtime.engine.onnx_engine import FloatArray
+from echoquad_runtime.engine.io_binding import FloatArray
 from echoquad_runtime.errors import RunError
 from echoquad_runtime.voting import aggregate_votes
 from echoquad_train.evaluation.intervals import wilson_interval

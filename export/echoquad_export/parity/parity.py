@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.engine.onnx_engine import Engine, FloatArray
-from echoquad_runtime.engine.slot_pool import infer_all
+from echoquad_runtime.engine.io_binding import FloatArray
+from echoquad_runtime.engine.slot_pool import Engine, infer_in_batches
 from echoquad_runtime.errors import ParityError
 from echoquad_runtime.voting import aggregate_votes
 
@@ -165,7 +165,7 @@ def measure_parity(
     """
     found = []
     for done, size in enumerate(BATCH_SIZES, 1):
-        found.append(compare(reference, infer_all(engine, quadrants, size), engine.contract, size))
+        found.append(compare(reference, infer_in_batches(engine, quadrants, size), engine.contract, size))
         if progress is not None:
             progress(done, len(BATCH_SIZES))
     chosen = gate or GATES[engine.precision]

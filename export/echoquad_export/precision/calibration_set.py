@@ -17,8 +17,9 @@ import numpy.typing as npt
 import onnx
 
 from echoquad_export.graph.onnx_graph import open_in_memory
+from echoquad_runtime.bundle.onnx_header import INPUT
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.engine.onnx_engine import INPUT, FloatArray
+from echoquad_runtime.engine.io_binding import FloatArray
 from echoquad_runtime.errors import DatasetError
 from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_train.data.dataset import LabelledFrame, Split, load_quadrants, read_split

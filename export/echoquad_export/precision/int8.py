@@ -21,8 +21,9 @@ from echoquad_export.graph.onnx_graph import open_in_memory
 from echoquad_export.parity.parity import Parity
 from echoquad_export.precision.calibration_set import CalibrationSet, Ranges
 from echoquad_export.precision.quantize import activation_tensors, layers, prepare, quantize
+from echoquad_runtime.bundle.onnx_header import INPUT, OUTPUTS
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.engine.onnx_engine import INPUT, OUTPUTS, FloatArray
+from echoquad_runtime.engine.io_binding import FloatArray
 from echoquad_runtime.errors import ConfigError, ParityError
 
 __all__ = ["Attempt", "Quantized", "build_int8"]

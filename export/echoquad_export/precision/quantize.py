@@ -28,7 +28,7 @@ from echoquad_export.graph.onnx_graph import attributes, constants, float_tensor
 from echoquad_export.precision.calibration_set import Ranges
 from echoquad_runtime.bundle.onnx_header import OUTPUTS
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.devices.session_factory import load_onnxruntime
+from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 
 __all__ = ["activation_tensors", "layers", "prepare", "quantize"]
 

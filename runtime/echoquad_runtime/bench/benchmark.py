@@ -21,7 +21,8 @@ from echoquad_runtime._version import __version__
 from echoquad_runtime.bench.latency_plot import count_latencies
 from echoquad_runtime.bench.live_source import pace
 from echoquad_runtime.bundle.bundle import Bundle
-from echoquad_runtime.devices.session_factory import Device, installed_wheels
+from echoquad_runtime.devices.onnxruntime_loader import installed_wheels
+from echoquad_runtime.devices.session_factory import Device
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import ConfigError, FrameError, GateError, InputNotFoundError
 from echoquad_runtime.frames.discovery import find_frames

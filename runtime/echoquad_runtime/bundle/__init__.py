@@ -1,1 +1,1 @@
-"""Bundles: manifest, graph headers, signature, model card."""
+"""Bundles: the manifest, golden frames, graph headers, signatures and the model card."""

@@ -1,4 +1,4 @@
-"""Blocks: a document as headings, running text, tables and lists, so that Markdown and a terminal show the same."""
+"""Documents of headings, paragraphs, tables and lists, to show the same content as Markdown and on a terminal."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import textwrap
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["Block", "Document", "Items", "Paragraph", "Section", "Table"]
+__all__ = ["Block", "BulletList", "Document", "Paragraph", "Section", "Table"]
 
-WIDTH: Final = 100  # characters of a line of Markdown
-BAR: Final = "\\|"  # within a cell of a Markdown table
+_WIDTH: Final = 100  # characters of a line of Markdown
+_ESCAPED_BAR: Final = "\\|"  # in a cell of a Markdown table
 
 
 @dataclass(frozen=True, slots=True)
 class Paragraph:
-    """Running text; `strong` where it must not be overlooked."""
+    """A paragraph; `strong` for text that nobody may overlook."""
 
     text: str
     strong: bool = False
@@ -29,18 +29,18 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Items:
-    """A list of sentences or facts."""
+class BulletList:
+    """A bullet list."""
 
     lines: tuple[str, ...]
 
 
-Block = Paragraph | Table | Items
+Block = Paragraph | Table | BulletList
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading and what stands below it."""
+    """A heading and the blocks below it."""
 
     title: str
     blocks: tuple[Block, ...]
@@ -54,7 +54,7 @@ class Document:
     sections: tuple[Section, ...]
 
     def markdown(self) -> str:
-        """Write the document as Markdown."""
+        """Return the document as Markdown."""
         parts = [f"# {self.title}"]
         for section in self.sections:
             parts += [f"## {section.title}", *map(_markdown, section.blocks)]
@@ -63,21 +63,21 @@ class Document:
 
 def _markdown(block: Block) -> str:
     if isinstance(block, Paragraph):
-        return f"**{block.text}**" if block.strong else _wrap(block.text)  # a search finds it in one line
-    if isinstance(block, Items):
+        return f"**{block.text}**" if block.strong else _wrap(block.text)  # strong text stays searchable in one line
+    if isinstance(block, BulletList):
         return "\n".join(_wrap(line, "- ") for line in block.lines)
     head, *rows = (
-        f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |" for cells in (block.header, *block.rows)
+        f"| {' | '.join(cell.replace('|', _ESCAPED_BAR) for cell in cells)} |" for cells in (block.header, *block.rows)
     )
     return "\n".join([head, f"|{'---|' * len(block.header)}", *rows])
 
 
-def _wrap(text: str, begin: str = "") -> str:
+def _wrap(text: str, bullet: str = "") -> str:
     return textwrap.fill(
         text,
-        WIDTH,
-        initial_indent=begin,
-        subsequent_indent=" " * len(begin),
+        _WIDTH,
+        initial_indent=bullet,
+        subsequent_indent=" " * len(bullet),
         break_long_words=False,
         break_on_hyphens=False,
     )

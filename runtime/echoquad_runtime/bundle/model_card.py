@@ -1,25 +1,26 @@
-"""The model card: what a reader must know of a bundle before using it, from its manifest alone.
+"""The model card: what a reader must know about a bundle before using it, built from the manifest alone.
 
-``MODEL_CARD.md`` is its Markdown; ``echoquad inspect`` lays the same blocks out for a terminal. A manifest may come
-from another release, or from anybody: what it lacks is called "not stated", and whatever stands in it for a number or
-a name becomes plain text in one line.
+``MODEL_CARD.md`` is its Markdown; ``echoquad inspect`` shows the same blocks on a terminal. A manifest may come from
+another release or from an untrusted source: missing values are "not stated", and any other value becomes printable text
+in one line.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
-from echoquad_runtime.bundle.bundle import INTENDED_USE
-from echoquad_runtime.bundle.document import Block, Document, Items, Paragraph, Section, Table
+from echoquad_runtime.bundle.document import Block, BulletList, Document, Paragraph, Section, Table
+from echoquad_runtime.bundle.manifest import INTENDED_USE
 from echoquad_runtime.contract import QUADRANTS
 
-__all__ = ["model_card", "phrase"]
+__all__ = ["format_value", "model_card"]
 
-NOT_STATED: Final = "not stated"
-DEPTH: Final = 5  # of values within values that are put into words: nobody reads on
+_NOT_STATED: Final = "not stated"
+_MAX_DEPTH: Final = 5  # of nested values; deeper ones are unreadable in a line
 
 _POSITIONS: Final = ("top left", "top right", "bottom left", "bottom right")
 _CONTRACT: Final[Mapping[str, str]] = {
@@ -38,18 +39,8 @@ _CONTRACT: Final[Mapping[str, str]] = {
     "schema": "schema",
 }
 _RECIPE: Final = (
-    "weights",
-    "trained_layers",
-    "epochs",
-    "batch_size",
-    "optimizer",
-    "lr",
-    "weight_decay",
-    "dropout",
-    "label_smoothing",
-    "class_weights",
-    "balanced_sampler",
-    "mixed_precision",
+    "weights trained_layers epochs batch_size optimizer lr weight_decay dropout label_smoothing class_weights "
+    "balanced_sampler mixed_precision"
 )
 _SOURCES: Final[Mapping[str, str]] = {
     "phantom": "synthetic phantoms, so that no patient's pixels are in this bundle",
@@ -58,240 +49,222 @@ _SOURCES: Final[Mapping[str, str]] = {
 }
 _LIMITS: Final = (
     "The quadrants are fixed; a tilted, mirrored or zoomed view puts other anatomy in them.",
-    "Each quadrant was trained with its whole frame's label, whether or not it shows anything of it.",
-    "On-screen text, borders and scanner settings can give a class away; a high accuracy does not rule that out.",
-    "Frames of another scanner, view or population than the training data were not measured.",
+    "Each quadrant was trained with the label of its whole frame, even if it shows no sign of that class.",
+    "On-screen text, borders and scanner settings can reveal a class; a high accuracy does not rule that out.",
+    "The model was not measured on frames of another scanner, view or population than the training data.",
 )
 
 
 def model_card(manifest: Mapping[str, Any]) -> Document:
-    """Make the card of a bundle.
+    """Build the model card of a bundle.
 
     Parameters
     ----------
     manifest
-        What ``bundle.json`` holds. Nothing in it is taken for granted.
+        The content of ``bundle.json``; any value may be missing or have an unexpected type.
     """
-    classes = ", ".join(_names(_at(manifest, "contract", "classes"))) or NOT_STATED
     return Document(
-        f"Model card: {classes} from echo frames, by quadrants",
+        f"Model card: {_class_list(manifest)} from echo frames, by quadrants",
         (
-            _intended_use(manifest, classes),
+            _intended_use(manifest),
             _contract(manifest),
             _training(manifest),
             _metrics(manifest),
             _parity(manifest),
-            _golden(manifest),
-            Section("Limits", (Items(_LIMITS),)),
+            _golden_frames(manifest),
+            Section("Limits", (BulletList(_LIMITS),)),
             _versions(manifest),
         ),
     )
 
 
-def phrase(value: Any, depth: int = DEPTH) -> str:
-    """Put any JSON value into one line of words, keys first: ``frames 64, method percentile 99.99, seed 0``."""
+def format_value(value: Any, depth: int = _MAX_DEPTH) -> str:
+    """Format any JSON value as one line, keys before values: ``frames 64, method percentile 99.99, seed 0``."""
     if isinstance(value, Mapping | list | tuple) and not depth:
         return "..."
     if isinstance(value, Mapping):
-        return ", ".join(f"{_name(key)} {phrase(item, depth - 1)}" for key, item in value.items()) or "none"
+        return ", ".join(f"{_name(key)} {format_value(item, depth - 1)}" for key, item in value.items()) or "none"
     if isinstance(value, list | tuple):
-        joint = "; " if any(isinstance(item, Mapping | list | tuple) for item in value) else ", "
-        return joint.join(phrase(item, depth - 1) for item in value) or "none"
+        separator = "; " if any(isinstance(item, Mapping | list | tuple) for item in value) else ", "
+        return separator.join(format_value(item, depth - 1) for item in value) or "none"
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = _plain(str(value))
+    text = _printable(str(value))
     return f"{text[:12]}..." if len(text) == 64 and not set(text) - set("0123456789abcdef") else text
 
 
-def _recipe(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the recipe that a manifest holds as TOML; empty where it holds none."""
-    text = _at(manifest, "training", "recipe")
+# ---------------------------------------------------------------------------------------------- sections
+
+
+def _intended_use(manifest: Mapping[str, Any]) -> Section:
+    # EchoQuad's own statement always comes first, whatever the manifest says.
+    statements = dict.fromkeys((INTENDED_USE, _fill("{intended_use}", manifest)))
+    strong = [Paragraph(text, strong=True) for text in statements if text != _NOT_STATED]
+    text = (
+        "Classifies a still echocardiogram frame as one of {classes}. The frame is converted to grey levels, the "
+        "central {contract.keep:.0%} of each side is kept and split into four quadrants, and each is resized to "
+        "{contract.input_size:d}x{contract.input_size:d} and classified by a {training.backbone}. The quadrants' "
+        "results are combined by {contract.vote} vote."
+    )
+    origin = "Exported {created} by EchoQuad {versions.echoquad}."
+    summary = Paragraph(_fill(text, manifest, classes=_class_list(manifest)))
+    return Section("Intended use", (*strong, summary, Paragraph(_fill(origin, manifest))))
+
+
+def _contract(manifest: Mapping[str, Any]) -> Section:
+    fields = dict(_items(manifest, "contract"))
+    order = [key for key in _CONTRACT if key in fields] + [key for key in fields if key not in _CONTRACT]
+    rows = ((_CONTRACT.get(key, _name(key)), format_value(fields[key])) for key in order)
+    digest = _printable(str(_at(manifest, "contract_sha256")))
+    return Section(
+        "Contract",
+        (
+            Paragraph(f"Training, export and inference share this contract, SHA-256 {digest}:"),
+            _table("field | value", rows),
+            _table("quadrant | part of the frame", zip(QUADRANTS, _POSITIONS, strict=True)),
+            Paragraph("The names are a heuristic: nothing checks that a quadrant shows the chamber of its name."),
+        ),
+    )
+
+
+def _training(manifest: Mapping[str, Any]) -> Section:
+    training, classes = _at(manifest, "training"), _class_names(manifest)
+    counts = tuple(
+        (_name(split), *(_number(_at(split_counts, name), "d") for name in classes))
+        for split, split_counts in _items(training, "frames")
+    )
+    blocks: list[Block] = [
+        Table(("frames", *classes), counts) if counts else Paragraph(f"Numbers of frames: {_NOT_STATED}.")
+    ]
+    if _at(training, "kind") == "ensemble":
+        blocks += _ensemble_members(training)
+    else:
+        text = "Unreadable frames: {unreadable:d}. Seed {seed:d}, {epochs:d} epochs, on {device} in {precision}."
+        blocks.append(Paragraph(_fill(text, training)))
+    if (audit := _at(training, "audit")) is not None:
+        blocks.append(_leaks(audit))
+    if (teacher := _at(training, "teacher")) is not None:
+        blocks.append(Paragraph(f"Distilled from a teacher ({format_value(teacher)})."))
+    if (linear := _at(training, "fit")) is not None:
+        text = "Only the last layer was trained, a linear classifier on the features of the pretrained backbone"
+        effect = "the training options of the recipe had no effect"
+        blocks.append(Paragraph(f"{text} ({format_value(linear)}); {effect}."))
+    recipe = _recipe(training)
+    if rows := tuple((_name(key), format_value(recipe[key])) for key in _RECIPE.split() if key in recipe):
+        blocks += [_table("recipe | value", rows), Paragraph("`bundle.json` holds the whole recipe.")]
+    return Section("Training data", tuple(blocks))
+
+
+def _recipe(training: Any) -> dict[str, Any]:
+    """Return the recipe, which the manifest holds as TOML; empty if it is missing or invalid."""
+    text = _at(training, "recipe")
     try:
         return tomllib.loads(text) if isinstance(text, str) else {}
     except (tomllib.TOMLDecodeError, RecursionError):
         return {}
 
 
-def _intended_use(manifest: Mapping[str, Any], classes: str) -> Section:
-    contract, stated = _at(manifest, "contract"), _text(_at(manifest, "intended_use"))
-    # Whatever a manifest says, nobody reads a card without EchoQuad's own words.
-    uses = [Paragraph(text, strong=True) for text in dict.fromkeys((INTENDED_USE, stated)) if text != NOT_STATED]
-    size = _number(_at(contract, "input_size"), "d")
-    what = (
-        f"Judges a still echocardiogram frame as one of {classes}. The frame is read as grey, the centre "
-        f"{_number(_at(contract, 'keep'), '.0%')} of each side is kept and cut into four quadrants, each is resized to "
-        f"{size}x{size} and judged by a {_text(_at(manifest, 'training', 'backbone'))}; the quadrants are joined by "
-        f"{_text(_at(contract, 'vote'))} vote."
-    )
-    made = f"Exported {_text(_at(manifest, 'created'))} by EchoQuad {_text(_at(manifest, 'versions', 'echoquad'))}."
-    return Section("Intended use", (*uses, Paragraph(what), Paragraph(made)))
-
-
-def _contract(manifest: Mapping[str, Any]) -> Section:
-    fields = _items(_at(manifest, "contract"))
-    rows = [(_CONTRACT.get(key, _name(key)), phrase(value)) for key, value in sorted(fields, key=_rank)]
-    identity = _plain(str(_at(manifest, "contract_sha256")))
-    return Section(
-        "Contract",
-        (
-            Paragraph(f"What training, export and inference agree on, SHA-256 {identity}:"),
-            Table(("field", "value"), tuple(rows)),
-            Table(("quadrant", "part of the frame"), tuple(zip(QUADRANTS, _POSITIONS, strict=True))),
-            Paragraph("The names are a heuristic: nothing checks that the chamber really lies there."),
-        ),
-    )
-
-
-def _training(manifest: Mapping[str, Any]) -> Section:
-    training, classes = _at(manifest, "training"), _names(_at(manifest, "contract", "classes"))
-    counted = [
-        (_name(split), *(_number(_at(counts, name), "d") for name in classes))
-        for split, counts in _items(_at(training, "frames"))
-    ]
-    table = Table(("frames", *classes), tuple(counted)) if counted else Paragraph(f"Counts of frames: {NOT_STATED}.")
-    unread = f"Frames that could not be read: {_number(_at(training, 'unreadable'), 'd')}."
-    blocks: list[Block] = [table]
-    if _at(training, "kind") == "ensemble":
-        blocks += _members(training, unread)
-    else:
-        blocks.append(Paragraph(f"{unread} {_course(training)}."))
-    if (audit := _at(training, "audit")) is not None:
-        blocks.append(_leaks(audit))
-    if (teacher := _at(training, "teacher")) is not None:
-        blocks.append(Paragraph(f"Distilled from a teacher ({phrase(teacher)})."))
-    if (linear := _at(training, "fit")) is not None:
-        words = "No layer was trained but the last, a linear classifier on the backbone's features as it began"
-        blocks.append(Paragraph(f"{words} ({phrase(linear)}); of the recipe, what concerns training did nothing."))
-    recipe = _recipe(manifest)
-    if kept := tuple((_name(key), phrase(recipe[key])) for key in _RECIPE if key in recipe):
-        blocks += [Table(("recipe", "value"), kept), Paragraph("`bundle.json` holds the whole recipe.")]
-    return Section("Training data", tuple(blocks))
-
-
 def _leaks(audit: Any) -> Paragraph:
-    across = [_number(_at(audit, key), "d") for key in ("patients_across", "exact_across", "near_across")]
-    people = ", ".join(f"{_name(split)} {_number(count, 'd')}" for split, count in _items(_at(audit, "patients")))
-    return Paragraph(
-        f"In more than one of its splits: {across[0]} patients, {across[1]} exact and {across[2]} near duplicates of "
-        f"frames (patients by file name: {people or NOT_STATED}). Any but 0 makes figures too good.",
-        strong=any(count not in ("0", NOT_STATED) for count in across),
-    )
-
-
-def _course(training: Any) -> str:
-    return (
-        f"Seed {_number(_at(training, 'seed'), 'd')}, {_number(_at(training, 'epochs'), 'd')} epochs, trained on "
-        f"{_text(_at(training, 'device'))} in {_text(_at(training, 'precision'))}"
-    )
-
-
-def _members(training: Any, unread: str) -> list[Block]:
-    """Say who the members of an ensemble are, and how they judge together."""
-    rows = []
-    for member in _list(_at(training, "members")):
-        fold = f"{_number(_at(member, 'fold', 'number'), 'd')} of {_number(_at(member, 'fold', 'of'), 'd')}"
-        best = _at(member, "best")
-        rows.append(
-            (
-                _text(_at(member, "backbone")),
-                fold if _at(member, "fold") is not None else "none",
-                _number(_at(member, "seed"), "d"),
-                _number(_at(best, "epoch"), "d"),
-                _number(_at(best, "validation_frame_accuracy"), ".3f"),
-                _text(_at(member, "weights_sha256"))[:12],
-            )
-        )
-    header = ("member", "held-out fold", "seed", "epoch kept", "its validation frames", "weights, SHA-256")
+    counts = ", ".join(f"{_name(split)} {_number(count, 'd')}" for split, count in _items(audit, "patients"))
     text = (
-        f"{unread} {len(rows)} members judge every quadrant, {_text(_at(training, 'vote'))} vote, each in the views: "
-        f"{phrase(_at(training, 'views'))}. Their latencies add up, and so do those of the views."
+        "In more than one of its splits: {patients_across:d} patients, {exact_across:d} exact and {near_across:d} near "
+        "duplicates of frames (patients by file name: {counts}). Any number but 0 makes the metrics too optimistic."
     )
-    return [Paragraph(text), Table(header, tuple(rows))]
+    leaks = (_at(audit, f"{name}_across") for name in ("patients", "exact", "near"))
+    return Paragraph(_fill(text, audit, counts=counts or _NOT_STATED), any(map(_is_number, filter(None, leaks))))
+
+
+def _ensemble_members(training: Any) -> list[Block]:
+    members = _list(_at(training, "members"))
+    text = (
+        "Unreadable frames: {unreadable:d}. {count} members classify every quadrant, {vote} vote, each in the views: "
+        "{view_list}. The latencies of members and views add up."
+    )
+    texts = {"count": str(len(members)), "view_list": format_value(_at(training, "views"))}
+    header = "member | held-out fold | seed | best epoch | accuracy on its validation frames | weights, SHA-256"
+    cells = ("{seed:d}", "{best.epoch:d}", "{best.validation_frame_accuracy:.3f}")
+    rows = []
+    for member in members:
+        fold = "none" if _at(member, "fold") is None else "{fold.number:d} of {fold.of:d}"
+        rows.append((*_row(member, "{backbone}", fold, *cells), _fill("{weights_sha256}", member)[:12]))
+    return [Paragraph(_fill(text, training, **texts)), _table(header, rows)]
 
 
 def _metrics(manifest: Mapping[str, Any]) -> Section:
     metrics = _at(manifest, "metrics")
     if not isinstance(metrics, Mapping):
-        return Section("Metrics", (Paragraph(f"Figures: {NOT_STATED}. Measure with `echoquad evaluate`."),))
-    trained, exported = _at(metrics, "training"), _at(metrics, "export")
-    epoch = _number(_at(trained, "epoch"), "d")
-    first = [_share(f"frames, in training's epoch {epoch}", _at(trained, "frame_accuracy"))]
-    if _at(manifest, "training", "kind") == "ensemble":  # its members' epochs are told with them
-        held_out = _at(metrics, "out_of_fold")
-        label = f"frames, each by the member of {_number(_at(held_out, 'folds'), 'd')} that had not learned from it"
-        first = [_share(label, _at(held_out, "frame_accuracy"))] if held_out is not None else []
+        return Section("Metrics", (Paragraph(f"Metrics: {_NOT_STATED}. Measure with `echoquad evaluate`."),))
+    exported, held_out = _at(metrics, "export"), _at(metrics, "out_of_fold")
     rows = [
-        *first,
         _share("frames, at the export", _at(exported, "frame_accuracy")),
-        *(_share(f"frames of {_plain(name)}, at the export", found) for name, found in _items(_at(exported, "recall"))),
+        *(_share(f"frames of {_printable(name)}, at the export", one) for name, one in _items(exported, "recall")),
         _share("quadrants, at the export", _at(exported, "quadrant_accuracy")),
     ]
+    if _at(manifest, "training", "kind") != "ensemble":  # the table of members has their epochs
+        label = _fill("frames, in training epoch {training.epoch:d}", metrics)
+        rows.insert(0, _share(label, _at(metrics, "training", "frame_accuracy")))
+    elif held_out is not None:
+        label = _fill("frames, each by the member of {folds:d} that was not trained on it", held_out)
+        rows.insert(0, _share(label, _at(held_out, "frame_accuracy")))
     caveat = (
-        f"At the export the training code judged the {_text(_at(exported, 'source'))} in float32. The epoch was chosen "
-        "on the run's own validation frames, so figures on these are optimistic; measure on a test split of other "
-        "patients with `echoquad evaluate`. The intervals (Wilson's) take frames as independent; where a patient has "
-        "several they are too narrow. The quadrants of a frame are not independent, so they have none."
+        "At the export the training code classified the {source} in float32. The epoch was chosen on the run's own "
+        "validation frames, so their metrics are optimistic; measure on a test split of other patients with `echoquad "
+        "evaluate`. The Wilson intervals assume independent frames; with several frames per patient they are too "
+        "narrow. Quadrants of a frame are not independent, so they have no interval."
     )
-    header = ("judged rightly", "right", "of", "share", "95 % interval")
-    blocks: list[Block] = [Table(header, tuple(rows)), Paragraph(caveat)]
+    table = _table("accuracy | correct | of | share | 95 % interval", rows)
+    blocks: list[Block] = [table, Paragraph(_fill(caveat, exported))]
     if (calibration := _at(manifest, "training", "calibration")) is not None:
         blocks += _calibration(calibration)
     return Section("Metrics", tuple(blocks))
 
 
-def _calibration(found: Any) -> tuple[Block, ...]:
-    """Say how reliable probabilities are, and how that was found."""
+def _calibration(calibration: Any) -> tuple[Block, ...]:
+    """Return how well the probabilities are calibrated."""
     kinds = (
         ("plain mean, no temperatures", "before"),
-        ("as calibrated, on the frames of the fit", "after"),
-        ("as calibrated on other patients, cross-fitted", "cross_fitted"),
+        ("calibrated, on the frames of the fit", "after"),
+        ("calibrated on other patients, cross-fitted", "cross_fitted"),
     )
-    rows = [
-        (words, *(_number(_at(found, key, figure), ".3f") for figure in ("ece", "ece_equal_width", "nll")))
-        for words, key in kinds
-        if _at(found, key) is not None
-    ]
+    rows = (
+        (label, *(_number(_at(calibration, key, name), ".3f") for name in ("ece", "ece_equal_width", "nll")))
+        for label, key in kinds
+        if _at(calibration, key) is not None
+    )
     text = (
-        f"Confidence in the decided class, on {_number(_at(found, 'frames'), 'd')} validation frames of "
-        f"{_number(_at(found, 'patients'), 'd')} patients: temperature {_number(_at(found, 'temperature'), 'g')} of a "
-        f"quadrant's softmax, {_number(_at(found, 'frame_temperature'), 'g')} of a frame's mean. ECE is the expected "
-        f"calibration error, bins: {_text(_at(found, 'binning'))}. A perfect model would show "
-        f"{_number(_at(found, 'after', 'ece_if_calibrated', 'mean'), '.3f')} on so few frames."
+        "Confidence in the predicted class, on {frames:d} validation frames of {patients:d} patients, with temperature "
+        "{temperature:g} of a quadrant's softmax and {frame_temperature:g} of a frame's mean. ECE is the expected "
+        "calibration error, bins: {binning}. A perfect model would show {after.ece_if_calibrated.mean:.3f} on so few "
+        "frames."
     )
-    header = ("calibration", "ECE", "ECE, 15 equal widths", "negative log-likelihood")
-    return Table(header, tuple(rows)), Paragraph(text)
+    table = _table("calibration | ECE | ECE, 15 equal widths | negative log-likelihood", rows)
+    return table, Paragraph(_fill(text, calibration))
 
 
-def _share(label: str, found: Any) -> tuple[str, ...]:
-    bounds = [_number(bound, ".3f") for bound in _list(_at(found, "ci95"))]
-    counts = [_number(_at(found, name), "d") for name in ("right", "count")]
-    return label, *counts, _number(_at(found, "share"), ".3f"), " to ".join(bounds) or "none"
+def _share(label: str, share: Any) -> tuple[str, ...]:
+    interval = " to ".join(_number(bound, ".3f") for bound in _list(_at(share, "ci95"))) or "none"
+    return label, *_row(share, "{right:d}", "{count:d}", "{share:.3f}"), interval
 
 
 def _parity(manifest: Mapping[str, Any]) -> Section:
-    found = _items(_at(manifest, "parity"))
+    parity = _items(manifest, "parity")
     header = (
-        "precision",
-        "frames",
-        "worst logit difference",
-        "worst probability difference",
-        "quadrant flips",
-        "frame flips",
-        "smallest lead at a flip",
+        "precision | frames | largest logit difference | largest probability difference | quadrant flips | frame flips"
+        " | smallest margin at a flip"
     )
     text = (
-        "Each graph against the training code in float32; the largest over all batch sizes, in brackets what its gate "
-        "allows. A flip is a decision that comes out otherwise."
+        "Each graph compared with the training code in float32: the largest value over all batch sizes and, in "
+        "brackets, the limit of its gate. A flip is a changed decision."
     )
     sources = []
-    for name, figures in found:
-        sizes = ", ".join(_number(_at(batch, "batch_size"), "d") for batch in _list(_at(figures, "batches")))
-        where = f"on the {_text(_at(figures, 'source'))}, on {_text(_at(figures, 'device'))}"
-        sources.append(f"{_plain(name)}: {where}, in batches of {sizes or NOT_STATED} frames")
-    table = Table(header, tuple(_parity_row(name, figures) for name, figures in found))
-    lines = Items((*sources, *_graphs(manifest)))
+    for name, figures in parity:
+        sizes = ", ".join(_fill("{batch_size:d}", batch) for batch in _list(_at(figures, "batches"))) or _NOT_STATED
+        where = _fill("on the {source}, on {device}", figures)
+        sources.append(f"{_printable(name)}: {where}, in batches of {sizes} frames")
+    table = _table(header, (_parity_row(name, figures) for name, figures in parity))
+    lines = BulletList((*sources, *_graph_details(manifest)))
     return Section("Parity with the training code", (table, Paragraph(text), lines))
 
 
@@ -303,92 +276,118 @@ def _parity_row(name: str, figures: Any) -> tuple[str, ...]:
         return [value for value in values if _is_number(value)]
 
     def worst(figure: str, spec: str, bound: str, *times: Any) -> str:
-        return _number(max(column(figure), default=None), spec) + _allowed(_at(gate, bound), *times)
+        return _number(max(column(figure), default=None), spec) + _limit(_at(gate, bound), *times)
 
-    leads = column("smallest_margin_at_flip")
+    margins = column("smallest_margin_at_flip")
     return (
-        _plain(name),
+        _printable(name),
         _number(frames, "d"),
         worst("max_abs_dlogit", ".2e", "max_abs_dlogit"),
         worst("max_abs_dprobability", ".2e", "max_abs_dprobability"),
         worst("patch_flips", "d", "max_patch_flip_fraction", frames, 4),
         worst("frame_flips", "d", "max_frame_flip_fraction", frames),
-        _number(min(leads), ".3g") if leads else "no flip",
+        _number(min(margins), ".3g") if margins else "no flip",
     )
 
 
-def _allowed(bound: Any, *times: Any) -> str:
-    """Say in brackets what a gate allows; a share of `times` where these are given."""
+def _limit(bound: Any, *times: Any) -> str:
+    """Return a gate's limit in brackets: `bound`, or the fraction `bound` of the product of `times`."""
     if bound is None:
         return " (any)"
-    if not all(map(_is_number, (bound, *times))):
-        return f" ({NOT_STATED})"
     try:
-        return f" (at most {math.prod((bound, *times)):g})"
-    except OverflowError:  # a whole number of hundreds of digits
-        return f" ({NOT_STATED})"
+        if all(map(_is_number, (bound, *times))):
+            return f" (at most {math.prod((bound, *times)):g})"
+    except OverflowError:  # an integer of hundreds of digits
+        pass
+    return f" ({_NOT_STATED})"
 
 
-def _graphs(manifest: Mapping[str, Any]) -> Iterable[str]:
-    """Say whatever the manifest knows of each graph; what is long stands on a line of its own."""
+def _graph_details(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Return what the manifest states about each graph; nested values have lines of their own."""
     for key, title in (("precisions", ""), ("frame_graphs", "frame graph ")):
-        for name, details in _items(_at(manifest, key)):
-            label = f"{title}{_plain(name)}"
+        for name, details in _items(manifest, key):
+            label = f"{title}{_printable(name)}"
             if not isinstance(details, Mapping):
-                yield f"{label}: {phrase(details)}"
+                yield f"{label}: {format_value(details)}"
                 continue
             nested = {fact: value for fact, value in details.items() if value and isinstance(value, Mapping | list)}
             if plain := {fact: value for fact, value in details.items() if fact not in nested}:
-                yield f"{label}: {phrase(plain)}"
+                yield f"{label}: {format_value(plain)}"
             for fact, value in nested.items():
-                yield f"{label}, {_name(fact)}: {phrase(value)}"
-    yield f"{_text(_at(manifest, 'default_precision'))} is what runs where no precision is asked for"
+                yield f"{label}, {_name(fact)}: {format_value(value)}"
+    yield _fill("default precision: {default_precision}", manifest)
 
 
-def _golden(manifest: Mapping[str, Any]) -> Section:
+def _golden_frames(manifest: Mapping[str, Any]) -> Section:
     golden = _at(manifest, "golden")
-    text = "Frames with the training code's answers come with the bundle; what they cover is not stated."
+    text = "The bundle contains frames with the outputs of the training code; what they cover is not stated."
     if isinstance(golden, Mapping):
-        source = _at(golden, "source")
-        counts = (
-            f"{_number(_at(golden, 'patterns_found'), 'd')} of {_number(_at(golden, 'patterns_possible'), 'd')} "
-            f"patterns of votes, {_number(_at(golden, 'ties'), 'd')} ties; decided {phrase(_at(golden, 'classes'))}"
-        )
         text = (
-            f"{_number(_at(golden, 'frames'), 'd')} frames with the training code's answers: "
-            f"{_SOURCES.get(source, _plain(source)) if isinstance(source, str) else NOT_STATED}; a blank, a saturated "
-            f"and the smallest frame among them. {counts}. The smallest lead that a decision hangs on is "
-            f"{_number(_at(golden, 'smallest_margin'), '.2g')}, that of a quadrant's vote "
-            f"{_number(_at(golden, 'smallest_quadrant_margin'), '.2g')}."
+            "{frames:d} frames with the outputs of the training code: {origin}; a blank, a saturated and the smallest "
+            "frame among them. {patterns_found:d} of {patterns_possible:d} vote patterns, {ties:d} ties; decisions "
+            "{decisions}. The smallest decision margin of a frame is {smallest_margin:.2g}, that of a quadrant "
+            "{smallest_quadrant_margin:.2g}."
         )
+    source = _at(golden, "source")
+    origin = _SOURCES.get(source, _printable(source)) if isinstance(source, str) else _NOT_STATED
+    coverage = _fill(text, golden, origin=origin, decisions=format_value(_at(golden, "classes")))
     replay = (
-        "`echoquad verify` replays them on the device at hand: fp32 is held to these answers, one of less precision "
-        "to what it gave itself when it was exported. A probability that is out by more than the gate allows fails; a "
-        "decision that a difference within the gate can turn is told apart, and does not."
+        "`echoquad verify` replays them on the device at hand. fp32 must reproduce these outputs, and a reduced "
+        "precision must reproduce its own outputs at the export. A probability difference beyond the gate fails. A "
+        "decision that a difference within the gate can change is reported and does not fail."
     )
-    return Section("Golden frames", (Paragraph(text), Paragraph(replay)))
+    return Section("Golden frames", (Paragraph(coverage), Paragraph(replay)))
 
 
 def _versions(manifest: Mapping[str, Any]) -> Section:
-    kinds = {"at the training": _at(manifest, "training", "versions"), "at the export": _at(manifest, "versions")}
-    known = {kind: dict(_items(found)) for kind, found in kinds.items() if _items(found)}
-    # Too long to stand in a column.
-    where = ", ".join(f"{kind} {_text(found.pop('platform', None))}" for kind, found in known.items())
-    names = sorted({name for found in known.values() for name in found})
-    rows = tuple((_plain(name), *(phrase(found.get(name)) for found in known.values())) for name in names)
-    blocks: list[Block] = [Table(("package", *known), rows), Paragraph(f"Platform {where}.")] if rows else []
-    commit = Paragraph(f"Trained by commit {_text(_at(manifest, 'training', 'git_commit'))} of EchoQuad.")
+    columns = {
+        "at the training": dict(_items(_at(manifest, "training"), "versions")),
+        "at the export": dict(_items(manifest, "versions")),
+    }
+    columns = {title: versions for title, versions in columns.items() if versions}
+    # Too long for a column.
+    platforms = ", ".join(f"{title} {_fill('{platform}', versions)}" for title, versions in columns.items())
+    names = sorted({name for versions in columns.values() for name in versions} - {"platform"})
+    rows = tuple(
+        (_printable(name), *(format_value(versions.get(name)) for versions in columns.values())) for name in names
+    )
+    blocks: list[Block] = [Table(("package", *columns), rows), Paragraph(f"Platform {platforms}.")] if rows else []
+    commit = Paragraph(_fill("Trained by commit {training.git_commit} of EchoQuad.", manifest))
     return Section("Versions", (*blocks, commit))
 
 
+# ---------------------------------------------------------------------------------------------- untrusted values
+
+
 def _at(value: Any, *keys: str) -> Any:
-    """Walk down mappings; None where one of them lacks the key or is none."""
+    """Return the value below nested keys; None if a mapping or a key is missing."""
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
 
 
-def _items(value: Any) -> list[tuple[str, Any]]:
+def _table(header: str, rows: Iterable[tuple[str, ...]]) -> Table:
+    return Table(tuple(header.split(" | ")), tuple(rows))
+
+
+def _row(value: Any, *templates: str) -> tuple[str, ...]:
+    return tuple(_fill(template, value) for template in templates)
+
+
+def _fill(template: str, value: Any, **texts: str) -> str:
+    """Replace ``{name}`` by one of `texts`, ``{path}`` by the text and ``{path:spec}`` by the number at a path."""
+
+    def replace(match: re.Match[str]) -> str:
+        if match[1] in texts:
+            return texts[match[1]]
+        found = _at(value, *match[1].split("."))
+        return _number(found, match[2]) if match[2] else _NOT_STATED if found is None else format_value(found)
+
+    return re.sub(r"\{([\w.]+):?([^}]*)\}", replace, template)
+
+
+def _items(value: Any, key: str) -> list[tuple[str, Any]]:
+    value = _at(value, key)
     return list(value.items()) if isinstance(value, Mapping) else []
 
 
@@ -396,12 +395,12 @@ def _list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else []
 
 
-def _names(value: Any) -> tuple[str, ...]:
-    return tuple(_plain(str(name)) for name in _list(value))
+def _class_names(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(_printable(str(name)) for name in _list(_at(manifest, "contract", "classes")))
 
 
-def _rank(field: tuple[str, Any]) -> int:
-    return list(_CONTRACT).index(field[0]) if field[0] in _CONTRACT else len(_CONTRACT)
+def _class_list(manifest: Mapping[str, Any]) -> str:
+    return ", ".join(_class_names(manifest)) or _NOT_STATED
 
 
 def _is_number(value: Any) -> bool:
@@ -410,19 +409,15 @@ def _is_number(value: Any) -> bool:
 
 def _number(value: Any, spec: str) -> str:
     try:
-        return format(value, spec) if _is_number(value) else NOT_STATED
-    except (ValueError, OverflowError):  # a fraction where a whole number should be, one of hundreds of digits
-        return phrase(value)
-
-
-def _text(value: Any) -> str:
-    return NOT_STATED if value is None else phrase(value)
+        return format(value, spec) if _is_number(value) else _NOT_STATED
+    except (ValueError, OverflowError):  # a fraction instead of an integer, or an integer of hundreds of digits
+        return format_value(value)
 
 
 def _name(key: str) -> str:
-    return _plain(key).replace("_", " ")
+    return _printable(key).replace("_", " ")
 
 
-def _plain(text: str) -> str:
-    """Keep what can be printed: a terminal obeys control characters."""
-    return "".join(sign if sign.isprintable() else "?" for sign in text)
+def _printable(text: str) -> str:
+    """Replace control characters, which a terminal would obey."""
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -1,16 +1,17 @@
-"""Signatures: who vouches for a bundle, told before anything of it is used.
+"""Signature verification: which key signed a bundle, checked before any of its content is used.
 
-A signature is one of OpenSSF Model Signing with a key: the file `SIGNATURE` in the bundle, a Sigstore bundle around a
-DSSE envelope around an in-toto statement that gives the SHA-256 of every other file. The package ``model-signing``
-makes it, and anybody can check it with that package's own command. Here it is checked with ``cryptography`` alone:
+A signature is one of OpenSSF Model Signing with an elliptic-curve key. The file `SIGNATURE` is a Sigstore bundle around
+a DSSE envelope around an in-toto statement, which contains the SHA-256 of every other file. The package
+``model-signing`` creates it (see `echoquad_runtime.bundle.signing`), and its own command can verify it. This module
+verifies it with ``cryptography`` alone, for three reasons:
 
-- What was checked has to be what is used. That package reads files by their paths and forgets them; by the time a
-  file is opened, another can lie in its place. Here ``bundle.json`` is checked as the bytes that its reader holds, and
-  every other file is held against the SHA-256 in it as it is read to be used.
-- The package passes over files with the names that git uses, and prints to stdout.
-- It brings an HTTP client and more than twenty packages, which a cart without a network has no use for.
+- The verified bytes must be the bytes that are used. ``model-signing`` reads files by path and forgets them; a file may
+  be replaced before it is opened again. Here ``bundle.json`` is verified as the bytes that its reader holds, and every
+  other file is compared with the SHA-256 in it when it is read.
+- The package ignores files that git ignores, and prints to stdout.
+- It needs an HTTP client and more than twenty packages, which are of no use on a cart without a network.
 
-No key ever leaves the machine, and nothing here uses a network.
+Keys never leave the machine, and nothing here uses a network.
 """
 
 from __future__ import annotations
@@ -20,231 +21,181 @@ import hashlib
 import importlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
-from echoquad_runtime.bundle.bundle import MANIFEST, SIGNATURE, Bundle, encode_manifest
-from echoquad_runtime.errors import BundleError, ConfigError, MissingExtraError, SignatureError
-from echoquad_runtime.storage.atomic import open_regular, read_regular, write_bytes
+from echoquad_runtime.bundle.manifest import MANIFEST, SIGNATURE
+from echoquad_runtime.errors import ConfigError, MissingExtraError, SignatureError
+from echoquad_runtime.storage.atomic import open_regular, read_regular
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
-__all__ = ["check_private_key", "check_signature", "sign_bundle"]
+__all__ = [
+    "import_extra",
+    "key_fingerprint",
+    "list_files",
+    "read_key",
+    "verify_envelope",
+    "verify_signature",
+]
 
 _HASHES: Final = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}
-_KINDS: Final = "an elliptic-curve key (prime256v1, secp384r1 or secp521r1)"
-_MAX_FILE: Final = 1 << 20  # of a key or a signature, in bytes
-_LARGEST: Final = 1 << 31  # of any file of a bundle, in bytes: what protocol buffers, and so ONNX, can hold
+_EXPECTED_KEY: Final = "an elliptic-curve key (prime256v1, secp384r1 or secp521r1)"
+_MAX_BYTES: Final = 1 << 20  # of a key or a signature
+_MAX_FILE: Final = 1 << 31  # bytes of a file in a bundle: the limit of protocol buffers, and so of ONNX
 
-_MEDIA: Final = "application/vnd.dev.sigstore.bundle.v0.3+json"
-_PAYLOAD: Final = "application/vnd.in-toto+json"
-_STATEMENT: Final = "https://in-toto.io/Statement/v1"
-_PREDICATE: Final = "https://model_signing/signature/v1.0"
+_MEDIA_TYPE: Final = "application/vnd.dev.sigstore.bundle.v0.3+json"
+_PAYLOAD_TYPE: Final = "application/vnd.in-toto+json"
+_STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"
+_PREDICATE_TYPE: Final = "https://model_signing/signature/v1.0"
 
 
-def check_signature(folder: Path, public_key: str | Path, held: Mapping[str, bytes]) -> str:
-    """Refuse a bundle that is not, file by file, what the holder of a key has signed.
+def verify_signature(folder: Path, public_key: str | Path, manifest: bytes) -> str:
+    """Verify that every file of a bundle is as the holder of a private key has signed it.
 
     Parameters
     ----------
     folder
         The bundle's folder.
     public_key
-        A PEM file with the public key that belongs to the one that signed.
-    held
-        Files by name that the caller has read already and will use: these bytes are checked, not the disk's.
+        A PEM file with the public key of the signer.
+    manifest
+        The bytes of ``bundle.json`` that the caller has read and will use; they are verified in place of the file.
 
     Returns
     -------
     str
-        The key's fingerprint: SHA-256, hexadecimal, of its PEM form.
+        The key's fingerprint: SHA-256, in hexadecimal, of its PEM form.
 
     Raises
     ------
     SignatureError
-        If there is no signature, it is another key's or damaged, or a file was altered, added or taken away.
+        If there is no signature, it is damaged or by another key, or a file was altered, added or removed.
     ConfigError
-        If the public key cannot be read or is none.
+        If the public key cannot be read or is invalid.
     MissingExtraError
         If the extra ``sign`` is not installed.
     """
-    path = Path(public_key)
-    key = _public_key(path)
+    label, path = folder.as_posix(), Path(public_key)
+    key: EllipticCurvePublicKey = read_key(path, private=False)
     try:
-        data = read_regular(folder / SIGNATURE, _MAX_FILE)
+        data = read_regular(folder / SIGNATURE, _MAX_BYTES)
     except FileNotFoundError:
         raise SignatureError(
-            f"{folder.as_posix()}: it is not signed ({SIGNATURE} is missing); expected a signature by the key of "
+            f"{label}: it is not signed ({SIGNATURE} is missing); expected a signature by the key of "
             f"{path.as_posix()}; get the signed bundle, or sign it with echoquad sign"
         ) from None
     except OSError as error:
-        raise SignatureError(f"{folder.as_posix()}: {SIGNATURE} cannot be read ({error.strerror or error})") from error
-    signed = _signed_files(data, key, folder.as_posix(), path.as_posix())
-    _compare(folder, signed, held)
-    return _fingerprint(key)
+        raise SignatureError(f"{label}: {SIGNATURE} cannot be read ({error.strerror or error})") from error
+    _compare_files(folder, verify_envelope(data, key, label, path.as_posix()), manifest)
+    return key_fingerprint(key)
 
 
-def check_private_key(path: Path) -> None:
-    """Refuse a key that cannot sign, before any work is done for it.
-
-    Raises
-    ------
-    ConfigError
-        If it cannot be read, is encrypted, or is no elliptic-curve private key.
-    MissingExtraError
-        If the extra ``sign`` is not installed.
-    """
-    _private_key(path)
-    _model_signing()
-
-
-def sign_bundle(folder: Path, private_key: Path) -> str:
-    """Sign a whole bundle: write `SIGNATURE` into it, in place of an older one.
-
-    Parameters
-    ----------
-    folder
-        The bundle's folder. It must hold the files that its manifest lists, each with its hash, and no other.
-    private_key
-        A PEM file with an elliptic-curve private key, not encrypted.
-
-    Returns
-    -------
-    str
-        The key's fingerprint: SHA-256, hexadecimal, of its public half's PEM form.
-
-    Raises
-    ------
-    BundleError
-        If the bundle is missing, damaged, or holds other files than it lists.
-    ConfigError, MissingExtraError
-        As `check_private_key`.
-    OutputError
-        If the signature cannot be written.
-    """
-    key = _private_key(private_key)
-    signing = _model_signing()
-    bundle = Bundle(folder)
-    for name in bundle.manifest["files"]:
-        bundle.read(name)
-    others = sorted(_listing(folder) - {MANIFEST, *bundle.manifest["files"]})
-    if others:
-        raise BundleError(f"{folder.as_posix()}: it holds {others[0]!r}, which is no part of it; move that away first")
-    files = signing.hashing.Config().use_file_serialization(hashing_algorithm="sha256")
-    files.set_ignored_paths(paths=[SIGNATURE], ignore_git_paths=False)
-    signer = signing.signing.Config().use_elliptic_key_signer(private_key=private_key).set_hashing_config(files)
-    with tempfile.TemporaryDirectory() as private:
-        path = Path(private) / SIGNATURE
-        try:
-            signer.sign(folder.resolve(), path)
-        except (OSError, ValueError) as error:  # a link, which it does not follow; a file that has gone
-            raise BundleError(
-                f"{folder.as_posix()}: model-signing refuses it ({error}); copy the whole bundle"
-            ) from error
-        data = path.read_bytes()
-    # That package has read every file again: what it signed has to be the bundle that was checked above.
-    signed = _signed_files(data, key.public_key(), folder.as_posix(), private_key.as_posix())
-    expected = {name: entry["sha256"] for name, entry in bundle.manifest["files"].items()}
-    expected[MANIFEST] = hashlib.sha256(encode_manifest(bundle.manifest)).hexdigest()
-    if signed != expected:
-        raise BundleError(f"{folder.as_posix()}: it changed while it was signed; sign it again")
-    write_bytes(folder / SIGNATURE, data)
-    return _fingerprint(key.public_key())
-
-
-def _compare(folder: Path, signed: Mapping[str, str], held: Mapping[str, bytes]) -> None:
-    """Refuse files that are not as they were signed, the first of them by its name."""
-    label, names = folder.as_posix(), _listing(folder)
-    for what, which in (("was added", names - signed.keys()), ("was taken away", signed.keys() - names)):
-        if which:
+def _compare_files(folder: Path, signed: Mapping[str, str], manifest: bytes) -> None:
+    """Raise a SignatureError for the first file, by name, that differs from the signed one."""
+    label, names = folder.as_posix(), list_files(folder)
+    for change, changed in (("was added", names - signed.keys()), ("was removed", signed.keys() - names)):
+        if changed:
             raise SignatureError(
-                f"{label}: {min(which)!r} {what} since the bundle was signed; copy the whole bundle again"
+                f"{label}: {min(changed)!r} {change} after the bundle was signed; copy the whole bundle again"
             )
     for name in sorted(signed):
         try:
-            if name in held:
-                found = hashlib.sha256(held[name]).hexdigest()
+            if name == MANIFEST:
+                digest = hashlib.sha256(manifest).hexdigest()
             else:
                 with open_regular(folder / name) as stream:
-                    # Whatever was put there, it is not gone through for hours.
-                    large = os.fstat(stream.fileno()).st_size > _LARGEST
-                    found = "of too many bytes" if large else hashlib.file_digest(stream, "sha256").hexdigest()
+                    # Do not hash a huge file for hours.
+                    too_large = os.fstat(stream.fileno()).st_size > _MAX_FILE
+                    digest = "of too many bytes" if too_large else hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
             raise SignatureError(f"{label}: {name!r} cannot be read ({error.strerror or error})") from error
-        if found != signed[name]:
+        if digest != signed[name]:
             raise SignatureError(
-                f"{label}: {name!r} was altered since the bundle was signed (SHA-256 {found[:17]}, signed "
+                f"{label}: {name!r} was altered after the bundle was signed (SHA-256 {digest[:17]}, signed "
                 f"{signed[name][:17]}); copy the whole bundle again"
             )
 
 
-def _listing(folder: Path) -> set[str]:
-    """Give the names of all that lies in a bundle's folder, the signature left out."""
+def list_files(folder: Path) -> set[str]:
+    """Return the names of everything in a bundle's folder except the signature.
+
+    Raises
+    ------
+    SignatureError
+        If the folder cannot be listed.
+    """
     try:
         return {entry.name for entry in folder.iterdir()} - {SIGNATURE}
     except OSError as error:
         raise SignatureError(f"{folder.as_posix()}: it cannot be listed ({error.strerror or error})") from error
 
 
-def _signed_files(data: bytes, key: EllipticCurvePublicKey, label: str, key_label: str) -> dict[str, str]:
-    """Give the SHA-256 by name of the files that a signature vouches for, once `key` has vouched for the signature."""
-    exceptions, hashes = _cryptography("exceptions"), _cryptography("hazmat.primitives.hashes")
-    ec = _cryptography("hazmat.primitives.asymmetric.ec")
-    opened = _open_envelope(data)
-    if opened is None:
+def verify_envelope(data: bytes, key: EllipticCurvePublicKey, label: str, key_label: str) -> dict[str, str]:
+    """Verify the bytes of a signature file and return the SHA-256 of each signed file, by name.
+
+    Raises
+    ------
+    SignatureError
+        If the bytes are not a signature, or not one by `key`.
+    """
+    exceptions, hashes = import_extra("cryptography.exceptions"), import_extra("cryptography.hazmat.primitives.hashes")
+    ec = import_extra("cryptography.hazmat.primitives.asymmetric.ec")
+    envelope = _parse_envelope(data)
+    if envelope is None:
         raise SignatureError(
-            f"{label}: {SIGNATURE} is no signature that a key has made: it was damaged or changed, or made in another "
-            "way; get the bundle again, or sign it with echoquad sign"
+            f"{label}: {SIGNATURE} is not a signature by a key: it was damaged or changed, or created by another "
+            "method; get the bundle again, or sign it with echoquad sign"
         )
-    hint, payload, signature = opened
-    if hint != _fingerprint(key):
+    fingerprint, payload, signature = envelope
+    if fingerprint != key_fingerprint(key):
         raise SignatureError(
-            f"{label}: it was signed by another key ({hint[:12]!r}) than that of {key_label} "
-            f"({_fingerprint(key)[:12]!r}); find out whose before you use it"
+            f"{label}: it was signed by another key ({fingerprint[:12]!r}) than that of {key_label} "
+            f"({key_fingerprint(key)[:12]!r}); find out whose key that is before you use the bundle"
         )
-    message = b"DSSEv1 %d %b %d %b" % (len(_PAYLOAD), _PAYLOAD.encode(), len(payload), payload)
+    message = b"DSSEv1 %d %b %d %b" % (len(_PAYLOAD_TYPE), _PAYLOAD_TYPE.encode(), len(payload), payload)
     try:
         key.verify(signature, message, ec.ECDSA(getattr(hashes, _HASHES[key.curve.name])()))
     except exceptions.InvalidSignature:
         raise SignatureError(
-            f"{label}: {SIGNATURE} was not made by the key of {key_label}, though it says so: it was damaged or "
-            "forged; get the bundle again"
+            f"{label}: {SIGNATURE} was not created by the key of {key_label}, although it names that key: it was "
+            "damaged or forged; get the bundle again"
         ) from None
-    files = _read_statement(payload)
+    files = _parse_statement(payload)
     if files is None:
         raise SignatureError(
-            f"{label}: {SIGNATURE} is by the right key, but does not give the SHA-256 of each file; sign the bundle "
+            f"{label}: {SIGNATURE} is by the right key, but does not contain the SHA-256 of each file; sign the bundle "
             "with echoquad sign"
         )
     return files
 
 
-def _open_envelope(data: bytes) -> tuple[str, bytes, bytes] | None:
-    """Take a signature file apart, believing nothing: which key it names, what was signed, and the signature of it."""
+def _parse_envelope(data: bytes) -> tuple[str, bytes, bytes] | None:
+    """Return key fingerprint, payload and signature of an untrusted signature file; None if it has another form."""
     try:
-        whole = json.loads(data)
-        hint, envelope = whole["verificationMaterial"]["publicKey"]["hint"], whole["dsseEnvelope"]
+        content = json.loads(data)
+        fingerprint, envelope = content["verificationMaterial"]["publicKey"]["hint"], content["dsseEnvelope"]
         (entry,) = envelope["signatures"]
-        parts = [base64.b64decode(text, validate=True) for text in (envelope["payload"], entry["sig"])]
-        fits = isinstance(hint, str) and (whole["mediaType"], envelope["payloadType"]) == (_MEDIA, _PAYLOAD)
+        payload, signature = (base64.b64decode(text, validate=True) for text in (envelope["payload"], entry["sig"]))
+        types = (content["mediaType"], envelope["payloadType"])
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    return (hint, parts[0], parts[1]) if fits else None
+    valid = isinstance(fingerprint, str) and types == (_MEDIA_TYPE, _PAYLOAD_TYPE)
+    return (fingerprint, payload, signature) if valid else None
 
 
-def _read_statement(payload: bytes) -> dict[str, str] | None:
-    """Read what was signed; its signature has been checked."""
+def _parse_statement(payload: bytes) -> dict[str, str] | None:
+    """Return the SHA-256 of each file from a payload whose signature was verified; None if it has another form."""
     try:
         statement = json.loads(payload)
         predicate = statement["predicate"]
         resources = predicate["resources"]
         files = {resource["name"]: resource["digest"] for resource in resources}
-        fits = (
-            (statement["_type"], statement["predicateType"]) == (_STATEMENT, _PREDICATE)
+        valid = (
+            (statement["_type"], statement["predicateType"]) == (_STATEMENT_TYPE, _PREDICATE_TYPE)
             and predicate["serialization"]["method"] == "files"
             and all(resource["algorithm"] == "sha256" for resource in resources)
             and all(isinstance(text, str) for item in files.items() for text in item)
@@ -252,74 +203,71 @@ def _read_statement(payload: bytes) -> dict[str, str] | None:
         )
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    return files if fits else None
+    return files if valid else None
 
 
-def _public_key(path: Path) -> EllipticCurvePublicKey:
-    data = _read_key(path)
-    if b"PRIVATE KEY-----" in data:
+# ---------------------------------------------------------------------------------------------- keys
+
+
+def read_key(path: Path, *, private: bool) -> Any:
+    """Read an elliptic-curve key, private or public, from a PEM file.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read, is encrypted, or is not an elliptic-curve key of the expected kind.
+    MissingExtraError
+        If the extra ``sign`` is not installed.
+    """
+    label, expected = path.as_posix(), "a private key" if private else "a public key"
+    try:
+        data = read_regular(path, _MAX_BYTES)
+    except OSError as error:
+        raise ConfigError(f"{label}: the key cannot be read ({error.strerror or error}); check the path") from error
+    if private and b"ENCRYPTED" in data:
         raise ConfigError(
-            f"{path.as_posix()}: a private key found; expected the public one, which alone belongs on a cart; make it: "
+            f"{label}: the private key is encrypted; expected an unencrypted key, since no password is asked for; "
+            "decrypt it for signing: openssl pkey -in KEY.pem -out PLAIN.pem"
+        )
+    if not private and b"PRIVATE KEY-----" in data:
+        raise ConfigError(
+            f"{label}: found a private key; expected a public key, the only one that belongs on a cart; create it: "
             "openssl pkey -in KEY.pem -pubout -out PUB.pem"
         )
-    key: EllipticCurvePublicKey = _load_key("load_pem_public_key", "a public key", path, data)
-    return key
-
-
-def _private_key(path: Path) -> EllipticCurvePrivateKey:
-    data = _read_key(path)
-    if b"ENCRYPTED" in data:
-        raise ConfigError(
-            f"{path.as_posix()}: the private key is encrypted, and no password is asked for; decrypt it for the time "
-            "of signing: openssl pkey -in KEY.pem -out PLAIN.pem"
-        )
-    key: EllipticCurvePrivateKey = _load_key("load_pem_private_key", "a private key", path, data, None)
-    return key
-
-
-def _read_key(path: Path) -> bytes:
+    unsupported = import_extra("cryptography.exceptions").UnsupportedAlgorithm
+    load = import_extra("cryptography.hazmat.primitives.serialization")
     try:
-        return read_regular(path, _MAX_FILE)
-    except OSError as error:
-        raise ConfigError(
-            f"{path.as_posix()}: the key cannot be read ({error.strerror or error}); check the path"
-        ) from error
-
-
-def _load_key(load: str, kind: str, path: Path, data: bytes, *arguments: None) -> Any:
-    unsupported = _cryptography("exceptions").UnsupportedAlgorithm
-    try:
-        key = getattr(_cryptography("hazmat.primitives.serialization"), load)(data, *arguments)
+        key = load.load_pem_private_key(data, None) if private else load.load_pem_public_key(data)
     except (ValueError, TypeError, unsupported) as error:
         raise ConfigError(
-            f"{path.as_posix()}: it is not {kind} in PEM form; expected {_KINDS}, as openssl writes it"
+            f"{label}: it is not {expected} in PEM form; expected {_EXPECTED_KEY}, as openssl writes it"
         ) from error
     curve = getattr(getattr(key, "curve", None), "name", None)
     if curve not in _HASHES:
         found = f"the curve {curve}" if curve else type(key).__name__.strip("_")
-        raise ConfigError(f"{path.as_posix()}: {found} found; expected {_KINDS}")
+        raise ConfigError(f"{label}: found {found}; expected {_EXPECTED_KEY}")
     return key
 
 
-def _fingerprint(key: EllipticCurvePublicKey) -> str:
-    serialization = _cryptography("hazmat.primitives.serialization")
+def key_fingerprint(key: EllipticCurvePublicKey) -> str:
+    """Return the SHA-256, in hexadecimal, of a public key's PEM form."""
+    serialization = import_extra("cryptography.hazmat.primitives.serialization")
     form = (serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(key.public_bytes(*form)).hexdigest()
 
 
-def _cryptography(module: str) -> ModuleType:
-    return _import(f"cryptography.{module}")
+def import_extra(name: str) -> ModuleType:
+    """Import a module of the extra ``sign``.
 
-
-def _model_signing() -> ModuleType:
-    return _import("model_signing")
-
-
-def _import(name: str) -> ModuleType:
+    Raises
+    ------
+    MissingExtraError
+        If it is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        lacking = (error.name or name).partition(".")[0]
+        missing = (error.name or name).partition(".")[0]
         raise MissingExtraError(
-            f'signatures need {lacking}, which cannot be imported ({error}); do: pip install "echoquad[sign]"'
+            f'signatures need {missing}, which cannot be imported ({error}); do: pip install "echoquad[sign]"'
         ) from error

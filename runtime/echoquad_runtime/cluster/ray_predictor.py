@@ -23,12 +23,14 @@ from typing import Any, Final
 
 from echoquad_runtime import errors
 from echoquad_runtime._version import __version__
-from echoquad_runtime.bundle.bundle import GOLDEN, MANIFEST, SIGNATURE, Bundle, encode_manifest, model_file
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.manifest import GOLDEN, MANIFEST, SIGNATURE, encode_manifest, model_file
 from echoquad_runtime.cluster.ray_session import checked_address, joined, load_ray, room_for
 from echoquad_runtime.cluster.ray_worker import CODEC, Job, Ledger, Worker
 from echoquad_runtime.contract import VOTE_METHODS, Contract, VoteMethod
-from echoquad_runtime.devices.onnxruntime_loader import one_line
-from echoquad_runtime.devices.session_factory import Device, available_cpus
+from echoquad_runtime.devices.cpu_info import available_cpus
+from echoquad_runtime.devices.error_summary import summarize_error
+from echoquad_runtime.devices.session_factory import Device
 from echoquad_runtime.errors import ClusterError, ConfigError, EchoQuadError, FrameError
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.predict.prediction import Prediction, checked_bound
@@ -322,4 +324,4 @@ def _counted(count: int, what: str) -> str:
 def _last_line(error: BaseException) -> str:
     """Give what an error of Ray is about: its text is a worker's traceback, which ends with that."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return one_line(lines[-1] if lines else type(error).__name__)
+    return summarize_error(lines[-1] if lines else type(error).__name__)

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from echoquad_runtime.devices.onnxruntime_loader import one_line, silent_descriptor
+from echoquad_runtime.devices.error_summary import summarize_error
+from echoquad_runtime.devices.output_suppression import suppress_native_stderr
 from echoquad_runtime.errors import ClusterError, DeviceUnavailableError, MissingExtraError, UsageError
 
 __all__ = ["checked_address", "joined", "load_ray", "room_for"]
@@ -109,12 +110,12 @@ def joined(address: str, cpus: int, tell: Callable[[str], object]) -> Iterator[N
     with _quiet():
         try:
             try:
-                with silent_descriptor():
+                with suppress_native_stderr():
                     ray.init(address, log_to_driver=False, configure_logging=False, **start)
             except Exception as error:  # ConnectionError, ValueError, RuntimeError: whatever its processes died of
                 where = "Ray cannot be started here" if own else f"the Ray cluster at {address} cannot be joined"
                 do = "see its logs" if own else "try auto on a node of it, or RAY_AUTH_MODE=token where it asks for one"
-                raise ClusterError(f"{where} ({one_line(error)}); {do}") from error
+                raise ClusterError(f"{where} ({summarize_error(error)}); {do}") from error
             finally:
                 for number, handler in kept.items():
                     signal.signal(number, handler)

@@ -1,1 +1,1 @@
-"""Devices: onnxruntime, its execution providers, probes that compute, and inference sessions on them."""
+"""Devices: loading onnxruntime, its execution providers, probes that compute, and inference sessions."""

@@ -1,4 +1,4 @@
-"""The processor: how many CPUs this process may keep busy, and what kind they are."""
+"""CPU information: the number of CPUs that this process may use, the CPU's model and its instruction sets."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def available_cpus() -> int:
-    """Count the CPUs this process may use: its affinity and its cgroup's quota, rounded down, at least 1."""
+    """Return how many CPUs this process may use: the least of its affinity and its cgroup quotas, at least 1."""
     quotas = cgroup_quotas(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
-    # Down, not up: threads that have used up the quota are stopped together, in the middle of an inference.
+    # Round down: the kernel stops all threads of a cgroup that has used up its quota, in the middle of an inference.
     return max(1, int(min([schedulable_cpus(), *quotas])))
 
 
 def schedulable_cpus() -> int:
-    """Count the CPUs that this process may be scheduled on: cpusets and containers' pinning are in its affinity."""
+    """Return how many CPUs the scheduler may run this process on (CPU affinity, cpusets)."""
     counts = [os.cpu_count() or 1]
     if (affinity := getattr(os, "sched_getaffinity", None)) is not None:
         counts.append(len(affinity(0)))
@@ -30,17 +30,17 @@ def schedulable_cpus() -> int:
 
 
 def cgroup_quotas(root: Path, membership: Path) -> list[float]:
-    """Return the CPU quotas, in CPUs, of this process's cgroups (v2 and v1) and of those that they lie in.
+    """Return the CPU quotas, in CPUs, of this process's cgroups (v1 and v2) and of their parents.
 
     Parameters
     ----------
     root
-        Where cgroups are mounted.
+        Mount point of the cgroup file system.
     membership
-        The file that names this process's cgroups.
+        File that lists the cgroups of this process.
     """
     try:
-        # A cgroup may be called by any bytes but a slash and a line's end.
+        # A cgroup's name may hold any byte but a slash and a newline.
         lines = membership.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     except OSError:
         return []
@@ -50,21 +50,21 @@ def cgroup_quotas(root: Path, membership: Path) -> list[float]:
         controllers, colon, path = rest.partition(":")
         if not colon or (controllers and "cpu" not in controllers.split(",")):
             continue
-        # v1 is mounted by the name of its controllers, "cpu,cpuacct", and mostly has a link "cpu" to that.
+        # v1 mounts a hierarchy under the names of its controllers ("cpu,cpuacct"), usually with a symlink "cpu".
         for mount in dict.fromkeys((root / "cpu", root / controllers)) if controllers else (root,):
-            # The mount itself is read too: a container may be told a path that only its host has.
+            # Read the mount point too: in a container the path may be valid only on the host.
             folder = mount
-            quotas += _quota(folder, v1=bool(controllers))
+            quotas += _read_quota(folder, v1=bool(controllers))
             for part in path.split("/"):
                 if part:
                     folder = folder / part
-                    quotas += _quota(folder, v1=bool(controllers))
+                    quotas += _read_quota(folder, v1=bool(controllers))
     return quotas
 
 
-def _quota(folder: Path, *, v1: bool) -> list[float]:
-    """Read one cgroup's quota: none where there is no limit, or no such folder."""
-    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # "max" is no number: no limit
+def _read_quota(folder: Path, *, v1: bool) -> list[float]:
+    """Return the quota of one cgroup as a list of one; empty without a limit or without the folder."""
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # "max" is not a number: no limit
         if v1:
             texts = [(folder / f"cpu.cfs_{name}_us").read_text("ascii") for name in ("quota", "period")]
         else:
@@ -86,16 +86,16 @@ def cpu_features(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
 
 
 def cpu_model(cpuinfo: Path = _CPUINFO) -> str:
-    """Name the CPU as the system does; on Arm, Linux gives numbers of maker and part in place of a name."""
-    found: dict[str, str] = {}
+    """Return the CPU's model name; on Arm, Linux reports an implementer and a part number instead."""
+    fields: dict[str, str] = {}
     with contextlib.suppress(OSError), cpuinfo.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             key, colon, value = line.partition(":")
-            if not colon and not found.keys().isdisjoint(("model name", "CPU part")):
-                break  # one CPU's lines are enough, and on a large machine they are few of all
-            found.setdefault(key.strip(), value.strip())
-    if "model name" in found:
-        return found["model name"]
-    if "CPU part" in found:
-        return f"implementer {found.get('CPU implementer', '?')} part {found['CPU part']}"
+            if not colon and not fields.keys().isdisjoint(("model name", "CPU part")):
+                break  # the first CPU suffices; a large machine lists hundreds
+            fields.setdefault(key.strip(), value.strip())
+    if "model name" in fields:
+        return fields["model name"]
+    if "CPU part" in fields:
+        return f"implementer {fields.get('CPU implementer', '?')} part {fields['CPU part']}"
     return platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""What keeps CUDA from computing here: the wheel, the driver, its age, or a library; found by trying."""
+"""The CUDA probe: whether CUDA computes on this machine, and otherwise why not (wheel, driver, or a library)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from echoquad_runtime.devices.execution_providers import CUDA_PROVIDER, probe
+from echoquad_runtime.devices.error_summary import summarize_error
+from echoquad_runtime.devices.execution_providers import CUDA_PROVIDER, probe_provider
 from echoquad_runtime.devices.onnxruntime_loader import (
+    format_versions,
     installed_wheels,
     load_onnxruntime,
-    named,
-    one_line,
-    reinstall,
-    silent_python,
+    missing_provider,
 )
+from echoquad_runtime.devices.output_suppression import suppress_python_output
 
 __all__ = ["cuda_unavailable_reason", "nvidia_driver"]
 
 
 def cuda_unavailable_reason() -> str | None:
-    """Say in one line why CUDA cannot be used here; None when it has just computed the right numbers.
+    """Return in one line why CUDA is unavailable; None if it has just computed the expected numbers.
 
     Raises
     ------
@@ -32,43 +32,44 @@ def cuda_unavailable_reason() -> str | None:
     """
     ort = load_onnxruntime()
     if CUDA_PROVIDER not in ort.get_available_providers():
-        if sys.platform == "darwin":
-            return "macOS has no CUDA"
-        wheels = installed_wheels()
-        clash = " (installed over each other)" if len(wheels) > 1 else ""
-        return f"no CUDA provider in {named(wheels) or 'onnxruntime'}{clash}; do: {reinstall('gpu')}"
-    supported, cause = nvidia_driver()
-    if cause is not None:
-        return cause
-    with silent_python(), contextlib.suppress(Exception):  # what this cannot load, the probe will miss
+        return "macOS has no CUDA" if sys.platform == "darwin" else missing_provider("CUDA", "gpu")
+    supported, problem = nvidia_driver()
+    if problem is not None:
+        return problem
+    with suppress_python_output(), contextlib.suppress(Exception):  # the probe reports a library that is missing
         ort.preload_dlls()
-    failure = probe(CUDA_PROVIDER)
-    return None if failure is None else _diagnosis(ort, supported, failure)
+    failure = probe_provider(CUDA_PROVIDER)
+    return None if failure is None else _diagnose(ort, supported, failure)
 
 
-def _diagnosis(ort: ModuleType, supported: int, failure: str) -> str:
-    """Name the cause when there is a driver (for CUDA ``supported``: 13000 is 13.0) and the probe failed.
+def _diagnose(ort: ModuleType, supported: int, failure: str) -> str:
+    """Return the cause of a failed probe.
 
-    It opens onnxruntime's CUDA library by hand, so it comes after the probe: onnxruntime is to be the first
-    to load its own libraries, in the order that it knows.
+    Call it only after the probe: it loads onnxruntime's CUDA library itself, and onnxruntime must be the first to load
+    its own libraries, in the order that it requires.
+
+    Parameters
+    ----------
+    supported
+        CUDA version that the driver supports; 13000 is 13.0.
     """
     built_for = str(getattr(ort, "cuda_version", "") or "unknown")
     major = int(built_for.partition(".")[0]) if built_for[0].isdigit() else 0
     wheel = f"onnxruntime-gpu {ort.__version__} (built for CUDA {built_for})"
     if supported // 1000 < major:
         older = ', or pip install "onnxruntime-gpu[cuda,cudnn]<1.27" for CUDA 12' if major == 13 else ""
-        most = f"{supported // 1000}.{supported % 1000 // 10}"
-        return f"the NVIDIA driver supports CUDA {most} at most, too old for {wheel}; do: update it{older}"
+        newest = f"{supported // 1000}.{supported % 1000 // 10}"
+        return f"the NVIDIA driver supports CUDA up to {newest}, too old for {wheel}; do: update the driver{older}"
     missing = _missing_library(ort, major)
     if missing is not None:
-        has = named(installed_wheels(("nvidia-cublas-cu11", "nvidia-cublas-cu12", "nvidia-cublas")))
-        needed = f"which {wheel} needs (pip lists {has or 'no CUDA libraries'})"
-        return f'{missing}, {needed}; do: pip install "echoquad[gpu]"'
+        libraries = format_versions(installed_wheels(("nvidia-cublas-cu11", "nvidia-cublas-cu12", "nvidia-cublas")))
+        required = f"required by {wheel} (pip lists {libraries or 'no CUDA libraries'})"
+        return f'{missing}, {required}; do: pip install "echoquad[gpu]"'
     return f"{wheel} does not compute on CUDA: {failure}; do: compare with nvidia-smi"
 
 
 def nvidia_driver() -> tuple[int, str | None]:
-    """Return the CUDA version that the NVIDIA driver supports (13000 is 13.0) and what is wrong with it."""
+    """Return the CUDA version that the NVIDIA driver supports (13000 is 13.0), and its problem or None."""
     name = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
     version, label = ctypes.c_int(0), ctypes.c_char_p()
     try:
@@ -82,15 +83,15 @@ def nvidia_driver() -> tuple[int, str | None]:
     if code == 0:
         return version.value, None
     error = f"{code}, {(label.value or b'unknown').decode(errors='replace')}"
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    why = "" if hidden is None else f", with CUDA_VISIBLE_DEVICES={hidden!r}"
-    return version.value, f"the NVIDIA driver gives no GPU (cuInit: {error}{why}); do: check nvidia-smi"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    cause = "" if visible is None else f", with CUDA_VISIBLE_DEVICES={visible!r}"
+    return version.value, f"the NVIDIA driver reports no GPU (cuInit: {error}{cause}); do: check nvidia-smi"
 
 
 def _missing_library(ort: ModuleType, major: int) -> str | None:
-    """Say what keeps onnxruntime's CUDA library, or cuDNN, from being loaded; None when nothing does."""
+    """Return which library prevents loading onnxruntime's CUDA library or cuDNN; None if both load."""
     capi = Path(ort.__file__ or "").parent / "capi"
-    if os.name == "nt":  # Windows names no dependency: each one is tried before what needs it
+    if os.name == "nt":  # Windows does not name a missing dependency: load each one before the library that needs it
         parts = ("cudart64_{0}", "cublasLt64_{0}", "cublas64_{0}", "cufft64_{1}", "cudnn64_9")
         names = [f"{part.format(major, major - 1)}.dll" for part in parts]
         names += [str(capi / f"onnxruntime_providers_{part}.dll") for part in ("shared", "cuda")]
@@ -101,7 +102,7 @@ def _missing_library(ort: ModuleType, major: int) -> str | None:
         try:
             ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL, winmode=0)  # 0 searches PATH, as onnxruntime does
         except OSError as error:
-            text = one_line(error)
-            lost, found, _ = text.partition(": cannot open shared object file")
-            return f"{lost} cannot be loaded" if found else f"{Path(name).name} cannot be loaded ({text})"
+            text = summarize_error(error)
+            library, is_missing, _ = text.partition(": cannot open shared object file")
+            return f"{library} cannot be loaded" if is_missing else f"{Path(name).name} cannot be loaded ({text})"
     return None

@@ -1,9 +1,9 @@
-"""The lock that keeps runs on CUDA apart where they must not overlap.
+"""A readers-writer lock that serialises the CUDA runs that must not overlap.
 
-cuDNN chooses its kernels in the first run of a shape, and onnxruntime captures a CUDA graph in the first run of a
-binding. Both record a stream, and CUDA refuses most calls of every other thread of the process meanwhile
-(``cudaErrorStreamCaptureUnsupported``): runs, copies, allocations. So the first run of a shape holds the lock alone,
-and runs of known shapes share it.
+cuDNN selects its kernels in the first run of an input shape, and onnxruntime captures a CUDA graph in the first run of
+an IO binding. Both capture a stream, and meanwhile CUDA refuses most calls of the process's other threads
+(``cudaErrorStreamCaptureUnsupported``): runs, copies and allocations. Therefore the first run of a shape holds the
+lock exclusively, and later runs of that shape share it.
 """
 
 from __future__ import annotations
@@ -17,47 +17,48 @@ __all__ = ["CUDA_LOCK", "DeviceLock"]
 
 
 class DeviceLock:
-    """A readers-writer lock: any number of threads share it, or one thread holds it alone.
+    """A readers-writer lock: either any number of threads share it, or one thread holds it exclusively.
 
-    A thread that waits to hold it alone goes before threads that come later to share it. The lock is not reentrant.
+    A thread that waits for exclusive access precedes threads that ask for shared access later. The lock is not
+    reentrant.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._sharing = 0
-        self._waiting = 0
-        self._alone = False
+        self._readers = 0
+        self._waiting_writers = 0
+        self._writing = False
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Hold the lock beside other threads that share it."""
+        """Hold the lock together with other threads that share it."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._alone and not self._waiting)
-            self._sharing += 1
+            self._changed.wait_for(lambda: not self._writing and not self._waiting_writers)
+            self._readers += 1
         try:
             yield
         finally:
             with self._changed:
-                self._sharing -= 1
+                self._readers -= 1
                 self._changed.notify_all()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Hold the lock while no other thread does."""
+    def exclusive(self) -> Iterator[None]:
+        """Hold the lock while no other thread holds it."""
         with self._changed:
-            self._waiting += 1
+            self._waiting_writers += 1
             try:
-                self._changed.wait_for(lambda: not self._alone and not self._sharing)
+                self._changed.wait_for(lambda: not self._writing and not self._readers)
             finally:
-                self._waiting -= 1
-            self._alone = True
+                self._waiting_writers -= 1
+            self._writing = True
         try:
             yield
         finally:
             with self._changed:
-                self._alone = False
+                self._writing = False
                 self._changed.notify_all()
 
 
 CUDA_LOCK: Final = DeviceLock()
-"""One for the process: the restriction is CUDA's, not a session's."""
+"""One lock per process: the restriction is CUDA's, not a session's."""

@@ -1,7 +1,8 @@
-"""Sessions on one of onnxruntime's providers, and the two questions that it does not answer by itself.
+"""Execution providers of onnxruntime: session creation, a probe that computes, and where a model's nodes run.
 
-Whether a provider computes: ``PROBE_MODEL`` is run on it and the numbers are looked at. Where a model's nodes
-went: a session that lists a provider first may have given every node to the CPU.
+onnxruntime answers two questions unreliably. Does a provider compute? `probe_provider` runs ``PROBE_MODEL`` on it and
+compares the numbers. Which provider runs the nodes? A session that lists a provider first may still have assigned
+every node to the CPU; see `fallback_nodes`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from echoquad_runtime.devices.device_lock import CUDA_LOCK
-from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime, one_line, silent_python
+from echoquad_runtime.devices.error_summary import summarize_error
+from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
+from echoquad_runtime.devices.output_suppression import suppress_python_output
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -31,7 +34,7 @@ __all__ = [
     "fallback_nodes",
     "integers_overflow",
     "needs_exact_products",
-    "probe",
+    "probe_provider",
     "quiet_logger",
 ]
 
@@ -39,18 +42,18 @@ CPU_PROVIDER: Final = "CPUExecutionProvider"
 CUDA_PROVIDER: Final = "CUDAExecutionProvider"
 OPENVINO_PROVIDER: Final = "OpenVINOExecutionProvider"
 
-# y = 2 x + 1 on float32 [1, 1, 2, 2], as a 1 x 1 convolution: cuDNN is loaded only when one runs.
+# y = 2 x + 1 on float32 [1, 1, 2, 2], as a 1 x 1 convolution: onnxruntime loads cuDNN only to run one.
 PROBE_MODEL: Final = a2b_base64(
     "CAgSCGVjaG9xdWFkOnkKEgoBeAoBdwoBYhIBeSIEQ29udhIFcHJvYmUqEwgBCAEIAQgBEAEiBAAAAEBCAXcqDQgBEAEiBAAAgD9C"
     "AWJaGwoBeBIWChQIARIQCgIIAQoCCAEKAggCCgIIAmIbCgF5EhYKFAgBEhAKAggBCgIIAQoCCAIKAggCQgQKABAR"
 )
 
-# y = x w on uint8 [1, 8] and int8 [8, 4], every weight 127: sums of two products that do not fit into 16 bits.
+# y = x w on uint8 [1, 8] and int8 [8, 4], all weights 127: the sum of two products overflows 16 bits.
 _INTEGER_MODEL: Final = a2b_base64(
     "CAgSCGVjaG9xdWFkOngKGAoBeAoBdxIBeSINTWF0TXVsSW50ZWdlchIFcHJvYmUqKwgICAQQA0IBd0ogf39/f39/f39/f39/f39/f39/"
     "f39/f39/f39/f39/f39aEwoBeBIOCgwIAhIICgIIAQoCCAhiEwoBeRIOCgwIBhIICgIIAQoCCARCBAoAEBI="
 )
-_INTEGERS: Final = b"QuantizeLinear"  # in the bytes of every graph that computes in integers
+_QUANTIZED_OPERATOR: Final = b"QuantizeLinear"  # occurs in the bytes of every int8 graph
 
 
 def create_session(
@@ -65,38 +68,37 @@ def create_session(
     exact: bool | None = None,
     adapt: Callable[[onnxruntime.SessionOptions], object] | None = None,
 ) -> onnxruntime.InferenceSession:
-    """Make a session on a provider; beside CUDA and OpenVINO, the CPU takes the nodes that they do not.
+    """Create an inference session on a provider; the CPU runs the nodes that CUDA or OpenVINO does not support.
 
     Parameters
     ----------
     ort
         The onnxruntime package.
     model
-        An ONNX file's bytes.
+        Bytes of an ONNX file.
     provider
-        onnxruntime's name of it.
+        onnxruntime's name of the execution provider.
     threads
-        CPU threads inside an operator.
+        CPU threads of an operator.
     spinning
-        Whether they wait for their part of an inference in a busy loop. Between inferences they sleep, always: left to
-        itself onnxruntime spins on after each, and burns a core between two frames of a live source. OpenVINO has
-        threads of its own and does not care.
+        Whether those threads busy-wait for work during an inference. They always sleep between inferences:
+        onnxruntime's default keeps a core busy between two frames of a live source. OpenVINO ignores this option.
     bfloat16
-        Whether OpenVINO shall compute a float32 graph in bfloat16; of no effect elsewhere.
+        Whether OpenVINO computes a float32 graph in bfloat16; other providers ignore it.
     cuda_options
-        Options of the CUDA provider, by onnxruntime's names, such as ``prefer_nhwc``; of no effect elsewhere. Without
-        ``use_tf32`` float32 is float32.
+        Options of the CUDA provider under onnxruntime's names, such as ``prefer_nhwc``; other providers ignore them.
+        Unless ``use_tf32`` is set, float32 is computed in float32.
     exact
-        Whether integer products are to be exact, at the price of speed; None is `needs_exact_products`.
+        Whether to use slower, exact integer products; None calls `needs_exact_products`.
     adapt
-        What else to do with the session's options.
+        Called with the session options before the session is created.
 
     Raises
     ------
     RuntimeError
-        The session is on another provider.
+        onnxruntime created the session on another provider.
     Exception
-        Whatever onnxruntime raises; its exceptions share no base.
+        Any exception of onnxruntime; its exceptions share no base class.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -109,54 +111,54 @@ def create_session(
     if not spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     else:
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # when a run ends
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # at the end of each run
     providers: list[str | tuple[str, dict[str, str]]] = [provider]
     if provider == CUDA_PROVIDER:
-        # Left to itself onnxruntime rounds float32 to TF32 from Ampere on, and precision fp32 would not be fp32.
+        # From Ampere on, onnxruntime's default rounds float32 to TF32: precision fp32 would not be float32.
         providers = [(CUDA_PROVIDER, {"use_tf32": "0", **(cuda_options or {})}), CPU_PROVIDER]
     elif provider == OPENVINO_PROVIDER:
         providers = [(OPENVINO_PROVIDER, _openvino_options(threads, bfloat16)), CPU_PROVIDER]
-        options.intra_op_num_threads = 1  # OpenVINO has its own, and these would idle beside them
+        options.intra_op_num_threads = 1  # OpenVINO has its own threads; these would be idle
     if provider != CPU_PROVIDER:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if adapt is not None:
         adapt(options)
     with (
         quiet_logger(ort),
-        contextlib.nullcontext() if provider == CPU_PROVIDER else silent_python(),
-        CUDA_LOCK.alone() if provider == CUDA_PROVIDER else contextlib.nullcontext(),
+        contextlib.nullcontext() if provider == CPU_PROVIDER else suppress_python_output(),
+        CUDA_LOCK.exclusive() if provider == CUDA_PROVIDER else contextlib.nullcontext(),
     ):
         session = ort.InferenceSession(bytes(model), options, providers=providers, enable_fallback=0)
     session.disable_fallback()  # onnxruntime 1.20 ignores the argument
-    if (made := session.get_providers()[0]) != provider:
-        raise RuntimeError(f"asked for {provider}, onnxruntime made a session on {made}")
+    if (actual := session.get_providers()[0]) != provider:
+        raise RuntimeError(f"onnxruntime created a session on {actual}; expected {provider}")
     return session
 
 
 @contextlib.contextmanager
 def quiet_logger(ort: ModuleType) -> Iterator[None]:
-    """Silence onnxruntime's process-wide logger, which a session's options do not reach.
+    """Silence onnxruntime's process-wide logger, which session options do not control.
 
-    It reports a provider that cannot be loaded, and on CUDA each kernel that cuDNN tries and that does not apply.
+    It reports providers that fail to load and, on CUDA, every kernel that cuDNN tries and rejects.
     """
     ort.set_default_logger_severity(4)
     try:
         yield
     finally:
-        ort.set_default_logger_severity(2)  # its default; it cannot be asked what it was
+        ort.set_default_logger_severity(2)  # the default; onnxruntime has no getter for the previous level
 
 
 def needs_exact_products(model: bytes) -> bool:
-    """Say whether a graph computes in integers, and this processor needs the slower way to do that right."""
-    return _INTEGERS in model and integers_overflow()
+    """Return whether a graph computes in integers on a processor whose fast integer products overflow."""
+    return _QUANTIZED_OPERATOR in model and integers_overflow()
 
 
 @cache
 def integers_overflow() -> bool:
-    """Say whether onnxruntime's fastest integer products are wrong on this processor: a tiny one is tried, once.
+    """Return whether onnxruntime's fastest integer products overflow on this processor; measured once, on a tiny graph.
 
-    On x86 without VNNI, uint8 times int8 is added up in 16 bits, which can overflow, and a graph of integers would
-    decide otherwise than on the machine that it was proved on.
+    On x86 without VNNI, products of uint8 and int8 are accumulated in 16 bits. An overflow would change decisions
+    compared with the machine on which the export measured parity.
     """
     ort = load_onnxruntime()
     options = ort.SessionOptions()
@@ -168,26 +170,26 @@ def integers_overflow() -> bool:
 
 
 def _openvino_options(threads: int, bfloat16: bool) -> dict[str, str]:
-    """Return OpenVINO's options: on the CPU, exactly so many threads, in the precision that is told."""
+    """Return OpenVINO's provider options: the CPU device, exactly `threads` threads, and an explicit precision."""
     settings = {
-        # Said, not left to a default: OpenVINO's own is bfloat16 wherever a processor has it.
+        # Explicit, because OpenVINO's default is bfloat16 on processors that support it.
         "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32",
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": "1",
         "INFERENCE_NUM_THREADS": str(threads),
-        # For latency it would take one thread a core at most, however many are asked for.
+        # Without it the latency hint uses at most one thread per core, whatever INFERENCE_NUM_THREADS is.
         "ENABLE_HYPER_THREADING": "YES",
-        # It would tie its threads to the first CPUs: two processes would share these, the others being idle.
+        # Pinning binds threads to the first CPUs: two processes would share these while the others are idle.
         "ENABLE_CPU_PINNING": "NO",
     }
     return {"device_type": "CPU", "load_config": json.dumps({"CPU": settings})}
 
 
-def probe(provider: str, *, bfloat16: bool = False) -> str | None:
-    """Run ``PROBE_MODEL`` on a provider; None when it gave the right numbers, else one line on what happened.
+def probe_provider(provider: str, *, bfloat16: bool = False) -> str | None:
+    """Run ``PROBE_MODEL`` on a provider and compare the result; return the failure in one line, or None.
 
-    One number of its input has more digits than bfloat16 keeps. So float32 that is not float32 is told, and
-    with `bfloat16`, for OpenVINO, bfloat16 that is not bfloat16.
+    One input value needs more mantissa bits than bfloat16 has. The probe therefore also fails if float32 is not
+    computed in float32 and, with `bfloat16` (OpenVINO only), if bfloat16 is not computed in bfloat16.
 
     Raises
     ------
@@ -198,30 +200,29 @@ def probe(provider: str, *, bfloat16: bool = False) -> str | None:
     frame = np.array([[[[0.0, 1.0 + 2.0**-9], [-2.0, 0.5]]]], dtype=np.float32)
     expected = 2.0 * frame + 1.0
     if bfloat16:
-        expected[0, 0, 0, 1] = 3.0  # 8 bits of 1 + 2^-9 are 1
+        expected[0, 0, 0, 1] = 3.0  # 1 + 2^-9 rounds to 1 in bfloat16
     try:
         session = create_session(ort, PROBE_MODEL, provider, threads=1, bfloat16=bfloat16)
         computed = np.asarray(session.run(None, {"x": frame})[0])
-    except Exception as error:  # onnxruntime's exceptions share no base
-        return one_line(error)
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        return summarize_error(error)
     if computed.shape != expected.shape or not np.allclose(computed, expected, rtol=0.0, atol=1e-6):
-        return f"{provider} computed {computed.ravel().tolist()} where {expected.ravel().tolist()} is right"
+        return f"{provider} computed {computed.ravel().tolist()}; expected {expected.ravel().tolist()}"
     return None
 
 
 def fallback_nodes(session: onnxruntime.InferenceSession, provider: str) -> str | None:
-    """Name the nodes that went to another provider when they are the most, as ``QLinearConv`` beside CUDA.
+    """Describe the nodes that fell back to another provider if they are the majority.
 
     Returns
     -------
     str or None
-        Such as ``"21 of the model's 40 nodes (Add, QLinearConv)"``; None where most are on `provider`, and
-        where onnxruntime does not tell (before 1.24).
+        For example ``"21 of the model's 40 nodes (Add, QLinearConv)"``; None if most nodes run on `provider`, and with
+        onnxruntime before 1.24, which does not report the assignment.
     """
     assignment = getattr(session, "get_provider_graph_assignment_info", tuple)
     nodes = [(part.ep_name, node.op_type) for part in assignment() for node in part.get_nodes()]
-    elsewhere = [kind for where, kind in nodes if where != provider]
-    if 2 * len(elsewhere) <= len(nodes):
+    fallback = [operator for assigned, operator in nodes if assigned != provider]
+    if 2 * len(fallback) <= len(nodes):
         return None
-    kinds = ", ".join(sorted(set(elsewhere)))
-    return f"{len(elsewhere)} of the model's {len(nodes)} nodes ({kinds})"
+    return f"{len(fallback)} of the model's {len(nodes)} nodes ({', '.join(sorted(set(fallback)))})"

@@ -1,17 +1,15 @@
-"""The cache of what onnxruntime makes of a graph, so that the next start need not make it again.
+"""The graph cache: graphs as onnxruntime has optimised them for the CPU, so that the next start is faster.
 
-An entry is one file: the graph as onnxruntime optimised it, and where its weights lie. Those that it has left as they
-were, all of an int8 graph, lie in the bundle's graph, which is read and hashed at every start, cached or not; those
-that it has laid out anew for this processor lie in the entry. It gets them where they are in memory, and copies none:
-that, more than the optimisation, is what an entry saves.
+An entry is one file. It holds the optimised graph and the locations of its weights. Weights that the optimisation left
+unchanged (all of an int8 graph) stay in the bundle's graph, which is read and hashed at every start. Weights that
+onnxruntime packed for this processor are in the entry. onnxruntime uses both in place; saving these copies gains more
+time than saving the optimisation.
 
-An entry is used only where it is whole by its own SHA-256, where file and folder belong to this user and nobody else
-may write them, and where it was made of this very graph by this onnxruntime on this kind of processor, all of which its
-name is the hash of. Nothing about the cache is an error: what cannot be read or written is as if it were not there.
+The name of an entry is a hash of the graph, the onnxruntime build and the processor that it was created with. An entry
+is used only if its own SHA-256 is correct, and if file and folder belong to this user and nobody else may write them.
+No problem with the cache is an error: an entry that cannot be read or written is treated as absent.
 
-The folder is ``graphs`` in ``ECHOQUAD_CACHE_DIR``, else in the platform's: ``EchoQuad`` in ``~/Library/Caches``,
-``EchoQuad/Cache`` in ``%LOCALAPPDATA%``, ``echoquad`` in ``XDG_CACHE_HOME`` or ``~/.cache``. Where the variable is
-there and empty, there is no cache.
+The entries are in the subfolder ``graphs`` of the cache folder; see `cache_folder`.
 """
 
 from __future__ import annotations
@@ -23,11 +21,9 @@ import json
 import math
 import os
 import platform
-import stat
 import struct
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
@@ -38,41 +34,39 @@ import numpy.typing as npt
 from echoquad_runtime._version import __version__
 from echoquad_runtime.bundle.onnx_header import list_tensors
 from echoquad_runtime.contract import canonical_json
+from echoquad_runtime.devices.cache_folder import cache_folder, make_private_folder, read_private_file
 from echoquad_runtime.devices.cpu_info import cpu_model
 from echoquad_runtime.devices.execution_providers import CPU_PROVIDER, create_session, needs_exact_products
-from echoquad_runtime.storage.atomic import user_folder
 
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["CachedGraph", "GraphCache", "cache_folder", "cached_session", "find_cache", "is_ours"]
+__all__ = ["CacheEntry", "CachedGraph", "create_cached_session", "find_cache_entry"]
 
 _MAGIC: Final = b"EchoQuad graph 1\n"
-_DIGEST: Final = slice(len(_MAGIC), len(_MAGIC) + 32)  # SHA-256 of all that follows
-_SIZES: Final = struct.Struct("<QQ")  # of the header, JSON, and of the graph
-_ALIGNED: Final = 64  # bytes, for weights in the entry
-_ENDING: Final = ".graph"
+_DIGEST: Final = slice(len(_MAGIC), len(_MAGIC) + 32)  # SHA-256 of everything after it
+_SIZES: Final = struct.Struct("<QQ")  # of the JSON header and of the graph, in bytes
+_ALIGNMENT: Final = 64  # bytes, of the weights in an entry
+_SUFFIX: Final = ".graph"
 
-_WORTHWHILE: Final = 1 << 20  # bytes of a graph; a smaller one is optimised in no time
-_SMALL: Final = 1024  # bytes of a tensor; a smaller one stays inside the optimised graph
-_LARGEST: Final = 1 << 30  # bytes of an entry; more is none of ours
-_ALL: Final = 256 << 20  # bytes of all entries: beyond, those that were not used for longest go
-_STALE: Final = 3600.0  # seconds after which a half-made entry has nobody who is still making it
+_MIN_GRAPH: Final = 1 << 20  # bytes; onnxruntime optimises a smaller graph in no time
+_MIN_EXTERNAL: Final = 1024  # bytes; smaller tensors stay in the optimised graph
+_MAX_ENTRY: Final = 1 << 30  # bytes; no entry of EchoQuad is larger
+_MAX_TOTAL: Final = 256 << 20  # bytes of all entries; beyond it the least recently used ones are removed
+_STALE_SECONDS: Final = 3600.0  # age at which a temporary folder has been abandoned
 
-_SAVED, _OUTSIDE = "graph.onnx", "weights.bin"  # what onnxruntime writes, in a folder of its own
-
-_Weights = dict[str, npt.NDArray[Any]]
+_OPTIMIZED, _EXTERNAL = "graph.onnx", "weights.bin"  # what onnxruntime writes to the temporary folder
 
 
 class CachedGraph:
-    """An entry that was read and found whole.
+    """The content of a valid entry.
 
     Attributes
     ----------
     graph
-        An ONNX file's bytes, all optimisation done, most weights left out.
+        Bytes of the optimised ONNX file; most weights are external.
     exact
-        Whether this processor needs onnxruntime's slower integer products for it.
+        Whether this processor needs onnxruntime's slower, exact integer products for it.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -82,95 +76,79 @@ class CachedGraph:
         self.graph = data[begin + header_size : begin + header_size + graph_size]
         self.exact = bool(header["exact"])
         self._tensors: list[tuple[str, str, list[int], bool, int]] = header["tensors"]
-        self._data, self._base = data, _aligned(begin + header_size + graph_size)
+        self._data, self._base = data, _align(begin + header_size + graph_size)
 
-    def weights(self, model: bytes) -> _Weights:
-        """Give the weights that were left out, by name: views of the entry and of `model`, the graph it was made of."""
-        found = {}
-        for name, elements, shape, inside, begin in self._tensors:
-            data, offset = (model, begin) if inside else (self._data, self._base + begin)
-            array = np.frombuffer(data, elements, math.prod(shape), offset).reshape(shape)
-            found[name] = np.require(array, requirements="A")  # floats may lie askew in an ONNX file: those are copied
-        return found
+    def weights(self, model: bytes) -> dict[str, npt.NDArray[Any]]:
+        """Return the external weights by name, as views of the entry and of `model`, the bundle's graph."""
+        weights = {}
+        for name, dtype, shape, in_model, begin in self._tensors:
+            data, offset = (model, begin) if in_model else (self._data, self._base + begin)
+            array = np.frombuffer(data, dtype, math.prod(shape), offset).reshape(shape)
+            weights[name] = np.require(array, requirements="A")  # copies the floats that an ONNX file misaligns
+        return weights
 
 
-class GraphCache:
-    """Where the entry of one graph is kept.
+class CacheEntry:
+    """The place of one graph in the cache.
 
     Parameters
     ----------
     folder
-        Of all entries.
+        Folder of all entries.
     key
-        The entry's name.
+        File name of the entry without its suffix.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
-        self._folder, self._path = folder, folder / f"{key}{_ENDING}"
+        self._folder, self._path = folder, folder / f"{key}{_SUFFIX}"
 
     def read(self) -> CachedGraph | None:
-        """Read the entry; None where there is none that may be used."""
+        """Return the content of the entry; None if there is no valid one."""
         try:
-            if not is_ours(self._folder.lstat(), folder=True):
-                return None
-            # What was opened is what is asked and read: nothing can take its place in between.
-            flags = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
-            with os.fdopen(os.open(self._path, os.O_RDONLY | sum(flags)), "rb") as stream:
-                status = os.fstat(stream.fileno())
-                if not is_ours(status, folder=False) or status.st_size > _LARGEST:
-                    return None
-                data = stream.read(status.st_size)
+            data = read_private_file(self._path, _MAX_ENTRY)
             if (
                 not data.startswith(_MAGIC)
                 or hashlib.sha256(memoryview(data)[_DIGEST.stop :]).digest() != data[_DIGEST]
             ):
                 return None
             with contextlib.suppress(OSError):
-                os.utime(self._path)  # used
+                os.utime(self._path)  # marks the entry as recently used
             return CachedGraph(data)
         except (OSError, ValueError, KeyError, TypeError, struct.error):
             return None
 
     @contextlib.contextmanager
-    def making(self, size: int) -> Iterator[Path | None]:
-        """Give an empty folder for onnxruntime to write to; None where there is no place for a graph of `size` bytes.
+    def temporary_folder(self, size: int) -> Iterator[Path | None]:
+        """Create a folder for onnxruntime's output and remove it when the block ends.
 
-        The folder goes when the block ends.
+        Yields None if the cache is not writable or the disk has no room for a graph of `size` bytes.
         """
-        made = self._make_folder(size)
-        try:
-            yield made
-        finally:
-            if made is not None:
-                _remove(made)
-
-    def _make_folder(self, size: int) -> Path | None:
         import shutil
+        import tempfile
 
-        made = self._folder / f".{self._path.stem[:16]}.{os.getpid()}.{os.urandom(4).hex()}"
-        try:
-            self._folder.parent.mkdir(parents=True, exist_ok=True)
-            self._folder.mkdir(mode=0o700, exist_ok=True)
-            # Three times: onnxruntime's file, the entry, and room for what else happens on this disk.
-            if not is_ours(self._folder.lstat(), folder=True) or shutil.disk_usage(self._folder).free < 3 * size:
-                return None
-            made.mkdir(mode=0o700)
-        except OSError:
-            return None
-        return made
+        with contextlib.ExitStack() as stack:
+            path = None
+            with contextlib.suppress(OSError):
+                make_private_folder(self._folder)
+                # Three times the size: onnxruntime's files, the entry, and a reserve for other users of the disk.
+                if shutil.disk_usage(self._folder).free >= 3 * size:
+                    temporary = tempfile.TemporaryDirectory(prefix=".", dir=self._folder, ignore_cleanup_errors=True)
+                    path = Path(stack.enter_context(temporary))
+            yield path
 
-    def write(self, made: Path, model: bytes, *, exact: bool) -> None:
-        """Make the entry of what onnxruntime has written to the folder `made`; `model` is the graph that it read."""
+    def write(self, temporary: Path, model: bytes, *, exact: bool) -> None:
+        """Write the entry from onnxruntime's output in the folder `temporary`; `model` is the original graph."""
         with contextlib.suppress(OSError, ValueError):
-            outside = made / _OUTSIDE
-            parts = _entry(
-                (made / _SAVED).read_bytes(), outside.read_bytes() if outside.exists() else b"", model, exact
+            external = temporary / _EXTERNAL
+            parts = _encode(
+                (temporary / _OPTIMIZED).read_bytes(), external.read_bytes() if external.exists() else b"", model, exact
             )
             digest = hashlib.sha256()
             for part in parts:
                 digest.update(part)
-            partial = made / "entry"
-            # Not forced to the disk: what a power cut leaves half-written fails its hash, and is made again.
+            partial = temporary / "entry"
+            # 0o600: an entry that the group may write is not accepted. No fsync: if a power cut truncates the entry,
+            # its hash is wrong and it is written again.
             descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
             with os.fdopen(descriptor, "wb") as stream:
                 stream.writelines([_MAGIC, digest.digest(), *parts])
@@ -178,167 +156,147 @@ class GraphCache:
             self._prune()
 
     def _prune(self) -> None:
-        """Remove what was not used for longest, until the rest is within its bounds, and what nobody is making."""
-        left = _ALL
-        entries = [(path.stat(), path) for path in self._folder.glob(f"*{_ENDING}")]
+        """Remove the least recently used entries beyond the size limit, and abandoned temporary folders."""
+        import shutil
+
+        remaining = _MAX_TOTAL
+        entries = [(path.stat(), path) for path in self._folder.glob(f"*{_SUFFIX}")]
         for status, path in sorted(entries, key=lambda entry: entry[0].st_mtime, reverse=True):
-            left -= status.st_size
-            if left < 0 and path != self._path:
+            remaining -= status.st_size
+            if remaining < 0 and path != self._path:
                 path.unlink(missing_ok=True)
         for path in self._folder.glob(".*"):
-            if path.stat().st_mtime < time.time() - _STALE:
-                _remove(path)
+            if path.stat().st_mtime < time.time() - _STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
-def find_cache(ort: ModuleType, graph_sha256: str, size: int) -> GraphCache | None:
-    """Give the place in the cache for a graph's entry; None where none is to be kept.
+def find_cache_entry(ort: ModuleType, graph_sha256: str, size: int) -> CacheEntry | None:
+    """Return the place of a graph in the cache; None if it must not be cached.
 
     Parameters
     ----------
     ort
         The onnxruntime package.
     graph_sha256
-        Of the bundle's graph.
+        SHA-256 of the bundle's graph.
     size
-        Of it, in bytes.
+        Size of the bundle's graph in bytes.
     """
     folder, features = cache_folder(), _cpu_features()
-    if folder is None or not features or size < _WORTHWHILE:
+    if folder is None or not features or size < _MIN_GRAPH:
         return None
     facts = {
         "graph": graph_sha256,
         "onnxruntime": [ort.__version__, getattr(ort, "get_build_info", str)()],
-        # What onnxruntime lays out for one kind of processor is wrong for another, and it would not notice. A virtual
-        # machine may hide some of what its model has.
+        # Weights packed for another processor give wrong results, and onnxruntime does not notice. The model name alone
+        # is not enough: a virtual machine may hide features of its processor.
         "cpu": [cpu_model(), platform.system(), platform.machine(), features],
-        "options": {"graph_optimization_level": "all", "external": _SMALL},
+        "options": {"graph_optimization_level": "all", "external": _MIN_EXTERNAL},
         "echoquad": __version__,
     }
-    return GraphCache(folder / "graphs", hashlib.sha256(canonical_json(facts).encode("ascii")).hexdigest())
+    return CacheEntry(folder / "graphs", hashlib.sha256(canonical_json(facts).encode("ascii")).hexdigest())
 
 
-def cached_session(
-    ort: ModuleType, cache: GraphCache, cached: CachedGraph | None, model: bytes, *, threads: int, spinning: bool
+def create_cached_session(
+    ort: ModuleType, entry: CacheEntry, cached: CachedGraph | None, model: bytes, *, threads: int, spinning: bool
 ) -> onnxruntime.InferenceSession:
-    """Make a session on the CPU from an entry; where there is none, from the graph, and make the entry.
+    """Create a CPU session from a cached graph; without one, create it from `model` and write the entry.
 
-    The one computes what the other does, to the last bit.
+    Both sessions compute the same bits.
 
     Parameters
     ----------
     ort
         The onnxruntime package.
-    cache, cached
-        Where the entry is kept, and what was read there.
+    entry, cached
+        The graph's place in the cache, and what ``entry.read()`` returned.
     model
-        The bundle's graph, its hash checked.
+        The bundle's graph; its hash has been checked.
     threads, spinning
-        As `create_session`.
+        As in `create_session`.
 
     Raises
     ------
     Exception
-        Whatever onnxruntime raises of `model`; its exceptions share no base.
+        Any exception that onnxruntime raises for `model`; its exceptions share no base class.
     """
     if cached is not None:
-        with contextlib.suppress(Exception):  # onnxruntime's share no base: the graph itself is still there
+        with contextlib.suppress(Exception):  # if the cached graph fails, use the original one below
             weights = cached.weights(model)
             values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in weights.items()}
 
-            def use(options: onnxruntime.SessionOptions) -> None:
+            def use_cached_weights(options: onnxruntime.SessionOptions) -> None:
                 options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
                 options.add_external_initializers(list(values), list(values.values()))
 
             session = create_session(
-                ort, cached.graph, CPU_PROVIDER, threads=threads, spinning=spinning, exact=cached.exact, adapt=use
+                ort,
+                cached.graph,
+                CPU_PROVIDER,
+                threads=threads,
+                spinning=spinning,
+                exact=cached.exact,
+                adapt=use_cached_weights,
             )
-            session.weights = values  # onnxruntime has no other copy
+            session.weights = values  # onnxruntime does not copy them: keep them alive with the session
             return session
     exact = needs_exact_products(model)
-    with cache.making(len(model)) as made:
-        if made is not None:
+    with entry.temporary_folder(len(model)) as folder:
+        if folder is not None:
 
-            def save(options: onnxruntime.SessionOptions) -> None:
-                options.optimized_model_filepath = str(made / _SAVED)
+            def save_optimized(options: onnxruntime.SessionOptions) -> None:
+                options.optimized_model_filepath = str(folder / _OPTIMIZED)
                 prefix = "session.optimized_model_external_initializers_"
-                options.add_session_config_entry(f"{prefix}file_name", _OUTSIDE)
-                options.add_session_config_entry(f"{prefix}min_size_in_bytes", str(_SMALL))
+                options.add_session_config_entry(f"{prefix}file_name", _EXTERNAL)
+                options.add_session_config_entry(f"{prefix}min_size_in_bytes", str(_MIN_EXTERNAL))
 
-            with contextlib.suppress(Exception):  # as above; among them, a disk that is full
+            with contextlib.suppress(Exception):  # for example a full disk: create the session without the cache below
                 session = create_session(
-                    ort, model, CPU_PROVIDER, threads=threads, spinning=spinning, exact=exact, adapt=save
+                    ort, model, CPU_PROVIDER, threads=threads, spinning=spinning, exact=exact, adapt=save_optimized
                 )
-                cache.write(made, model, exact=exact)
+                entry.write(folder, model, exact=exact)
                 return session
     return create_session(ort, model, CPU_PROVIDER, threads=threads, spinning=spinning, exact=exact)
 
 
-def _entry(graph: bytes, outside: bytes, model: bytes, exact: bool) -> Sequence[bytes]:
-    """Give the parts of an entry behind its hash.
+def _encode(graph: bytes, external: bytes, model: bytes, exact: bool) -> list[bytes]:
+    """Return the parts of an entry that follow its hash.
 
     Raises
     ------
     ValueError
-        If onnxruntime has written what is not understood.
+        If onnxruntime's output has an unexpected form.
     """
     by_length: dict[int, list[int]] = {}
     for tensor in list_tensors(model):
         by_length.setdefault(tensor.length, []).append(tensor.begin)
-    listed, kept, position = [], [], 0
+    header_tensors, packed, position = [], [], 0
     for tensor in list_tensors(graph):
-        if not tensor.outside:
+        if not tensor.external:
             continue
-        data = outside[tensor.begin : tensor.begin + tensor.length]
-        if not tensor.elements or math.prod(tensor.shape) * np.dtype(tensor.elements).itemsize != len(data):
-            raise ValueError(f"the tensor {tensor.name} is not understood")
-        places = (begin for begin in by_length.get(len(data), ()) if model.startswith(data, begin))
-        inside = next(places, None)
-        listed.append(
-            (tensor.name, tensor.elements, tensor.shape, inside is not None, position if inside is None else inside)
-        )
-        if inside is None:
-            kept += [data, bytes(_aligned(len(data)) - len(data))]
-            position += _aligned(len(data))
-    header = canonical_json({"exact": exact, "tensors": listed}).encode("ascii")
+        data = external[tensor.begin : tensor.begin + tensor.length]
+        if not tensor.dtype or math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize != len(data):
+            raise ValueError(f"the external tensor {tensor.name} has an unknown type or a wrong size")
+        matches = (begin for begin in by_length.get(len(data), ()) if model.startswith(data, begin))
+        in_model = next(matches, None)
+        begin = position if in_model is None else in_model
+        header_tensors.append((tensor.name, tensor.dtype, tensor.shape, in_model is not None, begin))
+        if in_model is None:
+            packed += [data, bytes(_align(len(data)) - len(data))]
+            position += _align(len(data))
+    header = canonical_json({"exact": exact, "tensors": header_tensors}).encode("ascii")
     end = _DIGEST.stop + _SIZES.size + len(header) + len(graph)
-    return [_SIZES.pack(len(header), len(graph)), header, graph, bytes(_aligned(end) - end), *kept]
+    return [_SIZES.pack(len(header), len(graph)), header, graph, bytes(_align(end) - end), *packed]
 
 
-def _aligned(position: int) -> int:
-    return -(-position // _ALIGNED) * _ALIGNED
-
-
-def is_ours(status: os.stat_result, *, folder: bool) -> bool:
-    """Return whether a folder, or a regular file, is this user's and writable by nobody else.
-
-    On Windows the kind alone counts: a user's folders there are not for others.
-    """
-    mine = not hasattr(os, "geteuid") or (status.st_uid == os.geteuid() and not status.st_mode & 0o022)
-    return mine and (stat.S_ISDIR if folder else stat.S_ISREG)(status.st_mode)
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
+def _align(position: int) -> int:
+    return -(-position // _ALIGNMENT) * _ALIGNMENT
 
 
 def _cpu_features() -> list[str]:
-    """Name the instructions that this processor offers here, as numpy has found them; none where it does not tell."""
+    """Return the processor features that numpy detects; empty before numpy 2, which does not list them."""
     try:
-        found = importlib.import_module("numpy._core._multiarray_umath").__cpu_features__
-    except (ImportError, AttributeError):  # before numpy 2
+        features = importlib.import_module("numpy._core._multiarray_umath").__cpu_features__
+    except (ImportError, AttributeError):
         return []
-    return sorted(name for name, is_there in found.items() if is_there)
-
-
-def cache_folder() -> Path | None:
-    """Return EchoQuad's cache folder for this user; None where there is to be none."""
-    given = os.environ.get("ECHOQUAD_CACHE_DIR")
-    if given is not None:
-        return Path(given).absolute() if given else None
-    try:
-        folder = user_folder(windows=("LOCALAPPDATA", "Local"), mac="Caches", xdg=("XDG_CACHE_HOME", ".cache"))
-    except RuntimeError:  # the user has no home
-        return None
-    return folder / "Cache" if sys.platform == "win32" else folder
+    return sorted(name for name, available in features.items() if available)

@@ -1,4 +1,4 @@
-"""Host facts: what a measurement or a test result on this machine depends on."""
+"""Host facts: the properties of this machine that a measurement or a self-test result depends on."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 
 from echoquad_runtime._version import __version__
 from echoquad_runtime.devices.cpu_info import available_cpus, cpu_model
-from echoquad_runtime.devices.onnxruntime_loader import installed_wheels
+from echoquad_runtime.devices.onnxruntime_loader import format_versions, installed_wheels
 
 __all__ = ["host_facts"]
 
 
 def host_facts(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
-    """Return what a tuning or a self-test holds for, beside the bundle: it holds while all of this is the same."""
+    """Return the host's properties; a saved tuning or self-test result is valid only while all of them are equal."""
     return {
         "CPU": cpu_model(cpuinfo),
         "CPUs to use": str(available_cpus()),
         "platform": f"{platform.system()} {platform.machine()}",
-        "onnxruntime": " and ".join(f"{name} {version}" for name, version in installed_wheels().items()),
+        "onnxruntime": format_versions(installed_wheels()),
         "echoquad": __version__,
     }

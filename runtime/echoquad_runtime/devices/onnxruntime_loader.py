@@ -1,137 +1,95 @@
-"""Which onnxruntime is installed, and its import: without telemetry, and with nothing on the terminal."""
+"""The installed onnxruntime wheel, and its import with telemetry refused and nothing printed to the terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import io
 import os
 import re
 import sys
-import threading
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from types import ModuleType
 
+from echoquad_runtime.devices.error_summary import summarize_error
+from echoquad_runtime.devices.output_suppression import suppress_native_stderr, suppress_python_output
 from echoquad_runtime.errors import MissingExtraError
 
-__all__ = [
-    "installed_wheels",
-    "load_onnxruntime",
-    "named",
-    "one_line",
-    "reinstall",
-    "silent_descriptor",
-    "silent_python",
-]
+__all__ = ["format_versions", "install_command", "installed_wheels", "load_onnxruntime", "missing_provider"]
 
-# Each of these unpacks into the same `onnxruntime` folder, so two of them overwrite each other's files.
-_WHEELS = ("onnxruntime", *(f"onnxruntime-{of}" for of in ("gpu", "directml", "openvino", "qnn", "rocm")))
-
-# Redirecting stdout, stderr and warnings is process-wide: only one thread may do it at a time.
-_REDIRECTING = threading.RLock()
+# Every one of these wheels unpacks into the folder `onnxruntime`, so two of them overwrite each other's files.
+_WHEELS = ("onnxruntime", *(f"onnxruntime-{name}" for name in ("gpu", "directml", "openvino", "qnn", "rocm")))
 
 
 def installed_wheels(names: Iterable[str] = _WHEELS) -> dict[str, str]:
-    """Return the versions of the installed wheels among those that provide onnxruntime: two are a clash.
+    """Return the version of each installed wheel among `names`; two wheels of onnxruntime are a conflict.
 
-    They are read off the names of the folders that pip leaves beside the packages, as ``importlib.metadata`` does; to
-    import that takes as long as to import onnxruntime.
+    The versions come from the names of pip's metadata folders. ``importlib.metadata`` does the same, but importing it
+    takes as long as importing onnxruntime.
     """
-    here: dict[str, str] = {}
+    versions: dict[str, str] = {}
     for folder in sys.path:
-        with contextlib.suppress(OSError):  # a zip file, a folder that is not there
+        with contextlib.suppress(OSError):  # a zip file, or a folder that does not exist
             for entry in os.listdir(folder or "."):  # noqa: PTH208 - a Path takes longer
-                stem, _, kind = entry.rpartition(".")
-                if kind in ("dist-info", "egg-info"):
+                stem, _, suffix = entry.rpartition(".")
+                if suffix in ("dist-info", "egg-info"):
                     name, _, version = stem.partition("-")
-                    # What comes first on the path is what would be imported.
-                    here.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version.partition("-")[0])
-    return {name: here[name] for name in names if name in here}
+                    # The first match on sys.path is the one that Python imports.
+                    versions.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version.partition("-")[0])
+    return {name: versions[name] for name in names if name in versions}
 
 
-def load_onnxruntime() -> ModuleType:
-    """Import onnxruntime, without its telemetry and without what it writes to the terminal.
-
-    Whatever in EchoQuad needs onnxruntime gets it here: telemetry can be refused only before the import.
-
-    Raises
-    ------
-    MissingExtraError
-        onnxruntime is not installed, or what is installed cannot be imported.
-    """
-    # From 1.29 on it writes a device identifier to disk and reports models and their hashes to Microsoft.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    try:
-        with _silent_import():
-            ort = importlib.import_module("onnxruntime")
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
-            found = "onnxruntime is not installed"
-        else:
-            found = f"{named(installed_wheels()) or 'onnxruntime'} cannot be imported ({one_line(error)})"
-        raise MissingExtraError(f"{found}; do: {reinstall('cpu')} (with an NVIDIA GPU: [gpu])") from error
-    if not hasattr(ort, "InferenceSession"):
-        # What is left when one of two wheels is uninstalled: it takes the files that they shared.
-        found = f"the onnxruntime package is an empty shell (pip lists {named(installed_wheels()) or 'no wheel of it'})"
-        raise MissingExtraError(f"{found}; do: {reinstall('cpu')} (with an NVIDIA GPU: [gpu])")
-    ort.disable_telemetry_events()  # Windows knows only this switch
-    return ort
-
-
-@contextlib.contextmanager
-def silent_python() -> Iterator[None]:
-    """Keep from the user what onnxruntime's Python side prints and warns."""
-    with _REDIRECTING, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextlib.contextmanager
-def _silent_import() -> Iterator[None]:
-    """Keep from the user what onnxruntime writes while it is imported for the first time.
-
-    From 1.23 on it warns about ``/sys/class/drm`` on Raspberry Pi, WSL and others before a log level can be
-    set (its issues 26300, 26763, 27092): only the file descriptor is left to turn.
-    """
-    with _REDIRECTING, contextlib.ExitStack() as stack:
-        if "onnxruntime" not in sys.modules:
-            stack.enter_context(silent_python())
-            stack.enter_context(silent_descriptor())
-        yield
-
-
-@contextlib.contextmanager
-def silent_descriptor() -> Iterator[None]:
-    """Keep off the terminal what compiled code writes to the standard error, for the whole process."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # without a standard error there is nothing to keep clean
-            kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-            stack.callback(os.close, kept)
-            stack.callback(os.dup2, kept, 2)
-            os.dup2(sink, 2)
-            os.close(sink)
-        yield
-
-
-def named(versions: dict[str, str]) -> str:
-    """Return wheels with their versions as words; empty where there is none."""
+def format_versions(versions: dict[str, str]) -> str:
+    """Return package names with their versions, joined by "and"; empty for none."""
     return " and ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def reinstall(extra: str) -> str:
-    """Return the pip lines that leave one wheel: an old one must go first, or two overwrite each other."""
+def install_command(extra: str) -> str:
+    """Return the pip commands that leave one onnxruntime wheel: they uninstall the present ones first."""
     wheels = " ".join(installed_wheels())
     return (f"pip uninstall -y {wheels}, then " if wheels else "") + f'pip install "echoquad[{extra}]"'
 
 
-def one_line(error: object) -> str:
-    """Return an exception's message in one line of at most 240 characters, without onnxruntime's preamble."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : (\w+) :", r"\1:", text)
-    # A CUDA call that fails reports a C++ signature first, and the machine's name after; OpenVINO two
-    # signatures, then each of its source files that the exception went through.
-    text = re.sub(r"^.*?(\w+ failure -?\d+: .*?) ; GPU=.*$", r"\1", text)
-    text = re.sub(r"^.*\[OpenVINO-EP\] ", "OpenVINO: ", text)
-    text = re.sub(r"Exception from \S+:\d+: ", "", text).rstrip(".")
-    return text if len(text) <= 240 else text[:237] + "..."
+def missing_provider(title: str, extra: str) -> str:
+    """Return one line for an onnxruntime wheel that lacks an execution provider, with the command that installs it."""
+    wheels = installed_wheels()
+    conflict = " (installed over each other)" if len(wheels) > 1 else ""
+    return f"no {title} provider in {format_versions(wheels) or 'onnxruntime'}{conflict}; do: {install_command(extra)}"
+
+
+def load_onnxruntime() -> ModuleType:
+    """Import onnxruntime without telemetry and without terminal output.
+
+    All of EchoQuad imports onnxruntime through this function, because telemetry can be refused only before the import.
+
+    Raises
+    ------
+    MissingExtraError
+        onnxruntime is not installed or cannot be imported.
+    """
+    # From 1.29 on, onnxruntime writes a device identifier to disk and reports models and their hashes to Microsoft.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        with contextlib.ExitStack() as stack:
+            if "onnxruntime" not in sys.modules:
+                # From 1.23 on, the import warns about /sys/class/drm (Raspberry Pi, WSL) before a log level can be
+                # set: its issues 26300, 26763 and 27092. Redirecting the file descriptor is the only remedy.
+                stack.enter_context(suppress_python_output())
+                stack.enter_context(suppress_native_stderr())
+            ort = importlib.import_module("onnxruntime")
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
+            problem = "onnxruntime is not installed"
+        else:
+            wheels = format_versions(installed_wheels()) or "onnxruntime"
+            problem = f"{wheels} cannot be imported ({summarize_error(error)})"
+        raise _missing(problem) from error
+    if not hasattr(ort, "InferenceSession"):
+        # Uninstalling one of two wheels removes the files that they share.
+        wheels = format_versions(installed_wheels()) or "none"
+        raise _missing(f"the onnxruntime package is an empty shell (installed wheels: {wheels})")
+    ort.disable_telemetry_events()  # the only switch that Windows builds obey
+    return ort
+
+
+def _missing(problem: str) -> MissingExtraError:
+    return MissingExtraError(f"{problem}; do: {install_command('cpu')} (with an NVIDIA GPU: [gpu])")

@@ -1,7 +1,7 @@
-"""How a session is made on a device, and the truth about which device it is.
+"""The session factory: open an inference session on a device that has proven to compute.
 
-Asked for CUDA where CUDA cannot be loaded, onnxruntime makes a CPU session and tells only its log. Here CUDA
-and OpenVINO are there when they have *computed*: a probe is run on them before the caller's model is opened.
+If CUDA cannot be loaded, onnxruntime silently creates a CPU session. This module therefore runs a probe on CUDA and
+OpenVINO before it opens the caller's model on them.
 """
 
 from __future__ import annotations
@@ -11,63 +11,48 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from echoquad_runtime.devices.cpu_info import available_cpus, schedulable_cpus
 from echoquad_runtime.devices.cuda_probe import cuda_unavailable_reason
+from echoquad_runtime.devices.error_summary import summarize_error
 from echoquad_runtime.devices.execution_providers import (
     CPU_PROVIDER,
     CUDA_PROVIDER,
     OPENVINO_PROVIDER,
-    PROBE_MODEL,
     create_session,
     fallback_nodes,
-    probe,
+    probe_provider,
 )
-from echoquad_runtime.devices.graph_cache import cached_session, find_cache
-from echoquad_runtime.devices.onnxruntime_loader import installed_wheels, load_onnxruntime, named, one_line
+from echoquad_runtime.devices.graph_cache import create_cached_session, find_cache_entry
+from echoquad_runtime.devices.onnxruntime_loader import format_versions, installed_wheels, load_onnxruntime
 from echoquad_runtime.devices.openvino_probe import openvino_unavailable_reason
 from echoquad_runtime.errors import BundleError, DeviceUnavailableError, MissingExtraError, UsageError
 
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = [
-    "CPU_PROVIDER",
-    "CUDA_PROVIDER",
-    "OPENVINO_PROVIDER",
-    "PROBE_MODEL",
-    "Device",
-    "OpenedSession",
-    "available_cpus",
-    "cuda_unavailable_reason",
-    "installed_wheels",
-    "load_onnxruntime",
-    "open_session",
-    "openvino_unavailable_reason",
-    "probe",
-    "usable_devices",
-]
+__all__ = ["Device", "OpenedSession", "open_session", "probe_devices"]
 
 Device = Literal["auto", "cpu", "cuda", "openvino"]
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedSession:
-    """A session and the device that really runs it.
+    """An inference session and the device that runs it.
 
     Attributes
     ----------
     session
         The onnxruntime session. It never falls back to another provider.
     device
-        ``"cpu"``, ``"cuda"`` or ``"openvino"``: what runs, not what was asked for.
+        ``"cpu"``, ``"cuda"`` or ``"openvino"``: the actual device, which may differ from the requested one.
     provider
-        onnxruntime's name of it, such as ``"CPUExecutionProvider"``.
+        onnxruntime's name of the execution provider, such as ``"CPUExecutionProvider"``.
     note
-        One line saying why ``auto`` chose the CPU; ``""`` when it did not.
+        One line that says why ``auto`` chose the CPU; otherwise empty.
     threads
-        CPU threads inside an operator, as they really are: OpenVINO takes no more than the process has CPUs.
+        Actual CPU threads of an operator: OpenVINO uses at most as many as the process has CPUs.
     """
 
     session: onnxruntime.InferenceSession
@@ -86,46 +71,45 @@ def open_session(
     bfloat16: bool = False,
     cuda_options: Mapping[str, str] | None = None,
     not_on_cuda: str = "",
-    cached_as: tuple[str, int] | None = None,
+    cache_key: tuple[str, int] | None = None,
 ) -> OpenedSession:
-    """Open a model on a device, or say why not.
+    """Open an inference session of a model on a device.
 
     Parameters
     ----------
     model
-        An ONNX file's bytes, or what gives them: with two threads or more it is called in one of its own while
-        onnxruntime is imported, and what it raises is raised here.
+        Bytes of an ONNX file, or a function that returns them. With two threads or more, the function runs in a thread
+        of its own while onnxruntime is imported; its exceptions are raised here.
     device
-        ``"cuda"`` is CUDA or an error, ``"openvino"`` OpenVINO on the CPU or an error, ``"cpu"`` onnxruntime's
-        own CPU kernels, whichever wheel is installed. ``"auto"`` is CUDA where it works and else the CPU. It
-        never is OpenVINO: that rounds otherwise than the kernels that an export was held to, and whether it is
-        the quicker depends on the processor and the precision; somebody has to ask for it.
+        ``"cuda"`` or ``"openvino"`` (on the CPU): that device or an error. ``"cpu"``: onnxruntime's own CPU kernels.
+        ``"auto"``: CUDA if it works, otherwise the CPU. ``"auto"`` never selects OpenVINO, because OpenVINO rounds
+        differently from the kernels that the export measured, and its speed depends on processor and precision.
     threads
-        CPU threads inside an operator; None for :func:`available_cpus`.
+        CPU threads of an operator; None for :func:`~echoquad_runtime.devices.cpu_info.available_cpus`.
     spinning
-        Whether those threads wait for their part of an inference in a busy loop, which is quicker. Between inferences
-        they sleep whatever is said here. OpenVINO's threads are its own affair.
+        Whether those threads busy-wait during an inference, which is faster. They always sleep between inferences.
+        OpenVINO ignores this option.
     bfloat16
-        Whether to compute a float32 graph in bfloat16; only on ``"openvino"``, and only where the processor has
-        it. Otherwise a float32 graph is computed in float32, whatever the device.
+        Whether to compute a float32 graph in bfloat16; requires ``"openvino"`` and a processor with bfloat16. By
+        default every device computes a float32 graph in float32.
     cuda_options
-        As `create_session`.
+        As in `create_session`.
     not_on_cuda
-        Why CUDA is not to run this model though it could; empty where it may.
-    cached_as
-        SHA-256 and size of `model`, where what onnxruntime makes of it on the CPU may be kept and used again; see
-        :mod:`echoquad_runtime.devices.graph_cache`.
+        The reason why this model must not run on CUDA; empty if it may.
+    cache_key
+        SHA-256 and size in bytes of `model`, to cache the graph that onnxruntime optimises for the CPU; see
+        :mod:`echoquad_runtime.devices.graph_cache`. None for no cache.
 
     Raises
     ------
     BundleError
-        onnxruntime refuses the model, whatever the device.
+        onnxruntime rejects the model.
     DeviceUnavailableError
-        `device` is ``"cuda"`` or ``"openvino"`` and does not work, or not for this model, or not in bfloat16.
+        `device` is ``"cuda"`` or ``"openvino"``, and it does not work, or not for this model or in bfloat16.
     MissingExtraError
         onnxruntime is not installed.
     UsageError
-        `device` or `threads` has a value that cannot be, or `bfloat16` is asked of another device.
+        `device` or `threads` is invalid, or `bfloat16` is requested on another device.
     """
     if device not in get_args(Device):
         raise UsageError(f"device is {device!r}; expected one of {', '.join(get_args(Device))}")
@@ -133,53 +117,55 @@ def open_session(
         raise UsageError(f"threads is {threads}; expected at least 1")
     if bfloat16 and device != "openvino":
         raise UsageError(
-            f"precision bf16 is computed on device openvino alone; found device {device}; "
-            "do: ask for device openvino, or for another precision"
+            f"precision bf16 requires device openvino; found device {device}; "
+            "do: choose device openvino or another precision"
         )
     threads = threads or available_cpus()
-    read = _begin(model, aside=threads > 1)  # one thread is one, at the start too
+    read_model = _start_reading(model, in_thread=threads > 1)  # a limit of one thread includes the start
     try:
         ort = load_onnxruntime()
     except MissingExtraError:
-        read()  # what is wrong with the model would be wrong with any onnxruntime, and is told first
+        read_model()  # a damaged model is the error to report first, since no onnxruntime could run it
         raise
-    obstacle = ""
+    reason = ""
     if device == "auto" and CUDA_PROVIDER not in (providers := ort.get_available_providers()):
-        # Somebody who installed the plain wheel has chosen the CPU: to be told, not to be advised.
-        obstacle = f"{named(installed_wheels()) or 'this onnxruntime'} is built without CUDA"
+        # A wheel without CUDA is a choice of the CPU: inform, without advice.
+        reason = f"{format_versions(installed_wheels()) or 'this onnxruntime'} is built without CUDA"
         if OPENVINO_PROVIDER in providers:
-            obstacle += "; for OpenVINO ask for device openvino"
+            reason += "; for OpenVINO choose device openvino"
     elif device != "cpu":
-        opened = _open_beside_cpu(ort, read(), device, threads, spinning, bfloat16, cuda_options, not_on_cuda)
+        options: dict[str, Any] = {"spinning": spinning, "bfloat16": bfloat16, "cuda_options": cuda_options}
+        opened = _open_on_accelerator(ort, read_model(), device, threads, not_on_cuda, options)
         if isinstance(opened, OpenedSession):
             return opened
-        obstacle = opened
-    session = _open_on_cpu(ort, read, threads, spinning, cached_as)
+        reason = opened
+    session = _open_on_cpu(ort, read_model, threads, spinning, cache_key)
     if device in ("cuda", "openvino"):
-        raise DeviceUnavailableError(f"device {device} cannot be used: {obstacle}; or ask for device cpu")
-    return OpenedSession(session, "cpu", CPU_PROVIDER, f"on the CPU: {obstacle}" if obstacle else "", threads)
+        raise DeviceUnavailableError(f"device {device} cannot be used: {reason}; or choose device cpu")
+    return OpenedSession(session, "cpu", CPU_PROVIDER, f"on the CPU: {reason}" if reason else "", threads)
 
 
-def _begin(model: bytes | Callable[[], bytes], *, aside: bool) -> Callable[[], bytes]:
-    """Begin to read, in a thread if aside; gives what gives the bytes, or raises what the reading raised."""
+def _start_reading(model: bytes | Callable[[], bytes], *, in_thread: bool) -> Callable[[], bytes]:
+    """Start to read the model; return a function that waits for its bytes or raises the reader's exception."""
     if not callable(model):
         return partial(bytes, model)
-    if not aside:
+    if not in_thread:
         return cache(model)
-    given: list[bytes] = []
-    raised: list[BaseException] = []
+    # A plain thread: importing concurrent.futures would delay the first decision.
+    results: list[bytes] = []
+    errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            given.append(model())
-        except BaseException as error:  # whatever it is, it is raised where the bytes are wanted
-            raised.append(error)
+            results.append(model())
+        except BaseException as error:  # raised again in the thread that needs the bytes
+            errors.append(error)
 
     def wait() -> bytes:
         thread.join()
-        if raised:
-            raise raised[0]
-        return given[0]
+        if errors:
+            raise errors[0]
+        return results[0]
 
     thread = threading.Thread(target=run, name="echoquad-read", daemon=True)
     thread.start()
@@ -187,72 +173,61 @@ def _begin(model: bytes | Callable[[], bytes], *, aside: bool) -> Callable[[], b
 
 
 def _open_on_cpu(
-    ort: ModuleType, read: Callable[[], bytes], threads: int, spinning: bool, cached_as: tuple[str, int] | None
+    ort: ModuleType,
+    read_model: Callable[[], bytes],
+    threads: int,
+    spinning: bool,
+    cache_key: tuple[str, int] | None,
 ) -> onnxruntime.InferenceSession:
-    """Open a model on the CPU; what is cached of it is read while the model is.
+    """Open a model on the CPU; read its cache entry while another thread reads the model.
 
     Raises
     ------
     BundleError
-        onnxruntime refuses it.
+        onnxruntime rejects the model.
     """
-    place = None if cached_as is None else find_cache(ort, *cached_as)
-    cached = None if place is None else place.read()
-    model = read()
+    entry = None if cache_key is None else find_cache_entry(ort, *cache_key)
+    cached = None if entry is None else entry.read()
+    model = read_model()
     try:
-        if place is None:
+        if entry is None:
             return create_session(ort, model, CPU_PROVIDER, threads=threads, spinning=spinning)
-        return cached_session(ort, place, cached, model, threads=threads, spinning=spinning)
-    except Exception as error:  # they share no base
+        return create_cached_session(ort, entry, cached, model, threads=threads, spinning=spinning)
+    except Exception as error:  # onnxruntime's exceptions share no base class
         raise BundleError(
-            f"onnxruntime {ort.__version__} refuses the model of {len(model)} bytes ({one_line(error)}); "
+            f"onnxruntime {ort.__version__} rejects the model of {len(model)} bytes ({summarize_error(error)}); "
             "expected an ONNX graph that it can run; do: export again, or upgrade onnxruntime"
         ) from error
 
 
-def _open_beside_cpu(
-    ort: ModuleType,
-    model: bytes,
-    device: Device,
-    threads: int,
-    spinning: bool,
-    bfloat16: bool,
-    cuda_options: Mapping[str, str] | None,
-    not_on_cuda: str,
+def _open_on_accelerator(
+    ort: ModuleType, model: bytes, device: Device, threads: int, not_on_cuda: str, options: dict[str, Any]
 ) -> OpenedSession | str:
-    """Open a model on OpenVINO, or for ``cuda`` and ``auto`` on CUDA; or say in one line why not."""
+    """Open a model on OpenVINO or, for ``cuda`` and ``auto``, on CUDA; or return in one line why that is impossible."""
     if device == "openvino":
         name, title, provider = "openvino", "OpenVINO", OPENVINO_PROVIDER
-        obstacle, threads = openvino_unavailable_reason(bfloat16=bfloat16), min(threads, schedulable_cpus())
+        reason, threads = openvino_unavailable_reason(bfloat16=options["bfloat16"]), min(threads, schedulable_cpus())
     else:
         name, title, provider = "cuda", "CUDA", CUDA_PROVIDER
-        obstacle = cuda_unavailable_reason() or not_on_cuda or None
-    if obstacle is not None:
-        return obstacle
+        reason = cuda_unavailable_reason() or not_on_cuda or None
+    if reason is not None:
+        return reason
     try:
-        session = create_session(
-            ort,
-            model,
-            provider,
-            threads=threads,
-            spinning=spinning,
-            bfloat16=bfloat16,
-            cuda_options=cuda_options,
-        )
-    except Exception as error:  # they share no base; whether it is the model's own fault, the CPU will tell
-        return f"{title} works, but not for this model ({one_line(error)}); do: try another precision"
-    if (left := fallback_nodes(session, provider)) is not None:
-        return f"{title} leaves {left} to the CPU; do: choose precision fp32 or fp16"
+        session = create_session(ort, model, provider, threads=threads, **options)
+    except Exception as error:  # no common base class; if the model itself is invalid, the CPU session reports it
+        return f"{title} works, but not for this model ({summarize_error(error)}); do: try another precision"
+    if (nodes := fallback_nodes(session, provider)) is not None:
+        return f"{title} leaves {nodes} to the CPU; do: choose precision fp32 or fp16"
     return OpenedSession(session, name, provider, "", threads)
 
 
-def usable_devices() -> dict[str, str | None]:
-    """Try every device that this installation could have: the CPU, and CUDA and OpenVINO where the wheel has them.
+def probe_devices() -> dict[str, str | None]:
+    """Probe the CPU, and CUDA and OpenVINO if the installed wheel has them.
 
     Returns
     -------
     dict
-        By the device's name None where it computed the right numbers, else one line on what is in the way.
+        For each device None if it computed the expected numbers, otherwise one line that says why it is unavailable.
 
     Raises
     ------
@@ -260,9 +235,9 @@ def usable_devices() -> dict[str, str | None]:
         onnxruntime is not installed.
     """
     providers = load_onnxruntime().get_available_providers()
-    found = {"cpu": probe(CPU_PROVIDER)}
+    reasons = {"cpu": probe_provider(CPU_PROVIDER)}
     if CUDA_PROVIDER in providers:
-        found["cuda"] = cuda_unavailable_reason()
+        reasons["cuda"] = cuda_unavailable_reason()
     if OPENVINO_PROVIDER in providers:
-        found["openvino"] = openvino_unavailable_reason()
-    return found
+        reasons["openvino"] = openvino_unavailable_reason()
+    return reasons

@@ -1,1 +1,1 @@
-"""From quadrants to probabilities: IO binding, inference slots, the power-on self-test."""
+"""The inference engine: IO binding, inference slots, the power-on self-test, and diagnostics of the host."""

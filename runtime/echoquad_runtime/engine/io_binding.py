@@ -1,8 +1,8 @@
-"""IO binding: how a batch of quadrants goes through an engine, and what it answers.
+"""IO binding: inference slots that run a batch of quadrants in their caller's memory.
 
-An inference slot runs a batch that lies in memory of its caller. How many frames a run takes is rounded up to one of a
-few buckets, so that few shapes are ever run. The input is bound anew before each run: onnxruntime copies a bound host
-input to a GPU when it is *bound*, so a binding that is made once answers for the first batch for ever.
+A slot rounds the number of frames up to one of a few buckets, so that a session sees few input shapes. It binds the
+input again before each run: onnxruntime copies a bound host input to the GPU when it is *bound*, so a binding that is
+made only once would return the result of the first batch for ever.
 """
 
 from __future__ import annotations
@@ -28,22 +28,31 @@ from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["Answers", "BufferBinding", "FirstRuns", "FloatArray", "InferenceSlot", "IoBinding", "buckets", "new_batch"]
+__all__ = [
+    "BufferBinding",
+    "FirstRunLock",
+    "FloatArray",
+    "InferenceOutput",
+    "InferenceSlot",
+    "IoBinding",
+    "buckets",
+    "new_batch",
+]
 
 FloatArray = npt.NDArray[np.float32]
 
 _GRAPH_ID: Final = "gpu_graph_id"
 
 
-class Answers(NamedTuple):
-    """What an engine answers for N frames of C classes.
+class InferenceOutput(NamedTuple):
+    """An engine's output for N frames and C classes.
 
     Attributes
     ----------
     logits, probabilities
-        float32 [N, 4, C], quadrants in the contract's order; a row of probabilities sums to 1.
+        float32 [N, 4, C], quadrants in the contract's order; each row of probabilities sums to 1.
     maps
-        float32 [N, 4, C, h, w], class activation maps; None where none are asked for.
+        float32 [N, 4, C, h, w], class activation maps; None unless requested.
     """
 
     logits: FloatArray
@@ -52,28 +61,28 @@ class Answers(NamedTuple):
 
 
 def buckets(frames: int) -> tuple[int, ...]:
-    """Return the numbers of frames that are run: the powers of two below `frames`, and `frames` itself."""
+    """Return the batch sizes that a slot runs: the powers of two below `frames`, and `frames` itself."""
     return (*(1 << exponent for exponent in range((frames - 1).bit_length())), frames)
 
 
 def new_batch(contract: Contract, frames: int) -> npt.NDArray[np.uint8]:
-    """Return memory for the quadrants of `frames` frames, uint8 [frames, 4, 1, S, S], all zero."""
+    """Return a zeroed batch for the quadrants of `frames` frames, uint8 [frames, 4, 1, S, S]."""
     return np.zeros((frames, 4, 1, contract.input_size, contract.input_size), np.uint8)
 
 
 class InferenceSlot(Protocol):
     """Runs one batch at a time."""
 
-    def run(self, batch: npt.NDArray[np.uint8], frames: int) -> Answers:
+    def run(self, batch: npt.NDArray[np.uint8], frames: int) -> InferenceOutput:
         """Run the first `frames` frames of a batch, uint8 [B, 4, 1, S, S], C-contiguous, grey levels 0 to 255.
 
-        The answers are the caller's: the next run does not change them.
+        The caller owns the output; the next run does not change it.
         """
         ...
 
 
 class BufferBinding:
-    """An inference slot of any engine, by its function on arrays.
+    """An inference slot for an engine without IO binding, such as PyTorch.
 
     Parameters
     ----------
@@ -84,22 +93,22 @@ class BufferBinding:
     def __init__(self, infer: Callable[[npt.NDArray[np.uint8]], tuple[FloatArray, FloatArray]]) -> None:
         self._infer = infer
 
-    def run(self, batch: npt.NDArray[np.uint8], frames: int) -> Answers:
+    def run(self, batch: npt.NDArray[np.uint8], frames: int) -> InferenceOutput:
         """Run the engine once; see `InferenceSlot`."""
         logits, probabilities = self._infer(batch[:frames].reshape(-1, *batch.shape[2:]))
-        return Answers(logits.reshape(frames, 4, -1), probabilities.reshape(frames, 4, -1))
+        return InferenceOutput(logits.reshape(frames, 4, -1), probabilities.reshape(frames, 4, -1))
 
 
-class FirstRuns:
-    """Keeps the first run of each shape of a session alone on its device, and onnxruntime's logger silent in it.
+class FirstRunLock:
+    """Holds the CUDA lock around a session's runs: exclusively for the first run of a shape, otherwise shared.
 
-    On CUDA, cuDNN tries kernels in that run and logs those that do not apply as errors, although the answer is right.
-    Other providers need neither.
+    It also silences onnxruntime's logger during a first run, in which cuDNN logs every kernel that it rejects as an
+    error. Other providers need neither.
 
     Parameters
     ----------
     provider
-        onnxruntime's name of what the session is on.
+        onnxruntime's name of the session's execution provider.
     """
 
     def __init__(self, provider: str) -> None:
@@ -108,52 +117,52 @@ class FirstRuns:
 
     @contextlib.contextmanager
     def run(self, shape: object) -> Iterator[None]:
-        """Hold the device as a run of this shape must; `shape` is anything hashable that tells shapes apart."""
+        """Hold the lock for a run; `shape` is any hashable value that identifies the input shape."""
         if not self._on_cuda:
             yield
         elif shape in self._known:
             with CUDA_LOCK.shared():
                 yield
         else:
-            with CUDA_LOCK.alone(), quiet_logger(load_onnxruntime()):
+            with CUDA_LOCK.exclusive(), quiet_logger(load_onnxruntime()):
                 yield
             self._known.add(shape)
 
     def allocation(self) -> AbstractContextManager[None]:
-        """Hold the device as an allocation must."""
-        return CUDA_LOCK.alone() if self._on_cuda else contextlib.nullcontext()
+        """Hold the lock for an allocation of device or pinned memory."""
+        return CUDA_LOCK.exclusive() if self._on_cuda else contextlib.nullcontext()
 
 
 class IoBinding:
-    """An inference slot of an onnxruntime session: outputs are bound to memory that is made once, inputs at each run.
+    """An inference slot of an onnxruntime session: it binds outputs once, and inputs before each run.
 
-    On CUDA the outputs' memory is pinned where this onnxruntime can allocate such memory, so that the device writes it
+    On CUDA the outputs are in pinned memory if this onnxruntime can allocate it, so that the device writes to them
     without another copy.
 
     Parameters
     ----------
     session
-        What runs. Several slots may share one, and run at the same time.
+        The inference session. Several slots may share one and run concurrently.
     contract
-        Gives the input size and the classes.
+        Defines the input size and the classes.
     frames
-        Frames B that a run takes at most.
-    fault
-        Makes the exception for a failed run from its number of quadrants and from what onnxruntime raised.
+        Maximal number of frames B of a run.
+    make_error
+        Builds the exception for a failed run from its number of quadrants and onnxruntime's exception.
     provider
-        onnxruntime's name of what the session is on.
+        onnxruntime's name of the session's execution provider.
     first_runs
-        Of the session.
+        The session's lock for first runs.
     graph_ids
-        Numbers for CUDA graphs that no other slot of the session has; None captures none. A captured graph reads and
-        writes device memory at the addresses that it was captured with, so each slot needs graphs of its own.
+        Generates identifiers of CUDA graphs that are unique in the session; None captures no CUDA graph. A captured
+        graph reads and writes device memory at fixed addresses, so each slot needs its own graphs.
     cam
-        Height and width of the class activation maps to be returned; None for none.
+        Height and width of the class activation maps to return; None for none.
 
     Raises
     ------
     Exception
-        Whatever onnxruntime raises where there is no memory; its exceptions share no base.
+        Any exception of onnxruntime if memory runs out; its exceptions share no base class.
     """
 
     def __init__(
@@ -162,9 +171,9 @@ class IoBinding:
         contract: Contract,
         frames: int,
         *,
-        fault: Callable[[int, Exception], Exception],
+        make_error: Callable[[int, Exception], Exception],
         provider: str,
-        first_runs: FirstRuns,
+        first_runs: FirstRunLock,
         graph_ids: itertools.count[int] | None = None,
         cam: tuple[int, int] | None = None,
     ) -> None:
@@ -174,41 +183,42 @@ class IoBinding:
         shapes: list[tuple[int, ...]] = [(frames * 4, classes) for _ in OUTPUTS]
         if cam is not None:
             shapes.append((frames * 4, classes, *cam))
-        self._fault, self._first_runs, self._buckets = fault, first_runs, buckets(frames)
+        self._make_error, self._first_runs, self._buckets = make_error, first_runs, buckets(frames)
         with first_runs.allocation():
-            self._outputs, self._owners = zip(*(_array(shape, ort, pinned) for shape in shapes), strict=True)
-            self._runs: dict[int, _HostBinding | _GraphBinding] = {}
-            for count in self._buckets:
-                outputs = [array[: count * 4] for array in self._outputs]
-                self._runs[count] = (
+            self._outputs, self._owners = zip(*(_allocate(shape, ort, pinned) for shape in shapes), strict=True)
+            self._bindings: dict[int, _HostBinding | _CudaGraphBinding] = {}
+            for bucket in self._buckets:
+                outputs = [array[: bucket * 4] for array in self._outputs]
+                self._bindings[bucket] = (
                     _HostBinding(ort, session, outputs)
                     if graph_ids is None
-                    else _GraphBinding(ort, session, (count * 4, 1, size, size), outputs, next(graph_ids))
+                    else _CudaGraphBinding(ort, session, (bucket * 4, 1, size, size), outputs, next(graph_ids))
                 )
 
-    def run(self, batch: npt.NDArray[np.uint8], frames: int) -> Answers:
-        """Run the smallest bucket that holds `frames`; frames of the batch behind them are computed and left out.
+    def run(self, batch: npt.NDArray[np.uint8], frames: int) -> InferenceOutput:
+        """Run the smallest bucket that holds `frames` frames, and discard the output of the frames behind them.
 
         Raises
         ------
         Exception
-            What `fault` makes of onnxruntime's exception, also of an answer of another shape or type than is bound.
+            The result of `make_error` for onnxruntime's exception, also if an output has another shape or type than
+            the bound memory.
         """
-        bucket = next(count for count in self._buckets if count >= frames)
-        bound = self._runs[bucket]
+        bucket = next(size for size in self._buckets if size >= frames)
+        binding = self._bindings[bucket]
         try:
-            with self._first_runs.run(bucket if isinstance(bound, _HostBinding) else bound):
-                bound.run(batch[:bucket].reshape(-1, *batch.shape[2:]))
+            with self._first_runs.run(bucket if isinstance(binding, _HostBinding) else binding):
+                binding.run(batch[:bucket].reshape(-1, *batch.shape[2:]))
         except Exception as error:
-            raise self._fault(4 * bucket, error) from error
+            raise self._make_error(4 * bucket, error) from error
         logits, probabilities, *maps = (
             array[: frames * 4].reshape(frames, 4, *array.shape[1:]).copy() for array in self._outputs
         )
-        return Answers(logits, probabilities, maps[0] if maps else None)
+        return InferenceOutput(logits, probabilities, maps[0] if maps else None)
 
 
 class _HostBinding:
-    """One bucket's binding: the input wherever the caller has it, the outputs in host memory, [N, ...] each."""
+    """The IO binding of one bucket: the input in the caller's memory, the outputs [N, ...] in host memory."""
 
     def __init__(self, ort: ModuleType, session: onnxruntime.InferenceSession, outputs: list[npt.NDArray[Any]]) -> None:
         self._value, self._session, self._binding = ort.OrtValue.ortvalue_from_numpy, session, session.io_binding()
@@ -221,8 +231,8 @@ class _HostBinding:
         self._binding.synchronize_outputs()
 
 
-class _GraphBinding:
-    """One bucket's binding for a captured CUDA graph: input and outputs at fixed addresses in device memory."""
+class _CudaGraphBinding:
+    """The IO binding of one bucket for a captured CUDA graph: input and outputs at fixed addresses in device memory."""
 
     def __init__(
         self,
@@ -230,37 +240,37 @@ class _GraphBinding:
         session: onnxruntime.InferenceSession,
         shape: tuple[int, ...],
         outputs: list[npt.NDArray[Any]],
-        graph: int,
+        graph_id: int,
     ) -> None:
         self._session, self._binding, self._outputs = session, session.io_binding(), outputs
         self._options = ort.RunOptions()
-        self._options.add_run_config_entry(_GRAPH_ID, str(graph))
-        on_device = ort.OrtValue.ortvalue_from_numpy
-        self._input = on_device(np.zeros(shape, np.uint8), "cuda", 0)
-        self._answers = [on_device(array, "cuda", 0) for array in outputs]
+        self._options.add_run_config_entry(_GRAPH_ID, str(graph_id))
+        to_device = ort.OrtValue.ortvalue_from_numpy
+        self._input = to_device(np.zeros(shape, np.uint8), "cuda", 0)
+        self._device_outputs = [to_device(array, "cuda", 0) for array in outputs]
         self._binding.bind_ortvalue_input(INPUT, self._input)
-        for name, value in zip((*OUTPUTS, CAM), self._answers, strict=False):
+        for name, value in zip((*OUTPUTS, CAM), self._device_outputs, strict=False):
             self._binding.bind_ortvalue_output(name, value)
 
     def run(self, quadrants: npt.NDArray[np.uint8]) -> None:
         self._input.update_inplace(quadrants)
         self._session.run_with_iobinding(self._binding, self._options)
         self._binding.synchronize_outputs()
-        for value, array in zip(self._answers, self._outputs, strict=True):
+        for value, array in zip(self._device_outputs, self._outputs, strict=True):
             array[:] = value.numpy()
 
 
 def _pinned_memory(ort: ModuleType) -> Any:
-    """Find the description of CUDA's pinned memory; None where this onnxruntime does not give it out."""
-    kind = getattr(getattr(ort, "OrtDeviceMemoryType", None), "HOST_ACCESSIBLE", None)
-    if kind is None:
+    """Return the description of CUDA's pinned memory; None if this onnxruntime does not provide it."""
+    memory_type = getattr(getattr(ort, "OrtDeviceMemoryType", None), "HOST_ACCESSIBLE", None)
+    if memory_type is None:
         return None
     devices = [device for device in ort.get_ep_devices() if device.ep_name == CUDA_PROVIDER]
-    return devices[0].memory_info(kind) if devices else None
+    return devices[0].memory_info(memory_type) if devices else None
 
 
-def _array(shape: tuple[int, ...], ort: ModuleType, pinned: Any) -> tuple[FloatArray, Any]:
-    """Allocate float32 zeros, in pinned memory where there is some; return them with what owns the memory."""
+def _allocate(shape: tuple[int, ...], ort: ModuleType, pinned: Any) -> tuple[FloatArray, Any]:
+    """Allocate float32 zeros, in pinned memory if available; return the array and the owner of its memory."""
     if pinned is None:
         return np.zeros(shape, np.float32), None
     owner = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), np.float32, memory_info=pinned)

@@ -1,4 +1,4 @@
-"""The onnxruntime engine: a bundle's graph in a session, and the inference slots that run it."""
+"""The onnxruntime engine: a bundle's graph in an inference session, and the inference slots that run it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from echoquad_runtime.bundle.bundle import BF16, TF32, Bundle
-from echoquad_runtime.bundle.onnx_header import CONTRACT_KEY, INPUT, OUTPUTS, cam_sides, check_graph
-from echoquad_runtime.devices.onnxruntime_loader import one_line
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.manifest import BF16, TF32
+from echoquad_runtime.bundle.onnx_header import cam_size, check_graph
+from echoquad_runtime.devices.error_summary import summarize_error
 from echoquad_runtime.devices.session_factory import Device, open_session
-from echoquad_runtime.engine.io_binding import FirstRuns, FloatArray, IoBinding, new_batch
-from echoquad_runtime.engine.slot_pool import Engine
+from echoquad_runtime.engine.io_binding import FirstRunLock, FloatArray, IoBinding, new_batch
 from echoquad_runtime.errors import BundleError, UsageError
 
-__all__ = ["CONTRACT_KEY", "INPUT", "OUTPUTS", "Engine", "FloatArray", "OnnxEngine"]
+__all__ = ["OnnxEngine"]
 
-_MANY: Final = 1 << 30
+_UNLIMITED: Final = 1 << 30
 
 
 class OnnxEngine:
@@ -28,45 +28,45 @@ class OnnxEngine:
     Parameters
     ----------
     bundle
-        Where the graph comes from; its bytes are hashed before they are loaded.
+        The bundle; the bytes of its graph are hashed before they are loaded.
     precision
-        One that the bundle holds; None is its default. ``bf16`` is the fp32 graph computed in bfloat16, on
-        OpenVINO alone; ``tf32`` is the fp32 graph computed in TF32, on CUDA alone.
+        A precision of the bundle; None for its default. ``bf16`` runs the fp32 graph in bfloat16 and requires
+        OpenVINO; ``tf32`` runs the fp32 graph in TF32 and requires CUDA.
     device
         ``auto``, ``cpu``, ``cuda`` or ``openvino``; see :func:`~echoquad_runtime.devices.session_factory.open_session`.
     threads
-        Threads of one inference; None is what affinity and cgroup allow.
+        CPU threads of one inference; None for the number that CPU affinity and cgroup allow.
     spinning
-        Whether they wait for their part of an inference in a busy loop: quicker, and never between inferences.
+        Whether those threads busy-wait during an inference, which is faster. They always sleep between inferences.
     cuda_graphs
-        Whether CUDA captures each bucket's kernels once and replays them; of no effect elsewhere.
+        Whether CUDA captures the kernels of each bucket as a CUDA graph and replays it; other devices ignore it.
     nhwc
-        Whether CUDA computes convolutions with the channels last in memory; of no effect elsewhere.
+        Whether CUDA computes convolutions in channels-last layout; other devices ignore it.
     cam
-        Whether slots return class activation maps as well.
+        Whether slots also return class activation maps.
 
     Attributes
     ----------
     provider
-        onnxruntime's name of what runs, such as ``CPUExecutionProvider``.
-    turns
-        Held by a slot while it runs: on the CPU by any number, since each runs on its caller's thread; by two on CUDA,
-        so that one copies while the other computes; by one with CUDA graphs, and on OpenVINO.
+        onnxruntime's name of the execution provider, such as ``CPUExecutionProvider``.
+    run_limit
+        A semaphore that a slot holds while it runs. It admits any number on the CPU, where each slot runs in its
+        caller's thread; two on CUDA, so that one copies while the other computes; one with CUDA graphs and on OpenVINO.
     note
-        One line saying why ``auto`` settled for the CPU; empty where there is nothing to say.
+        One line that says why ``auto`` chose the CPU; empty if there is nothing to report.
     threads
-        How many there really are.
+        Actual number of CPU threads.
 
     Raises
     ------
     BundleError
-        If the bundle lacks the precision, was changed, its graph is not of the shape it must have, or has no maps
-        where they are asked for.
+        If the bundle lacks the precision or was changed, if its graph has unexpected inputs or outputs, or if it has no
+        class activation maps and `cam` is set.
     DeviceUnavailableError
-        If `device` is not there, or cannot compute this graph in this precision.
-        Also if `precision` is ``int8`` and `device` is ``cuda``, which has no integer convolutions.
+        If `device` is unavailable or cannot compute this graph in this precision, also if `precision` is ``int8`` and
+        `device` is ``cuda``, which has no integer convolutions.
     UsageError
-        If `precision` is ``bf16`` and `device` another than ``openvino``, or ``tf32`` and another than ``cuda``.
+        If `precision` is ``bf16`` and `device` is not ``openvino``, or ``tf32`` and not ``cuda``.
     """
 
     def __init__(
@@ -86,22 +86,21 @@ class OnnxEngine:
         self.spinning = spinning
         if self.precision == TF32 and device != "cuda":
             raise UsageError(
-                f"precision tf32 is computed on device cuda alone; found device {device}; "
-                "do: ask for device cuda, or for another precision"
+                f"precision tf32 requires device cuda; found device {device}; "
+                "do: choose device cuda or another precision"
             )
-        self._what = f"{bundle.folder.as_posix()}: the {self.precision} graph"
-
+        self._label = f"{bundle.folder.as_posix()}: the {self.precision} graph"
         self._cam: tuple[int, int] | None = None
 
-        def read() -> bytes:
+        def read_model() -> bytes:
             model = bundle.read_model(self.precision)
-            graph = check_graph(model, self.contract, self._what)
+            header = check_graph(model, self.contract, self._label)
             if cam:
-                self._cam = cam_sides(graph, self._what)
+                self._cam = cam_size(header, self._label)
             return model
 
         opened = open_session(
-            read,
+            read_model,
             device=device,
             threads=threads,
             spinning=spinning,
@@ -111,16 +110,16 @@ class OnnxEngine:
                 **({"enable_cuda_graph": "1"} if cuda_graphs else {}),
                 **({"prefer_nhwc": "1"} if nhwc else {}),
             },
-            not_on_cuda=_int8_on_cuda(bundle) if self.precision == "int8" else "",
-            cached_as=bundle.cached_as(self.precision),
+            not_on_cuda=_no_int8_on_cuda(bundle) if self.precision == "int8" else "",
+            cache_key=bundle.cache_key(self.precision),
         )
         self.device, self.provider = opened.device, opened.provider
         self.note, self.threads = opened.note, opened.threads
         self._session = opened.session
-        self._first_runs = FirstRuns(self.provider)
+        self._first_runs = FirstRunLock(self.provider)
         graphs = cuda_graphs and self.device == "cuda"
         self._graph_ids = itertools.count(1) if graphs else None
-        self.turns = threading.Semaphore({"cpu": _MANY, "cuda": 1 if graphs else 2}.get(self.device, 1))
+        self.run_limit = threading.Semaphore({"cpu": _UNLIMITED, "cuda": 1 if graphs else 2}.get(self.device, 1))
 
     def open_slot(self, frames: int) -> IoBinding:
         """Open an inference slot for up to `frames` frames.
@@ -128,25 +127,25 @@ class OnnxEngine:
         Raises
         ------
         BundleError
-            If there is no memory for it. Its runs raise it if onnxruntime cannot run the graph, or the graph gives
-            other answers than it declares.
+            If memory runs out. The slot's runs raise it if onnxruntime cannot run the graph, or if the graph's outputs
+            differ from those that it declares.
         """
         try:
             return IoBinding(
                 self._session,
                 self.contract,
                 frames,
-                fault=self._fault,
+                make_error=self._make_error,
                 provider=self.provider,
                 first_runs=self._first_runs,
                 graph_ids=self._graph_ids,
                 cam=self._cam,
             )
-        except Exception as error:  # onnxruntime's share no base; among them, memory that does not suffice
-            raise self._fault(4 * frames, error) from error
+        except Exception as error:  # onnxruntime's exceptions, such as out of memory, share no base class
+            raise self._make_error(4 * frames, error) from error
 
     def infer(self, quadrants: npt.NDArray[np.uint8]) -> tuple[FloatArray, FloatArray]:
-        """Run quadrants once, through a slot that is opened for them; a `SlotPool` keeps its slots.
+        """Run quadrants once, in a new slot; a `SlotPool` reuses its slots.
 
         Parameters
         ----------
@@ -156,12 +155,12 @@ class OnnxEngine:
         Returns
         -------
         logits, probabilities
-            float32 [N, C] each; a row of probabilities sums to 1.
+            float32 [N, C] each; each row of probabilities sums to 1.
 
         Raises
         ------
         BundleError
-            As `open_slot` and its runs.
+            As in `open_slot`.
         """
         count, frames = len(quadrants), -(-len(quadrants) // 4)
         batch = new_batch(self.contract, frames)
@@ -170,14 +169,15 @@ class OnnxEngine:
         classes = len(self.contract.classes)
         return logits.reshape(-1, classes)[:count], probabilities.reshape(-1, classes)[:count]
 
-    def _fault(self, quadrants: int, error: Exception) -> BundleError:
+    def _make_error(self, quadrants: int, error: Exception) -> BundleError:
+        """Build the exception for a failed inference."""
         return BundleError(
-            f"{self._what} fails on {self.device} with {quadrants} quadrants ({one_line(error)}); "
+            f"{self._label} fails on {self.device} with {quadrants} quadrants ({summarize_error(error)}); "
             "try a smaller batch size, and run echoquad verify"
         )
 
 
-def _int8_on_cuda(bundle: Bundle) -> str:
+def _no_int8_on_cuda(bundle: Bundle) -> str:
     """Return why an int8 graph does not run on CUDA, and which precision of the bundle does."""
     better = [name for name in ("fp16", "fp32") if name in bundle.precisions]
     # onnxruntime's CUDA provider converts the weights back to float32 in every run: on an NVIDIA H100 a ResNet-18 took

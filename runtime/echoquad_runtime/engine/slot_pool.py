@@ -1,37 +1,36 @@
-"""The slot pool: the one way from quadrants to probabilities.
+"""The slot pool: the single code path from quadrants to probabilities.
 
-Export's parity, the golden frames, `verify`, `bench`, `tune` and `predict` all call `SlotPool.run`.
+The export's parity measurement, the golden frames, `verify`, `bench`, `tune` and `predict` all call `SlotPool.run`.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.engine.io_binding import Answers, BufferBinding, FloatArray, InferenceSlot, new_batch
+from echoquad_runtime.engine.io_binding import BufferBinding, FloatArray, InferenceOutput, InferenceSlot, new_batch
 
-__all__ = ["Engine", "SlotPool", "infer_all"]
+__all__ = ["Engine", "SlotPool", "infer_in_batches"]
 
 
 class Engine(Protocol):
-    """What a predictor needs of a model, whatever runs it.
+    """A model that a predictor can run, on any framework.
 
     Attributes
     ----------
     contract
-        What the model was trained under.
+        The contract that the model was trained with.
     device
-        What it really runs on: ``cpu``, ``cuda``, ``openvino``.
+        The device that runs it: ``cpu``, ``cuda``, ``openvino``.
     precision
-        What it really computes in: ``fp32``, ``bf16``.
+        The precision that it computes in, such as ``fp32`` or ``bf16``.
     note
-        One line saying why ``auto`` settled for that device; empty where there is nothing to say.
+        One line that says why ``auto`` chose the device; empty if there is nothing to report.
     """
 
     contract: Contract
@@ -45,68 +44,62 @@ class Engine(Protocol):
 
 
 class SlotPool:
-    """Inference slots of an engine, for the threads that share it.
+    """A pool of inference slots for the threads that share an engine.
 
-    A slot is opened when a thread needs one and none is idle. No more run at once than the engine allows; the other
-    threads wait. Slots stay open for the next run.
+    The pool opens a slot when a thread needs one and none is idle, and keeps it for later runs. The engine limits the
+    number of concurrent runs; further threads wait.
 
     Parameters
     ----------
     engine
-        What runs; with `open_slot` and `turns` as `OnnxEngine` has them, else one slot that calls ``infer``.
+        An engine. With `open_slot` and `run_limit`, as `OnnxEngine` has them, it may have several slots; otherwise the
+        pool has one slot that calls ``infer``.
     frames
-        Frames that a run takes at most.
+        Maximal number of frames of a run.
     on_open
-        Called with each slot before it is used, in the thread that opened it. What it raises is raised from `run`, and
-        the slot is not used.
+        Called with each slot before its first use, in the thread that opened it. If it raises, `run` raises the same
+        exception and the slot is not used.
     """
 
     def __init__(self, engine: Engine, frames: int, on_open: Callable[[InferenceSlot], object] | None = None) -> None:
         self.engine, self.frames = engine, frames
         self._on_open = on_open
-        self._turns: threading.Semaphore = getattr(engine, "turns", None) or threading.Semaphore(1)
+        self._run_limit: threading.Semaphore = getattr(engine, "run_limit", None) or threading.Semaphore(1)
         self._idle: list[InferenceSlot] = []
 
     def new_batch(self) -> npt.NDArray[np.uint8]:
-        """Return memory for a batch, uint8 [frames, 4, 1, S, S]; see `run`."""
+        """Return a zeroed batch for `run`, uint8 [frames, 4, 1, S, S]."""
         return new_batch(self.engine.contract, self.frames)
 
-    def run(self, batch: npt.NDArray[np.uint8], frames: int) -> Answers:
+    def run(self, batch: npt.NDArray[np.uint8], frames: int) -> InferenceOutput:
         """Run the first `frames` frames of a batch.
 
         Parameters
         ----------
         batch
-            uint8 [B, 4, 1, S, S], C-contiguous, grey levels 0 to 255, B the pool's `frames`.
+            uint8 [B, 4, 1, S, S], C-contiguous, grey levels 0 to 255; B is the pool's `frames`.
         frames
             1 to B.
 
         Returns
         -------
-        Answers
-            Of `frames` frames; the caller's own.
+        InferenceOutput
+            The output for `frames` frames, owned by the caller.
 
         Raises
         ------
         BundleError
             If the engine fails.
         """
-        with self._slot() as slot:
-            return slot.run(batch, frames)
-
-    @contextmanager
-    def _slot(self) -> Iterator[InferenceSlot]:
-        with self._turns:
-            slot = self._take_idle() or self._open()
+        with self._run_limit:
+            try:  # pop is atomic; testing the length before it would be a race
+                slot = self._idle.pop()
+            except IndexError:
+                slot = self._open()
             try:
-                yield slot
+                return slot.run(batch, frames)
             finally:
                 self._idle.append(slot)
-
-    def _take_idle(self) -> InferenceSlot | None:
-        with suppress(IndexError):  # popping is atomic; to look first and pop then would not be
-            return self._idle.pop()
-        return None
 
     def _open(self) -> InferenceSlot:
         open_slot = getattr(self.engine, "open_slot", None)
@@ -116,7 +109,9 @@ class SlotPool:
         return slot
 
 
-def infer_all(engine: Engine, quadrants: npt.NDArray[np.uint8], batch_size: int) -> tuple[FloatArray, FloatArray]:
+def infer_in_batches(
+    engine: Engine, quadrants: npt.NDArray[np.uint8], batch_size: int
+) -> tuple[FloatArray, FloatArray]:
     """Run frames' quadrants, uint8 [F, 4, S, S] or [F, 4, 1, S, S], through an engine, `batch_size` frames at a time.
 
     Returns
@@ -130,8 +125,8 @@ def infer_all(engine: Engine, quadrants: npt.NDArray[np.uint8], batch_size: int)
     for start in range(0, len(quadrants), batch_size):
         part = quadrants[start : start + batch_size]
         batch[: len(part)] = part.reshape(-1, 4, 1, size, size)
-        answers = pool.run(batch, len(part))
-        logits.append(answers.logits)
-        probabilities.append(answers.probabilities)
+        output = pool.run(batch, len(part))
+        logits.append(output.logits)
+        probabilities.append(output.probabilities)
     classes = len(engine.contract.classes)
     return np.concatenate(logits).reshape(-1, classes), np.concatenate(probabilities).reshape(-1, classes)

@@ -1,1 +1,1 @@
-"""From files to grey frames: discovery, formats, decoding, integrity checks, quality flags."""
+"""Frames: finding them, recognising their file formats, decoding them to 8-bit grey, and flagging their quality."""

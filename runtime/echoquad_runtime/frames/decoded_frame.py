@@ -1,75 +1,73 @@
-"""Pixels: one decoded frame of whatever kind of file, asked for its grey levels, its colours, or a picture of it."""
+"""A decoded frame of any file format: its grey levels, its colours as a picture, and its quality flags."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from echoquad_runtime.errors import FrameFormatError
-from echoquad_runtime.frames.quality_flags import is_coloured
+from echoquad_runtime.frames.quality_flags import COLOUR_SAMPLE, is_coloured
 from echoquad_runtime.quadrants import Box, Grey
 
-__all__ = ["ColourPixels", "GreyPixels", "Pixels", "cut", "extremes", "grey_of_numbers", "thin"]
-
-_SAMPLE: Final = 64  # pixels a side that are looked at for colour, at most
+__all__ = ["ColourFrame", "DecodedFrame", "GreyFrame", "crop", "grey_scale_factor", "value_range"]
 
 
-class Pixels(Protocol):
+class DecodedFrame(Protocol):
     """A decoded frame.
 
     Attributes
     ----------
     flags
-        What the decoder found that a reader of its row should know.
+        Quality flags that only the decoder can set.
     """
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """See above."""
+        """See the class."""
         ...
 
     def grey(self) -> Grey:
-        """Give grey levels, uint8 [H, W]."""
+        """Return the grey levels, uint8 [H, W]."""
         ...
 
     def is_coloured(self) -> bool:
-        """Say whether a substantial part is coloured; see `echoquad_runtime.frames.quality_flags`."""
+        """Return whether a substantial part is coloured; see `echoquad_runtime.frames.quality_flags`."""
         ...
 
     def image(self) -> Image.Image:
-        """Give a picture in the frame's own colours, grey or RGB."""
+        """Return a picture in the frame's own colours, grey or RGB."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class GreyPixels:
-    """Grey levels, uint8 [H, W]."""
+class GreyFrame:
+    """A grey frame: levels, uint8 [H, W]."""
 
     levels: Grey
     flags: tuple[str, ...] = ()
 
     def grey(self) -> Grey:
-        """Give them."""
+        """Return the grey levels, uint8 [H, W]."""
         return self.levels
 
     def is_coloured(self) -> bool:
-        """Say no."""
+        """Return False."""
         return False
 
     def image(self) -> Image.Image:
-        """Give a grey picture."""
+        """Return a grey picture."""
         return Image.fromarray(self.levels)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ColourPixels:
-    """Colours, uint8 [H, W, 3].
+class ColourFrame:
+    """A colour frame: levels, uint8 [H, W, 3].
 
-    Of RGB the grey level is ITU-R 601-2 luma, Pillow's ``L``; of YCbCr it is Y itself, as of a JPEG.
+    The grey level of RGB is ITU-R 601-2 luma, Pillow's ``L``; that of YCbCr is Y itself, as in a JPEG file.
     """
 
     levels: npt.NDArray[np.uint8]
@@ -77,46 +75,41 @@ class ColourPixels:
     flags: tuple[str, ...] = ()
 
     def grey(self) -> Grey:
-        """Give the luma."""
+        """Return the luma, uint8 [H, W]."""
         if self.mode == "YCbCr":
             return np.ascontiguousarray(self.levels[..., 0])
         return np.asarray(self.image().convert("L"))
 
     def is_coloured(self) -> bool:
-        """Look at 64 x 64 pixels at most."""
-        return is_coloured(np.asarray(_picture(thin(self.levels), self.mode)))
+        """Return whether a substantial part of evenly spread pixels is coloured."""
+        rows, columns = (-(-side // COLOUR_SAMPLE) for side in self.levels.shape[:2])
+        return is_coloured(np.asarray(_to_rgb(self.levels[::rows, ::columns], self.mode)))
 
     def image(self) -> Image.Image:
-        """Give a picture in RGB."""
-        return _picture(self.levels, self.mode)
+        """Return an RGB picture."""
+        return _to_rgb(self.levels, self.mode)
 
 
-def _picture(levels: npt.NDArray[np.uint8], mode: str) -> Image.Image:
-    """Make a picture in RGB; `Image.fromarray` with a mode is deprecated in some releases."""
+def _to_rgb(levels: npt.NDArray[np.uint8], mode: str) -> Image.Image:
+    # Not Image.fromarray: its mode parameter is deprecated in some releases of Pillow.
     return Image.frombuffer(mode, levels.shape[1::-1], np.ascontiguousarray(levels), "raw", mode, 0, 1).convert("RGB")
 
 
-def thin(levels: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Give evenly spread pixels of [H, W, ...], 64 x 64 at most."""
-    rows, columns = (-(-side // _SAMPLE) for side in levels.shape[:2])
-    return levels[::rows, ::columns]
-
-
-def cut(levels: npt.NDArray[np.uint8], box: Box | None) -> npt.NDArray[np.uint8]:
-    """Cut a box out of [H, W, ...]; all of it where there is none."""
+def crop(levels: npt.NDArray[np.uint8], box: Box | None) -> npt.NDArray[np.uint8]:
+    """Return a view of the box of [H, W, ...]; all of it if `box` is None."""
     if box is None:
         return levels
     left, top, right, bottom = box
     return levels[top:bottom, left:right]
 
 
-def extremes(values: npt.NDArray[Any]) -> tuple[float, float, bool]:
-    """Give the least and the greatest of some numbers, NaN left out, and whether all are whole; 0 and 0 of none.
+def value_range(values: npt.NDArray[Any]) -> tuple[float, float, bool]:
+    """Return minimum and maximum, ignoring NaN, and whether all values are integers; 0, 0, True if there are none.
 
     Raises
     ------
     FrameFormatError
-        If one is infinite.
+        If a value is infinite.
     """
     if values.dtype.kind == "f":
         values = values[~np.isnan(values)]
@@ -124,28 +117,28 @@ def extremes(values: npt.NDArray[Any]) -> tuple[float, float, bool]:
         return 0.0, 0.0, True
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
-        raise FrameFormatError("the numbers hold infinity; expected grey levels in [0, 1], [0, 255] or [0, 65535]")
+        raise FrameFormatError("the numbers include infinity; expected values in [0, 1], [0, 255] or [0, 65535]")
     return low, high, values.dtype.kind != "f" or bool((values == np.floor(values)).all())
 
 
-def grey_of_numbers(low: float, high: float, whole: bool) -> float:
-    """Choose what numbers are multiplied by to be grey levels from 0 to 255, by all of a file's.
+def grey_scale_factor(low: float, high: float, integers: bool) -> float:
+    """Return the factor that maps the values of a file to grey levels in [0, 255].
 
-    Up to 1, they are fractions of white; up to 255, grey levels; whole ones up to 65535, 16-bit grey levels, of which
-    65535 is white, whatever the frame's own maximum.
+    Values up to 1 are fractions of white. Values up to 255 are grey levels. Integers up to 65535 are 16-bit grey
+    levels: 65535 is white, whatever the frame's own maximum.
 
     Raises
     ------
     FrameFormatError
-        If no rule covers them.
+        If no rule covers the range.
     """
     if low >= 0:
         if high <= 1:
             return 255.0
         if high <= 255:
             return 1.0
-        if high <= 65535 and whole:
+        if high <= 65535 and integers:
             return 1 / 257
     raise FrameFormatError(
-        f"the numbers go from {low:g} to {high:g}; expected [0, 1], [0, 255], or whole ones in [0, 65535]"
+        f"the values range from {low:g} to {high:g}; expected [0, 1], [0, 255], or integers in [0, 65535]"
     )

@@ -1,7 +1,7 @@
-"""Inputs: from files, folders and patterns, as a user names them, to frame files and the names their rows carry.
+"""Discovery of frames: from files, folders and glob patterns to frame files and the names of their rows.
 
-A tree is walked lazily: no more is held of it than the names in the folders that lead to the frame at hand. Of a file
-with several frames the header is read to know how many they are.
+A folder is walked lazily: memory holds only the names in the folders that lead to the current frame. The header of a
+multi-frame file is read to count its frames.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 from typing import Final
 
 from echoquad_runtime.errors import FrameError, InputNotFoundError
+from echoquad_runtime.frames.file_access import read_head
 from echoquad_runtime.frames.formats import (
     DEFAULT_READ_OPTIONS,
     FRAME_EXTENSIONS,
@@ -24,8 +25,8 @@ from echoquad_runtime.frames.formats import (
     is_dicom,
 )
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
-from echoquad_runtime.frames.reader import frames_in, head_of
-from echoquad_runtime.storage.directory_walk import descend, expand
+from echoquad_runtime.frames.reader import frames_in
+from echoquad_runtime.storage.directory_walk import expand_pattern, walk_directory
 
 __all__ = [
     "EXPECTED_FILES",
@@ -38,38 +39,38 @@ __all__ = [
 
 
 OVERLAY_SUFFIX: Final = ".overlay.png"
-"""Ending of the pictures that EchoQuad draws; in a folder they are no frames to judge."""
+"""Suffix of the pictures that EchoQuad draws; such files in a folder are not frames."""
 
 
 EXPECTED_FILES: Final = f"expected {', '.join(sorted(IMAGE_EXTENSIONS))} files, DICOM or clips"
-"""What a folder is to hold."""
+"""What a folder of frames holds, for error messages."""
 
-_KNOWN: Final = FRAME_EXTENSIONS | MATRIX_EXTENSIONS
+_KNOWN_EXTENSIONS: Final = FRAME_EXTENSIONS | MATRIX_EXTENSIONS
 _FRAME_NUMBER: Final = re.compile(r"(.+)#([1-9][0-9]{0,5})")
 
 
 def find_frames(
-    inputs: Sequence[str | Path], reading: ReadOptions = DEFAULT_READ_OPTIONS
+    inputs: Sequence[str | Path], options: ReadOptions = DEFAULT_READ_OPTIONS
 ) -> Iterator[FrameFile | Failure]:
     """Find the frames that `inputs` name, one after the other, lazily.
 
-    A folder is walked, in sorted order, for images, DICOM files (also such as have no ending), clips, and for matrices
-    if `reading` says so; a file named outright is taken whatever it is called; a pattern (``*``, ``?``, ``[...]``,
-    ``**``) that the shell left alone is expanded, in the same order, all of it at the start. ``clip.dcm#12`` is the
-    twelfth frame of a clip. Names are relative to the folder where one folder is given, else to the deepest folder that
-    holds all inputs.
+    A folder is walked in sorted order for images, DICOM files (with or without an extension), clips, and, if `options`
+    includes them, matrices. A file is taken whatever its name. A pattern (``*``, ``?``, ``[...]``, ``**``) that the
+    shell did not expand is expanded in the same order, completely, at the beginning. ``clip.dcm#12`` is the twelfth
+    frame of a clip. Names are relative to the folder if one folder is given, else to the deepest folder that contains
+    all inputs.
 
     Yields
     ------
     FrameFile or Failure
-        A failure, not an exception, for an input that names nothing: those beside it are still wanted.
+        A failure for an input that names nothing, instead of an exception: the other inputs are still processed.
     """
     expanded: list[tuple[str, list[str | OSError]]] = []
-    root = _Root()
+    root = _CommonRoot()
     for given in inputs:
         text = os.fspath(given)
         if not os.path.exists(text) and glob.has_magic(text):  # noqa: PTH110 - Path.exists raises for too long a name
-            expanded.append((text, list(expand(text))))
+            expanded.append((text, list(expand_pattern(text))))
         else:
             expanded.append((text, [text]))
         for path in expanded[-1][1]:
@@ -77,117 +78,120 @@ def find_frames(
                 root.add(path)
     for text, paths in expanded:
         if not paths:
-            yield _missing(text, "no file matches the pattern; check it")
+            yield _not_found(text, "no file matches the pattern; check it")
         for path in paths:
             if isinstance(path, OSError):
-                yield _unreadable(path)
+                yield _unreadable_folder(path)
             elif os.path.isdir(path):  # noqa: PTH112 - as above
-                yield from _in_folder(path, root, reading, may_be_empty=len(paths) > 1)
+                yield from _find_in_input_folder(path, root, options, may_be_empty=len(paths) > 1)
             else:
-                yield from _named(path, root, reading)
+                yield from _find_in_input_file(path, root, options)
 
 
-def _named(path: str, root: _Root, reading: ReadOptions) -> Iterator[FrameFile | Failure]:
+def _find_in_input_file(path: str, root: _CommonRoot, options: ReadOptions) -> Iterator[FrameFile | Failure]:
     if os.path.exists(path):  # noqa: PTH110 - as above
-        yield from _in_file(path, root.name(path), reading)
+        yield from _find_in_file(path, root.relative_name(path), options)
     elif (numbered := _FRAME_NUMBER.fullmatch(path)) and os.path.isfile(numbered[1]):  # noqa: PTH113 - as above
-        yield FrameFile(Path(numbered[1]), root.name(path), int(numbered[2]), reading.flip)
+        yield FrameFile(Path(numbered[1]), root.relative_name(path), int(numbered[2]), options.flip)
     else:
-        yield _missing(path, "no such file or folder; check the path")
+        yield _not_found(path, "no such file or folder; check the path")
+
+
+def _find_in_input_folder(
+    folder: str, root: _CommonRoot, options: ReadOptions, *, may_be_empty: bool
+) -> Iterator[FrameFile | Failure]:
+    prefix = root.relative_name(folder)
+    prefix = "" if prefix == "." else prefix if prefix.endswith("/") else f"{prefix}/"
+    empty = True
+    for found in find_in_folder(Path(folder), prefix, options):
+        empty = False
+        yield found
+    if empty and not may_be_empty:
+        yield _not_found(folder, f"the folder holds no image; {EXPECTED_FILES}{matrices_hint(folder, options)}")
 
 
 def find_in_folder(
-    folder: Path, prefix: str = "", reading: ReadOptions = DEFAULT_READ_OPTIONS
+    folder: Path, prefix: str = "", options: ReadOptions = DEFAULT_READ_OPTIONS
 ) -> Iterator[FrameFile | Failure]:
-    """Find the frames in a folder, as `find_frames` does; `prefix` goes before their names.
+    """Find the frames in a folder, as `find_frames` does; `prefix` is put before their names.
 
     Yields
     ------
     FrameFile or Failure
-        Nothing where the folder holds none.
+        Nothing if the folder holds none.
     """
-    for found in _files_in(os.fspath(folder), matrices=reading.matrices):
+    for found in _frame_paths(os.fspath(folder), matrices=options.matrices):
         if isinstance(found, OSError):
-            yield _unreadable(found)
+            yield _unreadable_folder(found)
         else:
-            yield from _in_file(os.path.join(folder, found), prefix + found, reading)  # noqa: PTH118 - as in tree
+            # os.path, here and below: pathlib would dominate the time of a walk.
+            yield from _find_in_file(os.path.join(folder, found), prefix + found, options)  # noqa: PTH118
 
 
-def _in_folder(folder: str, root: _Root, reading: ReadOptions, *, may_be_empty: bool) -> Iterator[FrameFile | Failure]:
-    prefix = root.name(folder)
-    prefix = "" if prefix == "." else prefix if prefix.endswith("/") else f"{prefix}/"
-    empty = True
-    for found in find_in_folder(Path(folder), prefix, reading):
-        empty = False
-        yield found
-    if empty and not may_be_empty:
-        yield _missing(folder, f"the folder holds no image; {EXPECTED_FILES}{matrices_hint(folder, reading)}")
-
-
-def _in_file(path: str, name: str, reading: ReadOptions) -> Iterator[FrameFile | Failure]:
-    if os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS:  # noqa: PTH122 - nothing more is asked of most files
+def _find_in_file(path: str, name: str, options: ReadOptions) -> Iterator[FrameFile | Failure]:
+    if _extension(path) in IMAGE_EXTENSIONS:  # most files, which need not be opened here
         yield FrameFile(Path(path), name)
     else:
-        yield from frames_in(Path(path), name, reading)
+        yield from frames_in(Path(path), name, options)
 
 
-def matrices_hint(folder: str, reading: ReadOptions) -> str:
-    """Say that a folder without frames has matrices to offer, where it has: they are not taken by themselves."""
-    if reading.matrices or not any(isinstance(found, str) for found in _files_in(folder, matrices=True)):
+def matrices_hint(folder: str, options: ReadOptions) -> str:
+    """Return a hint at --matrices, for an error message, if a folder without frames holds matrices; else ""."""
+    if options.matrices or not any(isinstance(found, str) for found in _frame_paths(folder, matrices=True)):
         return ""
     return "; its .txt, .csv, .tsv and .npy files are read as matrices with --matrices"
 
 
 def walk(folder: Path, on_error: Callable[[OSError], object] | None = None) -> Iterator[Path]:
-    """Walk a folder for files with frames, depth first, in sorted order, hidden names and overlays left out.
+    """Walk a folder for files with frames, depth first, in sorted order, without hidden files and overlays.
 
-    Linked folders are followed, since data sets are often laid out with links; one that leads back to a folder
-    above itself is not entered again. A folder that cannot be read is passed over, and `on_error` is told.
+    Symbolic links to folders are followed, since data sets are often laid out with links, but not to a folder above
+    the link. An unreadable folder is skipped and passed to `on_error`.
     """
-    for found in _files_in(os.fspath(folder), matrices=False):
+    for found in _frame_paths(os.fspath(folder), matrices=False):
         if isinstance(found, str):
             yield folder / found
         elif on_error is not None:
             on_error(found)
 
 
-def _files_in(folder: str, *, matrices: bool) -> Iterator[str | OSError]:
-    for found in descend(folder, matrices, _step):
-        if isinstance(found, OSError) or _ending(found) in _KNOWN or _begins_as_dicom(Path(folder, found)):
+def _frame_paths(folder: str, *, matrices: bool) -> Iterator[str | OSError]:
+    for found in walk_directory(folder, matrices, _walk_rule):
+        if isinstance(found, OSError) or _extension(found) in _KNOWN_EXTENSIONS or _is_dicom_file(Path(folder, found)):
             yield found
 
 
-def _step(matrices: bool, name: str, is_folder: bool) -> tuple[bool, bool | None]:
-    if name.startswith("."):  # also the "._name.png" twins that macOS leaves on foreign disks
+def _walk_rule(matrices: bool, name: str, is_folder: bool) -> tuple[bool, bool | None]:
+    if name.startswith("."):  # among them the "._name.png" files that macOS leaves on foreign disks
         return False, None
     if is_folder:
         return False, matrices
-    ending = _ending(name)
-    wanted = ending in FRAME_EXTENSIONS or (matrices and ending in MATRIX_EXTENSIONS) or could_be_dicom(name)
+    extension = _extension(name)
+    wanted = extension in FRAME_EXTENSIONS or (matrices and extension in MATRIX_EXTENSIONS) or could_be_dicom(name)
     return wanted and not name.endswith(OVERLAY_SUFFIX), None
 
 
-def _ending(name: str) -> str:
+def _extension(name: str) -> str:
     return os.path.splitext(name)[1].lower()  # noqa: PTH122
 
 
-def _begins_as_dicom(path: Path) -> bool:
+def _is_dicom_file(path: Path) -> bool:
     try:
-        return is_dicom(head_of(path))
-    except FrameError:  # what it is cannot be told
+        return is_dicom(read_head(path))
+    except FrameError:  # an unreadable file without an extension is not known to be a frame
         return False
 
 
-def _missing(given: str, reason: str) -> Failure:
+def _not_found(given: str, reason: str) -> Failure:
     return Failure(PurePath(given).as_posix(), InputNotFoundError(reason))
 
 
-def _unreadable(error: OSError) -> Failure:
-    return _missing(error.filename, f"the folder cannot be read ({error.strerror}); check its permissions")
+def _unreadable_folder(error: OSError) -> Failure:
+    return _not_found(error.filename, f"the folder cannot be read ({error.strerror}); check its permissions")
 
 
-class _Root:
-    """The deepest folder that holds all inputs, which names are relative to; none where there is none (two drives)."""
+class _CommonRoot:
+    """The deepest folder that contains all inputs; names are relative to it. There is none for inputs on two drives."""
 
     def __init__(self) -> None:
         self._path: str | None = None
@@ -203,7 +207,7 @@ class _Root:
         except ValueError:
             self._none = True
 
-    def name(self, path: str) -> str:
+    def relative_name(self, path: str) -> str:
         absolute: PurePath = Path(path).absolute()
         if self._path is not None and not self._none and absolute.is_relative_to(self._path):
             absolute = absolute.relative_to(self._path)

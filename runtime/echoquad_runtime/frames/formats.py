@@ -1,6 +1,6 @@
-"""Kinds of files that frames come in: told by their first bytes where those tell, else by their names' endings.
+"""File formats of frames: recognised by their first bytes, else by the extension of the file's name.
 
-What reads a kind is imported when the first such file is met: `echoquad_runtime.frames.reader`.
+`echoquad_runtime.frames.reader` imports the decoder of a format when it reads the first such file.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ __all__ = [
     "HEAD_BYTES",
     "IMAGE_EXTENSIONS",
     "MATRIX_EXTENSIONS",
+    "MATROSKA_SIGNATURE",
     "MAX_FILE_BYTES",
     "MAX_FRAMES",
     "MAX_PIXELS",
+    "NPY_SIGNATURE",
     "VIDEO_EXTENSIONS",
     "FileFormat",
     "Flip",
@@ -32,7 +34,7 @@ __all__ = [
     "is_dicom",
 ]
 
-FileFormat = Literal["image", "dicom", "clip", "matrix"]
+FileFormat = Literal["image", "dicom", "video", "matrix"]
 
 IMAGE_EXTENSIONS: Final = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
 DICOM_EXTENSIONS: Final = frozenset({".dcm", ".dicom", ".ima"})
@@ -40,19 +42,19 @@ VIDEO_EXTENSIONS: Final = frozenset({".avi", ".mp4", ".m4v", ".mov", ".mkv", ".w
 MATRIX_EXTENSIONS: Final = frozenset({".txt", ".csv", ".tsv", ".npy"})
 
 FRAME_EXTENSIONS: Final = IMAGE_EXTENSIONS | DICOM_EXTENSIONS | VIDEO_EXTENSIONS
-"""File name extensions, in lower case, that count as frames in a folder. A file named explicitly may have any other."""
+"""Extensions, in lower case, of the files in a folder that are frames. A file named explicitly may have any other."""
 
 MAX_PIXELS: Final = 36_000_000  # 6000 x 6000; an 8K screen has 33 million
-MAX_FILE_BYTES: Final = 256 * 1024 * 1024  # MAX_PIXELS of uncompressed 16-bit RGB come to 216 million
+MAX_FILE_BYTES: Final = 256 * 1024 * 1024  # MAX_PIXELS of uncompressed 16-bit RGB take 216 million
 MAX_FRAMES: Final = 100_000
-"""Frames in a file: an hour at 28 a second."""
+"""Frames in a file: an hour at 28 frames per second."""
 
 HEAD_BYTES: Final = 132
-"""Bytes from a file's beginning by which `detect_format` tells."""
+"""Number of bytes from the beginning of a file that `detect_format` needs."""
 
-NPY: Final = b"\x93NUMPY"
-_MATROSKA: Final = b"\x1aE\xdf\xa3"
-_MP4: Final = (b"ftyp", b"moov", b"mdat", b"wide")
+NPY_SIGNATURE: Final = b"\x93NUMPY"
+MATROSKA_SIGNATURE: Final = b"\x1aE\xdf\xa3"
+_MP4_BOXES: Final = (b"ftyp", b"moov", b"mdat", b"wide")
 
 Flip = Literal["none", "vertical", "horizontal", "both"]
 FLIPS: Final[tuple[Flip, ...]] = get_args(Flip)
@@ -60,21 +62,21 @@ FLIPS: Final[tuple[Flip, ...]] = get_args(Flip)
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """How a data set's files are read, where files alone do not say: a matter of the data, not of the network.
+    """How to read a data set's files where the files do not say: a property of the data, not of the network.
 
     Attributes
     ----------
     matrices
-        Whether a folder's ``.txt``, ``.csv``, ``.tsv`` and ``.npy`` files are frames; they may be anything else.
+        Whether ``.txt``, ``.csv``, ``.tsv`` and ``.npy`` files in a folder are frames; they may be anything else.
     flip
-        How numeric matrices are turned over: ``vertical`` swaps top and bottom, ``horizontal`` left and right.
+        Orientation of numeric matrices: ``vertical`` swaps top and bottom, ``horizontal`` left and right.
     every
-        Of files with several frames, the 1st and each `every`-th after it are taken.
+        Step between the frames taken from a multi-frame file, beginning with the first.
 
     Raises
     ------
     ConfigError
-        If a value cannot be.
+        If a value is invalid.
     """
 
     matrices: bool = False
@@ -88,17 +90,17 @@ class ReadOptions:
             raise ConfigError(f"every {str(self.every)[:40]} found; expected a whole number from 1 on")
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the settings as JSON values."""
+        """Return the options as JSON values."""
         return asdict(self)
 
     @classmethod
     def found_in(cls, facts: object) -> ReadOptions:
-        """Read back what a run's record, or a bundle's, says under ``reading``; what it does not say is the default.
+        """Return the options recorded under ``reading`` by a run or a bundle; missing ones have their default.
 
         Raises
         ------
         ConfigError
-            If a value cannot be.
+            If a value is invalid.
         """
         values = facts.get("reading") if isinstance(facts, Mapping) else None
         if not isinstance(values, Mapping):
@@ -109,45 +111,40 @@ class ReadOptions:
 DEFAULT_READ_OPTIONS: Final = ReadOptions()
 
 
-def detect_format(head: bytes, ending: str) -> FileFormat:
-    """Tell a file's kind.
+def detect_format(head: bytes, extension: str) -> FileFormat:
+    """Return the format of a file.
 
     Parameters
     ----------
     head
-        Its first `HEAD_BYTES` bytes, or all of it where it has fewer.
-    ending
-        Of its name, in any case, with the dot. It decides only where the bytes do not: text may be a matrix, and what
-        calls itself DICOM or a clip and is none is refused as such.
+        Its first `HEAD_BYTES` bytes, or all of a shorter file.
+    extension
+        Extension of its name, with the dot, in any case. It counts only if the bytes match no format: text may be a
+        matrix, and a file that is named as DICOM or video without being one is then refused as such.
     """
     if is_dicom(head):
         return "dicom"
-    if head.startswith(NPY):
+    if head.startswith(NPY_SIGNATURE):
         return "matrix"
-    if (head[:4], head[8:12]) == (b"RIFF", b"AVI ") or head.startswith(_MATROSKA) or head[4:8] in _MP4:
-        return "clip"
-    ending = ending.lower()
-    for kind, endings in _BY_ENDING:
-        if ending in endings:
-            return kind
-    return "image"
-
-
-_BY_ENDING: Final[tuple[tuple[FileFormat, frozenset[str]], ...]] = (
-    ("matrix", MATRIX_EXTENSIONS),
-    ("dicom", DICOM_EXTENSIONS),
-    ("clip", VIDEO_EXTENSIONS),
-)
+    if (head[:4], head[8:12]) == (b"RIFF", b"AVI ") or head.startswith(MATROSKA_SIGNATURE) or head[4:8] in _MP4_BOXES:
+        return "video"
+    extension = extension.lower()
+    if extension in MATRIX_EXTENSIONS:
+        return "matrix"
+    if extension in DICOM_EXTENSIONS:
+        return "dicom"
+    return "video" if extension in VIDEO_EXTENSIONS else "image"
 
 
 def is_dicom(head: bytes) -> bool:
-    """Say whether a file begins as DICOM files do: 128 bytes of anything, then ``DICM`` (DICOM PS3.10, 7.1)."""
+    """Return whether a file begins as DICOM files do: a preamble of 128 bytes, then ``DICM`` (DICOM PS3.10, 7.1)."""
     return head[128:132] == b"DICM"
 
 
 def could_be_dicom(name: str) -> bool:
-    """Say whether a file of this name may be one that a scanner or an archive wrote without an ending.
+    """Return whether a file name may be that of a DICOM file without an extension, as scanners and archives write them.
 
-    ``IM000012`` has none, and ``1.2.840.113619.2.5`` only seems to. A ``DICOMDIR`` lists files and has no pixels.
+    ``IM000012`` has no extension, and that of ``1.2.840.113619.2.5`` is none. A ``DICOMDIR`` lists files and has no
+    pixels.
     """
     return name != "DICOMDIR" and re.fullmatch(r"[^.]+|.*\.\d+", name) is not None

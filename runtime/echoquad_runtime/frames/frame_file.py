@@ -1,4 +1,4 @@
-"""A frame on disk, and the failure that takes its place where it cannot be judged."""
+"""A frame on disk, and the failure that replaces it if it cannot be read."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class FrameFile:
     Attributes
     ----------
     path
-        Where it lies.
+        The file.
     name
-        How it is named in results: relative to what the user gave, with forward slashes; ``#12`` at its end is the
-        twelfth frame of a file of several.
+        Its name in results: relative to what the user gave, with forward slashes; a suffix ``#12`` is the twelfth frame
+        of a multi-frame file.
     frame
-        Which of the file's frames, counted from 1; None where it is its only one.
+        Number of the frame in a multi-frame file, counted from 1; None if the file is a single frame.
     flip
-        How it is turned over if it is a numeric matrix.
+        How a numeric matrix is flipped.
     """
 
     path: Path
@@ -36,7 +36,7 @@ class FrameFile:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A frame that could not be judged, or an input that names none, and the error that says why."""
+    """A frame that could not be read or decided, or an input without frames, and the error that explains it."""
 
     file: str
     error: EchoQuadError

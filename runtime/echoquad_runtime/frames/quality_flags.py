@@ -1,7 +1,7 @@
-"""Sanity: what a reader should know of a frame before trusting what was decided of it.
+"""Quality flags: warnings about a frame that affect the trust in its decision.
 
-A network answers for any pixels, a black frame's included. These flags go into the row beside the decision; they change
-no decision. ``docs/frames.md`` has how the thresholds were chosen.
+A network answers for any pixels, even those of a black frame. The flags are written beside the decision and do not
+change it. ``docs/reference/flags.md`` explains how the thresholds were chosen.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from echoquad_runtime.contract import QUADRANTS
 from echoquad_runtime.quadrants import Grey
 
-__all__ = ["BLANK", "COLOUR", "NO_SIGNAL", "SATURATED", "is_coloured", "quality_flags"]
+__all__ = ["BLANK", "COLOUR", "COLOUR_SAMPLE", "NO_SIGNAL", "SATURATED", "is_coloured", "quality_flags"]
 
 BLANK: Final = "blank"
 NO_SIGNAL: Final = tuple(f"no-signal-{name}" for name in QUADRANTS)
@@ -21,28 +21,31 @@ SATURATED: Final = "saturated"
 COLOUR: Final = "colour"
 
 MIN_CONTRAST: Final = 20
-"""Grey levels that a quadrant's middle 96 % of pixels must span; noise of 8 levels spans 17, real quadrants 47 on."""
+"""Grey levels that the middle 96 % of a quadrant's pixels must span; noise of 8 levels spans 17, real quadrants 47."""
 
 TAIL: Final = 0.02
-"""Share of a quadrant's pixels left out at either end, so that a caption on black is no signal."""
+"""Share of a quadrant's pixels ignored at either end, so that a caption on black is not a signal."""
 
 WHITE: Final = 250
-"""Grey level from which a pixel counts as white."""
+"""Grey level from which a pixel is white."""
 
 MAX_WHITE: Final = 0.20
-"""Share of white pixels, over the four quadrants, from which a frame is saturated."""
+"""Share of white pixels in the four quadrants from which a frame is saturated."""
 
 MIN_CHROMA: Final = 32
-"""Levels between a pixel's strongest and weakest channel from which it is coloured; a JPEG's grey strays by a few."""
+"""Difference between a pixel's strongest and weakest channel from which it is coloured; JPEG's grey varies by a few."""
 
 MAX_COLOURED: Final = 0.25
-"""Share of coloured pixels from which a frame is coloured: more than a Doppler box of ordinary size fills."""
+"""Share of coloured pixels from which a frame is coloured: more than a Doppler box of ordinary size covers."""
 
-_GRID: Final = 64  # rows and columns of a quadrant that are looked at, at most: enough to estimate shares
+COLOUR_SAMPLE: Final = 64
+"""Side, in pixels, of the largest sample of a frame in which colour is looked for."""
+
+_QUADRANT_SAMPLE: Final = 64  # rows and columns of a quadrant, at most: enough to estimate shares
 
 
 def quality_flags(quadrants: Grey) -> tuple[str, ...]:
-    """Look at what the network sees of a frame.
+    """Return the flags that the network's input shows.
 
     Parameters
     ----------
@@ -52,24 +55,24 @@ def quality_flags(quadrants: Grey) -> tuple[str, ...]:
     Returns
     -------
     tuple of str
-        In this order: ``blank`` where no quadrant has a signal, else ``no-signal-LA`` and so on for those that have
-        none; ``saturated``.
+        In this order: ``blank`` if no quadrant has a signal, else ``no-signal-LA`` and so on for each that has none;
+        then ``saturated``.
     """
-    step = -(-quadrants.shape[-1] // _GRID)
-    seen = quadrants[:, 0, ::step, ::step].reshape(len(QUADRANTS), -1)
-    low = int(seen.shape[1] * TAIL)
-    high = seen.shape[1] - 1 - low
-    ordered = np.partition(seen, (low, high), axis=1)  # of all percentiles only two are wanted: no sort
+    step = -(-quadrants.shape[-1] // _QUADRANT_SAMPLE)
+    sample = quadrants[:, 0, ::step, ::step].reshape(len(QUADRANTS), -1)
+    low = int(sample.shape[1] * TAIL)
+    high = sample.shape[1] - 1 - low
+    ordered = np.partition(sample, (low, high), axis=1)  # two percentiles need no complete sort
     contrast = ordered[:, high] - ordered[:, low]
     silent = [flag for flag, levels in zip(NO_SIGNAL, contrast, strict=True) if levels < MIN_CONTRAST]
     flags = [BLANK] if len(silent) == len(QUADRANTS) else silent
-    if np.count_nonzero(seen >= WHITE) >= MAX_WHITE * seen.size:
+    if np.count_nonzero(sample >= WHITE) >= MAX_WHITE * sample.size:
         flags.append(SATURATED)
     return tuple(flags)
 
 
 def is_coloured(pixels: Grey) -> bool:
-    """Tell whether a substantial part of some pixels, uint8 [..., 3] in RGB, is coloured."""
+    """Return whether a substantial part of RGB pixels, uint8 [..., 3], is coloured."""
     channels = np.ascontiguousarray(pixels.reshape(-1, 3).T)  # numpy is slow along an axis of three
     chroma = channels.max(axis=0) - channels.min(axis=0)
     return bool(np.count_nonzero(chroma >= MIN_CHROMA) >= MAX_COLOURED * chroma.size)

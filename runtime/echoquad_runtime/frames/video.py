@@ -1,11 +1,11 @@
-"""Clips: frames of AVI, MP4 and Matroska files, decoded one after the other by PyAV, in the order they are shown in.
+"""Video files: frames of AVI, MP4 and Matroska, decoded one after the other by PyAV, in presentation order.
 
-Of YCbCr the luma is taken as it is decoded: full-range luma is the grey level, limited-range luma of 16 to 235 is
-stretched, ``round((Y - 16) * 255 / 219)``. A stream that does not say is of limited range, as players take it, but for
-JPEG's own and grey formats. RGB and palettes go through ITU-R 601-2. A rotation in the header is applied.
+The luma of YCbCr is taken as decoded. Full-range luma is the grey level; limited-range luma of 16 to 235 is stretched,
+``round((Y - 16) * 255 / 219)``. A stream that states no range is of limited range, as players assume, except for the
+formats of JPEG and grey formats. RGB and palettes are converted by ITU-R 601-2. A rotation in the header is applied.
 
-A clip is a container that is held open: its frames are asked for in order, or nearly, by several threads, and each is
-decoded once. The last ones are kept, for threads that come late and for overlays.
+The container stays open: several threads ask for frames in order, or nearly so, and each frame is decoded once. The
+last frames are cached, for late threads and for overlays.
 """
 
 from __future__ import annotations
@@ -13,163 +13,175 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
-from typing import IO, Any, Final
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameExtraError, FrameFormatError, FrameTooLargeError
-from echoquad_runtime.frames.decoded_frame import Pixels
-from echoquad_runtime.frames.formats import HEAD_BYTES, MAX_FRAMES, MAX_PIXELS, detect_format
-from echoquad_runtime.frames.quality_flags import is_coloured
+from echoquad_runtime.frames.decoded_frame import DecodedFrame
+from echoquad_runtime.frames.file_access import OpenStream
+from echoquad_runtime.frames.formats import (
+    HEAD_BYTES,
+    MATROSKA_SIGNATURE,
+    MAX_FRAMES,
+    MAX_PIXELS,
+    Flip,
+    detect_format,
+)
+from echoquad_runtime.frames.quality_flags import COLOUR_SAMPLE, is_coloured
 from echoquad_runtime.quadrants import Grey
 
-__all__ = ["Clip", "full_range"]
+__all__ = ["VideoFile", "stretch_limited_range"]
 
-_KEPT: Final = 32 << 20  # bytes of decoded frames
-_SAMPLE: Final = 64  # pixels a side that are looked at for colour
-_FULL, _UNSPECIFIED = 2, 0  # of AVColorRange
-_FULL_ANYWAY: Final = ("yuvj", "gray")  # formats that are of full range unless they say otherwise
+_CACHE_BYTES: Final = 32 << 20  # of decoded frames
+_FULL_RANGE, _UNSPECIFIED_RANGE = 2, 0  # of AVColorRange
+_FULL_RANGE_FORMATS: Final = ("yuvj", "gray")  # of full range unless they state otherwise
 
 
-class Clip:
-    """A clip on disk.
+class VideoFile:
+    """A video file.
 
     Parameters
     ----------
     open_stream
-        Opens its bytes.
+        Opens the bytes of the file.
 
     Attributes
     ----------
-    count
-        Frames whose packets are there.
-    announced
-        Frames that the header announces, or `count` where it does not say.
+    frame_count
+        Number of frames whose packets are in the file.
+    stated_frame_count
+        Number of frames that the header states, or `frame_count` if it states none.
+    multi_frame
+        True.
+    in_memory
+        False.
 
     Raises
     ------
     FrameError
-        If it cannot be read, holds no video, or more than the caps allow.
+        If it cannot be read, has no video stream, or exceeds a limit.
     """
 
-    def __init__(self, open_stream: Callable[[], AbstractContextManager[IO[bytes]]]) -> None:
+    multi_frame, in_memory = True, False
+
+    def __init__(self, open_stream: OpenStream) -> None:
         self._open = open_stream
         self._lock = threading.Lock()
         self._stack = ExitStack()
         self._frames: Iterator[tuple[int, Any]] | None = None
-        self._next = 1  # number of the next frame that is decoded, or of one before it
-        self._kept: OrderedDict[int, Any] = OrderedDict()
-        self._bytes = 0
-        self._numbers: dict[int, int] | None = None
-        self.count, self.announced = self._survey()
+        self._next = 1  # a lower bound of the number of the frame that is decoded next
+        self._cache: OrderedDict[int, Any] = OrderedDict()
+        self._cached_bytes = 0
+        self._numbers: dict[int, int] | None = None  # of frames, by presentation time
+        self.frame_count, self.stated_frame_count = self._count_frames()
 
-    def pixels(self, number: int) -> Pixels:
-        """Decode a frame, counted from 1.
+    def decode(self, number: int, flip: Flip) -> DecodedFrame:
+        """Decode a frame, counted from 1; `flip` is for matrices and ignored.
 
         Raises
         ------
         FrameError
-            If it cannot be decoded, or is of a kind that no rule covers.
+            If it cannot be decoded or its pixel format is not supported.
         """
         with self._lock:
-            frame = self._frame(number)
-            if number == self.count:
-                self._shut()
-        return _pixels(frame)
+            frame = self._find(number)
+            if number == self.frame_count:
+                self._close()
+        return _to_frame(frame)
 
     def __del__(self) -> None:
-        try:  # noqa: SIM105 - contextlib may be gone when the interpreter ends
+        try:  # noqa: SIM105 - contextlib may be gone at interpreter exit
             self._stack.close()
         except Exception:
             pass
 
     # ------------------------------------------------------------------------------------------ reading
 
-    def _survey(self) -> tuple[int, int]:
-        """Count the packets, and learn at what time each is shown; nothing is decoded."""
+    def _count_frames(self) -> tuple[int, int]:
+        """Count the packets and collect their presentation times, without decoding."""
         with ExitStack() as stack:
-            container, stream = self._opened(stack)
+            container, stream = self._open_container(stack)
             size = stream.codec_context.width * stream.codec_context.height
             if size > MAX_PIXELS:
                 raise FrameTooLargeError(
                     f"the clip's frames have {size} pixels; expected at most {MAX_PIXELS // 1_000_000} million"
                 )
             times: list[int | None] = []
-            empty = 0  # AVI's way to show a frame once more
+            empty = 0  # packets by which AVI repeats a frame
             for packet in _until_damaged(container.demux(stream)):
                 if packet.size and not packet.is_corrupt:
                     times.append(packet.pts)
                 elif packet.dts is not None and not packet.is_corrupt:
                     empty += 1
                 if len(times) > MAX_FRAMES:
-                    raise FrameTooLargeError(f"the clip holds more than {MAX_FRAMES} frames; cut it")
-            announced = int(stream.frames or 0) - empty
+                    raise FrameTooLargeError(f"the clip has more than {MAX_FRAMES} frames; cut it")
+            stated = int(stream.frames or 0) - empty
         if not times:
-            raise FrameDamagedError("the clip holds no frame; it is damaged or truncated: copy it again")
+            raise FrameDamagedError("the clip has no frames; it is damaged or truncated: copy it again")
         known = [time for time in times if time is not None]
         if len(set(known)) == len(times):
             self._numbers = {time: number for number, time in enumerate(sorted(known), 1)}
-        return len(times), max(len(times), announced)
+        return len(times), max(len(times), stated)
 
-    def _opened(self, stack: ExitStack) -> tuple[Any, Any]:
+    def _open_container(self, stack: ExitStack) -> tuple[Any, Any]:
         av = _load_av()
         source = stack.enter_context(self._open())
         head = source.read(HEAD_BYTES)
         source.seek(0)
-        if (
-            detect_format(head, "") != "clip"
-        ):  # ffmpeg would try its hundreds of formats, playlists of other files among them
-            raise FrameFormatError("the file is no clip of a known kind; expected AVI, MP4 or Matroska")
-        name = "avi" if head.startswith(b"RIFF") else "matroska" if head.startswith(b"\x1aE\xdf\xa3") else "mov"
+        # ffmpeg would try its hundreds of formats, among them playlists that refer to other files.
+        if detect_format(head, "") != "video":
+            raise FrameFormatError("the file is not a clip of a supported format; expected AVI, MP4 or Matroska")
+        name = "avi" if head.startswith(b"RIFF") else "matroska" if head.startswith(MATROSKA_SIGNATURE) else "mov"
         try:
             container = stack.enter_context(av.open(source, format=name, **_open_options(av)))
             stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1  # the frames' readers are threads already
+            stream.codec_context.thread_count = 1  # several frames are read in threads already
             return container, stream
         except MemoryError:
-            kind = "MemoryError"
+            fault = "MemoryError"
         except Exception as error:
-            kind = type(error).__name__
-        raise FrameDamagedError(f"the clip cannot be opened ({kind}): it is damaged, truncated or holds no video")
+            fault = type(error).__name__
+        raise FrameDamagedError(f"the clip cannot be opened ({fault}): it is damaged, truncated or has no video stream")
 
-    def _frame(self, number: int) -> Any:
-        if not 1 <= number <= self.count:
-            raise FrameDamagedError(f"there is no frame {number}; the clip holds {self.count}")
-        if number in self._kept:
-            return self._kept[number]
+    def _find(self, number: int) -> Any:
+        if not 1 <= number <= self.frame_count:
+            raise FrameDamagedError(f"there is no frame {number}; the clip holds {self.frame_count}")
+        if number in self._cache:
+            return self._cache[number]
         if self._frames is None or number < self._next:
-            self._shut()
+            self._close()
             self._stack = ExitStack()
-            self._frames, self._next = self._decoded(*self._opened(self._stack)), 1
+            self._frames, self._next = self._decode_all(*self._open_container(self._stack)), 1
         for found, frame in self._frames:
             self._next = found + 1
-            self._keep(found, frame)
+            self._add_to_cache(found, frame)
             if found == number:
                 return frame
             if found > number:
                 break
         raise FrameDamagedError("the frame cannot be decoded; the clip is damaged: copy it again")
 
-    def _keep(self, number: int, frame: Any) -> None:
-        self._kept[number] = frame
-        self._bytes += _size(frame)
-        while self._bytes > _KEPT and len(self._kept) > 1:
-            _, old = self._kept.popitem(last=False)
-            self._bytes -= _size(old)
+    def _add_to_cache(self, number: int, frame: Any) -> None:
+        self._cache[number] = frame
+        self._cached_bytes += _buffer_bytes(frame)
+        while self._cached_bytes > _CACHE_BYTES and len(self._cache) > 1:
+            _, oldest = self._cache.popitem(last=False)
+            self._cached_bytes -= _buffer_bytes(oldest)
 
-    def _decoded(self, container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
-        """Give the frames that can be decoded, each with its number."""
+    def _decode_all(self, container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
+        """Yield the number and the frame of every frame that can be decoded."""
         shown = 0
         for packet in _until_damaged(container.demux(stream)):
             if packet.is_corrupt:
                 continue
             try:
                 frames = packet.decode()
-            except Exception:  # it is told when it is asked for; where nothing says which it was, it was the next
+            except Exception:  # reported when that frame is asked for; without times, it is taken as the next one
                 shown += 1
                 continue
             for frame in frames:
@@ -178,14 +190,14 @@ class Clip:
                 if number and not frame.is_corrupt:
                     yield number, frame
 
-    def _shut(self) -> None:
+    def _close(self) -> None:
         self._frames = None
         with contextlib.suppress(Exception):
             self._stack.close()
 
 
 def _until_damaged(packets: Iterator[Any]) -> Iterator[Any]:
-    """Give packets up to where the file's damage ends them."""
+    """Yield packets until damage ends the file."""
     with contextlib.suppress(Exception):
         yield from packets
 
@@ -196,57 +208,54 @@ def _load_av() -> Any:
     except ImportError:
         av = None
     if av is None:
-        raise FrameExtraError(
-            'the file is a clip, which needs PyAV, which is not installed; do: pip install "echoquad[video]"'
-        )
+        raise FrameExtraError('clips need PyAV, which is not installed; install it: pip install "echoquad[video]"')
     return av
 
 
 def _open_options(av: Any) -> dict[str, str]:
-    """Return how metadata that is no UTF-8 is taken; PyAV 19 no longer asks."""
+    """Return the option for metadata that is not UTF-8; PyAV 19 removed it."""
     return {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 
 
-def _size(frame: Any) -> int:
+def _buffer_bytes(frame: Any) -> int:
     return sum(plane.buffer_size for plane in frame.planes)
 
 
 # ---------------------------------------------------------------------------------------------- pixels
 
 
-def _pixels(frame: Any) -> Pixels:
+def _to_frame(frame: Any) -> DecodedFrame:
     if frame.width * frame.height > MAX_PIXELS:
         raise FrameTooLargeError(
             f"the frame is {frame.width}x{frame.height} pixels; expected at most {MAX_PIXELS // 1_000_000} million"
         )
-    fault = ""
     try:
-        return _brought_to_grey(frame)
+        return _convert(frame)
     except FrameError:
         raise
     except Exception as error:
         fault = type(error).__name__
-    raise FrameFormatError(f"the frame's pixels cannot be understood ({fault}); convert the clip")
+    raise FrameFormatError(f"the frame's pixels cannot be converted ({fault}); convert the clip")
 
 
-def _brought_to_grey(frame: Any) -> Pixels:
-    kind = frame.format
-    if kind.is_rgb or kind.has_palette or kind.name in ("monow", "monob"):
-        return _Decoded(frame, np.asarray(Image.fromarray(frame.to_ndarray(format="rgb24")).convert("L")))
-    if max(part.bits for part in kind.components) > 8:
-        raise FrameFormatError("the clip has more than 8 bits a sample; convert it to 8")
-    if len(kind.components) > 1 and not kind.is_planar:  # YUYV and its like
+def _convert(frame: Any) -> DecodedFrame:
+    pixel_format = frame.format
+    if pixel_format.is_rgb or pixel_format.has_palette or pixel_format.name in ("monow", "monob"):
+        return _VideoFrame(frame, np.asarray(Image.fromarray(frame.to_ndarray(format="rgb24")).convert("L")))
+    if max(component.bits for component in pixel_format.components) > 8:
+        raise FrameFormatError("the clip has more than 8 bits per sample; convert it to 8")
+    if len(pixel_format.components) > 1 and not pixel_format.is_planar:  # YUYV and the like
         frame = frame.reformat(format="yuv422p")
     luma = frame.planes[0]
     levels = np.frombuffer(luma, np.uint8)[: luma.line_size * luma.height].reshape(luma.height, luma.line_size)
     levels = levels[:, : luma.width]
-    limited = frame.color_range != _FULL and not (
-        frame.color_range == _UNSPECIFIED and kind.name.startswith(_FULL_ANYWAY)
+    limited = frame.color_range != _FULL_RANGE and not (
+        frame.color_range == _UNSPECIFIED_RANGE and pixel_format.name.startswith(_FULL_RANGE_FORMATS)
     )
-    return _Decoded(frame, full_range(levels) if limited else levels)
+    return _VideoFrame(frame, stretch_limited_range(levels) if limited else levels)
 
 
-def full_range(luma: Grey) -> Grey:
+def stretch_limited_range(luma: Grey) -> Grey:
     """Stretch limited-range luma to grey levels: 16 is black, 235 is white (ITU-R BT.601, 2.5.3)."""
     return np.asarray(_STRETCHED[luma])
 
@@ -254,29 +263,29 @@ def full_range(luma: Grey) -> Grey:
 _STRETCHED: Final[npt.NDArray[np.uint8]] = np.clip(((np.arange(256) - 16) * 510 + 219) // 438, 0, 255).astype(np.uint8)
 
 
-class _Decoded:
-    """A decoded frame: its grey levels, and itself for its colours."""
+class _VideoFrame:
+    """A decoded video frame: its grey levels, and PyAV's frame for its colours."""
 
     flags: tuple[str, ...] = ()
 
     def __init__(self, frame: Any, levels: Grey) -> None:
-        # Both count the angle against the clock.
-        self._frame, self._turns = frame, round((getattr(frame, "rotation", 0) or 0) / 90) % 4
-        self._levels = np.ascontiguousarray(np.rot90(levels, self._turns))
+        # Both PyAV and numpy rotate counterclockwise.
+        self._frame, self._rotations = frame, round((getattr(frame, "rotation", 0) or 0) / 90) % 4
+        self._levels = np.ascontiguousarray(np.rot90(levels, self._rotations))
 
     def grey(self) -> Grey:
-        """Give the grey levels."""
+        """Return the grey levels, uint8 [H, W]."""
         return self._levels
 
     def is_coloured(self) -> bool:
-        """Look at 64 x 64 pixels at most."""
+        """Return whether a substantial part of a small sample is coloured."""
         frame = self._frame
         if len(frame.format.components) == 1 and not frame.format.has_palette:
             return False
-        width, height = min(_SAMPLE, frame.width), min(_SAMPLE, frame.height)
-        few = frame.reformat(width=width, height=height, format="rgb24", interpolation="POINT")
-        return is_coloured(few.to_ndarray())
+        width, height = min(COLOUR_SAMPLE, frame.width), min(COLOUR_SAMPLE, frame.height)
+        sample = frame.reformat(width=width, height=height, format="rgb24", interpolation="POINT")
+        return is_coloured(sample.to_ndarray())
 
     def image(self) -> Image.Image:
-        """Give the picture in RGB."""
-        return Image.fromarray(np.ascontiguousarray(np.rot90(self._frame.to_ndarray(format="rgb24"), self._turns)))
+        """Return an RGB picture."""
+        return Image.fromarray(np.ascontiguousarray(np.rot90(self._frame.to_ndarray(format="rgb24"), self._rotations)))

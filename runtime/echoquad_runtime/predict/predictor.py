@@ -13,11 +13,12 @@ import numpy as np
 
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.contract import VOTE_METHODS, Contract, VoteMethod
-from echoquad_runtime.devices.session_factory import Device, available_cpus
-from echoquad_runtime.engine.io_binding import Answers, FloatArray
-from echoquad_runtime.engine.onnx_engine import Engine, OnnxEngine
+from echoquad_runtime.devices.cpu_info import available_cpus
+from echoquad_runtime.devices.session_factory import Device
+from echoquad_runtime.engine.io_binding import FloatArray, InferenceOutput
+from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.self_test import PASSED, SelfTest
-from echoquad_runtime.engine.slot_pool import SlotPool
+from echoquad_runtime.engine.slot_pool import Engine, SlotPool
 from echoquad_runtime.errors import ConfigError, FrameError
 from echoquad_runtime.frames.discovery import find_frames
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
@@ -42,7 +43,7 @@ _BATCHES: Final = {"cpu": 2, "openvino": 4, "cuda": 16}
 _BATCH_ELSEWHERE: Final = 8  # an engine that is no bundle's
 
 _Result = TypeVar("_Result")
-_Judge = Callable[[Sequence[Source], Sequence[Flags], Answers], Sequence[_Result | Failure]]
+_Judge = Callable[[Sequence[Source], Sequence[Flags], InferenceOutput], Sequence[_Result | Failure]]
 
 TIE: Final = "tie"
 """Flag of a frame whose quadrants' votes were even, so that mean probabilities decided."""
@@ -379,7 +380,9 @@ class Predictor:
             probabilities.append(found[1])
         return np.stack(logits), np.stack(probabilities)
 
-    def _judge(self, sources: Sequence[Source], flags: Sequence[Flags], found: Answers) -> list[Prediction | Failure]:
+    def _judge(
+        self, sources: Sequence[Source], flags: Sequence[Flags], found: InferenceOutput
+    ) -> list[Prediction | Failure]:
         classes, answers, maps = self.contract.classes, found.probabilities, found.maps
         finite = np.asarray(np.isfinite(answers).all(axis=(1, 2)))
         decision = aggregate_votes(np.where(finite[:, None, None], answers, 0), self.method, self.contract.vote_weights)
@@ -408,7 +411,9 @@ class Predictor:
         return results
 
 
-def _raw(sources: Sequence[Source], flags: Sequence[Flags], found: Answers) -> list[tuple[FloatArray, FloatArray]]:
+def _raw(
+    sources: Sequence[Source], flags: Sequence[Flags], found: InferenceOutput
+) -> list[tuple[FloatArray, FloatArray]]:
     """Return each frame's logits and probabilities, float32 [4, C] each."""
     return list(zip(found.logits, found.probabilities, strict=True))
 

@@ -23,7 +23,7 @@ from typing import Any, Final, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from echoquad_runtime.engine.io_binding import Answers
+from echoquad_runtime.engine.io_binding import InferenceOutput
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import FrameError, FrameReadError
 from echoquad_runtime.frames.formats import VIDEO_EXTENSIONS
@@ -96,7 +96,7 @@ class Pipeline(Generic[_Result]):
     def __init__(
         self,
         slots: SlotPool,
-        judge: Callable[[Sequence[Source], Sequence[Flags], Answers], Sequence[_Result | Failure]],
+        judge: Callable[[Sequence[Source], Sequence[Flags], InferenceOutput], Sequence[_Result | Failure]],
         *,
         workers: int,
         time_limit: float,

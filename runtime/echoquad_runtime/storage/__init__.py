@@ -1,1 +1,1 @@
-"""Files on disk: atomic writes, file locks, directory walks, and how file names are printed in rows."""
+"""Files on disk: atomic writes of files and folders, file locks, regular files, directory walks, names in rows."""

@@ -1,21 +1,20 @@
-"""Writing files so that a reader never sees half of one; reading nothing but files."""
+"""Atomic writes: a file appears under its name complete, or not at all."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import json
 import os
-import stat
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BufferedReader, FileIO
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
 from echoquad_runtime.errors import EchoQuadError, OutputError
+from echoquad_runtime.storage.regular_file import open_regular, read_regular
+from echoquad_runtime.storage.user_folders import user_folder
 
 __all__ = [
     "make_folder",
@@ -30,35 +29,36 @@ __all__ = [
     "write_json",
 ]
 
-_MADE = itertools.count()
+_counter = itertools.count()
 
 
 @contextmanager
 def output_errors(path: Path) -> Iterator[None]:
-    """Turn the system's refusals while `path` is written into one clear line.
+    """Raise system errors inside the block as one-line errors about writing `path`.
 
     Raises
     ------
     OutputError
-        For any OSError inside the block: disk full, read-only, no such folder.
+        For any OSError: disk full, read-only, no such folder.
     """
     try:
         yield
-    except EchoQuadError:  # some are OSErrors too, and know better what went wrong
+    except EchoQuadError:  # some are OSErrors too, with a more specific message
         raise
-    except BrokenPipeError:  # the reader went away, which is the caller's affair and no fault of the disk
+    except BrokenPipeError:  # the reader of a pipe has closed it; the caller handles that
         raise
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = error.strerror or str(error) or type(error).__name__
         raise OutputError(f"{path.as_posix()}: cannot be written ({reason}); check space and permissions") from error
 
 
 @contextmanager
 def write_atomically(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that takes its name only when the block ends well.
+    """Open a file for an atomic write: it takes its name only if the block succeeds.
 
-    The bytes go to a hidden neighbour, are flushed to the disk, then renamed over `path`. When the block fails the
-    neighbour is removed and `path` is as it was. A target that is no regular file (a pipe) is written directly.
+    The bytes go to a hidden temporary file in the same folder, are flushed to the disk, then renamed over `path`. If
+    the block fails, the temporary file is removed and `path` is unchanged. A target that is not a regular file (a pipe)
+    is written directly.
 
     Raises
     ------
@@ -72,22 +72,22 @@ def write_atomically(path: Path) -> Iterator[IO[bytes]]:
             with path.open("wb") as stream:
                 yield stream
             return
-        # Threads may write the same file, and the longest name has no room for more.
-        partial = path.with_name(f".{path.name[:40]}.{os.getpid()}-{next(_MADE)}.partial")
+        # The counter separates threads that write the same file; the name is cut since it may have the maximum length.
+        temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}-{next(_counter)}.partial")
         try:
-            with partial.open("wb") as stream:
+            with temporary.open("wb") as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
-            partial.replace(path)
+            temporary.replace(path)
         except BaseException:
-            partial.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the disk keep a folder's names as they are now, where the system can."""
-    with contextlib.suppress(OSError):  # Windows opens no folder, some disks refuse
+    """Flush a folder's entries to the disk, if the system supports it."""
+    with contextlib.suppress(OSError):  # Windows cannot open a folder, and some file systems refuse fsync
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -96,7 +96,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_all(stream: FileIO, data: bytes) -> None:
-    """Write all of `data`, without a buffer: a disk takes what it has room for, and refuses only the next byte.
+    """Write all of `data` to an unbuffered stream, which may accept only part of it per call.
 
     Raises
     ------
@@ -109,7 +109,7 @@ def write_all(stream: FileIO, data: bytes) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a whole file atomically.
+    """Write a file atomically.
 
     Raises
     ------
@@ -129,12 +129,12 @@ def write_json(path: Path, value: Any) -> None:
         If the system refuses.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    # A file name that is no UTF-8 has lone surrogates in it; as \udcff they are JSON again.
+    # A file name that is not UTF-8 has lone surrogates, which become JSON escapes such as \udcff.
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def make_folder(path: Path) -> Path:
-    """Make a folder and those above it, if they are not there.
+    """Create a folder and its parents, if they do not exist, and return it.
 
     Raises
     ------
@@ -143,7 +143,7 @@ def make_folder(path: Path) -> Path:
     """
     with output_errors(path):
         missing: list[Path] = []
-        for folder in (path, *path.parents):  # a loop, since pathlib's own way goes no deeper than Python's stack
+        for folder in (path, *path.parents):  # not mkdir(parents=True), which recurses once per level
             try:
                 folder.mkdir(exist_ok=True)
                 break
@@ -152,59 +152,3 @@ def make_folder(path: Path) -> Path:
         for folder in reversed(missing):
             folder.mkdir(exist_ok=True)
     return path
-
-
-@contextmanager
-def open_regular(path: Path) -> Iterator[BufferedReader]:
-    """Open a file to read it, if it is one: a pipe would wait for its writer, a device may never end.
-
-    Raises
-    ------
-    OSError
-        If the system refuses, or `path` is a folder, a pipe, a device.
-    """
-    # What was opened is what is asked, so that nothing else can take its place in between.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
-    with os.fdopen(descriptor, "rb") as stream:
-        yield stream
-
-
-def read_regular(path: Path, limit: int) -> bytes:
-    """Read a file whole, up to `limit` bytes and one more, which tells that there are too many.
-
-    Raises
-    ------
-    OSError
-        As `open_regular`.
-    """
-    with open_regular(path) as stream:
-        size = os.fstat(stream.fileno()).st_size  # so that a limit of gigabytes does not ask for them
-        return stream.read(min(size, limit) + 1)
-
-
-def user_folder(*, windows: tuple[str, str], mac: str, xdg: tuple[str, str]) -> Path:
-    """Name EchoQuad's folder of one kind, settings say or caches, among the user's own.
-
-    Parameters
-    ----------
-    windows, xdg
-        The variable that names the parent, and where that is in ``AppData`` or the home if it does not.
-    mac
-        The parent in ``~/Library``.
-
-    Raises
-    ------
-    RuntimeError
-        If the user has no home.
-    """
-    if sys.platform == "win32":
-        given = os.environ.get(windows[0])
-        return (Path(given) if given else Path.home() / "AppData" / windows[1]) / "EchoQuad"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / mac / "EchoQuad"
-    named = Path(os.environ.get(xdg[0], ""))
-    # The XDG specification has a relative path ignored.
-    return (named if named.is_absolute() else Path.home() / xdg[1]) / "echoquad"

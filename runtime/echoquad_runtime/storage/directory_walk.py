@@ -1,4 +1,4 @@
-"""Trees of folders: walked lazily and in order, by a rule or by a pattern, whatever links and depths they have."""
+"""Directory walks: lazy and in sorted order, filtered by a rule or a glob pattern, safe against links and depth."""
 
 from __future__ import annotations
 
@@ -10,101 +10,103 @@ from dataclasses import dataclass, field
 from glob import has_magic
 from typing import Final, Generic, TypeVar
 
-__all__ = ["Step", "descend", "expand"]
+__all__ = ["WalkRule", "expand_pattern", "walk_directory"]
 
 _State = TypeVar("_State")
 
-Step = Callable[[_State, str, bool], tuple[bool, _State | None]]
-"""Of a folder's state, an entry's name and whether that is a folder: whether to give it, and the state to enter it in.
+WalkRule = Callable[[_State, str, bool], tuple[bool, _State | None]]
+"""Decides on an entry from the state of its folder, its name, and whether it is a folder.
 
-None is not to enter. What is given is not entered."""
+Returns whether to yield it, and the state in which to enter it; None is not to enter. A yielded entry is not entered.
+"""
 
-_ANY_FOLDERS: Final = "**"
+_RECURSIVE: Final = "**"
 
 
 @dataclass
-class _Level(Generic[_State]):
-    """A folder that is being gone through: what is left of it, last name first, and which of that is to be entered."""
+class _OpenFolder(Generic[_State]):
+    """A folder that is being walked: its remaining names, last one first, and the states of those to enter."""
 
     prefix: str
     identity: Hashable
     names: list[str] = field(default_factory=list)
-    below: dict[str, _State] = field(default_factory=dict)
+    subfolders: dict[str, _State] = field(default_factory=dict)
 
 
-def descend(top: str, state: _State, step: Step[_State]) -> Iterator[str | OSError]:
-    """Go through a tree, depth first, the names of a folder in sorted order, files and folders alike.
+def walk_directory(top: str, state: _State, rule: WalkRule[_State]) -> Iterator[str | OSError]:
+    """Walk a directory tree depth first; within a folder, files and folders come in one sorted order.
 
-    Linked folders are entered, but none inside itself. Held are only the wanted names of the folders on the way down.
+    Symbolic links to folders are followed, but no folder is entered inside itself. Memory holds only the wanted names
+    of the folders on the path to the current one.
 
     Yields
     ------
     str or OSError
-        Paths relative to `top`, with forward slashes; an error, with its file name, for a folder that cannot be read.
+        Paths relative to `top`, with forward slashes; for a folder that cannot be read, the error with its file name.
     """
-    levels: list[_Level[_State]] = []
+    path: list[_OpenFolder[_State]] = []
     entering: tuple[str, _State] | None = ("", state)
-    while entering or levels:
+    while entering or path:
         if entering is not None:
-            prefix, inside = entering
+            prefix, inner_state = entering
             entering = None
-            folder = os.path.join(top, prefix) if prefix else top  # noqa: PTH118 - pathlib's objects are ten times as large
+            folder = os.path.join(top, prefix) if prefix else top  # noqa: PTH118 - a Path takes ten times the memory
             try:
-                level: _Level[_State] = _Level(prefix, _identity(folder or os.curdir))
-                if all(level.identity != other.identity for other in levels):
-                    levels.append(level)
-                    _list(folder or os.curdir, level, inside, step)
-            except OSError as error:  # what was listed before it is gone through all the same
+                opened: _OpenFolder[_State] = _OpenFolder(prefix, _identity(folder or os.curdir))
+                if all(opened.identity != other.identity for other in path):
+                    path.append(opened)
+                    _list_folder(folder or os.curdir, opened, inner_state, rule)
+            except OSError as error:  # the names listed before the error are walked all the same
                 error.filename = error.filename or folder
                 yield error
             continue
-        level = levels[-1]
-        if not level.names:
-            levels.pop()
+        current = path[-1]
+        if not current.names:
+            path.pop()
             continue
-        name = level.names.pop()
-        if name in level.below:
-            entering = f"{level.prefix}{name}/", level.below.pop(name)
+        name = current.names.pop()
+        if name in current.subfolders:
+            entering = f"{current.prefix}{name}/", current.subfolders.pop(name)
         else:
-            yield level.prefix + name
+            yield current.prefix + name
 
 
 def _identity(folder: str) -> Hashable:
-    """Tell a folder from others by what it is, since links and mounts give it many paths."""
+    """Return what identifies a folder, since links and mounts give it many paths."""
     status = os.stat(folder)  # noqa: PTH116
     return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(folder)
 
 
-def _list(folder: str, level: _Level[_State], state: _State, step: Step[_State]) -> None:
+def _list_folder(folder: str, opened: _OpenFolder[_State], state: _State, rule: WalkRule[_State]) -> None:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                give, enter = step(state, entry.name, _is_folder(entry))
-                if give or enter is not None:
-                    level.names.append(entry.name)
-                if enter is not None and not give:
-                    level.below[entry.name] = enter
+                wanted, inner_state = rule(state, entry.name, _is_folder(entry))
+                if wanted or inner_state is not None:
+                    opened.names.append(entry.name)
+                if inner_state is not None and not wanted:
+                    opened.subfolders[entry.name] = inner_state
     finally:
-        level.names.sort(reverse=True)
+        opened.names.sort(reverse=True)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself
+    except OSError:  # a link to itself
         return False
 
 
-def expand(pattern: str) -> Iterator[str | OSError]:
-    """Find what a pattern names, in the order of `descend`, each path once.
+def expand_pattern(pattern: str) -> Iterator[str | OSError]:
+    """Find the paths that match a glob pattern, each once, in the order of `walk_directory`.
 
-    ``*``, ``?`` and ``[...]`` stand for signs of one name, ``**`` for any number of folders; only where a part of the
-    pattern begins with a dot does it stand for hidden names. A folder that is found is not searched further.
+    ``*``, ``?`` and ``[...]`` match characters of one name, ``**`` any number of folders. Hidden names match only a
+    part of the pattern that begins with a dot. A folder that matches is not searched.
 
     Yields
     ------
     str or OSError
-        Paths, beginning as the pattern does; an error for a folder that cannot be searched.
+        Paths that begin as the pattern does; an error for a folder that cannot be searched.
     """
     drive, rest = os.path.splitdrive(pattern)
     parts = re.split(f"[{re.escape(os.sep + (os.altsep or ''))}]+", rest)
@@ -113,29 +115,31 @@ def expand(pattern: str) -> Iterator[str | OSError]:
     if not os.path.isdir(top or os.curdir):  # noqa: PTH112
         return
     wanted = [part for part in parts[plain:] if part not in ("", os.curdir)]
-    matchers = [None if part == _ANY_FOLDERS else _matcher(part) for part in wanted]
+    matchers = [None if part == _RECURSIVE else _matcher(part) for part in wanted]
+    folders_only = parts[-1] == ""  # "exam*/"
 
-    def reach(state: int) -> set[int]:  # how much of the pattern may lie behind: any folders may be none
-        return {state} | (reach(state + 1) if state < len(matchers) and matchers[state] is None else set())
+    def closure(position: int) -> set[int]:
+        """Return the positions of the pattern reachable from one without a name: ``**`` may match no folder."""
+        skips = position < len(matchers) and matchers[position] is None
+        return {position} | (closure(position + 1) if skips else set())
 
-    def step(state: frozenset[int], name: str, is_folder: bool) -> tuple[bool, frozenset[int] | None]:
-        found: set[int] = set()
-        for index in state:
-            matches = matchers[index]
+    def rule(state: frozenset[int], name: str, is_folder: bool) -> tuple[bool, frozenset[int] | None]:
+        reached: set[int] = set()
+        for position in state:
+            matches = matchers[position]
             if matches is None and not name.startswith("."):
-                found |= reach(index)
+                reached |= closure(position)
             elif matches is not None and matches(name):
-                found |= reach(index + 1)
-        open_ended = parts[-1] == ""  # "exam*/" is for folders alone
-        give = len(matchers) in found and (is_folder or not open_ended)
-        enter = frozenset(found - {len(matchers)})
-        return give, enter if is_folder and enter else None
+                reached |= closure(position + 1)
+        matched = len(matchers) in reached and (is_folder or not folders_only)
+        inner_state = frozenset(reached - {len(matchers)})
+        return matched, inner_state if is_folder and inner_state else None
 
-    begin = reach(0)
+    begin = closure(0)
     if len(matchers) in begin:  # nothing but "**": the folder itself
         yield top or os.curdir
         return
-    for found in descend(top, frozenset(begin), step):
+    for found in walk_directory(top, frozenset(begin), rule):
         yield os.path.join(top, found) if isinstance(found, str) else found  # noqa: PTH118
 
 

@@ -1,4 +1,4 @@
-"""A file that one process at a time may hold; what it held is let go when it ends, however it ends."""
+"""File locks: one process at a time holds a file, and the system releases the lock when the process ends."""
 
 from __future__ import annotations
 
@@ -13,31 +13,33 @@ from echoquad_runtime.storage.atomic import write_all
 
 __all__ = ["FileLock", "LockedError"]
 
-_HELD: Final = frozenset({errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, getattr(errno, "EDEADLK", errno.EACCES)})
-_FAR: Final = 1 << 40  # where Windows, whose locks keep readers out, has nothing to read
+_HELD_ERRNOS: Final = frozenset(
+    {errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, getattr(errno, "EDEADLK", errno.EACCES)}
+)
+_WINDOWS_OFFSET: Final = 1 << 40  # beyond the content: a locked byte on Windows cannot be read by others
 
 
 class LockedError(OSError):
-    """Another process holds the file."""
+    """Another process holds the file lock."""
 
 
 class FileLock:
-    """An exclusive lock on a small file, which is made if it is not there.
+    """An exclusive file lock on a small file, which is created if it does not exist.
 
     Parameters
     ----------
     path
-        The file. Who unlinks it while it is held gives it up.
+        The file. Removing it while the lock is held gives the lock up.
 
     Attributes
     ----------
     certain
-        False where the disk knows no locks, as some network disks: then nothing keeps a second process out.
+        False if the file system has no locks, as some network file systems: then nothing excludes a second process.
 
     Raises
     ------
     LockedError
-        If another process holds it.
+        If another process holds the lock.
     OSError
         If the file cannot be opened.
     """
@@ -50,33 +52,33 @@ class FileLock:
             try:
                 _lock(self._stream.fileno())
             except OSError as error:
-                if error.errno in _HELD:
+                if error.errno in _HELD_ERRNOS:
                     self._stream.close()
                     raise LockedError(error.errno, "another process holds it", str(path)) from error
                 self.certain = False
-            # Who held it may have removed it after it was opened here: then this is a lock on nothing.
+            # The previous holder may have removed the file after it was opened here: then the lock is on no file.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self._stream.fileno()), path.stat()):
                     return
             self._stream.close()
 
     def read(self) -> bytes:
-        """Read what the file holds."""
+        """Return the content of the file."""
         self._stream.seek(0)
         return self._stream.readall()
 
     def write(self, data: bytes) -> None:
-        """Put `data` in place of what the file holds."""
+        """Replace the content of the file."""
         self._stream.seek(0)
         self._stream.truncate()
         write_all(self._stream, data)
 
     def sync(self) -> None:
-        """Wait until the disk has what was written."""
+        """Flush the content to the disk."""
         os.fsync(self._stream.fileno())
 
     def release(self, *, remove: bool = False) -> None:
-        """Let it go; `remove` is whether the file goes, too."""
+        """Release the lock; with `remove`, remove the file as well."""
         if os.name == "nt":  # where an open file cannot be removed
             self._stream.close()
         with contextlib.suppress(OSError):
@@ -91,7 +93,7 @@ def _lock(descriptor: int) -> None:
     except ImportError:
         import msvcrt
 
-        os.lseek(descriptor, _FAR, os.SEEK_SET)
+        os.lseek(descriptor, _WINDOWS_OFFSET, os.SEEK_SET)
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
     else:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 
 from echoquad_runtime.bench.benchmark import time_stages
 from echoquad_runtime.bundle.bundle import Bundle
-from echoquad_runtime.devices.onnxruntime_loader import one_line
+from echoquad_runtime.devices.error_summary import summarize_error
 from echoquad_runtime.devices.session_factory import Device
 from echoquad_runtime.engine.io_binding import new_batch
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
@@ -94,7 +94,7 @@ class GoldenFrames:
             self.unusable.append(error)
             return str(error)
         except Exception as error:  # what a provider raises has no common base
-            return one_line(error)
+            return summarize_error(error)
         if found.passed:
             return ""
         allowed = ", ".join(f"{name} {value:g}" for name, value in found.gate.items())
@@ -140,7 +140,7 @@ class Trial:
         except BundleTamperedError:
             raise
         except Exception as error:  # what a provider raises, out of memory say, has no common base
-            self.faults[index] = one_line(error)
+            self.faults[index] = summarize_error(error)
             return None
 
     def _measure(self, index: int) -> Turn:

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, cast, get_args
 
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.devices.host_facts import host_facts
-from echoquad_runtime.devices.session_factory import Device, usable_devices
+from echoquad_runtime.devices.session_factory import Device, probe_devices
 from echoquad_runtime.errors import OutputError
 from echoquad_runtime.storage.atomic import make_folder, output_errors, user_folder, write_json
 
@@ -275,7 +275,7 @@ def _understand(text: bytes, bundle: Bundle) -> tuple[Kept | None, str]:
             return None, f"{name} was {_shown(host.get(name))} when it was made and is {here} now"
     device = kept.choice.device
     # The CPU is always there; trying the others takes a while, and is done only when one of them was chosen.
-    obstacle = None if device == "cpu" else usable_devices().get(device, "this onnxruntime is built without it")
+    obstacle = None if device == "cpu" else probe_devices().get(device, "this onnxruntime is built without it")
     return kept, "" if obstacle is None else f"its device {device} cannot be used: {obstacle}"
 
 

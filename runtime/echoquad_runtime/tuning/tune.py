@@ -21,9 +21,11 @@ from typing import Any, Final
 import numpy as np
 
 from echoquad_runtime.bench.benchmark import Encoded, encoded_golden_frames
-from echoquad_runtime.bundle.bundle import BF16, TF32, Bundle
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.manifest import BF16, TF32
+from echoquad_runtime.devices.cpu_info import available_cpus
 from echoquad_runtime.devices.host_facts import host_facts
-from echoquad_runtime.devices.session_factory import Device, available_cpus, usable_devices
+from echoquad_runtime.devices.session_factory import Device, probe_devices
 from echoquad_runtime.errors import ConfigError, InputNotFoundError
 from echoquad_runtime.tuning.measurement import FRAME_RATE, GoldenFrames, Trial
 from echoquad_runtime.tuning.racing import Round, Standing, contenders, costs, eligible, pick, race, replay, stand
@@ -301,7 +303,7 @@ def _devices(device: Device, goal: Goal) -> tuple[list[str], dict[str, str]]:
     """Give the devices to try, and why others are left out."""
     if device != "auto":
         return [device], {}
-    found = usable_devices()
+    found = probe_devices()
     left_out = {name: obstacle for name, obstacle in found.items() if obstacle is not None}
     if goal == "power" and "cuda" in found:
         # It would always win: what it burns is not CPU time.

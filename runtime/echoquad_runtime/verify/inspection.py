@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from echoquad_runtime.bundle.bundle import MANIFEST, SIGNATURE, Bundle
-from echoquad_runtime.bundle.document import Block, Document, Items, Paragraph, Section, Table
-from echoquad_runtime.bundle.model_card import model_card, phrase
-from echoquad_runtime.engine.self_test import passes_on_this_host
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.document import Block, BulletList, Document, Paragraph, Section, Table
+from echoquad_runtime.bundle.manifest import MANIFEST, SIGNATURE
+from echoquad_runtime.bundle.model_card import format_value, model_card
+from echoquad_runtime.engine.self_test import cached_self_tests
 from echoquad_runtime.errors import BundleError, BundleTamperedError
 
 __all__ = ["FileState", "Inspection", "inspect_bundle"]
@@ -46,7 +47,7 @@ class Inspection:
     signed
         Whether there is a signature; it is not checked here.
     self_tests
-        The self-tests that this host remembers as passed; see `passes_on_this_host`.
+        The self-tests that this host remembers as passed; see `cached_self_tests`.
     """
 
     bundle: str
@@ -69,7 +70,9 @@ class Inspection:
     @property
     def document(self) -> Document:
         """The model card, and what was found of the files."""
-        rows = tuple((phrase(file.name), str(file.size), f"{file.sha256[:12]}...", file.state) for file in self.files)
+        rows = tuple(
+            (format_value(file.name), str(file.size), f"{file.sha256[:12]}...", file.state) for file in self.files
+        )
         blocks: list[Block] = [
             Paragraph(f"{MANIFEST} has the SHA-256 {self.manifest['manifest_sha256']} of its content, and is whole."),
             Table(("file", "bytes", "SHA-256", "state"), rows),
@@ -79,7 +82,7 @@ class Inspection:
         if self.unlisted:
             more = [f"and {len(self.unlisted) - UNREAD} more"] if len(self.unlisted) > UNREAD else []
             blocks.append(Paragraph("Not of the bundle, and never read:"))
-            blocks.append(Items((*map(phrase, self.unlisted[:UNREAD]), *more)))
+            blocks.append(BulletList((*map(format_value, self.unlisted[:UNREAD]), *more)))
         sections = (Section("Files", tuple(blocks)), Section("Self-tests on this host", self._self_test_blocks()))
         return Document(self.card.title, (*self.card.sections, *sections))
 
@@ -87,7 +90,7 @@ class Inspection:
         if not self.self_tests:
             return (Paragraph("None is remembered. A predictor tests itself before its first answer."),)
         names = ("precision", "device", "threads", "frames", "created")
-        rows = tuple(tuple(phrase(str(test.get(name))) for name in names) for test in self.self_tests)
+        rows = tuple(tuple(format_value(str(test.get(name))) for name in names) for test in self.self_tests)
         return (Table(("precision", "device", "threads", "frames at a time", "passed on"), rows),)
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,7 +130,7 @@ def inspect_bundle(folder: str | Path) -> Inspection:
         files,
         tuple(sorted(found - known)),
         SIGNATURE in found,
-        tuple(passes_on_this_host(bundle)),
+        tuple(cached_self_tests(bundle)),
     )
 
 

@@ -18,12 +18,14 @@ from typing import Any, Final, cast
 
 import numpy as np
 
-from echoquad_runtime.bundle.bundle import GOLDEN, Bundle, Golden, model_file
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.golden_frames import GoldenFrames
+from echoquad_runtime.bundle.manifest import GOLDEN, model_file
 from echoquad_runtime.devices.host_facts import host_facts
 from echoquad_runtime.devices.session_factory import Device
 from echoquad_runtime.engine.io_binding import FloatArray, buckets
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
-from echoquad_runtime.engine.self_test import largest_differences
+from echoquad_runtime.engine.self_test import max_abs_differences
 from echoquad_runtime.errors import DeviceUnavailableError, EchoQuadError
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.quadrants import Grey
@@ -73,7 +75,7 @@ class Verification:
     frames
         How many golden frames were replayed.
     max_abs_dlogit, max_abs_dprobability
-        Worst |difference| from the answers expected; see `Golden.expected`.
+        Worst |difference| from the answers expected; see `GoldenFrames.expected`.
     frame_flips, quadrant_flips
         Decisions that came out otherwise, and no difference within the gate can account for it.
     tolerated_frame_flips, tolerated_quadrant_flips
@@ -244,7 +246,7 @@ def verify_all(
         The bundle.
     devices
         Names of devices, ``auto`` among them, each with what is in the way of it or None, as
-        `echoquad_runtime.devices.session_factory.usable_devices` gives them.
+        `echoquad_runtime.devices.session_factory.probe_devices` gives them.
     precisions
         What to replay on each, None among them being the bundle's default. None is every precision that the bundle
         holds, and bf16 on OpenVINO.
@@ -287,7 +289,7 @@ def verify_all(
     return Record(*known, len(manifest["files"]), tuple(checks), obstacles, None)
 
 
-def _hash_all(bundle: Bundle, precisions: Sequence[str]) -> Golden:
+def _hash_all(bundle: Bundle, precisions: Sequence[str]) -> GoldenFrames:
     """Hash every file but the graphs of `precisions`, which are hashed as they are read to be used.
 
     Raises
@@ -303,7 +305,7 @@ def _hash_all(bundle: Bundle, precisions: Sequence[str]) -> Golden:
 
 
 def _replay(
-    bundle: Bundle, golden: Golden, device: Device, precision: str, threads: int | None, **options: Any
+    bundle: Bundle, golden: GoldenFrames, device: Device, precision: str, threads: int | None, **options: Any
 ) -> Verification:
     gate = bundle.gate(precision)
     predictor = Predictor(
@@ -322,8 +324,8 @@ def _replay(
     flips = []
     # What is no number differs infinitely, and cannot pass.
     for logits, probabilities in passes:
-        dlogit = np.maximum(dlogit, largest_differences(logits, true_logits))
-        dprobability = np.maximum(dprobability, largest_differences(probabilities, true))
+        dlogit = np.maximum(dlogit, max_abs_differences(logits, true_logits))
+        dprobability = np.maximum(dprobability, max_abs_differences(probabilities, true))
         found = aggregate_votes(probabilities, contract.vote, contract.vote_weights)
         frames, patches = found.labels != expected.labels, found.quadrant_labels != expected.quadrant_labels
         within = within_tolerance(leads, found.labels, allowed)

@@ -20,7 +20,7 @@ from echoquad_export.precision.quantize import activation_tensors, layers, prepa
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
-from echoquad_runtime.engine.slot_pool import infer_all
+from echoquad_runtime.engine.slot_pool import infer_in_batches
 from echoquad_runtime.verify.verify import verify
 from echoquad_train.data.dataset import load_quadrants, read_split
 from echoquad_train.fitting import linear_probe as linear
@@ -121,7 +121,7 @@ def test_graph_of_a_linear_classifier_decides_as_scikit_learn(
     for split in ("train", "validation"):
         store = load_quadrants(read_split(other_case.data, split, run.contract.classes), run.contract)
         expected = fitted[0].pipeline.predict(linear.quadrant_features(run.model, store).astype(np.float64))
-        logits, _ = infer_all(engine, store.quadrants, 4)
+        logits, _ = infer_in_batches(engine, store.quadrants, 4)
         assert np.array_equal(logits.argmax(axis=1), expected) and len(set(expected)) == 3
     manifest = json.loads((tmp_path / "bundle" / "bundle.json").read_text("utf-8"))
     assert manifest["training"]["fit"] == run.info["fit"] and manifest["training"]["fit"]["kind"] == kind

@@ -18,10 +18,9 @@ import pytest
 import torch
 
 from echoquad_export.graph.build import IR_VERSION, OPSET, build_graph
-from echoquad_runtime.bundle.onnx_header import MAX_IR_VERSION, MAX_OPSET
+from echoquad_runtime.bundle.onnx_header import CONTRACT_KEY, MAX_IR_VERSION, MAX_OPSET
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.devices.session_factory import load_onnxruntime
-from echoquad_runtime.engine.onnx_engine import CONTRACT_KEY
+from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 from echoquad_train.networks.classifier import QuadrantClassifier
 from echoquad_train.networks.torch_engine import TorchEngine
 from echoquad_train.runs.checkpoint import load_run

@@ -18,7 +18,7 @@ from hypothesis.extra.numpy import arrays
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from echoquad.cli.export import export
+from echoquad.cli.commands.export import export
 from echoquad_export.graph import frame_graph
 from echoquad_export.graph.frame_graph import (
     CLASSES_KEY,
@@ -31,10 +31,12 @@ from echoquad_export.graph.frame_graph import (
 )
 from echoquad_export.graph.resize_graph import FRAMES
 from echoquad_export.packing.exporter import export_run
-from echoquad_runtime.bundle.bundle import Bundle, frame_file
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.manifest import frame_graph_file
+from echoquad_runtime.bundle.onnx_header import CONTRACT_KEY, INPUT, OUTPUTS
 from echoquad_runtime.contract import Contract, VoteMethod
 from echoquad_runtime.devices.session_factory import open_session
-from echoquad_runtime.engine.onnx_engine import CONTRACT_KEY, INPUT, OUTPUTS, OnnxEngine
+from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.errors import BundleError, BundleTamperedError, ParityError
 from echoquad_runtime.quadrants import Grey, frame_quadrants
 from echoquad_runtime.verify.verify import verify
@@ -333,7 +335,7 @@ def test_export_adds_frame_graphs_that_passed_parity(case: Any, thin: None, few_
     export(case.run, folder, precision="fp32,fp16", frame_graph=True)
     bundle = Bundle(folder)
     for precision in ("fp32", "fp16"):
-        data = bundle.read(frame_file(precision))  # checks the hash
+        data = bundle.read(frame_graph_file(precision))  # checks the hash
         assert data == build_frame_graph(bundle.read_model(precision), bundle.contract)
         figures = bundle.manifest["frame_graphs"][precision]
         assert figures.keys() == {"frames", "max_grey_difference", "max_abs_dprobability", "flips"}

@@ -13,7 +13,8 @@ import pytest
 
 from echoquad_export.packing import exporter
 from echoquad_export.packing.exporter import export_run
-from echoquad_runtime.bundle.bundle import SIGNATURE, Bundle
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.manifest import SIGNATURE
 from echoquad_runtime.errors import ConfigError, SignatureError
 
 if util.find_spec("model_signing") is None:

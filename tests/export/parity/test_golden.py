@@ -25,7 +25,8 @@ from echoquad_export.parity.golden import (
     make_golden,
     pack_golden,
 )
-from echoquad_runtime.bundle.bundle import Bundle, Golden, encode_golden
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.golden_frames import GoldenFrames, encode_golden
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import InputNotFoundError
 from echoquad_runtime.frames.frame_file import FrameFile
@@ -79,11 +80,11 @@ class Constant(Brightness):
         return np.tile(np.arange(len(self.contract.classes), dtype=float), (len(quadrants), 1))
 
 
-def patterns(golden: Golden) -> set[tuple[int, ...]]:
+def patterns(golden: GoldenFrames) -> set[tuple[int, ...]]:
     return set(map(tuple, golden.probabilities.argmax(axis=2).tolist()))
 
 
-def reason_of(golden: Golden, text: str) -> list[str]:
+def reason_of(golden: GoldenFrames, text: str) -> list[str]:
     """Return the frames that have a reason with this prefix."""
     pairs = zip(golden.names, golden.reasons, strict=True)
     return [name for name, reasons in pairs if any(reason.startswith(text) for reason in reasons)]
@@ -99,7 +100,7 @@ CONTRACTS = {
 
 
 @pytest.fixture(scope="module", params=CONTRACTS.values(), ids=CONTRACTS)
-def made(request: pytest.FixtureRequest) -> tuple[Brightness, Golden]:
+def made(request: pytest.FixtureRequest) -> tuple[Brightness, GoldenFrames]:
     engine = Brightness(request.param)
     return engine, make_golden(engine)
 
@@ -107,7 +108,7 @@ def made(request: pytest.FixtureRequest) -> tuple[Brightness, Golden]:
 # What is in it
 
 
-def test_golden_file_and_pool_stay_within_limits(made: tuple[Brightness, Golden]) -> None:
+def test_golden_file_and_pool_stay_within_limits(made: tuple[Brightness, GoldenFrames]) -> None:
     engine, golden = made
     assert len(fixed_frames(engine.contract)) < len(golden.names) <= MAX_FRAMES
     assert len(set(golden.names)) == len(golden.names) == len(golden.reasons)
@@ -115,7 +116,7 @@ def test_golden_file_and_pool_stay_within_limits(made: tuple[Brightness, Golden]
     assert engine.inferences <= 200
 
 
-def test_golden_answers_are_those_of_the_training_code(made: tuple[Brightness, Golden]) -> None:
+def test_golden_answers_are_those_of_the_training_code(made: tuple[Brightness, GoldenFrames]) -> None:
     engine, golden = made
     for frame, logits, probabilities in zip(golden.frames, golden.logits, golden.probabilities, strict=True):
         expected = engine.infer(frame_quadrants(frame, engine.contract))
@@ -123,7 +124,7 @@ def test_golden_answers_are_those_of_the_training_code(made: tuple[Brightness, G
         np.testing.assert_array_equal(probabilities, expected[1])
 
 
-def test_fixed_frames_and_shapes_are_included(made: tuple[Brightness, Golden]) -> None:
+def test_fixed_frames_and_shapes_are_included(made: tuple[Brightness, GoldenFrames]) -> None:
     engine, golden = made
     size = engine.contract.input_size
     frames = dict(zip(golden.names, golden.frames, strict=True))
@@ -139,7 +140,7 @@ def test_fixed_frames_and_shapes_are_included(made: tuple[Brightness, Golden]) -
     assert all(reasons for reasons in golden.reasons)
 
 
-def test_golden_frames_cover_classes_votes_and_ties_of_the_pool(made: tuple[Brightness, Golden]) -> None:
+def test_golden_frames_cover_classes_votes_and_ties_of_the_pool(made: tuple[Brightness, GoldenFrames]) -> None:
     engine, golden = made
     contract = engine.contract
     pool = np.stack([engine.infer(frame_quadrants(frame, contract))[1] for _, frame in module._phantoms()])
@@ -156,7 +157,7 @@ def test_golden_frames_cover_classes_votes_and_ties_of_the_pool(made: tuple[Brig
         assert patterns(golden) >= set(map(tuple, there.quadrant_labels.tolist()))
 
 
-def test_golden_frames_include_the_smallest_margins_of_the_pool(made: tuple[Brightness, Golden]) -> None:
+def test_golden_frames_include_the_smallest_margins_of_the_pool(made: tuple[Brightness, GoldenFrames]) -> None:
     engine, golden = made
     contract = engine.contract
     names, frames = zip(*module._phantoms(), strict=True)
@@ -230,7 +231,7 @@ def test_golden_facts_on_a_hand_computed_case() -> None:
     first = np.array([[0.9, 0.8, 0.9, 0.8], [0.9, 0.8, 0.3, 0.2], [0.1, 0.45, 0.2, 0.9]], np.float32)
     p = np.stack([first, 1 - first], axis=2)
     frames = tuple(np.zeros((4, 4), np.uint8) for _ in first)
-    golden = Golden(("a", "b", "c"), frames, p, p, ((),) * 3)
+    golden = GoldenFrames(("a", "b", "c"), frames, p, p, ((),) * 3)
     facts = golden_facts(golden, TWO, PHANTOM, 1234)
     assert {key: facts[key] for key in ("source", "frames", "bytes", "classes")} == {
         "source": "phantom",
@@ -349,9 +350,9 @@ def test_reasons_survive_encoding(tmp_path: Path, make_tiny_bundle: Callable[...
     frames = (np.zeros((2, 2), np.uint8), np.ones((3, 2), np.uint8))
     p = np.full((2, 4, 2), 0.5, np.float32)
     reasons = (("votes A; B", 'a "quoted" Ω'), ("only one",))
-    golden = Golden(("a", "b"), frames, p, p, reasons)
+    golden = GoldenFrames(("a", "b"), frames, p, p, reasons)
     found = Bundle(make_tiny_bundle(tmp_path / "with", golden=golden)).read_golden()
     assert found.reasons == reasons
     assert encode_golden(found) == encode_golden(golden)
-    without = Golden(("a", "b"), frames, p, p)
+    without = GoldenFrames(("a", "b"), frames, p, p)
     assert Bundle(make_tiny_bundle(tmp_path / "without", golden=without)).read_golden().reasons == ()

@@ -19,7 +19,7 @@ from echoquad_export.parity.parity import (
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.contract import Contract, canonical_json
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
-from echoquad_runtime.engine.slot_pool import infer_all
+from echoquad_runtime.engine.slot_pool import infer_in_batches
 from echoquad_runtime.errors import ParityError
 from echoquad_train.data.dataset import load_quadrants, read_split
 from echoquad_train.networks.torch_engine import TorchEngine
@@ -161,13 +161,13 @@ def test_frames_run_in_batches_of_the_given_size() -> None:
             return first, first / first.sum(axis=1, keepdims=True)
 
     quadrants = np.random.default_rng(0).integers(1, 256, (7, 4, 8, 8), np.uint8)
-    logits, _ = infer_all(Counting(), quadrants, 5)
+    logits, _ = infer_in_batches(Counting(), quadrants, 5)
     assert seen == [(20, 1, 8, 8), (8, 1, 8, 8)]
     np.testing.assert_array_equal(logits, quadrants.reshape(28, 8, 8)[:, 0, :2])
     seen.clear()
     steps: list[tuple[int, int]] = []
     parity = measure_parity(
-        infer_all(Counting(), quadrants, 3), Counting(), quadrants, "test", progress=lambda *s: steps.append(s)
+        infer_in_batches(Counting(), quadrants, 3), Counting(), quadrants, "test", progress=lambda *s: steps.append(s)
     )
     assert parity.passed and parity.gate == GATES["fp32"] and steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
@@ -178,8 +178,8 @@ def test_bundle_decides_as_the_training_code(case: Any, other_case: Any, thin: N
         store = load_quadrants(read_split(made.data, "validation", run.contract.classes), run.contract)
         torch_engine = TorchEngine(run.model, run.contract)
         onnx_engine = OnnxEngine(Bundle(made.bundle), device="cpu")
-        reference = infer_all(torch_engine, store.quadrants, 3)
+        reference = infer_in_batches(torch_engine, store.quadrants, 3)
         parity = measure_parity(reference, onnx_engine, store.quadrants, "validation split")
         assert parity.passed and parity.worst("max_abs_dlogit") < 2e-5
-        other = infer_all(torch_engine, np.flip(store.quadrants, axis=0).copy(), 3)
+        other = infer_in_batches(torch_engine, np.flip(store.quadrants, axis=0).copy(), 3)
         assert not measure_parity(other, onnx_engine, store.quadrants, "validation split").passed

@@ -16,7 +16,7 @@ from echoquad_export.graph.onnx_graph import open_in_memory
 from echoquad_export.precision.calibration_set import Ranges
 from echoquad_export.precision.quantize import activation_tensors, layers, prepare, quantize
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.devices.session_factory import load_onnxruntime
+from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 
 CONTRACT = Contract(("a", "b", "c"), input_size=64, mean=0.31, std=0.22, temperature=1.7)
 

@@ -1,3 +1,5 @@
+"""Bundles: the manifest's bytes and fields, and the other files."""
+
 from __future__ import annotations
 
 import bisect
@@ -9,19 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from echoquad_runtime.bundle import bundle as bundles
-from echoquad_runtime.bundle.bundle import (
-    GOLDEN,
-    MANIFEST,
-    Bundle,
-    Golden,
-    encode_golden,
-    encode_manifest,
-    model_file,
-)
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.manifest import GOLDEN, MANIFEST, decode_manifest, encode_manifest, model_file
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import BundleError, BundleNotFoundError, BundleTamperedError
 
@@ -34,7 +27,7 @@ def bundle(tmp_path: Path, make_tiny_bundle: Make) -> Path:
 
 
 def rewrite(folder: Path, **changes: Any) -> Path:
-    """Change fields of the manifest; its own hash is made right, as a writer with bad intent or a bug would."""
+    """Change fields of the manifest and recompute its own hash, as a malicious or faulty writer would."""
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest |= changes
     kept = {key: value for key, value in manifest.items() if value is not ...}
@@ -42,7 +35,7 @@ def rewrite(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def test_a_good_bundle(tiny_bundle: Path) -> None:
+def test_valid_bundle_opens(tiny_bundle: Path) -> None:
     bundle = Bundle(tiny_bundle)
     assert bundle.contract == Contract(classes=("ASD", "NORM"), input_size=32)
     assert (bundle.precisions, bundle.default_precision) == (("fp32",), "fp32")
@@ -57,20 +50,23 @@ def test_a_good_bundle(tiny_bundle: Path) -> None:
 # ---------------------------------------------------------------------------------------------- the manifest's bytes
 
 
-def test_every_flipped_byte_of_the_manifest_is_refused(tmp_path: Path, make_tiny_bundle: Make) -> None:
-    bundle = make_tiny_bundle(tmp_path, manifest={"parity": {}})  # a short manifest, for it is read once a byte
+def test_manifest_with_a_flipped_byte_is_refused(tmp_path: Path, make_tiny_bundle: Make) -> None:
+    bundle = make_tiny_bundle(tmp_path, manifest={"parity": {}})  # short: it is decoded once per byte
     path = bundle / MANIFEST
     data = path.read_bytes()
     rng = random.Random(0)
     for position in range(len(data)):
         wrong = bytearray(data)
         wrong[position] ^= rng.choice([1, 2, 4, 8, 16, 32, 64, 128, 255])
-        path.write_bytes(wrong)
         with pytest.raises(BundleError) as caught:
-            Bundle(bundle)
+            decode_manifest(bytes(wrong), "bundle")
         assert "\n" not in str(caught.value)
+        if position % 50 == 0:
+            path.write_bytes(wrong)
+            with pytest.raises(type(caught.value)):
+                Bundle(bundle)
     path.write_bytes(data)
-    Bundle(bundle)
+    assert Bundle(bundle).manifest == decode_manifest(data, "bundle")
 
 
 @pytest.mark.parametrize(
@@ -88,11 +84,11 @@ def test_every_flipped_byte_of_the_manifest_is_refused(tmp_path: Path, make_tiny
     ],
     ids=["longer", "shorter", "BOM", "CRLF", "blank", "twice", "compact", "number", "classes"],
 )
-def test_a_manifest_written_otherwise_is_refused(bundle: Path, change: Callable[[bytes], bytes]) -> None:
+def test_manifest_in_another_encoding_is_refused(bundle: Path, change: Callable[[bytes], bytes]) -> None:
     data = (bundle / MANIFEST).read_bytes()
     assert change(data) != data
     (bundle / MANIFEST).write_bytes(change(data))
-    with pytest.raises(BundleTamperedError, match="copy the whole bundle again") as caught:
+    with pytest.raises(BundleTamperedError, match=r"bundle\.json") as caught:
         Bundle(bundle)
     assert caught.value.exit_code == 3
 
@@ -115,7 +111,7 @@ def test_a_manifest_written_otherwise_is_refused(bundle: Path, change: Callable[
     ],
     ids=["empty", "word", "cut", "latin", "deep", "nan", "inf", "no hash", "list", "null", "str", "object"],
 )
-def test_a_manifest_that_is_none(tmp_path: Path, text: str, error: type[BundleError]) -> None:
+def test_invalid_manifest_is_refused(tmp_path: Path, text: str, error: type[BundleError]) -> None:
     (tmp_path / MANIFEST).write_bytes(text.encode("latin-1"))
     with pytest.raises(error) as caught:
         Bundle(tmp_path)
@@ -131,8 +127,8 @@ def can_be_read(depth: int) -> bool:
     return True
 
 
-def test_a_manifest_nested_as_deep_as_can_be_read(tmp_path: Path) -> None:
-    # Just below the depth that json.loads refuses, what was read cannot be written again.
+def test_deeply_nested_manifest_is_refused(tmp_path: Path) -> None:
+    # Just below the depth that json.loads refuses, json.dumps fails on what json.loads has read.
     deepest = bisect.bisect_left(range(100_000), True, key=lambda depth: not can_be_read(depth))
     for depth in range(deepest - 15, deepest + 2):
         (tmp_path / MANIFEST).write_text('{"schema": 1, "a": ' + "[" * depth + "]" * depth + "}")
@@ -140,7 +136,7 @@ def test_a_manifest_nested_as_deep_as_can_be_read(tmp_path: Path) -> None:
             Bundle(tmp_path)
 
 
-def test_no_bundle(tmp_path: Path) -> None:
+def test_folder_without_manifest_raises_not_found(tmp_path: Path) -> None:
     with pytest.raises(BundleNotFoundError, match=r"no bundle here \(bundle.json is missing\)") as caught:
         Bundle(tmp_path)
     assert isinstance(caught.value, FileNotFoundError)
@@ -155,11 +151,11 @@ def test_no_bundle(tmp_path: Path) -> None:
         Bundle(tmp_path / "file")
 
 
-# ---------------------------------------------------------------------------------------------- what it says
+# ---------------------------------------------------------------------------------------------- the manifest's fields
 
 
 @pytest.mark.parametrize("schema", [0, 2, "1", None, True, [1]])
-def test_an_unknown_schema(bundle: Path, schema: object) -> None:
+def test_unknown_schema_is_refused(bundle: Path, schema: object) -> None:
     with pytest.raises(BundleError, match=r"the bundle has schema .*; this EchoQuad reads 1") as caught:
         Bundle(rewrite(bundle, schema=schema))
     assert not isinstance(caught.value, BundleTamperedError)
@@ -170,54 +166,54 @@ def test_an_unknown_schema(bundle: Path, schema: object) -> None:
     ["contract", "contract_sha256", "files", "precisions", "default_precision", "parity", "training", "intended_use"],
 )
 @pytest.mark.parametrize("value", [..., None, 3], ids=["absent", "null", "number"])
-def test_a_field_that_lacks(bundle: Path, name: str, value: object) -> None:
-    with pytest.raises(BundleError, match=f"lacks a proper `{name}`"):
+def test_missing_manifest_field_is_refused(bundle: Path, name: str, value: object) -> None:
+    with pytest.raises(BundleError, match=f"bundle\\.json has no valid `{name}`"):
         Bundle(rewrite(bundle, **{name: value}))
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "C:x", ".hidden", "..", ".", "", "a\0b", "/etc/passwd"])
-def test_files_outside_the_folder(bundle: Path, name: str) -> None:
+def test_file_name_outside_the_folder_is_refused(bundle: Path, name: str) -> None:
     files = json.loads((bundle / MANIFEST).read_text())["files"]
     with pytest.raises(BundleError, match="expected a plain name with its SHA-256"):
         Bundle(rewrite(bundle, files={**files, name: {"sha256": "0" * 64}}))
 
 
 @pytest.mark.parametrize("entry", [None, "hash", {}, {"sha256": 5}, []])
-def test_files_without_a_hash(bundle: Path, entry: object) -> None:
+def test_file_without_a_hash_is_refused(bundle: Path, entry: object) -> None:
     files = json.loads((bundle / MANIFEST).read_text())["files"]
     with pytest.raises(BundleError, match="expected a plain name with its SHA-256"):
         Bundle(rewrite(bundle, files={**files, "x.txt": entry}))
 
 
-def test_a_contract_that_its_hash_does_not_name(bundle: Path) -> None:
+def test_contract_with_another_hash_is_refused(bundle: Path) -> None:
     other = Contract(classes=("ASD", "NORM"), input_size=32, keep=0.8)
-    with pytest.raises(BundleTamperedError, match="the contract is not the one its hash names"):
+    with pytest.raises(BundleTamperedError, match="the contract does not match its SHA-256"):
         Bundle(rewrite(bundle, contract=other.to_dict()))
 
 
 @pytest.mark.parametrize("change", [{"keep": 2}, {"classes": ["A"]}, {"extra": 1}, {"schema": 2}])
-def test_a_contract_that_cannot_be(bundle: Path, change: dict[str, object]) -> None:
+def test_invalid_contract_is_refused(bundle: Path, change: dict[str, object]) -> None:
     values = {**Contract(classes=("ASD", "NORM")).to_dict(), **change}
     with pytest.raises(BundleError, match="bundle: contract: "):
         Bundle(rewrite(bundle, contract=values))
 
 
-def test_a_default_precision_that_it_does_not_hold(bundle: Path) -> None:
+def test_default_precision_without_graph_is_refused(bundle: Path) -> None:
     with pytest.raises(BundleError, match="its default precision is 'int8'; expected one of fp32"):
         Bundle(rewrite(bundle, default_precision="int8"))
 
 
-def test_a_precision_without_its_graph(bundle: Path) -> None:
+def test_precision_without_file_is_refused(bundle: Path) -> None:
     with pytest.raises(BundleError, match=r"model\.fp16\.onnx is not among its files"):
         Bundle(rewrite(bundle, precisions={"fp32": {}, "fp16": {}}))
 
 
-def test_a_precision_that_it_does_not_hold(tiny_bundle: Path) -> None:
-    with pytest.raises(BundleError, match="it holds no int8 graph, only fp32; ask for one of these, or export"):
+def test_choose_precision_refuses_a_missing_graph(tiny_bundle: Path) -> None:
+    with pytest.raises(BundleError, match="it holds no int8 graph, only fp32; "):
         Bundle(tiny_bundle).choose_precision("int8")
 
 
-def test_more_precisions(tmp_path: Path, make_tiny_bundle: Make) -> None:
+def test_first_precision_is_the_default(tmp_path: Path, make_tiny_bundle: Make) -> None:
     bundle = Bundle(make_tiny_bundle(tmp_path, precisions=("fp16", "fp32")))
     assert (set(bundle.precisions), bundle.default_precision) == ({"fp16", "fp32"}, "fp16")
     assert bundle.choose_precision("fp32") == "fp32"
@@ -237,7 +233,7 @@ def test_more_precisions(tmp_path: Path, make_tiny_bundle: Make) -> None:
         {"fp32": {"gate": {"max_abs_dprobability": True, "max_frame_flip_fraction": 0.0}}},
     ],
 )
-def test_no_gate(bundle: Path, parity: dict[str, object]) -> None:
+def test_gate_refuses_a_manifest_without_one(bundle: Path, parity: dict[str, object]) -> None:
     opened = Bundle(rewrite(bundle, parity=parity))
     with pytest.raises(BundleError, match="it states no parity gate for fp32"):
         opened.gate("fp32")
@@ -247,7 +243,7 @@ def test_no_gate(bundle: Path, parity: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("name", [model_file("fp32"), GOLDEN, "MODEL_CARD.md"])
-def test_flipped_bytes_of_other_files_are_refused(bundle: Path, name: str) -> None:
+def test_file_with_a_flipped_byte_is_refused(bundle: Path, name: str) -> None:
     opened = Bundle(bundle)
     data = (bundle / name).read_bytes()
     rng = random.Random(0)
@@ -264,14 +260,14 @@ def test_flipped_bytes_of_other_files_are_refused(bundle: Path, name: str) -> No
             opened.read(name)
 
 
-def test_a_file_that_is_missing(bundle: Path) -> None:
+def test_missing_file_is_refused(bundle: Path) -> None:
     (bundle / GOLDEN).unlink()
     opened = Bundle(bundle)
     with pytest.raises(BundleError, match=r"golden.npz cannot be read \(.+\); copy the whole bundle again"):
         opened.read_golden()
 
 
-def test_a_file_that_is_not_listed(bundle: Path) -> None:
+def test_unlisted_file_is_refused(bundle: Path) -> None:
     (bundle / "other.txt").write_text("x")
     for name in ("other.txt", MANIFEST, "../bundle/golden.npz"):
         with pytest.raises(BundleError, match=r"is not listed in bundle\.json"):
@@ -279,17 +275,17 @@ def test_a_file_that_is_not_listed(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 41, 43, 1 << 39])
-def test_a_size_that_the_manifest_does_not_give(bundle: Path, size: int) -> None:
+def test_file_of_another_size_is_refused(bundle: Path, size: int) -> None:
     (bundle / "MODEL_CARD.md").write_bytes(bytes(42))
     files = json.loads((bundle / MANIFEST).read_text())["files"]
     files["MODEL_CARD.md"] = {"sha256": hashlib.sha256(bytes(42)).hexdigest(), "bytes": size}
     opened = Bundle(rewrite(bundle, files=files))
-    with pytest.raises(BundleTamperedError, match=rf"MODEL_CARD\.md has (42|more) bytes, expected {size}: it was dam"):
+    with pytest.raises(BundleTamperedError, match=rf"MODEL_CARD\.md has (42|more) bytes, expected {size}: "):
         opened.read("MODEL_CARD.md")
 
 
 @pytest.mark.parametrize("size", [None, "42", 42.0, True, -1, 1 << 60])
-def test_a_size_that_is_none(bundle: Path, size: object) -> None:
+def test_invalid_size_is_refused(bundle: Path, size: object) -> None:
     files = json.loads((bundle / MANIFEST).read_text())["files"]
     files["MODEL_CARD.md"]["bytes"] = size
     with pytest.raises(BundleError, match="expected a plain name with its SHA-256 and size"):
@@ -298,7 +294,7 @@ def test_a_size_that_is_none(bundle: Path, size: object) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has none of it")
 @pytest.mark.parametrize("name", [MANIFEST, GOLDEN, model_file("fp32")])
-def test_what_is_no_file_is_not_waited_for(bundle: Path, name: str) -> None:
+def test_pipe_or_device_in_place_of_a_file_does_not_block(bundle: Path, name: str) -> None:
     (bundle / name).unlink()
     os.mkfifo(bundle / name)
     with pytest.raises(BundleError, match=rf"{name} cannot be read \(it is no regular file\)"):
@@ -310,7 +306,7 @@ def test_what_is_no_file_is_not_waited_for(bundle: Path, name: str) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links need a privilege on Windows")
-def test_a_link_is_followed_and_what_it_leads_to_is_hashed(bundle: Path, tmp_path: Path) -> None:
+def test_symlink_is_followed_and_its_target_hashed(bundle: Path, tmp_path: Path) -> None:
     (bundle / GOLDEN).rename(tmp_path / "elsewhere")
     (bundle / GOLDEN).symlink_to(tmp_path / "elsewhere")
     Bundle(bundle).read_golden()
@@ -319,98 +315,22 @@ def test_a_link_is_followed_and_what_it_leads_to_is_hashed(bundle: Path, tmp_pat
         Bundle(bundle).read_golden()
 
 
-def test_a_manifest_that_is_far_too_large(bundle: Path) -> None:
+def test_oversized_manifest_is_refused(bundle: Path) -> None:
     (bundle / MANIFEST).write_bytes(bytes((1 << 24) + 1))
-    with pytest.raises(BundleTamperedError, match=r"bundle\.json is larger than any manifest is"):
+    with pytest.raises(BundleTamperedError, match=r"bundle\.json is too large; expected at most 16777216 bytes"):
         Bundle(bundle)
 
 
 @pytest.mark.parametrize(
     "change", [{"schema": "9" * 9999}, {"default_precision": "9" * 9999}, {"files": {"/" * 9999: 0}}]
 )
-def test_what_is_found_is_not_repeated_at_length(bundle: Path, change: dict[str, object]) -> None:
+def test_error_messages_truncate_untrusted_values(bundle: Path, change: dict[str, object]) -> None:
     with pytest.raises(BundleError) as caught:
         Bundle(rewrite(bundle, **change))
     assert len(str(caught.value)) < 500
 
 
-# ---------------------------------------------------------------------------------------------- golden frames
-
-
-def small_golden(**changes: Any) -> Golden:
-    frames = (np.zeros((4, 5), np.uint8), np.full((3, 2), 9, np.uint8))
-    values: dict[str, Any] = {
-        "names": ("a", "b"),
-        "frames": frames,
-        "logits": np.zeros((2, 4, 2), np.float32),
-        "probabilities": np.full((2, 4, 2), 0.5, np.float32),
-    }
-    return Golden(**{**values, **changes})
-
-
-def test_golden_frames_come_back(tmp_path: Path, make_tiny_bundle: Make) -> None:
-    golden = small_golden()
-    found = Bundle(make_tiny_bundle(tmp_path, golden=golden)).read_golden()
-    assert found.names == golden.names
-    for one, other in zip(found.frames, golden.frames, strict=True):
-        np.testing.assert_array_equal(one, other)
-    np.testing.assert_array_equal(found.probabilities, golden.probabilities)
-    assert encode_golden(found) == encode_golden(golden)
-
-
-@pytest.mark.parametrize(
-    "golden",
-    [
-        b"",
-        b"no zip",
-        encode_golden(small_golden())[:-40],
-        encode_golden(small_golden(names=("a", "b", "c"))),
-        encode_golden(small_golden(names=(), frames=(), logits=np.zeros((0, 4, 2)), probabilities=np.zeros((0, 4, 2)))),
-        encode_golden(small_golden(logits=np.zeros((2, 4, 3), np.float32))),
-        encode_golden(small_golden(probabilities=np.zeros((2, 2), np.float32))),
-        encode_golden(small_golden(frames=(np.zeros((4, 5, 3), np.uint8), np.zeros((4, 5), np.uint8)))),
-        encode_golden(small_golden(names=np.array([{"a": 1}, None], object))),
-        encode_golden(small_golden(logits=np.zeros((2, 4, 2), np.float64))),
-        encode_golden(small_golden(probabilities=np.full((2, 4, 2), "0.5"))),
-        encode_golden(small_golden(frames=(np.zeros((4, 5), np.float32), np.zeros((3, 2), np.uint8)))),
-        encode_golden(small_golden(frames=(np.zeros((4, 1), np.uint8), np.zeros((3, 2), np.uint8)))),
-    ],
-    ids=[
-        "empty",
-        "text",
-        "cut",
-        "names",
-        "none",
-        "logits",
-        "probabilities",
-        "colour",
-        "pickle",
-        "float64",
-        "text-answers",
-        "float-frame",
-        "small frame",
-    ],
-)
-def test_golden_frames_that_cannot_be_understood(tmp_path: Path, make_tiny_bundle: Make, golden: bytes) -> None:
-    bundle = Bundle(make_tiny_bundle(tmp_path, golden=golden))
-    with pytest.raises(BundleError, match=r"golden\.npz") as caught:
-        bundle.read_golden()
-    assert "\n" not in str(caught.value)
-
-
-def test_golden_frames_that_would_fill_the_memory(
-    tmp_path: Path, make_tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    golden = encode_golden(small_golden(frames=(np.zeros((5000, 500), np.uint8), np.zeros((3, 2), np.uint8))))
-    assert len(golden) < 10_000
-    bundle = Bundle(make_tiny_bundle(tmp_path, golden=golden))
-    bundle.read_golden()
-    monkeypatch.setattr(bundles, "_MAX_GOLDEN", 1 << 20)
-    with pytest.raises(BundleError, match=r"golden\.npz cannot be understood \(it unpacks to more than 1 MB\)"):
-        bundle.read_golden()
-
-
-def test_a_manifest_is_written_in_one_form() -> None:
+def test_manifest_has_one_encoding() -> None:
     data = encode_manifest({"b": 1, "a": "é"})
     assert data == encode_manifest({"a": "é", "b": 1}) == encode_manifest(json.loads(data))
     assert data.decode("ascii").splitlines()[1].startswith('  "a"')

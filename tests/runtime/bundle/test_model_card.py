@@ -1,4 +1,4 @@
-"""The model card, from manifests good, old and hostile. ``model_card.md`` beside this file is what a good one gives."""
+"""The model card of valid, old and hostile manifests; ``model_card.md`` is the card of a valid one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from echoquad_runtime.bundle.bundle import INTENDED_USE
-from echoquad_runtime.bundle.document import Document, Items, Paragraph, Section, Table
-from echoquad_runtime.bundle.model_card import model_card, phrase
+from echoquad_runtime.bundle.document import BulletList, Document, Paragraph, Section, Table
+from echoquad_runtime.bundle.manifest import INTENDED_USE
+from echoquad_runtime.bundle.model_card import format_value, model_card
 from echoquad_runtime.contract import Contract
 
 EXPECTED = Path(__file__).with_name("model_card.md")
@@ -124,7 +124,7 @@ MANIFEST: dict[str, Any] = {
 }
 
 
-def test_the_card_tells_of_the_calibration() -> None:
+def test_card_shows_the_calibration() -> None:
     def figures(ece: float) -> dict[str, Any]:
         return {"ece": ece, "ece_equal_width": 0.1, "nll": 0.3, "ece_if_calibrated": {"mean": 0.038, "q95": 0.065}}
 
@@ -132,14 +132,14 @@ def test_the_card_tells_of_the_calibration() -> None:
     facts |= {"before": figures(0.22), "after": figures(0.053), "cross_fitted": figures(0.057)}
     training = {**MANIFEST["training"], "calibration": facts}
     text = model_card({**MANIFEST, "training": training}).markdown()
-    assert "| as calibrated on other patients, cross-fitted | 0.057 | 0.100 | 0.300 |" in text
+    assert "| calibrated on other patients, cross-fitted | 0.057 | 0.100 | 0.300 |" in text
     assert "100 validation frames of 50 patients" in text and "0.246 of a frame's mean" in " ".join(text.split())
     alone = model_card({**MANIFEST, "training": training | {"calibration": facts | {"cross_fitted": None}}}).markdown()
     assert "cross-fitted" not in alone
     assert "not stated" in model_card({**MANIFEST, "training": training | {"calibration": 7}}).markdown()
 
 
-def test_the_card_tells_of_leaks() -> None:
+def test_card_shows_leaks_between_splits() -> None:
     counts = {"patients": {"train": 400, "validation": 50}, "patients_across": 2, "exact_across": 1, "near_across": 0}
 
     def paragraph(audit: object) -> Paragraph:
@@ -153,14 +153,14 @@ def test_the_card_tells_of_leaks() -> None:
     assert "(patients by file name: train 400, validation 50)" in leaky.text
     assert not paragraph({**counts, "patients_across": 0, "exact_across": 0}).strong
     assert "not stated patients, not stated exact" in paragraph(7).text
-    assert "more than one of its splits" not in model_card(MANIFEST).markdown()  # a run from before there was an audit
+    assert "more than one of its splits" not in model_card(MANIFEST).markdown()  # runs of early releases have no audit
 
 
-def test_the_card_of_a_manifest() -> None:
+def test_card_equals_the_golden_file() -> None:
     assert model_card(MANIFEST).markdown() == EXPECTED.read_text("utf-8")
 
 
-def test_what_a_reader_must_find_comes_in_this_order() -> None:
+def test_sections_have_a_fixed_order() -> None:
     titles = [section.title for section in model_card(MANIFEST).sections]
     assert titles == [
         "Intended use",
@@ -175,7 +175,7 @@ def test_what_a_reader_must_find_comes_in_this_order() -> None:
     assert model_card(MANIFEST).sections[0].blocks[0] == Paragraph(INTENDED_USE, strong=True)
 
 
-def test_every_field_of_the_contract_is_in_it() -> None:
+def test_card_lists_every_field_of_the_contract() -> None:
     rows = dict(table(model_card(MANIFEST), "Contract").rows)
     assert len(rows) == len(CONTRACT.to_dict())
     assert rows["vote rule"] == "majority" and rows["side of a quadrant at the network, pixels"] == "224"
@@ -195,25 +195,25 @@ def table(card: Document, title: str) -> Table:
         ("folder", "this bundle may hold patients' pixels"),
     ],
 )
-def test_it_says_whose_pixels_are_in_the_bundle(source: str, words: str) -> None:
+def test_card_states_whose_pixels_are_in_the_bundle(source: str, words: str) -> None:
     manifest = {**MANIFEST, "golden": {**MANIFEST["golden"], "source": source}}
     assert words in " ".join(model_card(manifest).markdown().split())
 
 
-def test_what_is_not_in_the_manifest_is_not_made_up() -> None:
+def test_missing_values_are_not_stated() -> None:
     card = " ".join(model_card({}).markdown().split())
     assert f"**{INTENDED_USE}**" in card
-    assert "as one of not stated" in card and "Figures: not stated." in card
-    assert "Counts of frames: not stated." in card and "what they cover is not stated" in card
+    assert "as one of not stated" in card and "Metrics: not stated." in card
+    assert "Numbers of frames: not stated." in card and "what they cover is not stated" in card
     assert "Distilled" not in card and "frame graph" not in card
 
 
-def test_a_manifest_cannot_take_the_intended_use_away() -> None:
+def test_manifest_cannot_remove_the_intended_use() -> None:
     card = model_card({**MANIFEST, "intended_use": "Approved for diagnosis."}).markdown()
     assert card.index(f"**{INTENDED_USE}**") < card.index("**Approved for diagnosis.**")
 
 
-def test_names_cannot_break_the_table_or_the_terminal() -> None:
+def test_class_names_cannot_break_the_table_or_the_terminal() -> None:
     classes = ("A|B", "C\x1b[31m\nD")
     manifest = {**MANIFEST, "contract": {**CONTRACT.to_dict(), "classes": list(classes)}}
     card = model_card(manifest)
@@ -223,7 +223,7 @@ def test_names_cannot_break_the_table_or_the_terminal() -> None:
     assert "\x1b" not in markdown
 
 
-# Whatever a manifest holds
+# Untrusted manifests
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -246,36 +246,36 @@ PATHS = paths(MANIFEST)[1:]
 @example(("training", "recipe"), "zoom = nan\nlr = 1979-05-27T07:32:00Z")
 @example(("training", "epochs"), 10**400)
 @example(("metrics", "export", "recall"), {"A": None})
-def test_any_value_anywhere_makes_a_card(path: tuple[Any, ...], value: Any) -> None:
+def test_card_accepts_any_value_anywhere(path: tuple[Any, ...], value: Any) -> None:
     manifest = copy.deepcopy(MANIFEST)
-    place = manifest
+    target = manifest
     for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
+        target = target[key]
+    target[path[-1]] = value
     card = model_card(manifest).markdown()
     assert f"**{INTENDED_USE}**" in card
     assert all(sign.isprintable() or sign == "\n" for sign in card)
 
 
 @given(VALUES)
-def test_any_value_is_a_phrase_of_one_line(value: Any) -> None:
-    assert phrase(value).isprintable()
+def test_format_value_returns_one_printable_line(value: Any) -> None:
+    assert format_value(value).isprintable()
 
 
-def test_phrases() -> None:
-    assert phrase({"frames": 64, "sha256": SHA, "left_out": 0}) == "frames 64, sha256 0123456789ab..., left out 0"
-    assert phrase([{"a": True}, {"b": None}]) == "a yes; b none"
-    assert phrase([]) == phrase({}) == "none"
-    assert phrase(0.1 + 0.2) == "0.3"
+def test_format_value_of_nested_values() -> None:
+    assert format_value({"frames": 64, "sha256": SHA, "left_out": 0}) == "frames 64, sha256 0123456789ab..., left out 0"
+    assert format_value([{"a": True}, {"b": None}]) == "a yes; b none"
+    assert format_value([]) == format_value({}) == "none"
+    assert format_value(0.1 + 0.2) == "0.3"
     deep: Any = 1
     for _ in range(5000):
         deep = [deep]
-    assert phrase(deep) == "..."
+    assert format_value(deep) == "..."
 
 
-def test_markdown_of_blocks() -> None:
+def test_markdown_wraps_text_and_escapes_cells() -> None:
     section = Section(
-        "S", (Paragraph("word " * 40), Table(("a", "b"), (("1", "x|y"),)), Items(("long " * 30, "short")))
+        "S", (Paragraph("word " * 40), Table(("a", "b"), (("1", "x|y"),)), BulletList(("long " * 30, "short")))
     )
     lines = Document("T", (section,)).markdown().splitlines()
     assert lines[:3] == ["# T", "", "## S"]

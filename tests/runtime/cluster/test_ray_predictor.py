@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from echoquad_runtime.bundle.bundle import Bundle
-from echoquad_runtime.bundle.signature import sign_bundle
+from echoquad_runtime.bundle.signing import sign_bundle
 from echoquad_runtime.cluster import ray_predictor as cluster
 from echoquad_runtime.cluster import ray_session, ray_worker
 from echoquad_runtime.cluster.ray_predictor import RayPredictor
@@ -131,7 +131,7 @@ def workers() -> set[int]:
 
 def start(*words: object, begin: str = "", **options: Any) -> subprocess.Popen[bytes]:
     """Start ``echoquad WORDS`` in a process that runs `begin` first."""
-    code = f"{begin}\nfrom echoquad.cli.app import main\nmain()"
+    code = f"{begin}\nfrom echoquad.cli.framework.main import main\nmain()"
     command = [sys.executable, "-c", code, *map(str, words)]
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, **{**streams, "env": {**os.environ, "PYTHONUTF8": "1"}, **options})
@@ -384,17 +384,22 @@ def test_without_ray(tiny_bundle: Path) -> None:
 def test_the_command_line_without_a_cluster(tiny_bundle: Path, frames_folder: Path, tmp_path: Path) -> None:
     line = ["predict", tiny_bundle, frames_folder, "--out", tmp_path / "rows.csv"]
     for words, code, text in (
-        (["--engine", "ray", "--ray-address", "127.0.0.1:1"], 1, "no Ray cluster answers at 127.0.0.1:1 ("),
-        (["--ray-address", "auto"], 2, "--ray-address is given without --engine ray; "),
+        (
+            ["--engine", "ray", "--ray-address", "127.0.0.1:1"],
+            1,
+            "error[E_CLUSTER]: no Ray cluster answers at 127.0.0.1:1 (",
+        ),
+        (["--ray-address", "auto"], 2, "error[E_USAGE]: --ray-address without --engine ray; "),
     ):
         ran = echoquad(*line, *words, code=code)
         assert ran.stdout == b""
-        assert ran.stderr.decode().startswith(f"error: {text}")
+        assert ran.stderr.decode().startswith(text)
         assert len(ran.stderr.splitlines()) == 1
     assert not (tmp_path / "rows.csv").exists()
     hidden = "import sys; sys.modules['ray'] = None"
     ran = echoquad(*line, "--engine", "ray", code=1, begin=hidden)
-    assert ran.stderr == b'error: this needs ray, which is not installed; do: pip install "echoquad[cpu,ray]"\n'
+    assert ran.stderr.startswith(b"error[E_EXTRA_MISSING]: ") and b'pip install "echoquad[cpu,ray]"' in ran.stderr
+    assert len(ran.stderr.splitlines()) == 1
 
 
 # ---------------------------------------------------------------------------------------------- longer
@@ -461,7 +466,7 @@ def test_a_signed_bundle_is_checked_on_the_nodes(
     assert told(list(predictor.predict(found))) == told(locally(tiny_bundle, found))
     files = {name: data for name, data in predictor._job.files.items() if name != "MODEL_CARD.md"}
     monkeypatch.setattr(predictor, "_job", replace(predictor._job, files=files))
-    with pytest.raises(SignatureError, match=r"^on the node [\d.]+: .+: 'MODEL_CARD.md' was taken away since"):
+    with pytest.raises(SignatureError, match=r"^on the node [\d.]+: .+: 'MODEL_CARD.md' was removed after"):
         next(predictor.predict(found))
 
 

@@ -1,4 +1,4 @@
-"""How many CPUs there are for this process, and what they are called."""
+"""CPU information: affinity, cgroup quotas, the CPU model and its instruction sets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def quotas(root: Path, membership: str | bytes) -> list[float]:
     return cgroup_quotas(root, file)
 
 
-def test_at_least_one_and_no_dream() -> None:
+def test_available_cpus_is_between_one_and_the_cpu_count() -> None:
     assert 1 <= available_cpus() <= schedulable_cpus() <= (os.cpu_count() or 1)
 
 
@@ -38,7 +38,7 @@ def test_at_least_one_and_no_dream() -> None:
     ("schedulable", "limits", "expected"),
     [(8, [], 8), (8, [0.5], 1), (8, [1.0], 1), (8, [1.99], 1), (8, [3.0, 2.5], 2), (2, [4.0], 2), (1, [0.01], 1)],
 )
-def test_the_least_of_all_bounds_rounded_down(
+def test_available_cpus_rounds_the_smallest_limit_down(
     schedulable: int, limits: list[float], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpus, "schedulable_cpus", lambda: schedulable)
@@ -47,7 +47,7 @@ def test_the_least_of_all_bounds_rounded_down(
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no process")
-def test_the_affinity_counts() -> None:
+def test_affinity_limits_the_cpus() -> None:
     kept = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(kept)})
@@ -56,7 +56,7 @@ def test_the_affinity_counts() -> None:
         os.sched_setaffinity(0, kept)
 
 
-def test_v2_and_the_groups_above(tmp_path: Path) -> None:
+def test_cgroup_v2_includes_parents(tmp_path: Path) -> None:
     limit(tmp_path, "max 100000")
     limit(tmp_path / "pod", "150000 100000")
     limit(tmp_path / "pod" / "box", "400000 100000")
@@ -66,13 +66,13 @@ def test_v2_and_the_groups_above(tmp_path: Path) -> None:
     assert quotas(tmp_path, "0::/") == []
 
 
-def test_v2_in_a_namespace_of_its_own(tmp_path: Path) -> None:
+def test_cgroup_v2_in_a_namespace(tmp_path: Path) -> None:
     limit(tmp_path, "50000 100000")
     assert quotas(tmp_path, "0::/\n") == [0.5]
     assert 0.5 in quotas(tmp_path, "0::/../../beside\n")
 
 
-def test_v1_of_a_container_that_is_told_its_hosts_path(tmp_path: Path) -> None:
+def test_cgroup_v1_with_a_path_of_the_host(tmp_path: Path) -> None:
     membership = "5:memory:/docker/x\n4:cpu,cpuacct:/docker/x\n1:name=systemd:/docker/x\n"
     limit_v1(tmp_path / "cpu", 200000)
     limit_v1(tmp_path / "memory", 100000)
@@ -81,12 +81,12 @@ def test_v1_of_a_container_that_is_told_its_hosts_path(tmp_path: Path) -> None:
     assert quotas(tmp_path, membership) == []
 
 
-def test_v1_that_is_mounted_under_its_long_name_alone(tmp_path: Path) -> None:
+def test_cgroup_v1_mounted_under_its_long_name(tmp_path: Path) -> None:
     limit_v1(tmp_path / "cpu,cpuacct" / "docker", 250000)
     assert quotas(tmp_path, "4:cpu,cpuacct:/docker/x\n") == [2.5]
 
 
-def test_both_at_once(tmp_path: Path) -> None:
+def test_cgroup_v1_and_v2_together(tmp_path: Path) -> None:
     limit_v1(tmp_path / "cpu" / "a", 300000)
     limit(tmp_path / "a", "100000 100000")
     assert sorted(quotas(tmp_path, "3:cpuset:/a\n1:cpu:/a\n0::/a\n")) == [1.0, 3.0]
@@ -95,17 +95,17 @@ def test_both_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "found", [b"", b"\n", b"no colon", b"0:", b"0::", b"::::", b"\xff\xfe\n", b"0::/\xff\xfe\n", b"1:cpu", b"0::/a\0b"]
 )
-def test_what_names_no_group_limits_nothing(found: bytes, tmp_path: Path) -> None:
+def test_invalid_membership_is_no_limit(found: bytes, tmp_path: Path) -> None:
     assert quotas(tmp_path, found) == []
 
 
 @pytest.mark.parametrize("found", ["", "max", "max 100000", "0 100000", "-1 100000", "100000 0", "1 2 3", "a b", "ü 1"])
-def test_what_is_no_quota_limits_nothing(found: str, tmp_path: Path) -> None:
+def test_invalid_quota_is_no_limit(found: str, tmp_path: Path) -> None:
     (tmp_path / "cpu.max").write_text(found, "utf-8")
     assert quotas(tmp_path, "0::/\n") == []
 
 
-def test_no_cgroups(tmp_path: Path) -> None:
+def test_missing_cgroups_are_no_limit(tmp_path: Path) -> None:
     assert cgroup_quotas(tmp_path, tmp_path / "absent") == []
 
 
@@ -118,12 +118,12 @@ def test_no_cgroups(tmp_path: Path) -> None:
     ],
     ids=["x86", "Arm", "old Arm"],
 )
-def test_the_name_of_the_processor(text: str, expected: str, tmp_path: Path) -> None:
+def test_cpu_model_from_cpuinfo(text: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text(text)
     assert cpu_model(tmp_path / "cpuinfo") == expected
 
 
-def test_a_processor_without_a_name(tmp_path: Path) -> None:
+def test_cpu_model_without_cpuinfo(tmp_path: Path) -> None:
     assert cpu_model(tmp_path / "absent")
 
 
@@ -136,7 +136,7 @@ def test_a_processor_without_a_name(tmp_path: Path) -> None:
     ],
     ids=["x86", "Arm", "none"],
 )
-def test_the_instructions_of_the_processor(text: str, expected: set[str], tmp_path: Path) -> None:
+def test_cpu_features_from_cpuinfo(text: str, expected: set[str], tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text(text)
     assert cpu_features(tmp_path / "cpuinfo") == expected
     assert cpu_features(tmp_path / "absent") == frozenset()

@@ -1,4 +1,4 @@
-"""The cache of optimised graphs: the same answers, never an error, and nothing in it that is not this user's."""
+"""The graph cache: bitwise equal outputs, no error in any condition, and no file that another user may write."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from echoquad_runtime.bundle.bundle import Bundle, model_file
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.manifest import model_file
 from echoquad_runtime.bundle.onnx_header import CONTRACT_HASH_KEY, CONTRACT_KEY, INPUT, OUTPUTS
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices import graph_cache as cache
 from echoquad_runtime.devices import onnxruntime_loader as wheels
 from echoquad_runtime.devices.execution_providers import CPU_PROVIDER, create_session
-from echoquad_runtime.devices.graph_cache import GraphCache, cached_session, find_cache
+from echoquad_runtime.devices.graph_cache import CacheEntry, create_cached_session, find_cache_entry
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.errors import BundleTamperedError
 
@@ -37,7 +38,7 @@ POSIX = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Windows has other
 
 
 def network(seed: int = 3) -> bytes:
-    """Build a graph with weights that onnxruntime lays out anew, and some that it leaves as they are."""
+    """Build a graph with weights that onnxruntime packs for the processor, and others that it leaves unchanged."""
     helper, kinds, rng = onnx.helper, onnx.TensorProto, np.random.default_rng(seed)
 
     def constant(name: str, *shape: int) -> Any:
@@ -82,111 +83,113 @@ def ort() -> Any:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give the folder of a cache that is empty, and takes small graphs too."""
+    """Return the folder of an empty cache that also accepts small graphs."""
     monkeypatch.setenv("ECHOQUAD_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "_WORTHWHILE", 0)
+    monkeypatch.setattr(cache, "_MIN_GRAPH", 0)
     return tmp_path / "cache" / "graphs"
 
 
 @pytest.fixture
-def place(ort: Any, model: bytes) -> GraphCache:
-    found = find_cache(ort, "0" * 64, len(model))
+def entry(ort: Any, model: bytes) -> CacheEntry:
+    found = find_cache_entry(ort, "0" * 64, len(model))
     assert found is not None
     return found
 
 
 @pytest.fixture
-def entry(ort: Any, place: GraphCache, model: bytes, folder: Path) -> Path:
-    """Make the entry, and give its file."""
-    cached_session(ort, place, None, model, threads=1, spinning=False)
+def entry_file(ort: Any, entry: CacheEntry, model: bytes, folder: Path) -> Path:
+    """Write the entry and return its file."""
+    create_cached_session(ort, entry, None, model, threads=1, spinning=False)
     (file,) = folder.iterdir()
     return file
 
 
-def open_cached(ort: Any, place: GraphCache, model: bytes) -> tuple[Any, bool]:
-    """Open a session as is done at a start; gives it, and whether an entry was used."""
-    session = cached_session(ort, place, place.read(), model, threads=2, spinning=False)
+def open_cached(ort: Any, entry: CacheEntry, model: bytes) -> tuple[Any, bool]:
+    """Open a session as the engine does; return it and whether it uses the cached graph."""
+    session = create_cached_session(ort, entry, entry.read(), model, threads=2, spinning=False)
     level = session.get_session_options().graph_optimization_level
     return session, level == ort.GraphOptimizationLevel.ORT_DISABLE_ALL
 
 
-def answers(session: Any, batch: int = 5) -> list[np.ndarray]:
+def outputs(session: Any, batch: int = 5) -> list[np.ndarray]:
     frames = np.random.default_rng(batch).integers(0, 256, (batch, 1, 32, 32), np.uint8)
     return list(session.run(OUTPUTS, {INPUT: frames}))
 
 
 @pytest.fixture
-def right(ort: Any, model: bytes) -> list[np.ndarray]:
-    return answers(create_session(ort, model, CPU_PROVIDER, threads=2, spinning=False))
+def expected_outputs(ort: Any, model: bytes) -> list[np.ndarray]:
+    return outputs(create_session(ort, model, CPU_PROVIDER, threads=2, spinning=False))
 
 
 def same(found: list[np.ndarray], expected: list[np.ndarray]) -> bool:
     return all(a.tobytes() == b.tobytes() for a, b in zip(found, expected, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------- answers
+# ---------------------------------------------------------------------------------------------- outputs
 
 
 @pytest.mark.parametrize("batch", [1, 4, 7])
-def test_the_answers_are_the_same_to_the_last_bit(batch: int, ort: Any, place: GraphCache, model: bytes) -> None:
+def test_cached_session_computes_the_same_bits(batch: int, ort: Any, entry: CacheEntry, model: bytes) -> None:
     plain = create_session(ort, model, CPU_PROVIDER, threads=2, spinning=False)
-    made, used = open_cached(ort, place, model)
+    made, used = open_cached(ort, entry, model)
     assert not used
-    cached, used = open_cached(ort, place, model)
+    cached, used = open_cached(ort, entry, model)
     assert used
     for session in (made, cached):
-        assert same(answers(session, batch), answers(plain, batch))
+        assert same(outputs(session, batch), outputs(plain, batch))
 
 
-def test_weights_are_where_they_were_or_in_the_entry(entry: Path, place: GraphCache, model: bytes) -> None:
-    found = place.read()
+def test_entry_holds_only_the_changed_weights(entry_file: Path, entry: CacheEntry, model: bytes) -> None:
+    found = entry.read()
     assert found is not None
     weights = found.weights(model)
     arrays = [*weights.values()]
     assert all(array.flags.aligned for array in arrays)
     assert sum(array.nbytes for array in arrays) >= 4 * (64 * 16 * 9 + 64 * 64)
     kept = sum(not inside for *_, inside, _ in found._tensors)
-    assert kept < len(arrays), "what the graph holds is not to be kept twice"
-    assert entry.stat().st_size < 2 * len(model)
+    assert kept < len(arrays), "weights that the bundle's graph holds must not be stored again"
+    assert entry_file.stat().st_size < 2 * len(model)
 
 
-def test_the_session_keeps_its_weights(ort: Any, entry: Path, place: GraphCache, right: list[np.ndarray]) -> None:
-    session, used = open_cached(ort, place, network())
+def test_session_keeps_its_weights_alive(
+    ort: Any, entry_file: Path, entry: CacheEntry, expected_outputs: list[np.ndarray]
+) -> None:
+    session, used = open_cached(ort, entry, network())
     assert used
     gc.collect()
-    filled = [np.full(1 << 18, 7, np.uint8) for _ in range(64)]  # of what memory was given back
-    assert same(answers(session), right)
+    filled = [np.full(1 << 18, 7, np.uint8) for _ in range(64)]  # overwrites memory that was freed
+    assert same(outputs(session), expected_outputs)
     assert len(filled) == 64
 
 
-def test_an_entry_is_made_once(ort: Any, entry: Path, place: GraphCache, model: bytes) -> None:
-    before = entry.stat()
-    assert open_cached(ort, place, model)[1]
-    after = entry.stat()
+def test_entry_is_written_once(ort: Any, entry_file: Path, entry: CacheEntry, model: bytes) -> None:
+    before = entry_file.stat()
+    assert open_cached(ort, entry, model)[1]
+    after = entry_file.stat()
     assert (before.st_ino, before.st_size) == (after.st_ino, after.st_size)
 
 
 # ---------------------------------------------------------------------------------------------- damage
 
 
-def test_no_change_of_a_byte_is_used(entry: Path, place: GraphCache) -> None:
-    whole = entry.read_bytes()
+def test_entry_with_a_changed_byte_is_ignored(entry_file: Path, entry: CacheEntry) -> None:
+    whole = entry_file.read_bytes()
     for position in [*range(0, 200), *range(200, len(whole), len(whole) // 50), len(whole) - 1]:
-        entry.write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :])
-        assert place.read() is None, position
-    entry.write_bytes(whole)
-    assert place.read() is not None
+        entry_file.write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :])
+        assert entry.read() is None, position
+    entry_file.write_bytes(whole)
+    assert entry.read() is not None
 
 
 @pytest.mark.parametrize("kept", [0, 10, 49, 60, 5000, -1])
-def test_a_torn_entry_is_made_again(
-    kept: int, ort: Any, entry: Path, place: GraphCache, model: bytes, right: list[np.ndarray]
+def test_truncated_entry_is_replaced(
+    kept: int, ort: Any, entry_file: Path, entry: CacheEntry, model: bytes, expected_outputs: list[np.ndarray]
 ) -> None:
-    entry.write_bytes(entry.read_bytes()[:kept])
-    session, used = open_cached(ort, place, model)
-    assert not used and same(answers(session), right)
-    session, used = open_cached(ort, place, model)
-    assert used and same(answers(session), right)
+    entry_file.write_bytes(entry_file.read_bytes()[:kept])
+    session, used = open_cached(ort, entry, model)
+    assert not used and same(outputs(session), expected_outputs)
+    session, used = open_cached(ort, entry, model)
+    assert used and same(outputs(session), expected_outputs)
 
 
 @pytest.mark.parametrize(
@@ -200,26 +203,31 @@ def test_a_torn_entry_is_made_again(
         {"exact": False, "tensors": []},
     ],
 )
-def test_an_entry_that_is_whole_and_makes_no_sense(
-    header: dict[str, Any], ort: Any, entry: Path, place: GraphCache, model: bytes, right: list[np.ndarray]
+def test_intact_entry_with_an_invalid_header_is_ignored(
+    header: dict[str, Any],
+    ort: Any,
+    entry_file: Path,
+    entry: CacheEntry,
+    model: bytes,
+    expected_outputs: list[np.ndarray],
 ) -> None:
-    found = place.read()
+    found = entry.read()
     assert found is not None
     text = json.dumps(header).encode()
     body = cache._SIZES.pack(len(text), len(found.graph)) + text + found.graph
-    entry.write_bytes(cache._MAGIC + cache.hashlib.sha256(body).digest() + body)
-    session, used = open_cached(ort, place, model)
-    assert not used and same(answers(session), right)
+    entry_file.write_bytes(cache._MAGIC + cache.hashlib.sha256(body).digest() + body)
+    session, used = open_cached(ort, entry, model)
+    assert not used and same(outputs(session), expected_outputs)
 
 
-# ---------------------------------------------------------------------------------------------- whose it is
+# ---------------------------------------------------------------------------------------------- ownership
 
 
 @POSIX
-def test_it_is_the_users_alone(ort: Any, place: GraphCache, model: bytes, folder: Path) -> None:
+def test_entry_is_private_whatever_the_umask(ort: Any, entry: CacheEntry, model: bytes, folder: Path) -> None:
     before = os.umask(0)
     try:
-        open_cached(ort, place, model)
+        open_cached(ort, entry, model)
     finally:
         os.umask(before)
     (file,) = folder.iterdir()
@@ -228,53 +236,53 @@ def test_it_is_the_users_alone(ort: Any, place: GraphCache, model: bytes, folder
 
 @POSIX
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
-def test_a_file_that_others_may_write_is_not_used(mode: int, entry: Path, place: GraphCache) -> None:
-    entry.chmod(mode)
-    assert place.read() is None
+def test_file_that_others_may_write_is_ignored(mode: int, entry_file: Path, entry: CacheEntry) -> None:
+    entry_file.chmod(mode)
+    assert entry.read() is None
 
 
 @POSIX
 @pytest.mark.parametrize("mode", [0o720, 0o702, 0o777])
-def test_a_folder_that_others_may_write_is_not_used(
-    mode: int, ort: Any, entry: Path, place: GraphCache, model: bytes, folder: Path
+def test_folder_that_others_may_write_is_ignored(
+    mode: int, ort: Any, entry_file: Path, entry: CacheEntry, model: bytes, folder: Path
 ) -> None:
     folder.chmod(mode)
-    assert place.read() is None
-    entry.unlink()
-    open_cached(ort, place, model)
+    assert entry.read() is None
+    entry_file.unlink()
+    open_cached(ort, entry, model)
     assert list(folder.iterdir()) == []
 
 
 @POSIX
-def test_what_another_user_owns_is_not_used(
-    ort: Any, entry: Path, place: GraphCache, model: bytes, folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_file_of_another_user_is_ignored(
+    ort: Any, entry_file: Path, entry: CacheEntry, model: bytes, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: entry.stat().st_uid + 1)
-    assert place.read() is None
-    before = entry.stat().st_mtime_ns
-    assert not open_cached(ort, place, model)[1]
-    assert (entry.stat().st_mtime_ns, list(folder.iterdir())) == (before, [entry])
+    monkeypatch.setattr(os, "geteuid", lambda: entry_file.stat().st_uid + 1)
+    assert entry.read() is None
+    before = entry_file.stat().st_mtime_ns
+    assert not open_cached(ort, entry, model)[1]
+    assert (entry_file.stat().st_mtime_ns, list(folder.iterdir())) == (before, [entry_file])
 
 
 @POSIX
 @pytest.mark.parametrize("what", ["file", "folder"])
-def test_links_are_not_followed(what: str, entry: Path, place: GraphCache, folder: Path) -> None:
-    linked = entry if what == "file" else folder
+def test_symlinks_are_not_followed(what: str, entry_file: Path, entry: CacheEntry, folder: Path) -> None:
+    linked = entry_file if what == "file" else folder
     moved = linked.rename(linked.with_name("moved"))
     linked.symlink_to(moved)
-    assert place.read() is None
+    assert entry.read() is None
 
 
 @POSIX
-def test_a_pipe_in_its_place_does_not_block(ort: Any, entry: Path, place: GraphCache, model: bytes) -> None:
-    entry.unlink()
-    os.mkfifo(entry, 0o600)
-    assert place.read() is None
-    open_cached(ort, place, model)
-    assert place.read() is not None
+def test_pipe_in_place_of_the_entry_does_not_block(ort: Any, entry_file: Path, entry: CacheEntry, model: bytes) -> None:
+    entry_file.unlink()
+    os.mkfifo(entry_file, 0o600)
+    assert entry.read() is None
+    open_cached(ort, entry, model)
+    assert entry.read() is not None
 
 
-# ---------------------------------------------------------------------------------------------- never an error
+# ---------------------------------------------------------------------------------------------- failures of the cache
 
 
 def break_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,26 +321,31 @@ def save_nonsense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("trouble", [break_folder, fill_disk, refuse_name, refuse_saving, save_nonsense])
-def test_trouble_with_the_cache_is_none_with_the_model(
+def test_cache_failure_does_not_affect_the_session(
     trouble: Callable[..., None],
     ort: Any,
-    place: GraphCache,
+    entry: CacheEntry,
     model: bytes,
-    right: list[np.ndarray],
+    expected_outputs: list[np.ndarray],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trouble(tmp_path, monkeypatch)
     for _ in range(2):
-        session, used = open_cached(ort, place, model)
-        assert not used and same(answers(session), right)
+        session, used = open_cached(ort, entry, model)
+        assert not used and same(outputs(session), expected_outputs)
     left = [path for path in tmp_path.rglob("*") if path.is_file() and path != tmp_path / "cache"]
     assert left == []
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")
-def test_a_disk_that_fills_up_meanwhile(
-    ort: Any, place: GraphCache, model: bytes, right: list[np.ndarray], folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_disk_that_fills_up_leaves_no_files(
+    ort: Any,
+    entry: CacheEntry,
+    model: bytes,
+    expected_outputs: list[np.ndarray],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     opened = os.open
 
@@ -340,16 +353,18 @@ def test_a_disk_that_fills_up_meanwhile(
         return opened("/dev/full", os.O_WRONLY) if flags & os.O_EXCL else opened(path, flags, *mode, **options)
 
     monkeypatch.setattr(os, "open", full)
-    session, used = open_cached(ort, place, model)
-    assert not used and same(answers(session), right)
+    session, used = open_cached(ort, entry, model)
+    assert not used and same(outputs(session), expected_outputs)
     assert list(folder.iterdir()) == []
 
 
-def test_many_at_once(ort: Any, place: GraphCache, model: bytes, right: list[np.ndarray], folder: Path) -> None:
+def test_concurrent_sessions_share_one_entry(
+    ort: Any, entry: CacheEntry, model: bytes, expected_outputs: list[np.ndarray], folder: Path
+) -> None:
     found: list[bool] = []
 
     def work() -> None:
-        found.extend(same(answers(open_cached(ort, place, model)[0]), right) for _ in range(4))
+        found.extend(same(outputs(open_cached(ort, entry, model)[0]), expected_outputs) for _ in range(4))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -358,53 +373,53 @@ def test_many_at_once(ort: Any, place: GraphCache, model: bytes, right: list[np.
         thread.join()
     assert found == [True] * 16
     assert len(list(folder.iterdir())) == 1
-    assert open_cached(ort, place, model)[1]
+    assert open_cached(ort, entry, model)[1]
 
 
-# ---------------------------------------------------------------------------------------------- its bounds
+# ---------------------------------------------------------------------------------------------- size limits
 
 
-def test_what_was_not_used_for_longest_goes_first(
+def test_least_recently_used_entries_are_removed(
     ort: Any, model: bytes, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    places = [GraphCache(folder, name) for name in "abcd"]
-    for age, place in zip((40, 30, 20), places, strict=False):
-        cached_session(ort, place, None, model, threads=1, spinning=False)
-        os.utime(folder / f"{'abcd'[places.index(place)]}.graph", (time.time() - age,) * 2)
-    assert open_cached(ort, places[0], model)[1]  # used: the youngest now
-    monkeypatch.setattr(cache, "_ALL", int(2.5 * (folder / "a.graph").stat().st_size))
-    cached_session(ort, places[3], None, model, threads=1, spinning=False)
+    entries = [CacheEntry(folder, name) for name in "abcd"]
+    for age, entry in zip((40, 30, 20), entries, strict=False):
+        create_cached_session(ort, entry, None, model, threads=1, spinning=False)
+        os.utime(folder / f"{'abcd'[entries.index(entry)]}.graph", (time.time() - age,) * 2)
+    assert open_cached(ort, entries[0], model)[1]  # now the most recently used
+    monkeypatch.setattr(cache, "_MAX_TOTAL", int(2.5 * (folder / "a.graph").stat().st_size))
+    create_cached_session(ort, entries[3], None, model, threads=1, spinning=False)
     assert sorted(path.name for path in folder.iterdir()) == ["a.graph", "d.graph"]
-    monkeypatch.setattr(cache, "_ALL", 0)
-    cached_session(ort, places[1], None, model, threads=1, spinning=False)
+    monkeypatch.setattr(cache, "_MAX_TOTAL", 0)
+    create_cached_session(ort, entries[1], None, model, threads=1, spinning=False)
     assert [path.name for path in folder.iterdir()] == ["b.graph"]
 
 
-def test_what_nobody_is_making_any_more_goes(ort: Any, entry: Path, model: bytes, folder: Path) -> None:
-    for name, age in ((".old", 2 * cache._STALE), (".new", 0.0)):
+def test_stale_temporary_folders_are_removed(ort: Any, entry_file: Path, model: bytes, folder: Path) -> None:
+    for name, age in ((".old", 2 * cache._STALE_SECONDS), (".new", 0.0)):
         (folder / name).mkdir()
         (folder / name / "graph.onnx").write_bytes(b"half")
         os.utime(folder / name, (time.time() - age,) * 2)
-    cached_session(ort, GraphCache(folder, "other"), None, model, threads=1, spinning=False)
-    assert sorted(path.name for path in folder.iterdir()) == sorted([".new", "other.graph", entry.name])
+    create_cached_session(ort, CacheEntry(folder, "other"), None, model, threads=1, spinning=False)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([".new", "other.graph", entry_file.name])
 
 
-# ---------------------------------------------------------------------------------------------- which entry
+# ---------------------------------------------------------------------------------------------- names of entries
 
 
 def name_of(ort: Any, digest: str = "0" * 64) -> Path | None:
-    found = find_cache(ort, digest, 1 << 22)
+    found = find_cache_entry(ort, digest, 1 << 22)
     return None if found is None else found._path
 
 
-def test_an_entry_is_for_one_graph_on_one_kind_of_machine(ort: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entry_name_depends_on_graph_processor_and_versions(ort: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {name_of(ort), name_of(ort), name_of(ort, "1" * 64)}
     assert len(names) == 2
     changes: list[tuple[Any, str, Any]] = [
         (cache, "cpu_model", lambda: "another"),
         (cache, "_cpu_features", lambda: ["AVX2"]),
         (cache, "__version__", "0.0.0"),
-        (cache, "_SMALL", 512),
+        (cache, "_MIN_EXTERNAL", 512),
         (ort, "__version__", "1.20.0"),
         (ort, "get_build_info", lambda: "another build"),
     ]
@@ -415,19 +430,19 @@ def test_an_entry_is_for_one_graph_on_one_kind_of_machine(ort: Any, monkeypatch:
         assert len(names) == 3 + index, name
 
 
-def test_where_there_is_no_cache(ort: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_entry_without_cache_folder_or_cpu_features(ort: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_cpu_features", list)  # who does not know the processor must not take it for another
+        patch.setattr(cache, "_cpu_features", list)  # an unknown processor might be another one
         assert name_of(ort) is None
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_WORTHWHILE", 1 << 30)
+        patch.setattr(cache, "_MIN_GRAPH", 1 << 30)
         assert name_of(ort) is None
     assert name_of(ort) is not None
     monkeypatch.setenv("ECHOQUAD_CACHE_DIR", "")
     assert name_of(ort) is None
 
 
-def test_the_processor_tells_its_features() -> None:
+def test_numpy_lists_the_cpu_features() -> None:
     assert len(cache._cpu_features()) > 1
 
 
@@ -442,7 +457,7 @@ def test_the_processor_tells_its_features() -> None:
     ],
 )
 @POSIX
-def test_the_platforms_folder(
+def test_cache_folder_of_each_platform(
     system: str, variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("ECHOQUAD_CACHE_DIR", "XDG_CACHE_HOME", "LOCALAPPDATA"):
@@ -453,7 +468,7 @@ def test_the_platforms_folder(
     assert cache.cache_folder() == Path(expected)
 
 
-# ---------------------------------------------------------------------------------------------- a bundle
+# ---------------------------------------------------------------------------------------------- bundles
 
 
 @pytest.fixture
@@ -461,17 +476,17 @@ def bundle(make_tiny_bundle: Callable[..., Path], tmp_path: Path, model: bytes) 
     yield make_tiny_bundle(tmp_path / "bundle", contract=CONTRACT, graphs={"fp32": model})
 
 
-def test_an_engine_uses_it(bundle: Path, folder: Path, right: list[np.ndarray], ort: Any) -> None:
+def test_engine_uses_the_cache(bundle: Path, folder: Path, expected_outputs: list[np.ndarray], ort: Any) -> None:
     frames = np.random.default_rng(5).integers(0, 256, (5, 1, 32, 32), np.uint8)
     for level in ("ORT_ENABLE_ALL", "ORT_DISABLE_ALL"):
         engine = OnnxEngine(Bundle(bundle), device="cpu", threads=2)
         options = engine._session.get_session_options()
         assert options.graph_optimization_level == getattr(ort.GraphOptimizationLevel, level)
-        assert same(list(engine.infer(frames)), right)
+        assert same(list(engine.infer(frames)), expected_outputs)
         assert len(list(folder.iterdir())) == 1
 
 
-def test_a_changed_graph_is_refused_all_the_same(bundle: Path, folder: Path) -> None:
+def test_changed_graph_is_refused_despite_the_cache(bundle: Path, folder: Path) -> None:
     OnnxEngine(Bundle(bundle), device="cpu")
     assert len(list(folder.iterdir())) == 1
     file = bundle / model_file("fp32")
@@ -482,8 +497,8 @@ def test_a_changed_graph_is_refused_all_the_same(bundle: Path, folder: Path) -> 
         OnnxEngine(Bundle(bundle), device="cpu")
 
 
-def test_a_signed_bundle_runs_what_was_signed(bundle: Path, folder: Path) -> None:
+def test_verified_signed_bundle_bypasses_the_cache(bundle: Path, folder: Path) -> None:
     opened = Bundle(bundle)
-    opened.signed_by = "f" * 64  # as where a public key was given
+    opened.signed_by = "f" * 64  # as if a public key had been given
     OnnxEngine(opened, device="cpu")
     assert not folder.exists()

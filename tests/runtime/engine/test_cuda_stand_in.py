@@ -1,4 +1,4 @@
-"""CUDA without a GPU: what ships must decide as the CPU does on a device with CUDA's semantics, or be refused."""
+"""CUDA without a GPU: on a device with CUDA's semantics, decisions equal the CPU's or an error is raised."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.engine import io_binding
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
-from echoquad_runtime.engine.slot_pool import SlotPool, infer_all
+from echoquad_runtime.engine.slot_pool import SlotPool, infer_in_batches
 from echoquad_runtime.errors import BundleError, DeviceUnavailableError, UsageError, VerificationError
 from echoquad_runtime.predict.predictor import Prediction, Predictor
 from echoquad_runtime.tuning import saved_settings as host
@@ -39,7 +39,7 @@ def frames(make_frame: Callable[..., np.ndarray]) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("threads", [1, 6])
-def test_predict_on_cuda_decides_as_the_cpu(
+def test_predictions_on_cuda_equal_those_on_the_cpu(
     cuda_stand_in: Any, tiny_bundle: Path, frames: list[np.ndarray], threads: int, cuda_graphs: bool
 ) -> None:
     expected = rows(Predictor(tiny_bundle, device="cpu"), frames)
@@ -56,14 +56,14 @@ def test_verify_on_cuda_passes(cuda_stand_in: Any, tiny_bundle: Path) -> None:
     found = verify(tiny_bundle, device="cuda", threads=4)
     assert (found.passed, found.device, found.provider) == (True, "cuda", "CUDAExecutionProvider")
     sizes = {shape[0] // 4 for shape in cuda_stand_in.runs}
-    assert sizes == {1, 2, 4, 8, 16}  # every bucket that `predict` runs
+    assert sizes == {1, 2, 4, 8, 16}  # all buckets of `predict`
 
 
-# ---------------------------------------------------------------------------------------------- faults must be found
+# ---------------------------------------------------------------------------------------------- injected faults
 
 
 def bind_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bring back the fault of the first run on a GPU: the input is bound once, before there is a frame in it."""
+    """Inject a fault that a GPU once showed: the input is bound only once, before it holds a frame."""
     run = io_binding._HostBinding.run
 
     def stale(self: Any, quadrants: np.ndarray) -> None:
@@ -77,7 +77,7 @@ def bind_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lag_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answer each run with what the run before it computed."""
+    """Inject a fault: each run returns the output of the previous run."""
     run = io_binding._HostBinding.run
 
     def late(self: Any, quadrants: np.ndarray) -> None:
@@ -92,7 +92,7 @@ def lag_behind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def forget_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read the outputs before they have arrived."""
+    """Inject a fault: outputs are read before they are synchronized."""
 
     def early(self: Any, quadrants: np.ndarray) -> None:
         self._binding.bind_ortvalue_input(io_binding.INPUT, self._value(quadrants))
@@ -102,18 +102,18 @@ def forget_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def swap_frames(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hand out a batch's answers in reverse."""
+    """Inject a fault: the outputs of a batch are in reverse order."""
     run = io_binding.IoBinding.run
 
-    def reversed_answers(self: Any, batch: np.ndarray, frames: int) -> Any:
+    def reversed_output(self: Any, batch: np.ndarray, frames: int) -> Any:
         logits, probabilities, maps = run(self, batch, frames)
-        return io_binding.Answers(logits[::-1], probabilities[::-1], maps)
+        return io_binding.InferenceOutput(logits[::-1], probabilities[::-1], maps)
 
-    monkeypatch.setattr(io_binding.IoBinding, "run", reversed_answers)
+    monkeypatch.setattr(io_binding.IoBinding, "run", reversed_output)
 
 
 @pytest.mark.parametrize("fault", [bind_once, lag_behind, forget_to_wait, swap_frames], ids=lambda one: one.__name__)
-def test_a_faulty_binding_never_makes_a_row(
+def test_faulty_binding_never_yields_a_prediction(
     cuda_stand_in: Any,
     tiny_bundle: Path,
     frames: list[np.ndarray],
@@ -129,7 +129,7 @@ def test_a_faulty_binding_never_makes_a_row(
 
 
 @pytest.mark.parametrize("fault", [bind_once, lag_behind, forget_to_wait])
-def test_a_faulty_binding_of_single_frames_opens_no_predictor(
+def test_predictor_with_a_faulty_binding_does_not_open(
     cuda_stand_in: Any, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, fault: Any
 ) -> None:
     fault(monkeypatch)
@@ -139,19 +139,19 @@ def test_a_faulty_binding_of_single_frames_opens_no_predictor(
     assert "\n" not in str(caught.value)
 
 
-def test_a_gate_that_lets_everything_pass_does_not_hide_a_stale_input(
+def test_stale_input_is_found_even_with_an_unlimited_gate(
     cuda_stand_in: Any, tmp_path: Path, make_tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = {"max_abs_dprobability": 1.0, "max_frame_flip_fraction": 1.0}
     folder = make_tiny_bundle(tmp_path, manifest={"parity": {"fp32": {"gate": gate}}})
     Predictor(folder, device="cuda")
     bind_once(monkeypatch)
-    with pytest.raises(VerificationError, match="different golden frames get the same answer"):
+    with pytest.raises(VerificationError, match="bitwise equal outputs"):
         Predictor(folder, device="cuda")
 
 
-def test_slots_of_one_session_capture_graphs_of_their_own(cuda_stand_in: Any, tiny_bundle: Path) -> None:
-    """A graph replays the memory that it was captured with: shared numbers would answer with another slot's frames."""
+def test_slots_of_one_session_capture_separate_cuda_graphs(cuda_stand_in: Any, tiny_bundle: Path) -> None:
+    """A CUDA graph replays fixed addresses: with a shared identifier, a slot would return another slot's output."""
     engine = OnnxEngine(Bundle(tiny_bundle), device="cuda", cuda_graphs=True)
     quadrants = np.random.default_rng(5).integers(0, 256, (2, 4, 1, 32, 32), np.uint8)
     expected = OnnxEngine(Bundle(tiny_bundle), device="cpu").infer(quadrants.reshape(-1, 1, 32, 32))[0].reshape(2, 4, 2)
@@ -164,7 +164,7 @@ def test_slots_of_one_session_capture_graphs_of_their_own(cuda_stand_in: Any, ti
 # ---------------------------------------------------------------------------------------------- first runs
 
 
-def run_side_by_side(engine: OnnxEngine, threads: int) -> None:
+def run_concurrently(engine: OnnxEngine, threads: int) -> None:
     pool = SlotPool(engine, 8)
     start = threading.Barrier(threads, timeout=10)
 
@@ -178,24 +178,24 @@ def run_side_by_side(engine: OnnxEngine, threads: int) -> None:
         list(workers.map(work, range(threads)))
 
 
-def test_no_call_comes_while_a_shape_runs_for_the_first_time(cuda_stand_in: Any, tiny_bundle: Path) -> None:
-    run_side_by_side(OnnxEngine(Bundle(tiny_bundle), device="cuda"), 8)
+def test_first_run_of_a_shape_is_exclusive(cuda_stand_in: Any, tiny_bundle: Path) -> None:
+    run_concurrently(OnnxEngine(Bundle(tiny_bundle), device="cuda"), 8)
     assert cuda_stand_in.refused == 0
     assert {shape[0] // 4 for shape in cuda_stand_in.runs} == {1, 2, 4, 8}
 
 
-def test_the_stand_in_refuses_what_cuda_refuses(
+def test_stand_in_refuses_calls_during_stream_capture(
     cuda_stand_in: Any, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(io_binding.FirstRuns, "run", lambda self, shape: contextlib.nullcontext())
+    monkeypatch.setattr(io_binding.FirstRunLock, "run", lambda self, shape: contextlib.nullcontext())
     with pytest.raises(BundleError, match="not permitted when stream is capturing"):
-        run_side_by_side(OnnxEngine(Bundle(tiny_bundle), device="cuda"), 8)
+        run_concurrently(OnnxEngine(Bundle(tiny_bundle), device="cuda"), 8)
 
 
 # ---------------------------------------------------------------------------------------------- precisions
 
 
-def test_int8_is_refused_on_cuda_and_a_better_precision_named(
+def test_int8_on_cuda_is_refused_with_a_better_precision(
     cuda_stand_in: Any, tmp_path: Path, make_tiny_bundle: Make
 ) -> None:
     folder = make_tiny_bundle(tmp_path, precisions=("int8", "fp32", "fp16"))
@@ -206,13 +206,13 @@ def test_int8_is_refused_on_cuda_and_a_better_precision_named(
     assert engine.note.startswith("on the CPU: CUDA has no integer convolutions")
 
 
-def test_tf32_is_the_fp32_graph_on_cuda_alone(cuda_stand_in: Any, tmp_path: Path, make_tiny_bundle: Make) -> None:
+def test_tf32_runs_the_fp32_graph_on_cuda_only(cuda_stand_in: Any, tmp_path: Path, make_tiny_bundle: Make) -> None:
     folder = make_tiny_bundle(tmp_path, precisions=("fp32", "int8"))
     found = verify(folder, device="cuda", precision="tf32")
     assert (found.passed, found.precision, found.gate["max_abs_dprobability"]) == (True, "tf32", 0.05)
     assert Predictor(folder, device="cuda", precision="tf32").engine.precision == "tf32"
     for device in ("cpu", "auto", "openvino"):
-        with pytest.raises(UsageError, match="precision tf32 is computed on device cuda alone"):
+        with pytest.raises(UsageError, match=f"tf32 .*cuda; found device {device}"):
             Predictor(folder, device=device, precision="tf32")  # type: ignore[arg-type]
     assert Bundle(folder).precisions_on("cuda") == ("fp32", "tf32")
     lacking = make_tiny_bundle(tmp_path / "int8", precisions=("int8",))
@@ -229,19 +229,19 @@ def test_tf32_is_the_fp32_graph_on_cuda_alone(cuda_stand_in: Any, tmp_path: Path
         ({"cuda_graphs": True}, {"use_tf32": "0", "enable_cuda_graph": "1"}),
     ],
 )
-def test_options_reach_the_provider(
+def test_cuda_options_reach_the_provider(
     cuda_stand_in: Any, tiny_bundle: Path, wanted: dict[str, Any], options: dict[str, str]
 ) -> None:
     Predictor(tiny_bundle, device="cuda", **wanted)
     assert cuda_stand_in.options == [options]
 
 
-def test_tune_finds_how_cuda_runs_a_bundle_and_predict_runs_it_so(
+def test_tuned_cuda_settings_are_used_by_predict(
     cuda_stand_in: Any, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("ECHOQUAD_CONFIG_DIR", str(tmp_path))
-    monkeypatch.setattr(host, "usable_devices", lambda: {"cpu": None, "cuda": None})
-    found = tune(tiny_bundle, device="cuda", seconds=0.5, threads=1)
+    monkeypatch.setattr(host, "probe_devices", lambda: {"cpu": None, "cuda": None})
+    found = tune(tiny_bundle, device="cuda", seconds=0.1, threads=1)
     assert found.choice is not None
     tried = {(row.choice.precision, row.choice.cuda_graphs, row.choice.nhwc) for row in found.rows}
     assert tried == {(name, graphs, nhwc) for name in ("fp32", "tf32") for graphs in (0, 1) for nhwc in (0, 1)}
@@ -253,10 +253,10 @@ def test_tune_finds_how_cuda_runs_a_bundle_and_predict_runs_it_so(
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_parity_runs_the_slots_that_predict_runs(cuda_stand_in: Any, tiny_bundle: Path, batch_size: int) -> None:
+def test_parity_on_cuda_equals_the_cpu(cuda_stand_in: Any, tiny_bundle: Path, batch_size: int) -> None:
     quadrants = np.random.default_rng(1).integers(0, 256, (20, 4, 1, 32, 32), np.uint8)
     bundle = Bundle(tiny_bundle)
-    expected = infer_all(OnnxEngine(bundle, device="cpu"), quadrants, batch_size)
-    found = infer_all(OnnxEngine(bundle, device="cuda"), quadrants, batch_size)
+    expected = infer_in_batches(OnnxEngine(bundle, device="cpu"), quadrants, batch_size)
+    found = infer_in_batches(OnnxEngine(bundle, device="cuda"), quadrants, batch_size)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_array_equal(a, b)

@@ -1,3 +1,5 @@
+"""Host diagnostics: the status of every check, the exit code, and suggested wheels."""
+
 from __future__ import annotations
 
 import json
@@ -5,15 +7,10 @@ import json
 import pytest
 
 from echoquad_runtime.devices import onnxruntime_loader as wheels
-from echoquad_runtime.devices.session_factory import (
-    CPU_PROVIDER,
-    CUDA_PROVIDER,
-    OPENVINO_PROVIDER,
-    installed_wheels,
-    load_onnxruntime,
-)
-from echoquad_runtime.engine import diagnostics as doctor
-from echoquad_runtime.engine.diagnostics import Check, Report, Status, examine
+from echoquad_runtime.devices.execution_providers import CPU_PROVIDER, CUDA_PROVIDER, OPENVINO_PROVIDER
+from echoquad_runtime.devices.onnxruntime_loader import installed_wheels, load_onnxruntime
+from echoquad_runtime.engine import diagnostics
+from echoquad_runtime.engine.diagnostics import CheckStatus, DiagnosticCheck, DiagnosticReport, run_diagnostics
 from echoquad_runtime.errors import MissingExtraError
 
 if not installed_wheels():
@@ -24,15 +21,15 @@ ort = load_onnxruntime()
 
 @pytest.fixture
 def one_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "installed_wheels", lambda names=(): {} if names else {"onnxruntime": "1.31.1"})
+    monkeypatch.setattr(diagnostics, "installed_wheels", lambda names=(): {} if names else {"onnxruntime": "1.31.1"})
 
 
-def by_name(report: Report) -> dict[str, Check]:
+def by_name(report: DiagnosticReport) -> dict[str, DiagnosticCheck]:
     return {check.name: check for check in report.checks}
 
 
-def test_this_machine() -> None:
-    report = examine("cpu")
+def test_diagnostics_of_this_machine() -> None:
+    report = run_diagnostics("cpu")
     checks = by_name(report)
     assert checks["python"].status == checks["onnxruntime"].status == checks["cpu"].status == "ok"
     assert "computed" in checks["cpu"].detail
@@ -42,87 +39,87 @@ def test_this_machine() -> None:
     assert all("\n" not in check.detail for check in report.checks)
 
 
-def test_the_report_is_json() -> None:
-    report = examine()
+def test_report_is_json() -> None:
+    report = run_diagnostics()
     read = json.loads(json.dumps(report.to_dict()))
     assert read.keys() == {"device", "healthy", "exit_code", "checks", "facts"}
     assert read["checks"][0].keys() == {"name", "status", "detail"}
 
 
-def test_a_cpu_wheel_is_healthy(one_wheel: None) -> None:
+def test_cpu_wheel_is_healthy(one_wheel: None) -> None:
     if CUDA_PROVIDER in ort.get_available_providers():
         pytest.skip("this is the GPU wheel")
-    report = examine("auto")
+    report = run_diagnostics("auto")
     assert "cuda" not in by_name(report)
     assert (report.healthy, report.exit_code) == (True, 0)
 
 
 @pytest.mark.parametrize(("device", "status", "code"), [("auto", "warning", 0), ("cuda", "failed", 4)])
 @pytest.mark.usefixtures("one_wheel")
-def test_cuda_that_does_not_work(
-    monkeypatch: pytest.MonkeyPatch, device: doctor.Device, status: Status, code: int
+def test_failing_cuda_is_a_warning_unless_requested(
+    monkeypatch: pytest.MonkeyPatch, device: diagnostics.Device, status: CheckStatus, code: int
 ) -> None:
     monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA_PROVIDER, "CPUExecutionProvider"])
-    monkeypatch.setattr(doctor, "cuda_obstacle", lambda: "no NVIDIA driver was found")
-    report = examine(device)
-    assert by_name(report)["cuda"] == Check("cuda", status, "no NVIDIA driver was found")
+    monkeypatch.setattr(diagnostics, "cuda_unavailable_reason", lambda: "no NVIDIA driver was found")
+    report = run_diagnostics(device)
+    assert by_name(report)["cuda"] == DiagnosticCheck("cuda", status, "no NVIDIA driver was found")
     assert (report.exit_code, report.healthy) == (code, code == 0)
 
 
 @pytest.mark.usefixtures("one_wheel")
-def test_cuda_asked_of_a_cpu_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "cuda_obstacle", lambda: "no CUDA provider")
-    assert examine("cuda").exit_code == 4
+def test_cuda_requested_of_a_cpu_wheel_exits_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnostics, "cuda_unavailable_reason", lambda: "no CUDA provider")
+    assert run_diagnostics("cuda").exit_code == 4
 
 
-def test_cuda_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "cuda_obstacle", lambda: None)
-    assert by_name(examine("cuda"))["cuda"].status == "ok"
+def test_working_cuda_is_ok(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnostics, "cuda_unavailable_reason", lambda: None)
+    assert by_name(run_diagnostics("cuda"))["cuda"].status == "ok"
 
 
 @pytest.mark.parametrize(("device", "status", "code"), [("auto", "warning", 0), ("openvino", "failed", 4)])
 @pytest.mark.usefixtures("one_wheel")
-def test_openvino_that_does_not_work(
-    monkeypatch: pytest.MonkeyPatch, device: doctor.Device, status: Status, code: int
+def test_failing_openvino_is_a_warning_unless_requested(
+    monkeypatch: pytest.MonkeyPatch, device: diagnostics.Device, status: CheckStatus, code: int
 ) -> None:
     monkeypatch.setattr(ort, "get_available_providers", lambda: [OPENVINO_PROVIDER, "CPUExecutionProvider"])
-    monkeypatch.setattr(doctor, "openvino_obstacle", lambda: "it does not compute")
-    report = examine(device)
-    assert by_name(report)["openvino"] == Check("openvino", status, "it does not compute")
+    monkeypatch.setattr(diagnostics, "openvino_unavailable_reason", lambda: "it does not compute")
+    report = run_diagnostics(device)
+    assert by_name(report)["openvino"] == DiagnosticCheck("openvino", status, "it does not compute")
     assert (report.exit_code, report.healthy) == (code, code == 0)
-    assert "openvino" not in by_name(examine("cpu"))
+    assert "openvino" not in by_name(run_diagnostics("cpu"))
 
 
 @pytest.mark.usefixtures("one_wheel")
-def test_openvino_asked_of_a_cpu_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openvino_requested_of_a_cpu_wheel_exits_4(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    monkeypatch.setattr(doctor, "openvino_obstacle", lambda: "no OpenVINO provider")
-    assert "openvino" not in by_name(examine("auto"))
-    assert examine("openvino").exit_code == 4
+    monkeypatch.setattr(diagnostics, "openvino_unavailable_reason", lambda: "no OpenVINO provider")
+    assert "openvino" not in by_name(run_diagnostics("auto"))
+    assert run_diagnostics("openvino").exit_code == 4
 
 
-@pytest.mark.parametrize(("narrow", "words"), [(None, "in bfloat16 too"), ("no", "not in bfloat16 on this processor")])
+@pytest.mark.parametrize(("narrow", "words"), [(None, "also in bfloat16"), ("no", "not in bfloat16 on this processor")])
 @pytest.mark.usefixtures("one_wheel")
-def test_openvino_that_works(monkeypatch: pytest.MonkeyPatch, narrow: str | None, words: str) -> None:
-    monkeypatch.setattr(doctor, "openvino_obstacle", lambda bfloat16=False: narrow if bfloat16 else None)
-    report = examine("openvino")
-    assert by_name(report)["openvino"] == Check("openvino", "ok", f"computed the expected numbers, {words}")
+def test_working_openvino_is_ok(monkeypatch: pytest.MonkeyPatch, narrow: str | None, words: str) -> None:
+    monkeypatch.setattr(diagnostics, "openvino_unavailable_reason", lambda bfloat16=False: narrow if bfloat16 else None)
+    report = run_diagnostics("openvino")
+    assert by_name(report)["openvino"] == DiagnosticCheck("openvino", "ok", f"computed the expected numbers, {words}")
     assert report.exit_code == 0
 
 
 @pytest.mark.parametrize(("other", "extra"), [("gpu", "gpu"), ("openvino", "openvino"), ("directml", "cpu")])
-def test_two_wheels_leave_room_for_the_one_that_was_wanted(
-    monkeypatch: pytest.MonkeyPatch, other: str, extra: str
-) -> None:
+def test_two_wheels_suggest_the_matching_extra(monkeypatch: pytest.MonkeyPatch, other: str, extra: str) -> None:
     both = {"onnxruntime": "1.31.1", f"onnxruntime-{other}": "1.24.1"}
-    monkeypatch.setattr(doctor, "installed_wheels", lambda: both)
-    assert doctor._one_wheel().detail.endswith(f'then pip install "echoquad[{extra}]"')
+    for module in (diagnostics, wheels):
+        monkeypatch.setattr(module, "installed_wheels", lambda: both)
+    assert diagnostics._check_single_wheel().detail.endswith(f'then pip install "echoquad[{extra}]"')
 
 
-def test_two_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_wheels_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     both = {"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.30.0"}
-    monkeypatch.setattr(doctor, "installed_wheels", lambda names=(): {} if names else both)
-    report = examine("cpu")
+    for module in (diagnostics, wheels):
+        monkeypatch.setattr(module, "installed_wheels", lambda names=(): {} if names else both)
+    report = run_diagnostics("cpu")
     check = by_name(report)["one onnxruntime wheel"]
     assert check.status == "failed"
     assert check.detail.endswith('do: pip uninstall -y onnxruntime onnxruntime-gpu, then pip install "echoquad[gpu]"')
@@ -130,39 +127,41 @@ def test_two_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.facts["onnxruntime-gpu"] == "1.30.0"
 
 
-def test_without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_onnxruntime_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
         raise MissingExtraError("onnxruntime is not installed; do: ...")
 
-    monkeypatch.setattr(doctor, "load_onnxruntime", refuse)
-    report = examine("auto")
-    assert by_name(report)["onnxruntime"] == Check("onnxruntime", "failed", "onnxruntime is not installed; do: ...")
+    monkeypatch.setattr(diagnostics, "load_onnxruntime", refuse)
+    report = run_diagnostics("auto")
+    assert by_name(report)["onnxruntime"] == DiagnosticCheck(
+        "onnxruntime", "failed", "onnxruntime is not installed; do: ..."
+    )
     assert "cpu" not in by_name(report)
     assert report.exit_code == 1
 
 
-def test_a_cpu_that_computes_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "probe", lambda _: "CPUExecutionProvider computed [0.0] where [1.0] is right")
-    assert by_name(examine("cpu"))["cpu"].status == "failed"
+def test_wrong_numbers_on_the_cpu_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnostics, "probe_provider", lambda _: "CPUExecutionProvider computed [0.0]; expected [1.0]")
+    assert by_name(run_diagnostics("cpu"))["cpu"].status == "failed"
 
 
-def test_an_old_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_OLDEST_PYTHON", (99, 0))
-    assert doctor._python().status == "failed"
+def test_old_python_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnostics, "_OLDEST_PYTHON", (99, 0))
+    assert diagnostics._check_python().status == "failed"
 
 
 @pytest.mark.usefixtures("one_wheel")
-def test_extra_checks_are_made_last_and_may_break() -> None:
-    def torch() -> Check:
-        return Check("torch", "warning", "not installed")
+def test_extra_checks_run_last_and_may_raise() -> None:
+    def torch() -> DiagnosticCheck:
+        return DiagnosticCheck("torch", "warning", "not installed")
 
-    def broken() -> Check:
+    def broken() -> DiagnosticCheck:
         raise ValueError("a\nb")
 
-    report = examine("cpu", extra_checks=[torch, broken])
+    report = run_diagnostics("cpu", extra_checks=[torch, broken])
     assert report.checks[-2:] == (
-        Check("torch", "warning", "not installed"),
-        Check("broken", "failed", "ValueError: a b"),
+        DiagnosticCheck("torch", "warning", "not installed"),
+        DiagnosticCheck("broken", "failed", "ValueError: a b"),
     )
     assert report.exit_code == 1
 
@@ -175,21 +174,21 @@ def test_extra_checks_are_made_last_and_may_break() -> None:
         ({"fpu", "avx2"}, "none of "),
     ],
 )
-def test_int8_instructions(features: set[str], detail: str) -> None:
-    (check,) = doctor._int8(frozenset(features))
+def test_int8_instructions_are_listed(features: set[str], detail: str) -> None:
+    (check,) = diagnostics._check_int8(frozenset(features))
     assert check.status == "ok"
     assert check.detail.startswith(detail)
 
 
-def test_no_instructions_are_listed() -> None:
-    assert doctor._int8(frozenset()) == []
+def test_unknown_instructions_are_not_reported() -> None:
+    assert diagnostics._check_int8(frozenset()) == []
 
 
 @pytest.fixture
 def on_linux(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(doctor.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(doctor, "nvidia_driver", lambda: (0, "no NVIDIA driver was found"))
+    monkeypatch.setattr(diagnostics.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(diagnostics.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(diagnostics, "nvidia_driver", lambda: (0, "no NVIDIA driver was found"))
 
 
 @pytest.mark.parametrize(
@@ -201,9 +200,9 @@ def on_linux(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 @pytest.mark.usefixtures("on_linux")
-def test_what_openvino_would_bring(monkeypatch: pytest.MonkeyPatch, features: set[str], named: str) -> None:
+def test_openvino_wheel_is_suggested(monkeypatch: pytest.MonkeyPatch, features: set[str], named: str) -> None:
     monkeypatch.setattr(wheels, "installed_wheels", lambda: {"onnxruntime": "1.32.0"})
-    (check,) = doctor._other_wheels([CPU_PROVIDER], frozenset(features))
+    (check,) = diagnostics._suggest_wheels([CPU_PROVIDER], frozenset(features))
     assert (check.name, check.status) == ("onnxruntime-openvino", "ok") and named in check.detail
     assert "benchmarks/engines.py" in check.detail and "\n" not in check.detail
     assert check.detail.endswith(
@@ -212,31 +211,31 @@ def test_what_openvino_would_bring(monkeypatch: pytest.MonkeyPatch, features: se
 
 
 @pytest.mark.usefixtures("on_linux")
-def test_where_openvino_would_bring_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openvino_wheel_is_not_suggested_without_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = frozenset({"avx512_vnni"})
-    assert doctor._other_wheels([CPU_PROVIDER], frozenset({"avx2"})) == []
-    assert doctor._other_wheels([OPENVINO_PROVIDER, CPU_PROVIDER], fast) == []
-    assert doctor._other_wheels([CUDA_PROVIDER, CPU_PROVIDER], fast) == []
-    monkeypatch.setattr(doctor.platform, "machine", lambda: "aarch64")
-    assert doctor._other_wheels([CPU_PROVIDER], fast) == []
+    assert diagnostics._suggest_wheels([CPU_PROVIDER], frozenset({"avx2"})) == []
+    assert diagnostics._suggest_wheels([OPENVINO_PROVIDER, CPU_PROVIDER], fast) == []
+    assert diagnostics._suggest_wheels([CUDA_PROVIDER, CPU_PROVIDER], fast) == []
+    monkeypatch.setattr(diagnostics.platform, "machine", lambda: "aarch64")
+    assert diagnostics._suggest_wheels([CPU_PROVIDER], fast) == []
 
 
 @pytest.mark.usefixtures("on_linux")
-def test_what_the_gpu_wheel_would_bring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "nvidia_driver", lambda: (13000, None))
-    (check,) = doctor._other_wheels([OPENVINO_PROVIDER, CPU_PROVIDER], frozenset({"avx512_vnni"}))
+def test_gpu_wheel_is_suggested(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnostics, "nvidia_driver", lambda: (13000, None))
+    (check,) = diagnostics._suggest_wheels([OPENVINO_PROVIDER, CPU_PROVIDER], frozenset({"avx512_vnni"}))
     assert (check.name, check.status) == ("onnxruntime-gpu", "ok") and "there is an NVIDIA GPU" in check.detail
     assert check.detail.endswith('pip install "echoquad[gpu]"')
-    assert doctor._other_wheels([CUDA_PROVIDER, CPU_PROVIDER], frozenset()) == []
+    assert diagnostics._suggest_wheels([CUDA_PROVIDER, CPU_PROVIDER], frozenset()) == []
 
 
 @pytest.mark.parametrize(("device", "shown"), [("auto", True), ("cpu", False)])
 @pytest.mark.usefixtures("one_wheel", "on_linux")
-def test_other_wheels_are_named_where_no_device_was(
-    monkeypatch: pytest.MonkeyPatch, device: doctor.Device, shown: bool
+def test_wheels_are_suggested_for_device_auto_only(
+    monkeypatch: pytest.MonkeyPatch, device: diagnostics.Device, shown: bool
 ) -> None:
     monkeypatch.setattr(ort, "get_available_providers", lambda: [CPU_PROVIDER])
-    monkeypatch.setattr(doctor, "cpu_features", lambda: frozenset({"avx512_vnni"}))
-    report = examine(device)
+    monkeypatch.setattr(diagnostics, "cpu_features", lambda: frozenset({"avx512_vnni"}))
+    report = run_diagnostics(device)
     assert ("onnxruntime-openvino" in by_name(report)) is shown
     assert (report.healthy, report.exit_code) == (True, 0)

@@ -1,3 +1,5 @@
+"""IO binding and the slot pool: outputs of slots, buckets and concurrent runs."""
+
 from __future__ import annotations
 
 import itertools
@@ -12,22 +14,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echoquad_runtime.bundle.bundle import Bundle
-from echoquad_runtime.devices.session_factory import cuda_unavailable_reason
+from echoquad_runtime.devices.cuda_probe import cuda_unavailable_reason
 from echoquad_runtime.engine.io_binding import buckets
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
-from echoquad_runtime.engine.slot_pool import SlotPool, infer_all
+from echoquad_runtime.engine.slot_pool import SlotPool, infer_in_batches
 from echoquad_runtime.errors import BundleError
 
 Make = Callable[..., Path]
 
 
 @given(st.integers(1, 5000))
-def test_buckets_are_few_and_hold_every_number(frames: int) -> None:
+def test_buckets_are_few_and_cover_every_batch_size(frames: int) -> None:
     found = buckets(frames)
     assert sorted(set(found)) == list(found)
     assert (found[0], found[-1]) == (1, frames)
     assert len(found) <= 2 + np.log2(frames)
-    assert all(after <= 2 * before for before, after in itertools.pairwise(found))  # half is padding at worst
+    assert all(
+        after <= 2 * before for before, after in itertools.pairwise(found)
+    )  # at most half of a bucket is padding
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +45,11 @@ def quadrants() -> np.ndarray:
 
 
 @pytest.mark.parametrize("room", [1, 2, 5, 8])
-def test_a_slot_answers_as_the_engine_does_for_every_number_of_frames(
+def test_slot_output_equals_the_engines_for_every_batch_size(
     engine: OnnxEngine, quadrants: np.ndarray, room: int
 ) -> None:
     slot = engine.open_slot(room)
-    batch = np.full((room, 4, 1, 32, 32), 255, np.uint8)  # padding that would show
+    batch = np.full((room, 4, 1, 32, 32), 255, np.uint8)  # padding that would change the output if it leaked
     for count in range(1, room + 1):
         batch[:count] = quadrants[:count]
         found = slot.run(batch, count)
@@ -56,7 +60,7 @@ def test_a_slot_answers_as_the_engine_does_for_every_number_of_frames(
         assert found.maps is None
 
 
-def test_a_slot_runs_the_batch_that_it_is_given_and_its_answers_stay(engine: OnnxEngine, quadrants: np.ndarray) -> None:
+def test_slot_output_is_not_changed_by_later_runs(engine: OnnxEngine, quadrants: np.ndarray) -> None:
     slot = engine.open_slot(2)
     first = slot.run(quadrants[:2], 2)
     kept = first.probabilities.copy()
@@ -70,7 +74,7 @@ def test_a_slot_runs_the_batch_that_it_is_given_and_its_answers_stay(engine: Onn
         np.testing.assert_array_equal(found.probabilities, right)
 
 
-def test_slots_of_one_session_run_side_by_side(engine: OnnxEngine, quadrants: np.ndarray) -> None:
+def test_slots_of_one_session_run_concurrently(engine: OnnxEngine, quadrants: np.ndarray) -> None:
     expected = [engine.infer(one.reshape(-1, 1, 32, 32))[1] for one in quadrants]
     slots = SlotPool(engine, 1)
 
@@ -83,15 +87,15 @@ def test_slots_of_one_session_run_side_by_side(engine: OnnxEngine, quadrants: np
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 16])
-def test_frames_in_batches_answer_as_alone(engine: OnnxEngine, quadrants: np.ndarray, batch_size: int) -> None:
+def test_batch_size_does_not_change_the_output(engine: OnnxEngine, quadrants: np.ndarray, batch_size: int) -> None:
     expected = engine.infer(quadrants.reshape(-1, 1, 32, 32))
     for frames in (quadrants, quadrants[:, :, 0]):
-        found = infer_all(engine, frames, batch_size)
+        found = infer_in_batches(engine, frames, batch_size)
         for a, b in zip(found, expected, strict=True):
             np.testing.assert_array_equal(a, b)
 
 
-def test_an_engine_of_another_kind_runs_one_batch_at_a_time(engine: OnnxEngine, quadrants: np.ndarray) -> None:
+def test_engine_without_slots_runs_one_batch_at_a_time(engine: OnnxEngine, quadrants: np.ndarray) -> None:
     running, most, lock = 0, 0, threading.Lock()
 
     class Other:
@@ -115,7 +119,7 @@ def test_an_engine_of_another_kind_runs_one_batch_at_a_time(engine: OnnxEngine, 
     assert most == 1
 
 
-def test_answers_of_another_shape_are_one_line(tmp_path: Path, make_tiny_bundle: Make) -> None:
+def test_output_of_another_shape_raises_bundle_error(tmp_path: Path, make_tiny_bundle: Make) -> None:
     from onnx import helper, load_model_from_string
 
     from echoquad_runtime.engine import onnx_engine as module
@@ -136,7 +140,7 @@ def test_answers_of_another_shape_are_one_line(tmp_path: Path, make_tiny_bundle:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graphs", [False, True])
-def test_slots_on_cuda_answer_as_the_cpu_does(tiny_bundle: Path, quadrants: np.ndarray, cuda_graphs: bool) -> None:
+def test_slot_output_on_cuda_equals_the_cpu(tiny_bundle: Path, quadrants: np.ndarray, cuda_graphs: bool) -> None:
     if cuda_unavailable_reason() is not None:
         pytest.skip("no CUDA here")
     on_cpu = OnnxEngine(Bundle(tiny_bundle), device="cpu")

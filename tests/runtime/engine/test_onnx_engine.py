@@ -1,3 +1,5 @@
+"""The onnxruntime engine: outputs, precisions, and graphs that it refuses."""
+
 from __future__ import annotations
 
 import platform
@@ -9,11 +11,13 @@ import numpy as np
 import pytest
 
 from echoquad_runtime.bundle import bundle
-from echoquad_runtime.bundle.bundle import REDUCED_GATE, Bundle, model_file
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.manifest import REDUCED_GATE, model_file
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices import execution_providers as providers
 from echoquad_runtime.devices.execution_providers import integers_overflow
-from echoquad_runtime.devices.session_factory import OpenedSession, load_onnxruntime, open_session
+from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
+from echoquad_runtime.devices.session_factory import OpenedSession, open_session
 from echoquad_runtime.engine import onnx_engine as session
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.errors import BundleError, BundleTamperedError, UsageError
@@ -26,13 +30,13 @@ def open_engine(folder: Path, **options: Any) -> OnnxEngine:
     return OnnxEngine(Bundle(folder), device="cpu", **options)
 
 
-def test_it_says_what_it_is(tiny_bundle: Path) -> None:
+def test_engine_reports_device_precision_and_contract(tiny_bundle: Path) -> None:
     engine = open_engine(tiny_bundle)
     assert (engine.device, engine.precision, engine.note) == ("cpu", "fp32", "")
     assert engine.contract == Bundle(tiny_bundle).contract
 
 
-def test_it_computes_the_golden_answers(tiny_bundle: Path) -> None:
+def test_engine_reproduces_the_golden_frames(tiny_bundle: Path) -> None:
     from echoquad_runtime.quadrants import frame_quadrants
 
     golden, engine = Bundle(tiny_bundle).read_golden(), open_engine(tiny_bundle)
@@ -43,7 +47,7 @@ def test_it_computes_the_golden_answers(tiny_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3, 17])
-def test_shapes_types_and_sums(tiny_bundle: Path, count: int) -> None:
+def test_output_shapes_types_and_sums(tiny_bundle: Path, count: int) -> None:
     quadrants = np.random.default_rng(0).integers(0, 256, (count, 1, 32, 32), np.uint8)
     logits, probabilities = open_engine(tiny_bundle).infer(quadrants)
     assert logits.shape == probabilities.shape == (count, 2)
@@ -51,7 +55,7 @@ def test_shapes_types_and_sums(tiny_bundle: Path, count: int) -> None:
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=0, atol=1e-6)
 
 
-def test_more_classes_and_a_temperature(tmp_path: Path, make_tiny_bundle: Make) -> None:
+def test_several_classes_and_a_temperature(tmp_path: Path, make_tiny_bundle: Make) -> None:
     engine = open_engine(make_tiny_bundle(tmp_path, classes=("A", "B", "C", "D"), temperature=2.5))
     quadrants = np.random.default_rng(0).integers(0, 256, (5, 1, 32, 32), np.uint8)
     logits, probabilities = engine.infer(quadrants)
@@ -59,7 +63,7 @@ def test_more_classes_and_a_temperature(tmp_path: Path, make_tiny_bundle: Make) 
     np.testing.assert_allclose(probabilities, exponentials / exponentials.sum(axis=1, keepdims=True), atol=1e-6)
 
 
-def test_the_precision_that_is_asked_for_runs(tmp_path: Path, make_tiny_bundle: Make) -> None:
+def test_requested_precision_runs(tmp_path: Path, make_tiny_bundle: Make) -> None:
     folder = make_tiny_bundle(tmp_path, precisions=("fp32", "int8"))
     assert open_engine(folder, precision="int8").precision == "int8"
     assert open_engine(folder).precision == "fp32"
@@ -74,31 +78,31 @@ def test_threads_and_spinning_are_kept(tiny_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("overflow", [False, True])
-def test_integers_are_exact_where_the_fast_ones_would_overflow(
+def test_int8_uses_exact_products_if_fast_ones_overflow(
     tmp_path: Path, tiny_bundle: Path, make_tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch, overflow: bool
 ) -> None:
     tried: list[bool] = []
     monkeypatch.setattr(providers, "integers_overflow", lambda: tried.append(overflow) or overflow)
     onnx = pytest.importorskip("onnx")
     graph = onnx.load_from_string((tiny_bundle / model_file("fp32")).read_bytes())
-    graph.graph.node[0].name = "QuantizeLinear"  # what the bytes of a graph of integers hold
+    graph.graph.node[0].name = "QuantizeLinear"  # occurs in the bytes of every int8 graph
     folder = make_tiny_bundle(tmp_path, precisions=("fp32", "int8"), graphs={"int8": graph.SerializeToString()})
-    key, asked = "session.x64quantprecision", {}
+    key, requested = "session.x64quantprecision", {}
     for precision in ("fp32", "int8"):
         options = open_engine(folder, precision=precision)._session.get_session_options()
         try:
-            asked[precision] = options.get_session_config_entry(key)
-        except RuntimeError:  # onnxruntime's word for an entry that was not made
-            asked[precision] = None
-    assert asked == {"fp32": None, "int8": "1" if overflow else None}
-    assert len(tried) == 1  # a float graph does not pay for the trial
+            requested[precision] = options.get_session_config_entry(key)
+        except RuntimeError:  # onnxruntime raises this for a missing entry
+            requested[precision] = None
+    assert requested == {"fp32": None, "int8": "1" if overflow else None}
+    assert len(tried) == 1  # a float graph does not run the measurement
 
 
-def test_whether_integers_overflow_is_tried_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_integer_overflow_is_measured_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     if "vnni" in flags or platform.machine().lower() in ("arm64", "aarch64"):
         assert integers_overflow() is False
-    saturated = np.full((1, 4), 4 * 32767, np.int32)  # what pairs added up in 16 bits come to
+    saturated = np.full((1, 4), 4 * 32767, np.int32)  # the sum of pairs that saturate in 16 bits
     ort = load_onnxruntime()
     opened = ort.InferenceSession
 
@@ -121,28 +125,28 @@ def test_whether_integers_overflow_is_tried_on_the_processor(monkeypatch: pytest
 
 @pytest.fixture
 def computes_in(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Pretend that every device is OpenVINO with bfloat16; give whether each session that is opened asks for it."""
-    asked: list[bool] = []
+    """Simulate OpenVINO with bfloat16 on the CPU; return whether each opened session requested bfloat16."""
+    requested: list[bool] = []
 
     def opens(model: bytes, *, device: str, bfloat16: bool, **options: Any) -> OpenedSession:
-        asked.append(bfloat16)
+        requested.append(bfloat16)
         return open_session(model, device="cpu", **options)
 
     monkeypatch.setattr(session, "open_session", opens)
-    return asked
+    return requested
 
 
-def test_bf16_is_the_fp32_graph_in_bfloat16(tmp_path: Path, make_tiny_bundle: Make, computes_in: list[bool]) -> None:
+def test_bf16_runs_the_fp32_graph_in_bfloat16(tmp_path: Path, make_tiny_bundle: Make, computes_in: list[bool]) -> None:
     folder = make_tiny_bundle(tmp_path, precisions=("int8", "fp32"), graphs={"int8": b"never read"})
     engine = OnnxEngine(Bundle(folder), precision="bf16", device="openvino")
-    assert engine.precision == "bf16"  # what the rows will say
+    assert engine.precision == "bf16"  # as result rows report it
     assert OnnxEngine(Bundle(folder), precision="fp32", device="openvino").precision == "fp32"
     assert computes_in == [True, False]
-    assert Bundle(folder).default_precision == "int8"  # nobody gets bf16 who has not asked for it
+    assert Bundle(folder).default_precision == "int8"  # bf16 is never the default
 
 
-def test_bf16_is_refused_elsewhere_before_it_runs(tiny_bundle: Path) -> None:
-    with pytest.raises(UsageError, match="precision bf16 is computed on device openvino alone; found device cpu"):
+def test_bf16_on_another_device_is_refused(tiny_bundle: Path) -> None:
+    with pytest.raises(UsageError, match=r"bf16 .*openvino; found device cpu"):
         open_engine(tiny_bundle, precision="bf16")
 
 
@@ -152,7 +156,7 @@ def test_bf16_needs_the_fp32_graph(tmp_path: Path, make_tiny_bundle: Make) -> No
         OnnxEngine(Bundle(folder), precision="bf16", device="openvino")
 
 
-def test_bf16_is_held_to_what_every_reduced_precision_is_held_to(tiny_bundle: Path) -> None:
+def test_bf16_has_the_gate_of_reduced_precisions(tiny_bundle: Path) -> None:
     from echoquad_export.parity.parity import GATES
 
     assert Bundle(tiny_bundle).gate("bf16") == REDUCED_GATE
@@ -160,10 +164,10 @@ def test_bf16_is_held_to_what_every_reduced_precision_is_held_to(tiny_bundle: Pa
 
 
 @pytest.mark.usefixtures("computes_in")
-def test_verify_holds_bf16_to_its_own_gate(tmp_path: Path, make_tiny_bundle: Make) -> None:
+def test_verify_applies_the_bf16_gate(tmp_path: Path, make_tiny_bundle: Make) -> None:
     good = verify(make_tiny_bundle(tmp_path / "good"), precision="bf16", device="openvino")
     assert (good.passed, good.precision, good.gate) == (True, "bf16", REDUCED_GATE)
-    # Too far out for fp32, and decided otherwise: too far out for any precision.
+    # Changed decisions are beyond the gate of any precision.
     assert not verify(
         make_tiny_bundle(tmp_path / "bad", graph={"logit_scale": -1.0}), precision="bf16", device="openvino"
     ).passed
@@ -173,9 +177,9 @@ OTHER = Contract(classes=("ASD", "NORM"), input_size=32, keep=0.8)
 
 
 @pytest.mark.parametrize("carried", [OTHER.to_json(), Contract(classes=("A", "B"), input_size=32).to_json()])
-def test_a_graph_of_another_contract_is_refused(tmp_path: Path, make_tiny_bundle: Make, carried: str) -> None:
+def test_graph_with_another_contract_is_refused(tmp_path: Path, make_tiny_bundle: Make, carried: str) -> None:
     folder = make_tiny_bundle(tmp_path, graph={"carried": carried})
-    with pytest.raises(BundleError, match="they do not belong together; export it again") as caught:
+    with pytest.raises(BundleError, match="export it again") as caught:
         open_engine(folder)
     assert "\n" not in str(caught.value)
     assert Bundle(folder).contract.sha256[:12] in str(caught.value)
@@ -195,30 +199,32 @@ def test_a_graph_of_another_contract_is_refused(tmp_path: Path, make_tiny_bundle
     ],
     ids=["input", "logits", "probabilities", "size", "any size", "one only", "four only"],
 )
-def test_a_graph_of_another_shape_is_refused(tmp_path: Path, make_tiny_bundle: Make, graph: dict[str, Any]) -> None:
-    with pytest.raises(BundleError, match=r"the fp32 graph takes and gives .*; expected ") as caught:
+def test_graph_with_other_inputs_or_outputs_is_refused(
+    tmp_path: Path, make_tiny_bundle: Make, graph: dict[str, Any]
+) -> None:
+    with pytest.raises(BundleError, match=r"the fp32 graph has the inputs and outputs .*; expected ") as caught:
         open_engine(make_tiny_bundle(tmp_path, graph=graph))
     assert "\n" not in str(caught.value)
 
 
-def test_a_graph_with_other_classes_is_refused(
+def test_graph_with_other_classes_is_refused(
     tmp_path: Path, make_tiny_bundle: Make, make_tiny_graph: Callable[..., bytes]
 ) -> None:
     three, two = Contract(classes=("A", "B", "C"), input_size=32), Contract(classes=("A", "B"), input_size=32)
     model = make_tiny_graph(three, carried=two.to_json())
-    with pytest.raises(BundleError, match="takes and gives"):
+    with pytest.raises(BundleError, match="inputs and outputs"):
         open_engine(make_tiny_bundle(tmp_path, contract=two, graphs={"fp32": model}))
 
 
 @pytest.mark.parametrize("model", [b"", b"garbage", bytes(1000)], ids=["empty", "text", "zeros"])
-def test_a_model_that_is_none_though_its_hash_is_right(tmp_path: Path, make_tiny_bundle: Make, model: bytes) -> None:
+def test_invalid_model_with_a_correct_hash_is_refused(tmp_path: Path, make_tiny_bundle: Make, model: bytes) -> None:
     with pytest.raises(BundleError, match="the fp32 graph is not an ONNX file") as caught:
         open_engine(make_tiny_bundle(tmp_path, graphs={"fp32": model}))
     assert not isinstance(caught.value, BundleTamperedError)
     assert "\n" not in str(caught.value)
 
 
-def test_a_changed_model_is_not_loaded(tmp_path: Path, make_tiny_bundle: Make) -> None:
+def test_changed_model_is_not_loaded(tmp_path: Path, make_tiny_bundle: Make) -> None:
     folder = make_tiny_bundle(tmp_path)
     path = folder / model_file("fp32")
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
@@ -226,7 +232,7 @@ def test_a_changed_model_is_not_loaded(tmp_path: Path, make_tiny_bundle: Make) -
         open_engine(folder)
 
 
-def test_what_was_hashed_is_what_is_loaded(
+def test_hashed_bytes_are_the_loaded_bytes(
     tmp_path: Path, make_tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_tiny_bundle(tmp_path)
@@ -243,6 +249,6 @@ def test_what_was_hashed_is_what_is_loaded(
     assert len(swapped) == 1
 
 
-def test_values_that_cannot_be(tiny_bundle: Path) -> None:
+def test_invalid_threads_are_refused(tiny_bundle: Path) -> None:
     with pytest.raises(UsageError):
         open_engine(tiny_bundle, threads=0)

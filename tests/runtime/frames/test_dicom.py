@@ -1,3 +1,5 @@
+"""DICOM files: every transfer syntax and photometric interpretation, windows, regions, clips, damage, and privacy."""
+
 from __future__ import annotations
 
 import io
@@ -19,12 +21,14 @@ from echoquad_runtime.errors import (
     FrameFormatError,
     FrameTooLargeError,
 )
+from echoquad_runtime.frames.dicom import elements
 from echoquad_runtime.frames.discovery import find_frames
+from echoquad_runtime.frames.formats import MAX_FILE_BYTES
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.frames.reader import (
     decode_checked,
     decode_frame,
-    decode_pixels,
+    decode_in_memory,
     load_checked,
     load_grey,
     load_image,
@@ -37,7 +41,7 @@ from pydicom.data import get_testdata_file  # noqa: E402
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
 from pydicom.encaps import encapsulate  # noqa: E402
 
-# pydicom's own, of the files that the tests write and of odd ones that it is asked to read.
+# pydicom warns about the malformed files that these tests write and read.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 NATIVE, IMPLICIT, BIG, DEFLATED = (f"1.2.840.10008.1.2{end}" for end in (".1", "", ".2", ".1.99"))
@@ -51,7 +55,7 @@ def shipped(name: str) -> Path:
 
 
 def ultrasound() -> list[Path]:
-    """Find every ultrasound file that the pydicom wheel ships."""
+    """Return the paths of all ultrasound files in the pydicom wheel."""
     found = []
     for path in sorted(Path(pydicom.__file__).parent.joinpath("data", "test_files").rglob("*")):
         if path.is_file():
@@ -67,7 +71,7 @@ def ultrasound() -> list[Path]:
 
 
 def make(pixels: bytes, *, syntax: str = NATIVE, **values: Any) -> bytes:
-    """Write a DICOM file: 6 rows of 8 8-bit grey pixels, unless told otherwise; None leaves an element out."""
+    """Return a DICOM file, by default of 6 x 8 8-bit grey pixels; a value of None omits the element."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return _make(pixels, syntax, values)
@@ -107,7 +111,7 @@ def luma(colours: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- real files
 
 
-def test_the_wheel_ships_the_ultrasound_files_that_are_read_here() -> None:
+def test_pydicom_ships_the_ultrasound_files_used_here() -> None:
     assert {path.name for path in ultrasound()} == {
         *("ExplVR_BigEnd.dcm", "examples_jpeg2k.dcm", "examples_palette.dcm", "examples_rgb_color.dcm"),
         "examples_ybr_color.dcm",
@@ -115,7 +119,7 @@ def test_the_wheel_ships_the_ultrasound_files_that_are_read_here() -> None:
 
 
 @pytest.mark.parametrize("path", ultrasound(), ids=lambda path: path.name)
-def test_real_ultrasound_is_read_as_pydicom_reads_it(path: Path) -> None:
+def test_real_ultrasound_equals_pydicom(path: Path) -> None:
     from pydicom.pixels import apply_color_lut, pixel_array
 
     frames = list(find_frames([path]))
@@ -128,14 +132,14 @@ def test_real_ultrasound_is_read_as_pydicom_reads_it(path: Path) -> None:
         if wanted.ndim == 2:
             wanted = (apply_color_lut(wanted, pydicom.dcmread(path)) / 257 + 0.5).astype(np.uint8)
         grey, flags = load_checked(frame)
-        # JPEG's luma against luma of the RGB that was made of it, which is clipped.
+        # JPEG's own luma is compared with the luma of clipped RGB.
         assert np.abs(grey.astype(int) - luma(wanted)).max() <= (8 if "ybr" in path.name else 1)
         assert flags == (("colour",) if path.name == "ExplVR_BigEnd.dcm" else ())
         shown = np.asarray(load_image(frame).convert("RGB")).astype(int)
         assert np.abs(shown - wanted).mean() < 1
 
 
-def test_the_echocardiogram_has_thirty_frames_that_move() -> None:
+def test_echocardiogram_has_thirty_different_frames() -> None:
     frames = [item for item in find_frames([shipped("examples_ybr_color.dcm")]) if isinstance(item, FrameFile)]
     assert [item.name for item in frames] == [f"examples_ybr_color.dcm#{number}" for number in range(1, 31)]
     greys = [load_grey(item) for item in frames]
@@ -143,7 +147,7 @@ def test_the_echocardiogram_has_thirty_frames_that_move() -> None:
 
     stored = pydicom.dcmread(shipped("examples_ybr_color.dcm")).PixelData
     assert len({grey.tobytes() for grey in greys}) == len(set(generate_frames(stored, number_of_frames=30))) > 20
-    assert {grey.shape for grey in greys} == {(240, 320)}  # its region goes beyond the frame, and is no crop
+    assert {grey.shape for grey in greys} == {(240, 320)}  # its region exceeds the frame, so it is not cropped
 
 
 @pytest.mark.parametrize(
@@ -161,7 +165,7 @@ def test_the_echocardiogram_has_thirty_frames_that_move() -> None:
         *("SC_rgb_jpeg_dcmd.dcm", "GDCMJ2K_TextGBR.dcm"),
     ],
 )
-def test_colours_of_every_syntax_are_as_pydicom_reads_them(name: str) -> None:
+def test_colours_of_every_transfer_syntax_equal_pydicom(name: str) -> None:
     if "jls" in name:
         pytest.importorskip("gdcm")
     from pydicom.pixels import pixel_array
@@ -180,7 +184,7 @@ def test_colours_of_every_syntax_are_as_pydicom_reads_them(name: str) -> None:
         *("MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm"),
     ],
 )
-def test_sixteen_bits_of_every_syntax_are_the_same(name: str) -> None:
+def test_16_bit_pixels_are_equal_in_every_transfer_syntax(name: str) -> None:
     if "jpeg_ls" in name:
         pytest.importorskip("gdcm")
     stored = pydicom.dcmread(shipped("MR_small.dcm")).pixel_array.astype(float)
@@ -191,11 +195,11 @@ def test_sixteen_bits_of_every_syntax_are_the_same(name: str) -> None:
     np.testing.assert_allclose(load_grey(frame), wanted, atol=0.51)
 
 
-# ---------------------------------------------------------------------------------------------- kinds of pixels
+# ---------------------------------------------------------------------------------------------- kinds of pixel
 
 
 @pytest.mark.parametrize("syntax", [NATIVE, IMPLICIT, BIG, DEFLATED])
-def test_grey_is_as_it_is(syntax: str) -> None:
+def test_8_bit_monochrome_is_unchanged(syntax: str) -> None:
     np.testing.assert_array_equal(decode_frame(make(RAMP.tobytes(), syntax=syntax)), RAMP)
 
 
@@ -205,15 +209,15 @@ def test_monochrome1_is_inverted() -> None:
 
 
 @pytest.mark.parametrize(("bits", "signed"), [(16, 0), (12, 0), (10, 0), (16, 1), (12, 1)])
-def test_without_a_window_the_greatest_number_that_can_be_stored_is_white(bits: int, signed: int) -> None:
+def test_without_window_largest_storable_value_is_white(bits: int, signed: int) -> None:
     levels = np.linspace(0, (1 << bits) - 1, 48).astype(np.int64).reshape(6, 8)
     stored = (levels - (1 << bits - 1) if signed else levels).astype("<i4").astype("<u2")
-    stored |= np.uint16(0 if bits == 16 else 1 << 15)  # an overlay in an unused bit
+    stored |= np.uint16(0 if bits == 16 else 1 << 15)  # an overlay plane in an unused bit
     data = make(stored.tobytes(), BitsAllocated=16, BitsStored=bits, HighBit=bits - 1, PixelRepresentation=signed)
     np.testing.assert_array_equal(decode_frame(data), np.floor(levels * 255 / ((1 << bits) - 1) + 0.5))
 
 
-def test_a_window_says_what_is_shown() -> None:
+def test_window_maps_values_to_grey() -> None:
     stored = (np.arange(48).reshape(6, 8) * 80).astype("<u2")
     wide = {"BitsAllocated": 16, "BitsStored": 12, "HighBit": 11, "RescaleSlope": 2, "RescaleIntercept": -100}
     data = make(stored.tobytes(), **wide, WindowCenter=[1000, 5], WindowWidth=[401, 7])
@@ -230,20 +234,20 @@ def test_a_window_says_what_is_shown() -> None:
 
 @pytest.mark.parametrize("planar", [0, 1])
 @pytest.mark.parametrize("syntax", [NATIVE, BIG])
-def test_rgb_is_luma(planar: int, syntax: str) -> None:
+def test_rgb_becomes_luma(planar: int, syntax: str) -> None:
     stored = np.moveaxis(COLOURS, 2, 0) if planar else COLOURS
     data = make(stored.tobytes(), syntax=syntax, **{**RGB, "PlanarConfiguration": planar})
     grey, flags = decode_checked(data)
     np.testing.assert_array_equal(grey, luma(COLOURS))
     assert flags == ("colour",)
-    np.testing.assert_array_equal(np.asarray(decode_pixels(data).image()), COLOURS)
+    np.testing.assert_array_equal(np.asarray(decode_in_memory(data).image()), COLOURS)
 
 
-def test_ybr_is_its_own_luma() -> None:
+def test_ybr_uses_its_own_luma() -> None:
     ybr = np.asarray(Image.fromarray(COLOURS).convert("YCbCr"))
     full = make(ybr.tobytes(), **{**RGB, "PhotometricInterpretation": "YBR_FULL"})
     np.testing.assert_array_equal(decode_frame(full), ybr[..., 0])
-    assert np.abs(np.asarray(decode_pixels(full).image()).astype(int) - COLOURS).max() <= 3
+    assert np.abs(np.asarray(decode_in_memory(full).image()).astype(int) - COLOURS).max() <= 3
     pairs = np.concatenate([ybr[..., 0].reshape(6, 4, 2), ybr[:, ::2, 1:]], axis=2)
     halved = make(pairs.tobytes(), **{**RGB, "PhotometricInterpretation": "YBR_FULL_422"})
     np.testing.assert_array_equal(decode_frame(halved), ybr[..., 0])
@@ -260,23 +264,38 @@ def palette(bits: int, columns: np.ndarray, **other: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_palettes(bits: int) -> None:
+def test_palette_maps_values_to_colours(bits: int) -> None:
     colours = np.random.default_rng(1).integers(0, 256, (240, 3))
     data = make(RAMP.tobytes(), **palette(bits, colours * (257 if bits == 16 else 1)))
     wanted = colours[np.minimum(RAMP, 239)].astype(np.uint8)
-    np.testing.assert_array_equal(np.asarray(decode_pixels(data).image()), wanted)
+    np.testing.assert_array_equal(np.asarray(decode_in_memory(data).image()), wanted)
     np.testing.assert_array_equal(decode_frame(data), luma(wanted))
 
 
-def test_a_palette_begins_where_it_says_and_its_ends_go_on() -> None:
+def test_values_outside_palette_take_its_first_or_last_colour() -> None:
     colours = np.array([[10, 10, 10], [90, 90, 90], [200, 200, 200]])
     pixels = np.repeat(np.array([[0, 100, 101, 102, 103, 255, 99, 7]], np.uint8), 6, axis=0)
     data = make(pixels.tobytes(), **palette(16, colours * 257, first=100))
     assert decode_frame(data)[0].tolist() == [10, 10, 90, 200, 200, 200, 10, 10]
 
 
-def test_a_palette_in_segments() -> None:
-    words = [0, 2, 0, 257, 1, 3, 4 * 257, 2, 1, 0, 0, 0, 1, 9 * 257]  # two, a line of three, the two again, one
+def test_segmented_palette_is_expanded() -> None:
+    words = [
+        0,
+        2,
+        0,
+        257,
+        1,
+        3,
+        4 * 257,
+        2,
+        1,
+        0,
+        0,
+        0,
+        1,
+        9 * 257,
+    ]  # two values, a line of three, the two again, one value
     segments = struct.pack("<14H", *words)
     values: dict[str, Any] = {"PhotometricInterpretation": "PALETTE COLOR"}
     for name in ("Red", "Green", "Blue"):
@@ -292,14 +311,14 @@ def jpeg(image: Image.Image, **options: Any) -> bytes:
     return stream.getvalue()
 
 
-def test_jpeg_baseline_is_read_as_a_jpeg_file_is() -> None:
-    whole = jpeg(Image.fromarray(COLOURS), quality=90)
-    data = make(encapsulate([whole]), syntax=JPEG, **{**RGB, "PhotometricInterpretation": "YBR_FULL_422"})
-    np.testing.assert_array_equal(decode_frame(data), decode_frame(whole))
+def test_jpeg_baseline_equals_jpeg_file() -> None:
+    valid = jpeg(Image.fromarray(COLOURS), quality=90)
+    data = make(encapsulate([valid]), syntax=JPEG, **{**RGB, "PhotometricInterpretation": "YBR_FULL_422"})
+    np.testing.assert_array_equal(decode_frame(data), decode_frame(valid))
     cut = make(
-        encapsulate([whole[:-40] + b"\xff\xd9"]), syntax=JPEG, **{**RGB, "PhotometricInterpretation": "YBR_FULL_422"}
+        encapsulate([valid[:-40] + b"\xff\xd9"]), syntax=JPEG, **{**RGB, "PhotometricInterpretation": "YBR_FULL_422"}
     )
-    with pytest.raises(FrameDamagedError, match="truncated"):
+    with pytest.raises(FrameDamagedError):
         decode_frame(cut)
 
 
@@ -332,18 +351,18 @@ INSIDE = (1, 2, 6, 5)
     ("regions", "cropped"),
     [
         ([region(INSIDE)], True),
-        ([region(INSIDE), region((0, 0, 7, 1), kind=4, spatial=3)], True),  # the other is of a spectrum
+        ([region(INSIDE), region((0, 0, 7, 1), kind=4, spatial=3)], True),  # the other region is a spectrum
         ([region((0, 0, 7, 5))], True),
-        ([region((1, 2, 8, 5))], False),  # one column beyond
+        ([region((1, 2, 8, 5))], False),  # one column too wide
         ([region((1, 2, 6, 6))], False),
         ([region((6, 2, 1, 5))], False),
-        ([region(INSIDE), region((0, 0, 3, 3))], False),  # which of them cannot be told
+        ([region(INSIDE), region((0, 0, 3, 3))], False),  # ambiguous
         ([region(INSIDE, kind=2)], False),
         ([], False),
     ],
 )
 @pytest.mark.parametrize("syntax", [NATIVE, BIG, IMPLICIT])
-def test_the_region_is_the_crop_only_where_it_lies_inside(regions: list[Dataset], cropped: bool, syntax: str) -> None:
+def test_frame_is_cropped_to_region_only_if_inside(regions: list[Dataset], cropped: bool, syntax: str) -> None:
     found = decode_frame(make(RAMP.tobytes(), syntax=syntax, SequenceOfUltrasoundRegions=regions or None))
     if not cropped:
         np.testing.assert_array_equal(found, RAMP)
@@ -355,9 +374,9 @@ def test_the_region_is_the_crop_only_where_it_lies_inside(regions: list[Dataset]
 # ---------------------------------------------------------------------------------------------- several frames
 
 
-def clip(frames: int, announced: int | None = None, **values: Any) -> bytes:
+def clip(frames: int, stated: int | None = None, **values: Any) -> bytes:
     stored = np.stack([RAMP + number for number in range(frames)])
-    return make(stored.tobytes(), NumberOfFrames=announced or frames, **values)
+    return make(stored.tobytes(), NumberOfFrames=stated or frames, **values)
 
 
 def read_all(path: Path) -> list[np.ndarray | str]:
@@ -365,7 +384,7 @@ def read_all(path: Path) -> list[np.ndarray | str]:
     return [f"{item.file}: {item.error}" if isinstance(item, Failure) else load_grey(item) for item in found]
 
 
-def test_a_clip_is_read_frame_by_frame(tmp_path: Path) -> None:
+def test_clip_is_read_frame_by_frame(tmp_path: Path) -> None:
     path = tmp_path / "clip.dcm"
     path.write_bytes(clip(12))
     for number, grey in enumerate(read_all(path)):
@@ -374,21 +393,21 @@ def test_a_clip_is_read_frame_by_frame(tmp_path: Path) -> None:
     assert isinstance(twelfth, FrameFile) and twelfth.name == "clip.dcm#12"
     np.testing.assert_array_equal(load_grey(twelfth), RAMP + 11)
     (beyond,) = find_frames([tmp_path / "clip.dcm#13"])
-    with pytest.raises(FrameDamagedError, match="no frame 13; the file holds 12"):
+    with pytest.raises(FrameDamagedError, match=r"frame 13\b.*\b12"):
         load_grey(beyond)  # type: ignore[arg-type]
 
 
-def test_frames_that_are_missing_are_one_failure(tmp_path: Path) -> None:
+def test_missing_frames_are_one_failure(tmp_path: Path) -> None:
     path = tmp_path / "clip.dcm"
-    path.write_bytes(clip(4, announced=30))
+    path.write_bytes(clip(4, stated=30))
     *frames, last = read_all(path)
     assert len(frames) == 4 and all(isinstance(frame, np.ndarray) for frame in frames)
-    assert last == "clip.dcm: frames 5 to 30 of 30 are not in the file: it is truncated; copy it again"
+    assert isinstance(last, str) and last.startswith("clip.dcm: frames 5 to 30 of 30 ")
 
 
-def test_a_frame_that_is_damaged_is_a_failure_of_its_own(tmp_path: Path) -> None:
-    whole = jpeg(Image.fromarray(RAMP))
-    parts = [whole, whole[:-30] + b"\xff\xd9", whole]
+def test_damaged_frame_does_not_affect_other_frames(tmp_path: Path) -> None:
+    valid = jpeg(Image.fromarray(RAMP))
+    parts = [valid, valid[:-30] + b"\xff\xd9", valid]
     (tmp_path / "clip.dcm").write_bytes(make(encapsulate(parts), syntax=JPEG, NumberOfFrames=3))
     frames = list(find_frames([tmp_path / "clip.dcm"]))
     assert len(frames) == 3
@@ -398,23 +417,23 @@ def test_a_frame_that_is_damaged_is_a_failure_of_its_own(tmp_path: Path) -> None
             with pytest.raises(FrameDamagedError):
                 load_grey(frame)
         else:
-            np.testing.assert_array_equal(load_grey(frame), decode_frame(whole))
+            np.testing.assert_array_equal(load_grey(frame), decode_frame(valid))
 
 
 @pytest.mark.parametrize("has_table", [True, False])
-def test_pieces_are_put_to_frames(tmp_path: Path, has_table: bool) -> None:
-    wholes = [jpeg(Image.fromarray(RAMP + number)) for number in (0, 40)]
+def test_fragments_are_assigned_to_frames_by_offset_table(tmp_path: Path, has_table: bool) -> None:
+    images = [jpeg(Image.fromarray(RAMP + number)) for number in (0, 40)]
     path = tmp_path / "clip.dcm"
-    path.write_bytes(make(encapsulate(wholes, fragments_per_frame=2, has_bot=has_table), syntax=JPEG, NumberOfFrames=2))
+    path.write_bytes(make(encapsulate(images, fragments_per_frame=2, has_bot=has_table), syntax=JPEG, NumberOfFrames=2))
     if has_table:
-        for found, whole in zip(read_all(path), wholes, strict=True):
-            np.testing.assert_array_equal(found, decode_frame(whole))
+        for found, valid in zip(read_all(path), images, strict=True):
+            np.testing.assert_array_equal(found, decode_frame(valid))
     else:
         (failure,) = read_all(path)
-        assert "does not say which piece of its pixels is of which frame" in str(failure)
+        assert "no offset table" in str(failure)
 
 
-def test_a_clip_is_never_in_memory(tmp_path: Path) -> None:
+def test_clip_is_not_held_in_memory(tmp_path: Path) -> None:
     import tracemalloc
 
     frames = 200
@@ -429,12 +448,12 @@ def test_a_clip_is_never_in_memory(tmp_path: Path) -> None:
         found = [item for item in find_frames([path]) if isinstance(item, FrameFile)]
         assert len(found) == frames
         load_grey(found[150])
-        assert tracemalloc.get_traced_memory()[1] < 3_000_000  # of 40 million bytes
+        assert tracemalloc.get_traced_memory()[1] < 3_000_000  # the pixels have 40 million bytes
     finally:
         tracemalloc.stop()
 
 
-# ---------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------------------- refusals
 
 
 def without_pixels() -> bytes:
@@ -442,13 +461,13 @@ def without_pixels() -> bytes:
     return data[: data.rindex(b"\xe0\x7f\x10\x00")]
 
 
-def bomb() -> bytes:
-    """Make a deflated file of 400 kB that inflates to more than the cap."""
+def bomb(limit: int) -> bytes:
+    """Return a small deflated file that inflates to more than `limit` bytes."""
     data = make(RAMP.tobytes(), syntax=DEFLATED)
     begin = data.index(b"1.2.840.10008.1.2.1.99")
     begin = next(at for at in range(begin, len(data)) if _inflates(data[at:]))
     deflater = zlib.compressobj(9, zlib.DEFLATED, -15)
-    body = b"".join(deflater.compress(bytes(1 << 20)) for _ in range(300)) + deflater.flush()
+    body = b"".join(deflater.compress(bytes(1 << 20)) for _ in range((limit >> 20) + 2)) + deflater.flush()
     return data[:begin] + body
 
 
@@ -464,60 +483,59 @@ REFUSED: dict[str, tuple[Callable[[], bytes], type[FrameError], str]] = {
     "a segmentation": (
         lambda: make(RAMP.tobytes(), SOPClassUID="1.2.840.10008.5.1.4.1.1.66.4"),
         FrameFormatError,
-        "no picture",
+        "not an image",
     ),
-    "truncated": (lambda: make(RAMP.tobytes())[:-10], FrameDamagedError, "ends before its pixels do"),
+    "truncated": (lambda: make(RAMP.tobytes())[:-10], FrameDamagedError, "truncated"),
     "too many pixels": (
         lambda: make(b"\0" * 48, Rows=60000, Columns=60000),
         FrameTooLargeError,
-        "announces 60000x60000 pixels",
+        "60000x60000 pixels",
     ),
     "too many frames": (
         lambda: make(b"\0" * 48, NumberOfFrames=2_000_000_000),
         FrameTooLargeError,
-        "no frames, or too many",
+        "1 to 100000",
     ),
-    "no frames": (lambda: make(b"\0" * 48, NumberOfFrames=0), FrameTooLargeError, "no frames, or too many"),
+    "no frames": (lambda: make(b"\0" * 48, NumberOfFrames=0), FrameTooLargeError, "1 to 100000"),
     "32 bits": (
         lambda: make(b"\0" * 192, BitsAllocated=32, BitsStored=32, HighBit=31),
         FrameFormatError,
         "8 or 16 bits",
     ),
-    "no rows": (lambda: make(RAMP.tobytes(), Rows=None), FrameFormatError, "how many rows"),
-    "an odd kind": (
+    "no rows": (lambda: make(RAMP.tobytes(), Rows=None), FrameFormatError, "rows"),
+    "an unknown photometric interpretation": (
         lambda: make(RAMP.tobytes(), PhotometricInterpretation="HSV"),
         FrameFormatError,
-        "of another kind than MONOCHROME1",
+        "expected MONOCHROME1",
     ),
     "MPEG": (lambda: make(encapsulate([b"\0" * 48]), syntax="1.2.840.10008.1.2.4.102"), FrameFormatError, "MPEG"),
-    "a window of nothing": (
+    "a window of width 0": (
         lambda: make(RAMP.tobytes(), WindowCenter=1, WindowWidth=0),
         FrameFormatError,
-        "window cannot be",
+        "window",
     ),
-    "another size than announced": (
+    "another size than stated": (
         lambda: make(encapsulate([jpeg(Image.fromarray(RAMP[:4]))]), syntax=JPEG),
         FrameDamagedError,
-        "not as its header says",
+        "size differs",
     ),
     "JPEG 2000 of another size": (
         lambda: make(encapsulate([b"\xff\x4f\xff\x51" + b"\x7f" * 60 + b"\xff\xd9"]), syntax=JPEG_2000),
         FrameDamagedError,
-        "not as its header says",
+        "size differs",
     ),
     "a palette too short": (
         lambda: make(
             RAMP.tobytes(), **{**palette(16, np.ones((3, 3)) * 999), "GreenPaletteColorLookupTableData": b"\1\2"}
         ),
         FrameDamagedError,
-        "shorter than its header says",
+        "palette is shorter",
     ),
-    "a bomb": (bomb, FrameTooLargeError, "inflates to more than"),
 }
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_is_refused_is_one_line_without_a_name(what: str) -> None:
+def test_refusal_is_one_line_without_patient_name(what: str) -> None:
     data, kind, words = REFUSED[what]
     with pytest.raises(kind, match=words) as caught:
         decode_frame(data())
@@ -525,24 +543,33 @@ def test_what_is_refused_is_one_line_without_a_name(what: str) -> None:
     assert NAME not in repr(caught.value)
 
 
-def test_bytes_of_several_frames_are_refused() -> None:
-    with pytest.raises(FrameFormatError, match="holds 3 frames; expected one"):
+@pytest.mark.parametrize("limit", [1 << 20, pytest.param(MAX_FILE_BYTES, marks=pytest.mark.slow)])
+def test_deflated_bomb_is_not_inflated_beyond_limit(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elements, "MAX_FILE_BYTES", limit)
+    data = bomb(limit)
+    assert len(data) < limit / 100
+    with pytest.raises(FrameTooLargeError, match=str(limit)):
+        decode_frame(data)
+
+
+def test_multi_frame_bytes_are_refused() -> None:
+    with pytest.raises(FrameFormatError, match="3 frames; expected one"):
         decode_frame(clip(3))
 
 
 @pytest.mark.parametrize(("module", "words"), [("pydicom.filereader", "pydicom"), ("openjpeg", "pylibjpeg-openjpeg")])
-def test_a_missing_package_is_told_with_its_extra(
+def test_missing_package_is_named_with_its_extra(
     module: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import sys
 
-    from echoquad_runtime.frames import reader as sources
+    from echoquad_runtime.frames.reader import clear_file_cache
 
-    sources.forget()
+    clear_file_cache()
     monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / "a.dcm").write_bytes(shipped("examples_jpeg2k.dcm").read_bytes())
     (item,) = find_frames([tmp_path / "a.dcm"])
-    with pytest.raises(FrameExtraError, match=rf'needs {words}.*pip install "echoquad\[dicom\]"') as caught:
+    with pytest.raises(FrameExtraError, match=rf'needs? {words}.*pip install "echoquad\[dicom\]"') as caught:
         if isinstance(item, Failure):
             raise item.error
         load_grey(item)
@@ -552,9 +579,9 @@ def test_a_missing_package_is_told_with_its_extra(
 # ---------------------------------------------------------------------------------------------- privacy
 
 
-def odd_places() -> dict[str, bytes]:
-    """Put the name where a value is read, so that whoever quotes it tells it."""
-    whole = make(RAMP.tobytes(), NumberOfFrames=1, WindowCenter=128, WindowWidth=256, RescaleSlope=1, StudyID=NAME)
+def planted_names() -> dict[str, bytes]:
+    """Return files with a patient's name in a value that is read, so that quoting the value reveals it."""
+    valid = make(RAMP.tobytes(), NumberOfFrames=1, WindowCenter=128, WindowWidth=256, RescaleSlope=1, StudyID=NAME)
     found: dict[str, bytes] = {}
     for keyword in (
         "NumberOfFrames",
@@ -565,29 +592,29 @@ def odd_places() -> dict[str, bytes]:
         "RescaleSlope",
     ):
         tag = pydicom.tag.Tag(keyword)
-        at = whole.index(struct.pack("<HH", tag.group, tag.element))
-        (length,) = struct.unpack_from("<H", whole, at + 6)
+        at = valid.index(struct.pack("<HH", tag.group, tag.element))
+        (length,) = struct.unpack_from("<H", valid, at + 6)
         name = NAME.encode() + b" " * (len(NAME) % 2)
-        found[keyword] = whole[: at + 6] + struct.pack("<H", len(name)) + name + whole[at + 8 + length :]
-        found[f"{keyword} of a wrong VR"] = whole[: at + 4] + b"PN" + found[keyword][at + 6 :]
-    found["transfer syntax"] = whole.replace(NATIVE.encode() + b"\0", (NAME * 2).encode()[:20])
+        found[keyword] = valid[: at + 6] + struct.pack("<H", len(name)) + name + valid[at + 8 + length :]
+        found[f"{keyword} with a wrong VR"] = valid[: at + 4] + b"PN" + found[keyword][at + 6 :]
+    found["transfer syntax"] = valid.replace(NATIVE.encode() + b"\0", (NAME * 2).encode()[:20])
     found["character set"] = make(RAMP.tobytes(), SpecificCharacterSet=NAME, NumberOfFrames=NAME[:0] or "1")
-    at = whole.index(b"\x28\x00\x10\x00")
-    found["in place of a tag"] = whole[:at] + NAME.encode() * 3 + whole[at:]
-    found["cut in the name"] = whole[: whole.index(NAME.encode()) + 4]
+    at = valid.index(b"\x28\x00\x10\x00")
+    found["instead of a tag"] = valid[:at] + NAME.encode() * 3 + valid[at:]
+    found["truncated in the name"] = valid[: valid.index(NAME.encode()) + 4]
     return found
 
 
-ODD = odd_places()
+PLANTED = planted_names()
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("place", ODD)
-def test_a_name_in_an_odd_place_is_told_to_nobody(
+@pytest.mark.parametrize("place", PLANTED)
+def test_patient_name_in_any_element_appears_in_no_output(
     place: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     try:
-        decode_checked(ODD[place])
+        decode_checked(PLANTED[place])
     except FrameError as error:
         seen: BaseException | None = error
         while seen is not None:

@@ -1,3 +1,5 @@
+"""Discovery of frames: folders, patterns, names, links, and inputs without frames."""
+
 from __future__ import annotations
 
 import os
@@ -10,7 +12,7 @@ import pytest
 from echoquad_runtime.errors import InputNotFoundError
 from echoquad_runtime.frames.discovery import find_frames, walk
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
-from echoquad_runtime.storage import directory_walk as tree
+from echoquad_runtime.storage import directory_walk
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
 
@@ -36,18 +38,18 @@ def failures(given: Sequence[str | Path]) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------------------------------------- folders
 
 
-def test_a_folder_is_walked_in_order_for_images_alone(tmp_path: Path) -> None:
+def test_folder_is_walked_in_order_for_frames_only(tmp_path: Path) -> None:
     lay(tmp_path, "b/2.png", "b/10.jpg", "a.TIF", "c.bmp", "d.jpeg", "e.tiff", "z.txt", "Thumbs.db", "b/notes.csv")
     assert found_names([tmp_path]) == ["a.TIF", "b/10.jpg", "b/2.png", "c.bmp", "d.jpeg", "e.tiff"]
 
 
-def test_hidden_names_are_left_out(tmp_path: Path) -> None:
+def test_hidden_names_are_skipped(tmp_path: Path) -> None:
     lay(tmp_path, "a.png", "._a.png", ".cache/b.png", ".c.png")
     assert found_names([tmp_path]) == ["a.png"]
-    assert found_names([tmp_path / ".c.png"]) == [".c.png"]  # but not when they are named outright
+    assert found_names([tmp_path / ".c.png"]) == [".c.png"]  # unless they are named explicitly
 
 
-def test_names_are_relative_to_the_one_folder_or_to_the_deepest_common_one(tmp_path: Path) -> None:
+def test_names_are_relative_to_the_deepest_common_folder(tmp_path: Path) -> None:
     lay(tmp_path, "test/ASD/1.png", "test/NORM/2.png")
     assert found_names([tmp_path / "test"]) == ["ASD/1.png", "NORM/2.png"]
     assert found_names([tmp_path / "test" / "ASD", tmp_path / "test" / "NORM"]) == ["ASD/1.png", "NORM/2.png"]
@@ -55,7 +57,7 @@ def test_names_are_relative_to_the_one_folder_or_to_the_deepest_common_one(tmp_p
     assert found_names([tmp_path / "test" / "ASD" / "1.png"]) == ["1.png"]
 
 
-def test_a_relative_input_is_named_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_input_has_the_same_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lay(tmp_path, "in/a/1.png", "in/2.png")
     monkeypatch.chdir(tmp_path)
     assert found_names(["in"]) == found_names([tmp_path / "in"]) == ["2.png", "a/1.png"]
@@ -63,21 +65,19 @@ def test_a_relative_input_is_named_alike(tmp_path: Path, monkeypatch: pytest.Mon
     assert found_names(["in/2.png", "in/a"]) == ["2.png", "a/1.png"]
 
 
-def test_an_input_given_twice_is_judged_twice(tmp_path: Path) -> None:
+def test_input_given_twice_is_found_twice(tmp_path: Path) -> None:
     lay(tmp_path, "a.png")
     assert found_names([tmp_path, tmp_path]) == ["a.png", "a.png"]
 
 
-def test_an_empty_folder_is_a_failure(tmp_path: Path) -> None:
+def test_folder_without_frames_is_a_failure(tmp_path: Path) -> None:
     lay(tmp_path, "notes.doc")
     ((file, message),) = failures([tmp_path])
     assert file == tmp_path.as_posix()
-    assert message == "the folder holds no image; expected .bmp, .jpeg, .jpg, .png, .tif, .tiff files, DICOM or clips"
+    assert ".bmp, .jpeg, .jpg, .png, .tif, .tiff files, DICOM or clips" in message
 
 
-def test_a_folder_that_cannot_be_read_is_told_and_the_rest_is_walked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_folder_is_a_failure_and_the_rest_is_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lay(tmp_path, "a/1.png", "b/2.png", "c/3.png")
     scandir = os.scandir
 
@@ -86,19 +86,18 @@ def test_a_folder_that_cannot_be_read_is_told_and_the_rest_is_walked(
             raise PermissionError(13, "Permission denied", str(folder))
         return scandir(folder)
 
-    monkeypatch.setattr(tree.os, "scandir", refuse)
+    monkeypatch.setattr(directory_walk.os, "scandir", refuse)
     found = list(find_frames([tmp_path]))
     assert [item.name for item in found if isinstance(item, FrameFile)] == ["a/1.png", "c/3.png"]
-    assert failures([tmp_path]) == [
-        ((tmp_path / "b").as_posix(), "the folder cannot be read (Permission denied); check its permissions")
-    ]
-    assert failures([tmp_path / "b"])[0][1].startswith("the folder cannot be read")
+    for inputs in ([tmp_path], [tmp_path / "b"]):
+        ((file, message),) = failures(inputs)
+        assert file == (tmp_path / "b").as_posix() and "(Permission denied)" in message
     assert [path.name for path in walk(tmp_path)] == ["1.png", "3.png"]
 
 
 @posix_only
 @pytest.mark.timeout(20)
-def test_links(tmp_path: Path) -> None:
+def test_links_are_followed_without_loops(tmp_path: Path) -> None:
     data = lay(tmp_path / "data", "a/1.png")
     lay(tmp_path / "elsewhere", "2.png")
     (data / "linked").symlink_to(tmp_path / "elsewhere")
@@ -106,19 +105,19 @@ def test_links(tmp_path: Path) -> None:
     (data / "self").symlink_to("self")
     (data / "self.png").symlink_to("self.png")
     (data / "gone.png").symlink_to("nowhere")
-    # A link that leads nowhere is still a frame that was there to be judged: reading it will say what is wrong.
+    # A broken link is still a frame that was expected; reading it reports what is wrong.
     assert found_names([data]) == ["a/1.png", "gone.png", "linked/2.png", "self.png"]
 
 
 # ---------------------------------------------------------------------------------------------- files and patterns
 
 
-def test_a_file_named_outright_is_taken_whatever_it_is_called(tmp_path: Path) -> None:
+def test_explicit_file_is_taken_whatever_its_name(tmp_path: Path) -> None:
     lay(tmp_path, "frame", "scan.dat")
     assert found_names([tmp_path / "frame", tmp_path / "scan.dat"]) == ["frame", "scan.dat"]
 
 
-def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patterns_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lay(tmp_path, "a/1.png", "a/2.png", "b/1.png", "b/c/3.png", "a/x.txt")
     monkeypatch.chdir(tmp_path)
     assert found_names(["*/1.png"]) == ["a/1.png", "b/1.png"]
@@ -130,13 +129,13 @@ def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found_names(["**"]) == ["a/1.png", "a/2.png", "b/1.png", "b/c/3.png"]  # each once
 
 
-def test_a_pattern_has_the_order_of_a_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pattern_has_the_order_of_a_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lay(tmp_path, "a/1.png", "a-b/1.png", "a.png", "b/a/2.png")
     monkeypatch.chdir(tmp_path)
     assert found_names(["**/*.png"]) == found_names(["."]) == ["a/1.png", "a-b/1.png", "a.png", "b/a/2.png"]
 
 
-def test_a_folder_that_a_pattern_cannot_search_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_that_a_pattern_cannot_search_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lay(tmp_path, "a/1.png", "b/2.png")
     scandir = os.scandir
 
@@ -145,61 +144,63 @@ def test_a_folder_that_a_pattern_cannot_search_is_told(tmp_path: Path, monkeypat
             raise PermissionError(13, "Permission denied", folder)
         return scandir(folder)
 
-    monkeypatch.setattr(tree.os, "scandir", refuse)
+    monkeypatch.setattr(directory_walk.os, "scandir", refuse)
     failure, frame = find_frames([f"{tmp_path}/*/*.png"])
     assert isinstance(frame, FrameFile)
     assert frame.name == "2.png"
     assert isinstance(failure, Failure)
     assert failure.file == (tmp_path / "a").as_posix()
-    assert str(failure.error) == "the folder cannot be read (Permission denied); check its permissions"
+    assert "(Permission denied)" in str(failure.error)
 
 
-def test_a_name_that_looks_like_a_pattern_is_a_name_first(tmp_path: Path) -> None:
+def test_existing_name_that_looks_like_a_pattern_is_a_name(tmp_path: Path) -> None:
     lay(tmp_path, "a[1].png", "a1.png")
     assert found_names([tmp_path / "a[1].png"]) == ["a[1].png"]
 
 
-def test_what_names_nothing_is_a_failure_beside_the_others(tmp_path: Path) -> None:
+def test_input_that_names_nothing_is_a_failure_beside_the_others(tmp_path: Path) -> None:
     lay(tmp_path, "a.png")
     found = list(find_frames([tmp_path / "absent.png", tmp_path / "a.png", f"{tmp_path}/*.jpg"]))
     assert [type(item) for item in found] == [Failure, FrameFile, Failure]
-    assert failures([tmp_path / "absent.png"]) == [
-        ((tmp_path / "absent.png").as_posix(), "no such file or folder; check the path")
-    ]
-    assert failures([f"{tmp_path}/*.jpg"])[0][1] == "no file matches the pattern; check it"
+    ((file, message),) = failures([tmp_path / "absent.png"])
+    assert file == (tmp_path / "absent.png").as_posix() and "no such file" in message
+    assert "pattern" in failures([f"{tmp_path}/*.jpg"])[0][1]
     assert isinstance(found[0], Failure)
     assert isinstance(found[0].error, InputNotFoundError)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b.png", "a/b/c/d.png"], ids=["long", "null", "deep"])
-def test_names_that_cannot_be_are_failures(name: str) -> None:
-    assert failures([name]) == [(name, "no such file or folder; check the path")]
+def test_invalid_names_are_failures(name: str) -> None:
+    ((file, message),) = failures([name])
+    assert file == name and "no such file" in message
 
 
 @posix_only
-def test_any_bytes_are_a_name(tmp_path: Path) -> None:
+def test_names_may_have_any_bytes(tmp_path: Path) -> None:
     names = [os.fsdecode(name) for name in (b"a\xff.png", "é.png".encode(), b"new\nline.png", b'"quoted".png')]
     try:
         lay(tmp_path, *names)
     except OSError:
-        pytest.skip("this file system takes only UTF-8")
+        pytest.skip("this file system accepts UTF-8 only")
     assert sorted(found_names([tmp_path])) == sorted(names)
 
 
 @posix_only
-def test_what_is_no_file_is_found_by_its_name_and_opened_by_no_walk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)  # a socket's path has to be short
+def test_pipes_and_sockets_are_found_by_name_without_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
     lay(tmp_path, "a.png")
     os.mkfifo(tmp_path / "pipe.png")
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket.png")
-        assert found_names([tmp_path]) == ["a.png", "pipe.png", "socket.png"]  # reading the last two will say why not
+        assert found_names([tmp_path]) == [
+            "a.png",
+            "pipe.png",
+            "socket.png",
+        ]  # reading the last two reports what they are
 
 
-def test_no_inputs() -> None:
+def test_no_inputs_yield_no_frames() -> None:
     assert list(find_frames([])) == []
 
 
@@ -207,6 +208,6 @@ def test_frames_are_found_lazily(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     lay(tmp_path, "a/1.png", "b/2.png")
     frames = find_frames([tmp_path])
     assert next(frames).name == "a/1.png"  # type: ignore[union-attr]
-    monkeypatch.setattr(tree.os, "scandir", lambda _: pytest.fail("it had been walked to its end"))
+    monkeypatch.setattr(directory_walk.os, "scandir", lambda _: pytest.fail("the whole folder had been walked"))
     with pytest.raises(pytest.fail.Exception):
         next(frames)

@@ -1,3 +1,5 @@
+"""Quality flags: signal per quadrant, saturation, and colour, with their thresholds."""
+
 from __future__ import annotations
 
 import colorsys
@@ -33,7 +35,7 @@ RNG = np.random.default_rng(0)
 
 
 def sector(height: int = 300, width: int = 400, gain: float = 1.0) -> Grey:
-    """Draw a fan of speckle on black: what an echo frame looks like from afar."""
+    """Return a sector of speckle on black, uint8 [height, width], which resembles an echo frame."""
     rng = np.random.default_rng(1)
     y, x = np.mgrid[0:height, 0:width]
     angle, depth = np.arctan2(x - width / 2, y + 1), np.hypot(x - width / 2, y) / height
@@ -49,7 +51,7 @@ def flags(frame: Any, contract: Contract = CONTRACT) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("size", [8, 33, 64, 112, 224])
-def test_a_frame_with_signal_has_no_flag(size: int) -> None:
+def test_frame_with_signal_has_no_flag(size: int) -> None:
     contract = Contract(classes=("A", "B"), input_size=size)
     assert flags(sector(), contract) == ()
     assert flags(sector(151, 97), contract) == ()
@@ -63,11 +65,11 @@ def test_phantoms_have_no_flag() -> None:
 
 @pytest.mark.parametrize("level", [0, 1, 60, 128, 200])
 @pytest.mark.parametrize("size", [8, 64, 224])
-def test_a_uniform_frame_is_blank(level: int, size: int) -> None:
+def test_uniform_frame_is_blank(level: int, size: int) -> None:
     assert flags(np.full((300, 400), level), Contract(classes=("A", "B"), input_size=size)) == (BLANK,)
 
 
-def test_a_white_frame_is_blank_and_saturated() -> None:
+def test_white_frame_is_blank_and_saturated() -> None:
     assert flags(np.full((300, 400), 255)) == (BLANK, SATURATED)
 
 
@@ -77,14 +79,14 @@ def test_noise_on_black_is_blank(sigma: float, shape: tuple[int, int]) -> None:
     assert flags(np.clip(RNG.normal(4, sigma, shape), 0, 255)) == (BLANK,)
 
 
-def test_quadrants_that_are_flat_at_different_levels_are_blank() -> None:
+def test_flat_quadrants_of_different_levels_are_blank() -> None:
     frame = np.zeros((300, 400), np.uint8)
     for (left, top, right, bottom), level in zip(quadrant_boxes(400, 300, 1.0), (0, 80, 160, 240), strict=True):
         frame[top:bottom, left:right] = level
     assert flags(frame) == (BLANK,)
 
 
-def test_a_caption_is_no_signal() -> None:
+def test_caption_on_black_is_not_a_signal() -> None:
     frame = np.zeros((600, 800), np.uint8)
     for left, top, _, _ in quadrant_boxes(800, 600, 0.9):
         frame[top + 40 : top + 60, left + 40 : left + 130] = 255  # 90 x 20 of 360 x 270 pixels: 1.9 %
@@ -92,7 +94,7 @@ def test_a_caption_is_no_signal() -> None:
 
 
 @given(st.sets(st.integers(0, 3), max_size=3), st.booleans())
-def test_the_quadrant_without_signal_is_named(which: set[int], even: bool) -> None:
+def test_quadrants_without_signal_are_named(which: set[int], even: bool) -> None:
     frame = sector(300, 400) if even else sector(301, 399)
     boxes = quadrant_boxes(frame.shape[1], frame.shape[0], 1.0)
     for index in which:
@@ -101,14 +103,14 @@ def test_the_quadrant_without_signal_is_named(which: set[int], even: bool) -> No
     assert flags(frame) == tuple(f"no-signal-{QUADRANTS[index]}" for index in sorted(which))
 
 
-def test_the_names() -> None:
+def test_flag_names_are_fixed() -> None:
     assert NO_SIGNAL == ("no-signal-LA", "no-signal-RA", "no-signal-LV", "no-signal-RV")
     assert (BLANK, SATURATED, COLOUR) == ("blank", "saturated", "colour")
 
 
 @given(st.integers(0, 255 - MIN_CONTRAST), st.integers(0, 3 * MIN_CONTRAST), st.integers(1, 99))
-def test_the_contrast_that_is_asked_for(low: int, contrast: int, percent: int) -> None:
-    # Two levels side by side: what counts is the contrast, and that either has more than its tail of 2 %.
+def test_contrast_threshold(low: int, contrast: int, percent: int) -> None:
+    # Two levels side by side: the contrast counts if each level has more than the tail of 2 %.
     high = min(255, low + contrast)
     plane = np.full(64 * 64, low, np.uint8)
     plane[: 64 * 64 * percent // 100] = high
@@ -117,7 +119,7 @@ def test_the_contrast_that_is_asked_for(low: int, contrast: int, percent: int) -
         assert (BLANK in found) == (high - low < MIN_CONTRAST or percent < 2 or percent > 98)
 
 
-def test_the_input_is_not_changed() -> None:
+def test_quality_flags_does_not_modify_its_input() -> None:
     quadrants = frame_quadrants(sector(), CONTRACT)
     before = quadrants.copy()
     quality_flags(quadrants)
@@ -128,21 +130,21 @@ def test_the_input_is_not_changed() -> None:
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(1.0, ()), (1.5, ()), (10.0, (SATURATED,)), (20.0, (SATURATED,))])
-def test_an_over_gained_frame_is_saturated(gain: float, expected: tuple[str, ...]) -> None:
+def test_frame_with_too_much_gain_is_saturated(gain: float, expected: tuple[str, ...]) -> None:
     assert flags(sector(gain=gain)) == expected
 
 
 @given(st.integers(WHITE - 2, 255), st.integers(0, 100))
-def test_the_share_of_white_that_saturates(level: int, percent: int) -> None:
-    planes = np.tile(np.arange(100, dtype=np.uint8), (4, 1, 100, 1))  # contrast enough, and nothing white
+def test_white_share_threshold(level: int, percent: int) -> None:
+    planes = np.tile(np.arange(100, dtype=np.uint8), (4, 1, 100, 1))  # enough contrast and no white
     planes[:, :, :, :percent] = level
     planes = planes[:, :, :, np.arange(100) * 37 % 100]
-    # Every other pixel is looked at: the share is met to a few percent.
+    # Every other pixel is sampled, so that the share is measured to a few percent.
     if abs(percent / 100 - MAX_WHITE) > 0.05:
         assert (SATURATED in quality_flags(planes)) == (level >= WHITE and percent / 100 > MAX_WHITE)
 
 
-def test_a_quadrant_that_is_all_white_has_no_signal_and_saturates() -> None:
+def test_white_quadrant_has_no_signal_and_saturates_frame() -> None:
     frame = sector()
     frame[150:, 200:] = 255
     assert flags(frame) == ("no-signal-RV", SATURATED)
@@ -152,7 +154,7 @@ def test_a_quadrant_that_is_all_white_has_no_signal_and_saturates() -> None:
 
 
 def photograph(height: int = 300, width: int = 400) -> np.ndarray:
-    """Make something like a photograph: sky, meadow, a wall; noisy, smoothly lit, of middling saturation."""
+    """Return a picture like a photograph: sky, meadow, a wall; noisy, smoothly lit, of medium saturation."""
     rng = np.random.default_rng(2)
     y, x = np.mgrid[0:height, 0:width]
     hue = np.where(y < 0.4 * height, 0.58, np.where(x < 0.6 * width, 0.27, 0.06))
@@ -168,7 +170,7 @@ PHOTOGRAPH = photograph()
 
 
 def doppler(share: float) -> np.ndarray:
-    """Draw a frame with a depth scale, an ECG trace, and a box over a share of it, half of it flow."""
+    """Return a frame with a depth scale, an ECG trace, and a Doppler box over a share of it, half of it flow."""
     frame = np.dstack([sector()] * 3)
     frame[:, 390:394] = (255, 220, 0)
     frame[280:284, :] = (0, 255, 0)
@@ -203,7 +205,7 @@ ENCODINGS: dict[str, Callable[[np.ndarray], bytes]] = {
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_colour_is_told_whatever_the_file(encoding: str, tmp_path: Any) -> None:
+def test_colour_is_detected_in_every_encoding(encoding: str, tmp_path: Any) -> None:
     write = ENCODINGS[encoding]
     cases = {
         "photograph": (PHOTOGRAPH, (COLOUR,)),
@@ -222,13 +224,13 @@ def test_colour_is_told_whatever_the_file(encoding: str, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2), (3, 500), (500, 3), (7, 9), (8, 8), (9, 17)])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_small_and_narrow_pictures(shape: tuple[int, int], kind: str) -> None:
+def test_colour_is_detected_in_small_and_narrow_pictures(shape: tuple[int, int], kind: str) -> None:
     red = np.full((*shape, 3), (200, 30, 30), np.uint8)
     assert decode_checked(encode(red, kind))[1] == (COLOUR,)
     assert decode_checked(encode(np.full((*shape, 3), 77, np.uint8), kind))[1] == ()
 
 
-def test_a_turned_picture_has_its_colours() -> None:
+def test_colour_is_detected_in_rotated_picture() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     for kind in ("PNG", "JPEG"):
@@ -237,21 +239,21 @@ def test_a_turned_picture_has_its_colours() -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "I;16", "I", "F"])
-def test_grey_kinds_are_not_looked_at(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grey_modes_are_not_sampled_for_colour(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     image = Image.fromarray(sector()).convert("L").convert(mode if mode != "I;16" else "I")
     data = encode(image.convert(mode), "PNG" if mode in ("1", "L", "LA", "I;16") else "TIFF")
-    monkeypatch.setattr("echoquad_runtime.frames.image.is_coloured", lambda _: pytest.fail("it was looked at"))
-    monkeypatch.setattr(Image.Image, "resize", lambda *_: pytest.fail("it was looked at"))
+    monkeypatch.setattr("echoquad_runtime.frames.image.is_coloured", lambda _: pytest.fail("sampled"))
+    monkeypatch.setattr(Image.Image, "resize", lambda *_: pytest.fail("sampled"))
     assert decode_checked(data)[1] == ()
 
 
-def test_colour_that_is_transparent_is_black() -> None:
+def test_transparent_colour_is_not_coloured() -> None:
     hidden = np.dstack([PHOTOGRAPH, np.zeros(PHOTOGRAPH.shape[:2], np.uint8)])
     assert decode_checked(encode(hidden, "PNG"))[1] == ()
 
 
 @given(st.integers(0, 60), st.integers(0, 100))
-def test_the_share_and_strength_of_colour(chroma: int, percent: int) -> None:
+def test_colour_share_and_chroma_thresholds(chroma: int, percent: int) -> None:
     pixels = np.full((100, 3), 100, np.uint8)
     pixels[:percent, 1] += chroma
     assert is_coloured(pixels) == (chroma >= MIN_CHROMA and percent >= 100 * MAX_COLOURED)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.engine.io_binding import Answers
+from echoquad_runtime.engine.io_binding import InferenceOutput
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import BundleError, FrameError, FrameReadError
 from echoquad_runtime.frames.frame_file import Failure
@@ -26,7 +26,7 @@ def infer(quadrants: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return both, both
 
 
-def judge(sources: Sequence[Source], flags: Sequence[tuple[str, ...]], found: Answers) -> list[Any]:
+def judge(sources: Sequence[Source], flags: Sequence[tuple[str, ...]], found: InferenceOutput) -> list[Any]:
     assert found.maps is None  # none were asked for
     answers = found.probabilities
     assert len(sources) == len(flags) == len(answers)
@@ -42,7 +42,7 @@ def pipeline(
     infer: Callable[..., Any] = infer,
     judge: Callable[..., Any] = judge,
 ) -> Pipeline[Any]:
-    engine: Any = SimpleNamespace(contract=CONTRACT, infer=infer, turns=threading.Semaphore(at_once))
+    engine: Any = SimpleNamespace(contract=CONTRACT, infer=infer, run_limit=threading.Semaphore(at_once))
     return Pipeline(SlotPool(engine, frames), judge, workers=workers, time_limit=time_limit)
 
 

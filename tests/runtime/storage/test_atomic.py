@@ -1,5 +1,8 @@
+"""Atomic writes: complete files or none, and one-line errors if the system refuses."""
+
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -12,12 +15,10 @@ from typing import Any
 import pytest
 
 from echoquad_runtime.errors import EchoQuadError, FrameReadError, OutputError
-from echoquad_runtime.storage import atomic as files
+from echoquad_runtime.storage import atomic
 from echoquad_runtime.storage.atomic import (
     make_folder,
-    open_regular,
     output_errors,
-    read_regular,
     sync_folder,
     write_all,
     write_atomically,
@@ -32,21 +33,21 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_file_appears_whole_at_the_end(tmp_path: Path) -> None:
+def test_file_appears_complete_at_the_end(tmp_path: Path) -> None:
     target = tmp_path / "out.csv"
     target.write_bytes(b"old")
     with write_atomically(target) as stream:
         stream.write(b"new")
         stream.flush()
         assert target.read_bytes() == b"old"
-        (beside,) = set(names(tmp_path)) - {"out.csv"}
-        assert beside.startswith(".")
+        (temporary,) = set(names(tmp_path)) - {"out.csv"}
+        assert temporary.startswith(".")
     assert target.read_bytes() == b"new"
     assert names(tmp_path) == ["out.csv"]
 
 
 @posix_only
-def test_who_is_reading_the_old_file_goes_on_reading_it(tmp_path: Path) -> None:
+def test_reader_of_the_old_file_keeps_reading_it(tmp_path: Path) -> None:
     target = tmp_path / "out.csv"
     target.write_bytes(b"old")
     with target.open("rb") as reader:
@@ -57,7 +58,7 @@ def test_who_is_reading_the_old_file_goes_on_reading_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, EchoQuadError])
 @pytest.mark.parametrize("held", [b"old", None])
-def test_nothing_is_left_when_the_block_fails(tmp_path: Path, held: bytes | None, error: type[BaseException]) -> None:
+def test_failed_write_leaves_the_old_file_only(tmp_path: Path, held: bytes | None, error: type[BaseException]) -> None:
     target = tmp_path / "out.csv"
     if held is not None:
         target.write_bytes(held)
@@ -68,23 +69,23 @@ def test_nothing_is_left_when_the_block_fails(tmp_path: Path, held: bytes | None
     assert held is None or target.read_bytes() == held
 
 
-def test_a_refusal_of_the_system_is_one_clear_line(tmp_path: Path) -> None:
+def test_system_error_is_a_one_line_output_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "absent" / "out.csv", tmp_path / "file" / "out.csv", tmp_path / ("x" * 300)):
-        with pytest.raises(OutputError, match=r"cannot be written \(.+\); check space and permissions") as caught:
+        with pytest.raises(OutputError, match=r"cannot be written \(.+\)") as caught:
             write_bytes(path, b"data")
         assert str(caught.value).startswith(path.as_posix())
         assert "\n" not in str(caught.value)
     assert names(tmp_path) == ["file"]
 
 
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="is a folder; expected a file name"):
+def test_folder_as_target_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="folder"):
         write_bytes(tmp_path, b"data")
 
 
-def test_an_error_that_knows_better_goes_through() -> None:
-    # A frame that vanished is an OSError as well, and none of the result file's.
+def test_output_errors_keeps_specific_errors() -> None:
+    # A FrameReadError is an OSError as well, but not about the result file.
     with pytest.raises(FrameReadError, match=r"^gone$"), output_errors(Path("out.csv")):
         raise FrameReadError("gone")
     with pytest.raises(BrokenPipeError), output_errors(Path("stdout")):
@@ -94,9 +95,9 @@ def test_an_error_that_knows_better_goes_through() -> None:
 
 
 @posix_only
-def test_a_device_that_is_full(tmp_path: Path) -> None:
+def test_full_disk_is_an_output_error(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
-        pytest.skip("there is no /dev/full")
+        pytest.skip("no /dev/full")
     with pytest.raises(OutputError, match="No space left on device"):
         write_bytes(Path("/dev/full"), b"data")
     (tmp_path / "out.csv").symlink_to("/dev/full")
@@ -106,7 +107,7 @@ def test_a_device_that_is_full(tmp_path: Path) -> None:
 
 
 @posix_only
-def test_a_pipe_is_written_directly(tmp_path: Path) -> None:
+def test_pipe_is_written_directly(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     write_bytes(tmp_path / "pipe", b"data")
@@ -116,7 +117,7 @@ def test_a_pipe_is_written_directly(tmp_path: Path) -> None:
 
 
 @posix_only
-def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path) -> None:
+def test_disk_that_fills_up_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "out.csv"
     target.write_bytes(b"old")
     code = f"""
@@ -134,18 +135,18 @@ def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path) -> None:
         """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(atomic.__file__).parents[2])},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{target.as_posix()}: cannot be written (File too large); check space and permissions\n"
+    assert done.stdout.startswith(f"{target.as_posix()}: cannot be written (File too large)")
     assert (names(tmp_path), target.read_bytes()) == (["out.csv"], b"old")
 
 
-def test_json(tmp_path: Path) -> None:
+def test_json_is_readable_and_finite(tmp_path: Path) -> None:
     value = {"name": "Überlagerung", "file": os.fsdecode(b"a\xff.png"), "figures": [1, 0.5, None]}
     write_json(tmp_path / "out.json", value)
     data = (tmp_path / "out.json").read_bytes()
@@ -157,7 +158,7 @@ def test_json(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out.json"]
 
 
-def test_folders(tmp_path: Path) -> None:
+def test_make_folder_creates_parents(tmp_path: Path) -> None:
     made = make_folder(tmp_path / "a" / "b")
     assert made.is_dir()
     assert make_folder(made) == made
@@ -167,13 +168,14 @@ def test_folders(tmp_path: Path) -> None:
 
 
 @posix_only
-def test_folders_deeper_than_pythons_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_make_folder_is_not_limited_by_recursion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    deep = Path("d/" * 1500)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 60)
     try:
-        assert make_folder(deep).is_dir()
-    finally:  # which Python's own way to remove them does not reach
-        subprocess.run(["rm", "-rf", "d"], check=True)
+        assert make_folder(Path("d/" * 200)).is_dir()
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def test_threads_may_write_one_file_at_once(tmp_path: Path) -> None:
@@ -189,14 +191,14 @@ def test_threads_may_write_one_file_at_once(tmp_path: Path) -> None:
 
 
 @posix_only
-def test_the_longest_name_that_a_disk_takes_can_be_written(tmp_path: Path) -> None:
+def test_file_name_of_maximum_length_is_written(tmp_path: Path) -> None:
     for name in ("x" * 251 + ".csv", "漢" * 83 + "x.csv"):
         write_bytes(tmp_path / name, b"data")
         assert (tmp_path / name).read_bytes() == b"data"
     assert len(names(tmp_path)) == 2
 
 
-def test_all_is_written_where_a_disk_takes_little_at_a_time(tmp_path: Path) -> None:
+def test_write_all_continues_after_partial_writes(tmp_path: Path) -> None:
     class Little(FileIO):
         def write(self, data: Any, /) -> int:
             return super().write(data[:3])
@@ -206,31 +208,6 @@ def test_all_is_written_where_a_disk_takes_little_at_a_time(tmp_path: Path) -> N
     assert (tmp_path / "file").read_bytes() == b"0123456789"
 
 
-def test_a_folders_names_are_kept_or_not_but_nothing_is_raised(tmp_path: Path) -> None:
+def test_sync_folder_raises_nothing(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
         sync_folder(folder)
-
-
-@pytest.mark.parametrize("limit", [0, 4, 5, 6, 1 << 40])
-def test_a_file_is_read_to_its_limit_and_one_byte(tmp_path: Path, limit: int) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"a\r\nbc")
-    assert read_regular(path, limit) == b"a\r\nbc"[: limit + 1]
-
-
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        read_regular(tmp_path / "absent", 9)
-    with pytest.raises(OSError, match=r"no regular file|denied"):
-        read_regular(tmp_path, 9)
-    if os.name == "posix":
-        os.mkfifo(tmp_path / "pipe")
-        for path in (tmp_path / "pipe", Path("/dev/zero")):
-            with pytest.raises(OSError, match="it is no regular file"), open_regular(path):
-                pass
-        # Nothing is left open of what was refused.
-        before = len(list(Path("/dev/fd").iterdir()))
-        for _ in range(5):
-            with pytest.raises(OSError, match="it is no regular file"):
-                read_regular(tmp_path, 9)
-        assert len(list(Path("/dev/fd").iterdir())) == before

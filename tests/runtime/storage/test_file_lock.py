@@ -1,3 +1,5 @@
+"""File locks: one process at a time, released when the process ends."""
+
 from __future__ import annotations
 
 import errno
@@ -9,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from echoquad_runtime.storage import file_lock as lock
+from echoquad_runtime.storage import file_lock
 from echoquad_runtime.storage.file_lock import FileLock, LockedError
 
 
 def in_another_process(path: Path) -> str:
-    """Try to lock `path` in a process of its own; gives what it says."""
+    """Try to lock `path` in another process and return what it prints."""
     code = f"""
         from pathlib import Path
         from echoquad_runtime.storage.file_lock import FileLock, LockedError
@@ -27,7 +29,7 @@ def in_another_process(path: Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
 
 
-def test_one_process_at_a_time(tmp_path: Path) -> None:
+def test_only_one_process_holds_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     held = FileLock(path)
     held.write(b"first, and long")
@@ -42,7 +44,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_is_let_go_when_its_process_is_killed(tmp_path: Path) -> None:
+def test_lock_is_released_when_its_process_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     imports = "import pathlib; from echoquad_runtime.storage import file_lock"
     code = f"{imports}; it = file_lock.FileLock(pathlib.Path({str(path)!r}))"
@@ -56,10 +58,10 @@ def test_it_is_let_go_when_its_process_is_killed(tmp_path: Path) -> None:
     FileLock(path).release()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="an open file cannot be removed there")
-def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot remove an open file")
+def test_lock_on_a_removed_file_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.json"
-    real, calls = lock._lock, []
+    real, calls = file_lock._lock, []
 
     def removed_by_its_holder(descriptor: int) -> None:
         if not calls:  # between opening and locking
@@ -67,7 +69,7 @@ def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path: Path, monkeypatch: pyte
         calls.append(descriptor)
         real(descriptor)
 
-    monkeypatch.setattr(lock, "_lock", removed_by_its_holder)
+    monkeypatch.setattr(file_lock, "_lock", removed_by_its_holder)
     held = FileLock(path)
     assert len(calls) == 2
     assert in_another_process(path) == f"held {path}"
@@ -75,11 +77,13 @@ def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_disk_without_locks_is_used_and_told(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_without_locks_is_used_and_reported(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(_: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(lock, "_lock", refuse)
+    monkeypatch.setattr(file_lock, "_lock", refuse)
     held = FileLock(tmp_path / "x.json")
     assert not held.certain
     held.write(b"x")
@@ -87,6 +91,6 @@ def test_a_disk_without_locks_is_used_and_told(number: int, tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         FileLock(tmp_path / "absent" / "x.json")

@@ -1,3 +1,5 @@
+"""Names in rows: spreadsheet formulas, sort order, digests, and display on a terminal."""
+
 from __future__ import annotations
 
 import os
@@ -12,25 +14,25 @@ from echoquad_runtime.storage.row_names import digest, display_name, encoded, pr
 FORMULAS = ["=1+1.png", "+a.png", "-a.png", "@SUM(A1).png", "\ta.png", "\ra.png", "\na.png", " =a.png", "\uff1da.png"]
 PLAIN = ["a.png", "a=b.png", "a/=b.png", "./a.png", "0.png", "", ".png", " a.png", "'=a.png", "é.png", "#a.png"]
 
-# Any name that a disk may have: no null character, parts that are not empty, "." or "..".
+# Any name on a disk: no null character; no part is empty, "." or "..".
 part = st.text(st.characters(exclude_characters="\0/"), min_size=1).filter(lambda text: text not in (".", ".."))
 path = st.lists(part, min_size=1, max_size=4).map("/".join)
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_what_a_spreadsheet_would_run_is_the_same_path_and_no_formula(name: str) -> None:
+def test_name_that_is_a_formula_becomes_the_same_path_without_formula(name: str) -> None:
     assert printed(name) == f"./{name}"
     assert PurePosixPath(printed(name)) == PurePosixPath(name)
     assert without_formula(name) == f"'{name}"
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_what_it_would_not_run_stays_as_it_is(name: str) -> None:
+def test_other_names_are_unchanged(name: str) -> None:
     assert printed(name) == without_formula(name) == name
 
 
 @given(path)
-def test_a_printed_name_is_the_same_path_and_begins_no_formula(name: str) -> None:
+def test_row_name_is_the_same_path_and_not_a_formula(name: str) -> None:
     assert PurePosixPath(printed(name)) == PurePosixPath(name)
     assert printed(name).lstrip()[:1] not in {*"=+-@"}
     assert printed(name)[:1] not in {*"\t\r\n"}
@@ -38,29 +40,29 @@ def test_a_printed_name_is_the_same_path_and_begins_no_formula(name: str) -> Non
 
 
 @given(path, path)
-def test_names_differ_where_paths_do(one: str, other: str) -> None:
+def test_row_names_differ_if_paths_differ(one: str, other: str) -> None:
     assert (digest(printed(one)) == digest(printed(other))) == (one == other)
 
 
-def test_a_digest_is_the_same_everywhere() -> None:
-    # Shards of one archive are computed on several machines, and by several releases.
+def test_digest_is_fixed() -> None:
+    # Several machines and releases compute the shards of one archive.
     assert digest("a/1.png").hex() == "4c9297bc24f32c0fa008ef8b092077de"
-    assert digest("a\udcff.png") == digest("a\\udcff.png")  # as it is read back from a row
+    assert digest("a\udcff.png") == digest("a\\udcff.png")  # as read back from a row
 
 
 @given(st.lists(path, max_size=8))
-def test_the_order_of_a_walk_compares_folder_by_folder(names: list[str]) -> None:
+def test_walk_order_compares_folder_by_folder(names: list[str]) -> None:
     assert sorted(names, key=lambda name: walk_order(printed(name))) == sorted(names, key=lambda name: name.split("/"))
 
 
-def test_the_order_of_a_walk_where_bytes_are_no_text() -> None:
+def test_walk_order_of_names_that_are_not_utf_8() -> None:
     names = ["z.png", "\ue000.png", os.fsdecode(b"\xff.png") if os.name != "nt" else "\udcff.png", "\\a.png"]
     written = [encoded(printed(name)).decode() for name in names]
     assert sorted(written, key=walk_order) == ["\\a.png", "z.png", "\\udcff.png", "\ue000.png"]
 
 
 @given(st.text())
-def test_what_is_shown_is_one_printable_line(text: str) -> None:
+def test_display_name_is_one_printable_line(text: str) -> None:
     line = display_name(text)
     assert line.isprintable()
     assert text.isprintable() <= (line == text)
@@ -71,5 +73,5 @@ def test_what_is_shown_is_one_printable_line(text: str) -> None:
     ("text", "line"),
     [("a\nb", r"a\nb"), ("\x1b[2Jgone", r"\x1b[2Jgone"), ("\udcff.png", r"\udcff.png"), ("é漢 .png", "é漢 .png")],
 )
-def test_what_cannot_be_shown_is_an_escape(text: str, line: str) -> None:
+def test_display_name_escapes_what_is_not_printable(text: str, line: str) -> None:
     assert display_name(text) == line

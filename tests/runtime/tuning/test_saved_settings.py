@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.devices.cpu_info import available_cpus
 from echoquad_runtime.devices.host_facts import host_facts
-from echoquad_runtime.devices.session_factory import available_cpus
 from echoquad_runtime.errors import OutputError
 from echoquad_runtime.tuning import saved_settings as host
 from echoquad_runtime.tuning.saved_settings import (
@@ -185,17 +185,17 @@ def test_a_place_that_cannot_be(config: Path, bundle: Bundle) -> None:
 
 def test_a_device_that_has_gone(config: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     keep(bundle, RunConfig("cuda", "fp32", 1, False, 1), goal="latency")
-    monkeypatch.setattr(host, "usable_devices", lambda: {"cpu": None, "cuda": "no driver"})
+    monkeypatch.setattr(host, "probe_devices", lambda: {"cpu": None, "cuda": "no driver"})
     assert "ignored, its device cuda cannot be used: no driver; run echoquad tune again" in look_up(bundle)[1]
     assert resolve_settings(bundle).device == "auto"
-    monkeypatch.setattr(host, "usable_devices", lambda: {"cpu": None})
+    monkeypatch.setattr(host, "probe_devices", lambda: {"cpu": None})
     assert "this onnxruntime is built without it" in look_up(bundle)[1]
-    monkeypatch.setattr(host, "usable_devices", lambda: {"cpu": None, "cuda": None})
+    monkeypatch.setattr(host, "probe_devices", lambda: {"cpu": None, "cuda": None})
     assert resolve_settings(bundle).device == "cuda"
 
 
 def test_the_cpu_is_not_probed(config: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "usable_devices", lambda: pytest.fail("a probe takes time"))
+    monkeypatch.setattr(host, "probe_devices", lambda: pytest.fail("a probe takes time"))
     keep(bundle, CHOICE, goal="latency")
     assert resolve_settings(bundle).tuned
 

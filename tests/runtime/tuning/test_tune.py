@@ -392,7 +392,7 @@ def test_devices(
     monkeypatch.setattr(trial, "verify", verify)
     monkeypatch.setattr(trial, "OnnxEngine", lambda bundle, **options: OnnxEngine(bundle, threads=options["threads"]))
     works = {"cpu": None, "cuda": None, "openvino": None}
-    monkeypatch.setattr(tuning, "usable_devices", lambda: works)
+    monkeypatch.setattr(tuning, "probe_devices", lambda: works)
     found = quick(two_precisions)
     assert asked[:7] == [
         *(("cpu", one) for one in ("fp32", "int8")),
@@ -406,16 +406,16 @@ def test_devices(
     assert {row.choice.device for row in found.rows} == {"cpu", "openvino"}
     assert "compare its settings by --device cuda" in found.left_out["cuda"]
     assert {row.choice.device for row in quick(tiny_bundle, goal="power", device="cuda").rows} == {"cuda"}
-    monkeypatch.setattr(tuning, "usable_devices", lambda: {"cpu": None, "cuda": "no driver"})
+    monkeypatch.setattr(tuning, "probe_devices", lambda: {"cpu": None, "cuda": "no driver"})
     found = quick(tiny_bundle)
     assert {row.choice.device for row in found.rows} == {"cpu"}
     assert found.left_out == {"cuda": "no driver"}
 
 
 def test_a_device_that_is_not_there(tiny_bundle: Path) -> None:
-    from echoquad_runtime.devices.session_factory import usable_devices
+    from echoquad_runtime.devices.session_factory import probe_devices
 
-    if "openvino" in usable_devices():
+    if "openvino" in probe_devices():
         pytest.skip("this onnxruntime has OpenVINO")
     with pytest.raises(DeviceUnavailableError, match="device openvino cannot be used"):
         tune(tiny_bundle, device="openvino")
@@ -439,7 +439,7 @@ def test_a_gate_that_is_missed_is_no_missing_device(two_precisions: Path, monkey
 def test_a_precision_that_is_not_there(tiny_bundle: Path) -> None:
     with pytest.raises(BundleError, match="it holds no int8 graph"):
         tune(tiny_bundle, precision="int8")
-    with pytest.raises(UsageError, match="bf16 is computed on device openvino alone"):
+    with pytest.raises(UsageError, match="bf16 requires device openvino"):
         tune(tiny_bundle, device="cpu", precision="bf16")
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from echoquad_runtime.bundle.bundle import SIGNATURE
-from echoquad_runtime.bundle.document import Items, Table
+from echoquad_runtime.bundle.document import BulletList, Table
+from echoquad_runtime.bundle.manifest import SIGNATURE
 from echoquad_runtime.errors import BundleNotFoundError, BundleTamperedError
 from echoquad_runtime.verify.inspection import Inspection, inspect_bundle
 
@@ -67,7 +67,7 @@ def test_what_lies_beside_it(tmp_path: Path, make_tiny_bundle: Make) -> None:
     assert found.to_dict()["signature"] == SIGNATURE
     section = found.document.sections[-2]
     assert "It was not checked here." in str(section)
-    (items,) = [block for block in section.blocks if isinstance(block, Items)]
+    (items,) = [block for block in section.blocks if isinstance(block, BulletList)]
     assert items.lines[0] == "more-00.txt" and items.lines[-1] == "and 2 more" and len(items.lines) == 13
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from echoquad_runtime.bundle.bundle import GOLDEN, Bundle, Golden
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.golden_frames import GoldenFrames
+from echoquad_runtime.bundle.manifest import GOLDEN
 from echoquad_runtime.devices.session_factory import open_session
 from echoquad_runtime.engine.io_binding import IoBinding
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
@@ -28,7 +30,7 @@ Make = Callable[..., Path]
 LOOSE = {"max_abs_dprobability": 0.05, "max_frame_flip_fraction": 0.01}
 
 
-def golden_of(folder: Path) -> Golden:
+def golden_of(folder: Path) -> GoldenFrames:
     return Bundle(folder).read_golden()
 
 
@@ -183,7 +185,7 @@ def test_a_graph_of_less_precision_is_held_to_what_it_gave_where_it_was_exported
     for name, golden, passes in (
         (
             "far from torch",
-            Golden(right.names, right.frames, *wrong, exported={"int8": right.expected("fp32")}),
+            GoldenFrames(right.names, right.frames, *wrong, exported={"int8": right.expected("fp32")}),
             "int8",
         ),
         ("another device", dataclasses.replace(right, exported={"int8": wrong}), "fp32"),
@@ -324,7 +326,7 @@ def test_many_golden_frames_go_through_in_batches_of_a_bounded_size(
 ) -> None:
     """A cart's memory must not depend on how many golden frames there are."""
     golden = golden_of(tiny_bundle)
-    many = Golden(
+    many = GoldenFrames(
         golden.names * 7,
         golden.frames * 7,
         np.tile(golden.logits, (7, 1, 1)),

@@ -270,7 +270,7 @@ def torchrun(*words: str | Path, count: int = 2) -> subprocess.CompletedProcess[
 
 def said(ended: subprocess.CompletedProcess[str]) -> list[str]:
     """Give what EchoQuad said; torchrun has its own report of a process that failed."""
-    return [line for line in ended.stderr.splitlines() if line.startswith(("error:", "Epoch", "interrupted", "best:"))]
+    return [line for line in ended.stderr.splitlines() if line.startswith(("error[", "Epoch", "interrupted", "best:"))]
 
 
 @pytest.mark.slow
@@ -291,7 +291,7 @@ def test_torchrun(tmp_path: Path, make_data: Callable[..., Path]) -> None:
     held = (
         f"{(tmp_path / 'run').as_posix()}: is there and not empty; go on with it by --resume, or choose another --out"
     )
-    assert again.returncode == 1 and said(again) == [f"error: {held}"]
+    assert again.returncode == 1 and said(again) == [f"error[E_RUN]: {held}"]
     missing = torchrun(tmp_path / "gone", "--out", tmp_path / "other")
     assert missing.returncode == 1 and len(said(missing)) == 1 and "gone: no such folder" in said(missing)[0]
 

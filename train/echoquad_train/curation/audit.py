@@ -1,7 +1,7 @@
 """The audit: what is in a data set, what is wrong with it, and what a network could cheat with.
 
 `audit` reads every frame once and gives an `Audit`: counts, unreadable files, leaks (`leaks`),
-shortcuts (`shortcut_features`), and the size, kind and brightness of frames by class. ``docs/data.md`` says
+shortcuts (`shortcut_features`), and the size, kind and brightness of frames by class. ``docs/reference/audit.md`` says
 what each finding means and by which rule it is one.
 """
 
@@ -113,7 +113,7 @@ class Audit:
         return tuple(shortcut for shortcut in self.shortcuts if shortcut.flagged)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give it as JSON values; ``docs/data.md`` describes each."""
+        """Give it as JSON values; ``docs/reference/audit.md`` describes each."""
         leaks = self.leaks
         return {
             "schema": SCHEMA,

@@ -23,8 +23,8 @@ from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.frames.reader import read_frame
 from echoquad_runtime.quadrants import Grey, crop_box, split, stitch
 from echoquad_runtime.storage.atomic import write_bytes
+from echoquad_runtime.storage.atomic_folder import atomic_folder
 from echoquad_runtime.storage.row_names import encoded, printed
-from echoquad_train.data.building import atomic_folder
 from echoquad_train.data.frame_list import FrameRecord, list_frames, read_all
 
 __all__ = ["MAPPING", "Patches", "write_patches"]

@@ -5,8 +5,8 @@ views of it that lack a little of its border, so that a cut copy is met as well.
 each other, finds where they fit best, and correlates their fine detail. Apical frames all look alike from afar; what
 tells them apart is speckle, which no two moments of a heart share and which a copy keeps.
 
-Chosen on the 900 CAMUS frames of 450 patients and on copies of 150 of them (``docs/data.md`` has the figures): copies
-correlate at 0.93 or more, a patient's frames at end-diastole and end-systole at 0.85 or less.
+Chosen on the 900 CAMUS frames of 450 patients and on copies of 150 of them (``docs/reference/audit.md`` has the
+figures): copies correlate at 0.93 or more, a patient's frames at end-diastole and end-systole at 0.85 or less.
 """
 
 from __future__ import annotations

@@ -27,10 +27,10 @@ from echoquad_runtime.frames.discovery import matrices_hint
 from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.storage.atomic import write_bytes
+from echoquad_runtime.storage.atomic_folder import atomic_folder
 from echoquad_runtime.storage.row_names import encoded, printed
 from echoquad_train.curation.leaks import find_leaks
 from echoquad_train.curation.thumbnails import read_pictures
-from echoquad_train.data.building import atomic_folder
 from echoquad_train.data.dataset import SPLITS
 from echoquad_train.data.frame_list import FrameRecord, class_folders, frames_below
 from echoquad_train.data.patients import patient_of

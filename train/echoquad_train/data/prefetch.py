@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
-from echoquad_runtime.devices.session_factory import available_cpus
+from echoquad_runtime.devices.cpu_info import available_cpus
 
 __all__ = ["prefetch"]
 

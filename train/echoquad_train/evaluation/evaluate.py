@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from echoquad_runtime.bundle.bundle import MANIFEST, Bundle
+from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.manifest import MANIFEST
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import DatasetError
 from echoquad_runtime.frames.frame_file import Failure

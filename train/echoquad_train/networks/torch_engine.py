@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.engine.onnx_engine import FloatArray
+from echoquad_runtime.engine.io_binding import FloatArray
 from echoquad_train.networks.device import make_deterministic
 
 __all__ = ["TorchEngine"]

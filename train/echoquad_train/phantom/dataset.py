@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from echoquad_runtime.errors import ConfigError
-from echoquad_train.data.building import atomic_folder
+from echoquad_runtime.storage.atomic_folder import atomic_folder
 from echoquad_train.data.dataset import SPLITS
 from echoquad_train.phantom.drawing import LABELS, draw_patient, generator_of, render
 

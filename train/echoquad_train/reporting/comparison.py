@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import binomtest
 from sklearn.metrics import cohen_kappa_score
 
-from echoquad_runtime.bundle.bundle import INTENDED_USE
+from echoquad_runtime.bundle.manifest import INTENDED_USE
 from echoquad_runtime.errors import ConfigError, DatasetError
 from echoquad_runtime.storage.atomic import make_folder, write_bytes, write_json
 from echoquad_train import plot_style as figures

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from echoquad_runtime._version import __version__
-from echoquad_runtime.bundle.bundle import INTENDED_USE
+from echoquad_runtime.bundle.manifest import INTENDED_USE
 from echoquad_train.reporting.html import figure, figures, items, page, paragraph, section, table
 from echoquad_train.reporting.mistake_gallery import Mistake
 from echoquad_train.reporting.saved_figures import Picture, point_words

@@ -15,9 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
@@ -27,6 +25,7 @@ from typing import Any, Final
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ConfigError, ContractError, RunError
 from echoquad_runtime.storage.atomic import make_folder, output_errors, write_bytes, write_json
+from echoquad_runtime.storage.atomic_folder import atomic_folder
 from echoquad_train.networks.ensemble_classifier import VOTES, EnsembleClassifier, EnsembleVote
 from echoquad_train.runs.checkpoint import BEST, RECIPE, RUN, Run, load_run, read_info
 from echoquad_train.runs.run_metadata import git_commit, versions
@@ -136,9 +135,7 @@ def write_ensemble(folders: Sequence[Path], out: Path, *, vote: EnsembleVote = "
             )
     names = [f"members/{number}" for number in range(1, len(runs) + 1)]
     facts = ensemble_facts(list(zip(names, runs, strict=True)), vote, flip)
-    make_folder(out.resolve().parent)
-    partial = out.resolve().with_name(f".{out.resolve().name}.{os.getpid()}.partial")
-    try:
+    with atomic_folder(out) as partial:
         for name, run in zip(names, runs, strict=True):
             place = make_folder(partial / name)
             for file in (RECIPE, RUN, BEST):
@@ -146,12 +143,6 @@ def write_ensemble(folders: Sequence[Path], out: Path, *, vote: EnsembleVote = "
                     data = (run.folder / file).read_bytes()
                 write_bytes(place / file, data)
         write_json(partial / RUN, facts)
-        with output_errors(out):
-            if out.exists():
-                out.rmdir()
-            partial.rename(out.resolve())
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     contract = Contract.from_dict(facts["contract"])
     return Ensemble(out, facts, contract, _join(runs, vote, flip=flip), tuple(runs))
 

@@ -1,1 +1,1 @@
-"""DICOM files: their elements, header, codecs and pixels."""
+"""DICOM files: transfer syntaxes, data elements, header, codecs, pixels and frames of a file."""

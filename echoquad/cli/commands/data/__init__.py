@@ -1,0 +1,1 @@
+"""``echoquad data``: check data sets and create them, one module for each subcommand."""

@@ -1,0 +1,55 @@
+"""``echoquad doctor``."""
+
+from __future__ import annotations
+
+from importlib import metadata, util
+from typing import TYPE_CHECKING
+
+from echoquad.cli.framework.console import print_result, save_json
+from echoquad.cli.framework.options import Device, JsonFile
+
+if TYPE_CHECKING:
+    from echoquad_runtime.engine.diagnostics import CheckStatus, DiagnosticCheck
+
+__all__ = ["doctor"]
+
+
+def doctor(device: Device = "auto", json_file: JsonFile = None) -> None:
+    """Report what works on this machine. Each device computes a small graph."""
+    from echoquad_runtime.engine.diagnostics import run_diagnostics
+    from echoquad_runtime.errors import DeviceUnavailableError, HostError
+
+    has_torch = util.find_spec("torch") is not None
+    report = run_diagnostics(device, extra_checks=[_check_torch] if has_torch else [])
+    for name, value in report.facts.items():
+        print_result(f"{name}: {value}")
+    print_result("")
+    for check in report.checks:
+        print_result(f"[{check.status}] {check.name}: {check.detail}")
+    if not has_torch:
+        print_result('[ok] torch: not installed; only training and export need it: pip install "echoquad[export]"')
+    save_json(json_file, report.to_dict())
+    if failed := [check.name for check in report.checks if check.status == "failed"]:
+        unavailable = report.exit_code == DeviceUnavailableError.exit_code
+        raise (DeviceUnavailableError if unavailable else HostError)(
+            f"failed: {', '.join(failed)}; see the report on stdout"
+        )
+
+
+def _check_torch() -> DiagnosticCheck:
+    """Check the versions of torch, its CUDA devices and the mean of a matrix product."""
+    import torch
+
+    from echoquad_runtime.engine.diagnostics import DiagnosticCheck
+    from echoquad_train.networks.device import autocast_dtype, choose_device
+
+    device = choose_device("auto")
+    ones = torch.ones(256, 256, device=device)
+    mean = (ones @ ones).mean().item()
+    status: CheckStatus = "ok" if mean == 256 else "failed"
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    cuda = f"{len(names)} CUDA devices ({', '.join(names)})" if names else "no CUDA device"
+    dtype = str(autocast_dtype(device) or "float32").removeprefix("torch.")
+    version = f"torch {torch.__version__}, torchvision {metadata.version('torchvision')}"
+    detail = f"{version}; {cuda}; trains on {device.type} in {dtype}; matmul mean {mean:g}, expected 256"
+    return DiagnosticCheck("torch", status, detail)

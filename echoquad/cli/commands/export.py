@@ -1,0 +1,116 @@
+"""``echoquad export``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from echoquad.cli.framework.console import format_table, print_result, print_status
+from echoquad.cli.framework.extras import require_extra
+
+__all__ = ["export"]
+
+logger = logging.getLogger(__name__)
+
+
+def export(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder that `echoquad train` or `echoquad ensemble` wrote.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="BUNDLE", help="Bundle folder to write; an older bundle is replaced.")
+    ],
+    precision: Annotated[
+        str,
+        typer.Option(
+            "--precision",
+            metavar="NAME,...",
+            help="Graphs to build: fp32, fp16, int8, separated by commas. The first is the default of the bundle.",
+        ),
+    ] = "fp32",
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibrate",
+            metavar="DATA",
+            help="Data folder whose training frames are the int8 calibration set. Default: the data of the run.",
+        ),
+    ] = None,
+    calibration_frames: Annotated[
+        int,
+        typer.Option("--calibration-frames", metavar="N", min=1, help="Number of frames in the int8 calibration set."),
+    ] = 64,
+    parity: Annotated[
+        Path | None,
+        typer.Option(
+            "--parity",
+            metavar="DATA",
+            help="Data folder whose validation frames parity is measured on. Default: the data of the run.",
+        ),
+    ] = None,
+    golden: Annotated[
+        str,
+        typer.Option(
+            "--golden",
+            metavar="phantom|validation|DIR",
+            help="Source of the golden frames, which are part of the bundle: phantoms, the validation frames, or the "
+            "frames of a folder.",
+        ),
+    ] = "phantom",
+    frame_graph: Annotated[
+        bool,
+        typer.Option(
+            "--frame-graph",
+            help="Also write frame.NAME.onnx, from raw grey frames to decisions, for programs in other languages.",
+        ),
+    ] = False,
+    sign_key: Annotated[
+        Path | None,
+        typer.Option("--sign-key", metavar="PEM", help="Private key that signs the bundle; see echoquad sign."),
+    ] = None,
+) -> None:
+    """Export a run to a bundle, after proving that it decides as the training code does."""
+    from echoquad_runtime.errors import UsageError
+
+    requested = [name.strip() for name in precision.split(",") if name.strip()]
+    if calibrate is not None and "int8" not in requested:
+        raise UsageError("--calibrate: only int8 is calibrated; add int8 to --precision, or leave out --calibrate")
+    require_extra("export")
+    from echoquad_export.packing.exporter import check_precisions, export_run
+
+    exported = export_run(
+        run,
+        out,
+        precisions=check_precisions(requested),
+        calibrate_data=calibrate,
+        calibration_frames=calibration_frames,
+        parity_data=parity,
+        golden=golden,
+        frame_graph=frame_graph,
+        sign_key=sign_key,
+        progress=logger.info,
+    )
+    rows = [
+        [
+            found.precision,
+            str(batch.batch_size),
+            f"{batch.max_abs_dlogit:.2e}",
+            f"{batch.max_abs_dprobability:.2e}",
+            str(batch.patch_flips),
+            str(batch.frame_flips),
+        ]
+        for found in exported.parities
+        for batch in found.batches
+    ]
+    header = ["precision", "batch", "max |dlogit|", "max |dp|", "quadrant flips", "frame flips"]
+    print_result(format_table(header, rows))
+    frames = exported.parities[0].frames
+    print_status(f"parity passed on {frames} validation frames; {exported.verification.frames} golden frames replayed")
+    if golden != "phantom":
+        print_status("the golden frames are not phantoms: their pixels, with any burnt-in names, are in the bundle")
+    if exported.unreadable:
+        print_status(f"{exported.unreadable} validation frames could not be read and were left out")
+    print_status(f"wrote {out.as_posix()}/; next: echoquad predict {out.as_posix()} INPUT")

@@ -1,0 +1,43 @@
+"""Check for optional packages before a command starts its work."""
+
+from __future__ import annotations
+
+from importlib import util
+from typing import Final, Literal
+
+from echoquad_runtime.errors import MissingExtraError
+
+__all__ = ["EXTRAS", "missing_extra", "require_extra"]
+
+Extra = Literal["train", "export", "tensorboard"]
+
+EXTRAS: Final[dict[str, Extra]] = {
+    "onnx": "export",
+    "onnxscript": "export",
+    "torch": "train",
+    "torchvision": "train",
+    "safetensors": "train",
+    "sklearn": "train",
+    "matplotlib": "train",
+    "scipy": "train",
+    "imagehash": "train",
+}
+"""The extra that installs each optional package; ``export`` includes ``train``."""
+
+
+def require_extra(extra: Extra) -> None:
+    """Check that the packages of an extra are installed.
+
+    Raises
+    ------
+    MissingExtraError
+        If one of them is not installed.
+    """
+    for name, provider in EXTRAS.items():
+        if extra in (provider, "export") and util.find_spec(name) is None:
+            raise missing_extra(name, extra)
+
+
+def missing_extra(name: str, extra: Extra) -> MissingExtraError:
+    """Build the error for a missing package."""
+    return MissingExtraError(f'this needs {name}, which is not installed; do: pip install "echoquad[{extra}]"')

@@ -1,0 +1,113 @@
+"""Atomic folders: complete or absent, one writer at a time, and an older folder stays until the new one is complete."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from echoquad_runtime.errors import FrameReadError, OutputError
+from echoquad_runtime.storage.atomic_folder import atomic_folder
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def build(target: Path, *, replace: bool = False) -> None:
+    with atomic_folder(target, replace=replace) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text("new")
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_folder_appears_complete_at_the_end(exists: bool, tmp_path: Path) -> None:
+    target = tmp_path / "parent" / "data"
+    if exists:
+        target.mkdir(parents=True)
+    with atomic_folder(target) as folder:
+        assert folder.name == "data"  # a signature records the name
+        (folder / "file").write_text("new")
+        assert not target.exists() or not any(target.iterdir())
+        assert (target.parent / "data.partial").is_dir()
+    assert tree(tmp_path) == {"parent/data/file": "new"}
+    assert os.listdir(target.parent) == ["data"]  # noqa: PTH208
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, FrameReadError])
+@pytest.mark.parametrize("replace", [True, False])
+def test_failed_block_leaves_the_target_unchanged(error: type[BaseException], replace: bool, tmp_path: Path) -> None:
+    target = tmp_path / "data"
+    if replace:
+        build(target)
+    before = tree(tmp_path)
+    with pytest.raises(error), atomic_folder(target, replace=replace) as folder:
+        (folder / "file").write_text("half")
+        raise error("stop")
+    assert tree(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == (["data"] if replace else [])
+
+
+def test_system_error_in_the_block_is_an_output_error(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="No space left"), atomic_folder(tmp_path / "data"):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_target_with_entries_is_refused_unless_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "data"
+    target.mkdir()
+    (target / "mine.txt").write_text("keep")
+    with pytest.raises(OutputError, match="1 entries"):
+        build(target)
+    assert tree(target) == {"mine.txt": "keep"}
+    build(target, replace=True)
+    assert tree(tmp_path) == {"data/inner/file": "new"}
+    with pytest.raises(OutputError, match="is a file"):
+        build(target / "inner" / "file")
+
+
+def test_target_that_is_filled_meanwhile_is_kept(tmp_path: Path) -> None:
+    target = tmp_path / "data"
+    target.mkdir()
+    with pytest.raises(OutputError), atomic_folder(target):
+        (target / "mine.txt").write_text("keep")
+    assert tree(tmp_path) == {"data/mine.txt": "keep"}
+
+
+def test_second_writer_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "data"
+    with atomic_folder(target) as folder:
+        (folder / "file").write_text("first")
+        with pytest.raises(OutputError, match=r"data\.partial exists"):
+            build(target)
+    assert tree(target) == {"file": "first"}
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_failed_rename_restores_the_older_folder(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "data"
+    build(target)
+    before, rename, calls = tree(tmp_path), Path.rename, []
+
+    def refuse(path: Path, to: Path) -> Path:
+        calls.append(path)
+        if len(calls) == call:
+            raise PermissionError(13, "Access is denied")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OutputError, match="Access is denied"):
+        build(target, replace=True)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+def test_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+    build(tmp_path / "v1")
+    (tmp_path / "current").symlink_to(tmp_path / "v1")
+    with atomic_folder(tmp_path / "current", replace=True) as folder:
+        (folder / "file").write_text("newer")
+    assert (tmp_path / "current").is_symlink()
+    assert tree(tmp_path / "v1") == {"file": "newer"}
