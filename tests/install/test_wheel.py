@@ -23,7 +23,7 @@ def test_wheel_contains_only_the_packages(wheel: Path) -> None:
     assert {f"echoquad_train/recipes/{name}.toml" for name in ("transfer", "scratch")} <= set(names)
     assert f"{info}/licenses/LICENSE" in names
     endings = {Path(name).suffix for name in names if not name.startswith(info)}
-    assert endings == {".py", ".toml", ".typed"}
+    assert endings == {".css", ".j2", ".py", ".toml", ".typed"}
     assert not [name for name in names if re.search(r"\btest|conftest|\.pyc|\.partial", name)]
     assert wheel.stat().st_size < 550_000  # code only: 508 kB in November 2026
 
