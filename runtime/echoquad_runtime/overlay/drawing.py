@@ -179,9 +179,8 @@ def _reason(prediction: Prediction) -> str:
 
 def _fit(draw: ImageDraw.ImageDraw, words: str, font: ImageFont.ImageFont, width: float, tail: str = "") -> str:
     """Shorten `words` to fit beside `tail`; drop `tail` if almost nothing fits."""
-    words = "".join(
-        character if character.isprintable() else "?" for character in words
-    )  # the width of a line break is undefined
+    # The width of a line break is undefined.
+    words = "".join(character if character.isprintable() else "?" for character in words)
     for ending, least in ((tail, 4), ("", 1)):
         if draw.textlength(words + ending, font) <= width:
             return words + ending
