@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from echoquad_runtime.overlay.fonts import load_font
 from echoquad_runtime.overlay.palette import BLUE, FAINT, GREEN, INK, LIGHT_BLUE, PINK, VERMILION, WHITE
 
 __all__ = ["Histogram", "count_latencies", "draw_histogram"]
@@ -87,7 +88,7 @@ def draw_histogram(latencies_ms: Sequence[float], marks: Mapping[str, float], ti
     histogram = count_latencies(latencies_ms)
     canvas = Image.new("RGB", (WIDTH, HEIGHT), WHITE)
     draw = ImageDraw.Draw(canvas)
-    large, text = _font(26), _font(17)
+    large, text = load_font(26), load_font(17)
     right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM
     across, most = (right - _LEFT) / len(histogram.counts), max(histogram.counts)
 
@@ -134,7 +135,3 @@ def _round_step(least: float, *, whole: bool = False) -> Any:
     power = 10.0 ** math.floor(math.log10(least)) if least > 0 else 1.0
     step = next(power * factor for factor in _ROUND_STEPS if power * factor >= least * (1 - 1e-9))
     return max(1, round(step)) if whole else step
-
-
-def _font(size: float) -> ImageFont.ImageFont:
-    return ImageFont.load_default(size)  # type: ignore[return-value]  # Pillow's own union of its two font classes

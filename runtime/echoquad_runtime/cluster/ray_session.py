@@ -160,14 +160,10 @@ def _connect(address: str) -> None:
 
 
 def _signals() -> list[signal.Signals]:
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # only the main thread can set handlers, here and in Ray
+    if threading.current_thread() is not threading.main_thread():  # no other thread can set handlers
         return []
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGBREAK") if hasattr(signal, name)]
-    return [
-        number for number in numbers if signal.getsignal(number) is not None
-    ]  # a handler set from C cannot be restored
+    return [number for number in numbers if signal.getsignal(number) is not None]  # None: set from C, not restorable
 
 
 @contextmanager

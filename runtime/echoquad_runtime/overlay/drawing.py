@@ -18,6 +18,7 @@ from echoquad_runtime.frames.frame_file import FrameFile
 from echoquad_runtime.frames.image import over_black, to_grey
 from echoquad_runtime.frames.reader import load_image
 from echoquad_runtime.overlay.activation_map import draw_activation_maps
+from echoquad_runtime.overlay.fonts import load_font
 from echoquad_runtime.overlay.palette import BAND, CLASS_COLOURS, SILVER, SLATE, WHITE
 from echoquad_runtime.predict.prediction import TIE, Prediction
 from echoquad_runtime.quadrants import quadrant_boxes
@@ -65,7 +66,7 @@ def draw_overlay(image: Image.Image, prediction: Prediction, contract: Contract)
         )
 
     text_size = max(15, round(min(frame.size) / 26))
-    text, small, title = (_font(text_size * scale) for scale in (1.0, 0.8, 1.45))
+    text, small, title = (load_font(text_size * scale) for scale in (1.0, 0.8, 1.45))
     pad = round(text_size * 0.5)
     band = round(text_size * 3.2) + pad
     canvas = Image.new("RGB", (frame.width, frame.height + band), BAND)
@@ -178,7 +179,8 @@ def _reason(prediction: Prediction) -> str:
 
 def _fit(draw: ImageDraw.ImageDraw, words: str, font: ImageFont.ImageFont, width: float, tail: str = "") -> str:
     """Shorten `words` to fit beside `tail`; drop `tail` if almost nothing fits."""
-    words = "".join(sign if sign.isprintable() else "?" for sign in words)  # the width of a line break is undefined
+    # The width of a line break is undefined.
+    words = "".join(character if character.isprintable() else "?" for character in words)
     for ending, least in ((tail, 4), ("", 1)):
         if draw.textlength(words + ending, font) <= width:
             return words + ending
@@ -193,7 +195,3 @@ def _colour(label: str, contract: Contract) -> str:
     if label == INDETERMINATE:
         return SILVER
     return CLASS_COLOURS[contract.classes.index(label) % len(CLASS_COLOURS)]
-
-
-def _font(size: float) -> ImageFont.ImageFont:
-    return ImageFont.load_default(size)  # type: ignore[return-value]  # Pillow's own union of its two font classes

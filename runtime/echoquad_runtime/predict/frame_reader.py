@@ -1,4 +1,4 @@
-"""Frame readers: from a file to the quadrants that the network takes, with the frame's quality flags.
+"""Reading frames: from a file to the quadrants that the network takes, with the frame's quality flags.
 
 `read_quadrants` is the only implementation. A worker calls it in its own thread, or in a process of its own
 (`echoquad_runtime.predict.reader_process.ReaderProcess`), so both give the same quadrants.
@@ -6,55 +6,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
-import numpy as np
-import numpy.typing as npt
-
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.frames.frame_file import FrameFile
 from echoquad_runtime.frames.quality_flags import quality_flags
 from echoquad_runtime.frames.reader import load_checked
 from echoquad_runtime.quadrants import Grey, frame_quadrants
 
-__all__ = ["Flags", "FrameReader", "cut_quadrants", "read_quadrants"]
+__all__ = ["Flags", "cut_quadrants", "read_quadrants"]
 
 Flags = tuple[str, ...]
 """Quality flags of a frame, as `echoquad_runtime.frames.quality_flags` names them."""
-
-
-class FrameReader(Protocol):
-    """Reads frames for a worker, outside the worker's thread.
-
-    Attributes
-    ----------
-    quadrants
-        uint8 [B, 4, 1, S, S], grey levels 0 to 255: the memory that `read` writes to.
-    """
-
-    quadrants: npt.NDArray[np.uint8]
-
-    def read(self, file: FrameFile, index: int) -> Flags:
-        """Write the quadrants of a frame to ``quadrants[index]`` and return the frame's flags.
-
-        Raises
-        ------
-        FrameError
-            If the frame cannot be read, decoded or cut. The content of ``quadrants[index]`` is then undefined.
-        """
-        ...
-
-    def start(self) -> None:
-        """Start the reader without waiting until it is ready."""
-        ...
-
-    def kill(self) -> None:
-        """Stop the current read at once, from any thread; `read` then raises."""
-        ...
-
-    def close(self) -> None:
-        """Release the reader's resources."""
-        ...
 
 
 def read_quadrants(file: FrameFile, contract: Contract, out: Grey) -> Flags:

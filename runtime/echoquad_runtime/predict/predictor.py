@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import numpy as np
 
@@ -23,11 +23,14 @@ from echoquad_runtime.errors import ConfigError, FrameError
 from echoquad_runtime.frames.discovery import find_frames
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.frames.reader import decode_checked
-from echoquad_runtime.predict.frame_reader import Flags, FrameReader, cut_quadrants, read_quadrants
+from echoquad_runtime.predict.frame_reader import Flags, cut_quadrants, read_quadrants
 from echoquad_runtime.predict.prediction import TIE, Prediction, check_abstain_below
 from echoquad_runtime.predict.worker_pool import FrameTask, WorkerPool
 from echoquad_runtime.quadrants import Grey
 from echoquad_runtime.voting import aggregate_votes
+
+if TYPE_CHECKING:
+    from echoquad_runtime.predict.reader_process import ReaderProcess
 
 __all__ = ["TIME_LIMIT", "Predictor"]
 
@@ -334,7 +337,7 @@ class Predictor:
         readers: int = 0,
     ) -> WorkerPool[_Result]:
         slots = self.slots(concurrent=concurrent)
-        open_reader: Callable[[], FrameReader] | None = None
+        open_reader: Callable[[], ReaderProcess] | None = None
         if readers:
             from echoquad_runtime.predict.reader_process import ReaderProcess
 

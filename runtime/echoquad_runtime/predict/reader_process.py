@@ -23,7 +23,6 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
 import numpy as np
@@ -90,7 +89,7 @@ def reader_processes(workers: int | None, threads: int) -> int:
 
 
 class ReaderProcess:
-    """A `FrameReader` that reads in a separate process, started for the first frame and replaced if it dies.
+    """Reads frames for a worker in a separate process, started for the first frame and replaced if it dies.
 
     One thread at a time calls `read`. Any thread may call `kill` and `close`.
 
@@ -191,14 +190,6 @@ class ReaderProcess:
                 self._memory.close()
             finally:
                 self._reading.release()
-
-    def __enter__(self) -> ReaderProcess:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _running(self) -> _Child:
         """Return the running process; start one if there is none or it has died."""

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,10 @@ from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import FrameError, FrameReadError
 from echoquad_runtime.frames.formats import VIDEO_EXTENSIONS
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
-from echoquad_runtime.predict.frame_reader import Flags, FrameReader
+from echoquad_runtime.predict.frame_reader import Flags
+
+if TYPE_CHECKING:
+    from echoquad_runtime.predict.reader_process import ReaderProcess
 
 __all__ = ["FrameTask", "WorkerPool"]
 
@@ -69,7 +72,7 @@ class _Chunk(Generic[_Result]):
     done: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     worker: threading.Thread = field(default_factory=threading.current_thread)
-    reader: FrameReader | None = None
+    reader: ReaderProcess | None = None
     loading: tuple[int, float] | None = None  # index of the item that is read, and since when
     abandoned: bool = False
 
@@ -101,7 +104,7 @@ class WorkerPool(Generic[_Result]):
         workers: int,
         time_limit: float,
         frames: int | None = None,
-        open_reader: Callable[[], FrameReader] | None = None,
+        open_reader: Callable[[], ReaderProcess] | None = None,
     ) -> None:
         self._slots, self._postprocess, self._open_reader = slots, postprocess, open_reader
         self._workers, self._frames, self._time_limit = workers, frames or slots.frames, time_limit
@@ -119,7 +122,7 @@ class WorkerPool(Generic[_Result]):
         queue: SimpleQueue[_Chunk[_Result] | None] = SimpleQueue()
         closing = threading.Event()
         workers: list[threading.Thread] = []
-        readers: list[FrameReader] = []
+        readers: list[ReaderProcess] = []
         chunks: deque[_Chunk[_Result]] = deque()
         items = iter(items)
 
@@ -198,7 +201,7 @@ class WorkerPool(Generic[_Result]):
         return _Chunk(items)
 
     def _work(
-        self, queue: SimpleQueue[_Chunk[_Result] | None], closing: threading.Event, reader: FrameReader | None
+        self, queue: SimpleQueue[_Chunk[_Result] | None], closing: threading.Event, reader: ReaderProcess | None
     ) -> None:
         batch = self._slots.new_batch() if reader is None else reader.quadrants
         try:
@@ -219,7 +222,7 @@ class WorkerPool(Generic[_Result]):
         chunk: _Chunk[_Result],
         batch: npt.NDArray[np.uint8],
         closing: threading.Event,
-        reader: FrameReader | None,
+        reader: ReaderProcess | None,
     ) -> None:
         """Process a chunk, unless it is abandoned or the pool closes meanwhile."""
         loaded: list[FrameTask] = []

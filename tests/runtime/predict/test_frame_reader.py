@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
 import os
@@ -87,7 +88,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def reader() -> Iterator[ReaderProcess]:
-    with ReaderProcess(CONTRACT, 2) as opened:
+    with contextlib.closing(ReaderProcess(CONTRACT, 2)) as opened:
         yield opened
 
 
@@ -410,7 +411,7 @@ def test_readers_leak_no_descriptors(frame: FrameFile) -> None:
     gc.collect()  # garbage of earlier tests
     before = names("/proc/self/fd")
     for number in range(50):
-        with ReaderProcess(CONTRACT, 1) as reader:
+        with contextlib.closing(ReaderProcess(CONTRACT, 1)) as reader:
             if number < 5:
                 reader.read(frame, 0)
     del reader
@@ -422,7 +423,7 @@ def test_memory_without_memfd(frame: FrameFile, tmp_path: Path, monkeypatch: pyt
     monkeypatch.delattr(os, "memfd_create", raising=False)  # as on macOS
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    with ReaderProcess(CONTRACT, 2) as reader:
+    with contextlib.closing(ReaderProcess(CONTRACT, 2)) as reader:
         assert_same(reader, [frame])
         assert not names(str(tmp_path / "temporary"))
 

@@ -136,9 +136,8 @@ def test_csv_row_equals_that_of_the_csv_module(name: str) -> None:
     stream = io.StringIO()
     # The csv module quotes cells with characters of its line terminator.
     csv.writer(stream, lineterminator="\r\n;\t").writerow([printed(name)])
-    assert (
-        line.startswith(stream.getvalue().removesuffix("\r\n;\t") + ",") or name == ""
-    )  # the csv module quotes a single empty cell
+    # The csv module quotes a single empty cell.
+    assert line.startswith(stream.getvalue().removesuffix("\r\n;\t") + ",") or name == ""
 
 
 @pytest.mark.parametrize("name", FORMULAS)
