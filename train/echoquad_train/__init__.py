@@ -1,1 +1,5 @@
-"""Training: datasets, recipes, the model, fitting, evaluation. What a frame and a vote are, it asks the runtime."""
+"""Training: data sets, recipes, networks, fitting and evaluation. The runtime defines what a frame and a vote are."""
+
+import logging
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())

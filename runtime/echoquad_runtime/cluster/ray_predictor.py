@@ -39,7 +39,7 @@ from echoquad_runtime.storage.atomic import read_regular
 
 __all__ = ["RayPredictor"]
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _BLOCK: Final = 128  # frames per task: seconds of work, against milliseconds of overhead of Ray
 _SLICE_PER_WORKER: Final = 4096  # frames; starting the workers of a slice takes two or three seconds
@@ -179,7 +179,7 @@ class RayPredictor:
         config, frames = self._config, iter(frames)
         with join_cluster(self._address, max(available_cpus(), config.threads * (self._workers or 1))):
             pool = self._pool_size()
-            _logger.info("%s of %s each", _plural(pool, "Ray worker"), _plural(config.threads, "CPU"))
+            logger.info("%s of %s each", _plural(pool, "Ray worker"), _plural(config.threads, "CPU"))
             arguments = _ship(config)
             begin = 0
             while chunk := list(islice(frames, min(_MAX_SLICE, _SLICE_PER_WORKER * pool))):

@@ -21,7 +21,7 @@ from echoquad_runtime.errors import ClusterError, DeviceUnavailableError, Missin
 
 __all__ = ["check_address", "count_workers", "join_cluster", "load_ray"]
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _STORE: Final = 512 << 20  # bytes of shared memory of a local cluster: a bundle and file names
 _CONNECT_SECONDS: Final = 5.0  # within which the head of a cluster must answer
@@ -137,7 +137,7 @@ def _watch_head(head: str) -> Iterator[None]:
                 _connect(head)
             except OSError as error:
                 if not ended.is_set():
-                    _logger.warning(
+                    logger.warning(
                         "the head of the Ray cluster, %s, does not answer (%s); unless it comes back, this run ends "
                         "within minutes; rows written so far are kept",
                         head,
@@ -171,13 +171,13 @@ def _quiet() -> Iterator[None]:
     """Keep Ray's log off the terminal; it stays in the files of Ray's session folder."""
     import ray
 
-    logger = logging.getLogger("ray")
-    level_before = logger.level
+    ray_logger = logging.getLogger("ray")
+    level_before = ray_logger.level
     handlers = [
         (it, it.level) for it in logging.getLogger("ray.data").handlers if isinstance(it, logging.StreamHandler)
     ]
     silent = logging.CRITICAL + 1
-    logger.setLevel(silent)
+    ray_logger.setLevel(silent)
     for handler, _ in handlers:
         handler.setLevel(silent)
     # Whatever `log_to_driver` is, Ray prints the death of a node or worker to stdout, which carries rows. There is no
@@ -188,7 +188,7 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         private._worker_logs_enabled = True
-        logger.setLevel(level_before)
+        ray_logger.setLevel(level_before)
         for handler, level in handlers:
             handler.setLevel(level)
 

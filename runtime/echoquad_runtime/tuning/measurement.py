@@ -37,7 +37,7 @@ from echoquad_runtime.verify.verify import verify
 
 __all__ = ["FRAME_RATE", "CandidateTimer", "GoldenFrameCheck"]
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 FRAME_RATE: Final = 30.0
 """Frames per second of the live source that goal ``power`` simulates."""
@@ -72,7 +72,7 @@ class GoldenFrameCheck:
             self._reasons[key] = reason = self._replay(config)
             threads = f"{config.threads} thread{'s' * (config.threads > 1)}"
             name = f"{config.precision} on {config.device}{config.cuda_options}, {threads}"
-            _logger.info("golden frames: %s: %s", name, "failed" if reason else "passed")
+            logger.info("golden frames: %s: %s", name, "failed" if reason else "passed")
         return self._reasons[key]
 
     def _replay(self, config: RunConfig) -> str:

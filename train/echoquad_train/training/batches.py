@@ -30,7 +30,7 @@ RESIDENT_FRACTION: Final = 0.25
 DRAWN_AT_ONCE: Final = 4096
 """Quadrants whose random numbers are drawn at once on CUDA; speckle at 224 pixels takes 50 kB of memory each."""
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Indices = npt.NDArray[np.int64]
 
@@ -105,7 +105,7 @@ class DeviceFeed:
         if isinstance(store, QuadrantStore) and store.quadrants.nbytes <= RESIDENT_FRACTION * _free_bytes(device):
             self.resident = _upload(store.quadrants, device)
             if not self._matches_store():
-                _log.warning(
+                logger.warning(
                     "quadrants on %s differ from those of the data set; copying them for each batch instead", device
                 )
                 self.resident = None

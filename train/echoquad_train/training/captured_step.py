@@ -40,7 +40,7 @@ It is 0 with the same kernels, and about 1 with a stale input or a learning rate
 
 _WARM_UP: Final = 3  # steps before recording, in which libraries allocate memory that they cannot allocate later
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class CudaGraphRecorder:
@@ -145,7 +145,7 @@ def capture(
         while first.__context__ is not None:  # the last error only says that the capture failed
             first = first.__context__
         reason = str(first).strip().partition("\n")[0] or type(first).__name__
-        _log.warning(
+        logger.warning(
             "training steps are not captured in a CUDA graph: %s; training continues without it, slower", reason
         )
         return None
