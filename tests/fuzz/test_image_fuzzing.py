@@ -251,9 +251,8 @@ def test_harness_detects_faults(sabotage: str, what: dict[str, Any], faults: str
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc has the peak")
 def test_harness_measures_memory(tmp_path: Path) -> None:
-    greedy = (
-        "keep = image_worker.read_checked\nimage_worker.read_checked = lambda path: (b'x' * (100 << 20), keep(path))[1]"
-    )
+    greedy = "keep = image_worker.read_checked\n"
+    greedy += "image_worker.read_checked = lambda path: (b'x' * (100 << 20), keep(path))[1]"
     with image_worker(tmp_path, greedy) as read:
         assert read({"bomb": "one row of 2^31"})["grown"] > 90 << 20
     with image_worker(tmp_path) as read:
