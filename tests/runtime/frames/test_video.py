@@ -17,7 +17,7 @@ from echoquad_runtime.errors import FrameDamagedError, FrameExtraError, FrameFor
 from echoquad_runtime.frames.discovery import find_frames
 from echoquad_runtime.frames.formats import ReadOptions
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
-from echoquad_runtime.frames.reader import clear_file_cache, load_checked, load_grey, load_image
+from echoquad_runtime.frames.reader import clear_file_cache, load_grey, load_grey_and_flags, load_image
 
 av = pytest.importorskip("av")
 
@@ -76,7 +76,7 @@ def test_frames_are_decoded_in_order_at_their_levels(container: str, codec: str,
     frames = find_in_file(path)
     assert [frame.name for frame in frames] == [f"{path.name}#{number}" for number in range(1, 25)]
     for number, frame in enumerate(frames, 1):
-        grey, flags = load_checked(frame)
+        grey, flags = load_grey_and_flags(frame)
         assert grey.shape == (48, 64) and flags == ()
         assert abs(float(np.median(grey[:, 40:])) - level(number)) <= 3, number
         assert abs(float(np.median(grey[:, :24])) - level(number) - 10) <= 3, number
@@ -98,7 +98,7 @@ def test_coloured_clip_is_flagged_and_keeps_its_colours(
     path = tmp_path / f"clip.{container}"
     path.write_bytes(video(container, codec, pixels, colour=True))
     last = find_in_file(path)[-1]
-    assert load_checked(last)[1] == ("colour",)
+    assert load_grey_and_flags(last)[1] == ("colour",)
     red, green, _ = np.asarray(load_image(last)).reshape(-1, 3).mean(axis=0)
     assert red > 150 > 40 > green
 
