@@ -24,7 +24,7 @@ from echoquad_runtime.engine.slot_pool import infer_in_batches
 from echoquad_runtime.verify.verify import verify
 from echoquad_train.data.dataset import load_quadrants, read_split
 from echoquad_train.fitting import linear_probe as linear
-from echoquad_train.fitting.linear_probe import LinearProbe
+from echoquad_train.fitting.linear_probe import LinearKind, LinearProbe, set_head
 from echoquad_train.fitting.loop import fit
 from echoquad_train.networks.classifier import QuadrantClassifier
 from echoquad_train.recipe import Recipe
