@@ -29,7 +29,7 @@ from echoquad_runtime.devices.session_factory import open_session
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.frames.quality_flags import quality_flags
-from echoquad_runtime.frames.reader import read_checked
+from echoquad_runtime.frames.reader import read_grey_and_flags
 from echoquad_runtime.quadrants import frame_quadrants
 
 AIM, ENGINE_AIM = 0.90, 0.97
@@ -72,10 +72,10 @@ def pipeline(setup: Setup, precision: str, files: Sequence[Path], work: Path, ro
     slots = SlotPool(OnnxEngine(setup.bundle, precision=precision, device="cpu", threads=1), 1)
     make_pass = echoquad(setup, precision=precision)
     batches = np.zeros((count, 1, 4, 1, contract.input_size, contract.input_size), np.uint8)
-    greys = [read_checked(path)[0] for path in files]
+    greys = [read_grey_and_flags(path)[0] for path in files]
 
     def decode(index: int) -> None:
-        greys[index] = read_checked(files[index])[0]
+        greys[index] = read_grey_and_flags(files[index])[0]
 
     def cut(index: int) -> None:
         frame_quadrants(greys[index], contract, out=batches[index, 0])

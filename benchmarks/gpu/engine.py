@@ -20,7 +20,7 @@ from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.slot_pool import SlotPool, infer_in_batches
 from echoquad_runtime.frames.discovery import walk
-from echoquad_runtime.frames.reader import read_frame
+from echoquad_runtime.frames.reader import read_grey
 from echoquad_runtime.quadrants import frame_quadrants
 from gpu.report import LARGE, NEEDS_CUDA, OUT_OF_TIME, Context, aim, ratio
 
@@ -52,7 +52,7 @@ class Sample:
         bundle = context.peer.bundle
         paths = list(walk(context.settings.frames))
         random.Random(0).shuffle(paths)
-        found = [frame_quadrants(read_frame(path), bundle.contract) for path in paths[:frames]]
+        found = [frame_quadrants(read_grey(path), bundle.contract) for path in paths[:frames]]
         self.quadrants = np.stack([found[index % len(found)] for index in range(frames)])
         exact = "fp32" if "fp32" in bundle.precisions else bundle.default_precision
         engine = OnnxEngine(bundle, precision=exact, device="cpu", threads=context.settings.threads)

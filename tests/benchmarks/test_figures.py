@@ -20,7 +20,7 @@ from workers import peer
 from echoquad_runtime.bench.live_source import LiveRun
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.frames.reader import read_frame
+from echoquad_runtime.frames.reader import read_grey
 from echoquad_runtime.predict.prediction import Prediction
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.quadrants import frame_quadrants
@@ -102,7 +102,7 @@ def test_plain_pipelines_decide_as_echoquad(tiny_bundle: Path, frames_folder: Pa
     setup = peer.Setup(tmp_path, tiny_bundle, 1)
     paths = sorted(path for path in frames_folder.rglob("*") if path.is_file())
     for path in paths:
-        expected = frame_quadrants(read_frame(path), setup.contract)
+        expected = frame_quadrants(read_grey(path), setup.contract)
         difference = peer.cut_small(path, setup.contract).astype(int) - expected
         assert np.abs(difference).max() <= 1
     for pool in (False, True):

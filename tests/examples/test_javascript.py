@@ -23,7 +23,7 @@ from PIL import Image
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.bundle.manifest import MANIFEST, encode_manifest, model_file
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.frames.reader import read_frame
+from echoquad_runtime.frames.reader import read_grey
 from echoquad_runtime.quadrants import frame_quadrants
 
 SOURCE = Path(__file__).parents[2] / "examples" / "javascript"
@@ -166,7 +166,7 @@ def test_client_reads_each_png_type_as_predict(client: Client, tmp_path: Path) -
         paths.append(tmp_path / f"{name}.png")
         paths[-1].write_bytes(data)
     for path, found in zip(paths, client.greys(paths), strict=True):
-        np.testing.assert_array_equal(found, read_frame(path), err_msg=path.name)
+        np.testing.assert_array_equal(found, read_grey(path), err_msg=path.name)
 
 
 # Rows

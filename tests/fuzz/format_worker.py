@@ -24,7 +24,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from echoquad_runtime.errors import EchoQuadError
 from echoquad_runtime.frames.discovery import find_frames
 from echoquad_runtime.frames.frame_file import Failure
-from echoquad_runtime.frames.reader import load_checked, load_image
+from echoquad_runtime.frames.reader import load_grey_and_flags, load_image
 
 NAME = "PlantedDoe"
 
@@ -145,7 +145,7 @@ def read(path: Path) -> tuple[list[str], list[str]]:
         try:
             if isinstance(item, Failure):
                 raise item.error
-            grey, flags = load_checked(item)
+            grey, flags = load_grey_and_flags(item)
             load_image(item).load()
             outcomes.append("frame")
             if grey.dtype != np.uint8 or grey.ndim != 2 or not set(flags) <= {"colour", "nan"}:

@@ -18,7 +18,7 @@ import image_corpus
 import numpy as np
 
 from echoquad_runtime.errors import FrameError
-from echoquad_runtime.frames.reader import decode_frame, read_checked
+from echoquad_runtime.frames.reader import decode_grey, read_grey_and_flags
 
 with contextlib.suppress(ImportError):  # Windows
     import resource
@@ -63,7 +63,7 @@ def read(path: Path) -> tuple[np.ndarray | None, str, list[str]]:
     """Read a file as a frame; return the frame, the outcome, and the faults."""
     faults = []
     try:
-        frame, flags = read_checked(path)
+        frame, flags = read_grey_and_flags(path)
     except FrameError as error:
         text = str(error)
         if not text or len(text.splitlines()) != 1 or len(text) > 300 or not text.isprintable():
@@ -88,7 +88,7 @@ def check(what: dict[str, Any], scratch: Path) -> dict[str, Any]:
     frame, outcome, faults = read(path)
     seconds, peak = time.perf_counter() - begun, memory_bytes("VmHWM")
     if frame is not None and original is not None:
-        same = np.array_equal(frame, decode_frame(original))
+        same = np.array_equal(frame, decode_grey(original))
         outcome = "the same pixels" if same else "other pixels"
         if not same and name.startswith("PNG"):
             faults.append("a PNG has other pixels")

@@ -34,7 +34,7 @@ import numpy as np
 import pytest
 
 from echoquad_runtime.errors import FrameError
-from echoquad_runtime.frames.reader import decode_checked, decode_frame
+from echoquad_runtime.frames.reader import decode_grey, decode_grey_and_flags
 
 CORPUS = runpy.run_path(str(Path(__file__).with_name("image_corpus.py")))
 SEEDS: dict[str, bytes] = CORPUS["SEEDS"]
@@ -158,17 +158,17 @@ def test_thirty_thousand_damaged_images(tmp_path: Path, record_property: Callabl
 
 @pytest.mark.parametrize("name", SEEDS)
 def test_valid_image_is_a_frame(name: str) -> None:
-    frame, flags = decode_checked(SEEDS[name])
+    frame, flags = decode_grey_and_flags(SEEDS[name])
     assert frame.dtype == np.uint8
     assert frame.ndim == 2
-    np.testing.assert_array_equal(frame, decode_frame(SEEDS[name]))
+    np.testing.assert_array_equal(frame, decode_grey(SEEDS[name]))
     assert flags in ((), ("colour",))
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_unsupported_image_is_a_one_line_error(name: str) -> None:
     with pytest.raises(FrameError) as caught:
-        decode_checked(UNSUPPORTED[name])
+        decode_grey_and_flags(UNSUPPORTED[name])
     assert str(caught.value).isprintable()
 
 
@@ -180,10 +180,10 @@ CUTS = [name for name in SEEDS if "x" not in name and not name.startswith("JPEG 
 )
 def test_image_truncated_anywhere_never_yields_other_pixels(name: str) -> None:
     data = SEEDS[name]
-    expected = decode_frame(data)
+    expected = decode_grey(data)
     for cut in range(len(data)):
         try:
-            found = decode_frame(data[:cut])
+            found = decode_grey(data[:cut])
         except FrameError:
             continue
         np.testing.assert_array_equal(found, expected)
@@ -191,7 +191,7 @@ def test_image_truncated_anywhere_never_yields_other_pixels(name: str) -> None:
 
 def outcome(data: bytes) -> str | bytes:
     try:
-        return decode_checked(data)[0].tobytes()
+        return decode_grey_and_flags(data)[0].tobytes()
     except FrameError as error:
         return str(error)
 
@@ -227,18 +227,18 @@ def test_largest_frames_stay_within_limits(tmp_path: Path) -> None:
     ("sabotage", "what", "faults"),
     [
         (
-            "image_worker.read_checked = lambda path: (image_worker.np.zeros((2, 2)), ())",
+            "image_worker.read_grey_and_flags = lambda path: (image_worker.np.zeros((2, 2)), ())",
             {"number": 0},
             "float64 (2, 2) ()",
         ),
-        ("image_worker.read_checked = lambda path: 1 / 0", {"number": 0}, "ZeroDivisionError: division by zero"),
+        ("image_worker.read_grey_and_flags = lambda path: 1 / 0", {"number": 0}, "ZeroDivisionError: division by zero"),
         (
-            "def fail(path): raise image_worker.FrameError('a\\nb')\nimage_worker.read_checked = fail",
+            "def fail(path): raise image_worker.FrameError('a\\nb')\nimage_worker.read_grey_and_flags = fail",
             {"number": 0},
             "the message",
         ),
         (
-            "image_worker.read_checked = lambda path: (image_worker.np.zeros((2, 2), 'uint8'), ())",
+            "image_worker.read_grey_and_flags = lambda path: (image_worker.np.zeros((2, 2), 'uint8'), ())",
             {"number": 1},
             "a PNG has other pixels",
         ),
@@ -251,9 +251,8 @@ def test_harness_detects_faults(sabotage: str, what: dict[str, Any], faults: str
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc has the peak")
 def test_harness_measures_memory(tmp_path: Path) -> None:
-    greedy = (
-        "keep = image_worker.read_checked\nimage_worker.read_checked = lambda path: (b'x' * (100 << 20), keep(path))[1]"
-    )
+    greedy = "keep = image_worker.read_grey_and_flags\n"
+    greedy += "image_worker.read_grey_and_flags = lambda path: (b'x' * (100 << 20), keep(path))[1]"
     with image_worker(tmp_path, greedy) as read:
         assert read({"bomb": "one row of 2^31"})["grown"] > 90 << 20
     with image_worker(tmp_path) as read:
@@ -262,11 +261,11 @@ def test_harness_measures_memory(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_harness_names_file_of_crash_and_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dead = "import os\nimage_worker.read_checked = lambda path: os.kill(os.getpid(), 11)"
+    dead = "import os\nimage_worker.read_grey_and_flags = lambda path: os.kill(os.getpid(), 11)"
     with image_worker(tmp_path, dead) as read, pytest.raises(WorkerEnded, match=r"'number': 7.*-11"):
         read({"number": 7})
     monkeypatch.setitem(globals(), "HANG_SECONDS", 0.1)
-    silent = "import time\nimage_worker.read_checked = lambda path: time.sleep(600)"
+    silent = "import time\nimage_worker.read_grey_and_flags = lambda path: time.sleep(600)"
     with image_worker(tmp_path, silent) as read, pytest.raises(WorkerEnded, match="no answer"):
         read({"number": 7})
 
@@ -290,7 +289,7 @@ EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "BMP": "bmp", "TIFF": "
 
 
 def too_small(data: bytes) -> bool:
-    return min(decode_frame(data).shape) < 2
+    return min(decode_grey(data).shape) < 2
 
 
 def test_predict_decides_valid_images_among_damaged_ones_as_if_alone(tiny_bundle: Path, tmp_path: Path) -> None:

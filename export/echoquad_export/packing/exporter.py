@@ -277,7 +277,7 @@ def _calibration_set(run: Run | Ensemble, data: Path | None, frames: int) -> Cal
             data or _data_folder(run, "--calibrate"),
             run.contract,
             frames=frames,
-            reading=ReadOptions.found_in(run.info.get("data")),
+            reading=ReadOptions.from_record(run.info.get("data")),
         )
     except DatasetError as error:
         if data is not None:
@@ -301,7 +301,7 @@ def _data_folder(run: Run | Ensemble, option: str) -> Path:
 def _parity_split(run: Run | Ensemble, parity_data: Path | None) -> Split:
     data = parity_data or _data_folder(run, "--parity")
     try:
-        return read_split(data, "validation", run.contract.classes, ReadOptions.found_in(run.info.get("data")))
+        return read_split(data, "validation", run.contract.classes, ReadOptions.from_record(run.info.get("data")))
     except DatasetError as error:
         if parity_data is not None:
             raise

@@ -25,11 +25,11 @@ from echoquad_runtime.devices.session_factory import Device
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import ConfigError, FrameError, GateError, InputNotFoundError
 from echoquad_runtime.frames.discovery import find_frames
+from echoquad_runtime.frames.file_access import read_bytes
 from echoquad_runtime.frames.formats import MATRIX_EXTENSIONS
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
-from echoquad_runtime.frames.image import read_bytes
 from echoquad_runtime.frames.quality_flags import quality_flags
-from echoquad_runtime.frames.reader import decode_checked, decode_frame, load_grey
+from echoquad_runtime.frames.reader import decode_grey, decode_grey_and_flags, load_grey
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.quadrants import Grey, frame_quadrants
 from echoquad_runtime.voting import aggregate_votes
@@ -180,7 +180,7 @@ def read_encoded(inputs: Sequence[str | Path], limit: int) -> tuple[list[Encoded
 def _encoded(file: FrameFile) -> bytes:
     if file.frame is None and file.path.suffix.lower() not in MATRIX_EXTENSIONS:
         data = read_bytes(file.path)
-        decode_frame(data)
+        decode_grey(data)
         return data
     return _as_png(load_grey(file))
 
@@ -334,7 +334,7 @@ def time_stages(slots: SlotPool, encoded: Sequence[bytes], batch: Grey) -> list[
     decoding = cutting = 0.0
     for slot, data in zip(batch, encoded, strict=False):
         begin = clock()
-        grey, _ = decode_checked(data)
+        grey, _ = decode_grey_and_flags(data)
         decoded = clock()
         frame_quadrants(grey, contract, out=slot)
         quality_flags(slot)

@@ -23,7 +23,7 @@ from echoquad_runtime.bundle.manifest import (
 )
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import BundleError, BundleTamperedError, ContractError
-from echoquad_runtime.storage.atomic import read_regular
+from echoquad_runtime.storage.regular_file import read_regular
 
 __all__ = ["Bundle"]
 

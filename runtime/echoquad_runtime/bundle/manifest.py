@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from echoquad_runtime.contract import canonical_json
 from echoquad_runtime.errors import BundleError, BundleNotFoundError, BundleTamperedError
-from echoquad_runtime.storage.atomic import read_regular
+from echoquad_runtime.storage.regular_file import read_regular
 
 __all__ = [
     "BF16",

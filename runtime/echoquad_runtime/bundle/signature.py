@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from echoquad_runtime.bundle.manifest import MANIFEST, SIGNATURE
 from echoquad_runtime.errors import ConfigError, MissingExtraError, SignatureError
-from echoquad_runtime.storage.atomic import open_regular, read_regular
+from echoquad_runtime.storage.regular_file import open_regular, read_regular
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey

@@ -35,7 +35,7 @@ from echoquad_runtime.devices.session_factory import Device
 from echoquad_runtime.errors import ClusterError, ConfigError, EchoQuadError, FrameError
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.predict.prediction import Prediction, check_abstain_below
-from echoquad_runtime.storage.atomic import read_regular
+from echoquad_runtime.storage.regular_file import read_regular
 
 __all__ = ["RayPredictor"]
 

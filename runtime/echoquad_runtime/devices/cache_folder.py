@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from echoquad_runtime.storage.atomic import user_folder
+from echoquad_runtime.storage.user_folders import user_folder
 
 __all__ = ["cache_folder", "make_private_folder", "read_private_file"]
 

@@ -94,7 +94,7 @@ class ReadOptions:
         return asdict(self)
 
     @classmethod
-    def found_in(cls, facts: object) -> ReadOptions:
+    def from_record(cls, facts: object) -> ReadOptions:
         """Return the options recorded under ``reading`` by a run or a bundle; missing ones have their default.
 
         Raises

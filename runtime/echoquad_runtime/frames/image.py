@@ -31,7 +31,6 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameFormatError, FrameTooLargeError
-from echoquad_runtime.frames.file_access import read_bytes
 from echoquad_runtime.frames.formats import MAX_PIXELS
 from echoquad_runtime.frames.image_integrity import (
     PNG_SIGNATURE,
@@ -47,7 +46,7 @@ from echoquad_runtime.quadrants import Grey
 if TYPE_CHECKING:
     from PIL.TiffImagePlugin import TiffImageFile
 
-__all__ = ["decode_grey", "decode_grey_and_flags", "decode_image", "over_black", "read_bytes", "to_grey"]
+__all__ = ["composite_over_black", "decode_grey", "decode_grey_and_flags", "decode_image", "to_grey"]
 
 _EXIF_ORIENTATION: Final = 0x0112
 _TRANSPOSITIONS: Final = {
@@ -217,7 +216,7 @@ def _colour_sample(image: ImageFile.ImageFile, data: bytes) -> Grey | None:
     elif image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I"):
         return None
     size = (min(COLOUR_SAMPLE, small.width), min(COLOUR_SAMPLE, small.height))
-    return np.asarray(over_black(small.resize(size, Image.Resampling.NEAREST)).convert("RGB"))
+    return np.asarray(composite_over_black(small.resize(size, Image.Resampling.NEAREST)).convert("RGB"))
 
 
 @contextmanager
@@ -268,14 +267,14 @@ def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 def _pixels_to_grey(image: Image.Image) -> Grey:
     try:
-        return np.asarray(over_black(image).convert("L"))
+        return np.asarray(composite_over_black(image).convert("L"))
     except ValueError as error:  # Pillow reads CIELAB from TIFF but cannot convert it to grey
         raise FrameFormatError(
             f"the pixels have the mode {image.mode}; expected grey, palette or RGB; save it as PNG"
         ) from error
 
 
-def over_black(image: Image.Image) -> Image.Image:
+def composite_over_black(image: Image.Image) -> Image.Image:
     """Composite an image with alpha over black, to RGB; return any other image unchanged."""
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or (image.mode == "P" and "transparency" in image.info):
         image = image.convert("RGBA")

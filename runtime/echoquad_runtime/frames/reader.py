@@ -37,15 +37,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "clear_file_cache",
-    "decode_checked",
-    "decode_frame",
+    "decode_grey",
+    "decode_grey_and_flags",
     "decode_in_memory",
     "frames_in",
-    "load_checked",
     "load_grey",
+    "load_grey_and_flags",
     "load_image",
-    "read_checked",
-    "read_frame",
+    "read_grey",
+    "read_grey_and_flags",
 ]
 
 _CACHED_FILES: Final = 32
@@ -127,7 +127,7 @@ def _is_npy(path: Path) -> bool:
 # ---------------------------------------------------------------------------------------------- one frame
 
 
-def load_checked(file: FrameFile) -> tuple[Grey, tuple[str, ...]]:
+def load_grey_and_flags(file: FrameFile) -> tuple[Grey, tuple[str, ...]]:
     """Read a frame as grey, uint8 [H, W], with the quality flags that only its file shows.
 
     Raises
@@ -136,7 +136,7 @@ def load_checked(file: FrameFile) -> tuple[Grey, tuple[str, ...]]:
         A subclass: the file cannot be read, is not a frame, is damaged or too large, or no rule covers its pixels.
     """
     if (data := _read_image_file(file)) is not None:
-        return decode_checked(data)
+        return decode_grey_and_flags(data)
     return _grey_and_flags(_decode(file))
 
 
@@ -146,10 +146,10 @@ def load_grey(file: FrameFile) -> Grey:
     Raises
     ------
     FrameError
-        As `load_checked`.
+        As `load_grey_and_flags`.
     """
     if (data := _read_image_file(file)) is not None:
-        return decode_frame(data)
+        return decode_grey(data)
     return _decode(file).grey()
 
 
@@ -159,55 +159,55 @@ def load_image(file: FrameFile) -> Image.Image:
     Raises
     ------
     FrameError
-        As `load_checked`.
+        As `load_grey_and_flags`.
     """
     if (data := _read_image_file(file)) is not None:
         return decode_in_memory(data).image() if _is_dicom_or_npy(data) else image_files.decode_image(data)
     return _decode(file).image()
 
 
-def read_frame(path: Path) -> Grey:
+def read_grey(path: Path) -> Grey:
     """Read a single-frame file as grey, uint8 [H, W].
 
     Raises
     ------
     FrameError
-        As `load_checked`, or if the file holds several frames.
+        As `load_grey_and_flags`, or if the file holds several frames.
     """
-    return decode_frame(read_bytes(path))
+    return decode_grey(read_bytes(path))
 
 
-def read_checked(path: Path) -> tuple[Grey, tuple[str, ...]]:
+def read_grey_and_flags(path: Path) -> tuple[Grey, tuple[str, ...]]:
     """Read a single-frame file as grey, uint8 [H, W], with the quality flags that only its file shows.
 
     Raises
     ------
     FrameError
-        As `read_frame`.
+        As `read_grey`.
     """
-    return decode_checked(read_bytes(path))
+    return decode_grey_and_flags(read_bytes(path))
 
 
-def decode_checked(data: bytes) -> tuple[Grey, tuple[str, ...]]:
-    """Decode the bytes of a single-frame file (image, DICOM or numpy) as `read_checked` does.
+def decode_grey_and_flags(data: bytes) -> tuple[Grey, tuple[str, ...]]:
+    """Decode the bytes of a single-frame file (image, DICOM or numpy) as `read_grey_and_flags` does.
 
     Raises
     ------
     FrameError
-        As `read_frame`.
+        As `read_grey`.
     """
     if _is_dicom_or_npy(data):
         return _grey_and_flags(decode_in_memory(data))
     return image_files.decode_grey_and_flags(data)
 
 
-def decode_frame(data: bytes) -> Grey:
+def decode_grey(data: bytes) -> Grey:
     """Decode the bytes of a single-frame file (image, DICOM or numpy) to grey, uint8 [H, W].
 
     Raises
     ------
     FrameError
-        As `read_frame`.
+        As `read_grey`.
     """
     return decode_in_memory(data).grey() if _is_dicom_or_npy(data) else image_files.decode_grey(data)
 
@@ -218,7 +218,7 @@ def decode_in_memory(data: bytes) -> DecodedFrame:
     Raises
     ------
     FrameError
-        As `load_checked`, or if the file holds several frames.
+        As `load_grey_and_flags`, or if the file holds several frames.
     """
     source = _make_source(detect_format(data[:HEAD_BYTES], ""), lambda: io.BytesIO(data))
     if source.multi_frame:

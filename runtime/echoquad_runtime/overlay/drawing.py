@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from echoquad_runtime.contract import INDETERMINATE, QUADRANTS, Contract
 from echoquad_runtime.frames.discovery import OVERLAY_SUFFIX
 from echoquad_runtime.frames.frame_file import FrameFile
-from echoquad_runtime.frames.image import over_black, to_grey
+from echoquad_runtime.frames.image import composite_over_black, to_grey
 from echoquad_runtime.frames.reader import load_image
 from echoquad_runtime.overlay.activation_map import draw_activation_maps
 from echoquad_runtime.overlay.fonts import load_font
@@ -55,7 +55,7 @@ def draw_overlay(image: Image.Image, prediction: Prediction, contract: Contract)
         prediction has class activation maps, their colours cover the frame.
     """
     deep = image.mode.startswith("I") or image.mode == "F"
-    frame = (Image.fromarray(to_grey(image)) if deep else over_black(image)).convert("RGB")
+    frame = (Image.fromarray(to_grey(image)) if deep else composite_over_black(image)).convert("RGB")
     factor = _enlargement(*frame.size)
     unscaled = quadrant_boxes(*frame.size, contract.keep)
     frame = frame.resize((frame.width * factor, frame.height * factor), Image.Resampling.NEAREST)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.frames.frame_file import FrameFile
 from echoquad_runtime.frames.quality_flags import quality_flags
-from echoquad_runtime.frames.reader import load_checked
+from echoquad_runtime.frames.reader import load_grey_and_flags
 from echoquad_runtime.quadrants import Grey, frame_quadrants
 
 __all__ = ["Flags", "cut_quadrants", "read_quadrants"]
@@ -33,9 +33,9 @@ def read_quadrants(file: FrameFile, contract: Contract, out: Grey) -> Flags:
     Raises
     ------
     FrameError
-        As `echoquad_runtime.frames.reader.load_checked` and `echoquad_runtime.quadrants.frame_quadrants`.
+        As `echoquad_runtime.frames.reader.load_grey_and_flags` and `echoquad_runtime.quadrants.frame_quadrants`.
     """
-    grey, flags = load_checked(file)
+    grey, flags = load_grey_and_flags(file)
     return (*cut_quadrants(grey, contract, out), *flags)
 
 

@@ -22,7 +22,7 @@ from echoquad_runtime.engine.slot_pool import Engine, SlotPool
 from echoquad_runtime.errors import ConfigError, FrameError
 from echoquad_runtime.frames.discovery import find_frames
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
-from echoquad_runtime.frames.reader import decode_checked
+from echoquad_runtime.frames.reader import decode_grey_and_flags
 from echoquad_runtime.predict.frame_reader import Flags, cut_quadrants, read_quadrants
 from echoquad_runtime.predict.prediction import TIE, Prediction, check_abstain_below
 from echoquad_runtime.predict.worker_pool import FrameTask, WorkerPool
@@ -301,7 +301,7 @@ class Predictor:
         return FrameTask(item.name, partial(read_quadrants, item, self.contract), callback, item)
 
     def _load_bytes(self, data: bytes, out: Grey) -> Flags:
-        grey, flags = decode_checked(data)
+        grey, flags = decode_grey_and_flags(data)
         return (*cut_quadrants(grey, self.contract, out), *flags)
 
     def _load_grey(self, frame: Grey, out: Grey) -> Flags:

@@ -26,7 +26,7 @@ from echoquad_runtime.errors import OutputError, ResultError, UsageError
 from echoquad_runtime.results.row_formats import RowReader, columns, format_for
 from echoquad_runtime.storage.atomic import output_errors, sync_folder, write_all, write_json
 from echoquad_runtime.storage.file_lock import FileLock, LockedError
-from echoquad_runtime.storage.row_names import DIGEST_BYTES, digest, printed
+from echoquad_runtime.storage.row_names import DIGEST_BYTES, name_digest, to_row_name
 
 if TYPE_CHECKING:
     from echoquad_runtime.predict.prediction import Prediction
@@ -117,7 +117,7 @@ class RowNames:
 
     def add(self, row_name: str) -> None:
         """Add a name in the form that rows have. Call `sort` after the last one."""
-        self._bytes += digest(row_name)
+        self._bytes += name_digest(row_name)
 
     def sort(self) -> None:
         """Prepare for `claim`."""
@@ -127,7 +127,7 @@ class RowNames:
 
     def claim(self, name: str) -> bool:
         """Remove one row of a frame; return False if none is left."""
-        key = np.frombuffer(digest(printed(name)), f"S{DIGEST_BYTES}")
+        key = np.frombuffer(name_digest(to_row_name(name)), f"S{DIGEST_BYTES}")
         begin, end = (int(np.searchsorted(self._digests, key, side)[0]) for side in ("left", "right"))
         for index in range(begin, end):
             if not self._used[index]:

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Final, Protocol
 from echoquad_runtime.contract import QUADRANTS
 from echoquad_runtime.errors import UsageError
 from echoquad_runtime.storage.atomic import output_errors, write_atomically
-from echoquad_runtime.storage.row_names import encoded, printed, without_formula
+from echoquad_runtime.storage.row_names import encode_text, escape_formula, to_row_name
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -103,7 +103,7 @@ class Format:
 
 def _csv_line(name: str, values: Sequence[str]) -> bytes:
     cells = [_quote(value) if _QUOTED.search(value) else value for value in values]
-    return encoded(",".join([_quote(name) if _QUOTED_NAME.search(name) else name, *cells]) + "\n")
+    return encode_text(",".join([_quote(name) if _QUOTED_NAME.search(name) else name, *cells]) + "\n")
 
 
 def _quote(value: str) -> str:
@@ -116,10 +116,10 @@ def _csv_header(classes: Sequence[str]) -> bytes:
 
 
 def _csv_row(p: Prediction) -> bytes:
-    values = [p.method, without_formula(p.label), *(f"{value:.4f}" for value in p.probabilities)]
+    values = [p.method, escape_formula(p.label), *(f"{value:.4f}" for value in p.probabilities)]
     for label, row in zip(p.quadrant_labels, p.quadrant_probabilities, strict=True):
-        values += [without_formula(label), *(f"{value:.4f}" for value in row)]
-    return _csv_line(printed(p.file), [*values, ";".join(p.flags), p.device, p.precision])
+        values += [escape_formula(label), *(f"{value:.4f}" for value in row)]
+    return _csv_line(to_row_name(p.file), [*values, ";".join(p.flags), p.device, p.precision])
 
 
 def _csv_split(stream: IO[bytes]) -> Iterator[bytes]:
@@ -144,12 +144,12 @@ def _csv_parse(data: bytes, known: Sequence[str] | None) -> tuple[list[str], lis
 
 
 def _json_row(p: Prediction) -> bytes:
-    values: list[object] = [printed(p.file), p.method, p.label, *p.probabilities]
+    values: list[object] = [to_row_name(p.file), p.method, p.label, *p.probabilities]
     for label, row in zip(p.quadrant_labels, p.quadrant_probabilities, strict=True):
         values += [label, *row]
     values += [list(p.flags), p.device, p.precision]
     line = json.dumps(dict(zip(columns(p.classes), values, strict=True)), ensure_ascii=False)
-    return encoded(f"{line}\n")
+    return encode_text(f"{line}\n")
 
 
 def _json_split(stream: IO[bytes]) -> Iterator[bytes]:

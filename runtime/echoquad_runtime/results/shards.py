@@ -30,7 +30,7 @@ from echoquad_runtime.results.result_file import (
 )
 from echoquad_runtime.results.row_formats import Format, Row, RowReader, format_for
 from echoquad_runtime.storage.atomic import write_atomically
-from echoquad_runtime.storage.row_names import digest, display_name, printed, walk_order
+from echoquad_runtime.storage.row_names import display_name, name_digest, to_row_name, walk_sort_key
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -67,11 +67,11 @@ class Shard:
 
     def holds(self, name: str) -> bool:
         """Return whether a frame of this name is in the shard."""
-        return self.holds_row(printed(name))
+        return self.holds_row(to_row_name(name))
 
     def holds_row(self, row_name: str) -> bool:
         """Return whether a frame is in the shard, given its name in the form that rows have."""
-        return int.from_bytes(digest(row_name), "big") % self.count == self.index - 1
+        return int.from_bytes(name_digest(row_name), "big") % self.count == self.index - 1
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
@@ -167,7 +167,7 @@ def _read_part(path: Path, layout: Format) -> _Part:
                 raise ResultError(
                     f"{label}: {display_name(row.name)} is not in shard {record['shard']}; run the shard again"
                 )
-            key = walk_order(row.name)
+            key = walk_sort_key(row.name)
             if key < last:
                 sorted_runs.append((begin, end))
                 begin = end
@@ -251,7 +251,7 @@ def _keyed_rows(
 ) -> Iterator[tuple[tuple[str, int], Row]]:
     with io.BufferedReader(_Slice(stream, *extent), _BUFFER) as rows:
         for row in RowReader(rows, layout, columns=part.columns):
-            yield (walk_order(row.name), number), row
+            yield (walk_sort_key(row.name), number), row
 
 
 class _Slice(io.RawIOBase):

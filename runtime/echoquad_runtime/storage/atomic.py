@@ -13,16 +13,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from echoquad_runtime.errors import EchoQuadError, OutputError
-from echoquad_runtime.storage.regular_file import open_regular, read_regular
-from echoquad_runtime.storage.user_folders import user_folder
 
 __all__ = [
     "make_folder",
-    "open_regular",
     "output_errors",
-    "read_regular",
     "sync_folder",
-    "user_folder",
     "write_all",
     "write_atomically",
     "write_bytes",

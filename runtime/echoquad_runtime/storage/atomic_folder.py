@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from echoquad_runtime.errors import OutputError
 from echoquad_runtime.storage.atomic import make_folder, output_errors
+from echoquad_runtime.storage.file_lock import FileLock, LockedError
 
 __all__ = ["atomic_folder"]
 
@@ -19,7 +21,8 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Create a folder for an atomic write: it is renamed to `target` only if the block succeeds.
 
     The yielded folder is ``NAME.partial/NAME`` beside the target: it has the target's name, since the signature of a
-    bundle records that name. If the block fails, it is removed and `target` is unchanged.
+    bundle records that name. If the block fails, it is removed and `target` is unchanged. A file lock excludes other
+    writers; what a killed process left behind is replaced.
 
     Parameters
     ----------
@@ -39,21 +42,34 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             _check_empty(target)
         make_folder(target.parent)
         partial = target.with_name(f"{target.name}.partial")
+        folder = partial / target.name
+        lock = _claim(partial, folder)
         try:
-            partial.mkdir()
-        except FileExistsError as error:
-            raise OutputError(
-                f"{partial} exists, expected no unfinished folder: wait for its writer, or remove it if that has ended"
-            ) from error
-        try:
-            folder = partial / target.name
             folder.mkdir()
             yield folder
             if not replace and target.is_dir():
                 target.rmdir()  # it is empty, or this fails; Windows does not rename onto an existing folder
             _move(folder, target)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.release(remove=True)
+            with contextlib.suppress(OSError):  # another writer has claimed it
+                partial.rmdir()
+
+
+def _claim(partial: Path, folder: Path) -> FileLock:
+    """Create `partial` and lock it; empty one that a killed process left behind."""
+    existed = partial.is_dir()
+    partial.mkdir(exist_ok=True)
+    try:
+        lock = FileLock(partial / "lock")
+    except LockedError as error:
+        raise OutputError(f"another process is writing {partial}: wait for it to end") from error
+    if existed and not lock.certain:
+        lock.release()
+        raise OutputError(f"{partial} exists, and its file system has no locks: remove it if its writer has ended")
+    shutil.rmtree(folder, ignore_errors=True)
+    return lock
 
 
 def _check_empty(target: Path) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import re
 from typing import Final
 
-__all__ = ["digest", "display_name", "encoded", "printed", "walk_order", "without_formula"]
+__all__ = ["display_name", "encode_text", "escape_formula", "name_digest", "to_row_name", "walk_sort_key"]
 
 DIGEST_BYTES: Final = 16
 
@@ -19,27 +19,27 @@ _FRAME_NUMBER: Final = re.compile(r"#([1-9][0-9]{0,5})\Z")
 _ESCAPED_SURROGATE: Final = re.compile(r"\\u(d[89a-f][0-9a-f]{2})")
 
 
-def printed(name: str) -> str:
+def to_row_name(name: str) -> str:
     """Return a name as rows state it: ``./=1+1.png`` is the same path as ``=1+1.png`` without being a formula."""
     return f"./{name}" if _FORMULA.match(name) else name
 
 
-def without_formula(text: str) -> str:
+def escape_formula(text: str) -> str:
     """Return text other than a name for a spreadsheet's cell, with an apostrophe before a formula."""
     return f"'{text}" if _FORMULA.match(text) else text
 
 
-def encoded(text: str) -> bytes:
+def encode_text(text: str) -> bytes:
     r"""Encode text of rows as UTF-8; each byte of a name that is not UTF-8 becomes ``\udcXX``."""
     return text.encode("utf-8", "backslashreplace")
 
 
-def digest(row_name: str) -> bytes:
-    """Return a 16-byte digest of a name as rows state it, the same on every machine and in every format."""
-    return hashlib.blake2b(encoded(row_name), digest_size=DIGEST_BYTES).digest()
+def name_digest(row_name: str) -> bytes:
+    """Return a 16-byte name_digest of a name as rows state it, the same on every machine and in every format."""
+    return hashlib.blake2b(encode_text(row_name), digest_size=DIGEST_BYTES).digest()
 
 
-def walk_order(row_name: str) -> str:
+def walk_sort_key(row_name: str) -> str:
     """Return a sort key that puts names, as rows state them, into the order of a directory walk.
 
     The walk compares names folder by folder, so that ``a/1.png`` comes before ``a-b/1.png``, and yields the frames of a

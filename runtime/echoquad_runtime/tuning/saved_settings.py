@@ -20,7 +20,8 @@ from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.devices.host_facts import host_facts
 from echoquad_runtime.devices.session_factory import Device, probe_devices
 from echoquad_runtime.errors import OutputError
-from echoquad_runtime.storage.atomic import make_folder, output_errors, user_folder, write_json
+from echoquad_runtime.storage.atomic import make_folder, output_errors, write_json
+from echoquad_runtime.storage.user_folders import user_folder
 
 __all__ = [
     "Goal",

@@ -46,10 +46,10 @@ def test_draw_balances_the_classes(data: Path) -> None:
 
 
 def write_and_cut(path: Path) -> np.ndarray:
-    from echoquad_runtime.frames.reader import read_frame
+    from echoquad_runtime.frames.reader import read_grey
     from echoquad_runtime.quadrants import frame_quadrants
 
-    return frame_quadrants(read_frame(path), CONTRACT)[:, 0]
+    return frame_quadrants(read_grey(path), CONTRACT)[:, 0]
 
 
 def test_draw_depends_on_the_seed_only(data: Path) -> None:

@@ -28,7 +28,7 @@ from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import BundleNotFoundError, ConfigError, FrameError, GateError, InputNotFoundError
-from echoquad_runtime.frames.reader import decode_frame
+from echoquad_runtime.frames.reader import decode_grey
 from echoquad_runtime.quadrants import frame_quadrants
 
 Make = Callable[..., Path]
@@ -127,7 +127,7 @@ def test_stages_are_timed_for_a_batch(tiny_bundle: Path, frames_folder: Path) ->
     assert 0 < sum(seconds) <= time.perf_counter() - begin
     assert len(seconds) == len(STAGES) and min(seconds) > 0
     for slot, (_, data) in zip(batch, frames, strict=False):
-        np.testing.assert_array_equal(slot, frame_quadrants(decode_frame(data), slots.engine.contract))
+        np.testing.assert_array_equal(slot, frame_quadrants(decode_grey(data), slots.engine.contract))
     assert not batch[3].any()
 
 
@@ -143,7 +143,7 @@ def test_golden_phantoms_are_used_without_frames(tiny_bundle: Path) -> None:
     encoded = encoded_golden_frames(bundle)
     assert [name for name, _ in encoded] == [name for name in golden.names if name.startswith("phantom")]
     for name, data in encoded:
-        np.testing.assert_array_equal(decode_frame(data), golden.frames[golden.names.index(name)])
+        np.testing.assert_array_equal(decode_grey(data), golden.frames[golden.names.index(name)])
 
 
 def test_golden_frames_of_the_dataset_are_used_without_frames(

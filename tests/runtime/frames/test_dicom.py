@@ -26,11 +26,11 @@ from echoquad_runtime.frames.discovery import find_frames
 from echoquad_runtime.frames.formats import MAX_FILE_BYTES
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.frames.reader import (
-    decode_checked,
-    decode_frame,
+    decode_grey,
+    decode_grey_and_flags,
     decode_in_memory,
-    load_checked,
     load_grey,
+    load_grey_and_flags,
     load_image,
 )
 
@@ -131,7 +131,7 @@ def test_real_ultrasound_equals_pydicom(path: Path) -> None:
         wanted = pixel_array(path, index=index)  # in RGB
         if wanted.ndim == 2:
             wanted = (apply_color_lut(wanted, pydicom.dcmread(path)) / 257 + 0.5).astype(np.uint8)
-        grey, flags = load_checked(frame)
+        grey, flags = load_grey_and_flags(frame)
         # JPEG's own luma is compared with the luma of clipped RGB.
         assert np.abs(grey.astype(int) - luma(wanted)).max() <= (8 if "ybr" in path.name else 1)
         assert flags == (("colour",) if path.name == "ExplVR_BigEnd.dcm" else ())
@@ -200,12 +200,12 @@ def test_16_bit_pixels_are_equal_in_every_transfer_syntax(name: str) -> None:
 
 @pytest.mark.parametrize("syntax", [NATIVE, IMPLICIT, BIG, DEFLATED])
 def test_8_bit_monochrome_is_unchanged(syntax: str) -> None:
-    np.testing.assert_array_equal(decode_frame(make(RAMP.tobytes(), syntax=syntax)), RAMP)
+    np.testing.assert_array_equal(decode_grey(make(RAMP.tobytes(), syntax=syntax)), RAMP)
 
 
 def test_monochrome1_is_inverted() -> None:
     data = make(RAMP.tobytes(), PhotometricInterpretation="MONOCHROME1")
-    np.testing.assert_array_equal(decode_frame(data), 255 - RAMP)
+    np.testing.assert_array_equal(decode_grey(data), 255 - RAMP)
 
 
 @pytest.mark.parametrize(("bits", "signed"), [(16, 0), (12, 0), (10, 0), (16, 1), (12, 1)])
@@ -214,7 +214,7 @@ def test_without_window_largest_storable_value_is_white(bits: int, signed: int) 
     stored = (levels - (1 << bits - 1) if signed else levels).astype("<i4").astype("<u2")
     stored |= np.uint16(0 if bits == 16 else 1 << 15)  # an overlay plane in an unused bit
     data = make(stored.tobytes(), BitsAllocated=16, BitsStored=bits, HighBit=bits - 1, PixelRepresentation=signed)
-    np.testing.assert_array_equal(decode_frame(data), np.floor(levels * 255 / ((1 << bits) - 1) + 0.5))
+    np.testing.assert_array_equal(decode_grey(data), np.floor(levels * 255 / ((1 << bits) - 1) + 0.5))
 
 
 def test_window_maps_values_to_grey() -> None:
@@ -223,13 +223,13 @@ def test_window_maps_values_to_grey() -> None:
     data = make(stored.tobytes(), **wide, WindowCenter=[1000, 5], WindowWidth=[401, 7])
     value = stored * 2.0 - 100
     wanted = np.clip(((value - 999.5) / 400 + 0.5) * 255, 0, 255)
-    np.testing.assert_allclose(decode_frame(data), wanted, atol=0.51)
+    np.testing.assert_allclose(decode_grey(data), wanted, atol=0.51)
     exact = make(stored.tobytes(), **wide, WindowCenter=1000, WindowWidth=400, VOILUTFunction="LINEAR_EXACT")
-    np.testing.assert_allclose(decode_frame(exact), np.clip(((value - 1000) / 400 + 0.5) * 255, 0, 255), atol=0.51)
+    np.testing.assert_allclose(decode_grey(exact), np.clip(((value - 1000) / 400 + 0.5) * 255, 0, 255), atol=0.51)
     curved = make(stored.tobytes(), **wide, WindowCenter=1000, WindowWidth=400, VOILUTFunction="SIGMOID")
-    np.testing.assert_allclose(decode_frame(curved), 255 / (1 + np.exp(-4 * (value - 1000) / 400)), atol=0.51)
+    np.testing.assert_allclose(decode_grey(curved), 255 / (1 + np.exp(-4 * (value - 1000) / 400)), atol=0.51)
     usual = make(RAMP.tobytes(), WindowCenter=128, WindowWidth=256)
-    np.testing.assert_array_equal(decode_frame(usual), RAMP)
+    np.testing.assert_array_equal(decode_grey(usual), RAMP)
 
 
 @pytest.mark.parametrize("planar", [0, 1])
@@ -237,7 +237,7 @@ def test_window_maps_values_to_grey() -> None:
 def test_rgb_becomes_luma(planar: int, syntax: str) -> None:
     stored = np.moveaxis(COLOURS, 2, 0) if planar else COLOURS
     data = make(stored.tobytes(), syntax=syntax, **{**RGB, "PlanarConfiguration": planar})
-    grey, flags = decode_checked(data)
+    grey, flags = decode_grey_and_flags(data)
     np.testing.assert_array_equal(grey, luma(COLOURS))
     assert flags == ("colour",)
     np.testing.assert_array_equal(np.asarray(decode_in_memory(data).image()), COLOURS)
@@ -246,12 +246,12 @@ def test_rgb_becomes_luma(planar: int, syntax: str) -> None:
 def test_ybr_uses_its_own_luma() -> None:
     ybr = np.asarray(Image.fromarray(COLOURS).convert("YCbCr"))
     full = make(ybr.tobytes(), **{**RGB, "PhotometricInterpretation": "YBR_FULL"})
-    np.testing.assert_array_equal(decode_frame(full), ybr[..., 0])
+    np.testing.assert_array_equal(decode_grey(full), ybr[..., 0])
     assert np.abs(np.asarray(decode_in_memory(full).image()).astype(int) - COLOURS).max() <= 3
     pairs = np.concatenate([ybr[..., 0].reshape(6, 4, 2), ybr[:, ::2, 1:]], axis=2)
     halved = make(pairs.tobytes(), **{**RGB, "PhotometricInterpretation": "YBR_FULL_422"})
-    np.testing.assert_array_equal(decode_frame(halved), ybr[..., 0])
-    assert decode_checked(halved)[1] == ("colour",)
+    np.testing.assert_array_equal(decode_grey(halved), ybr[..., 0])
+    assert decode_grey_and_flags(halved)[1] == ("colour",)
 
 
 def palette(bits: int, columns: np.ndarray, **other: Any) -> dict[str, Any]:
@@ -269,14 +269,14 @@ def test_palette_maps_values_to_colours(bits: int) -> None:
     data = make(RAMP.tobytes(), **palette(bits, colours * (257 if bits == 16 else 1)))
     wanted = colours[np.minimum(RAMP, 239)].astype(np.uint8)
     np.testing.assert_array_equal(np.asarray(decode_in_memory(data).image()), wanted)
-    np.testing.assert_array_equal(decode_frame(data), luma(wanted))
+    np.testing.assert_array_equal(decode_grey(data), luma(wanted))
 
 
 def test_values_outside_palette_take_its_first_or_last_colour() -> None:
     colours = np.array([[10, 10, 10], [90, 90, 90], [200, 200, 200]])
     pixels = np.repeat(np.array([[0, 100, 101, 102, 103, 255, 99, 7]], np.uint8), 6, axis=0)
     data = make(pixels.tobytes(), **palette(16, colours * 257, first=100))
-    assert decode_frame(data)[0].tolist() == [10, 10, 90, 200, 200, 200, 10, 10]
+    assert decode_grey(data)[0].tolist() == [10, 10, 90, 200, 200, 200, 10, 10]
 
 
 def test_segmented_palette_is_expanded() -> None:
@@ -302,7 +302,7 @@ def test_segmented_palette_is_expanded() -> None:
         values[f"{name}PaletteColorLookupTableDescriptor"] = [8, 0, 16]
         values[f"Segmented{name}PaletteColorLookupTableData"] = segments
     pixels = np.repeat(np.arange(8, dtype=np.uint8)[None], 6, axis=0)
-    assert decode_frame(make(pixels.tobytes(), **values))[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 9]
+    assert decode_grey(make(pixels.tobytes(), **values))[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 9]
 
 
 def jpeg(image: Image.Image, **options: Any) -> bytes:
@@ -314,12 +314,12 @@ def jpeg(image: Image.Image, **options: Any) -> bytes:
 def test_jpeg_baseline_equals_jpeg_file() -> None:
     valid = jpeg(Image.fromarray(COLOURS), quality=90)
     data = make(encapsulate([valid]), syntax=JPEG, **{**RGB, "PhotometricInterpretation": "YBR_FULL_422"})
-    np.testing.assert_array_equal(decode_frame(data), decode_frame(valid))
+    np.testing.assert_array_equal(decode_grey(data), decode_grey(valid))
     cut = make(
         encapsulate([valid[:-40] + b"\xff\xd9"]), syntax=JPEG, **{**RGB, "PhotometricInterpretation": "YBR_FULL_422"}
     )
     with pytest.raises(FrameDamagedError):
-        decode_frame(cut)
+        decode_grey(cut)
 
 
 def test_rle_runs_may_cross_rows_but_not_the_frame() -> None:
@@ -328,10 +328,10 @@ def test_rle_runs_may_cross_rows_but_not_the_frame() -> None:
 
     segment = packed(RAMP.tobytes())
     header = struct.pack("<16I", 1, 64, *[0] * 14)
-    np.testing.assert_array_equal(decode_frame(make(encapsulate([header + segment]), syntax=RLE)), RAMP)
+    np.testing.assert_array_equal(decode_grey(make(encapsulate([header + segment]), syntax=RLE)), RAMP)
     for wrong in (header + segment[:20], struct.pack("<16I", 2, 64, 70, *[0] * 13) + segment):
         with pytest.raises(FrameDamagedError):
-            decode_frame(make(encapsulate([wrong]), syntax=RLE))
+            decode_grey(make(encapsulate([wrong]), syntax=RLE))
 
 
 # ---------------------------------------------------------------------------------------------- the region
@@ -363,7 +363,7 @@ INSIDE = (1, 2, 6, 5)
 )
 @pytest.mark.parametrize("syntax", [NATIVE, BIG, IMPLICIT])
 def test_frame_is_cropped_to_region_only_if_inside(regions: list[Dataset], cropped: bool, syntax: str) -> None:
-    found = decode_frame(make(RAMP.tobytes(), syntax=syntax, SequenceOfUltrasoundRegions=regions or None))
+    found = decode_grey(make(RAMP.tobytes(), syntax=syntax, SequenceOfUltrasoundRegions=regions or None))
     if not cropped:
         np.testing.assert_array_equal(found, RAMP)
     else:
@@ -417,7 +417,7 @@ def test_damaged_frame_does_not_affect_other_frames(tmp_path: Path) -> None:
             with pytest.raises(FrameDamagedError):
                 load_grey(frame)
         else:
-            np.testing.assert_array_equal(load_grey(frame), decode_frame(valid))
+            np.testing.assert_array_equal(load_grey(frame), decode_grey(valid))
 
 
 @pytest.mark.parametrize("has_table", [True, False])
@@ -427,7 +427,7 @@ def test_fragments_are_assigned_to_frames_by_offset_table(tmp_path: Path, has_ta
     path.write_bytes(make(encapsulate(images, fragments_per_frame=2, has_bot=has_table), syntax=JPEG, NumberOfFrames=2))
     if has_table:
         for found, valid in zip(read_all(path), images, strict=True):
-            np.testing.assert_array_equal(found, decode_frame(valid))
+            np.testing.assert_array_equal(found, decode_grey(valid))
     else:
         (failure,) = read_all(path)
         assert "no offset table" in str(failure)
@@ -538,7 +538,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], type[FrameError], str]] = {
 def test_refusal_is_one_line_without_patient_name(what: str) -> None:
     data, kind, words = REFUSED[what]
     with pytest.raises(kind, match=words) as caught:
-        decode_frame(data())
+        decode_grey(data())
     assert str(caught.value).isprintable()
     assert NAME not in repr(caught.value)
 
@@ -549,12 +549,12 @@ def test_deflated_bomb_is_not_inflated_beyond_limit(limit: int, monkeypatch: pyt
     data = bomb(limit)
     assert len(data) < limit / 100
     with pytest.raises(FrameTooLargeError, match=str(limit)):
-        decode_frame(data)
+        decode_grey(data)
 
 
 def test_multi_frame_bytes_are_refused() -> None:
     with pytest.raises(FrameFormatError, match="3 frames; expected one"):
-        decode_frame(clip(3))
+        decode_grey(clip(3))
 
 
 @pytest.mark.parametrize(("module", "words"), [("pydicom.filereader", "pydicom"), ("openjpeg", "pylibjpeg-openjpeg")])
@@ -614,7 +614,7 @@ def test_patient_name_in_any_element_appears_in_no_output(
     place: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     try:
-        decode_checked(PLANTED[place])
+        decode_grey_and_flags(PLANTED[place])
     except FrameError as error:
         seen: BaseException | None = error
         while seen is not None:

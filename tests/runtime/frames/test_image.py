@@ -31,7 +31,7 @@ from echoquad_runtime.frames import image as image_files
 from echoquad_runtime.frames import image_integrity
 from echoquad_runtime.frames.formats import MAX_PIXELS
 from echoquad_runtime.frames.image import decode_image, to_grey
-from echoquad_runtime.frames.reader import decode_frame, read_frame
+from echoquad_runtime.frames.reader import decode_grey, read_grey
 from echoquad_runtime.quadrants import split
 
 RNG = np.random.default_rng(0)
@@ -72,7 +72,7 @@ def png(width: int, height: int, rows: bytes = b"", depth: int = 8, colour: int 
 
 @pytest.mark.parametrize("kind", LOSSLESS)
 def test_8_bit_grey_is_unchanged(kind: str) -> None:
-    found = decode_frame(encode(GREY, kind))
+    found = decode_grey(encode(GREY, kind))
     np.testing.assert_array_equal(found, GREY)
     assert found.dtype == np.uint8
 
@@ -81,13 +81,13 @@ def test_8_bit_grey_is_unchanged(kind: str) -> None:
 def test_1_bit_pixels_become_black_and_white(kind: str) -> None:
     image = Image.fromarray(GREY > 127)
     assert image.mode == "1"
-    np.testing.assert_array_equal(decode_frame(encode(image, kind)), np.where(GREY > 127, 255, 0))
+    np.testing.assert_array_equal(decode_grey(encode(image, kind)), np.where(GREY > 127, 255, 0))
 
 
 @pytest.mark.parametrize("kind", LOSSLESS)
 def test_colour_becomes_itu_r_601_luma(kind: str) -> None:
     expected = np.asarray(Image.fromarray(COLOUR).convert("L"))
-    np.testing.assert_array_equal(decode_frame(encode(COLOUR, kind)), expected)
+    np.testing.assert_array_equal(decode_grey(encode(COLOUR, kind)), expected)
     # ITU-R 601-2, computed without Pillow.
     luma = COLOUR @ np.array([0.299, 0.587, 0.114])
     assert np.abs(luma - expected).max() <= 0.51
@@ -97,58 +97,58 @@ def test_colour_becomes_itu_r_601_luma(kind: str) -> None:
 def test_palette_becomes_luma_of_its_colours(kind: str) -> None:
     image = Image.fromarray(COLOUR).quantize(16)
     expected = np.asarray(image.convert("RGB").convert("L"))
-    np.testing.assert_array_equal(decode_frame(encode(image, kind)), expected)
+    np.testing.assert_array_equal(decode_grey(encode(image, kind)), expected)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_colour_with_alpha_is_composited_over_black(kind: str) -> None:
-    found = decode_frame(encode(np.dstack([COLOUR, ALPHA]), kind))
+    found = decode_grey(encode(np.dstack([COLOUR, ALPHA]), kind))
     # float64 instead of Pillow's integers: tolerance for its rounding of each channel and of the luma.
     expected = (COLOUR * (ALPHA[:, :, None] / 255.0)) @ np.array([0.299, 0.587, 0.114])
     assert np.abs(found - expected).max() <= 1.5
     assert (found[ALPHA == 0] == 0).all()
     opaque = encode(np.dstack([COLOUR, np.full_like(ALPHA, 255)]), kind)
-    np.testing.assert_array_equal(decode_frame(opaque), np.asarray(Image.fromarray(COLOUR).convert("L")))
+    np.testing.assert_array_equal(decode_grey(opaque), np.asarray(Image.fromarray(COLOUR).convert("L")))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_grey_with_alpha_is_composited_over_black(kind: str) -> None:
     image = Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(ALPHA)])
-    found = decode_frame(encode(image, kind))
+    found = decode_grey(encode(image, kind))
     assert np.abs(found - GREY * (ALPHA / 255.0)).max() <= 1
 
 
 def test_transparent_palette_entry_is_black() -> None:
     image = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8)).convert("P")
     image.putpalette([200, 200, 200, 90, 90, 90])
-    np.testing.assert_array_equal(decode_frame(encode(image, "PNG", transparency=0)), [[0, 90], [90, 0]])
+    np.testing.assert_array_equal(decode_grey(encode(image, "PNG", transparency=0)), [[0, 90], [90, 0]])
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_16_bit_grey_is_divided_by_257(kind: str) -> None:
     deep = DEEP.copy()
     deep[0, :8] = [0, 128, 129, 385, 386, 65406, 65407, 65535]
-    found = decode_frame(encode(deep, kind))
+    found = decode_grey(encode(deep, kind))
     np.testing.assert_array_equal(found, np.rint(deep / 257.0))  # no value is half-way between two levels: 257 is odd
     np.testing.assert_array_equal(found[0, :8], [0, 0, 1, 1, 2, 254, 255, 255])
 
 
 def test_every_16_bit_value_is_rounded_to_nearest() -> None:
     every = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    np.testing.assert_array_equal(decode_frame(encode(every, "PNG")), np.rint(every / 257.0))
+    np.testing.assert_array_equal(decode_grey(encode(every, "PNG")), np.rint(every / 257.0))
 
 
 def test_dark_16_bit_frame_is_not_stretched() -> None:
-    assert decode_frame(encode(np.full((4, 4), 1000, np.uint16), "PNG")).max() == 4
+    assert decode_grey(encode(np.full((4, 4), 1000, np.uint16), "PNG")).max() == 4
 
 
 def test_big_endian_16_bit_tiff_is_read() -> None:
     image = Image.frombytes("I;16B", (31, 23), DEEP.astype(">u2").tobytes())
-    np.testing.assert_array_equal(decode_frame(encode(image, "TIFF")), np.rint(DEEP / 257.0))
+    np.testing.assert_array_equal(decode_grey(encode(image, "TIFF")), np.rint(DEEP / 257.0))
 
 
 def test_32_bit_integers_within_16_bits_are_read() -> None:
-    np.testing.assert_array_equal(decode_frame(encode(DEEP.astype(np.int32), "TIFF")), np.rint(DEEP / 257.0))
+    np.testing.assert_array_equal(decode_grey(encode(DEEP.astype(np.int32), "TIFF")), np.rint(DEEP / 257.0))
 
 
 @pytest.mark.parametrize("value", [-1, 65536, 2**31 - 1])
@@ -156,7 +156,7 @@ def test_32_bit_integers_beyond_16_bits_are_refused(value: int) -> None:
     wrong = DEEP.astype(np.int32)
     wrong[3, 4] = value
     with pytest.raises(FrameFormatError, match=r"0\.\.65535"):
-        decode_frame(encode(wrong, "TIFF"))
+        decode_grey(encode(wrong, "TIFF"))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_32_bit_integers_beyond_16_bits_are_refused(value: int) -> None:
     ],
 )
 def test_floats_are_fractions_of_white_or_grey_levels(values: Sequence[float], levels: Sequence[int]) -> None:
-    np.testing.assert_array_equal(decode_frame(encode(np.array([values], np.float32), "TIFF")), [levels])
+    np.testing.assert_array_equal(decode_grey(encode(np.array([values], np.float32), "TIFF")), [levels])
 
 
 @pytest.mark.parametrize("value", [-0.001, 255.5, 1e9, float("nan"), float("inf"), float("-inf")])
@@ -178,7 +178,7 @@ def test_floats_out_of_range_are_refused(value: float) -> None:
     wrong = np.zeros((4, 4), np.float32)
     wrong[1, 2] = value
     with pytest.raises(FrameFormatError, match=r"\[0, 1\] or in \[0, 255\]"):
-        decode_frame(encode(wrong, "TIFF"))
+        decode_grey(encode(wrong, "TIFF"))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
@@ -186,12 +186,12 @@ def test_cmyk_is_read(kind: str) -> None:
     image = Image.fromarray(smooth()).convert("CMYK")
     data = encode(image, kind)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("L"))
-    np.testing.assert_array_equal(decode_frame(data), expected)
+    np.testing.assert_array_equal(decode_grey(data), expected)
 
 
 def test_mode_that_pillow_cannot_convert_is_refused() -> None:
     with pytest.raises(FrameFormatError, match="LAB"):
-        decode_frame(encode(Image.new("LAB", (9, 8)), "TIFF"))
+        decode_grey(encode(Image.new("LAB", (9, 8)), "TIFF"))
 
 
 @pytest.mark.parametrize("mode", ["1", "RGB", "RGBA", "LA", "P", "PA", "CMYK", "YCbCr", "I;16", "I", "F"])
@@ -215,10 +215,10 @@ def test_value_range_covers_all_bands(value: float, monkeypatch: pytest.MonkeyPa
     values = np.zeros((9, 8), np.float32)
     values[8, 7] = value
     with pytest.raises(FrameFormatError):
-        decode_frame(encode(values, "TIFF"))
+        decode_grey(encode(values, "TIFF"))
     values[8, 7] = 2  # above 1: grey levels, in all bands
     values[0, 0] = 0.7
-    assert decode_frame(encode(values, "TIFF"))[0, 0] == 1
+    assert decode_grey(encode(values, "TIFF"))[0, 0] == 1
 
 
 def test_to_grey_keeps_8_bit_grey() -> None:
@@ -234,7 +234,7 @@ def test_to_grey_keeps_8_bit_grey() -> None:
 def test_colour_jpeg_luma_is_within_one_level_of_pillows(subsampling: str, progressive: bool, quality: int) -> None:
     data = encode(smooth(), "JPEG", subsampling=subsampling, progressive=progressive, quality=quality)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("L")).astype(int)
-    assert np.abs(decode_frame(data) - expected).max() <= 1
+    assert np.abs(decode_grey(data) - expected).max() <= 1
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -243,13 +243,13 @@ def test_grey_content_in_colour_jpeg_is_exact(progressive: bool) -> None:
     data = encode(Image.fromarray(GREY).convert("RGB"), "JPEG", quality=90, progressive=progressive)
     image = Image.open(io.BytesIO(data))
     assert image.mode == "RGB"
-    np.testing.assert_array_equal(decode_frame(data), np.asarray(image.convert("L")))
+    np.testing.assert_array_equal(decode_grey(data), np.asarray(image.convert("L")))
 
 
 def test_jpeg_stored_as_rgb_is_read() -> None:
     data = encode(smooth(), "JPEG", keep_rgb=True, quality=95)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("L")).astype(int)
-    assert np.abs(decode_frame(data) - expected).max() <= 1
+    assert np.abs(decode_grey(data) - expected).max() <= 1
 
 
 def test_decode_image_keeps_colours_unless_luma_only() -> None:
@@ -264,12 +264,12 @@ def test_end_marker_of_exif_thumbnail_does_not_hide_truncation() -> None:
     exif = b"Exif\x00\x00" + b"MM\x00*\x00\x00\x00\x08\x00\x00\x00\x00\x00\x00" + encode(GREY[:8, :8], "JPEG")
     data = encode(GREY, "JPEG", exif=exif)
     assert data.count(b"\xff\xd9") == 2
-    assert decode_frame(data).shape == GREY.shape
+    assert decode_grey(data).shape == GREY.shape
     for cut in range(1, len(data)):
         with pytest.raises(FrameError):
-            decode_frame(data[:cut])
+            decode_grey(data[:cut])
     with pytest.raises(FrameDamagedError, match="no end marker"):
-        decode_frame(data[:-2])
+        decode_grey(data[:-2])
 
 
 # ---------------------------------------------------------------------------------------------- orientation
@@ -294,8 +294,8 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     picture = smooth(depth=1)
     options = {"subsampling": 0, "quality": 100} if kind == "JPEG" else {}
     data = encode(picture, kind, exif=exif, **options)
-    plain = decode_frame(encode(picture, kind, **options))
-    np.testing.assert_array_equal(decode_frame(data), TRANSPOSED[orientation](plain))
+    plain = decode_grey(encode(picture, kind, **options))
+    np.testing.assert_array_equal(decode_grey(data), TRANSPOSED[orientation](plain))
     np.testing.assert_array_equal(np.asarray(decode_image(data)), TRANSPOSED[orientation](plain))
 
 
@@ -303,7 +303,7 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
 def test_invalid_exif_orientation_is_ignored(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    np.testing.assert_array_equal(decode_frame(encode(GREY, "PNG", exif=exif)), GREY)
+    np.testing.assert_array_equal(decode_grey(encode(GREY, "PNG", exif=exif)), GREY)
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -313,10 +313,10 @@ def test_invalid_exif_orientation_is_ignored(orientation: int) -> None:
 def test_content_decides_format_not_extension(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "frame.xyz"
     path.write_bytes(encode(smooth(depth=1), kind))
-    assert read_frame(path).shape == (40, 56)
+    assert read_grey(path).shape == (40, 56)
     wrong = path.with_suffix(".png" if kind == "BMP" else ".bmp")
     path.rename(wrong)
-    assert read_frame(wrong).shape == (40, 56)
+    assert read_grey(wrong).shape == (40, 56)
 
 
 @pytest.mark.parametrize(
@@ -336,19 +336,19 @@ def test_file_without_image_is_refused(tmp_path: Path, content: bytes, error: ty
     path = tmp_path / "frame.png"
     path.write_bytes(content)
     with pytest.raises(error, match=words) as caught:
-        read_frame(path)
+        read_grey(path)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PPM", "ICO"])
 def test_other_formats_of_pillow_are_refused(kind: str) -> None:
     with pytest.raises(FrameFormatError, match="PNG, JPEG, BMP or TIFF"):
-        decode_frame(encode(GREY, kind))
+        decode_grey(encode(GREY, kind))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1)])
 def test_tiny_image_is_decoded_and_refused_by_split(shape: tuple[int, int]) -> None:
-    frame = decode_frame(encode(np.zeros(shape, np.uint8), "PNG"))
+    frame = decode_grey(encode(np.zeros(shape, np.uint8), "PNG"))
     assert frame.shape == shape
     with pytest.raises(FrameTooSmallError):
         split(frame, 0.9)
@@ -364,7 +364,7 @@ def test_png_header_above_pixel_limit_is_refused_without_memory(
     monkeypatch.setattr(Image.core, "new", lambda *_: pytest.fail("memory was allocated"))
     monkeypatch.setattr(Image.core, "fill", lambda *_: pytest.fail("memory was allocated"))
     with pytest.raises(FrameTooLargeError, match="at most 36 million"):
-        decode_frame(png(*size))
+        decode_grey(png(*size))
 
 
 def with_stated_size(kind: str, width: int, height: int) -> bytes:
@@ -383,10 +383,10 @@ def with_stated_size(kind: str, width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("kind", ["BMP", "TIFF", "JPEG"])
 def test_other_headers_above_pixel_limit_are_refused(kind: str) -> None:
-    assert decode_frame(with_stated_size(kind, 400, 300)).shape == (300, 400)
+    assert decode_grey(with_stated_size(kind, 400, 300)).shape == (300, 400)
     for size in ((6001, 6000), (30_000, 29_000)):
         with pytest.raises(FrameTooLargeError, match="at most 36 million"):
-            decode_frame(with_stated_size(kind, *size))
+            decode_grey(with_stated_size(kind, *size))
 
 
 def test_decompression_bomb_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,15 +395,15 @@ def test_decompression_bomb_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(data) < 100_000
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
     with pytest.raises(FrameTooLargeError, match="6001x6001"):
-        decode_frame(data)
+        decode_grey(data)
 
 
 def test_frame_at_pixel_limit_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_files, "MAX_PIXELS", GREY.size)
-    np.testing.assert_array_equal(decode_frame(encode(GREY, "PNG")), GREY)
+    np.testing.assert_array_equal(decode_grey(encode(GREY, "PNG")), GREY)
     monkeypatch.setattr(image_files, "MAX_PIXELS", GREY.size - 1)
     with pytest.raises(FrameTooLargeError):
-        decode_frame(encode(GREY, "PNG"))
+        decode_grey(encode(GREY, "PNG"))
 
 
 # ---------------------------------------------------------------------------------------------- many images
@@ -414,13 +414,13 @@ def test_several_images_in_one_file_are_refused(kind: str) -> None:
     pages = [Image.fromarray(np.full((8, 8), level, np.uint8)) for level in (0, 100, 200)]
     data = encode(pages[0], kind, save_all=True, append_images=pages[1:])
     with pytest.raises(FrameFormatError, match="3 images" if kind == "PNG" else "several images"):
-        decode_frame(data)
+        decode_grey(data)
 
 
 def test_first_image_of_stereo_jpeg_is_the_frame() -> None:
     first, second = smooth(depth=1), np.zeros((40, 56), np.uint8)
     data = encode(first, "MPO", save_all=True, append_images=[Image.fromarray(second)])
-    assert np.abs(decode_frame(data).astype(int) - first).max() < 12
+    assert np.abs(decode_grey(data).astype(int) - first).max() < 12
 
 
 # ---------------------------------------------------------------------------------------------- damage
@@ -446,11 +446,11 @@ SMALL = small_files()
 @pytest.mark.parametrize("name", SMALL)
 def test_truncated_file_never_yields_other_pixels(name: str) -> None:
     data = SMALL[name]
-    expected = decode_frame(data)
+    expected = decode_grey(data)
     accepted = []
     for cut in range(len(data)):
         try:
-            found = decode_frame(data[:cut])
+            found = decode_grey(data[:cut])
         except FrameError as error:
             assert "\n" not in str(error)
             continue
@@ -463,14 +463,14 @@ def test_truncated_file_never_yields_other_pixels(name: str) -> None:
 @pytest.mark.parametrize("name", ["png", "png-colour"])
 def test_png_with_changed_byte_never_yields_other_pixels(name: str) -> None:
     data = SMALL[name]
-    expected = decode_frame(data)
+    expected = decode_grey(data)
     rng = random.Random(0)
     for position in range(len(data)):
         for flip in {1, 0x80, 0xFF, rng.randrange(1, 256)}:
             wrong = bytearray(data)
             wrong[position] ^= flip
             try:
-                found = decode_frame(bytes(wrong))
+                found = decode_grey(bytes(wrong))
             except FrameError:
                 continue
             np.testing.assert_array_equal(found, expected)
@@ -480,9 +480,9 @@ def test_checksum_error_names_png_chunk() -> None:
     data = bytearray(SMALL["png"])
     data[data.index(b"IDAT") + 10] ^= 1
     with pytest.raises(FrameDamagedError, match="IDAT chunk"):
-        decode_frame(bytes(data))
+        decode_grey(bytes(data))
     with pytest.raises(FrameDamagedError, match="truncated"):
-        decode_frame(SMALL["png"][:-12])
+        decode_grey(SMALL["png"][:-12])
 
 
 def test_checksum_error_of_unprintable_chunk_states_its_position() -> None:
@@ -490,7 +490,7 @@ def test_checksum_error_of_unprintable_chunk_states_its_position() -> None:
     at = data.index(b"IDAT")
     data[at : at + 4] = b"\nx\x1b\xff"
     with pytest.raises(FrameDamagedError, match=f"chunk at byte {at - 4} "):
-        decode_frame(bytes(data))
+        decode_grey(bytes(data))
 
 
 PNG_FORMATS = [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2), (1, 3), (4, 3), (8, 3), (8, 4), (16, 4)]
@@ -508,14 +508,14 @@ def test_png_with_missing_rows_is_refused(depth: int, colour: int, level: int) -
         data = png(width, height, row * rows, depth, colour)
         data = data[:33] + palette + data[33:]
         if rows == height:
-            assert decode_frame(data).shape == (height, width)
+            assert decode_grey(data).shape == (height, width)
         else:
             with pytest.raises(FrameDamagedError, match=r"\d+ of \d+ bytes|truncated"):
-                decode_frame(data)
+                decode_grey(data)
 
 
 def test_black_png_is_complete() -> None:
-    assert decode_frame(png(5, 4, bytes(24))).max() == 0
+    assert decode_grey(png(5, 4, bytes(24))).max() == 0
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 3), (8, 8), (17, 23)])
@@ -529,27 +529,27 @@ def test_interlaced_png_with_missing_rows_is_refused(size: tuple[int, int]) -> N
     for count in range(len(rows) + 1):
         data = png(width, height, b"".join(rows[:count]), interlaced=1)
         if count == len(rows):
-            np.testing.assert_array_equal(decode_frame(data), np.full((height, width), 9))
+            np.testing.assert_array_equal(decode_grey(data), np.full((height, width), 9))
         else:
             with pytest.raises(FrameDamagedError, match=r"\d+ of \d+ bytes|truncated"):
-                decode_frame(data)
+                decode_grey(data)
 
 
 def test_complete_png_is_inflated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_integrity, "_inflated_size", lambda *_: pytest.fail("inflated twice"))
     for pixels in (GREY, COLOUR, DEEP, GREY > 127, np.zeros_like(GREY), np.full_like(COLOUR, 255)):
-        decode_frame(encode(pixels, "PNG"))
+        decode_grey(encode(pixels, "PNG"))
 
 
 def test_png_with_too_many_chunks_is_refused() -> None:
     data = SMALL["png"]
     with pytest.raises(FrameDamagedError, match="100000 chunks"):
-        decode_frame(data[:33] + chunk(b"aaAa", b"") * 200_000 + data[33:])
+        decode_grey(data[:33] + chunk(b"aaAa", b"") * 200_000 + data[33:])
 
 
 def test_jpeg_without_end_marker_is_refused() -> None:
     with pytest.raises(FrameDamagedError, match="no end marker"):
-        decode_frame(SMALL["jpeg"][:-2])
+        decode_grey(SMALL["jpeg"][:-2])
 
 
 @pytest.mark.parametrize("luma_only", [False, True])
@@ -587,7 +587,7 @@ def test_jpeg_that_ends_in_mid_grey_is_complete(depth: int, options: dict[str, A
         frame = np.full((30, 41), level, np.uint8)
         frame[:15] = smooth(15, 41, 1)
         picture = frame if depth == 1 else np.dstack([frame] * 3)
-        decode_frame(encode(picture, "JPEG", **options))
+        decode_grey(encode(picture, "JPEG", **options))
 
 
 @pytest.mark.parametrize("depth", [1, 3])
@@ -597,7 +597,7 @@ def test_progressive_jpeg_without_last_scans_is_refused(depth: int) -> None:
     assert len(scans) > 4
     for start in scans[1:]:
         with pytest.raises(FrameDamagedError, match="scans"):
-            decode_frame(data[:start] + b"\xff\xd9")
+            decode_grey(data[:start] + b"\xff\xd9")
 
 
 def test_jpeg_with_too_many_scans_or_segments_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -605,22 +605,22 @@ def test_jpeg_with_too_many_scans_or_segments_is_not_decoded(monkeypatch: pytest
     data = SMALL["jpeg-progressive"]
     last = data.rindex(b"\xff\xda")
     with pytest.raises(FrameDamagedError, match="100 scans"):
-        decode_frame(data[:last] + data[last:-2] * 120 + b"\xff\xd9")
+        decode_grey(data[:last] + data[last:-2] * 120 + b"\xff\xd9")
     for junk in (b"\xff\xfe\0\x02" * 3000, b"\xff" * 100_000, b"\0" * 100_000):
         with pytest.raises(FrameDamagedError, match="too many segments"):
-            decode_frame(data[:20] + junk + data[20:])  # after the first segment
+            decode_grey(data[:20] + junk + data[20:])  # after the first segment
 
 
 def test_tiff_without_last_strips_is_refused() -> None:
     data = bytearray(encode(smooth(60, 56, 1), "TIFF", tiffinfo={278: 8}))  # rows per strip
-    assert decode_frame(bytes(data)).shape == (60, 56)
+    assert decode_grey(bytes(data)).shape == (60, 56)
     at = struct.unpack_from("<I", data, 4)[0]
     for entry in range(struct.unpack_from("<H", data, at)[0]):
         tag, _, count = struct.unpack_from("<HHI", data, at + 2 + 12 * entry)
         if tag in (273, 279):  # offsets and sizes of the strips
             struct.pack_into("<I", data, at + 2 + 12 * entry + 4, count - 2)
     with pytest.raises(FrameDamagedError, match="strips"):
-        decode_frame(bytes(data))
+        decode_grey(bytes(data))
 
 
 @pytest.mark.parametrize("strips", [6, 5, 4, 2])
@@ -634,16 +634,16 @@ def test_planar_tiff_needs_all_strips(strips: int) -> None:
     data = data.ljust(200, b"\0") + planes.tobytes()
     if strips == 6:
         expected = np.asarray(Image.fromarray(np.moveaxis(planes, 0, -1).copy()).convert("L"))
-        np.testing.assert_array_equal(decode_frame(data), expected)
+        np.testing.assert_array_equal(decode_grey(data), expected)
     else:
         with pytest.raises(FrameDamagedError, match="strips"):
-            decode_frame(data)
+            decode_grey(data)
 
 
 @pytest.mark.parametrize("compression", ["group3", "group4", "tiff_ccitt"])
 def test_fax_compression_is_refused(compression: str) -> None:
     with pytest.raises(FrameFormatError, match=compression):
-        decode_frame(encode(Image.fromarray(GREY > 127), "TIFF", compression=compression))
+        decode_grey(encode(Image.fromarray(GREY > 127), "TIFF", compression=compression))
 
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "packbits", "zstd", "lzma"])
@@ -653,7 +653,7 @@ def test_compressed_tiff_is_read(compression: str) -> None:
             encode(GREY, "TIFF", compression=compression)
         except OSError:
             pytest.skip("not supported by the libtiff of this Pillow")
-    np.testing.assert_array_equal(decode_frame(encode(GREY, "TIFF", compression=compression)), GREY)
+    np.testing.assert_array_equal(decode_grey(encode(GREY, "TIFF", compression=compression)), GREY)
 
 
 @pytest.mark.skipif(
@@ -663,7 +663,7 @@ def test_libtiff_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     data = bytearray(encode(GREY, "TIFF", compression="tiff_adobe_deflate"))
     data[12:60] = bytes(48)
     with pytest.raises(FrameDamagedError):
-        decode_frame(bytes(data))
+        decode_grey(bytes(data))
     assert capfd.readouterr().err == ""
 
 
@@ -674,7 +674,7 @@ def test_pillows_log_records_are_not_printed() -> None:
     for entry in range(struct.unpack_from("<H", data, at)[0]):
         if struct.unpack_from("<H", data, at + 2 + 12 * entry)[0] == 277:  # samples per pixel
             struct.pack_into("<H", data, at + 2 + 12 * entry + 8, 99)
-    program = "import sys; from echoquad_runtime.frames.reader import *; decode_frame(sys.stdin.buffer.read())"
+    program = "import sys; from echoquad_runtime.frames.reader import *; decode_grey(sys.stdin.buffer.read())"
     ended = subprocess.run([sys.executable, "-c", program], input=bytes(data), check=False, capture_output=True)
     assert b"FrameFormatError" in ended.stderr
     assert b"More samples" not in ended.stderr
@@ -682,7 +682,7 @@ def test_pillows_log_records_are_not_printed() -> None:
 
 def test_bytes_after_image_are_ignored() -> None:
     for name in ("png", "jpeg"):
-        np.testing.assert_array_equal(decode_frame(SMALL[name] + b"\0" * 9), decode_frame(SMALL[name]))
+        np.testing.assert_array_equal(decode_grey(SMALL[name] + b"\0" * 9), decode_grey(SMALL[name]))
 
 
 @settings(max_examples=60)
@@ -707,7 +707,7 @@ def check_only_frame_errors(data: bytes) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # outside pytest a warning does not stop decoding
-            frame = decode_frame(data)
+            frame = decode_grey(data)
     except FrameError as error:
         assert str(error)
         assert "\n" not in str(error)

@@ -16,7 +16,13 @@ from echoquad_runtime.frames.discovery import find_frames
 from echoquad_runtime.frames.formats import FLIPS, Flip, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.frames.matrix import decode_text, parse_text
-from echoquad_runtime.frames.reader import decode_checked, decode_frame, load_checked, load_grey, load_image
+from echoquad_runtime.frames.reader import (
+    decode_grey,
+    decode_grey_and_flags,
+    load_grey,
+    load_grey_and_flags,
+    load_image,
+)
 
 
 def npy(values: Any) -> bytes:
@@ -163,13 +169,13 @@ LEVELS = np.array([[0, 1, 2], [9, 90, 255]], np.uint8)
     ],
 )
 def test_array_of_every_dtype_is_converted(values: np.ndarray, grey: np.ndarray) -> None:
-    np.testing.assert_array_equal(decode_frame(npy(values)), grey)
+    np.testing.assert_array_equal(decode_grey(npy(values)), grey)
 
 
 def test_rgb_array_becomes_luma_and_is_flagged() -> None:
     colours = np.zeros((4, 5, 3), np.uint8)
     colours[..., 0] = 200
-    grey, flags = decode_checked(npy(colours))
+    grey, flags = decode_grey_and_flags(npy(colours))
     assert (grey.shape, int(grey[0, 0]), flags) == ((4, 5), 60, ("colour",))
 
 
@@ -215,14 +221,14 @@ def test_frames_of_an_array_share_one_scale(order: Any, tmp_path: Path) -> None:
 )
 def test_unsupported_array_is_refused(data: bytes, kind: type[FrameError], words: str) -> None:
     with pytest.raises(kind, match=words):
-        decode_frame(data)
+        decode_grey(data)
 
 
 def test_stated_array_size_allocates_no_memory() -> None:
     header = npy(np.ones((7, 7), np.uint8))[:128].replace(b"(7, 7), }          ", b"(70000, 70000), }  ")
     assert b"70000" in header
     with pytest.raises(FrameTooLargeError, match="70000 x 70000"):
-        decode_frame(header)
+        decode_grey(header)
 
 
 # ---------------------------------------------------------------------------------------------- files and --flip
@@ -252,7 +258,7 @@ def test_matrices_in_a_folder_are_frames_only_on_request(tmp_path: Path) -> None
     assert isinstance(failure, Failure) and "--matrices" in str(failure.error)
     first, second = find_frames([tmp_path], ReadOptions(matrices=True))
     assert isinstance(first, FrameFile) and isinstance(second, FrameFile)
-    assert load_checked(first)[1] == ()
+    assert load_grey_and_flags(first)[1] == ()
     with pytest.raises(FrameFormatError, match="no row of numbers"):
         load_grey(second)
     (named,) = find_frames([str(tmp_path / "*.txt")])

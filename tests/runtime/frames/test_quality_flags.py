@@ -27,7 +27,7 @@ from echoquad_runtime.frames.quality_flags import (
     is_coloured,
     quality_flags,
 )
-from echoquad_runtime.frames.reader import decode_checked, decode_frame, read_checked
+from echoquad_runtime.frames.reader import decode_grey, decode_grey_and_flags, read_grey_and_flags
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
 
 CONTRACT = Contract(classes=("A", "B"), input_size=224)
@@ -215,26 +215,26 @@ def test_colour_is_detected_in_every_encoding(encoding: str, tmp_path: Any) -> N
     }
     for name, (picture, expected) in cases.items():
         data = write(picture)
-        grey, found = decode_checked(data)
+        grey, found = decode_grey_and_flags(data)
         assert (name, found) == (name, expected)
-        np.testing.assert_array_equal(grey, decode_frame(data))
+        np.testing.assert_array_equal(grey, decode_grey(data))
     (tmp_path / "frame").write_bytes(write(PHOTOGRAPH))
-    assert read_checked(tmp_path / "frame")[1] == (COLOUR,)
+    assert read_grey_and_flags(tmp_path / "frame")[1] == (COLOUR,)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2), (3, 500), (500, 3), (7, 9), (8, 8), (9, 17)])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_colour_is_detected_in_small_and_narrow_pictures(shape: tuple[int, int], kind: str) -> None:
     red = np.full((*shape, 3), (200, 30, 30), np.uint8)
-    assert decode_checked(encode(red, kind))[1] == (COLOUR,)
-    assert decode_checked(encode(np.full((*shape, 3), 77, np.uint8), kind))[1] == ()
+    assert decode_grey_and_flags(encode(red, kind))[1] == (COLOUR,)
+    assert decode_grey_and_flags(encode(np.full((*shape, 3), 77, np.uint8), kind))[1] == ()
 
 
 def test_colour_is_detected_in_rotated_picture() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     for kind in ("PNG", "JPEG"):
-        grey, found = decode_checked(encode(Image.fromarray(PHOTOGRAPH), kind, exif=exif))
+        grey, found = decode_grey_and_flags(encode(Image.fromarray(PHOTOGRAPH), kind, exif=exif))
         assert (grey.shape, found) == ((400, 300), (COLOUR,))
 
 
@@ -244,12 +244,12 @@ def test_grey_modes_are_not_sampled_for_colour(mode: str, monkeypatch: pytest.Mo
     data = encode(image.convert(mode), "PNG" if mode in ("1", "L", "LA", "I;16") else "TIFF")
     monkeypatch.setattr("echoquad_runtime.frames.image.is_coloured", lambda _: pytest.fail("sampled"))
     monkeypatch.setattr(Image.Image, "resize", lambda *_: pytest.fail("sampled"))
-    assert decode_checked(data)[1] == ()
+    assert decode_grey_and_flags(data)[1] == ()
 
 
 def test_transparent_colour_is_not_coloured() -> None:
     hidden = np.dstack([PHOTOGRAPH, np.zeros(PHOTOGRAPH.shape[:2], np.uint8)])
-    assert decode_checked(encode(hidden, "PNG"))[1] == ()
+    assert decode_grey_and_flags(encode(hidden, "PNG"))[1] == ()
 
 
 @given(st.integers(0, 60), st.integers(0, 100))

@@ -17,7 +17,7 @@ from echoquad_runtime.errors import FrameDamagedError, FrameExtraError, FrameFor
 from echoquad_runtime.frames.discovery import find_frames
 from echoquad_runtime.frames.formats import ReadOptions
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
-from echoquad_runtime.frames.reader import clear_file_cache, load_checked, load_grey, load_image
+from echoquad_runtime.frames.reader import clear_file_cache, load_grey, load_grey_and_flags, load_image
 
 av = pytest.importorskip("av")
 
@@ -61,8 +61,8 @@ ENCODINGS = [
 ]
 
 
-def found_in(path: Path, reading: ReadOptions | None = None) -> list[FrameFile]:
-    frames = list(find_frames([path], reading or ReadOptions()))
+def find_in_file(path: Path, options: ReadOptions | None = None) -> list[FrameFile]:
+    frames = list(find_frames([path], options or ReadOptions()))
     assert all(isinstance(frame, FrameFile) for frame in frames), frames
     return [frame for frame in frames if isinstance(frame, FrameFile)]
 
@@ -73,10 +73,10 @@ def test_frames_are_decoded_in_order_at_their_levels(container: str, codec: str,
         pytest.skip("not supported by this FFmpeg")
     path = tmp_path / f"clip.{ {'matroska': 'mkv'}.get(container, container) }"
     path.write_bytes(video(container, codec, pixels))
-    frames = found_in(path)
+    frames = find_in_file(path)
     assert [frame.name for frame in frames] == [f"{path.name}#{number}" for number in range(1, 25)]
     for number, frame in enumerate(frames, 1):
-        grey, flags = load_checked(frame)
+        grey, flags = load_grey_and_flags(frame)
         assert grey.shape == (48, 64) and flags == ()
         assert abs(float(np.median(grey[:, 40:])) - level(number)) <= 3, number
         assert abs(float(np.median(grey[:, :24])) - level(number) - 10) <= 3, number
@@ -97,8 +97,8 @@ def test_coloured_clip_is_flagged_and_keeps_its_colours(
 ) -> None:
     path = tmp_path / f"clip.{container}"
     path.write_bytes(video(container, codec, pixels, colour=True))
-    last = found_in(path)[-1]
-    assert load_checked(last)[1] == ("colour",)
+    last = find_in_file(path)[-1]
+    assert load_grey_and_flags(last)[1] == ("colour",)
     red, green, _ = np.asarray(load_image(last)).reshape(-1, 3).mean(axis=0)
     assert red > 150 > 40 > green
 
@@ -106,14 +106,14 @@ def test_coloured_clip_is_flagged_and_keeps_its_colours(
 def test_variable_frame_rate_does_not_change_frame_numbers(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     path.write_bytes(video("mp4", "mpeg4", "yuv420p", 6, times=[0, 1, 5, 6, 30, 31]))
-    greys = [load_grey(frame) for frame in found_in(path)]
+    greys = [load_grey(frame) for frame in find_in_file(path)]
     assert [round(float(np.median(grey[:, 40:])) / 9 - 20 / 9) for grey in greys] == [1, 2, 3, 4, 5, 6]
 
 
 def test_frames_are_equal_in_any_order_and_from_threads(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     path.write_bytes(video("mp4", "mpeg4", "yuv420p"))
-    frames = found_in(path)
+    frames = find_in_file(path)
     expected = [load_grey(frame).tobytes() for frame in frames]
     assert len(set(expected)) == 24
     clear_file_cache()
@@ -133,7 +133,7 @@ def test_each_frame_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(clips.VideoFile, "_open_container", lambda self, stack: opened.append(1) or keep(self, stack))
     path = tmp_path / "clip.avi"
     path.write_bytes(video("avi", "mjpeg", "yuvj420p"))
-    for frame in found_in(path):
+    for frame in find_in_file(path):
         load_grey(frame)
         load_image(frame)
     assert len(opened) == 2  # once to count the frames, once to decode them
@@ -142,7 +142,7 @@ def test_each_frame_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_every_nth_frame_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "clip.avi"
     path.write_bytes(video("avi", "mjpeg", "yuvj420p"))
-    assert [frame.frame for frame in found_in(path, ReadOptions(every=10))] == [1, 11, 21]
+    assert [frame.frame for frame in find_in_file(path, ReadOptions(every=10))] == [1, 11, 21]
 
 
 def test_truncated_clip_yields_its_frames_and_one_failure(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_undecodable_frame_does_not_shift_frame_numbers(tmp_path: Path) -> None:
     (length,) = struct.unpack_from("<I", valid, third + 4)
     path = tmp_path / "clip.avi"
     path.write_bytes(valid[: third + 8] + bytes(length) + valid[third + 8 + length :])
-    for number, frame in enumerate(found_in(path), 1):
+    for number, frame in enumerate(find_in_file(path), 1):
         if number == 3:
             with pytest.raises(FrameDamagedError):
                 load_grey(frame)
@@ -179,7 +179,7 @@ def test_rotation_in_header_is_applied(tmp_path: Path) -> None:
     at = valid.index(upright, valid.index(b"tkhd"))
     path = tmp_path / "clip.mp4"
     path.write_bytes(valid[:at] + turned + valid[at + 36 :])
-    frame = found_in(path)[0]
+    frame = find_in_file(path)[0]
     grey = load_grey(frame)
     assert grey.shape == (64, 48)
     assert grey[:24].mean() - grey[40:].mean() > 5  # the left half is on top now
@@ -212,7 +212,7 @@ def test_more_than_8_bits_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "clip.mkv"
     path.write_bytes(video("matroska", "ffv1", "yuv420p10le", 2))
     with pytest.raises(FrameFormatError, match="8 bits"):
-        load_grey(found_in(path)[0])
+        load_grey(find_in_file(path)[0])
 
 
 def test_clip_with_image_extension_is_refused(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_metadata_option_is_omitted_for_pyav_19(
 
     monkeypatch.setattr(av, "__version__", version)
     monkeypatch.setattr(av, "open", record)
-    assert len(found_in(path)) == 3
+    assert len(find_in_file(path)) == 3
     assert given == options
 
 

@@ -399,9 +399,9 @@ def test_on_decision_is_called_and_its_error_becomes_failure(tiny_bundle: Path, 
 def test_file_over_time_limit_becomes_failure(
     tiny_bundle: Path, frames_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    release, read = threading.Event(), frame_reader.load_checked
+    release, read = threading.Event(), frame_reader.load_grey_and_flags
     monkeypatch.setattr(
-        frame_reader, "load_checked", lambda file: release.wait() if file.path.name == "1.jpg" else read(file)
+        frame_reader, "load_grey_and_flags", lambda file: release.wait() if file.path.name == "1.jpg" else read(file)
     )
     found = list(Predictor(tiny_bundle, device="cpu", time_limit=0.2).predict(frames_folder))
     release.set()

@@ -26,7 +26,7 @@ from echoquad_runtime.results.result_file import (
     run_record_path,
 )
 from echoquad_runtime.storage import file_lock as lock
-from echoquad_runtime.storage.row_names import printed
+from echoquad_runtime.storage.row_names import to_row_name
 
 CLASSES = ("ASD", "NORM")
 RUN = {"bundle": "4d58e14f08980922", "method": "majority", "device": "cpu", "precision": "fp32", "shard": None}
@@ -288,7 +288,7 @@ def test_row_names_count_duplicates() -> None:
     existing = RowNames()
     names = ["a", "b", "a", "=c", "\udcff"]
     for name in names:
-        existing.add(printed(name))
+        existing.add(to_row_name(name))
     existing.sort()
     assert [existing.claim(name) for name in ["a", "a", "a", "b", "b", "=c", "./=c", "d", "\udcff"]] == [
         *[True, True, False, True, False, True, False, False, True]

@@ -25,7 +25,7 @@ from echoquad_runtime.results.row_formats import (
     format_for,
     open_writer,
 )
-from echoquad_runtime.storage.row_names import encoded, printed
+from echoquad_runtime.storage.row_names import encode_text, to_row_name
 
 CLASSES = ("ASD", "NORM")
 # The header of the reference pipeline, then the columns that EchoQuad adds.
@@ -126,7 +126,7 @@ def test_odd_file_names_are_read_back(name: str) -> None:
 def test_any_text_is_read_back(name: str, flag: str) -> None:
     data = as_csv(prediction(name, flags=(flag,) if flag else ()), prediction("next.png"))
     rows = list(csv.reader(io.StringIO(data.decode("utf-8"), newline="")))
-    assert [row[0] for row in rows] == ["file", printed(name), "next.png"]
+    assert [row[0] for row in rows] == ["file", to_row_name(name), "next.png"]
     assert {len(row) for row in rows} == {20}
 
 
@@ -135,7 +135,7 @@ def test_csv_row_equals_that_of_the_csv_module(name: str) -> None:
     line = as_csv(prediction(name)).decode().split("\n", 1)[1]
     stream = io.StringIO()
     # The csv module quotes cells with characters of its line terminator.
-    csv.writer(stream, lineterminator="\r\n;\t").writerow([printed(name)])
+    csv.writer(stream, lineterminator="\r\n;\t").writerow([to_row_name(name)])
     # The csv module quotes a single empty cell.
     assert line.startswith(stream.getvalue().removesuffix("\r\n;\t") + ",") or name == ""
 
@@ -202,7 +202,7 @@ def test_row_reader_returns_the_bytes_of_each_row(ending: str, given_names: list
     data = ENDINGS[ending](*(prediction(name) for name in given_names))
     found = reader(data, ending)
     rows = list(found)
-    assert [encoded(row.name) for row in rows] == [encoded(printed(name)) for name in given_names]
+    assert [encode_text(row.name) for row in rows] == [encode_text(to_row_name(name)) for name in given_names]
     assert {row.run for row in rows} == {("majority", "cpu", "fp32")}
     assert found.columns == columns(CLASSES)
     assert found.complete_bytes == len(data)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
 from echoquad_runtime.errors import FrameReadError, OutputError
+from echoquad_runtime.storage import file_lock
 from echoquad_runtime.storage.atomic_folder import atomic_folder
 
 
@@ -80,9 +82,31 @@ def test_second_writer_is_refused(tmp_path: Path) -> None:
     target = tmp_path / "data"
     with atomic_folder(target) as folder:
         (folder / "file").write_text("first")
-        with pytest.raises(OutputError, match=r"data\.partial exists"):
+        with pytest.raises(OutputError, match=r"another process is writing .*data\.partial"):
             build(target)
     assert tree(target) == {"file": "first"}
+
+
+def test_folder_of_a_killed_writer_is_replaced(tmp_path: Path) -> None:
+    left = tmp_path / "data.partial" / "data"
+    left.mkdir(parents=True)
+    (left / "half").write_text("old")
+    (left.parent / "lock").touch()
+    build(tmp_path / "data")
+    assert tree(tmp_path) == {"data/inner/file": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_unfinished_folder_is_kept_where_nothing_can_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(file_lock, "_lock", refuse)
+    build(tmp_path / "first")
+    (tmp_path / "data.partial" / "data").mkdir(parents=True)
+    with pytest.raises(OutputError, match="has no locks"):
+        build(tmp_path / "data")
+    assert (tmp_path / "data.partial" / "data").is_dir()
 
 
 @pytest.mark.parametrize("call", [1, 2])

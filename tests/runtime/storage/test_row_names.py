@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echoquad_runtime.storage.row_names import digest, display_name, encoded, printed, walk_order, without_formula
+from echoquad_runtime.storage.row_names import (
+    display_name,
+    encode_text,
+    escape_formula,
+    name_digest,
+    to_row_name,
+    walk_sort_key,
+)
 
 FORMULAS = ["=1+1.png", "+a.png", "-a.png", "@SUM(A1).png", "\ta.png", "\ra.png", "\na.png", " =a.png", "\uff1da.png"]
 PLAIN = ["a.png", "a=b.png", "a/=b.png", "./a.png", "0.png", "", ".png", " a.png", "'=a.png", "é.png", "#a.png"]
@@ -21,44 +28,45 @@ path = st.lists(part, min_size=1, max_size=4).map("/".join)
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_name_that_is_a_formula_becomes_the_same_path_without_formula(name: str) -> None:
-    assert printed(name) == f"./{name}"
-    assert PurePosixPath(printed(name)) == PurePosixPath(name)
-    assert without_formula(name) == f"'{name}"
+    assert to_row_name(name) == f"./{name}"
+    assert PurePosixPath(to_row_name(name)) == PurePosixPath(name)
+    assert escape_formula(name) == f"'{name}"
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_other_names_are_unchanged(name: str) -> None:
-    assert printed(name) == without_formula(name) == name
+    assert to_row_name(name) == escape_formula(name) == name
 
 
 @given(path)
 def test_row_name_is_the_same_path_and_not_a_formula(name: str) -> None:
-    assert PurePosixPath(printed(name)) == PurePosixPath(name)
-    assert printed(name).lstrip()[:1] not in {*"=+-@"}
-    assert printed(name)[:1] not in {*"\t\r\n"}
-    assert printed(printed(name)) == printed(name)
+    assert PurePosixPath(to_row_name(name)) == PurePosixPath(name)
+    assert to_row_name(name).lstrip()[:1] not in {*"=+-@"}
+    assert to_row_name(name)[:1] not in {*"\t\r\n"}
+    assert to_row_name(to_row_name(name)) == to_row_name(name)
 
 
 @given(path, path)
 def test_row_names_differ_if_paths_differ(one: str, other: str) -> None:
-    assert (digest(printed(one)) == digest(printed(other))) == (one == other)
+    assert (name_digest(to_row_name(one)) == name_digest(to_row_name(other))) == (one == other)
 
 
 def test_digest_is_fixed() -> None:
     # Several machines and releases compute the shards of one archive.
-    assert digest("a/1.png").hex() == "4c9297bc24f32c0fa008ef8b092077de"
-    assert digest("a\udcff.png") == digest("a\\udcff.png")  # as read back from a row
+    assert name_digest("a/1.png").hex() == "4c9297bc24f32c0fa008ef8b092077de"
+    assert name_digest("a\udcff.png") == name_digest("a\\udcff.png")  # as read back from a row
 
 
 @given(st.lists(path, max_size=8))
 def test_walk_order_compares_folder_by_folder(names: list[str]) -> None:
-    assert sorted(names, key=lambda name: walk_order(printed(name))) == sorted(names, key=lambda name: name.split("/"))
+    expected = sorted(names, key=lambda name: name.split("/"))
+    assert sorted(names, key=lambda name: walk_sort_key(to_row_name(name))) == expected
 
 
 def test_walk_order_of_names_that_are_not_utf_8() -> None:
     names = ["z.png", "\ue000.png", os.fsdecode(b"\xff.png") if os.name != "nt" else "\udcff.png", "\\a.png"]
-    written = [encoded(printed(name)).decode() for name in names]
-    assert sorted(written, key=walk_order) == ["\\a.png", "z.png", "\\udcff.png", "\ue000.png"]
+    written = [encode_text(to_row_name(name)).decode() for name in names]
+    assert sorted(written, key=walk_sort_key) == ["\\a.png", "z.png", "\\udcff.png", "\ue000.png"]
 
 
 @given(st.text())

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from echoquad_runtime.errors import DatasetError, VerificationError
-from echoquad_runtime.frames.reader import read_frame
+from echoquad_runtime.frames.reader import read_grey
 from echoquad_runtime.quadrants import crop_box, stitch
 from echoquad_train.curation import quadrant_files
 from echoquad_train.curation.quadrant_files import write_quadrants
@@ -26,11 +26,11 @@ def test_stitched_quadrants_equal_the_cropped_frame(make_data, tmp_path: Path, k
     assert list(rows[0]) == ["file", "split", "class", "LA", "RA", "LV", "RV", "left", "top", "right", "bottom"]
     assert len(rows) == 12 and len(list((tmp_path / "out").rglob("*.png"))) == 48
     for row in rows:
-        frame = read_frame(data / row["file"])
+        frame = read_grey(data / row["file"])
         height, width = frame.shape
         left, top, right, bottom = (int(row[key]) for key in ("left", "top", "right", "bottom"))
         assert (left, top, right, bottom) == crop_box(width, height, keep)
-        parts = [read_frame(tmp_path / "out" / row[name]) for name in ("LA", "RA", "LV", "RV")]
+        parts = [read_grey(tmp_path / "out" / row[name]) for name in ("LA", "RA", "LV", "RV")]
         assert np.array_equal(stitch(*parts), frame[top:bottom, left:right])
     assert rows[0]["LA"] == "train/bright/train0_LA.png"
 
@@ -55,7 +55,7 @@ def test_frames_with_one_stem_keep_their_extensions(make_data, tmp_path: Path) -
 
 def test_failed_verification_leaves_no_folder(make_data, tmp_path: Path, monkeypatch) -> None:
     data = make_data(tmp_path / "data", frames=1)
-    monkeypatch.setattr(quadrant_files, "read_frame", lambda path: read_frame(path) // 2)
+    monkeypatch.setattr(quadrant_files, "read_grey", lambda path: read_grey(path) // 2)
     with pytest.raises(VerificationError, match="train/"):
         write_quadrants(data, tmp_path / "out", 0.9)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]

@@ -21,11 +21,11 @@ from echoquad_runtime.contract import QUADRANTS
 from echoquad_runtime.errors import EchoQuadError, VerificationError
 from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure
-from echoquad_runtime.frames.reader import read_frame
+from echoquad_runtime.frames.reader import read_grey
 from echoquad_runtime.quadrants import Grey, crop_box, split, stitch
 from echoquad_runtime.storage.atomic import write_bytes
 from echoquad_runtime.storage.atomic_folder import atomic_folder
-from echoquad_runtime.storage.row_names import encoded, printed
+from echoquad_runtime.storage.row_names import encode_text, to_row_name
 from echoquad_train.data.dataset import LabelledFrame, Progress, no_readable_frame
 from echoquad_train.data.frame_list import list_frames, read_all
 
@@ -92,18 +92,18 @@ def write_quadrants(
                     (partial / name).parent.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(quadrant).save(partial / name)
                 _check(partial, names, content.grey[top:bottom, left:right], frame)
-                rows.writerow([*map(printed, (frame.name, frame.split, frame.class_name, *names)), *box])
+                rows.writerow([*map(to_row_name, (frame.name, frame.split, frame.class_name, *names)), *box])
                 counts[frame.split, frame.class_name] += 1
             if progress is not None:
                 progress(done, len(frames))
         if not counts:
             raise no_readable_frame(data.as_posix(), failures)
-        write_bytes(partial / MAPPING, encoded(text.getvalue()))
+        write_bytes(partial / MAPPING, encode_text(text.getvalue()))
     return QuadrantFiles(dict(counts), tuple(failures))
 
 
 def _check(folder: Path, names: Sequence[str], cropped: Grey, frame: LabelledFrame) -> None:
-    stitched = stitch(*(read_frame(folder / name) for name in names))
+    stitched = stitch(*(read_grey(folder / name) for name in names))
     if not np.array_equal(stitched, cropped):
         raise VerificationError(
             f"{frame.name}: its four stitched quadrants differ from the cropped frame; expected equal pixels; "

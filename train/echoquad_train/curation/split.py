@@ -28,7 +28,7 @@ from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.storage.atomic import write_bytes
 from echoquad_runtime.storage.atomic_folder import atomic_folder
-from echoquad_runtime.storage.row_names import encoded, printed
+from echoquad_runtime.storage.row_names import encode_text, to_row_name
 from echoquad_train.curation.frame_scan import scan_frames
 from echoquad_train.curation.leaks import find_leaks
 from echoquad_train.data.dataset import SPLITS, LabelledFrame, Progress, class_folders
@@ -265,8 +265,8 @@ def _manifest(parts: Partition) -> bytes:
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["file", "class", "patient", "split"])
     for frame, patient, split in zip(parts.frames, parts.patients, parts.splits, strict=True):
-        rows.writerow([printed(frame.name), printed(frame.class_name), printed(patient), split])
-    return encoded(text.getvalue())
+        rows.writerow([to_row_name(frame.name), to_row_name(frame.class_name), to_row_name(patient), split])
+    return encode_text(text.getvalue())
 
 
 def _list_pool(source: Path, reading: ReadOptions) -> list[LabelledFrame]:

@@ -16,9 +16,9 @@ from PIL import Image
 
 from echoquad_runtime.errors import DatasetError, EchoQuadError, FrameReadError
 from echoquad_runtime.frames.discovery import EXPECTED_FILES, matrices_hint
+from echoquad_runtime.frames.file_access import read_bytes
 from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, IMAGE_EXTENSIONS, ReadOptions
-from echoquad_runtime.frames.image import read_bytes
-from echoquad_runtime.frames.reader import decode_frame, load_grey
+from echoquad_runtime.frames.reader import decode_grey, load_grey
 from echoquad_runtime.quadrants import Grey
 from echoquad_train.data.dataset import EXPECTED_FOLDERS, SPLITS, LabelledFrame, class_folders, frames_below
 from echoquad_train.data.prefetch import prefetch
@@ -86,7 +86,7 @@ def _read(frame: LabelledFrame) -> DecodedFile | EchoQuadError:
     try:
         if extension in IMAGE_EXTENSIONS:  # read the bytes once, for pixels and digest
             data = read_bytes(frame.path)
-            return DecodedFile(decode_frame(data), hashlib.sha256(data).digest(), len(data), _pixel_format(data))
+            return DecodedFile(decode_grey(data), hashlib.sha256(data).digest(), len(data), _pixel_format(data))
         grey, mode = load_grey(frame.file), extension.removeprefix(".") or "other"
         if frame.frame is not None:
             return DecodedFile(grey, b"", frame.path.stat().st_size, mode)

@@ -27,7 +27,7 @@ from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.results.row_formats import format_for
 from echoquad_runtime.storage.atomic import make_folder, write_atomically, write_bytes, write_json
-from echoquad_runtime.storage.row_names import without_formula
+from echoquad_runtime.storage.row_names import escape_formula
 from echoquad_train.data.dataset import Split, read_classes, read_split
 from echoquad_train.data.patients import patient_pattern, patients_of
 from echoquad_train.data.stream import Stream
@@ -310,5 +310,5 @@ def _write_predictions(path: Path, held_out: Sequence[SplitPredictions], classes
         for number, found in enumerate(held_out, 1):
             for prediction, label in zip(found.predictions, found.scored.labels, strict=True):
                 cells = io.StringIO()
-                csv.writer(cells, lineterminator="\n").writerow([number, without_formula(classes[label])])
+                csv.writer(cells, lineterminator="\n").writerow([number, escape_formula(classes[label])])
                 stream.write(layout.row(prediction).removesuffix(b"\n") + b"," + cells.getvalue().encode())

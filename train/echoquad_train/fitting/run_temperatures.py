@@ -97,7 +97,7 @@ def fit_ensemble_temperatures(ensemble: Ensemble, data: Path, patient_regex: str
             "expected runs that share one split; omit --calibrate"
         )
     contract = ensemble.contract
-    reading = ReadOptions.found_in(ensemble.info.get("data"))
+    reading = ReadOptions.from_record(ensemble.info.get("data"))
     split = read_split(data, "validation", contract.classes, reading)
     store = load_quadrants(split, contract)
     contract, changed = _fit_temperatures(ensemble.model, contract, split, store, torch.device("cpu"), patient_regex)

@@ -85,9 +85,9 @@ def evaluation_read_options(folder: Path, matrices: bool, flip: FlipName | None,
     from echoquad_runtime.frames.formats import ReadOptions
 
     if (folder / MANIFEST).exists():
-        trained = ReadOptions.found_in(Bundle(folder).manifest["training"])
+        trained = ReadOptions.from_record(Bundle(folder).manifest["training"])
     else:
         from echoquad_train.runs.checkpoint import read_info
 
-        trained = ReadOptions.found_in(read_info(folder).get("data"))
+        trained = ReadOptions.from_record(read_info(folder).get("data"))
     return read_options(matrices or trained.matrices, flip, every, trained)

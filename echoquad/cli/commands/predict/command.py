@@ -270,7 +270,7 @@ def _read_options(opened: Bundle, matrices: bool, flip: FlipName | None, every: 
     """Return the options for reading frames; report a flip of matrices that the command line does not state."""
     from echoquad_runtime.frames.formats import ReadOptions
 
-    trained = ReadOptions.found_in(opened.manifest["training"])
+    trained = ReadOptions.from_record(opened.manifest["training"])
     if flip is None and trained.flip != "none":
         print_status(f"matrices are flipped ({trained.flip}), as in training")
     elif flip is not None and flip != trained.flip:

@@ -250,5 +250,5 @@ def _read_options(out: Path, resume: bool, matrices: bool, flip: FlipName | None
         from echoquad_train.runs.checkpoint import read_info
 
         with contextlib.suppress(RunError):  # a missing or unfinished run is reported later
-            return ReadOptions.found_in(read_info(out).get("data"))
+            return ReadOptions.from_record(read_info(out).get("data"))
     return read_options(matrices, flip, every)

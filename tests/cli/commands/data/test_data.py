@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from echoquad_runtime.frames.reader import read_frame
+from echoquad_runtime.frames.reader import read_grey
 
 pytest.importorskip("torch")
 
@@ -135,7 +135,7 @@ def test_matrices_are_read_with_the_given_flip(
     patches = sorted(path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").rglob("*.png"))
     assert len(patches) == 48
     for path in patches:
-        assert np.array_equal(read_frame(tmp_path / "flipped" / path), read_frame(tmp_path / "plain" / path)), path
+        assert np.array_equal(read_grey(tmp_path / "flipped" / path), read_grey(tmp_path / "plain" / path)), path
 
 
 def test_invalid_data_commands_are_refused_without_torch(data: Path, many: Callable[..., Any], tmp_path: Path) -> None:
