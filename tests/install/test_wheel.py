@@ -23,7 +23,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     assert {f"echoquad_train/recipes/{name}.toml" for name in ("transfer", "scratch")} <= set(names)
     assert f"{info}/licenses/LICENSE" in names
     endings = {Path(name).suffix for name in names if not name.startswith(info)}
-    assert endings == {".py", ".toml", ".typed"}
+    assert endings == {".py", ".toml", ".typed", ".j2", ".css"}
     assert not [name for name in names if re.search(r"\btest|conftest|\.pyc|\.partial", name)]
     assert wheel.stat().st_size < 550_000  # no data and no binaries in it: 508 kB of code in November 2026
 
