@@ -42,7 +42,7 @@ GIVEN := --frames $(FRAMES) --results $(RESULTS)
 
 bench: $(READY)
 	test -d $(BUNDLE) -a -d $(FRAMES) || $(MAKE) demo
-	$(BIN)/python benchmarks/peers.py $(RUN) $(BUNDLE) --kinds rgb-png,l-png,rgb-jpeg,grey-jpeg $(GIVEN)
+	$(BIN)/python benchmarks/peers.py $(RUN) $(BUNDLE) --formats rgb-png,l-png,rgb-jpeg,grey-jpeg $(GIVEN)
 	$(BIN)/python benchmarks/engines.py $(RUN) $(BUNDLE) --rounds 30 --results $(RESULTS) \
 	  $(addprefix --openvino-python ,$(OPENVINO_PYTHON))
 	$(BIN)/python benchmarks/efficiency.py $(BUNDLE) $(GIVEN)

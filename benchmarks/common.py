@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, frames, alternating rounds, and the report with the machine it was taken on."""
+"""Helpers of the benchmarks: command line, test frames, interleaved timing, processes, and the report."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from echoquad_runtime.devices.cpu_info import available_cpus
 from echoquad_runtime.frames.discovery import walk
 from echoquad_runtime.storage.atomic import write_atomically
 
-WARM_UP = 3  # rounds: they allocate and choose kernels
-PAUSE = 0.08  # seconds: threads of the engine before, which spin on for half of that, would take a core from the next
+WARM_UP = 3  # rounds, in which engines allocate memory and choose kernels
+PAUSE = 0.08  # seconds; threads of the previous engine spin for about half of that and would occupy a core
 PACKAGES = ("echoquad", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "torchvision", "numpy", "pillow")
 FRAME_SIZE = (800, 600)  # width and height
-KINDS: dict[str, tuple[str, str, dict[str, int]]] = {  # Pillow's mode, ending, options of its encoder
+FORMATS: dict[str, tuple[str, str, dict[str, int]]] = {  # Pillow's mode, file extension, encoder options
     "rgb-png": ("RGB", ".png", {}),
     "l-png": ("L", ".png", {}),
     "rgb-jpeg": ("RGB", ".jpg", {"quality": 90}),
@@ -44,43 +44,42 @@ Item = TypeVar("Item")
 
 _HEAD = """# Results
 
-Written by the scripts of this folder when they are given `--results`; each section says by which command, on which
-machine and in which versions. Compare ratios, not times: other work on the machine slows all rows of a table alike.
+Written by the scripts of this folder with `--results`. Each section names its command, machine and versions. Compare
+ratios, not times: other work on the machine slows all rows of a table alike.
 """
 
 
-# ---------------------------------------------------------------------------------------------- arguments
+# Command line
 
 
 def arguments(doc: str | None, *, run: bool = False, frames: bool = True, rounds: int = 0) -> argparse.ArgumentParser:
-    """Give a parser with what every script takes; RUN, ``--frames`` and ``--rounds`` where they are asked for."""
+    """Return a parser with the common arguments; RUN, ``--frames`` and ``--rounds`` are optional."""
     first, _, rest = (doc or "").partition("\n")
     parser = argparse.ArgumentParser(description=first, epilog=rest, formatter_class=argparse.RawTextHelpFormatter)
     if run:
         parser.add_argument("run", type=Path, help="folder that `echoquad train` wrote")
     parser.add_argument("bundle", type=Path, help="folder that `echoquad export` wrote")
     if frames:
-        parser.add_argument("--frames", type=Path, help="folder of frames; phantoms are drawn where not given")
-        parser.add_argument("--count", type=int, default=64, help="frames to take (default %(default)s)")
+        parser.add_argument("--frames", type=Path, help="folder of frames (default: phantoms)")
+        parser.add_argument("--count", type=int, default=64, help="number of frames (default %(default)s)")
     if rounds:
-        parser.add_argument("--rounds", type=int, default=rounds, help="default %(default)s")
-    parser.add_argument("--threads", type=int, default=available_cpus(), help="default: all CPUs, %(default)s")
-    parser.add_argument("--results", type=Path, help="file whose section of this script is to be rewritten")
+        parser.add_argument("--rounds", type=int, default=rounds, help="timed rounds (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=available_cpus(), help="CPU threads (default: all, %(default)s)")
+    parser.add_argument("--results", type=Path, help="Markdown file whose section of this script is replaced")
     return parser
 
 
-# ---------------------------------------------------------------------------------------------- frames
+# Frames
 
 
 def make_frames(
-    folder: Path, kind: str, count: int, source: Path | None = None, size: tuple[int, int] = FRAME_SIZE
+    folder: Path, file_format: str, count: int, source: Path | None = None, size: tuple[int, int] = FRAME_SIZE
 ) -> list[Path]:
-    """Write `count` frames of a kind in `KINDS` into `folder`, each `size` (width, height); the same every time.
+    """Write `count` frames of a format in `FORMATS` into `folder`, each of `size` (width, height); deterministic.
 
-    They are those of the folder `source`, in an order drawn by lot and again from the start where there are too few;
-    phantoms where there is none.
+    The frames are those of the folder `source` in random order, repeated if there are too few, or phantoms.
     """
-    mode, ending, options = KINDS[kind]
+    mode, ending, options = FORMATS[file_format]
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for index, image in enumerate(_grey_images(source, count, size)):
@@ -105,30 +104,30 @@ def _grey_images(source: Path | None, count: int, size: tuple[int, int]) -> Iter
             yield image.convert("L").resize(size, Image.Resampling.BICUBIC)
 
 
-def plant_tree(folder: Path, frames: Sequence[Path], count: int, a_folder: int = 500) -> None:
-    """Make `count` hard links to frames, in turn, in subfolders: a large tree that takes no room."""
+def link_tree(folder: Path, frames: Sequence[Path], count: int, per_folder: int = 500) -> None:
+    """Create `count` hard links to frames in subfolders: a large tree that takes no disk space."""
     for index in range(count):
-        frame, where = frames[index % len(frames)], folder / f"{index // a_folder:04}"
-        if index % a_folder == 0:
-            where.mkdir(parents=True)
-        os.link(frame, where / f"{index:06}{frame.suffix}")
+        frame, parent = frames[index % len(frames)], folder / f"{index // per_folder:04}"
+        if index % per_folder == 0:
+            parent.mkdir(parents=True)
+        os.link(frame, parent / f"{index:06}{frame.suffix}")
 
 
-# ---------------------------------------------------------------------------------------------- timing
+# Timing
 
 
 def alternate(calls: Mapping[str, Callable[[], object]], rounds: int, pause: float = PAUSE) -> dict[str, float]:
-    """Call each in turn, as `time_in_turn` does; return median milliseconds by name."""
-    return {name: statistics.median(times) for name, times in time_in_turn(calls, rounds, pause).items()}
+    """Time calls with `time_interleaved`; return median milliseconds by name."""
+    return {name: statistics.median(times) for name, times in time_interleaved(calls, rounds, pause).items()}
 
 
-def time_in_turn(
+def time_interleaved(
     calls: Mapping[str, Callable[[], object]], rounds: int, pause: float = PAUSE
 ) -> dict[str, list[float]]:
-    """Call each in turn, `rounds` times, beginning with another one each round; return milliseconds by name.
+    """Time calls in `rounds` rounds, each starting with the next call; return milliseconds by name.
 
-    A machine that slows down in the middle slows all of them down, so their ratios hold. Each turn is a pause of so
-    many seconds, a call that wakes the processor, and the call that is timed.
+    A slowdown of the machine affects all calls alike, so ratios stay valid. Each turn is a pause in seconds, an untimed
+    call that wakes the processor, and the timed call.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + WARM_UP):
@@ -143,24 +142,24 @@ def time_in_turn(
 
 
 def rotated(items: Sequence[Item], turn: int) -> list[Item]:
-    """Give the items in the order of a round: each round begins with the next one."""
+    """Return the items in the order of a round: each round starts with the next item."""
     first = turn % len(items)
     return [*items[first:], *items[:first]]
 
 
 def paired_ratio(over: Sequence[float], under: Sequence[float]) -> float:
-    """Give the median over the rounds of one's time over the other's in the same round: a slow round hurts neither."""
+    """Return the median of the ratios within rounds, which a slow round does not change."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """Give p50, p95, p99 and the largest."""
+    """Return p50, p95, p99 and the maximum."""
     return {name: float(np.percentile(values, q)) for name, q in QUANTILES.items()}
 
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """Tie this thread to one CPU, where the system has a call for it."""
+    """Pin this thread to one CPU, on Linux."""
     if sys.platform != "linux":
         yield
         return
@@ -174,7 +173,7 @@ def one_core() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Ran:
-    """A process that has ended: wall seconds, CPU seconds, peak memory in megabytes (10^6 bytes), and what it said."""
+    """A finished process: wall seconds, CPU seconds, peak memory in megabytes (10^6 bytes), stdout and stderr."""
 
     seconds: float
     cpu: float
@@ -183,8 +182,7 @@ class Ran:
     err: str
 
 
-# It stands between, so that what the process took is known to the system apart from what this one takes: on Linux a
-# program is born with its parent's peak.
+# An intermediate process, because on Linux a process inherits the peak memory of its parent.
 _LAUNCHER = """
 import json, resource, subprocess, sys, time
 begin = time.perf_counter()
@@ -197,10 +195,7 @@ print(json.dumps([done.returncode, seconds, used.ru_utime + used.ru_stime, peak,
 
 
 def run_process(*line: str | Path, expected: int | None = 0) -> Ran:
-    """Run ``python LINE`` and measure it; needs Linux or macOS.
-
-    `expected` is the exit code that it has to end with; None is any.
-    """
+    """Run ``python LINE`` and measure it, on Linux or macOS. `expected` is the required exit code; None is any."""
     command = [sys.executable, "-S", "-E", "-c", _LAUNCHER, sys.executable, *map(str, line)]
     code, *found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     ran = Ran(*found)
@@ -209,11 +204,11 @@ def run_process(*line: str | Path, expected: int | None = 0) -> Ran:
     return ran
 
 
-# ---------------------------------------------------------------------------------------------- report
+# Report
 
 
 def machine(threads: int) -> str:
-    """Name the processor, the system and the threads that were used."""
+    """Return a description of the processor, the system and the threads in use."""
     processor = platform.processor() or platform.machine()
     for line in _lines(Path("/proc/cpuinfo")):
         if line.startswith("model name"):
@@ -226,7 +221,7 @@ def machine(threads: int) -> str:
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Give the versions of Python and of those packages that are installed."""
+    """Return the versions of Python and of the installed packages."""
     found = {"python": platform.python_version()}
     for name in names:
         try:
@@ -237,7 +232,7 @@ def versions(*names: str) -> dict[str, str]:
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:
-    """Lay out rows, the first of them the header, the first column to the left and the others to the right."""
+    """Format rows as a text table with a header; the first column is left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
@@ -246,7 +241,7 @@ def as_text(rows: Sequence[Sequence[str]]) -> str:
 
 
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Lay out rows, the first of them the header, as a table of Markdown."""
+    """Format rows as a Markdown table; the first row is the header."""
     header, *body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([header, "|---|" + "---:|" * (len(rows[0]) - 1), *body])
 
@@ -260,20 +255,20 @@ def report(
     threads: int | None = None,
     notes: Sequence[str] = (),
 ) -> None:
-    """Print a table, lines that belong to it, and the whole of the findings as one JSON line.
+    """Print a table, notes, and all results as one line of JSON.
 
     Parameters
     ----------
     name
-        The script's, and its section's.
+        Name of the script and of its section.
     rows
-        The table's cells as text; the first row is the header.
+        Cells of the table; the first row is the header.
     record
         JSON values; command, date, machine and versions are added.
     results
-        ``RESULTS.md``, where the section of this name is put in place of the older one; None writes nothing.
+        Markdown file, such as ``RESULTS.md``, whose section of this name is replaced; None writes nothing.
     threads
-        That were used; None is all CPUs.
+        Threads in use; None is all CPUs.
     notes
         Sentences below the table.
     """
@@ -287,7 +282,7 @@ def report(
 
 
 def run_facts(name: str, threads: int | None = None) -> dict[str, Any]:
-    """Return what a record says of its run: benchmark, command, date, machine and versions."""
+    """Return benchmark, command, date, machine and versions for a record."""
     return {
         "benchmark": name,
         "command": shown_command(sys.argv),
@@ -298,7 +293,7 @@ def run_facts(name: str, threads: int | None = None) -> dict[str, Any]:
 
 
 def write_section(results: Path, name: str, parts: Sequence[str], facts: Mapping[str, Any]) -> None:
-    """Write a section of ``RESULTS.md``: its name, the command, `parts`, and the machine of `run_facts`."""
+    """Replace a section of the results file: its name, the command, `parts`, and the machine of `run_facts`."""
     last = f"{facts['date']}; {facts['machine']}; {_listed(facts['versions'])}."
     text = "\n\n".join([f"## {name}", f"`{facts['command']}`", *parts, last])
     old = results.read_text("utf-8") if results.exists() else _HEAD
@@ -307,7 +302,7 @@ def write_section(results: Path, name: str, parts: Sequence[str], facts: Mapping
 
 
 def replace_section(document: str, name: str, text: str) -> str:
-    """Put `text` between the markers of a section, which go to the end where they are not there yet."""
+    """Replace the text between the markers of a section; a new section goes to the end."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     section = f"{begin}\n{text}\n{end}"
     found = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
@@ -317,7 +312,7 @@ def replace_section(document: str, name: str, text: str) -> str:
 
 
 def shown_command(argv: Sequence[str]) -> str:
-    """Give the command line without the folders of the machine that it was run on."""
+    """Return the command line without the folders of this machine."""
     script = f"benchmarks/{Path(argv[0]).name}"
     return shlex.join(["python", script, *(Path(word).name if Path(word).is_absolute() else word for word in argv[1:])])
 

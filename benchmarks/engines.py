@@ -1,13 +1,12 @@
-"""What one frame's four quadrants cost in each engine, alternating in one run, on the same weights.
+"""Time inference of one frame (four quadrants) in several engines on the same weights, interleaved.
 
     python benchmarks/engines.py RUN BUNDLE [--rounds 60] [--threads 2] [--openvino-python PYTHON]
         [--results benchmarks/RESULTS.md]
 
-Every precision that the bundle holds is timed in EchoQuad on the CPU. With `--openvino-python`, the Python of an
-environment that has the wheels onnxruntime-openvino and openvino, also in EchoQuad on the device openvino and in
-OpenVINO by hand on the same graph; int8 there also with the first convolution as it was trained. What EchoQuad takes
-of OpenVINO by hand with its best graph is printed. Prints a table, then one JSON line. Decoding is left out;
-`echoquad bench` has it.
+EchoQuad runs each precision of the bundle on the CPU. With `--openvino-python`, the Python of an environment with
+onnxruntime-openvino and openvino, it also runs on the device openvino, and is compared with plain OpenVINO on the same
+graph; for int8 also on a graph that keeps the first convolution as trained. Prints a table, then one line of JSON.
+Decoding is not included; see `echoquad bench`.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, paired_ratio, report, time_in_turn
+from common import arguments, paired_ratio, report, time_interleaved
 
 from echoquad_export.precision.calibration_set import Ranges
-from echoquad_export.precision.quantize import float_tensors, prepare, quantize
+from echoquad_export.precision.quantize import activation_tensors, prepare, quantize
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.slot_pool import SlotPool
@@ -37,7 +36,7 @@ from echoquad_train.runs.checkpoint import load_run
 Quadrants = np.ndarray
 
 AS_TRAINED = "int8, first convolution as trained"
-AIM = 1.10  # of OpenVINO by hand with its best graph
+AIM = 1.10  # times plain OpenVINO with its best graph
 
 
 def main() -> None:
@@ -54,18 +53,18 @@ def main() -> None:
         slots = SlotPool(engine, 1)
         calls[f"EchoQuad, {precision}"] = lambda slots=slots: slots.run(quadrants[None], 1)  # type: ignore[misc]
     with openvino_calls(bundle, options.openvino_python, options.threads) as (others, versions):
-        times = time_in_turn({**calls, **others}, options.rounds)
+        times = time_interleaved({**calls, **others}, options.rounds)
     medians = {name: statistics.median(values) for name, values in times.items()}
     single = medians.get("EchoQuad, fp32", next(iter(medians.values())))
     rows = [["engine", "ms a frame", "of EchoQuad, fp32"]]
     rows += [[name, f"{median:.2f}", f"{median / single:.2f}"] for name, median in medians.items()]
     ratios = openvino_ratios(times)
-    notes = [f"{name}: EchoQuad on device openvino takes {ratio:.2f} of OpenVINO by hand with its best graph "
+    notes = [f"{name}: EchoQuad on device openvino takes {ratio:.2f} times plain OpenVINO with its best graph "
              f"(aim: at most {AIM:.2f})." for name, ratio in ratios.items()]  # fmt: skip
     if not others:
-        notes = ["OpenVINO was not measured: name a Python that has it with --openvino-python."]
+        notes = ["OpenVINO was not measured; give --openvino-python."]
     else:
-        notes.append(f"OpenVINO ran in a Python of its own: {', '.join(map(' '.join, versions.items()))}.")
+        notes.append(f"OpenVINO ran in a separate environment: {', '.join(map(' '.join, versions.items()))}.")
     record = {"input_size": size, "rounds": options.rounds, "median_ms": medians, "openvino_ratios": ratios}
     report("engines", rows, record, options.results, threads=options.threads, notes=notes)
 
@@ -89,14 +88,14 @@ def torch_calls(run: Path, quadrants: Quadrants, threads: int) -> dict[str, Call
 def openvino_calls(
     bundle: Bundle, python: str | None, threads: int
 ) -> Iterator[tuple[dict[str, Callable[[], object]], dict[str, str]]]:
-    """Start `openvino_worker.py` and give its calls and versions; none of both where `python` is None."""
+    """Start `workers/openvino_worker.py`; yield its calls and versions, both empty if `python` is None."""
     if python is None:
         yield {}, {}
         return
     with TemporaryDirectory() as folder:
         if {"fp32", "int8"} <= set(bundle.precisions):
             Path(folder, f"{AS_TRAINED}.onnx").write_bytes(plain_int8(bundle))
-        worker = Path(__file__).with_name("openvino_worker.py")
+        worker = Path(__file__).with_name("workers") / "openvino_worker.py"
         line = [python, str(worker), str(bundle.folder.resolve()), folder, str(threads)]
         with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdin is not None and process.stdout is not None
@@ -109,7 +108,7 @@ def openvino_calls(
             def answer() -> str:
                 found = process.stdout.readline()  # type: ignore[union-attr]
                 if not found:
-                    raise SystemExit(f"{python}: OpenVINO's worker ended early; see above for what it lacks")
+                    raise SystemExit(f"{python}: the OpenVINO worker ended early; see its error above")
                 return found
 
             found: dict[str, Any] = json.loads(answer())
@@ -118,10 +117,7 @@ def openvino_calls(
 
 
 def openvino_ratios(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Return, by precision, EchoQuad's time on the device openvino over that of OpenVINO by hand with its best graph.
-
-    It is the median of the rounds' ratios.
-    """
+    """Return EchoQuad's time on the device openvino over that of plain OpenVINO with its best graph, by precision."""
     found = {}
     for name, ours in times.items():
         if name.endswith(", device openvino"):
@@ -133,13 +129,10 @@ def openvino_ratios(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def plain_int8(bundle: Bundle) -> bytes:
-    """Quantise the bundle's float32 graph with the first convolution as it was trained.
-
-    Ranges are of the golden frames: they cost no time.
-    """
+    """Quantize the bundle's float32 graph and keep the first convolution as trained; golden frames calibrate it."""
     model = prepare(bundle.read_model("fp32"), bundle.contract, space_to_depth=False)
     frames = np.stack([frame_quadrants(frame, bundle.contract)[:, 0] for frame in bundle.read_golden().frames])
-    return quantize(model, Ranges(model, frames, float_tensors(model)))
+    return quantize(model, Ranges(model, frames, activation_tensors(model)))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Time an epoch of EchoQuad's training loop against a plain DataLoader with torchvision's transforms.
+"""Time a training epoch of EchoQuad against a plain DataLoader with torchvision transforms.
 
-Both train the same network from the same weights by the same recipe, batch size and precision on the same frames; only
-the way from a file to a batch differs:
+Both train the same network from the same weights with the same recipe, batch size, precision and frames. Only the data
+pipelines differ:
 
-echoquad          every frame decoded once to 8-bit quadrants; the whole batch augmented as one warp
-dataloader, N     a quadrant an item: PNG opened, grey, cropped, cut, resized, then RandomResizedCrop, flip, rotation,
-                  affine and erasing, each by torchvision on a PIL image; N worker processes
+echoquad          decodes each frame once to 8-bit quadrants, and augments a whole batch with one warp
+dataloader, N     loads one quadrant per item: PNG, grey, crop, split, resize, then RandomResizedCrop, flip, rotation,
+                  affine and erasing by torchvision on PIL images; N worker processes
 
-Rounds alternate; the first of each warms up. "data" is the time in which the loop waits for a batch, augmentation
-included; "compute" is the rest: forward, backward, optimizer. Both validate alike, so validation is left out.
+Rounds are interleaved; the first is a warm-up. "data" is the time that the loop waits for batches, augmentation
+included; "compute" is the rest: forward, backward, optimizer. Validation is not included.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 from torchvision import transforms
 
-sys.path.insert(0, str(Path(__file__).parent))  # so that a worker that is spawned finds it too
+sys.path.insert(0, str(Path(__file__).parent))  # for spawned workers
 from common import paired_ratio, report, rotated
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices.cpu_info import available_cpus
 from echoquad_runtime.quadrants import quadrant_boxes
 from echoquad_train.data.dataset import LabelledFrame, Split, load_quadrants, read_classes, read_split
-from echoquad_train.networks.classifier import QuadrantClassifier, build_model, set_trained
+from echoquad_train.networks.classifier import QuadrantClassifier, build_model, set_trainable
 from echoquad_train.networks.device import choose_device, make_deterministic, mixed_dtype
 from echoquad_train.recipe import Recipe
 from echoquad_train.training.augmentation import apply_augmentation
@@ -48,7 +48,7 @@ Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # grey levels 0 to 255, f
 
 
 class PngQuadrants(Dataset[tuple[torch.Tensor, int]]):
-    """What a script with torchvision's transforms does for each quadrant, as the document's does."""
+    """One quadrant per item through torchvision transforms, as in the reference pipeline."""
 
     def __init__(self, frames: tuple[LabelledFrame, ...], recipe: Recipe, contract: Contract) -> None:
         self.frames, self.contract = frames, contract
@@ -58,7 +58,7 @@ class PngQuadrants(Dataset[tuple[torch.Tensor, int]]):
             [
                 transforms.Resize((size, size), bilinear),
                 transforms.RandomResizedCrop(size, recipe.crop_scale, recipe.crop_ratio, bilinear),
-                transforms.RandomHorizontalFlip(recipe.flip),
+                transforms.RandomHorizontalFlip(recipe.horizontal_flip),
                 transforms.RandomRotation(recipe.rotate, bilinear),
                 transforms.RandomAffine(0, move, recipe.zoom, [-shear, shear], bilinear),
                 transforms.PILToTensor(),
@@ -79,7 +79,7 @@ class PngQuadrants(Dataset[tuple[torch.Tensor, int]]):
 
 
 class Loop:
-    """A network with its optimizer, trained by either way alike."""
+    """A network with its optimizer; both pipelines use the same."""
 
     def __init__(self, recipe: Recipe, contract: Contract, labels: np.ndarray, where: torch.device) -> None:
         torch.manual_seed(recipe.seed)
@@ -90,11 +90,13 @@ class Loop:
         self.weights = class_weights(labels, len(contract.classes)).to(where)
         self.scaler = torch.amp.GradScaler(where.type, enabled=self.dtype is torch.float16)
         phase = phase_of(recipe, recipe.epochs)
-        groups = set_trained(self.model, phase.layers)
-        self.schedule = OptimizerSchedule(groups, recipe, phase, steps_per_epoch=10**6)  # the rate does not matter here
+        groups = set_trainable(self.model, phase.layers)
+        self.schedule = OptimizerSchedule(
+            groups, recipe, phase, steps_per_epoch=10**6
+        )  # the learning rate does not affect the time
 
     def epoch(self, batches: Batches) -> tuple[float, float]:
-        """Give the seconds of an epoch that went into waiting for batches, and into computing."""
+        """Train an epoch; return the seconds spent waiting for batches, and computing."""
         begin = time.perf_counter()
         waited = 0.0
         while True:
@@ -126,8 +128,8 @@ class Spent(NamedTuple):
         return self.data + self.compute
 
 
-def ours(split: Split, recipe: Recipe, contract: Contract, where: torch.device) -> Callable[[int], Batches]:
-    """EchoQuad's way; decoding, once a run, is not in an epoch."""
+def echoquad_batches(split: Split, recipe: Recipe, contract: Contract, where: torch.device) -> Callable[[int], Batches]:
+    """Return batches of EchoQuad; decoding happens once per run and is not part of an epoch."""
     store = load_quadrants(split, contract)
     loader = BatchLoader(recipe, store, where, torch.ones(len(contract.classes)))
 
@@ -140,10 +142,10 @@ def ours(split: Split, recipe: Recipe, contract: Contract, where: torch.device) 
     return batches
 
 
-def theirs(
+def dataloader_batches(
     split: Split, recipe: Recipe, contract: Contract, where: torch.device, workers: int
 ) -> Callable[[int], Batches]:
-    """A plain DataLoader; its workers stay from epoch to epoch."""
+    """Return batches of a plain DataLoader with persistent workers."""
     labels = np.repeat([frame.label for frame in split.frames], 4)
     balanced = WeightedRandomSampler((1.0 / np.bincount(labels))[labels].tolist(), len(labels))
     loader = DataLoader(
@@ -170,12 +172,14 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="DATA/{train,validation}/CLASS/**/*.png")
     parser.add_argument("--recipe", default="scratch", help="default %(default)s")
     parser.add_argument("--input-size", type=int, default=112, help="default %(default)s")
-    parser.add_argument("--frames", type=int, help="train on this many frames, drawn by lot; all where not given")
-    parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2], help="default %(default)s")
+    parser.add_argument("--frames", type=int, help="number of training frames, drawn at random (default: all)")
+    parser.add_argument(
+        "--workers", type=int, nargs="*", default=[0, 1, 2], help="DataLoader workers (default %(default)s)"
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--rounds", type=int, default=3, help="default %(default)s")
-    parser.add_argument("--threads", type=int, default=available_cpus(), help="default: all CPUs, %(default)s")
-    parser.add_argument("--results", type=Path, help="file whose section of this script is to be rewritten")
+    parser.add_argument("--rounds", type=int, default=3, help="timed epochs (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=available_cpus(), help="CPU threads (default: all, %(default)s)")
+    parser.add_argument("--results", type=Path, help="Markdown file whose section of this script is replaced")
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
@@ -190,8 +194,8 @@ def main() -> None:
         split = Split(split.name, split.classes, tuple(split.frames[index] for index in chosen))
     labels = np.array([frame.label for frame in split.frames])
 
-    ways: dict[str, Callable[[int], Batches]] = {"echoquad": ours(split, recipe, contract, where)}
-    ways |= {f"dataloader, {n} workers": theirs(split, recipe, contract, where, n) for n in options.workers}
+    ways: dict[str, Callable[[int], Batches]] = {"echoquad": echoquad_batches(split, recipe, contract, where)}
+    ways |= {f"dataloader, {n} workers": dataloader_batches(split, recipe, contract, where, n) for n in options.workers}
     loops = {name: Loop(recipe, contract, labels, where) for name in ways}
     spent: dict[str, list[Spent]] = {name: [] for name in ways}
     for turn in range(options.rounds + 1):
@@ -218,7 +222,7 @@ def main() -> None:
         {"frames": len(labels), "rounds": options.rounds, "training": how, "ways": record},
         options.results,
         threads=options.threads,
-        notes=[f"{len(labels)} frames, {how}; medians of {options.rounds} epochs after one to warm up."],
+        notes=[f"{len(labels)} frames, {how}; medians of {options.rounds} epochs after a warm-up."],
     )
 
 

@@ -1,10 +1,10 @@
-"""Latency of a live source: 30 and 60 frames a second, by stage; a burst; minutes on end; and what spinning is worth.
+"""Latency of a live source at 30 and 60 frames per second: stages, bursts, sustained load, and thread spinning.
 
     python benchmarks/latency.py BUNDLE [--frames FOLDER] [--precision int8] [--seconds 10] [--minutes 10]
 
-A frame's latency is from the moment it is due, as an encoded file in memory, to its decision; none is dropped, so a
-late one delays those behind it, and a deadline is missed where a decision comes after the next frame was due. CPU is
-the process's: over the whole, and while it waits for a frame. Stages are timed in a run of their own.
+The latency of a frame is the time from when it is due, as an encoded file in memory, to its decision. No frame is
+dropped, so a late frame delays the next ones. A deadline is missed if the decision comes after the next frame is due.
+CPU usage is that of the process, overall and while it waits for a frame. Stages are timed in a separate run.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import KINDS, PAUSE, arguments, make_frames, quantiles, report, rotated
+from common import FORMATS, PAUSE, arguments, make_frames, quantiles, report, rotated
 
-from echoquad_runtime.bench.benchmark import STAGES, peak_rss_mb, time_stages
-from echoquad_runtime.bench.live_source import Paced, pace
+from echoquad_runtime.bench.benchmark import STAGES, time_stages
+from echoquad_runtime.bench.live_source import LiveRun, run_live
+from echoquad_runtime.bench.peak_memory import peak_rss_mb
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.bundle.onnx_header import INPUT, OUTPUTS
 from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
@@ -28,13 +29,13 @@ from echoquad_runtime.engine.io_binding import FloatArray
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict.predictor import Predictor
 
-BURST = 32  # frames that are there at once
+BURST = 32  # frames that arrive at once
 SUSTAINED_FPS = 30.0
 HEADER = ["", "p50 ms", "p95 ms", "p99 ms", "max ms", "missed", "cores", "idle CPU %"]
 
 
 class OrtOwn:
-    """A session with onnxruntime's own settings but for the number of threads: its threads spin, and go on."""
+    """A session with onnxruntime's default options except for the number of threads; its threads spin."""
 
     device, note = "cpu", ""
 
@@ -52,26 +53,32 @@ class OrtOwn:
 
 def main() -> None:
     parser = arguments(__doc__, rounds=5)
-    parser.add_argument("--kind", choices=list(KINDS), default="rgb-png")
-    parser.add_argument("--precision", help="such as fp32,int8 (default: those of the bundle, without fp16)")
-    parser.add_argument("--fps", default="30,60", help="frames a second of the source (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of live frames, in parts (default %(default)s)")
-    parser.add_argument("--minutes", type=int, default=0, help="of a sustained run at 30 a second (default: none)")
+    parser.add_argument("--format", choices=list(FORMATS), default="rgb-png")
+    parser.add_argument(
+        "--precision", help="comma-separated, such as fp32,int8 (default: those of the bundle without fp16)"
+    )
+    parser.add_argument("--fps", default="30,60", help="frames per second of the source (default %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="duration of live runs, in --rounds parts (default %(default)s)"
+    )
+    parser.add_argument(
+        "--minutes", type=int, default=0, help="duration of a sustained run at 30 frames per second (default: none)"
+    )
     options = parser.parse_args()
 
     bundle = Bundle(options.bundle)
     precisions = (options.precision or ",".join(name for name in bundle.precisions if name != "fp16")).split(",")
     with tempfile.TemporaryDirectory() as work:
-        files = make_frames(Path(work), options.kind, options.count, options.frames)
+        files = make_frames(Path(work), options.format, options.count, options.frames)
         encoded = [path.read_bytes() for path in files]
     rows, record = [HEADER], dict[str, Any]()
     for precision in precisions:
         record[precision] = found = measure(bundle, precision, encoded, options)
         rows += table(precision, found)
     note = (
-        f"Live runs of {options.seconds:g} seconds in {options.rounds} alternating parts, frames of 800x600, "
-        f"{options.kind}. Cores is the process's CPU time over time on the clock; idle CPU is the same while it waits "
-        "for a frame, in per cent of one core."
+        f"Live runs of {options.seconds:g} seconds in {options.rounds} interleaved parts, frames of 800x600, "
+        f"{options.format}. Cores is CPU time over wall time of the process; idle CPU is the same while it waits for a "
+        "frame, in percent of one core."
     )
     report("latency", rows, record, options.results, threads=options.threads, notes=[note])
 
@@ -89,7 +96,7 @@ def measure(bundle: Bundle, precision: str, encoded: Sequence[bytes], options: A
     for fps in map(float, options.fps.split(",")):
         count = max(1, round(fps * options.seconds / options.rounds))
         found["live"][f"{fps:g}"] = stages(own, encoded, fps, count * options.rounds)
-        taken: dict[str, list[Paced]] = {name: [] for name in predictors}
+        taken: dict[str, list[LiveRun]] = {name: [] for name in predictors}
         for turn in range(options.rounds):
             for name in rotated(list(predictors), turn):
                 taken[name].append(live(predictors[name], encoded, fps, count))
@@ -100,24 +107,24 @@ def measure(bundle: Bundle, precision: str, encoded: Sequence[bytes], options: A
 
 
 def stages(predictor: Predictor, encoded: Sequence[bytes], fps: float, count: int) -> dict[str, Any]:
-    """Give each stage's quantiles over a live run."""
-    slots = predictor.slots(many=False)
+    """Return quantiles of each stage over a live run."""
+    slots = predictor.slots(concurrent=False)
     batch = slots.new_batch()
     taken: list[list[float]] = []
-    pace(lambda i: taken.append(time_stages(slots, [encoded[i % len(encoded)]], batch)), fps, count)
+    run_live(lambda i: taken.append(time_stages(slots, [encoded[i % len(encoded)]], batch)), fps, count)
     columns = zip(STAGES, zip(*taken, strict=True), strict=True)
     return {name: quantiles([1e3 * one for one in column]) for name, column in columns}
 
 
-def live(predictor: Predictor, encoded: Sequence[bytes], fps: float, count: int) -> Paced:
+def live(predictor: Predictor, encoded: Sequence[bytes], fps: float, count: int) -> LiveRun:
     time.sleep(PAUSE)
     for index in range(5):
         predictor(encoded[index % len(encoded)])
-    return pace(lambda index: predictor(encoded[index % len(encoded)]), fps, count)
+    return run_live(lambda index: predictor(encoded[index % len(encoded)]), fps, count)
 
 
-def described(runs: Sequence[Paced]) -> dict[str, Any]:
-    """Give the quantiles over all runs, and what of them was CPU: means over the runs."""
+def described(runs: Sequence[LiveRun]) -> dict[str, Any]:
+    """Return quantiles over all runs, and the mean CPU usage of the runs."""
     latencies = [1e3 * one for paced in runs for one in paced.latencies]
     idle = [100 * paced.idle_cpu for paced in runs if paced.idle_cpu is not None]
     return {
@@ -130,10 +137,10 @@ def described(runs: Sequence[Paced]) -> dict[str, Any]:
 
 
 def burst(predictor: Predictor, encoded: Sequence[bytes], rounds: int) -> dict[str, Any]:
-    """Hand over `BURST` frames at once, `rounds` times: when each decision is there, and when the last one is."""
+    """Predict `BURST` frames at once, `rounds` times; return times of the decisions, and of the last one."""
     times: list[float] = []
     drained: list[float] = []
-    for turn in range(rounds + 1):  # the first opens what many frames need
+    for turn in range(rounds + 1):  # the first round opens the worker pool
         time.sleep(0.2)
         begin = time.perf_counter()
         ends = []
@@ -148,7 +155,7 @@ def burst(predictor: Predictor, encoded: Sequence[bytes], rounds: int) -> dict[s
 
 
 def sustained(predictor: Predictor, encoded: Sequence[bytes], minutes: int) -> list[dict[str, Any]]:
-    """Go on at 30 frames a second; figures of every minute."""
+    """Run at 30 frames per second; return figures for each minute."""
     found = []
     for _ in range(minutes):
         one = live(predictor, encoded, SUSTAINED_FPS, round(60 * SUSTAINED_FPS))
@@ -167,7 +174,7 @@ def table(precision: str, found: dict[str, Any]) -> list[list[str]]:
         rows.append(row(f"{precision}: sustained, minute 1", minutes[0]))
         rows.append(row(f"{precision}: sustained, minute {len(minutes)}", minutes[-1]))
         worst = max(range(len(minutes)), key=lambda index: minutes[index]["p99"])
-        rows.append(row(f"{precision}: sustained, its worst minute, {worst + 1}", minutes[worst]))
+        rows.append(row(f"{precision}: sustained, worst minute, {worst + 1}", minutes[worst]))
     return rows
 
 

@@ -1,10 +1,10 @@
-"""Peak memory of `echoquad predict` over a small and a large tree, of `--resume`, and what takes it. Linux and macOS.
+"""Peak memory of `echoquad predict` on a small and a large tree and with `--resume`, and its parts; Linux, macOS.
 
     python benchmarks/memory.py BUNDLE [--frames FOLDER] [--counts 1000,20000] [--results benchmarks/RESULTS.md]
 
-The frames of the trees are hard links to a few, in subfolders. `--resume` goes on after a run over the largest tree
-that was killed, without warning, in the middle of it. Small frames and a small network make it quick: what is looked
-for is what grows with the number of frames.
+The trees consist of hard links to a few frames, in subfolders. `--resume` continues a run on the largest tree that was
+killed half-way. Small frames and a small network keep it fast: the question is which memory grows with the number of
+frames.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import KINDS, Ran, arguments, make_frames, plant_tree, report, run_process
+from common import FORMATS, Ran, arguments, link_tree, make_frames, report, run_process
 
 from echoquad_runtime.bundle.bundle import Bundle
 
-AIM = 1.05  # the largest tree's peak over the smallest one's
+AIM = 1.05  # peak of the largest tree over that of the smallest
 
-# Each line is a step, with what is resident after it.
+# Prints the resident memory after each step.
 _STEPS = """
 import json, os, sys
 def resident():
@@ -43,21 +43,21 @@ found.append(("EchoQuad's modules", resident()))
 bundle = Bundle(sys.argv[1])
 found.append(("bundle, read and hashed", resident()))
 threads = int(sys.argv[4])
-predictor = Predictor(bundle, precision=sys.argv[2], device="cpu", threads=threads, many=True)
+predictor = Predictor(bundle, precision=sys.argv[2], device="cpu", threads=threads, concurrent=True)
 found.append(("session", resident()))
 for _ in range(3):
     list(predictor.predict([sys.argv[3]]))
-found.append(("workers, their slots, frames under way", resident()))
+found.append(("workers, slots, frames in flight", resident()))
 print(json.dumps(found))
 """
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--counts", default="1000,20000", help="frames of the trees (default %(default)s)")
-    parser.add_argument("--kind", choices=list(KINDS), default="l-png")
+    parser.add_argument("--counts", default="1000,20000", help="frames per tree (default %(default)s)")
+    parser.add_argument("--format", choices=list(FORMATS), default="l-png")
     parser.add_argument("--size", default="200x150", help="width and height of a frame (default %(default)s)")
-    parser.add_argument("--precision", help="default: the bundle's")
+    parser.add_argument("--precision", help="default: that of the bundle")
     options = parser.parse_args()
 
     precision = options.precision or Bundle(options.bundle).default_precision
@@ -69,10 +69,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         width, height = map(int, options.size.split("x"))
-        frames = make_frames(work / "frames", options.kind, options.count, options.frames, (width, height))
+        frames = make_frames(work / "frames", options.format, options.count, options.frames, (width, height))
         for count in counts:
             tree, out = work / f"tree-{count}", work / f"{count}.csv"
-            plant_tree(tree, frames, count)
+            link_tree(tree, frames, count)
             ran = run_process("-m", "echoquad", *line, tree, "--out", out)
             check_rows(out, count)
             found["trees"].append({"frames": count, "peak_mb": ran.peak_mb, "seconds": ran.seconds})
@@ -87,7 +87,7 @@ def main() -> None:
     for name, resident in found["components_mb"]:
         rows.append([f"resident with: {name}", "", f"{resident:.1f}", "", f"+{resident - before:.1f} MB"])
         before = resident
-    notes = [f"The largest tree takes {found['ratio']:.3f} of the smallest one's memory (aim: at most {AIM})."]
+    notes = [f"The largest tree needs {found['ratio']:.3f} times the memory of the smallest (aim: at most {AIM})."]
     report("memory", rows, found, options.results, threads=options.threads, notes=notes)
 
 
@@ -101,12 +101,12 @@ def cells(name: str, one: dict[str, Any], least: float) -> list[str]:
     ]
 
 
-def resume(line: Sequence[str | Path], tree: Path, whole: Path, count: int) -> dict[str, Any]:
-    """Kill a run when half of its rows are there, then go on with it; gives what the second one took."""
-    folder = whole.with_name("resumed")
+def resume(line: Sequence[str | Path], tree: Path, expected: Path, count: int) -> dict[str, Any]:
+    """Kill a run after half of its rows, resume it, and return the resources of the second run."""
+    folder = expected.with_name("resumed")
     folder.mkdir()
     out = folder / "rows.csv"
-    half, command = whole.stat().st_size / 2, [*line, tree, "--out", out]
+    half, command = expected.stat().st_size / 2, [*line, tree, "--out", out]
     process = subprocess.Popen([sys.executable, "-m", "echoquad", *map(str, command)], stderr=subprocess.DEVNULL)
     while process.poll() is None and written(folder) < half:
         time.sleep(0.02)
@@ -115,13 +115,13 @@ def resume(line: Sequence[str | Path], tree: Path, whole: Path, count: int) -> d
     left = written(folder)
     ran: Ran = run_process("-m", "echoquad", *command, "--resume")
     check_rows(out, count)
-    if out.read_bytes() != whole.read_bytes():
-        raise SystemExit("the resumed rows are not those of the run that was left alone")
+    if out.read_bytes() != expected.read_bytes():
+        raise SystemExit("the resumed rows differ from those of an uninterrupted run")
     return {"frames": count, "peak_mb": ran.peak_mb, "seconds": ran.seconds, "bytes_left_by_the_killed": left}
 
 
 def written(folder: Path) -> int:
-    """Give the size of the largest file in a folder."""
+    """Return the size of the largest file in a folder, in bytes."""
     return max((entry.stat().st_size for entry in os.scandir(folder)), default=0)
 
 
@@ -133,7 +133,7 @@ def check_rows(out: Path, count: int) -> None:
 
 
 def components(bundle: Path, precision: str, frames: Path, threads: int) -> list[tuple[str, float]]:
-    """Give what is resident after each step, in megabytes; nothing where the system has no /proc."""
+    """Return the resident memory after each step in megabytes, on Linux; [] elsewhere."""
     if sys.platform != "linux":
         return []
     ran = run_process("-c", _STEPS, bundle, precision, frames, str(threads))

@@ -1,12 +1,11 @@
-"""Accuracy against time: one point for each trained run and precision, in a table, a plot and one JSON line.
+"""Accuracy against time (Pareto front): a table, a plot and a line of JSON with a point per run and precision.
 
     python benchmarks/pareto.py RUN [RUN ...] --out docs/reference/pareto [--precision fp32,int8] [--rounds 60]
         [--threads 2]
 
-Every run is exported, with its parity gate, and judges the validation frames of the data that it was trained on: the
-frame accuracy is that of the exported graph, not of the training code. The time is one frame's, from the bytes of its
-file to the decision, all points alternating in one run. An int8 graph that misses its gate has no point; the table says
-so. Writes ``OUT.md``, ``OUT.json`` and ``OUT.png``.
+Each run is exported, with its parity gate, and the exported graph classifies the validation frames of the run's data.
+The time is that of one frame, from file bytes to decision; all points are timed interleaved. An int8 graph that fails
+its gate has no point, and the table says so. Writes ``OUT.md``, ``OUT.json`` and ``OUT.png``.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import ParityError
-from echoquad_runtime.predict.predictor import Prediction, Predictor
+from echoquad_runtime.predict.prediction import Prediction
+from echoquad_runtime.predict.predictor import Predictor
 from echoquad_train.data.dataset import read_split
 from echoquad_train.evaluation.intervals import wilson_interval
 from echoquad_train.runs.checkpoint import load_run
@@ -36,7 +36,7 @@ from echoquad_train.runs.checkpoint import load_run
 
 @dataclass
 class Point:
-    """One graph: what it decides and what it costs."""
+    """Accuracy and cost of one graph."""
 
     name: str
     precision: str
@@ -89,8 +89,8 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     record = {"points": [asdict(point) for point in points], "refused": refused, "machine": where}
     options.out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    notes = [f"Refused by its gate: {line}" for line in refused]
-    text = "\n\n".join([table, *notes, f"Median of {options.rounds} alternating rounds. {where}."])
+    notes = [f"Failed its parity gate: {line}" for line in refused]
+    text = "\n\n".join([table, *notes, f"Median of {options.rounds} interleaved rounds. {where}."])
     options.out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     draw(points, options.out.with_suffix(".png"), where)
     print(json.dumps(record))
@@ -99,12 +99,12 @@ def main() -> None:
 def name_of(run: Path) -> str:
     info = load_run(run).info
     teacher = info.get("teacher")
-    distilled = f", taught by {teacher['backbone']} at {teacher['input_size']}" if teacher else ""
+    distilled = f", distilled from {teacher['backbone']} at {teacher['input_size']}" if teacher else ""
     return f"{info['backbone']} at {info['contract']['input_size']}{distilled}"
 
 
 def measure(run: Path, folder: Path, threads: int) -> tuple[Point, Callable[[], object]]:
-    """Judge the validation frames, and make the call that is timed: the next frame, from bytes to decision."""
+    """Measure the accuracy on the validation frames; return it with the call to time: one frame, bytes to decision."""
     bundle = Bundle(folder)
     precision = bundle.default_precision
     engine = OnnxEngine(bundle, device="cpu", threads=threads)
@@ -132,7 +132,7 @@ def measure(run: Path, folder: Path, threads: int) -> tuple[Point, Callable[[], 
 
 
 def mark_front(points: Sequence[Point]) -> None:
-    """Mark those that no other one beats in both accuracy and time."""
+    """Mark the points that no other point beats in both accuracy and time."""
     for point in points:
         point.on_front = not any(
             other.accuracy >= point.accuracy
@@ -190,11 +190,11 @@ def draw(points: Sequence[Point], path: Path, where: str) -> None:
     low, high = axes.get_xlim()
     axes.set_xticks([t for t in ticks if low <= t <= high], [str(t) for t in ticks if low <= t <= high])
     axes.minorticks_off()
-    axes.set_xlabel("milliseconds a frame, from file bytes to decision (median)")
+    axes.set_xlabel("milliseconds per frame, from file bytes to decision (median)")
     axes.set_ylabel(f"frame accuracy on {points[0].frames} validation frames (95 % interval)")
     axes.grid(alpha=0.3)
     figure.legend(fontsize=8, loc="outside lower center", ncols=2)
-    figure.suptitle("Frame accuracy against time; filled: nothing is better at its cost", fontsize=11)
+    figure.suptitle("Frame accuracy against time; filled: on the Pareto front", fontsize=11)
     axes.set_title(where, fontsize=6)
     figure.savefig(path, dpi=120)
 

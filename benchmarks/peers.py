@@ -1,11 +1,10 @@
-"""From files to a CSV: frames a second of EchoQuad, of the document's way, and of its peers written by hand.
+"""Frames per second from files to a CSV: EchoQuad, the reference pipeline, and plain implementations (peers).
 
-    python benchmarks/peers.py RUN BUNDLE [--frames FOLDER] [--kinds rgb-png,rgb-jpeg] [--results benchmarks/RESULTS.md]
+    python benchmarks/peers.py RUN BUNDLE [--frames FOLDER] [--formats rgb-png,rgb-jpeg] [--results FILE]
 
-Each peer is a process of its own that prepares once and then makes a pass over the same files whenever it is its turn;
-in a round each has one, with a pause between, beginning with another one each round. All must first agree in what they
-decide. RUN is what BUNDLE was exported from. EchoQuad's rows are of the product's own predictor and writer, without and
-with the start of the process.
+Each peer is a process that prepares once and then makes passes over the same files. A round has one pass of each peer,
+with pauses, and starts with the next peer each time. First, all peers must agree in their decisions.
+BUNDLE was exported from RUN. EchoQuad is measured without and with the start of the process. See `workers/peer.py`.
 """
 
 from __future__ import annotations
@@ -24,35 +23,36 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from common import KINDS, PAUSE, arguments, make_frames, paired_ratio, report, rotated
-from peer_ways import WAYS
+from common import FORMATS, PAUSE, arguments, make_frames, paired_ratio, report, rotated
+from workers.peer import PIPELINES
 
 from echoquad_runtime.bundle.bundle import Bundle
 
-DOCUMENT = "document"
-AIMS = {"fp32": 2.2, "int8": 6.0}  # times the document's way, on RGB PNG
-# On a probability, against the document's way: float32 is rounding, the others are held as an export holds them.
+REFERENCE = "reference"
+AIMS = {"fp32": 2.2, "int8": 6.0}  # times the reference pipeline, on RGB PNG
+# Allowed difference of a probability from the reference: rounding for float32, the export gate for the others.
 CLOSE = {"fp32": 1e-3, "int8": 0.05, "bf16": 0.05}
 
 
 class Peer:
-    """A process that makes passes; see `peer_ways.serve`. `obstacle` is why it cannot, empty where it can."""
+    """A process of `workers.peer`; `unavailable_reason` is empty if it can run here."""
 
     def __init__(self, name: str, run: Path, bundle: Path, threads: int) -> None:
         self.name = name
-        command = [sys.executable, Path(__file__).with_name("peer_ways.py"), name, run, bundle, threads]
+        command = [sys.executable, "-m", "workers.peer", name, run, bundle, threads]
+        path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             list(map(str, command)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},  # one that is set for this process is not for them
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": str(threads)},
         )
-        self.obstacle: str = self._answer()
+        self.unavailable_reason: str = self._answer()
 
     def make_pass(self, folder: Path, out: Path) -> tuple[float, float]:
-        """Take a folder's frames into a CSV; gives wall and CPU seconds."""
+        """Process the frames of a folder to a CSV; return wall and CPU seconds."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([str(folder), str(out)]) + "\n")
         self._process.stdin.flush()
@@ -69,7 +69,7 @@ class Peer:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.name} has ended with {self._process.wait()}; its error is above")
+            raise SystemExit(f"{self.name} ended with {self._process.wait()}; see its error above")
         return json.loads(line)
 
 
@@ -81,8 +81,10 @@ class Times:
 
 def main() -> None:
     parser = arguments(__doc__, run=True, rounds=5)
-    parser.add_argument("--kinds", default="rgb-png", help=f"of {', '.join(KINDS)} (default %(default)s)")
-    parser.add_argument("--peers", help=f"of {', '.join(WAYS)} (default: all that can run here)")
+    parser.add_argument(
+        "--formats", default="rgb-png", help=f"comma-separated, of {', '.join(FORMATS)} (default %(default)s)"
+    )
+    parser.add_argument("--peers", help=f"comma-separated, of {', '.join(PIPELINES)} (default: all that can run here)")
     options = parser.parse_args()
 
     names, left_out = choose(options.peers, Bundle(options.bundle).precisions)
@@ -93,52 +95,52 @@ def main() -> None:
     try:
         for name in names:
             peer = Peer(name, options.run, options.bundle, options.threads)
-            if peer.obstacle:
+            if peer.unavailable_reason:
                 peer.close()
-                left_out.append(f"{WAYS[name].title} ({peer.obstacle})")
+                left_out.append(f"{PIPELINES[name].title} ({peer.unavailable_reason})")
                 continue
             peers.append(peer)
-            print(f"prepared: {WAYS[name].title}", file=sys.stderr, flush=True)
+            print(f"prepared: {PIPELINES[name].title}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as work:
-            for kind in options.kinds.split(","):
-                frames = Path(work) / kind
-                make_frames(frames, kind, options.count, options.frames)
+            for file_format in options.formats.split(","):
+                frames = Path(work) / file_format
+                make_frames(frames, file_format, options.count, options.frames)
                 agreement = agree(peers, frames, Path(work) / "check")
-                times = race(peers, frames, Path(work) / "passes", options.rounds)
+                times = measure(peers, frames, Path(work) / "passes", options.rounds)
                 found = figures(times, options.count, agreement)
-                record["kinds"][kind] = found
-                rows += table(kind, found) if not rows else table(kind, found)[1:]
-                notes += verdict(kind, found)
+                record["kinds"][file_format] = found
+                rows += table(file_format, found) if not rows else table(file_format, found)[1:]
+                notes += verdict(file_format, found)
     finally:
         for peer in peers:
             peer.close()
     notes += [f"Left out: {line}." for line in left_out]
     notes.append(
-        f"Median of {options.rounds} alternating passes over {options.count} frames of 800x600; ratios are medians "
-        "over the rounds. All decide alike: |dp| is the largest difference from the document's way."
+        f"Median of {options.rounds} interleaved passes over {options.count} frames of 800x600; ratios are "
+        "medians over the rounds. All decisions agree; dp is the largest difference of a probability."
     )
     report("peers", rows, record, options.results, threads=options.threads, notes=notes)
 
 
 def choose(asked: str | None, precisions: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Name the peers that can run, the document's way first, and say why others cannot."""
-    names = list(WAYS) if asked is None else list(dict.fromkeys([DOCUMENT, *asked.split(",")]))
-    if unknown := [name for name in names if name not in WAYS]:
-        raise SystemExit(f"no peer {', '.join(unknown)}; expected some of {', '.join(WAYS)}")
+    """Return the peers that can run, the reference first, and why the others cannot."""
+    names = list(PIPELINES) if asked is None else list(dict.fromkeys([REFERENCE, *asked.split(",")]))
+    if unknown := [name for name in names if name not in PIPELINES]:
+        raise SystemExit(f"no peer {', '.join(unknown)}; expected some of {', '.join(PIPELINES)}")
     chosen, left_out = [], []
     for name in names:
-        way = WAYS[name]
-        if way.needs and find_spec(way.needs) is None:
-            left_out.append(f"{way.title} ({way.needs} is not installed)")
-        elif {"bf16": "fp32"}.get(way.precision, way.precision) not in precisions:
-            left_out.append(f"{way.title} (the bundle holds no {way.precision})")
+        pipeline = PIPELINES[name]
+        if pipeline.needs and find_spec(pipeline.needs) is None:
+            left_out.append(f"{pipeline.title} ({pipeline.needs} is not installed)")
+        elif {"bf16": "fp32"}.get(pipeline.precision, pipeline.precision) not in precisions:
+            left_out.append(f"{pipeline.title} (the bundle holds no {pipeline.precision})")
         else:
             chosen.append(name)
     return chosen, left_out
 
 
 def agree(peers: list[Peer], frames: Path, folder: Path) -> dict[str, float]:
-    """Make the first pass of each, untimed, and compare what they wrote; gives each one's largest |dp|."""
+    """Make an untimed pass of each peer and compare the rows; return the largest |dp| of each."""
     folder.mkdir(exist_ok=True)
     expected: dict[str, list[str]] = {}
     largest: dict[str, float] = {}
@@ -153,7 +155,7 @@ def agree(peers: list[Peer], frames: Path, folder: Path) -> dict[str, float]:
 
 
 def read_rows(path: Path) -> dict[str, list[str]]:
-    """Read a CSV's rows by file name, from the decision to the last probability."""
+    """Return the rows of a CSV by file name, from the decision to the last probability."""
     with path.open(newline="", encoding="utf-8") as stream:
         header, *rows = csv.reader(stream)
     end = max(index for index, name in enumerate(header) if name.startswith("p_")) + 1
@@ -161,20 +163,22 @@ def read_rows(path: Path) -> dict[str, list[str]]:
 
 
 def compare(name: str, found: dict[str, list[str]], expected: dict[str, list[str]]) -> float:
-    """Give the largest difference of a probability; another decision is none only where it hangs on that much."""
-    bound = CLOSE[WAYS[name].precision]
+    """Return the largest difference of a probability; decisions may differ only within the allowed difference."""
+    bound = CLOSE[PIPELINES[name].precision]
     if found.keys() != expected.keys():
-        raise SystemExit(f"{name} judged {len(found)} frames, the document's way {len(expected)}, or others")
+        raise SystemExit(f"{name} has {len(found)} rows, the reference {len(expected)}; expected the same files")
     largest = 0.0
     for file, row in found.items():
         for mine, its in zip(row, expected[file], strict=True):
             if _is_number(mine):
                 largest = max(largest, abs(float(mine) - float(its)))
-        flipped = [i for i, (mine, its) in enumerate(zip(row, expected[file], strict=True)) if mine != its]
-        for index in (i for i in flipped if i and not _is_number(row[i])):  # a quadrant's label, then its classes'
+        changed = [i for i, (mine, its) in enumerate(zip(row, expected[file], strict=True)) if mine != its]
+        for index in (
+            i for i in changed if i and not _is_number(row[i])
+        ):  # a label, then the probabilities of its classes
             numbers = sorted((float(value) for value in _numbers_after(row, index)), reverse=True)
             if numbers[0] - numbers[1] > 2 * bound:
-                raise SystemExit(f"{name} decides otherwise of {file}: {row[index]} for {expected[file][index]}")
+                raise SystemExit(f"{name} decides {row[index]} for {file}; expected {expected[file][index]}")
     if largest > bound:
         raise SystemExit(f"{name} differs by {largest:.4f} on a probability; expected at most {bound}")
     return largest
@@ -189,8 +193,8 @@ def _numbers_after(row: list[str], index: int) -> list[str]:
     return row[index + 1 : end]
 
 
-def race(peers: list[Peer], frames: Path, folder: Path, rounds: int) -> dict[str, Times]:
-    """Give each peer a pass a round."""
+def measure(peers: list[Peer], frames: Path, folder: Path, rounds: int) -> dict[str, Times]:
+    """Time one pass of each peer per round."""
     folder.mkdir(exist_ok=True)
     by_name = {peer.name: peer for peer in peers}
     times = {name: Times() for name in by_name}
@@ -205,50 +209,58 @@ def race(peers: list[Peer], frames: Path, folder: Path, rounds: int) -> dict[str
 
 
 def figures(times: dict[str, Times], frames: int, agreement: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """Give a peer's figures by its name."""
+    """Return the figures of the peers by name."""
     found: dict[str, dict[str, Any]] = {}
     for name, taken in times.items():
-        precision = WAYS[name].precision
-        rivals = [n for n in times if WAYS[n].precision == precision and not n.startswith("echoquad")]
-        best = min(rivals, key=lambda rival: statistics.median(times[rival].wall), default=None)
+        precision = PIPELINES[name].precision
+        others = [n for n in times if PIPELINES[n].precision == precision and not n.startswith("echoquad")]
+        best = min(others, key=lambda other: statistics.median(times[other].wall), default=None)
         found[name] = {
-            "title": WAYS[name].title,
+            "title": PIPELINES[name].title,
             "precision": precision,
             "frames_per_second": frames / statistics.median(taken.wall),
-            "of_document": paired_ratio(times[DOCUMENT].wall, taken.wall),
+            "of_reference": paired_ratio(times[REFERENCE].wall, taken.wall),
             "best_peer": best,
             "of_best_peer": paired_ratio(times[best].wall, taken.wall) if best else None,
-            "cpu_ms_a_frame": 1e3 * statistics.median(taken.cpu) / frames,
+            "cpu_ms_per_frame": 1e3 * statistics.median(taken.cpu) / frames,
             "max_abs_dp": agreement[name],
             "seconds": taken.wall,
         }
     return found
 
 
-def table(kind: str, found: dict[str, dict[str, Any]]) -> list[list[str]]:
-    header = ["peer", "files", "frames/s", "of the document's way", "of the best peer of its precision", "CPU ms", "dp"]
+def table(file_format: str, found: dict[str, dict[str, Any]]) -> list[list[str]]:
+    header = [
+        "peer",
+        "files",
+        "frames/s",
+        "of the reference pipeline",
+        "of the best peer of its precision",
+        "CPU ms",
+        "dp",
+    ]
     return [header] + [
         [
             one["title"],
-            kind,
+            file_format,
             f"{one['frames_per_second']:.1f}",
-            f"{one['of_document']:.2f}",
+            f"{one['of_reference']:.2f}",
             "" if one["of_best_peer"] is None else f"{one['of_best_peer']:.2f}",
-            "" if name.endswith("-process") else f"{one['cpu_ms_a_frame']:.1f}",
+            "" if name.endswith("-process") else f"{one['cpu_ms_per_frame']:.1f}",
             f"{one['max_abs_dp']:.4f}",
         ]
         for name, one in found.items()
     ]
 
 
-def verdict(kind: str, found: dict[str, dict[str, Any]]) -> list[str]:
-    """Say whether the aims are reached."""
+def verdict(file_format: str, found: dict[str, dict[str, Any]]) -> list[str]:
+    """Compare EchoQuad with its aims, one sentence per precision."""
     lines = []
     for precision, aim in AIMS.items():
         if (one := found.get(f"echoquad-{precision}")) is None:
             continue
-        words = f"{kind}, EchoQuad {precision}: {one['of_document']:.2f} times the document's way"
-        if kind == "rgb-png":
+        words = f"{file_format}, EchoQuad {precision}: {one['of_reference']:.2f} times the reference pipeline"
+        if file_format == "rgb-png":
             words += f" (aim {aim:g})"
         if one["of_best_peer"] is not None:
             words += f", {one['of_best_peer']:.2f} of the best peer of its precision, {one['best_peer']} (aim 1)"

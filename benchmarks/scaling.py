@@ -1,9 +1,9 @@
-"""How `echoquad predict` scales: from 1 frame to 20,000, and from 1 thread to all of them. Linux and macOS.
+"""Scaling of `echoquad predict` with the number of frames and of threads, on Linux and macOS.
 
     python benchmarks/scaling.py BUNDLE [--frames FOLDER] [--counts 1,10,100,1000,20000] [--results FILE]
 
-Whole processes, so the start is counted in; where threads are compared, the time of one frame is taken off. Cores kept
-busy is CPU time over time on the clock, and must not be more than `--threads` says.
+Times are those of whole processes, start included; for the comparison of threads, the time for one frame is subtracted.
+Cores kept busy is CPU time over wall time; it must not exceed `--threads`.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import KINDS, Ran, arguments, make_frames, plant_tree, report, rotated, run_process
+from common import FORMATS, Ran, arguments, link_tree, make_frames, report, rotated, run_process
 
 from echoquad_runtime.bundle.bundle import Bundle
 
-MOST_BUSY = 1.05  # cores kept busy over `--threads`
+MOST_BUSY = 1.05  # allowed cores kept busy over `--threads`
 
 
 def main() -> None:
     parser = arguments(__doc__, rounds=3)
-    parser.add_argument("--counts", default="1,10,100,1000,20000", help="frames of the trees (default %(default)s)")
+    parser.add_argument("--counts", default="1,10,100,1000,20000", help="frames per tree (default %(default)s)")
     parser.add_argument(
-        "--each", type=int, default=1000, help="frames where threads are compared (default %(default)s)"
+        "--each", type=int, default=1000, help="frames for the comparison of threads (default %(default)s)"
     )
-    parser.add_argument("--kind", choices=list(KINDS), default="l-png")
+    parser.add_argument("--format", choices=list(FORMATS), default="l-png")
     parser.add_argument("--size", default="800x600", help="width and height of a frame (default %(default)s)")
-    parser.add_argument("--precision", help="default: the bundle's")
+    parser.add_argument("--precision", help="default: that of the bundle")
     options = parser.parse_args()
 
     precision = options.precision or Bundle(options.bundle).default_precision
@@ -37,9 +37,9 @@ def main() -> None:
     width, height = map(int, options.size.split("x"))
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        frames = make_frames(work / "frames", options.kind, options.count, options.frames, (width, height))
+        frames = make_frames(work / "frames", options.format, options.count, options.frames, (width, height))
         for count in {1, options.each, *counts}:
-            plant_tree(work / str(count), frames, count)
+            link_tree(work / str(count), frames, count)
 
         def predict(count: int, threads: int) -> Ran:
             line = ["-m", "echoquad", "predict", options.bundle, work / str(count), "--out", work / "rows.csv"]
@@ -48,7 +48,7 @@ def main() -> None:
             (work / "rows.csv").unlink()
             return ran
 
-        predict(1, options.threads)  # reads what is on the disk into memory
+        predict(1, options.threads)  # warms the disk cache
         sizes = [(count, predict(count, options.threads)) for count in counts]
         threads = compare_threads(predict, options.each, range(1, options.threads + 1), options.rounds)
 
@@ -60,15 +60,15 @@ def main() -> None:
     }
     over = [str(one["threads"]) for one in threads if one["cores"] > MOST_BUSY * one["threads"]]
     notes = [
-        f"{precision}, frames of {options.size}, {options.kind}; {options.rounds} rounds where threads are compared.",
-        f"More cores than --threads says: {'at ' + ', '.join(over) + ' threads' if over else 'never'} "
-        f"(allowed: {MOST_BUSY} of it).",
+        f"{precision}, frames of {options.size}, {options.format}; {options.rounds} rounds to compare threads.",
+        f"More cores busy than --threads: {'at ' + ', '.join(over) + ' threads' if over else 'never'} "
+        f"(tolerance: {MOST_BUSY}).",
     ]
     report("scaling", table(sizes, threads, options), record, options.results, threads=options.threads, notes=notes)
 
 
 def compare_threads(predict: Any, count: int, numbers: Sequence[int], rounds: int) -> list[dict[str, Any]]:
-    """Give frames a second beyond the first frame, by threads, each number in turn in every round."""
+    """Time each number of threads in each round; return frames per second beyond the first frame."""
     taken: dict[int, list[tuple[float, float]]] = {number: [] for number in numbers}
     for turn in range(rounds):
         for number in rotated(numbers, turn):
@@ -78,7 +78,7 @@ def compare_threads(predict: Any, count: int, numbers: Sequence[int], rounds: in
 
 
 def parallel(taken: dict[int, list[tuple[float, float]]]) -> list[dict[str, Any]]:
-    """Give medians, and the parallel efficiency: frames a second over those of one thread times the threads."""
+    """Return medians and the parallel efficiency: frames per second over threads times those of one thread."""
     found = []
     for number, pairs in taken.items():
         seconds = statistics.median(pair[0] for pair in pairs)
@@ -103,7 +103,7 @@ def table(sizes: Sequence[tuple[int, Ran]], threads: Sequence[dict[str, Any]], o
             ]
         )
     for one in threads:
-        name = f"{one['threads']} thread{'s' * (one['threads'] > 1)}, start left out"
+        name = f"{one['threads']} thread{'s' * (one['threads'] > 1)}, without start"
         rate = f"{one['fps']:.1f}"
         rows.append([name, "", f"{1e3 / one['fps']:.2f}", rate, f"{one['cores']:.2f}", "", f"{one['efficiency']:.3f}"])
     return rows

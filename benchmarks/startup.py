@@ -1,12 +1,11 @@
-"""The whole process `echoquad predict BUNDLE FRAME`, from its start to its end, against a bare script.
+"""Time of the whole process `echoquad predict BUNDLE FRAME`, against a minimal script.
 
     python benchmarks/startup.py BUNDLE FRAME [--rounds 15] [--results benchmarks/RESULTS.md]
 
-The bare script imports numpy, Pillow and onnxruntime, loads the same graph and runs it once, on zeros: it reads no
-frame, checks no hash, and votes on nothing. Beside it the interpreter alone, the three imports alone, and what the way
-through torch takes for its imports alone. EchoQuad starts without its cache, with an empty one that it fills, and with
-a filled one. All take turns in one run; ratios are medians over the rounds of one's time over the bare script's in the
-same round. Bytecode is compiled before, as pip does where it installs.
+The bare script imports numpy, Pillow and onnxruntime, loads the same graph and runs it once on zeros: no frame, no hash
+check, no vote. For comparison: the interpreter alone, the three imports alone, and the imports of torch alone. EchoQuad
+starts without a cache, with an empty one, and with a filled one. All are interleaved; a ratio is the median over the
+rounds of the time over that of the bare script in the same round. Bytecode is compiled beforehand, as pip does.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from common import arguments, paired_ratio, report, rotated
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.bundle.manifest import model_file
 
-AIM = 1.7  # the whole process over the bare script
-WARM_UP = 2  # rounds: bytecode, the disk's cache, EchoQuad's cache
+AIM = 1.7  # times the bare script
+WARM_UP = 2  # rounds, for bytecode, disk cache and EchoQuad's cache
 
 BARE = """
 import sys
@@ -40,7 +39,7 @@ session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionPro
 size = int(sys.argv[2])
 print(session.run(None, {"quadrants": np.zeros((4, 1, size, size), np.uint8)})[1].mean(axis=0))
 """
-ECHOQUAD = "from echoquad.cli.framework.main import main; main()"  # what the installed script consists of
+ECHOQUAD = "from echoquad.cli.framework.main import main; main()"  # content of the installed script
 
 
 def main() -> None:
@@ -83,14 +82,14 @@ def main() -> None:
         "cpu_ms": {name: 1e3 * statistics.median(found) for name, found in cpus.items()},
         "ratio": ratios,
     }
-    notes = [f"With its cache EchoQuad is to take at most {AIM} of what the bare script takes."]
+    notes = [f"Aim: with a filled cache at most {AIM} times the bare script."]
     report("startup", rows, record, options.results, threads=options.threads, notes=notes)
 
 
 def measure(
     lines: dict[str, list[str]], rounds: int, folder: Path
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Run each line of Python in turn, in processes of their own; give wall and CPU seconds of each."""
+    """Run each line of Python in separate processes, interleaved; return wall and CPU seconds."""
     times: dict[str, list[float]] = {name: [] for name in lines}
     cpus: dict[str, list[float]] = {name: [] for name in lines}
     caches = {"no cache": "", "empty cache": str(folder / "empty"), "cache": str(folder / "filled")}

@@ -1,8 +1,8 @@
-// Judges one PNG with a bundle's frame graph and prints what `echoquad predict BUNDLE frame.png` prints.
+// Classify one PNG with a bundle's frame graph; print the same as `echoquad predict BUNDLE frame.png`.
 //
 //     node predict.mjs BUNDLE frame.png
 //
-// Exit codes are EchoQuad's: 0 done, 1 a bad input or bundle, 2 usage, 3 the bundle is not as it was exported.
+// Exit codes: 0 done, 1 bad input or bundle, 2 usage, 3 the bundle was changed since the export.
 // Research use only: not for diagnosis, triage, or any decision on a patient's care.
 
 import { createHash } from "node:crypto";
@@ -13,8 +13,8 @@ import { FrameError, readGrey } from "./png.mjs";
 const SCHEMA = 1;
 const QUADRANTS = ["LA", "RA", "LV", "RV"];
 
-/** What ends the program with one line and an exit code. */
-class Refusal extends Error {
+/** An error that ends the program with one line and an exit code. */
+class ClientError extends Error {
   constructor(message, exitCode) {
     super(message);
     this.exitCode = exitCode;
@@ -23,47 +23,47 @@ class Refusal extends Error {
 
 const sha256 = (data) => createHash("sha256").update(data).digest("hex");
 
-/** Read bundle.json and hold it against its own hash. */
+/** Read bundle.json and check its own hash. */
 function readManifest(bundle) {
   let text, manifest;
   try {
     text = readFileSync(join(bundle, "bundle.json"), "latin1");
   } catch (error) {
-    throw new Refusal(`${bundle}: no bundle here (${error.code}); expected a folder that \`echoquad export\` wrote`, 1);
+    throw new ClientError(`${bundle}: no bundle here (${error.code}); expected a folder that \`echoquad export\` wrote`, 1);
   }
   try {
     manifest = JSON.parse(text);
   } catch {
-    throw new Refusal(`${bundle}: bundle.json is not valid JSON; copy the whole bundle again`, 3);
+    throw new ClientError(`${bundle}: bundle.json is not valid JSON; copy the whole bundle again`, 3);
   }
   if (manifest?.schema !== SCHEMA) {
-    throw new Refusal(`${bundle}: the bundle has schema ${manifest?.schema}; this client reads ${SCHEMA}`, 1);
+    throw new ClientError(`${bundle}: the bundle has schema ${manifest?.schema}; this client reads ${SCHEMA}`, 1);
   }
-  // The hash is of all other keys in canonical JSON, which is the same text without the blanks between its parts.
+  // The hash covers all other keys in canonical JSON: the same text without whitespace between tokens.
   const canonical = text.replace(/("(?:[^"\\]|\\.)*")|\s+/g, "$1");
   const content = canonical.replace(`"manifest_sha256":"${manifest.manifest_sha256}",`, "");
   if (sha256(content) !== manifest.manifest_sha256) {
-    throw new Refusal(`${bundle}: bundle.json was damaged or changed since the export; copy the whole bundle again`, 3);
+    throw new ClientError(`${bundle}: bundle.json was damaged or changed since the export; copy the whole bundle again`, 3);
   }
   return manifest;
 }
 
-/** Read the frame graph of the default precision; the bytes that were hashed are the bytes that are loaded. */
+/** Read the frame graph of the default precision; the hashed bytes are the bytes to load. */
 function readGraph(bundle, manifest) {
   const name = `frame.${manifest.default_precision}.onnx`;
   const entry = manifest.files[name];
   if (entry === undefined) {
-    throw new Refusal(`${bundle}: it holds no ${name}; expected a bundle exported with --frame-graph; export it again`, 1);
+    throw new ClientError(`${bundle}: it holds no ${name}; expected a bundle exported with --frame-graph; export it again`, 1);
   }
   let data;
   try {
     data = readFileSync(join(bundle, name));
   } catch (error) {
-    throw new Refusal(`${bundle}: ${name} cannot be read (${error.code}); copy the whole bundle again`, 1);
+    throw new ClientError(`${bundle}: ${name} cannot be read (${error.code}); copy the whole bundle again`, 1);
   }
   const found = sha256(data);
   if (found !== entry.sha256) {
-    throw new Refusal(
+    throw new ClientError(
       `${bundle}: ${name} has SHA-256 ${found.slice(0, 12)}..., expected ${entry.sha256.slice(0, 12)}...: ` +
         "it was damaged or changed since the export; copy the whole bundle again",
       3,
@@ -79,62 +79,62 @@ function readFrame(path) {
   try {
     frame = readGrey(readFileSync(path));
   } catch (error) {
-    if (error instanceof FrameError) throw new Refusal(`${name}: ${error.message}`, 1);
+    if (error instanceof FrameError) throw new ClientError(`${name}: ${error.message}`, 1);
     if (error.code === undefined) throw error;
-    throw new Refusal(`${name}: it cannot be read (${error.code}); check the path`, 1);
+    throw new ClientError(`${name}: it cannot be read (${error.code}); check the path`, 1);
   }
   const { width, height } = frame;
   if (width < 2 || height < 2) {
-    throw new Refusal(`${name}: the frame is ${width}x${height} pixels; expected at least 2x2 to cut four quadrants`, 1);
+    throw new ClientError(`${name}: the frame is ${width}x${height} pixels; expected at least 2x2 to cut four quadrants`, 1);
   }
   return frame;
 }
 
 async function loadOnnxruntime() {
-  process.env.ORT_DISABLE_TELEMETRY = "1"; // it is looked at when the library is loaded, so not with an `import` above
+  process.env.ORT_DISABLE_TELEMETRY = "1"; // read when the library loads, so before the import
   try {
     return (await import("onnxruntime-node")).default;
   } catch (error) {
     const what = error.message.split("\n")[0];
-    throw new Refusal(`onnxruntime-node cannot be loaded (${what}); do: npm ci --ignore-scripts, in this folder`, 1);
+    throw new ClientError(`onnxruntime-node cannot be loaded (${what}); do: npm ci --ignore-scripts, in this folder`, 1);
   }
 }
 
-// y = x w on uint8 [1, 8] and int8 [8, 4], every weight 127: sums of two products that do not fit into 16 bits.
+// y = x w on uint8 [1, 8] and int8 [8, 4], all weights 127: sums of two products exceed 16 bits.
 const INTEGER_MODEL =
   "CAgSCGVjaG9xdWFkOngKGAoBeAoBdxIBeSINTWF0TXVsSW50ZWdlchIFcHJvYmUqKwgICAQQA0IBd0ogf39/f39/f39/f39/f39/f39/" +
   "f39/f39/f39/f39/f39aEwoBeBIOCgwIAhIICgIIAQoCCAhiEwoBeRIOCgwIBhIICgIIAQoCCARCBAoAEBI=";
 
-/** Whether onnxruntime's fastest integer products are wrong here, as they are on x86 without VNNI: a tiny one is tried. */
+/** Test whether onnxruntime's fastest integer products overflow here, as on x86 without VNNI. */
 async function integersOverflow(ort, options) {
   const session = await ort.InferenceSession.create(Buffer.from(INTEGER_MODEL, "base64"), options);
   const { y } = await session.run({ x: new ort.Tensor("uint8", new Uint8Array(8).fill(255), [1, 8]) });
   return Array.from(y.data, Number).some((value) => value !== 8 * 255 * 127);
 }
 
-/** Run the graph; gives its four outputs by name, as flat arrays of numbers. */
-async function judge(graph, { width, height, grey }) {
+/** Run the graph; return its four outputs by name, as flat arrays of numbers. */
+async function infer(graph, { width, height, grey }) {
   const ort = await loadOnnxruntime();
   try {
     const options = { executionProviders: ["cpu"], logSeverityLevel: 4 };
     if (graph.includes("QuantizeLinear") && (await integersOverflow(ort, options))) {
-      options.extra = { session: { x64quantprecision: "1" } }; // exact, and slower
+      options.extra = { session: { x64quantprecision: "1" } }; // exact but slower
     }
     const session = await ort.InferenceSession.create(graph, options);
     const outputs = await session.run({ frames: new ort.Tensor("uint8", grey, [1, height, width]) });
     return Object.fromEntries(Object.entries(outputs).map(([name, tensor]) => [name, Array.from(tensor.data, Number)]));
   } catch (error) {
-    throw new Refusal(`onnxruntime-node refuses the graph (${error.message.split("\n")[0]}); export it again`, 1);
+    throw new ClientError(`onnxruntime-node cannot run the graph (${error.message.split("\n")[0]}); export it again`, 1);
   }
 }
 
-/** Whether the first place among the votes is shared, so that mean probabilities decided. */
+/** Test for a tie of the votes, which mean probabilities decide. */
 function tied(votes, classes) {
   const counts = classes.map((_, index) => votes.filter((vote) => vote === index).length);
   return counts.filter((count) => count === Math.max(...counts)).length > 1;
 }
 
-/** Lay out the header and the row of a decision. */
+/** Return the header and the row of a decision. */
 function table(file, { contract, default_precision: precision }, found) {
   const { classes, vote } = contract;
   const header = ["file", "method", "pred_image", ...classes.map((name) => `prob_${name}`)];
@@ -155,20 +155,20 @@ function csvLine(values) {
 }
 
 async function main(given) {
-  if (given.length !== 2) throw new Refusal("expected two arguments; see: node predict.mjs BUNDLE frame.png", 2);
+  if (given.length !== 2) throw new ClientError("expected two arguments; see: node predict.mjs BUNDLE frame.png", 2);
   const [bundle, path] = given;
   const manifest = readManifest(bundle);
   const graph = readGraph(bundle, manifest);
-  const found = await judge(graph, readFrame(path));
+  const found = await infer(graph, readFrame(path));
   if (!found.quadrant_probabilities.every(Number.isFinite)) {
     const precision = manifest.default_precision;
-    throw new Refusal(`${basename(path)}: the network's answer on cpu in ${precision} is no number; run echoquad verify`, 1);
+    throw new ClientError(`${basename(path)}: the network's answer on cpu in ${precision} is not a number; run echoquad verify`, 1);
   }
   process.stdout.write(table(basename(path), manifest, found).map(csvLine).join(""));
 }
 
 main(process.argv.slice(2)).catch((error) => {
-  const known = error instanceof Refusal;
+  const known = error instanceof ClientError;
   process.stderr.write(`error: ${known ? "" : "unexpected "}${error.message.replaceAll(/\s+/g, " ")}\n`);
   process.exitCode = known ? error.exitCode : 1;
 });

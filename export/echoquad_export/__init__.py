@@ -1,1 +1,1 @@
-"""Export: from a PyTorch run to a bundle that has been held against it. Imports train and runtime."""
+"""Export of a trained run to a bundle whose decisions are proven equal to those of the training code."""

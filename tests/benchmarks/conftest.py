@@ -1,4 +1,4 @@
-"""The scripts of ``benchmarks/`` import one another by name, as they do where they are run."""
+"""Put ``benchmarks/`` on the import path, as Python does for its scripts."""
 
 from __future__ import annotations
 

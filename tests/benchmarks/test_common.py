@@ -1,4 +1,4 @@
-"""What the scripts share: rounds, frames, and the file of results."""
+"""Helpers of the benchmarks: interleaved timing, frames, processes, and the results file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from PIL import Image
 ROWS = [["peer", "frames/s"], ["a | b", "1.0"], ["c", "23.4"]]
 
 
-def test_every_round_begins_with_another_one() -> None:
+def test_rotated_starts_each_round_with_the_next_item() -> None:
     assert [common.rotated("abc", turn) for turn in range(4)] == [list("abc"), list("bca"), list("cab"), list("abc")]
 
 
-def test_turns_alternate_and_the_first_rounds_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alternate_interleaves_calls_and_skips_warm_up_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, called = [0.0], []
     monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(common.time, "sleep", lambda _: None)
@@ -30,24 +30,24 @@ def test_turns_alternate_and_the_first_rounds_are_not_counted(monkeypatch: pytes
 
     found = common.alternate({"a": lambda: call("a", 0.002), "b": lambda: call("b", 0.005)}, 3)
     assert found == pytest.approx({"a": 2, "b": 5})
-    assert "".join(called[::2]) == "abbaabbaabba"  # each turn is a call to wake up and one that is timed
+    assert "".join(called[::2]) == "abbaabbaabba"  # each turn is a wake-up call and a timed call
 
 
-def test_paired_ratio_takes_no_harm_from_a_slow_round() -> None:
+def test_paired_ratio_ignores_a_slow_round() -> None:
     slow, fast = [6.0, 6.0, 60.0, 6.0, 6.0], [2.0, 2.0, 20.0, 3.0, 2.0]
     assert common.paired_ratio(slow, fast) == 3
 
 
-def test_quantiles() -> None:
+def test_quantiles_of_a_range() -> None:
     assert common.quantiles(range(101)) == {"p50": 50, "p95": 95, "p99": 99, "max": 100}
 
 
-# ---------------------------------------------------------------------------------------------- frames
+# Frames
 
 
-@pytest.mark.parametrize("kind", common.KINDS)
-def test_frames_are_the_same_every_time(kind: str, frames_folder: Path, tmp_path: Path) -> None:
-    mode, ending, _ = common.KINDS[kind]
+@pytest.mark.parametrize("kind", common.FORMATS)
+def test_make_frames_is_deterministic(kind: str, frames_folder: Path, tmp_path: Path) -> None:
+    mode, ending, _ = common.FORMATS[kind]
     first = common.make_frames(tmp_path / "a", kind, 8, frames_folder, (80, 60))
     again = common.make_frames(tmp_path / "b", kind, 8, frames_folder, (80, 60))
     assert [path.name for path in first] == [f"frame-{index:05}{ending}" for index in range(8)]
@@ -58,80 +58,80 @@ def test_frames_are_the_same_every_time(kind: str, frames_folder: Path, tmp_path
     assert first[6].read_bytes() == first[0].read_bytes()  # the folder holds six
 
 
-def test_lots_are_drawn_over_the_whole_folder(frames_folder: Path, tmp_path: Path) -> None:
+def test_make_frames_draws_from_the_whole_folder(frames_folder: Path, tmp_path: Path) -> None:
     few = common.make_frames(tmp_path / "a", "l-png", 3, frames_folder, (80, 60))
     many = common.make_frames(tmp_path / "b", "l-png", 6, frames_folder, (80, 60))
     assert [path.read_bytes() for path in few] == [path.read_bytes() for path in many[:3]]
     assert len({path.read_bytes() for path in many}) == 6
 
 
-def test_phantoms_where_there_are_no_frames(tmp_path: Path) -> None:
+def test_make_frames_draws_phantoms_without_a_source(tmp_path: Path) -> None:
     first, second = common.make_frames(tmp_path, "l-png", 2, None, (120, 90))
     with Image.open(first) as a, Image.open(second) as b:
         assert a.size == b.size == (120, 90)
         assert np.abs(np.asarray(a, np.int16) - np.asarray(b)).mean() > 1
 
 
-def test_a_folder_without_frames(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="no frame found; expected a folder with PNG or JPEG files"):
+def test_folder_without_frames_ends_the_script(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no frame found"):
         common.make_frames(tmp_path / "a", "l-png", 2, tmp_path)
 
 
-def test_a_large_tree_takes_no_room(frames_folder: Path, tmp_path: Path) -> None:
+def test_link_tree_makes_hard_links_in_subfolders(frames_folder: Path, tmp_path: Path) -> None:
     frames = sorted(path for path in frames_folder.rglob("*") if path.is_file())
-    common.plant_tree(tmp_path / "tree", frames, 23, a_folder=10)
+    common.link_tree(tmp_path / "tree", frames, 23, per_folder=10)
     found = sorted(path for path in (tmp_path / "tree").rglob("*") if path.is_file())
     folders = [path.parent.name for path in found]
     assert folders == ["0000"] * 10 + ["0001"] * 10 + ["0002"] * 3
     assert all(path.samefile(frames[index % 6]) for index, path in enumerate(found))
 
 
-# ---------------------------------------------------------------------------------------------- processes
+# Processes
 
 
-def test_what_a_process_took() -> None:
-    ran = common.run_process("-c", "x = b'y' * 200_000_000; import sys; print(len(x)); print('told', file=sys.stderr)")
-    assert (ran.out, ran.err) == ("200000000\n", "told\n")
-    assert 200 < ran.peak_mb < 260  # this process's own peak is none of it
+def test_run_process_measures_time_and_peak_memory() -> None:
+    ran = common.run_process("-c", "x = b'y' * 200_000_000; import sys; print(len(x)); print('note', file=sys.stderr)")
+    assert (ran.out, ran.err) == ("200000000\n", "note\n")
+    assert 200 < ran.peak_mb < 260  # without the peak of this process
     assert 0 < ran.cpu < 1.1 * ran.seconds
 
 
-def test_a_process_that_fails_ends_the_benchmark() -> None:
+def test_unexpected_exit_code_ends_the_script() -> None:
     with pytest.raises(SystemExit, match="ended with 3, expected 0: oh no"):
         common.run_process("-c", "import sys; print('oh no', file=sys.stderr); sys.exit(3)")
     assert common.run_process("-c", "raise SystemExit(3)", expected=3).out == ""
 
 
-def test_one_core() -> None:
+def test_one_core_pins_and_restores() -> None:
     if not hasattr(os, "sched_getaffinity"):
-        pytest.skip("no affinity here")
+        pytest.skip("no CPU affinity on this system")
     before = os.sched_getaffinity(0)
     with common.one_core():
         assert len(os.sched_getaffinity(0)) == 1
     assert os.sched_getaffinity(0) == before
 
 
-# ---------------------------------------------------------------------------------------------- report
+# Report
 
 
-def test_sections_are_replaced_and_the_others_left_alone() -> None:
+def test_replace_section_keeps_other_sections() -> None:
     document = common.replace_section("# Results\n\nWords.\n", "peers", "one")
     document = common.replace_section(document, "memory", "two")
     assert document == (
         "# Results\n\nWords.\n\n<!-- begin peers -->\none\n<!-- end peers -->\n\n"
         "<!-- begin memory -->\ntwo\n<!-- end memory -->\n"
     )
-    again = common.replace_section(document, "peers", r"new \1 \g<0>")  # not for a pattern's eyes
+    again = common.replace_section(document, "peers", r"new \1 \g<0>")  # not a pattern
     assert again == document.replace("one", r"new \1 \g<0>")
     assert common.replace_section(again, "memory", "two") == again
 
 
-def test_a_section_whose_name_begins_another_one() -> None:
+def test_section_name_can_be_a_prefix_of_another() -> None:
     document = common.replace_section(common.replace_section("", "mem", "a"), "memory", "b")
     assert common.replace_section(document, "mem", "c") == document.replace("\na\n", "\nc\n")
 
 
-def test_a_report_prints_a_table_then_one_line_of_json(
+def test_report_prints_table_and_json_and_writes_the_section(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = tmp_path / "RESULTS.md"
@@ -158,7 +158,7 @@ def test_a_report_prints_a_table_then_one_line_of_json(
     assert results.read_text("utf-8").count("## peers") == 1
 
 
-def test_without_a_file_of_results_none_is_written(
+def test_report_without_results_file_writes_nothing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The GPU benchmark: arguments, time, isolation of its sections, report and aims; on fabricated figures and the CPU."""
+"""The GPU benchmark on the CPU and made-up figures: arguments, time, isolation of sections, report and aims."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gpu
-import gpu_commands
-import gpu_engine
-import gpu_files
-import gpu_options
-import gpu_report
+import common
 import numpy as np
 import pytest
+from gpu import commands as gpu_commands
+from gpu import engine as gpu_engine
+from gpu import files as gpu_files
+from gpu import main as gpu
+from gpu import options as gpu_options
+from gpu import report as gpu_report
 
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.devices.execution_providers import CPU_PROVIDER, create_session
@@ -56,7 +57,7 @@ def slow_command(context):
 
 @pytest.fixture
 def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put a module of sections on the path of this process, which is that of the sections' processes as well."""
+    """Put a module of sections on the import path, which the processes of the sections inherit."""
     (tmp_path / "made_up_sections.py").write_text(SECTIONS)
     monkeypatch.syspath_prepend(tmp_path)
     names = ("measure", "fail", "crash", "measure_again")
@@ -83,10 +84,10 @@ class Sent:
         return [message[1:] if len(message) > 2 else message[1] for message in self.messages if message[0] == kind]
 
 
-# ---------------------------------------------------------------------------------------------- arguments and time
+# Arguments and time
 
 
-def test_arguments(frames_folder: Path) -> None:
+def test_default_arguments(frames_folder: Path) -> None:
     options = gpu.parse(["run", "bundle", "--frames", str(frames_folder)])
     assert options.sections == ["tests", "truth", "engine", "options", "files", "scaling", "training", "start"]
     assert (options.device, options.minutes, options.count, options.data) == ("cuda", 8, 1600, None)
@@ -106,7 +107,7 @@ def test_arguments(frames_folder: Path) -> None:
         (["--frames", "/there/is/none"], "--frames needs a folder with frames"),
     ],
 )
-def test_wrong_arguments(
+def test_invalid_arguments_exit_with_2(
     line: list[str], message: str, frames_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -114,20 +115,22 @@ def test_wrong_arguments(
     assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_shares_of_the_time() -> None:
+def test_unused_time_goes_to_later_sections() -> None:
     names = list(gpu.SECTIONS)
     total = sum(section.share for section in gpu.SECTIONS.values())
     assert total == 8 * 60
     assert gpu.allot(names, 480) == gpu.SECTIONS["tests"].share
-    assert gpu.allot(["files", "start"], 13) == pytest.approx(13 * 110 / 145)  # what others left goes to the rest
+    assert gpu.allot(["files", "start"], 13) == pytest.approx(13 * 110 / 145)  # unused time of earlier sections
     assert gpu.allot(["start"], 7) == 7
     assert gpu.allot(["start"], -1) < 0
 
 
-# ---------------------------------------------------------------------------------------------- sections and report
+# Sections and report
 
 
-def run_all(tmp_path: Path, bundle: Path, frames: Path, *line: str, obstacle: str = "", seconds: float = 60) -> Any:
+def run_all(
+    tmp_path: Path, bundle: Path, frames: Path, *line: str, unavailable_reason: str = "", seconds: float = 60
+) -> Any:
     given = ["run", str(bundle), "--frames", str(frames), "--device", "cpu", *line]
     options = gpu.parse(given)
     titles = {name: gpu.SECTIONS[name].title for name in options.sections}
@@ -138,11 +141,11 @@ def run_all(tmp_path: Path, bundle: Path, frames: Path, *line: str, obstacle: st
         "versions": {"torch": "2"},
     }
     report = gpu_report.Report(titles, {**facts, "gpu": "a card"}, "cpu", tmp_path / "R.md", tmp_path / "out.jsonl")
-    gpu.run_all(options, report, obstacle, time.time() + seconds, tmp_path)
+    gpu.run_all(options, report, unavailable_reason, time.time() + seconds, tmp_path)
     return report
 
 
-def test_a_section_that_fails_or_dies_does_not_stop_the_others(
+def test_failed_or_crashed_section_does_not_stop_the_others(
     tmp_path: Path, tiny_bundle: Path, frames_folder: Path, made_up: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = run_all(tmp_path, tiny_bundle, frames_folder)
@@ -165,7 +168,7 @@ def test_a_section_that_fails_or_dies_does_not_stop_the_others(
 
 
 @pytest.mark.parametrize("name", ["hang", "slow_command"])
-def test_a_section_that_takes_too_long_is_stopped(
+def test_section_is_stopped_at_its_deadline(
     name: str,
     tmp_path: Path,
     tiny_bundle: Path,
@@ -184,16 +187,16 @@ def test_a_section_that_takes_too_long_is_stopped(
     assert len(taken) == {"hang": 2, "slow_command": 1}[name]
 
 
-def test_without_cuda_or_time_nothing_is_run(
+def test_nothing_runs_without_cuda_or_time(
     tmp_path: Path, tiny_bundle: Path, frames_folder: Path, made_up: None
 ) -> None:
-    report = run_all(tmp_path, tiny_bundle, frames_folder, "--sections", "measure", obstacle="no driver")
+    report = run_all(tmp_path, tiny_bundle, frames_folder, "--sections", "measure", unavailable_reason="no driver")
     assert report.not_measured() == ["measure: all of it: no driver"]
     report = run_all(tmp_path, tiny_bundle, frames_folder, "--sections", "measure", seconds=-1)
     assert report.not_measured() == ["measure: all of it: out of time"]
 
 
-def test_a_run_that_is_killed_keeps_its_tables(tmp_path: Path) -> None:
+def test_interrupted_run_keeps_its_tables(tmp_path: Path) -> None:
     facts = {"command": "c", "date": "d", "machine": "m", "versions": {}, "gpu": "NVIDIA X, driver 1"}
     report = gpu_report.Report({"engine": "Engine", "files": "Files"}, facts, "cuda", tmp_path / "R.md", None)
     report.take("engine", ("table", "Times", [["", "ms"], ["a", "2"]]))
@@ -201,28 +204,28 @@ def test_a_run_that_is_killed_keeps_its_tables(tmp_path: Path) -> None:
     text = (tmp_path / "R.md").read_text("utf-8")
     assert "| a | 3 |" in text and "| a | 2 |" not in text and "NVIDIA X, driver 1" in text
     assert gpu_report.DRY_RUN not in text
-    assert [line for line in text.splitlines() if "the script ended before" in line] == [
-        f"- {name}: no more than what is above: the script ended before the section did" for name in ("engine", "files")
+    assert [line for line in text.splitlines() if "incomplete" in line] == [
+        f"- {name}: incomplete: the benchmark ended before the section" for name in ("engine", "files")
     ]
 
 
-def test_an_obstacle_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_reports_why_cuda_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], **options: Any) -> Any:
         if command[0] == "nvidia-smi":
             raise FileNotFoundError(command[0])
-        return SimpleNamespace(stdout='{"obstacle": "no driver", "cuDNN": "91000"}\n')
+        return SimpleNamespace(stdout='{"unavailable_reason": "no driver", "cuDNN": "91000"}\n')
 
     monkeypatch.setattr(gpu.subprocess, "run", run)
     found = gpu.probe("cuda")
     assert gpu.describe(found) == (
-        "no NVIDIA card, cuDNN 91000, driver unknown: nvidia-smi gives none; CUDA cannot be used: no driver"
+        "no NVIDIA card, cuDNN 91000, driver unknown (no nvidia-smi); CUDA cannot be used: no driver"
     )
 
 
-# ---------------------------------------------------------------------------------------------- aims
+# Aims
 
 
-def test_an_aim() -> None:
+def test_aim_compares_a_value_with_its_bound() -> None:
     assert gpu_report.aim("a", 1.1, 1.10, at_most=True) == "a: 1.10 (aim: at most 1.1; reached)."
     assert gpu_report.aim("a", 1.2, 1.10, at_most=True).endswith("missed).")
     assert gpu_report.aim("a", 0.9, 0.85, at_most=False).endswith("reached).")
@@ -232,7 +235,7 @@ def test_an_aim() -> None:
     assert gpu_report.ratio({"a": 3.0}, "a", "b") is None
 
 
-def test_aims_of_the_engine() -> None:
+def test_engine_aims_and_rows() -> None:
     medians = {
         1: {gpu_engine.GRAPHS: 0.6, gpu_engine.DEVICE_TIME: 0.4},
         8: {gpu_engine.OWN: 2.0, gpu_engine.GRAPHS: 2.4, gpu_engine.HALF: 2.0},
@@ -247,7 +250,7 @@ def test_aims_of_the_engine() -> None:
     assert [gpu_engine.OWN, "", "2.000", "1.0e-03"] in rows and [gpu_engine.DEVICE_TIME, "0.400", "", ""] in rows
 
 
-def test_the_best_options_are_right_ones() -> None:
+def test_best_options_skip_wrong_answers() -> None:
     medians = {
         "baseline": 2.0,
         "prefer_nhwc": 1.0,
@@ -263,15 +266,15 @@ def test_the_best_options_are_right_ones() -> None:
     )
 
 
-def test_sets_of_options_differ() -> None:
+def test_provider_options_are_distinct() -> None:
     sets = gpu_options.provider_options()
     assert sets["baseline"] == {}
     assert len({tuple(sorted(chosen.items())) for chosen in sets.values()}) == len(sets) == 13
     assert sets["prefer_nhwc, search HEURISTIC"] == {"prefer_nhwc": "1", "cudnn_conv_algo_search": "HEURISTIC"}
 
 
-def test_frames_a_second_without_the_start() -> None:
-    own, hand = "EchoQuad fp16", "onnxruntime by hand fp16"
+def test_rates_exclude_the_start() -> None:
+    own, hand = "EchoQuad fp16", "plain onnxruntime fp16"
     seconds = {
         ("rgb-png", own): [6.0, 7.0, 70.0],
         ("rgb-png", hand): [8.0],
@@ -281,7 +284,7 @@ def test_frames_a_second_without_the_start() -> None:
     }
     found = gpu_files.rates(seconds, {("rgb-png", own): [3.0], ("rgb-jpeg", own): [2.5]}, 1600, 160)
     assert found["rgb-png"][own] == 360 and found["rgb-png"][hand] == 200
-    assert found["rgb-jpeg"] == {}  # no longer than the start: there is no figure
+    assert found["rgb-jpeg"] == {}  # no longer than the start
     first, second = gpu_files.file_aims("rgb-png", "fp16", found["rgb-png"])
     assert "1.80 (aim: at least 1.5; reached)" in first and "0.90 (aim: at least 0.85; reached)" in second
     assert "not measured" in gpu_files.file_aims("rgb-jpeg", "fp16", {})[0]
@@ -290,7 +293,7 @@ def test_frames_a_second_without_the_start() -> None:
     assert rows[-1] == [own, "rgb-jpeg", "", "1", "800"]
 
 
-def test_share_of_linear() -> None:
+def test_share_of_linear_scaling() -> None:
     assert gpu_files.shares({2: 70.0, 4: 140.0, 16: 280.0}) == {2: 1, 4: 1, 16: 0.5}
     assert gpu_files.scaling_aim({2: 70.0, 16: 280.0}) == (
         "16 cores, share of linear from 2: 0.50 (aim: at least 0.8; missed)."
@@ -300,14 +303,14 @@ def test_share_of_linear() -> None:
     assert gpu_files.scaling_rows({4: 70.0})[1] == ["4", "70.0", ""]
 
 
-def test_seconds_an_epoch_of_the_whole_recipe() -> None:
-    # 16 epochs on smaller quadrants, 11 at full size; the first of each phase is slower, once.
+def test_epoch_seconds_extrapolate_to_the_whole_recipe() -> None:
+    # 16 epochs at reduced, 11 at full resolution; the first of each phase is slower.
     found = gpu_commands.epoch_seconds([2.0, 0.5, 0.5], [3.0, 1.0, 1.0], 16, 27)
     assert found == pytest.approx((2 + 15 * 0.5 + 3 + 10 * 1.0) / 27)
     assert gpu_commands.epoch_seconds([2.0], [3.0, 1.0], 16, 27) is None
 
 
-def test_outcomes_of_tests() -> None:
+def test_count_outcomes_parses_the_summary_of_pytest() -> None:
     summary = "=== short test summary info ===\nFAILED tests/a.py::b - 3 failed in all\n"
     output = f"F.s\n{summary}1 failed, 3 passed, 2 skipped in 4.50s\n"
     assert gpu_commands.count_outcomes(output) == {"passed": 3, "failed": 1, "skipped": 2, "error": 0}
@@ -315,17 +318,17 @@ def test_outcomes_of_tests() -> None:
     assert gpu_commands.count_outcomes("") == dict.fromkeys(gpu_commands.OUTCOMES, 0)
 
 
-def test_every_file_with_tests_marked_gpu_is_found() -> None:
+def test_all_files_with_gpu_tests_are_found() -> None:
     marked = [
         path.name
         for path in (gpu_commands.ROOT / "tests").rglob("test_*.py")
         if gpu_commands.MARKED.search(path.read_text("utf-8"))
     ]
-    assert {"test_devices.py", "test_io_binding.py", "test_verify.py", "test_fit.py"} <= set(marked)
+    assert {"test_session_factory.py", "test_io_binding.py", "test_devices.py", "test_loop.py"} <= set(marked)
     assert "test_gpu.py" not in marked
 
 
-def test_decisions_are_compared() -> None:
+def test_compare_counts_changed_decisions_and_distinct_answers() -> None:
     expected = {"a": ["ED", "0.9", "0.1"], "b": ["ES", "0.2", "0.8"]}
     assert gpu_commands.compare(expected, expected) == {"frames": 2, "flips": 0, "answers": 2, "max_abs_dp": 0}
     stuck = {"a": ["ED", "0.6", "0.4"], "b": ["ED", "0.6", "0.4"]}
@@ -335,12 +338,10 @@ def test_decisions_are_compared() -> None:
         gpu_commands.compare({"a": expected["a"]}, expected)
 
 
-# ---------------------------------------------------------------------------------------------- on the tiny bundle
+# On the tiny bundle
 
 
-def test_an_engine_that_answers_for_an_earlier_input_is_seen(
-    tmp_path: Path, tiny_bundle: Path, frames_folder: Path
-) -> None:
+def test_stale_answers_of_an_engine_are_detected(tmp_path: Path, tiny_bundle: Path, frames_folder: Path) -> None:
     sample = gpu_engine.Sample(Sent(settings(tmp_path, tiny_bundle, frames_folder)).context, 8)
     engine = OnnxEngine(Bundle(tiny_bundle), device="cpu")
 
@@ -354,7 +355,7 @@ def test_an_engine_that_answers_for_an_earlier_input_is_seen(
 
 
 @pytest.mark.parametrize("channels", [3, 4, 8])
-def test_more_input_channels_give_the_same_answers(channels: int, tiny_bundle: Path) -> None:
+def test_widened_graph_gives_the_same_answers(channels: int, tiny_bundle: Path) -> None:
     model = Bundle(tiny_bundle).read_model("fp32")
     quadrants = np.random.default_rng(0).integers(0, 256, (4, 1, 32, 32), np.uint8)
     expected, found = (
@@ -370,7 +371,7 @@ def test_more_input_channels_give_the_same_answers(channels: int, tiny_bundle: P
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the CPU stand in for CUDA, in onnxruntime and in torch, so that what needs CUDA runs here as well."""
+    """Replace CUDA by the CPU in onnxruntime and torch, so that code for CUDA runs here."""
     torch = pytest.importorskip("torch")
     cpu, network = torch.device("cpu"), torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1))
     network = torch.nn.Sequential(network, torch.nn.Flatten(), torch.nn.Linear(4, 2)).eval()
@@ -408,9 +409,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_engine, "trained", lambda setting: copy.deepcopy(network))
     monkeypatch.setattr(gpu_engine, "OnnxEngine", on_cpu)
     monkeypatch.setattr(gpu_engine, "CUDA_PROVIDER", CPU_PROVIDER)
+    monkeypatch.setattr(common, "WARM_UP", 0)  # times do not matter here
 
 
-def test_engine_and_options_on_a_stand_in_for_cuda(
+def test_engine_and_options_sections_on_a_stand_in_for_cuda(
     tmp_path: Path,
     make_tiny_bundle: Any,
     frames_folder: Path,
@@ -421,7 +423,7 @@ def test_engine_and_options_on_a_stand_in_for_cuda(
     sent = Sent(settings(tmp_path, bundle, frames_folder, device="cuda"))
     gpu_engine.engine(sent.context)
     title, rows = sent.of("table")[-1]
-    assert title == "Milliseconds a batch" and rows[0] == [
+    assert title == "Milliseconds per batch" and rows[0] == [
         "",
         *(f"{n} frame{'s' * (n > 1)}" for n in (1, 2, 8, 32, 64)),
         "|dp|",
@@ -438,16 +440,16 @@ def test_engine_and_options_on_a_stand_in_for_cuda(
     gpu_options.options(sent.context)
     tables = dict(sent.of("table"))
     assert set(tables) == {
-        "Two slots side by side",
-        *(f"{p}: milliseconds a batch by provider options" for p in ("fp16", "fp32", "tf32")),
+        "Two concurrent slots",
+        *(f"{p}: milliseconds per batch by provider options" for p in ("fp16", "fp32", "tf32")),
     }
-    assert len(tables["Two slots side by side"]) == 1 + 3 * 2
-    ways = {row[0] for row in tables["fp16: milliseconds a batch by provider options"]}
+    assert len(tables["Two concurrent slots"]) == 1 + 3 * 2
+    ways = {row[0] for row in tables["fp16: milliseconds per batch by provider options"]}
     assert {*gpu_options.provider_options(), "3 input channels", "8 input channels, prefer_nhwc"} <= ways
     assert len(sent.of("note")) == 9 and sent.of("missing") == []
 
 
-def test_what_fails_in_the_engine_is_listed_and_the_rest_is_measured(
+def test_failing_engines_are_listed_and_the_others_measured(
     tmp_path: Path, tiny_bundle: Path, frames_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_engine, "find_spec", lambda name: None)
@@ -468,15 +470,15 @@ def test_what_fails_in_the_engine_is_listed_and_the_rest_is_measured(
     assert [row[0] for row in rows[1:]] == ["session.run fp32"]
 
 
-def test_dry_run(
+def test_dry_run_on_the_cpu(
     tmp_path: Path,
     tiny_bundle: Path,
     frames_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(gpu, "probe", lambda device: {"obstacle": "", "driver": "unknown"})
-    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)  # pytest keeps its own handler
+    monkeypatch.setattr(gpu, "probe", lambda device: {"unavailable_reason": "", "driver": "unknown"})
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)  # keeps the handler of pytest
     for name in ("ECHOQUAD_CACHE_DIR", "ECHOQUAD_CONFIG_DIR"):
         monkeypatch.setenv(name, os.environ[name])  # the script replaces them
     results, out = tmp_path / "R.md", tmp_path / "out.jsonl"
@@ -496,7 +498,7 @@ def test_dry_run(
 
 
 @pytest.mark.parametrize("frames", [800, 10])
-def test_training_is_held_against_its_aim(
+def test_training_section_compares_with_its_aim(
     frames: int, tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[Any] = []
@@ -518,27 +520,27 @@ def test_training_is_held_against_its_aim(
     monkeypatch.setattr(gpu_commands, "walk", lambda folder: iter(range(frames)))
     sent = Sent(settings(tmp_path, tiny_bundle, tmp_path, device="cuda", epochs=6, data=tmp_path / "data"))
     gpu_commands.training(sent.context)
-    assert "small_share=0.5" in lines[0] and lines[0][-1] == "cuda"
+    assert "progressive_fraction=0.5" in lines[0] and lines[0][-1] == "cuda"
     assert sent.of("table") == [
         (
             "Training, recipe scratch at 112",
             [
                 ["", "epochs", "first, s", "median of the others, s"],
-                ["smaller quadrants", "3", "2.00", "0.50"],
+                ["reduced resolution", "3", "2.00", "0.50"],
                 ["full size", "3", "3.00", "1.00"],
             ],
         )
     ]
-    words = "seconds an epoch over the 27 epochs of the recipe: 0.83"
+    words = "seconds per epoch over the 27 epochs of the recipe: 0.83"
     if frames == 800:
         assert sent.of("note")[0] == f"{words} (aim: at most 0.8; missed)." and sent.of("missing") == []
     else:
         assert sent.of("note")[0] == f"{words}."
-        assert sent.of("missing") == [("the aim", "it is for 800 training frames; found 10")]
-    assert sent.of("note")[-1] == "GPU 50 % busy on average, by 2 samples."
+        assert sent.of("missing") == [("the aim", "defined for 800 training frames; found 10")]
+    assert sent.of("note")[-1] == "GPU 50 % busy on average of 2 samples."
 
 
-def test_tests_are_run_or_the_reason_is_given(
+def test_tests_section_runs_pytest_or_reports_what_is_missing(
     tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent = Sent(settings(tmp_path, tiny_bundle, tmp_path))
@@ -548,7 +550,7 @@ def test_tests_are_run_or_the_reason_is_given(
 
     def command(self: Any, *line: Any) -> gpu_report.Finished:
         assert "timeout = " not in (tmp_path / "pyproject.toml").read_text("utf-8")
-        assert any(Path(word).name == "test_devices.py" for word in line)
+        assert any(Path(word).name == "test_session_factory.py" for word in line)
         skipped = f"SKIPPED [1] {gpu_commands.ROOT}/tests/a.py:3: no CUDA"
         return gpu_report.Finished(1, 2.0, f"{skipped}\nFAILED tests/b.py::c\n1 failed, 1 skipped in 2.0s\n", "")
 
@@ -562,7 +564,7 @@ def test_tests_are_run_or_the_reason_is_given(
 
 
 @pytest.mark.slow
-def test_files_and_cores(
+def test_files_and_scaling_sections(
     tmp_path: Path, tiny_bundle: Path, frames_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_files, "FRAME_SIZE", (80, 60))
@@ -573,14 +575,14 @@ def test_files_and_cores(
     _, rows = sent.of("table")[-1]
     ways = {tuple(row[:2]) for row in rows[1:]}
     assert {("EchoQuad fp32", kind) for kind in ("rgb-png", "rgb-jpeg")} <= ways
-    assert {("reading alone, processes", "rgb-png"), ("onnxruntime by hand fp32", "rgb-jpeg")} <= ways
-    assert [what for what, _ in sent.of("missing")] == ["torch by hand fp32", "the aims"]  # there is no run
+    assert {("reading alone, processes", "rgb-png"), ("plain onnxruntime fp32", "rgb-jpeg")} <= ways
+    assert [what for what, _ in sent.of("missing")] == ["plain torch fp32", "the aims"]  # no run is given
     assert len(list((tmp_path / "rgb-png-2000").rglob("*.png"))) == 2000
     assert len(list((tmp_path / "rgb-png").iterdir())) == gpu_files.DISTINCT
     gpu_files.scaling(sent.context)
     assert [row[0] for row in sent.of("table")[-1][1]] == ["cores", "1"]
     assert sent.of("missing")[-1] == ("2, 4 cores", "this process may use 1")
-    monkeypatch.setattr(gpu_files, "available_cpus", lambda: 1)  # more threads are no more cores
+    monkeypatch.setattr(gpu_files, "available_cpus", lambda: 1)  # more threads than cores
     sent = Sent(settings(tmp_path, tiny_bundle, frames_folder, count=2000, threads=4))
     gpu_files.scaling(sent.context)
     assert sent.of("missing") == [("2, 4 cores", "this process may use 1")]

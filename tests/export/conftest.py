@@ -1,4 +1,4 @@
-"""What the export tests share: a data set whose names must not travel, a run trained on it, and its bundle."""
+"""Fixtures of the export tests: a data set with names that must not leak, a run trained on it, and its bundle."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
+pytest.importorskip("torch")
+pytest.importorskip("onnx")
+
 import torch
 import torchvision
-from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from echoquad_export.graph.build import build_graph
 from echoquad_export.packing.exporter import Exported, export_run
+from echoquad_export.parity import golden
 from echoquad_runtime.contract import Contract
 from echoquad_train.fitting.loop import fit
 from echoquad_train.networks.classifier import QuadrantClassifier
@@ -27,7 +33,7 @@ PATIENT = "DOE-JANE-19600213"
 
 
 class ThinResNet(ResNet):
-    """A ResNet with the layers' names, one block each and an eighth of the channels."""
+    """A ResNet with one block per layer and an eighth of the channels."""
 
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
         return super()._make_layer(block, planes // 8, blocks, stride, dilate)
@@ -48,21 +54,21 @@ def thin_backbones() -> Iterator[None]:
 
 @pytest.fixture
 def thin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every backbone be the thin one, and no time go into waiting for the disk."""
+    """Replace every backbone by the thin one, and skip waiting for the disk."""
     monkeypatch.setattr(torchvision.models, "get_model", thin_backbone)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture
 def thin_model(thin: None) -> Callable[[Contract], QuadrantClassifier]:
-    """Give a thin classifier whose batch statistics are those of noise, so that its answers differ."""
+    """Return a maker of thin classifiers with batch statistics of noise, so that their answers vary."""
 
     def make(contract: Contract) -> QuadrantClassifier:
         torch.manual_seed(3)
         model = QuadrantClassifier("resnet18", contract, dropout=0.5).train()
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.momentum = None  # a plain mean over what it sees
+                module.momentum = None  # cumulative mean
         size = contract.input_size
         with torch.no_grad():
             for _ in range(3):
@@ -72,8 +78,29 @@ def thin_model(thin: None) -> Callable[[Contract], QuadrantClassifier]:
     return make
 
 
+_GRAPHS: dict[str, bytes] = {}
+
+
+@pytest.fixture
+def thin_graph(thin_model: Callable[[Contract], QuadrantClassifier]) -> Callable[[Contract], bytes]:
+    """Return a maker of the exported graphs of `thin_model`; each is built once per session."""
+
+    def make(contract: Contract) -> bytes:
+        if contract.sha256 not in _GRAPHS:
+            _GRAPHS[contract.sha256] = build_graph(thin_model(contract), contract)
+        return _GRAPHS[contract.sha256]
+
+    return make
+
+
+@pytest.fixture
+def few_golden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use a small pool of golden frames, for tests that do not depend on it."""
+    monkeypatch.setattr(golden, "POOL", 6)
+
+
 class Silent:
-    """A reporter that hears nothing."""
+    """A reporter that ignores all calls."""
 
     def decoding(self, *_: object) -> None: ...
     def started(self, *_: object) -> None: ...
@@ -121,26 +148,26 @@ RECIPE = Recipe(
     warmup_epochs=0,
     trained_layers="all",
     lr=3e-3,
-    stop_patience=0,
+    early_stopping_patience=0,
     mixed_precision=False,
 )
 
 
 @pytest.fixture(scope="session")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """Give a run of the document's contract with its bundle. Shared: a test must not change it."""
+    """A run with the contract of the reference pipeline, and its bundle. Shared: tests must not change it."""
     return make_case(tmp_path_factory.mktemp("case"), ("ASD", "NORM"), RECIPE)
 
 
 @pytest.fixture(scope="session")
 def other_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """Give the same with nothing at its default: three classes, another crop, normalisation and vote."""
-    changes = {"keep": 0.7, "mean": 0.3, "std": 0.21, "positive": "VSD", "vote": "weighted"}
+    """The same with nothing at its default: three classes, another crop, normalisation and vote."""
+    changes = {"center_crop": 0.7, "mean": 0.3, "std": 0.21, "positive": "VSD", "vote": "weighted"}
     recipe = replace(RECIPE, vote_weights=(0.0, 1.0, 2.0, 3.5), **changes)
     return make_case(tmp_path_factory.mktemp("other"), ("ASD", "NORM", "VSD"), recipe)
 
 
 @pytest.fixture
 def run(case: Case, tmp_path: Path) -> Path:
-    """Give a copy of the run that a test may change."""
+    """A copy of the run that a test may change."""
     return Path(shutil.copytree(case.run, tmp_path / "run"))

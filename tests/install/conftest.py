@@ -1,4 +1,4 @@
-"""The built wheel in environments of its own: what a user has after ``pip install``, and nothing besides."""
+"""Fixtures that install the built wheel into separate environments, as a user does with ``pip install``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OFFLINE = ("NewConnectionError", "Temporary failure in name resolution", "Failed
 
 @dataclass(frozen=True)
 class Ran:
-    """A command that has ended: exit code, stdout, stderr."""
+    """A finished command: exit code, stdout, stderr."""
 
     code: int
     out: str
@@ -48,7 +48,7 @@ class Environment:
         return Path(sysconfig.get_path("purelib", "venv", variables))
 
     def pip(self, *arguments: str | Path) -> str:
-        """Run the test run's pip on this environment; skips the test where there is no network."""
+        """Run pip on this environment; skip the test without a network."""
         command = [sys.executable, "-m", "pip", "--python", self.python, "--disable-pip-version-check", *arguments]
         ended = run([str(word) for word in command])
         if any(words in ended.out + ended.err for words in OFFLINE):
@@ -57,7 +57,7 @@ class Environment:
         return ended.out
 
     def echoquad(self, *arguments: str | Path, code: int = 0, env: Mapping[str, str] | None = None) -> Ran:
-        """Run the installed ``echoquad``; no traceback, and an error is one line."""
+        """Run the installed ``echoquad``; check the exit code, and that an error is one line without traceback."""
         ended = run([str(self.scripts / "echoquad"), *map(str, arguments)], cwd=self.folder, env=env)
         assert ended.code == code, (arguments, ended)
         assert "Traceback" not in ended.out + ended.err
@@ -72,7 +72,7 @@ class Environment:
 
 
 def run(command: list[str], cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Ran:
-    # Nothing of the checkout may shine through: no PYTHONPATH, and never its folder as the working directory.
+    # Isolate from the checkout: no PYTHONPATH, and not its folder as the working directory.
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     env = {**kept, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", **(env or {})}
     ended = subprocess.run(command, check=False, capture_output=True, cwd=cwd, env=env, encoding="utf-8", timeout=240)
@@ -81,7 +81,7 @@ def run(command: list[str], cwd: Path | None = None, env: Mapping[str, str] | No
 
 def make_environment(folder: Path) -> Environment:
     if util.find_spec("pip") is None:
-        pytest.skip("this environment has no pip to install with")
+        pytest.skip("pip is not installed")
     ended = run([sys.executable, "-m", "venv", "--without-pip", str(folder)])
     assert ended.code == 0, ended.err
     return Environment(folder)
@@ -89,7 +89,7 @@ def make_environment(folder: Path) -> Environment:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a folder with the source distribution and the wheel that was built from it."""
+    """A folder with the source distribution and the wheel built from it."""
     pytest.importorskip("build")
     folder = tmp_path_factory.mktemp("built")
     offline = ["--no-isolation"] if util.find_spec("hatchling") else []
@@ -102,14 +102,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def wheel(built: Path) -> Path:
-    """Give the wheel."""
+    """The built wheel."""
     (found,) = built.glob("*.whl")
     return found
 
 
 @pytest.fixture(scope="session")
 def cpu(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """Give an environment after ``pip install "WHEEL[cpu]"``: a cart. Shared: a test must not change it."""
+    """An environment after ``pip install "WHEEL[cpu]"``, as on a cart. Shared: tests must not change it."""
     environment = make_environment(tmp_path_factory.mktemp("cpu") / "venv")
     environment.pip("install", "--quiet", f"{wheel}[cpu]")
     return environment
@@ -117,7 +117,7 @@ def cpu(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 @pytest.fixture(scope="session")
 def gpu_without_driver(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """Give an environment with onnxruntime's GPU wheel on a machine that has neither a driver nor CUDA's libraries."""
+    """An environment with onnxruntime's GPU wheel on a machine without NVIDIA driver and CUDA libraries."""
     if sys.platform == "darwin":
         pytest.skip("macOS has no CUDA")
     try:
@@ -125,7 +125,7 @@ def gpu_without_driver(wheel: Path, tmp_path_factory: pytest.TempPathFactory) ->
     except OSError:
         pass
     else:
-        pytest.skip("an NVIDIA driver is here")
+        pytest.skip("an NVIDIA driver is installed")
     environment = make_environment(tmp_path_factory.mktemp("gpu") / "venv")
     environment.pip("install", "--quiet", "--no-compile", wheel, "onnxruntime-gpu>=1.22")
     return environment
@@ -133,10 +133,10 @@ def gpu_without_driver(wheel: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def openvino(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """Give an environment after ``pip install "WHEEL[openvino]"``. Shared: a test must not change it."""
+    """An environment after ``pip install "WHEEL[openvino]"``. Shared: tests must not change it."""
     made = sys.platform in ("linux", "win32") and platform.machine().lower() in ("x86_64", "amd64")
     if not made or sys.version_info >= (3, 14):
-        pytest.skip("onnxruntime-openvino is not made for this machine or this Python")
+        pytest.skip("no wheel of onnxruntime-openvino for this machine or Python")
     environment = make_environment(tmp_path_factory.mktemp("openvino") / "venv")
     environment.pip("install", "--quiet", "--no-compile", f"{wheel}[openvino]")
     return environment
@@ -144,9 +144,9 @@ def openvino(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environme
 
 @pytest.fixture(scope="session")
 def openvino_alone(tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """Return an environment with OpenVINO's own wheel, which tells the kernels that it chooses, and no EchoQuad."""
+    """An environment with OpenVINO's own wheel, which reports its kernels, and without EchoQuad."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        pytest.skip("on other machines OpenVINO has other kernels")
+        pytest.skip("OpenVINO has other kernels on this machine")
     environment = make_environment(tmp_path_factory.mktemp("openvino-alone") / "venv")
     environment.pip("install", "--quiet", "--no-compile", "openvino")
     return environment
@@ -154,7 +154,7 @@ def openvino_alone(tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 @pytest.fixture(scope="session")
 def signing(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """Give an environment after ``pip install "WHEEL[cpu,sign]"``. Shared: a test must not change it."""
+    """An environment after ``pip install "WHEEL[cpu,sign]"``. Shared: tests must not change it."""
     environment = make_environment(tmp_path_factory.mktemp("signing") / "venv")
     environment.pip("install", "--quiet", "--no-compile", f"{wheel}[cpu,sign]")
     return environment

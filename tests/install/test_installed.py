@@ -1,4 +1,4 @@
-"""The wheel after ``pip install``, on a cart: no torch, no checkout, no GPU."""
+"""The installed wheel on a deployment machine: no torch, no checkout, no GPU."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from echoquad_runtime.quadrants import frame_quadrants
 HEAVY = ("torch", "torchvision", "onnx", "onnxscript", "sklearn", "scipy", "matplotlib", "safetensors", "pandas", "cv2")
 
 
-def test_the_cart_is_small_and_has_no_torch(cpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cpu_installation_is_small_and_without_torch(cpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
     files = [path for path in cpu.site.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files) / 1e6
     code = sum(path.stat().st_size for path in files if path.suffix == ".pyc") / 1e6
     with capsys.disabled():
         print(f"\nsite-packages with echoquad[cpu]: {size:.0f} MB, {code:.0f} MB of it compiled Python")  # noqa: T201
-    assert size <= 220  # onnxruntime 1.32 took it from 190 to 202
+    assert size <= 220  # 202 MB with onnxruntime 1.32
     assert [name for name in HEAVY if (cpu.site / name).exists()] == []
     assert "No broken requirements found." in cpu.pip("check")
 
 
-def test_a_cart_does_its_work(cpu: Any, tiny_bundle: Path, frames_folder: Path, tmp_path: Path) -> None:
+def test_installed_commands_run(cpu: Any, tiny_bundle: Path, frames_folder: Path, tmp_path: Path) -> None:
     assert cpu.echoquad("--version").out.startswith("echoquad ")
     assert cpu.echoquad("verify", tiny_bundle).out.startswith("PASS ")
     assert cpu.echoquad("inspect", tiny_bundle).out.startswith("Model card: ASD, NORM from echo frames")
@@ -46,14 +46,14 @@ def test_a_cart_does_its_work(cpu: Any, tiny_bundle: Path, frames_folder: Path, 
     doctor = cpu.echoquad("doctor")
     assert "[ok] cpu: computed the expected numbers" in doctor.out
     assert '[ok] torch: not installed; only training and export need it: pip install "echoquad[export]"' in doctor.out
-    # Phantoms need no torch: a cart can draw its own frames to try itself on.
+    # Phantoms need no torch.
     assert (
         "test: ASD 1, NORM 1"
         in cpu.echoquad("data", "phantom", tmp_path / "data", "--patients", "6", "--frames", "1").out
     )
 
 
-def test_cuda_on_a_cart_without_it_is_refused(cpu: Any, tiny_bundle: Path, frames_folder: Path) -> None:
+def test_device_cuda_without_cuda_exits_with_4(cpu: Any, tiny_bundle: Path, frames_folder: Path) -> None:
     for command in (["predict", tiny_bundle, frames_folder], ["verify", tiny_bundle], ["bench", tiny_bundle]):
         ran = cpu.echoquad(*command, "--device", "cuda", code=4)
         assert ran.out == ""
@@ -63,7 +63,7 @@ def test_cuda_on_a_cart_without_it_is_refused(cpu: Any, tiny_bundle: Path, frame
     assert "[failed] cuda: no CUDA provider in onnxruntime" in ran.out
 
 
-def test_what_a_cart_lacks_it_says(cpu: Any, tmp_path: Path) -> None:
+def test_missing_extra_is_named_with_its_install_command(cpu: Any, tmp_path: Path) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
     cpu.echoquad("data", "phantom", data, "--patients", "6", "--frames", "1")
     commands = {
@@ -80,7 +80,7 @@ def test_what_a_cart_lacks_it_says(cpu: Any, tmp_path: Path) -> None:
         assert not out.exists()
 
 
-def test_the_library_on_a_cart(cpu: Any, tiny_bundle: Path, frames_folder: Path) -> None:
+def test_library_predicts_without_heavy_imports(cpu: Any, tiny_bundle: Path, frames_folder: Path) -> None:
     code = f"""
 import sys
 import echoquad
@@ -95,7 +95,7 @@ print(found, sorted(set({HEAVY}) & set(sys.modules)), echoquad.__file__)
     assert file.startswith(str(cpu.folder))
 
 
-def test_a_gpu_wheel_without_a_driver_tells_the_truth(
+def test_gpu_wheel_without_driver_reports_the_cause(
     gpu_without_driver: Any, tiny_bundle: Path, frames_folder: Path
 ) -> None:
     echoquad = gpu_without_driver.echoquad
@@ -107,7 +107,7 @@ def test_a_gpu_wheel_without_a_driver_tells_the_truth(
 
     ran = echoquad("predict", tiny_bundle, frames_folder, "--device", "auto")
     assert {row["device"] for row in csv.DictReader(io.StringIO(ran.out))} == {"cpu"}
-    first, second = ran.err.splitlines()  # and not a word of onnxruntime's own
+    first, second = ran.err.splitlines()  # and no output of onnxruntime
     assert first.startswith(f"on the CPU: {cause}")
     assert second.startswith("6 frames: ")
 
@@ -122,13 +122,13 @@ def test_a_gpu_wheel_without_a_driver_tells_the_truth(
     assert "onnxruntime-gpu: " in ran.out
 
 
-# ---------------------------------------------------------------------------------------------- OpenVINO
+# OpenVINO
 
-# oneDNN, inside OpenVINO, then takes the processor for one that knows nothing of bfloat16.
+# Makes oneDNN, inside OpenVINO, assume a processor without bfloat16.
 OLD_PROCESSOR = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
-def test_openvino_computes_what_the_cpu_computes(openvino: Any, tiny_bundle: Path) -> None:
+def test_openvino_engine_agrees_with_the_cpu(openvino: Any, tiny_bundle: Path) -> None:
     ran = openvino.run_python(
         f"""
 import json
@@ -170,18 +170,20 @@ print(json.dumps(found))
     found = json.loads(ran)
     assert found["usable"] == {"cpu": None, "openvino": None}
     assert found["fp32"]["runs"] == ["openvino", "fp32", 1]
-    assert found["fp32"]["dlogit"] <= 1e-4  # bfloat16, which OpenVINO itself would choose, is out by 1e-2
+    assert found["fp32"]["dlogit"] <= 1e-4  # bfloat16, OpenVINO's default, differs by 1e-2
     assert found["fp32"]["batches"] <= 1e-5
     if isinstance(found["bf16"], str):
         assert "OpenVINO does not compute in bfloat16 on this processor" in found["bf16"]
     else:
         assert found["bf16"]["runs"] == ["openvino", "bf16", 1]
-        assert found["bf16"]["dlogit"] > 1e-3  # it is bfloat16, and not float32 by that name
+        assert found["bf16"]["dlogit"] > 1e-3  # really bfloat16
         assert found["bf16"]["dprobability"] <= 0.05
         assert found["bf16"]["batches"] <= 1e-2
 
 
-def test_openvino_on_a_cart(openvino: Any, tiny_bundle: Path, frames_folder: Path, tmp_path: Path) -> None:
+def test_openvino_predict_agrees_with_the_cpu_and_leaves_no_files(
+    openvino: Any, tiny_bundle: Path, frames_folder: Path, tmp_path: Path
+) -> None:
     home = tmp_path / "home"
     home.mkdir()
     before = set(openvino.folder.iterdir())
@@ -196,7 +198,7 @@ def test_openvino_on_a_cart(openvino: Any, tiny_bundle: Path, frames_folder: Pat
             env={"HOME": str(home), "XDG_CACHE_HOME": str(home)},
         )
         assert ran.err.startswith(f"on {device} in fp32\n6 frames: ")
-        assert len(ran.err.splitlines()) == 2  # not a word of anybody else's
+        assert len(ran.err.splitlines()) == 2  # no output of other libraries
         return list(csv.DictReader(io.StringIO(ran.out)))
 
     for one, other in zip(rows("cpu"), rows("openvino"), strict=True):
@@ -206,7 +208,7 @@ def test_openvino_on_a_cart(openvino: Any, tiny_bundle: Path, frames_folder: Pat
         assert all(abs(float(one[name]) - float(other[name])) < 1.5e-4 for name in numbers)  # of 4 decimals each
         assert all(one[name] == other[name] for name in ("file", "pred_image", "flags"))
     assert list(home.iterdir()) == []  # no cache, no telemetry
-    assert set(openvino.folder.iterdir()) == before  # nor anything where it was called
+    assert set(openvino.folder.iterdir()) == before  # nothing in the working directory
     ran = openvino.echoquad("verify", tiny_bundle, "--device", "openvino")
     assert ran.out.startswith("PASS ")
     assert " on openvino in fp32: " in ran.out
@@ -214,11 +216,11 @@ def test_openvino_on_a_cart(openvino: Any, tiny_bundle: Path, frames_folder: Pat
 
 @pytest.fixture(scope="module")
 def int8_bundle(make_tiny_bundle: Any, make_tiny_graph: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a bundle with an int8 graph whose first convolution has the stride 2, as most networks' has."""
+    """A bundle with an int8 graph whose first convolution has the stride 2."""
     onnx = pytest.importorskip("onnx")
-    from echoquad_export.graph.memory_session import open_in_memory
+    from echoquad_export.graph.onnx_graph import open_in_memory
     from echoquad_export.precision.calibration_set import Ranges
-    from echoquad_export.precision.quantize import float_tensors, prepare, quantize
+    from echoquad_export.precision.quantize import activation_tensors, prepare, quantize
 
     contract = Contract(classes=("ASD", "NORM"), input_size=32)
     model = onnx.load_from_string(make_tiny_graph(contract))
@@ -229,7 +231,10 @@ def int8_bundle(make_tiny_bundle: Any, make_tiny_graph: Any, tmp_path_factory: p
     frames = np.random.default_rng(0).integers(0, 256, (8, 60, 80), np.uint8)
     quadrants = np.stack([frame_quadrants(frame, contract) for frame in frames])
     prepared = prepare(single, contract)
-    graphs = {"fp32": single, "int8": quantize(prepared, Ranges(prepared, quadrants[:, :, 0], float_tensors(prepared)))}
+    graphs = {
+        "fp32": single,
+        "int8": quantize(prepared, Ranges(prepared, quadrants[:, :, 0], activation_tensors(prepared))),
+    }
     found = open_in_memory(single).run(["logits", "probabilities"], {"quadrants": quadrants.reshape(-1, 1, 32, 32)})
     logits, probabilities = (answer.reshape(len(frames), 4, 2) for answer in found)
     golden = GoldenFrames(tuple(f"noise-{i}" for i in range(len(frames))), tuple(frames), logits, probabilities)
@@ -245,7 +250,7 @@ def int8_bundle(make_tiny_bundle: Any, make_tiny_graph: Any, tmp_path_factory: p
     )
 
 
-def test_openvino_replays_an_int8_graph(openvino: Any, int8_bundle: Path, frames_folder: Path) -> None:
+def test_openvino_verifies_and_runs_an_int8_graph(openvino: Any, int8_bundle: Path, frames_folder: Path) -> None:
     for device in ("cpu", "openvino"):
         verified = openvino.echoquad("verify", int8_bundle, "--device", device, "--precision", "int8")
         assert verified.out.startswith("PASS ") and f" on {device} in int8: " in verified.out
@@ -255,7 +260,7 @@ def test_openvino_replays_an_int8_graph(openvino: Any, int8_bundle: Path, frames
 
 
 @pytest.mark.slow
-def test_openvino_computes_the_first_convolution_in_integers(openvino_alone: Any, int8_bundle: Path) -> None:
+def test_openvino_runs_the_first_convolution_in_integers(openvino_alone: Any, int8_bundle: Path) -> None:
     kernels = openvino_alone.run_python(
         f"""
 import openvino
@@ -270,7 +275,7 @@ for file in ("fp32", "int8"):
     assert "_I8" not in single and integers.endswith("_I8") and len(integers.split()) == 1
 
 
-def test_openvino_never_lies_about_bfloat16(openvino: Any, tiny_bundle: Path) -> None:
+def test_openvino_bfloat16_needs_processor_support(openvino: Any, tiny_bundle: Path) -> None:
     verify = ("verify", tiny_bundle, "--precision", "bf16", "--device", "openvino")
     doctor = openvino.echoquad("doctor", "--device", "openvino")
     assert "[ok] openvino: computed the expected numbers, " in doctor.out
@@ -281,14 +286,14 @@ def test_openvino_never_lies_about_bfloat16(openvino: Any, tiny_bundle: Path) ->
     assert "OpenVINO does not compute in bfloat16 on this processor" in ran.err
 
 
-def test_a_device_that_the_wheel_lacks_is_refused(openvino: Any, cpu: Any, tiny_bundle: Path) -> None:
+def test_device_without_support_in_the_wheel_exits_with_4(openvino: Any, cpu: Any, tiny_bundle: Path) -> None:
     for environment, device in ((openvino, "cuda"), (cpu, "openvino")):
         ran = environment.echoquad("verify", tiny_bundle, "--device", device, code=4)
         assert ran.out == ""
         assert f"device {device} cannot be used: " in ran.err
 
 
-# ---------------------------------------------------------------------------------------------- signing
+# Signing
 
 KEYS = """
 from pathlib import Path
@@ -303,7 +308,7 @@ Path({folder!r}, "pub.pem").write_bytes(public)
 
 
 @pytest.mark.slow
-def test_the_extra_that_signs_brings_all_that_it_needs(
+def test_extra_sign_installs_all_dependencies(
     signing: Any, cpu: Any, tiny_bundle: Path, frames_folder: Path, tmp_path: Path
 ) -> None:
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))

@@ -1,4 +1,4 @@
-"""The distribution files: what they hold, and what they do not."""
+"""Contents and metadata of the distribution files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from echoquad import __version__
 PACKAGES = {"echoquad", "echoquad_runtime", "echoquad_train", "echoquad_export"}
 
 
-def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
+def test_wheel_contains_only_the_packages(wheel: Path) -> None:
     assert wheel.name == f"echoquad-{__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -25,10 +25,10 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     endings = {Path(name).suffix for name in names if not name.startswith(info)}
     assert endings == {".py", ".toml", ".typed", ".j2", ".css"}
     assert not [name for name in names if re.search(r"\btest|conftest|\.pyc|\.partial", name)]
-    assert wheel.stat().st_size < 550_000  # no data and no binaries in it: 508 kB of code in November 2026
+    assert wheel.stat().st_size < 550_000  # code only: 508 kB in November 2026
 
 
-def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
+def test_wheel_contains_each_file_of_the_packages(wheel: Path) -> None:
     root = Path(__file__).parents[2]
     folders = (root / "echoquad", *(root / name / f"echoquad_{name}" for name in ("runtime", "train", "export")))
     with zipfile.ZipFile(wheel) as archive:
@@ -40,7 +40,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
     assert missing == []
 
 
-def test_what_pip_is_told(wheel: Path) -> None:
+def test_wheel_metadata(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         info = f"echoquad-{__version__}.dist-info"
         metadata = HeaderParser().parsestr(archive.read(f"{info}/METADATA").decode())
@@ -55,7 +55,7 @@ def test_what_pip_is_told(wheel: Path) -> None:
     assert "echoquad = echoquad.cli.framework.main:main" in scripts
 
 
-def test_the_source_distribution_holds_the_tests_and_no_litter(built: Path) -> None:
+def test_source_distribution_contains_tests_and_no_build_products(built: Path) -> None:
     (found,) = built.glob("*.tar.gz")
     with tarfile.open(found) as archive:
         names = [name.partition("/")[2] for name in archive.getnames()]

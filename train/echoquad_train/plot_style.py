@@ -9,15 +9,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from echoquad_runtime.overlay.palette import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, SKY_BLUE, VERMILION
 from echoquad_runtime.storage.atomic import write_atomically
 
-__all__ = ["BLUE", "GREY", "ORANGE", "save", "short", "stroke"]
+__all__ = ["BLUE", "GREY", "VERMILION", "save", "short", "stroke"]
 
-# The palette of Okabe and Ito, safe for colour vision deficiency. doi:10.1038/nmeth.1618
-BLUE = "#0072B2"
-ORANGE = "#D55E00"
-GREY = "#7F7F7F"
-_CLASSES = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_CLASSES = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY_BLUE, BLACK)
 _STYLES = ("-", "--", "-.")
 
 _LONGEST = 28  # characters of a class name in a figure

@@ -1,1 +1,1 @@
-"""ONNX graphs: the classifier, the frame graph, and the rewrites of both."""
+"""ONNX graphs: export from PyTorch, the frame graph, and the rewrites of both."""

@@ -1,18 +1,17 @@
-"""The graph: from 8-bit quadrants to logits and probabilities, with all that lies between inside it."""
+"""Export of a PyTorch model to an ONNX graph from 8-bit quadrants to logits and probabilities."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import warnings
-from collections.abc import Iterable
 from typing import Final
 
 import onnx
 import torch
 from torch import Tensor, nn
 
-from echoquad_export.graph.activation_map import add_cam
+from echoquad_export.graph.activation_map import add_activation_maps
 from echoquad_export.graph.channel_folding import fold_first_convolution
 from echoquad_runtime._version import __version__
 from echoquad_runtime.bundle.onnx_header import CONTRACT_HASH_KEY, CONTRACT_KEY, INPUT, OUTPUTS
@@ -20,22 +19,22 @@ from echoquad_runtime.contract import Contract
 from echoquad_train.networks.classifier import QuadrantClassifier
 from echoquad_train.networks.ensemble_classifier import EnsembleClassifier, views_of
 
-__all__ = ["IR_VERSION", "OPSET", "DeployedClassifier", "DeployedEnsemble", "build_graph", "replace_nodes"]
+__all__ = ["IR_VERSION", "OPSET", "DeployedClassifier", "DeployedEnsemble", "build_graph"]
 
 OPSET: Final = 18
 IR_VERSION: Final = 10
-"""ONNX 1.16's; onnxruntime reads it from 1.18 on. Pinned, so that a newer exporter does not shut out an older cart."""
+"""The IR version of ONNX 1.16, which onnxruntime reads from 1.18 on. Pinned for older installations."""
 
 
 class DeployedClassifier(nn.Module):
-    """The classifier as it is deployed: one input channel, normalisation, temperature and softmax inside.
+    """The deployed form of a classifier: one input channel; normalisation, temperature and softmax inside.
 
     Parameters
     ----------
     model
         The trained model; it is copied, not changed.
     contract
-        Gives mean, standard deviation and temperature.
+        Supplies mean, standard deviation and temperature.
     """
 
     def __init__(self, model: QuadrantClassifier, contract: Contract) -> None:
@@ -46,7 +45,7 @@ class DeployedClassifier(nn.Module):
         self.eval()
 
     def forward(self, quadrants: Tensor) -> tuple[Tensor, Tensor]:
-        """Give logits and probabilities, float32 [N, C], for uint8 [N, 1, S, S]."""
+        """Return logits and probabilities, float32 [N, C], for quadrants uint8 [N, 1, S, S]."""
         x = (quadrants.float() / 255 - self.mean) / self.std
         logits = self.head(self.backbone(x))
         scaled = logits if self.temperature == 1 else logits / self.temperature
@@ -54,25 +53,25 @@ class DeployedClassifier(nn.Module):
 
 
 class DeployedEnsemble(nn.Module):
-    """An ensemble as it is deployed: its members as they would be, flips and vote inside.
+    """The deployed form of an ensemble: its deployed members, the mirrored views and the combination inside.
 
     Parameters
     ----------
     model
         The ensemble; its members are copied, not changed.
     contract
-        The ensemble's own, whose temperature comes after the vote.
+        The ensemble's contract; its temperature applies to the combined logits.
     """
 
     def __init__(self, model: EnsembleClassifier, contract: Contract) -> None:
         super().__init__()
         members = [member for member in model.members if isinstance(member, QuadrantClassifier)]
         self.members = nn.ModuleList(DeployedClassifier(member, contract) for member in members)
-        self.join, self.flip, self.temperature = model.join, model.flip, contract.temperature
+        self.join, self.flip, self.temperature = model.join, model.flip_tta, contract.temperature
         self.eval()
 
     def forward(self, quadrants: Tensor) -> tuple[Tensor, Tensor]:
-        """Give logits and probabilities, float32 [N, C], for uint8 [N, 1, S, S]."""
+        """Return logits and probabilities, float32 [N, C], for quadrants uint8 [N, 1, S, S]."""
         seen = views_of(quadrants, self.flip)
         logits = self.join([member(seen)[0] for member in self.members])
         scaled = logits if self.temperature == 1 else logits / self.temperature
@@ -80,15 +79,16 @@ class DeployedEnsemble(nn.Module):
 
 
 def build_graph(model: QuadrantClassifier | EnsembleClassifier, contract: Contract) -> bytes:
-    """Export a run's or an ensemble's model to ONNX: float32, one file, any number of quadrants.
+    """Export the model of a run or an ensemble to ONNX, in float32.
 
     Returns
     -------
     bytes
-        The ONNX file: `INPUT` uint8 [N, 1, S, S] in, `OUTPUTS` float32 [N, C] out, contract and hash in its metadata.
+        The ONNX file, with weights: input `INPUT` uint8 [N, 1, S, S], outputs `OUTPUTS` float32 [N, C] and, where the
+        network allows it, class activation maps. The metadata holds the contract and its hash.
     """
     size = contract.input_size
-    # With a single sample the exporter would take N for the constant 1.
+    # With a batch of one, the exporter would make N the constant 1.
     sample = torch.zeros(2, 1, size, size, dtype=torch.uint8)
     deployed: nn.Module = (
         DeployedEnsemble(model.cpu(), contract)
@@ -97,10 +97,10 @@ def build_graph(model: QuadrantClassifier | EnsembleClassifier, contract: Contra
     )
     exporter_log = logging.getLogger("torch.onnx")
     level = exporter_log.level
-    exporter_log.setLevel(logging.ERROR)  # it reports optional packages that are missing; nothing here needs them
+    exporter_log.setLevel(logging.ERROR)  # it reports optional packages that are missing and not needed here
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own deprecations, which nobody here can act on
+            warnings.simplefilter("ignore")  # deprecations inside torch
             program = torch.onnx.export(
                 deployed,
                 (sample,),
@@ -116,8 +116,8 @@ def build_graph(model: QuadrantClassifier | EnsembleClassifier, contract: Contra
         exporter_log.setLevel(level)
     assert program is not None
     proto = program.model_proto
-    add_cam(proto.graph)
-    _clean(proto)
+    add_activation_maps(proto.graph)
+    _remove_debug_info(proto)
     proto.ir_version = IR_VERSION
     proto.producer_name, proto.producer_version = "echoquad", __version__
     metadata = {CONTRACT_KEY: contract.to_json(), CONTRACT_HASH_KEY: contract.sha256}
@@ -126,19 +126,8 @@ def build_graph(model: QuadrantClassifier | EnsembleClassifier, contract: Contra
     return bytes(proto.SerializeToString(deterministic=True))
 
 
-def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
-    """Give a graph other nodes, and take out the constants that none of them reads and what was noted of shapes."""
-    chosen = list(nodes)
-    used = {name for node in chosen for name in node.input}
-    constants = [item for item in graph.initializer if item.name in used]
-    for field in (graph.node, graph.initializer, graph.value_info):
-        del field[:]
-    graph.node.extend(chosen)
-    graph.initializer.extend(constants)
-
-
-def _clean(proto: onnx.ModelProto) -> None:
-    """Take out the exporter's notes: stack traces with paths of the machine that exported, of no use to a runtime."""
+def _remove_debug_info(proto: onnx.ModelProto) -> None:
+    """Remove the exporter's stack traces, which contain paths of the exporting machine."""
     proto.doc_string = ""
     proto.graph.doc_string = ""
     del proto.functions[:]

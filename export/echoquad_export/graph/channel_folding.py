@@ -1,7 +1,8 @@
-"""Folding: the grey channel is not replicated at run time.
+"""Channel folding: the exported network reads one grey channel instead of three copies of it.
 
-The classifier is trained on grey levels replicated to three channels. A convolution over three equal channels is
-the convolution over one whose weights are their sum, at the zero-padded border too: all channels are normalised alike.
+The classifier is trained on grey levels replicated to three channels. A convolution over three equal channels equals
+one over a single channel with the sum of their weights. This holds at the zero-padded border too, because all channels
+are normalised alike.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ __all__ = ["fold_first_convolution", "sum_input_channels"]
 
 
 def sum_input_channels(convolution: nn.Conv2d) -> nn.Conv2d:
-    """Make the convolution over one channel that equals `convolution` over equal channels.
+    """Return a convolution over one channel that equals `convolution` over equal channels.
 
-    The sum is taken in float64, so that only the last rounding differs.
+    The sum is computed in float64, so that only the final rounding differs.
     """
     folded = nn.Conv2d(
         1,
         convolution.out_channels,
-        convolution.kernel_size,  # type: ignore[arg-type]  # torch annotates them as tuples of any length
+        convolution.kernel_size,  # type: ignore[arg-type]  # torch annotates tuples of any length
         convolution.stride,  # type: ignore[arg-type]
         convolution.padding,  # type: ignore[arg-type]
         convolution.dilation,  # type: ignore[arg-type]
@@ -35,12 +36,12 @@ def sum_input_channels(convolution: nn.Conv2d) -> nn.Conv2d:
 
 
 def fold_first_convolution(body: nn.Module) -> nn.Module:
-    """Replace a backbone's first convolution by the one over a single channel, in place; gives the backbone back.
+    """Replace a backbone's first convolution by one over a single channel, in place, and return the backbone.
 
     Raises
     ------
     ValueError
-        If it has no convolution over three channels to begin with.
+        If the backbone does not begin with a convolution over three channels.
     """
     for name, module in body.named_modules():
         if isinstance(module, nn.Conv2d):

@@ -1,7 +1,8 @@
-"""The end of a graph: what is computed in float32 in every precision, since it costs nothing and decisions are close.
+"""The float tail of a graph: its last nodes, which stay in float32 in every precision.
 
-It begins at the pooling behind the last feature map, or at the head's linear layer where there is no such pooling; of
-an ensemble, at those of each member, and what joins the members belongs to it.
+They cost next to nothing, and decisions depend on small differences there. The tail begins at the pooling after the
+last feature map, or at the head's linear layer if there is no such pooling. In an ensemble it begins there in each
+member and includes the nodes that combine the members.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import onnx
 from echoquad_export.graph.activation_map import last_pooling
 from echoquad_runtime.bundle.onnx_header import CAM, OUTPUTS
 
-__all__ = ["float_end"]
+__all__ = ["float_tail"]
 
 _HEAD = "Gemm"
 
 
-def float_end(graph: onnx.GraphProto) -> set[str]:
-    """Name the tensors that a graph's end computes; its nodes are in an order in which it can be computed."""
+def float_tail(graph: onnx.GraphProto) -> set[str]:
+    """Return the names of the tensors that the tail computes; the nodes must be sorted topologically."""
     producers = {name: node for node in graph.node for name in node.output}
     found: set[str] = {CAM}
     waiting = [OUTPUTS[0]]
@@ -30,7 +31,7 @@ def float_end(graph: onnx.GraphProto) -> set[str]:
             waiting += node.input
         elif (pooling := last_pooling(graph, node.output[0])) is not None:
             found.update(pooling.output)
-    for node in graph.node:  # what lies between pooling and head, and what follows the logits
+    for node in graph.node:  # the nodes between pooling and head, and those after the logits
         if found.intersection(node.input):
             found.update(node.output)
     return found

@@ -1,14 +1,14 @@
-"""The frame graph: one ONNX file from raw grey frames to decisions, for a client in any language.
+"""The frame graph: one ONNX file from raw grey frames to decisions, for clients in other languages.
 
-Crop, split and resize come from `echoquad_export.graph.resize_graph`, the network is the bundle's own graph with every
-operator and weight as it is, and the vote is `echoquad_runtime.voting`'s, sum for sum. What goes in and comes out:
+`echoquad_export.graph.resize_graph` provides crop, split and resize. The network is the bundle's graph, unchanged. The
+vote repeats `echoquad_runtime.voting` operation by operation. Input and outputs:
 
 ========================  ==================  ==========================================================================
-`FRAMES` (in)             uint8 [N, H, W]     grey levels; N frames of one size, H and W any from 2 on
-quadrant_probabilities    float32 [N, 4, C]   LA, RA, LV, RV; columns in the order of the contract's classes
-probabilities             float32 [N, C]      their plain mean over the quadrants, whatever the vote rule
-votes                     int64 [N, 4]        each quadrant's class
-label                     int64 [N]           the class that the contract's vote rule decides for
+`FRAMES` (in)             uint8 [N, H, W]     grey levels; N frames of one size, H and W at least 2
+quadrant_probabilities    float32 [N, 4, C]   LA, RA, LV, RV; columns in the order of the classes
+probabilities             float32 [N, C]      mean over the quadrants, for every vote rule
+votes                     int64 [N, 4]        class of each quadrant
+label                     int64 [N]           class of the frame by the vote rule
 ========================  ==================  ==========================================================================
 """
 
@@ -24,13 +24,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, compose, helper
 
-from echoquad_export.graph.build import replace_nodes
+from echoquad_export.graph.onnx_graph import open_in_memory, replace_nodes
 from echoquad_export.graph.resize_graph import FRAMES, Nodes, add_quadrants
 from echoquad_runtime._version import __version__
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.bundle.onnx_header import CONTRACT_KEY, INPUT, OUTPUTS
 from echoquad_runtime.contract import QUADRANTS, Contract
-from echoquad_runtime.devices.session_factory import open_session
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.slot_pool import Engine, SlotPool
 from echoquad_runtime.errors import BundleError, FrameError, ParityError
@@ -46,50 +45,50 @@ __all__ = [
     "MAX_GREY_DIFFERENCE",
     "FrameParity",
     "build_frame_graph",
+    "load_frames",
     "make_frame_graph",
     "measure_frame_parity",
     "quadrants_part",
-    "whole_frames",
 ]
 
 FRAME_OUTPUTS: Final = ("quadrant_probabilities", "probabilities", "votes", "label")
 CLASSES_KEY: Final = "echoquad.classes"
-"""Metadata key of the class names, a JSON list, for who does not want to look for them in the contract."""
+"""Metadata key of the class names, a JSON list."""
 
 MAX_GREY_DIFFERENCE: Final = 1
-"""Grey levels that a resized pixel may differ by. None does where Pillow and the graph round alike."""
+"""Allowed difference of a resized pixel in grey levels; it is 0 where Pillow and the graph round alike."""
 MAX_DPROBABILITY: Final = 0.05
 
-_NETWORK: Final = "network/"  # what the network's own names begin with, so that they are nobody else's
+_NETWORK: Final = "network/"  # prefix of the network's names
 _QUADRANTS: Final = f"{_NETWORK}{INPUT}"
-_OPSET: Final = 18  # the earliest that the operators here are written for
+_OPSET: Final = 18  # the lowest that has the operators used here
 
 
 def build_frame_graph(model: bytes, contract: Contract) -> bytes:
-    """Put a bundle's graph between what makes quadrants of frames and what makes decisions of probabilities.
+    """Build a frame graph around a bundle's graph.
 
     Parameters
     ----------
     model
         The bytes of ``model.<precision>.onnx``, of any precision.
     contract
-        The bundle's.
+        The bundle's contract.
 
     Returns
     -------
     bytes
-        The bytes of ``frame.<precision>.onnx``, equal for equal input: standard operators of the same opset and IR
-        version, the same metadata and `CLASSES_KEY`; see the module for its input and outputs.
+        The bytes of ``frame.<precision>.onnx``, with the opset, IR version and metadata of `model` and `CLASSES_KEY`.
+        Equal arguments give equal bytes.
 
     Raises
     ------
     BundleError
-        If the graph is of another contract, or of an opset before 18.
+        If the graph has another contract, or an opset before 18.
     """
     network = onnx.load_model_from_string(model)
     metadata = {item.key: item.value for item in network.metadata_props}
     if metadata.get(CONTRACT_KEY) != contract.to_json():
-        raise BundleError("frame graph: the model's graph carries another contract than the bundle; export it again")
+        raise BundleError("frame graph: the model's graph has another contract than the bundle; export it again")
     opsets = {item.domain: item.version for item in network.opset_import}
     if opsets.get("", 0) < _OPSET:
         raise BundleError(f"frame graph: the model's graph has opset {opsets.get('', 0)}; expected {_OPSET} or later")
@@ -97,35 +96,35 @@ def build_frame_graph(model: bytes, contract: Contract) -> bytes:
     network = compose.add_prefix(network, _NETWORK)
     graph = network.graph
     _rename_batch(graph)
-    before, behind = Nodes("frame/"), Nodes("vote/")
+    before, after = Nodes("frame/"), Nodes("vote/")
     add_quadrants(before, contract, _QUADRANTS)
-    _add_decision(behind, contract, f"{_NETWORK}{OUTPUTS[1]}")
+    _add_decision(after, contract, f"{_NETWORK}{OUTPUTS[1]}")
 
-    nodes = [*before.nodes, *graph.node, *behind.nodes]
-    constants = [*before.constants, *graph.initializer, *behind.constants]
+    nodes = [*before.nodes, *graph.node, *after.nodes]
+    constants = [*before.constants, *graph.initializer, *after.constants]
     inner = [*graph.input, *graph.value_info, *graph.output]
     classes = len(contract.classes)
     shapes = ((4, classes), (classes,), (4,), ())
-    kinds = (TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT64)
+    types = (TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT64)
     outputs = [
-        helper.make_tensor_value_info(name, kind, ["N", *shape])
-        for name, kind, shape in zip(FRAME_OUTPUTS, kinds, shapes, strict=True)
+        helper.make_tensor_value_info(name, dtype, ["N", *shape])
+        for name, dtype, shape in zip(FRAME_OUTPUTS, types, shapes, strict=True)
     ]
     frames = helper.make_tensor_value_info(FRAMES, TensorProto.UINT8, ["N", "H", "W"])
-    whole = helper.make_model(
+    combined = helper.make_model(
         helper.make_graph(nodes, "frame_graph", [frames], outputs, constants, value_info=inner),
         opset_imports=network.opset_import,
         ir_version=network.ir_version,
         producer_name="echoquad",
         producer_version=__version__,
     )
-    helper.set_model_props(whole, {**metadata, CLASSES_KEY: json.dumps(contract.classes)})
-    onnx.checker.check_model(whole, full_check=True)
-    return bytes(whole.SerializeToString(deterministic=True))
+    helper.set_model_props(combined, {**metadata, CLASSES_KEY: json.dumps(contract.classes)})
+    onnx.checker.check_model(combined, full_check=True)
+    return bytes(combined.SerializeToString(deterministic=True))
 
 
 def _rename_batch(graph: onnx.GraphProto) -> None:
-    """Rename open dimensions: the network's N is the number of quadrants, and must not be taken for that of frames."""
+    """Rename symbolic dimensions: the network's N counts quadrants, that of the frame graph counts frames."""
     for item in (*graph.input, *graph.value_info, *graph.output):
         for dimension in item.type.tensor_type.shape.dim:
             if dimension.dim_param:
@@ -133,7 +132,7 @@ def _rename_batch(graph: onnx.GraphProto) -> None:
 
 
 def _add_decision(nodes: Nodes, contract: Contract, probabilities: str) -> None:
-    """Add the vote of `echoquad_runtime.voting.decide` on the network's probabilities, float32 [4 N, C]."""
+    """Add the vote of `echoquad_runtime.voting.aggregate_votes` on probabilities, float32 [4 N, C]."""
     each, mean_name, votes_name, label = FRAME_OUTPUTS
     classes, count = len(contract.classes), len(QUADRANTS)
     nodes("Reshape", probabilities, [-1, count, classes], output=each)
@@ -155,7 +154,7 @@ def _add_decision(nodes: Nodes, contract: Contract, probabilities: str) -> None:
 
 
 def _sum(nodes: Nodes, terms: list[str]) -> str:
-    """Add from left to right, as numpy does: equal sums stay equal, and a tie stays a tie."""
+    """Add from left to right, as numpy does, so that a tie stays a tie."""
     total = terms[0]
     for term in terms[1:]:
         total = nodes("Add", total, term)
@@ -164,20 +163,20 @@ def _sum(nodes: Nodes, terms: list[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class FrameParity:
-    """How a frame graph compares with the runtime on the same frames.
+    """Comparison of a frame graph with the runtime; the field names are keys of the manifest.
 
     Attributes
     ----------
     precision
-        Of the graph.
+        Precision of the graph.
     frames
-        How many there were.
+        Number of frames.
     max_grey_difference
-        Largest |difference| of a pixel after the resize, in grey levels of 255.
+        Largest |difference| of a resized pixel, in grey levels of 255.
     max_abs_dprobability
-        Largest |difference| of a probability of a quadrant or of a frame.
+        Largest |difference| of a probability of a quadrant or a frame.
     flips
-        Frames that are decided otherwise, or a quadrant of which votes otherwise.
+        Number of frames with a changed decision or a changed quadrant vote.
     """
 
     precision: str
@@ -187,45 +186,38 @@ class FrameParity:
     flips: int
 
     def require(self) -> None:
-        """Refuse what has missed.
-
-        Raises
-        ------
-        ParityError
-            If a pixel differs by more than `MAX_GREY_DIFFERENCE`, a probability by more than 0.05, or a frame flips.
-        """
+        """Raise ParityError if a figure exceeds its bound; no decision may change."""
         limits = [
             ("grey levels", self.max_grey_difference, MAX_GREY_DIFFERENCE),
             ("|dprobability|", self.max_abs_dprobability, MAX_DPROBABILITY),
-            ("flips", self.flips, 0),
+            ("changed decisions", self.flips, 0),
         ]
-        misses = [f"{name} {value:.3g} > {limit:.3g}" for name, value, limit in limits if not value <= limit]
-        if misses:
+        violations = [f"{name} {value:.3g} > {limit:.3g}" for name, value, limit in limits if not value <= limit]
+        if violations:
             raise ParityError(
                 f"parity: the {self.precision} frame graph does not decide as the runtime does on {self.frames} "
-                f"frames: {'; '.join(misses)}; no bundle was written"
+                f"frames: {'; '.join(violations)}; no bundle was written"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the figures as JSON values, as the manifest holds them by precision."""
+        """Return the manifest's entry."""
         return {key: value for key, value in asdict(self).items() if key != "precision"}
 
 
 def measure_frame_parity(frame_graph: bytes, engine: Engine, frames: Iterable[Grey]) -> FrameParity:
-    """Hold a frame graph against the runtime's own path on the CPU, a frame at a time.
+    """Compare a frame graph with the runtime on the CPU.
 
     Parameters
     ----------
     frame_graph
-        As `build_frame_graph` gives it.
+        The ONNX file from `build_frame_graph`.
     engine
-        The same graph as the runtime runs it.
+        The same network, run by the runtime.
     frames
-        uint8 [H, W] each, at least 2 x 2; at full size, and taken one at a time.
+        uint8 [H, W] each, at least 2 x 2, at full size; consumed one at a time.
     """
     contract, slots = engine.contract, SlotPool(engine, 1)
-    session = open_session(frame_graph, device="cpu").session
-    resizing = open_session(quadrants_part(frame_graph), device="cpu").session
+    session, resizing = open_in_memory(frame_graph), open_in_memory(quadrants_part(frame_graph))
     count = grey = flips = 0
     dprobability = 0.0
     for frame in frames:
@@ -237,14 +229,14 @@ def measure_frame_parity(frame_graph: bytes, engine: Engine, frames: Iterable[Gr
         count += 1
         grey = max(grey, int(np.abs(resized.astype(np.int16) - quadrants).max()))
         for found, wanted in ((each, expected), (mean, decision.probabilities)):
-            # A NaN must not pass as no difference; JSON has no infinity.
+            # NaN must not count as no difference, and JSON has no infinity.
             dprobability = max(dprobability, float(np.nan_to_num(np.abs(found - wanted), nan=1e30, posinf=1e30).max()))
         flips += bool((votes != decision.quadrant_labels).any() or (label != decision.labels).any())
     return FrameParity(engine.precision, count, grey, dprobability, flips)
 
 
 def make_frame_graph(bundle: Bundle, precision: str, frames: Iterable[Grey]) -> tuple[bytes, FrameParity]:
-    """Build the frame graph of a bundle's precision and prove it on its golden frames and on `frames`, uint8 [H, W].
+    """Build the frame graph of a precision and compare it on the golden frames and on `frames`, uint8 [H, W].
 
     Raises
     ------
@@ -258,21 +250,21 @@ def make_frame_graph(bundle: Bundle, precision: str, frames: Iterable[Grey]) -> 
     return graph, parity
 
 
-def whole_frames(split: Split, contract: Contract) -> Iterator[Grey]:
-    """Read a split's frames again, at full size, one at a time; those that cannot be judged are passed over."""
+def load_frames(split: Split, contract: Contract) -> Iterator[Grey]:
+    """Yield the frames of a split, uint8 [H, W], at full size; skip those that cannot be read or split."""
     for file in split.files():
         if isinstance(file, Failure):
             continue
         try:
             frame = load_grey(file)
             crop_box(frame.shape[1], frame.shape[0], contract.keep)
-        except FrameError:  # `load_quadrants` has counted them
+        except FrameError:  # counted by `load_quadrants`
             continue
         yield frame
 
 
 def quadrants_part(frame_graph: bytes) -> bytes:
-    """Cut a frame graph off behind the resize, so that what it feeds the network can be looked at."""
+    """Return the part of a frame graph that computes the quadrants, as an ONNX file."""
     model = onnx.load_model_from_string(frame_graph)
     graph = model.graph
     end = next(index for index, node in enumerate(graph.node) if _QUADRANTS in node.output)

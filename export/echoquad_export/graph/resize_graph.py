@@ -1,14 +1,14 @@
-"""From a frame to the network's quadrants as ONNX operators: crop, split, and Pillow's bilinear resize.
+"""Crop, split and Pillow's bilinear resize as ONNX operators, from a frame to the network's quadrants.
 
-ONNX has a ``Resize`` with antialiasing, but its weights are other ones: downsampled noise differs by many grey
-levels. So the resize is written out here. It takes two passes, the columns first and then the rows, and rounds to
-8 bits after each. Output i of a pass has its centre at ``(i + 0.5) * scale`` and takes input x with the weight
-``max(0, 1 - |x + 0.5 - centre| / max(scale, 1))``; an output's weights are divided by their sum and rounded to
-multiples of 2**-22. A sum of products of such weights with grey levels fits into a float64 without any rounding, in
-whatever order it is added up: what comes out is the integers that Pillow computes, bit for bit.
+The ONNX operator ``Resize`` with antialiasing uses other weights: downsampled noise differs by many grey levels. So the
+resize is written out here. It has two passes, columns first and then rows, and rounds to 8 bits after each. Output i of
+a pass has its centre at ``(i + 0.5) * scale`` and weighs input x by
+``max(0, 1 - |x + 0.5 - centre| / max(scale, 1))``; the weights of an output are divided by their sum and rounded to
+multiples of 2**-22. A sum of products of such weights and grey levels is exact in float64, in any order of addition, so
+the results are Pillow's integers, bit for bit.
 
-A pass is a matrix product, and its matrix is a band: neighbouring outputs depend on the same few inputs. So outputs
-are taken in blocks, each with the window of inputs that it depends on: several times quicker than the whole matrix.
+A pass is a matrix product with a band matrix, because neighbouring outputs depend on the same few inputs. Blocks of
+outputs, each with its window of inputs, are several times faster than the full matrix.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ __all__ = ["FRAMES", "Nodes", "add_quadrants"]
 FRAMES: Final = "frames"
 """The graph's input: uint8 [N, H, W], grey levels."""
 
-BLOCK: Final = 16  # outputs to a window: fewer multiply less, more gather less
-FRACTION: Final = 2.0**22  # Pillow's weights are integers, this being 1
+BLOCK: Final = 16  # outputs per window: fewer need fewer products, more need fewer gathers
+FRACTION: Final = 2.0**22  # fixed-point unit of Pillow's weights
 
 Operand = str | float | int | Sequence[int] | npt.NDArray[Any]
-"""A tensor's name, or a value: numbers become float64 or int64, whatever the machine's own integers are."""
+"""A tensor's name, or a constant: numbers become float64 or int64 on every platform."""
 
 
 class Nodes:
-    """Writes operators one after the other and names what they give; a constant is stored once.
+    """Appends operators and names their outputs; equal constants are stored once.
 
     Parameters
     ----------
     prefix
-        Begins every name that is given here, so that none is another graph's.
+        Prefix of all names, to keep them distinct from those of other graphs.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -52,27 +52,27 @@ class Nodes:
 
     @property
     def constants(self) -> list[onnx.TensorProto]:
-        """The constants that the operators use."""
+        """Initializers of the operators."""
         return list(self._constants.values())
 
-    def __call__(self, kind: str, *inputs: Operand, output: str | None = None, **attributes: Any) -> str:
-        """Add an operator with one output; gives the output's name, which is `output` where that is given."""
-        name = output or self._next(kind)
-        self._add(kind, inputs, [name], attributes)
+    def __call__(self, operator: str, *inputs: Operand, output: str | None = None, **attributes: Any) -> str:
+        """Add an operator with one output; return the output's name, which is `output` if given."""
+        name = output or self._next(operator)
+        self._add(operator, inputs, [name], attributes)
         return name
 
     def split(self, tensor: str, sizes: Operand, parts: int, axis: int) -> list[str]:
-        """Cut a tensor along an axis into parts of these sizes, int64 [parts]."""
+        """Split a tensor along an axis into parts of the given sizes, int64 [parts]; return their names."""
         names = [f"{self._next('Split')}_{part}" for part in range(parts)]
         self._add("Split", (tensor, sizes), names, {"axis": axis})
         return names
 
-    def _add(self, kind: str, inputs: Sequence[Operand], outputs: list[str], attributes: dict[str, Any]) -> None:
+    def _add(self, operator: str, inputs: Sequence[Operand], outputs: list[str], attributes: dict[str, Any]) -> None:
         names = [item if isinstance(item, str) else self._constant(item) for item in inputs]
-        self.nodes.append(helper.make_node(kind, names, outputs, name=self._next(kind), **attributes))
+        self.nodes.append(helper.make_node(operator, names, outputs, name=self._next(operator), **attributes))
 
-    def _next(self, kind: str) -> str:
-        return f"{self.prefix}{kind}_{len(self.nodes)}"
+    def _next(self, operator: str) -> str:
+        return f"{self.prefix}{operator}_{len(self.nodes)}"
 
     def _constant(self, value: Operand) -> str:
         array = np.asarray(value)
@@ -85,28 +85,28 @@ class Nodes:
 
 
 def add_quadrants(nodes: Nodes, contract: Contract, output: str) -> None:
-    """Add what makes quadrants of frames, as `echoquad_runtime.quadrants` does.
+    """Add the operators that compute quadrants from frames, as `echoquad_runtime.quadrants` does.
 
     Parameters
     ----------
     nodes
-        Takes the operators. They begin at `FRAMES`, uint8 [N, H, W]; H and W are any from 2 on, and a smaller frame
-        ends the run with an error of its ``Split``.
+        Receives the operators. Their input is `FRAMES`, uint8 [N, H, W], with H and W at least 2; for smaller frames
+        the inference fails in ``Split``.
     contract
-        Gives the kept fraction and the input size S.
+        Supplies the kept fraction and the input size S.
     output
-        Name of what is made: uint8 [4 N, 1, S, S], LA, RA, LV, RV of the first frame, then of the next.
+        Name of the output: uint8 [4 N, 1, S, S], LA, RA, LV, RV of the first frame, then of the next.
     """
     size = contract.input_size
     above, top, bottom, below = _cuts(nodes, 1, contract.keep)
-    before, left, right, behind = _cuts(nodes, 2, contract.keep)
+    before, left, right, after = _cuts(nodes, 2, contract.keep)
     rows = nodes("Concat", above, nodes("Add", top, bottom), below, axis=0)
     _, kept, _ = nodes.split(FRAMES, rows, 3, axis=1)
-    # A pass gathers rows, which lie in one piece; so the columns are rows while it is their turn.
+    # A pass gathers rows, which are contiguous; so the columns are transposed for their pass.
     kept = nodes("Transpose", kept, perm=[0, 2, 1])
-    _, *halves, _ = nodes.split(kept, nodes("Concat", before, left, right, behind, axis=0), 4, axis=1)
+    _, *halves, _ = nodes.split(kept, nodes("Concat", before, left, right, after, axis=0), 4, axis=1)
     narrow = [_resize(nodes, half, side, size) for half, side in zip(halves, (left, right), strict=True)]
-    # The left and the right quadrants now lie beside each other and have their rows resized together.
+    # The left and right quadrants are now side by side, and their rows are resized together.
     kept = nodes("Transpose", nodes("Concat", *narrow, axis=1), perm=[0, 2, 1])
     halves = nodes.split(kept, nodes("Concat", top, bottom, axis=0), 2, axis=1)
     small = [_resize(nodes, half, side, size) for half, side in zip(halves, (top, bottom), strict=True)]
@@ -115,7 +115,7 @@ def add_quadrants(nodes: Nodes, contract: Contract, output: str) -> None:
 
 
 def _cuts(nodes: Nodes, axis: int, keep: float) -> tuple[str, str, str, str]:
-    """Give the lengths, int64 [1], of what lies before the crop, its two halves, and what lies behind."""
+    """Return the lengths, int64 [1], before the crop, of its two halves, and after the crop."""
     side = nodes("Shape", FRAMES, start=axis, end=axis + 1)
     kept = nodes("Floor", nodes("Add", nodes("Mul", _float(nodes, side), keep), 0.5))
     kept = nodes("Max", nodes("Cast", kept, to=onnx.TensorProto.INT64), [MIN_SIDE])
@@ -131,23 +131,23 @@ def _resize(nodes: Nodes, image: str, side: str, size: int) -> str:
     window, weights = _band(nodes, side, size, blocks)
     inputs = _float(nodes, nodes("Gather", image, window, axis=1))  # [N, blocks, taps, M]
     sums = nodes("MatMul", weights, inputs)
-    # Half up, as the cast cuts off. It needs no bound: rounded weights add to 256 / 255 only from 16,000 taps on.
+    # The cast truncates, so 0.5 rounds half up. No clipping: weights sum to 256 / 255 only from 16,000 taps on.
     levels = nodes("Cast", nodes("Add", sums, 0.5), to=onnx.TensorProto.UINT8)
     levels = nodes("Reshape", levels, [0, blocks * BLOCK, -1])
     return levels if blocks * BLOCK == size else nodes("Slice", levels, [0], [size], [1])
 
 
 def _band(nodes: Nodes, side: str, size: int, blocks: int) -> tuple[str, str]:
-    """Give each block's inputs, int64 [blocks, taps], and their weights, float64 [blocks, BLOCK, taps].
+    """Return the inputs of each block, int64 [blocks, taps], and their weights, float64 [blocks, BLOCK, taps].
 
-    Every operation that Pillow does in float64 is done here, in its order: what is rounded is then the same.
+    The float64 operations and their order are Pillow's, so that the roundings agree.
     """
-    outputs = np.minimum(np.arange(blocks * BLOCK), size - 1) + 0.5  # those beyond the size repeat the last one
+    outputs = np.minimum(np.arange(blocks * BLOCK), size - 1) + 0.5  # outputs beyond the size repeat the last
     outputs = outputs.reshape(blocks, BLOCK, 1)
     scale = nodes("Div", _float(nodes, side), float(size))
     support = nodes("Max", scale, 1.0)
 
-    # From the first output's first input to the last one's last; no more than there are, and one to spare for rounding.
+    # From the first input of the first output to the last input of the last, plus one for rounding.
     reach = nodes("Add", nodes("Mul", scale, float(BLOCK - 1)), nodes("Mul", support, 2.0))
     taps = nodes("Cast", nodes("Add", nodes("Ceil", reach), 1.0), to=onnx.TensorProto.INT64)
     taps = nodes("Min", taps, side)
@@ -157,8 +157,8 @@ def _band(nodes: Nodes, side: str, size: int, blocks: int) -> tuple[str, str]:
     window = nodes("Add", start, nodes("Range", 0, nodes("Squeeze", taps), 1))
 
     centre = nodes("Mul", outputs, scale)
-    place = nodes("Unsqueeze", _float(nodes, window), [1])
-    distance = nodes("Add", nodes("Sub", place, centre), 0.5)
+    position = nodes("Unsqueeze", _float(nodes, window), [1])
+    distance = nodes("Add", nodes("Sub", position, centre), 0.5)
     distance = nodes("Abs", nodes("Mul", distance, nodes("Div", 1.0, support)))
     weights = nodes("Relu", nodes("Sub", 1.0, distance))
     weights = nodes("Div", weights, nodes("ReduceSum", weights, [2]))

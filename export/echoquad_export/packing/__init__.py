@@ -1,1 +1,1 @@
-"""The bundle: made beside its target, checked, and moved into place."""
+"""Packing: writes a bundle beside its target, checks it, and moves it into place."""

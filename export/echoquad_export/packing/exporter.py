@@ -1,33 +1,41 @@
-"""Packing: from a run to a bundle in its place, or to nothing at all."""
+"""Export of a run or an ensemble to a bundle: complete and checked, or nothing."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from echoquad_export.graph.activation_map import check_cam
+from echoquad_export.graph.activation_map import check_activation_maps
 from echoquad_export.graph.build import IR_VERSION, OPSET, build_graph
-from echoquad_export.graph.frame_graph import make_frame_graph, whole_frames
-from echoquad_export.packing.manifest import make_manifest, provenance
-from echoquad_export.packing.place import check_target
+from echoquad_export.graph.frame_graph import load_frames, make_frame_graph
+from echoquad_export.packing.manifest import new_manifest
 from echoquad_export.parity.golden import PHANTOM, golden_source, pack_golden
 from echoquad_export.parity.metrics import measure_run
-from echoquad_export.parity.parity import Gate, Parity, measure_parity, summary
+from echoquad_export.parity.parity import Gate, Parity, measure_parity
 from echoquad_export.precision.calibration_set import CALIBRATION_FRAMES, CalibrationSet, draw_calibration_set
 from echoquad_export.precision.fp16 import to_fp16
 from echoquad_export.precision.int8 import build_int8
 from echoquad_runtime.bundle.bundle import Bundle
-from echoquad_runtime.bundle.manifest import GOLDEN, MANIFEST, MODEL_CARD, PRECISIONS, frame_graph_file, model_file
+from echoquad_runtime.bundle.manifest import (
+    GOLDEN,
+    MANIFEST,
+    MODEL_CARD,
+    PRECISIONS,
+    SIGNATURE,
+    encode_manifest,
+    frame_graph_file,
+    model_file,
+)
 from echoquad_runtime.bundle.model_card import model_card
 from echoquad_runtime.bundle.signing import check_private_key, sign_bundle
+from echoquad_runtime.contract import Contract
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.slot_pool import infer_in_batches
-from echoquad_runtime.errors import DatasetError, RunError, UsageError, VerificationError
+from echoquad_runtime.errors import DatasetError, OutputError, RunError, UsageError, VerificationError
 from echoquad_runtime.frames.formats import ReadOptions
 from echoquad_runtime.storage.atomic import write_bytes
 from echoquad_runtime.storage.atomic_folder import atomic_folder
@@ -39,24 +47,25 @@ from echoquad_train.runs.ensemble_folder import Ensemble, load_trained
 
 __all__ = ["Exported", "check_precisions", "export_run"]
 
-REFERENCE_BATCH: Final = 8  # frames that the training code judges at a time
-CAM_FRAMES: Final = 8  # on which class activation maps are held against logits
+REFERENCE_BATCH: Final = 8  # frames per batch of the training code
+_FILE_MANAGERS: Final = (".DS_Store", "Thumbs.db", "desktop.ini")  # files of Finder and Explorer
+CAM_FRAMES: Final = 8  # frames on which class activation maps are compared with logits
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """A bundle in its place.
+    """A finished bundle.
 
     Attributes
     ----------
     folder
-        Where it is.
+        The bundle folder.
     parities
-        One a precision.
+        One per precision.
     verification
-        What its golden frames showed here, in the last precision.
+        Result of replaying the golden frames, in the last precision.
     unreadable
-        Validation frames that could not be read and were left out.
+        Number of validation frames that could not be read and were skipped.
     """
 
     folder: Path
@@ -66,12 +75,12 @@ class Exported:
 
 
 def check_precisions(wanted: Sequence[str]) -> tuple[str, ...]:
-    """Refuse precisions that are unknown; one that is named twice is built once.
+    """Return the precisions without duplicates.
 
     Raises
     ------
     UsageError
-        If there is one, or none is asked for.
+        If a precision is unknown, or none is given.
     """
     unknown = [name for name in wanted if name not in PRECISIONS]
     if unknown or not wanted:
@@ -97,46 +106,47 @@ def export_run(
 ) -> Exported:
     """Export a run's best checkpoint, or an ensemble, to a bundle.
 
-    Everything is written beside `out` and takes its name only when parity and verification have passed. A
-    bundle that `out` held before is there, unchanged, until then.
+    The bundle is written beside `out` and takes its place only after parity and verification have passed. Until then,
+    an older bundle at `out` stays unchanged.
 
     Parameters
     ----------
     folder
-        The run or the ensemble.
+        A run that ``echoquad train`` wrote, or an ensemble.
     out
-        The bundle's folder: new, empty, or an older bundle with nothing else in it.
+        The bundle folder to write.
     precisions
-        Graphs to build; the first is what runs where none is asked for.
+        Graphs to build; the first is the bundle's default.
     calibrate_data
-        The data folder whose ``train`` frames int8 is calibrated on, where it is built; None is the run's own.
+        Data folder whose training frames calibrate int8; None is the run's own.
     calibration_frames
-        How many of them.
+        Number of calibration frames.
     parity_data
-        The data folder whose ``validation`` frames parity is measured on; None is the one that the run was trained on.
+        Data folder whose validation frames prove parity; None is the run's own.
     golden
-        Where golden frames come from: ``phantom``, so that no patient's pixels ship, ``validation`` (the frames that
-        parity is measured on), or a folder of frames.
+        Source of the golden frames: ``phantom``, ``validation`` or a folder of frames.
     gate
-        Other parity bounds than the precision's own.
+        Parity gate for all precisions; None is the default gate of each precision.
     frame_graph
-        Whether each precision also gets a graph from frame to decision, proved on the golden and the validation frames.
+        Whether to add the graphs from frame to decision.
     sign_key
-        A PEM file with a private key that signs the finished bundle; None leaves it unsigned.
+        PEM file with the private key that signs the bundle; None leaves it unsigned.
     progress
-        Called with a phrase as each step begins.
+        Called with a phrase at the beginning of each step.
 
     Raises
     ------
     ParityError
-        If a graph does not decide as the training code does, or its maps are not what decided; nothing is left of it.
+        If a graph does not decide as the training code does, or its class activation maps contradict its logits.
     VerificationError
-        If the finished bundle does not give its own golden answers.
+        If the finished bundle does not reproduce its golden answers.
     RunError, DatasetError, InputNotFoundError, UsageError, OutputError, ConfigError, MissingExtraError
-        If the run, the data, the golden frames, the precisions, the target or the key stand in the way.
+        If the run, the data, the golden frames, the precisions, the target or the key cannot be used.
     """
     wanted = check_precisions(precisions)
-    _check_ends(out, sign_key)
+    _check_target(out)
+    if sign_key is not None:
+        check_private_key(sign_key)
     progress("reading the run")
     run = load_trained(folder)
     split = _parity_split(run, parity_data)
@@ -144,121 +154,121 @@ def export_run(
     source = golden_source(golden, split.files())
     store = load_quadrants(split, run.contract)
 
-    progress(f"judging {len(store.names)} validation frames with the training code")
+    progress(f"running {len(store.names)} validation frames through the training code")
     reference_engine = TorchEngine(run.model, run.contract)
     reference = infer_in_batches(reference_engine, store.quadrants, REFERENCE_BATCH)
 
-    with atomic_folder(out, replace=True) as place:
-        draft = _Draft(place, run)
-        draft.sections["metrics"] = measure_run(run, reference[1], store.labels, f"{split.name} split")
+    with atomic_folder(out, replace=True) as unfinished:
+        draft = _Draft(unfinished, new_manifest(run, wanted[0]))
+        draft.manifest["metrics"] = measure_run(run, reference[1], store.labels, f"{split.name} split")
 
-        def judge(precision: str, graph: bytes) -> Parity:
-            """Take parity through the bundle reader, from bytes as they lie on the disk: what a cart will do."""
+        def measure(precision: str, graph: bytes) -> Parity:
+            """Measure parity through the bundle, from the bytes on disk, as deployment loads them."""
             draft.add_graph(precision, graph)
             return measure_parity(
                 reference, draft.open_graph(precision), store.quadrants, f"{split.name} split", gate=gate
             )
 
-        parities: dict[str, Parity] = {}
+        parities: list[Parity] = []
         single = build_graph(run.model, run.contract)
         for precision in wanted:
             progress(f"building the {precision} graph and measuring its parity")
-            if precision == "int8":
-                assert calibration is not None
-                made = build_int8(single, run.contract, calibration, partial(judge, precision), progress)
-                parities[precision] = made.parity
-                graph = made.graph
-                draft.details[precision] |= made.details
-                progress(f"int8 passed: {made}")
-            else:
-                graph = single if precision == "fp32" else to_fp16(single)
-                parities[precision] = judge(precision, graph)
-                parities[precision].require()
-            if maps := check_cam(graph, store.quadrants[:CAM_FRAMES]):
-                draft.details[precision]["cam"] = maps
-        draft.figures = summary(tuple(parities.values()))
+            graph, parity, details = _convert(
+                precision, single, run.contract, calibration, partial(measure, precision), progress
+            )
+            parities.append(parity)
+            draft.manifest["parity"][precision] = parity.to_dict()
+            draft.manifest["precisions"][precision] |= details
+            if maps := check_activation_maps(graph, store.quadrants[:CAM_FRAMES]):
+                draft.manifest["precisions"][precision]["cam"] = maps
 
         progress("choosing golden frames")
         reduced = [draft.open_graph(precision) for precision in wanted if precision != "fp32"]
-        packed, draft.sections["golden"] = pack_golden(reference_engine, source, reduced)
+        packed, draft.manifest["golden"] = pack_golden(reference_engine, source, reduced)
         draft.write(GOLDEN, packed)
-        _add_frame_graphs(draft, wanted if frame_graph else (), split, progress)
-        draft.write(MODEL_CARD, model_card(Bundle(place).manifest).markdown().encode())
+        for precision in wanted if frame_graph else ():
+            progress(f"building the {precision} frame graph and measuring its parity")
+            frames = load_frames(split, run.contract)
+            data, frame_parity = make_frame_graph(Bundle(draft.folder), precision, frames)
+            draft.manifest.setdefault("frame_graphs", {})[precision] = frame_parity.to_dict()
+            draft.write(frame_graph_file(precision), data)
+        draft.write(MODEL_CARD, model_card(Bundle(draft.folder).manifest).markdown().encode())
         progress("replaying the golden frames")
-        verification = [_replay(place, precision, out) for precision in wanted][-1]
-        _sign(place, sign_key, progress)
-    return Exported(out, tuple(parities.values()), verification, len(store.failures))
+        verification = [_replay(draft.folder, precision, out) for precision in wanted][-1]
+        if sign_key is not None:
+            progress("signing the bundle")
+            sign_bundle(draft.folder, sign_key)
+    return Exported(out, tuple(parities), verification, len(store.failures))
+
+
+def _convert(
+    precision: str,
+    single: bytes,
+    contract: Contract,
+    calibration: CalibrationSet | None,
+    measure: Callable[[bytes], Parity],
+    progress: Callable[[str], None],
+) -> tuple[bytes, Parity, dict[str, Any]]:
+    """Convert a float32 graph to a precision; return it with its parity, which passed, and the manifest's details."""
+    if precision == "int8":
+        assert calibration is not None
+        made = build_int8(single, contract, calibration, measure, progress)
+        progress(f"int8 passed: {made}")
+        return made.graph, made.parity, made.details
+    graph = single if precision == "fp32" else to_fp16(single)
+    parity = measure(graph)
+    parity.require()
+    return graph, parity, {}
 
 
 class _Draft:
-    """A bundle that is being written; after every file its manifest is true of what lies in its folder.
+    """A bundle in progress: after each file, the manifest on disk describes the files in the folder."""
 
-    Attributes
-    ----------
-    details, figures, sections
-        What the manifest says of each graph, of their parity, and under further keys.
-    """
-
-    def __init__(self, place: Path, run: Run | Ensemble) -> None:
-        self.place = place
-        self.details: dict[str, dict[str, Any]] = {}
-        self.figures: Mapping[str, Any] = {}
-        self.sections: dict[str, Any] = {}
-        self._contract, self._training = run.contract, provenance(run)
-        self._created = datetime.now(UTC).isoformat(timespec="seconds")
-        self._files: dict[str, dict[str, Any]] = {}
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file, and the manifest anew."""
-        self._files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        write_bytes(self.place / name, data)
-        manifest = make_manifest(
-            self._contract, self._files, self.details, self._training, self.figures, self._created, self.sections
-        )
-        write_bytes(self.place / MANIFEST, manifest)
+        """Write a file and update the manifest."""
+        self.manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        write_bytes(self.folder / name, data)
+        write_bytes(self.folder / MANIFEST, encode_manifest(self.manifest))
 
     def add_graph(self, precision: str, graph: bytes) -> None:
-        """Write a precision's graph, in place of an earlier attempt at it."""
-        self.details.setdefault(precision, {"opset": OPSET, "ir_version": IR_VERSION})
+        """Write the graph of a precision; it replaces an earlier attempt."""
+        self.manifest["precisions"].setdefault(precision, {"opset": OPSET, "ir_version": IR_VERSION})
         self.write(model_file(precision), graph)
 
     def open_graph(self, precision: str) -> OnnxEngine:
-        """Open a graph as a cart does."""
-        return OnnxEngine(Bundle(self.place), precision=precision, device="cpu")
+        """Open a graph as deployment does, on the CPU."""
+        return OnnxEngine(Bundle(self.folder), precision=precision, device="cpu")
 
 
-def _add_frame_graphs(draft: _Draft, precisions: Sequence[str], split: Split, progress: Callable[[str], None]) -> None:
-    """Add the graphs from frame to decision, each once it is proved on the golden frames and on the split's."""
-    for precision in precisions:
-        progress(f"building the {precision} frame graph and measuring its parity")
-        bundle = Bundle(draft.place)
-        graph, parity = make_frame_graph(bundle, precision, whole_frames(split, bundle.contract))
-        draft.sections.setdefault("frame_graphs", {})[precision] = parity.to_dict()
-        draft.write(frame_graph_file(precision), graph)
-
-
-def _replay(place: Path, precision: str, out: Path) -> Verification:
-    """Replay the golden frames of a bundle that is to become `out`, as a cart will."""
-    found = verify(place, device="cpu", precision=precision)
+def _replay(folder: Path, precision: str, out: Path) -> Verification:
+    """Replay the golden frames of the bundle in `folder`, which is to become `out`, on the CPU."""
+    found = verify(folder, device="cpu", precision=precision)
     if not found.passed:
         raise VerificationError(
-            f"{out.as_posix()}: the {precision} graph misses its golden frames "
+            f"{out.as_posix()}: the {precision} graph does not reproduce its golden answers "
             f"(worst: {found.worst_frame}, |dp| {found.max_abs_dprobability:.3g}); no bundle was written"
         )
     return found
 
 
-def _check_ends(out: Path, sign_key: Path | None) -> None:
-    """Refuse what would stop an export at its end before it begins."""
-    check_target(out)
-    if sign_key is not None:
-        check_private_key(sign_key)
-
-
-def _sign(place: Path, key: Path | None, progress: Callable[[str], None]) -> None:
-    if key is not None:
-        progress("signing the bundle")
-        sign_bundle(place, key)
+def _check_target(out: Path) -> None:
+    """Raise OutputError if `out` contains anything but a bundle: its content will be removed."""
+    if not out.exists():
+        return
+    label = out.as_posix()
+    found = {entry.name for entry in out.iterdir()} if out.is_dir() else {out.name}
+    if found and not (out / MANIFEST).is_file():
+        raise OutputError(f"{label}: it exists and is not a bundle; it is unchanged; choose another --out")
+    graphs = {name(precision) for precision in PRECISIONS for name in (model_file, frame_graph_file)}
+    others = sorted(found - {MANIFEST, GOLDEN, MODEL_CARD, SIGNATURE, *graphs, *_FILE_MANAGERS})
+    if others:
+        raise OutputError(
+            f"{label}: it contains {', '.join(others[:6])} beside a bundle; it is unchanged; move these files away, or "
+            "choose another --out"
+        )
 
 
 def _calibration_set(run: Run | Ensemble, data: Path | None, frames: int) -> CalibrationSet:
@@ -273,13 +283,13 @@ def _calibration_set(run: Run | Ensemble, data: Path | None, frames: int) -> Cal
         if data is not None:
             raise
         raise RunError(
-            f"{run.folder.as_posix()}: it cannot be calibrated on the frames it was trained on ({error}); "
-            "name a data folder with --calibrate DATA"
+            f"{run.folder.as_posix()}: its training frames cannot calibrate int8 ({error}); name a data folder with "
+            "--calibrate DATA"
         ) from error
 
 
 def _data_folder(run: Run | Ensemble, option: str) -> Path:
-    """Give the folder that a run was trained on."""
+    """Return the data folder that a run was trained on."""
     try:
         return Path(run.info["data"]["folder"])
     except (KeyError, TypeError) as error:
@@ -296,6 +306,6 @@ def _parity_split(run: Run | Ensemble, parity_data: Path | None) -> Split:
         if parity_data is not None:
             raise
         raise RunError(
-            f"{run.folder.as_posix()}: the frames it was validated on are gone ({error}); "
-            "name a data folder with --parity DATA"
+            f"{run.folder.as_posix()}: its validation frames are not available ({error}); name a data folder with "
+            "--parity DATA"
         ) from error

@@ -1,71 +1,46 @@
-"""The manifest: what ``bundle.json`` says of a bundle and of the run that it came from."""
+"""The manifest: the content of ``bundle.json``, with the provenance of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
-from echoquad_runtime.bundle.manifest import INTENDED_USE, SCHEMA, encode_manifest
-from echoquad_runtime.contract import Contract
+from echoquad_runtime.bundle.manifest import INTENDED_USE, SCHEMA
 from echoquad_runtime.errors import RunError
 from echoquad_train.runs.checkpoint import Run
 from echoquad_train.runs.ensemble_folder import Ensemble
 from echoquad_train.runs.run_metadata import versions
 
-__all__ = ["make_manifest", "provenance"]
+__all__ = ["new_manifest", "provenance"]
 
 
-def make_manifest(
-    contract: Contract,
-    files: Mapping[str, Mapping[str, Any]],
-    precisions: Mapping[str, Mapping[str, Any]],
-    training: Mapping[str, Any],
-    parity: Mapping[str, Any],
-    created: str,
-    sections: Mapping[str, Any],
-) -> bytes:
-    """Give the bytes of ``bundle.json``.
-
-    Parameters
-    ----------
-    contract
-        How a frame becomes a decision.
-    files
-        SHA-256 and size of every other file, by name.
-    precisions
-        What is to be known of each graph: opset, how it was calibrated. The first is the default.
-    training, parity
-        Where the model comes from, and how the graphs compare with the training code.
-    created
-        Date and time of the export.
-    sections
-        Further keys of the manifest's own, such as ``golden``.
-    """
-    return encode_manifest(
-        {
-            "schema": SCHEMA,
-            "created": created,
-            "contract": contract.to_dict(),
-            "contract_sha256": contract.sha256,
-            "files": files,
-            "precisions": precisions,
-            "default_precision": next(iter(precisions)),
-            "parity": parity,
-            "training": training,
-            "versions": versions(),
-            "intended_use": INTENDED_USE,
-            **sections,
-        }
-    )
+def new_manifest(run: Run | Ensemble, default_precision: str) -> dict[str, Any]:
+    """Return the manifest of a bundle that has no files yet: ``files``, ``precisions`` and ``parity`` are empty."""
+    return {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "contract": run.contract.to_dict(),
+        "contract_sha256": run.contract.sha256,
+        "files": {},
+        "precisions": {},
+        "default_precision": default_precision,
+        "parity": {},
+        "training": provenance(run),
+        "versions": versions(),
+        "intended_use": INTENDED_USE,
+    }
 
 
 def provenance(run: Run | Ensemble) -> dict[str, Any]:
-    """Give what a bundle says of its training. Folders and file names stay behind: they can name patients."""
+    """Return how the model was trained, without folders and file names: these can contain patients' names."""
     return _of_ensemble(run) if isinstance(run, Ensemble) else _of_run(run)
 
 
+_RUN_KEYS = ("created", "backbone", "seed", "device", "precision", "epochs", "best", "versions", "git_commit")
+
+
 def _of_ensemble(ensemble: Ensemble) -> dict[str, Any]:
-    """Say of an ensemble how its members judge together, and of each what would be said of it alone."""
+    """Return how an ensemble combines its members, and the provenance of each."""
     info = ensemble.info
     members = []
     for entry, run in zip(info["members"], ensemble.members, strict=True):
@@ -91,24 +66,10 @@ def _of_run(run: Run) -> dict[str, Any]:
     if recipe.weights not in ("imagenet", "none"):
         recipe = recipe.replace(weights="file")
     try:
-        kept = {
-            key: info[key]
-            for key in (
-                "created",
-                "backbone",
-                "seed",
-                "device",
-                "precision",
-                "epochs",
-                "best",
-                "versions",
-                "git_commit",
-            )
-        }
         data = info["data"]
         return {
-            **kept,
-            # Of the audit the counts alone are in a run: no name.
+            **{key: info[key] for key in _RUN_KEYS},
+            # The audit in a run holds counts only, no names.
             **{key: info[key] for key in ("teacher", "fit", "calibration", "audit") if key in info},
             "frames": data["frames"],
             "unreadable": len(data["unreadable"]),

@@ -1,1 +1,1 @@
-"""Proof that an export decides as the training code: parity, golden frames, metrics."""
+"""Evidence that an export decides as the training code does: parity, golden frames and metrics."""

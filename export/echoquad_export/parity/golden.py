@@ -1,18 +1,18 @@
-"""Golden frames: what a cart replays to show that it computes what was trained.
+"""Golden frames: frames with reference answers that a deployment replays to show that it computes what was trained.
 
-They are chosen from a pool that the training code judges: phantoms, so that no patient's pixels ship; or, asked for
-by name, frames of the validation split or of a folder. Chosen are, in this order, for as long as there is room:
+They are chosen from a pool of frames that the training code has decided on: phantoms, so that no patient data ships, or
+on request the validation frames or a folder. The aims, in order of priority while space is left:
 
 1. each class as the decision on a frame,
 2. ties of votes, decided for each class,
-3. the smallest leads that a decision on a frame hangs on,
-4. the smallest leads of a quadrant's class over its runner-up,
+3. the smallest margins of a decision on a frame,
+4. the smallest margins of a quadrant's class over its runner-up,
 5. each class as the vote of each quadrant,
-6. each pattern of four votes; patterns that no phantom has are stitched from the quadrants of several,
-7. shapes: upright, wide, an odd height, an odd width, a scanner's size.
+6. each pattern of four votes; missing patterns are stitched from the quadrants of several phantoms,
+7. shapes: upright, wide, odd height, odd width, typical scanner sizes.
 
-For each of these lines the frame that serves most of it for its bytes is taken, until nothing of the line is left that
-the pool has. A blank, a saturated, a ramp, stripes (wide and upright) and the smallest frame there is are always in.
+For each aim, the frame that adds most per byte is taken until the pool can add nothing. A blank, a saturated, a ramp,
+stripes (wide and upright) and the smallest possible frame are always included.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from echoquad_runtime.frames.discovery import find_frames
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.frames.reader import load_grey
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
-from echoquad_runtime.verify.decision_margins import frame_leads, quadrant_leads
+from echoquad_runtime.verify.decision_margins import frame_margins, quadrant_margins
 from echoquad_runtime.voting import aggregate_votes
 from echoquad_train.phantom.drawing import phantom_frame
 
@@ -52,29 +52,29 @@ __all__ = [
 ]
 
 MAX_BYTES: Final = 400_000
-"""Of the golden file: what no longer fits is left out, the last line of the list above first."""
+"""Size limit of the golden file; the last aims are dropped first."""
 
 MAX_FRAMES: Final = 64
-"""A cart replays each frame twice, and may take a tenth of a second for it."""
+"""Verification replays each frame twice, at up to a tenth of a second each."""
 
-POOL: Final = 128  # frames that are judged to choose from; a minute at worst on one slow core
-MARGINS: Final = 4  # frames with the smallest leads, of each kind
-MOST_PATTERNS: Final = 8**4  # of four votes: beyond it, eight classes, patterns are taken as they come
+POOL: Final = 128  # frames to choose from; they take up to a minute on one slow core
+MARGINS: Final = 4  # frames with the smallest margins, for aims 3 and 4
+MOST_PATTERNS: Final = 8**4  # of four votes; with more than eight classes no pattern is stitched
 STITCHED: Final = 32
-LARGEST: Final = 2_000_000  # pixels of a frame that is worth judging: a larger one of an exam never fits
+LARGEST: Final = 2_000_000  # pixels; larger frames never fit the size limit
 
-# Height and width. The small ones come again and again: cheap to ship, and phantoms of one size can be stitched.
-# The large ones are common and odd sizes of scanners, upright and wide.
+# Height and width. Small sizes recur: they are cheap, and only phantoms of one size can be stitched. Large sizes occur
+# once: common and odd sizes of scanners, upright and wide.
 _SMALL: Final = ((64, 80), (97, 83), (81, 120), (120, 96), (128, 160))
 _LARGE: Final = ((240, 320), (241, 319), (300, 301), (177, 146), (354, 292), (129, 400), (224, 224), (331, 250))
-_OVERHEAD: Final = 400  # bytes that an array costs in the file beside its pixels
+_OVERHEAD: Final = 400  # bytes per array in the file, without its pixels
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class GoldenSource:
-    """Where golden frames come from: ``phantom``, ``validation`` or ``folder``, and the files of the last two."""
+    """Source of golden frames: ``phantom``, ``validation`` or ``folder``, with the files of the last two."""
 
     name: str
     files: tuple[FrameFile, ...] = ()
@@ -85,7 +85,7 @@ PHANTOM: Final = GoldenSource("phantom")
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """A judged frame; logits and probabilities are float32 [4, C], `cost` is in bytes of the golden file."""
+    """A frame with its logits and probabilities, float32 [4, C], and its `cost` in bytes of the golden file."""
 
     name: str
     frame: Grey
@@ -95,12 +95,12 @@ class _Candidate:
 
 
 def golden_source(wanted: str, validation: Iterable[FrameFile | Failure]) -> GoldenSource:
-    """Understand what ``--golden`` names: ``phantom``, ``validation`` (these files), or a folder of frames.
+    """Return the source that ``--golden`` names: ``phantom``, ``validation`` (the given files), or a folder of frames.
 
     Raises
     ------
     InputNotFoundError
-        If it is a folder that is not there, cannot be read, or holds no frame.
+        If the folder does not exist, cannot be read, or contains no frame.
     """
     if wanted == PHANTOM.name:
         return PHANTOM
@@ -115,10 +115,9 @@ def golden_source(wanted: str, validation: Iterable[FrameFile | Failure]) -> Gol
 
 
 def fixed_frames(contract: Contract) -> dict[str, tuple[Grey, str]]:
-    """Make the frames that are golden whatever the model: by name, each with the reason for it."""
-    # Fine stripes in quadrants larger than the input: shrunk by another filter, or in another order, they come out
-    # otherwise. They are of an echo's greys: black and white would try an int8 graph far beyond what it is calibrated
-    # on. They compress to next to nothing.
+    """Return the frames that are always included, by name, each with the reason."""
+    # Fine stripes in quadrants larger than the input reveal another resize filter or another order of operations. They
+    # have grey levels of an echo, because int8 is not calibrated for black and white. They compress to almost nothing.
     low, high = (min(int(ratio * contract.input_size / contract.keep), 1500) | 1 for ratio in (2.3, 2.9))
     rows, columns = np.ogrid[:low, :high]
     stripes = (40 + (rows // 5 + columns // 3) % 2 * 50).astype(np.uint8)
@@ -134,39 +133,38 @@ def fixed_frames(contract: Contract) -> dict[str, tuple[Grey, str]]:
 
 
 def make_golden(engine: Engine, source: GoldenSource = PHANTOM) -> GoldenFrames:
-    """Judge a pool of frames with the training code, one frame at a time, and choose the golden ones.
+    """Run a pool of frames through the training code, one at a time, and choose the golden frames.
 
-    The same engine and source give the same golden frames. Their names are their places in the pool; no file name is in
-    them.
+    The result depends on engine and source only. Frames are named by their position in the pool, not by their file.
 
     Parameters
     ----------
     engine
         The training code.
     source
-        Where the pool comes from.
+        Source of the pool.
 
     Raises
     ------
     InputNotFoundError
-        If the source has files, but none that can be read.
+        If the source has files, but none can be read.
     """
     contract = engine.contract
 
-    def judge(name: str, frame: Grey) -> _Candidate:
+    def infer(name: str, frame: Grey) -> _Candidate:
         logits, probabilities = engine.infer(frame_quadrants(frame, contract))
         cost = len(zlib.compress(frame.tobytes())) + _OVERHEAD + logits.nbytes + probabilities.nbytes
         return _Candidate(name, frame, logits, probabilities, cost)
 
-    fixed = {name: (judge(name, frame), (why,)) for name, (frame, why) in fixed_frames(contract).items()}
-    pool = [judge(name, frame) for name, frame in (_phantoms() if source == PHANTOM else _read(source))]
+    fixed = {name: (infer(name, frame), (why,)) for name, (frame, why) in fixed_frames(contract).items()}
+    pool = [infer(name, frame) for name, frame in (_phantoms() if source == PHANTOM else _read(source))]
     if not pool:
         raise InputNotFoundError(
             f"golden frames: none of the {len(source.files)} files of the {source.name} can be read and has up to "
             f"{LARGEST // 1_000_000} million pixels; choose --golden phantom"
         )
     if source == PHANTOM:
-        pool += [judge(name, frame) for name, frame in _stitched(pool, contract)]
+        pool += [infer(name, frame) for name, frame in _stitched(pool, contract)]
     budget = MAX_BYTES - _OVERHEAD - sum(candidate.cost for candidate, _ in fixed.values())
     chosen = [
         *((pool[index], reasons) for index, reasons in _choose(pool, contract, budget, MAX_FRAMES - len(fixed))),
@@ -182,21 +180,21 @@ def make_golden(engine: Engine, source: GoldenSource = PHANTOM) -> GoldenFrames:
 
 
 def pack_golden(engine: Engine, source: GoldenSource, exported: Iterable[Engine] = ()) -> tuple[bytes, dict[str, Any]]:
-    """Choose golden frames; gives the bytes of the golden file, and what the manifest says of them.
+    """Choose golden frames; return the bytes of the golden file and the manifest's entry.
 
     Parameters
     ----------
     engine
         The training code.
     source
-        Where the pool comes from.
+        Source of the pool.
     exported
-        Graphs of less precision, parity passed: what they give is kept too, for them to be held to elsewhere.
+        Graphs of reduced precision that passed parity; their answers are stored too, as the reference elsewhere.
 
     Raises
     ------
     InputNotFoundError
-        As `make_golden`.
+        See `make_golden`.
     """
     golden = make_golden(engine, source)
     golden = replace(golden, exported={graph.precision: _answers(graph, golden.frames) for graph in exported})
@@ -211,7 +209,7 @@ def _answers(engine: Engine, frames: Iterable[Grey]) -> tuple[FloatArray, FloatA
 
 
 def golden_facts(golden: GoldenFrames, contract: Contract, source: GoldenSource, size: int) -> dict[str, Any]:
-    """Say what the golden frames cover, as the manifest holds it; `size` is that of the golden file in bytes."""
+    """Return what the golden frames cover, for the manifest; `size` is that of the golden file in bytes."""
     p, classes = golden.probabilities, len(contract.classes)
     decision = aggregate_votes(p, contract.vote, contract.vote_weights)
     return {
@@ -223,19 +221,19 @@ def golden_facts(golden: GoldenFrames, contract: Contract, source: GoldenSource,
         "patterns_possible": classes ** len(QUADRANTS),
         "ties": int(_tied(p).sum()),
         "smallest_margin": float(_margins(p, contract).min()),
-        "smallest_quadrant_margin": float(_second(quadrant_leads(p)).min()),
+        "smallest_quadrant_margin": float(_second(quadrant_margins(p)).min()),
     }
 
 
 def _phantoms() -> Iterator[tuple[str, Grey]]:
-    """Draw the pool of phantoms; the label and the size go by turns that do not keep step."""
+    """Draw the pool of phantoms; label and size alternate with different periods."""
     for index in range(POOL):
         size = _LARGE[index] if index < len(_LARGE) else _SMALL[index % len(_SMALL)]
         yield f"phantom-{index:03d}", phantom_frame(1000 + index, ("NORM", "ASD")[index % 2], size)
 
 
 def _read(source: GoldenSource) -> Iterator[tuple[str, Grey]]:
-    """Read a pool from files, evenly spread where there are more than it takes. Other files' frames are passed over."""
+    """Read a pool from files, evenly spread if there are too many; skip files that cannot be used."""
     for index, file in _spread(list(enumerate(source.files)), POOL):
         try:
             frame = load_grey(file)
@@ -247,9 +245,9 @@ def _read(source: GoldenSource) -> Iterator[tuple[str, Grey]]:
 
 
 def _stitched(pool: Sequence[_Candidate], contract: Contract) -> Iterator[tuple[str, Grey]]:
-    """Stitch phantoms with patterns of votes that none of the pool has.
+    """Stitch phantoms to frames with patterns of votes that the pool lacks.
 
-    A quadrant is cut and judged by itself, so in a frame of the same size it keeps its vote whatever is beside it.
+    A quadrant is cut and classified on its own, so in a frame of the same size it keeps its vote.
     """
     votes = np.stack([candidate.probabilities for candidate in pool]).argmax(axis=2)
     if len(contract.classes) ** len(QUADRANTS) > MOST_PATTERNS:
@@ -265,7 +263,9 @@ def _stitched(pool: Sequence[_Candidate], contract: Contract) -> Iterator[tuple[
         first = (next((i for i in group if votes[i, q] == label), None) for q, label in enumerate(pattern))
         return [index for index in first if index is not None]
 
-    possible = {p: whole[0] for p in missing if (whole := [d for g in groups if len(d := donors(p, g)) == len(p)])}
+    possible = {
+        p: complete[0] for p in missing if (complete := [d for g in groups if len(d := donors(p, g)) == len(p)])
+    }
     for pattern, indices in _spread(list(possible.items()), STITCHED):
         frame = pool[indices[0]].frame.copy()
         boxes = quadrant_boxes(frame.shape[1], frame.shape[0], contract.keep)
@@ -277,29 +277,29 @@ def _stitched(pool: Sequence[_Candidate], contract: Contract) -> Iterator[tuple[
 def _choose(
     pool: Sequence[_Candidate], contract: Contract, budget: int, count: int
 ) -> list[tuple[int, tuple[str, ...]]]:
-    """Choose from the pool by the module's list; gives places in it, in order, with what each is there for."""
-    lines = _needs(pool, contract)
+    """Choose frames for the aims in order; return the indices into the pool, sorted, each with its reasons."""
+    aims = _reasons(pool, contract)
     met: set[str] = set()
     chosen: dict[int, tuple[str, ...]] = {}
-    for line in lines:
+    for aim in aims:
         while True:
             gains = {
                 index: len(needs - met)
-                for index, needs in enumerate(line)
+                for index, needs in enumerate(aim)
                 if needs - met and index not in chosen and pool[index].cost <= budget
             }
             if not gains or len(chosen) == count:
                 break
             best = max(gains, key=lambda index: (gains[index] / pool[index].cost, -index))
-            fresh = [need for needs in lines for need in sorted(needs[best] - met)]
+            fresh = [need for needs in aims for need in sorted(needs[best] - met)]
             chosen[best] = tuple(fresh)
             met.update(fresh)
             budget -= pool[best].cost
     return sorted(chosen.items())
 
 
-def _needs(pool: Sequence[_Candidate], contract: Contract) -> list[list[set[str]]]:
-    """Say in words what each candidate serves: for each line of the module's list, a set a candidate."""
+def _reasons(pool: Sequence[_Candidate], contract: Contract) -> list[list[set[str]]]:
+    """Return the reasons for each candidate, as phrases: one list per aim, with a set per candidate."""
     p, classes = np.stack([candidate.probabilities for candidate in pool]), contract.classes
     decision = aggregate_votes(p, contract.vote, contract.vote_weights)
     decided = [classes[label] for label in decision.labels]
@@ -316,8 +316,8 @@ def _needs(pool: Sequence[_Candidate], contract: Contract) -> list[list[set[str]
         [{f"decided {name}"} for name in decided],
         [{f"tie of votes decided {name}"} if tie else set() for name, tie in zip(decided, tied, strict=True)],
         smallest(_margins(p, contract), "frame"),
-        smallest(_second(quadrant_leads(p)).min(axis=1), "quadrant"),
-        [{f"{place} votes {name}" for place, name in zip(QUADRANTS, row, strict=True)} for row in votes],
+        smallest(_second(quadrant_margins(p)).min(axis=1), "quadrant"),
+        [{f"{quadrant} votes {name}" for quadrant, name in zip(QUADRANTS, row, strict=True)} for row in votes],
         [{f"votes {' '.join(row)}"} for row in votes],
         [_shape(*candidate.frame.shape) for candidate in pool],
     ]
@@ -331,12 +331,12 @@ def _shape(height: int, width: int) -> set[str]:
 
 
 def _margins(probabilities: FloatArray, contract: Contract) -> np.ndarray:
-    """Give the lead that the decision on each frame, of float32 [N, 4, C], hangs on: float64 [N]."""
-    return _second(frame_leads(probabilities, contract.vote, contract.vote_weights))
+    """Return the margin of the decision on each frame, float64 [N], from probabilities float32 [N, 4, C]."""
+    return _second(frame_margins(probabilities, contract.vote, contract.vote_weights))
 
 
 def _second(leads: np.ndarray) -> np.ndarray:
-    """Give the least lead to another class than the leader's, of float64 [..., C]."""
+    """Return the second smallest value, the margin to the runner-up, of leads float64 [..., C]."""
     return np.asarray(np.partition(leads, 1, axis=-1)[..., 1])
 
 
@@ -345,5 +345,5 @@ def _tied(probabilities: FloatArray) -> np.ndarray:
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:
-    """Take `count` items, evenly spread; all of fewer."""
+    """Return `count` items, evenly spread, or all if there are fewer."""
     return [items[index * len(items) // count] for index in range(count)] if len(items) > count else list(items)

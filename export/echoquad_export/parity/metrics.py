@@ -1,6 +1,6 @@
-"""Metrics: what a model reached on labelled frames, with intervals, as the manifest holds it.
+"""Metrics of the manifest: accuracy and recall on labelled frames, with confidence intervals.
 
-The runtime shows these figures where there is no scikit-learn: whatever has to be computed is computed here.
+The runtime shows these figures without scikit-learn, so they are computed at export.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ __all__ = ["measure_run"]
 def measure_run(
     run: Run | Ensemble, probabilities: FloatArray, labels: npt.NDArray[np.int64], source: str
 ) -> dict[str, Any]:
-    """Give what a run or an ensemble reached on labelled frames: in training, and by its weights as they are exported.
+    """Return the metrics that training recorded, and those of the exported weights.
 
     Parameters
     ----------
     run
-        Says what was reached on the validation split, in the epoch whose weights were kept.
+        Records the validation metrics of the epoch whose weights are exported.
     probabilities
-        float32 [F * 4, C], the training code's answers in float32, quadrants of a frame together.
+        float32 [F * 4, C], from the training code in float32; the quadrants of a frame are consecutive.
     labels
-        int64 [F], the true classes of these frames.
+        int64 [F], the true classes.
     source
-        What they are, for the record.
+        Description of the frames, for the manifest.
 
     Returns
     -------
     dict
-        ``training`` with its ``frame_accuracy`` (not for an ensemble, which was not validated as such; for one of folds
-        ``out_of_fold`` instead, which its members reached one by one); ``export`` with that, the ``recall`` of each
-        class, and ``quadrant_accuracy``. Each has the number that was right, that of all, the share and its 95 %
-        interval; the last has none, for the quadrants of a frame are not independent.
+        ``training`` with its ``frame_accuracy`` (for an ensemble of folds ``out_of_fold`` instead, for another ensemble
+        neither), and ``export`` with ``frame_accuracy``, the ``recall`` of each class, and ``quadrant_accuracy``. Each
+        has the number of correct answers, the total, the share and its 95 % confidence interval; quadrant accuracy has
+        no interval, because the quadrants of a frame are not independent.
 
     Raises
     ------
     RunError
-        If ``run.json`` lacks what was reached.
+        If ``run.json`` lacks the training metrics.
     """
     if isinstance(run, Ensemble):
-        reached_before = _out_of_fold(run)
+        recorded = _out_of_fold(run)
         if run.trained_in_folds:
-            source = f"{source}, whose frames most members have learned from,"
+            source = f"{source}, which most members were trained on,"
     else:
-        reached_before = {"training": _in_training(run)}
+        recorded = {"training": _in_training(run)}
     contract = run.contract
     shape = (-1, 4, len(contract.classes))
     decision = aggregate_votes(probabilities.reshape(shape), contract.vote, contract.vote_weights)
@@ -70,7 +70,7 @@ def measure_run(
             "share": float(quadrants.mean()),
         },
     }
-    return {**reached_before, "export": export}
+    return {**recorded, "export": export}
 
 
 def _in_training(run: Run) -> dict[str, Any]:
@@ -80,12 +80,12 @@ def _in_training(run: Run) -> dict[str, Any]:
         return {"split": "validation", "epoch": best["epoch"], "frame_accuracy": reached}
     except (KeyError, TypeError, AttributeError) as error:
         raise RunError(
-            f"{run.folder.as_posix()}: run.json does not say what was reached ({error}); train again"
+            f"{run.folder.as_posix()}: run.json lacks the training metrics ({error}); train again"
         ) from error
 
 
 def _out_of_fold(ensemble: Ensemble) -> dict[str, Any]:
-    """Give what an ensemble's folds reached on the frames that each had not learned from; nothing for another one."""
+    """Return the metrics of an ensemble of folds on the frames that each fold was not trained on; {} for others."""
     try:
         found = ensemble.info["out_of_fold"]
         count = found["pooled"]["frames"]

@@ -1,8 +1,8 @@
-"""Parity: whether the export decides as the training code does. A miss is a refusal, never a warning."""
+"""Parity: whether the exported graph decides as the training code does. A failure is an error, never a warning."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -18,23 +18,23 @@ from echoquad_runtime.voting import aggregate_votes
 __all__ = ["BATCH_SIZES", "GATES", "BatchParity", "Gate", "Parity", "compare", "measure_parity"]
 
 BATCH_SIZES: Final = (1, 2, 5, 16)
-"""Frames a batch: single, even, odd, and the largest; a kernel may be chosen by the batch's shape."""
+"""Frames per batch: single, even, odd and large, because the batch size can select a different kernel."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What a precision may differ by.
+    """Bounds on the differences of a precision.
 
     Attributes
     ----------
     max_abs_dlogit
-        Bound on |difference| of a logit; None where logits may differ at will.
+        Largest allowed |difference| of a logit; None is no bound.
     max_abs_dprobability
-        Bound on |difference| of a probability.
+        Largest allowed |difference| of a probability.
     max_frame_flip_fraction
-        Bound on the share of frames that are decided otherwise.
+        Largest allowed fraction of frames with a changed decision.
     max_patch_flip_fraction
-        The same for quadrants; None where they are not bounded.
+        Largest allowed fraction of quadrants with a changed vote; None is no bound.
     """
 
     max_abs_dlogit: float | None
@@ -43,7 +43,7 @@ class Gate:
     max_patch_flip_fraction: float | None
 
     def to_dict(self) -> dict[str, float]:
-        """Give the bounds that there are."""
+        """Return the bounds that are set."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -56,7 +56,19 @@ GATES: Final[Mapping[str, Gate]] = {
 
 @dataclass(frozen=True, slots=True)
 class BatchParity:
-    """The comparison at one batch size. `smallest_margin_at_flip` is None where nothing flipped."""
+    """The comparison at one batch size; the field names are keys of the manifest.
+
+    Attributes
+    ----------
+    batch_size
+        Frames per batch.
+    max_abs_dlogit, max_abs_dprobability
+        Largest |difference| of a logit and of a probability.
+    patch_flips, frame_flips
+        Number of quadrants with a changed vote, and of frames with a changed decision.
+    smallest_margin_at_flip
+        Smallest lead over the runner-up that the training code had at a change; None if nothing changed.
+    """
 
     batch_size: int
     max_abs_dlogit: float
@@ -68,7 +80,7 @@ class BatchParity:
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """The comparison at all batch sizes, and whether the gate was kept."""
+    """The comparison at all batch sizes, and the gate."""
 
     precision: str
     device: str
@@ -78,48 +90,43 @@ class Parity:
     batches: tuple[BatchParity, ...]
 
     @property
-    def misses(self) -> list[str]:
-        """What was found beyond the gate, a phrase each."""
+    def violations(self) -> list[str]:
+        """The bounds that are exceeded, one phrase each."""
         gate, found = self.gate, []
+        quadrants = None if gate.max_patch_flip_fraction is None else gate.max_patch_flip_fraction * 4 * self.frames
         for batch in self.batches:
             limits = [
                 ("|dlogit|", batch.max_abs_dlogit, gate.max_abs_dlogit),
                 ("|dprobability|", batch.max_abs_dprobability, gate.max_abs_dprobability),
-                ("frame flips", batch.frame_flips, gate.max_frame_flip_fraction * self.frames),
-                ("patch flips", batch.patch_flips, _times(gate.max_patch_flip_fraction, 4 * self.frames)),
+                ("changed decisions", batch.frame_flips, gate.max_frame_flip_fraction * self.frames),
+                ("changed quadrant votes", batch.patch_flips, quadrants),
             ]
             found += [
                 f"{name} {value:.3g} > {limit:.3g} at batch {batch.batch_size}"
                 for name, value, limit in limits
-                if limit is not None and not value <= limit  # so that a NaN is a miss
+                if limit is not None and not value <= limit  # NaN is a violation
             ]
         return found
 
     @property
     def passed(self) -> bool:
-        """Whether the gate was kept at every batch size."""
-        return not self.misses
+        """Whether no bound is exceeded at any batch size."""
+        return not self.violations
 
     def require(self) -> None:
-        """Refuse what has missed.
-
-        Raises
-        ------
-        ParityError
-            If the gate was not kept.
-        """
-        if self.misses:
+        """Raise ParityError if a bound is exceeded."""
+        if self.violations:
             raise ParityError(
                 f"parity: the {self.precision} graph does not decide as the training code does on {self.frames} frames "
-                f"of the {self.source}: {'; '.join(self.misses)}; no bundle was written"
+                f"of the {self.source}: {'; '.join(self.violations)}; no bundle was written"
             )
 
     def worst(self, name: str) -> float:
-        """Give the largest value of a figure over the batch sizes."""
+        """Return the largest value of a `BatchParity` field over the batch sizes."""
         return max(float(getattr(batch, name)) for batch in self.batches)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give all figures as JSON values."""
+        """Return the manifest's entry."""
         return {
             "passed": self.passed,
             "device": self.device,
@@ -139,22 +146,22 @@ def measure_parity(
     gate: Gate | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Parity:
-    """Hold an engine against reference answers at every batch size.
+    """Compare an engine with reference answers at each batch size.
 
     Parameters
     ----------
     reference
-        The training code's logits and probabilities, float32 [F * 4, C].
+        Logits and probabilities of the training code, float32 [F * 4, C].
     engine
-        What is to be deployed.
+        The engine to be deployed.
     quadrants
         uint8 [F, 4, S, S].
     source
-        What the frames are, for the record.
+        Description of the frames, for the manifest.
     gate
-        Bounds; the precision's own where not given.
+        Bounds; None is the default of the engine's precision.
     progress
-        Called with the number of batch sizes done and of all.
+        Called with the number of finished batch sizes and their total.
     """
     found = []
     for done, size in enumerate(BATCH_SIZES, 1):
@@ -168,36 +175,27 @@ def measure_parity(
 def compare(
     reference: tuple[FloatArray, FloatArray], found: tuple[FloatArray, FloatArray], contract: Contract, batch_size: int
 ) -> BatchParity:
-    """Compare two engines' logits and probabilities, float32 [F * 4, C], and the decisions they lead to."""
+    """Compare two engines' logits and probabilities, float32 [F * 4, C], and the decisions based on them."""
     shape = (-1, 4, len(contract.classes))
     expected, decided = (
         aggregate_votes(part[1].reshape(shape), contract.vote, contract.vote_weights) for part in (reference, found)
     )
     frames = expected.labels != decided.labels
-    patches = expected.quadrant_labels != decided.quadrant_labels
-    # The margin that the training code had where the export decides otherwise: a quadrant's lead over its runner-up.
+    quadrants = expected.quadrant_labels != decided.quadrant_labels
+    # The margin of a change is the lead over the runner-up that the training code had in the quadrant.
     ranked = np.sort(reference[1].reshape(shape), axis=2)
     lead = ranked[..., -1] - ranked[..., -2]
-    margins = np.concatenate([lead[patches], lead[frames].min(axis=1) if frames.any() else []])
+    margins = np.concatenate([lead[quadrants], lead[frames].min(axis=1) if frames.any() else []])
     return BatchParity(
         batch_size=batch_size,
         max_abs_dlogit=_largest(reference[0], found[0]),
         max_abs_dprobability=_largest(reference[1], found[1]),
-        patch_flips=int(patches.sum()),
+        patch_flips=int(quadrants.sum()),
         frame_flips=int(frames.sum()),
         smallest_margin_at_flip=float(margins.min()) if margins.size else None,
     )
 
 
-def summary(parities: Sequence[Parity]) -> dict[str, Any]:
-    """Give the figures of each precision, as the manifest holds them."""
-    return {parity.precision: parity.to_dict() for parity in parities}
-
-
 def _largest(a: FloatArray, b: FloatArray) -> float:
-    # A NaN must not pass as no difference; JSON has no infinity, and no logit comes near this.
+    # NaN must not count as no difference, and JSON has no infinity. No real logit is near 1e30.
     return float(np.nan_to_num(np.abs(a.astype(np.float64) - b), nan=1e30, posinf=1e30).max())
-
-
-def _times(fraction: float | None, count: int) -> float | None:
-    return None if fraction is None else fraction * count

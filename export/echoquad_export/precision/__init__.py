@@ -1,1 +1,1 @@
-"""Graphs of reduced precision: int8 with its calibration set, and fp16."""
+"""Reduced precision: float16, and int8 with its calibration set."""

@@ -1,7 +1,6 @@
-"""Calibration: which frames the integers' ranges are taken from, and what ranges these frames show.
+"""The calibration set of int8: training frames, and the ranges that activations take on them.
 
-The frames are of the training split, never ones that anything is measured on: a range that was fitted to the frames of
-a test would flatter it.
+Frames that a metric is measured on are excluded: ranges fitted to test frames would make the test too favourable.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
-from echoquad_export.graph.memory_session import open_in_memory
+from echoquad_export.graph.onnx_graph import open_in_memory
 from echoquad_runtime.bundle.onnx_header import INPUT
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.engine.io_binding import FloatArray
@@ -25,34 +24,31 @@ from echoquad_runtime.errors import DatasetError
 from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_train.data.dataset import LabelledFrame, Split, load_quadrants, read_split
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["CALIBRATION_FRAMES", "CalibrationSet", "Ranges", "draw_calibration_set"]
 
 CALIBRATION_FRAMES: Final = 64
-"""Frames, of four quadrants each, that calibrate by default."""
+"""Default number of calibration frames, of four quadrants each."""
 
 SOURCE: Final = "train"
 HELD_OUT: Final = ("validation", "test")
 
-BINS: Final = 4096  # of a tensor's histogram, between its extremes
+BINS: Final = 4096  # histogram bins between a tensor's extremes
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSet:
-    """Frames that integer ranges are taken from.
+    """Frames that integer ranges are computed from.
 
     Attributes
     ----------
     quadrants
-        uint8 [F, 4, S, S], F frames.
+        uint8 [F, 4, S, S].
     seed
-        What they were drawn with.
+        Seed of the random draw.
     sha256
-        Of the quadrants' bytes, frame after frame: two exports with the same hash were calibrated on the same frames.
+        Hash of the quadrants' bytes: two exports with the same hash used the same frames.
     left_out
-        Frames of the training split that are also in a split that is measured on, byte for byte, and were passed over.
+        Number of training frames that were skipped because a held-out split contains the same file.
     """
 
     quadrants: npt.NDArray[np.uint8]
@@ -61,7 +57,7 @@ class CalibrationSet:
     left_out: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Give what the manifest says of it."""
+        """Return the manifest's entry."""
         return {
             "split": SOURCE,
             "frames": len(self.quadrants),
@@ -79,31 +75,31 @@ def draw_calibration_set(
     seed: int = 0,
     reading: ReadOptions = DEFAULT_READ_OPTIONS,
 ) -> CalibrationSet:
-    """Draw frames of ``DATA/train``, as many of each class as of another where there are enough.
+    """Draw frames from ``DATA/train``, balanced over the classes as far as the frames allow.
 
     Parameters
     ----------
     data
-        A data folder. Its other splits are looked at too: a frame that lies in one of them does not calibrate.
+        A data folder. Its other splits are read too: a frame that is in one of them is skipped.
     contract
-        Gives the classes, the crop and the input size.
+        Supplies classes, crop and input size.
     frames
-        How many; all there are where there are fewer.
+        Number of frames; all frames if there are fewer.
     seed
-        Of the draw.
+        Seed of the random draw.
     reading
-        How the data's files are read.
+        Options for reading the files.
 
     Raises
     ------
     DatasetError
-        If there is no training split, or no frame in it that is not also held out.
+        If there is no training split, or all its frames are held out too.
     """
     label = data.as_posix()
     if not (data / SOURCE).is_dir():
         raise DatasetError(
-            f"{label}: no {SOURCE}/ folder found; calibration takes frames of a training split alone (those of a test "
-            f"would flatter it); expected a data folder with {SOURCE}/CLASS/ in it"
+            f"{label}: no {SOURCE}/ folder found; calibration needs training frames, because test frames would make "
+            f"the test too favourable; expected a data folder with {SOURCE}/CLASS/"
         )
     split = read_split(data, SOURCE, contract.classes, reading)
     held_out = _contents(data, [frame.path.stat().st_size for frame in split.frames if frame.path.is_file()])
@@ -126,10 +122,9 @@ def draw_calibration_set(
     if not chosen:
         raise DatasetError(
             f"{label}: all {left_out} frames of {SOURCE}/ are also in {' or '.join(f'{name}/' for name in HELD_OUT)}; "
-            "calibration needs "
-            "frames that nothing is measured on"
+            "calibration needs frames that no metric is measured on; add training frames"
         )
-    # One class may have no frame left; the ranges are of all frames together.
+    # A class may have no frame left; ranges are computed over all frames together.
     present = sorted({frame.label for frame in chosen})
     subset = Split(
         SOURCE,
@@ -142,18 +137,18 @@ def draw_calibration_set(
 
 
 def _contents(data: Path, sizes: Sequence[int]) -> set[str]:
-    """Give the hashes of all files in the splits that are measured on, as far as a file of `sizes` could equal one."""
+    """Return the hashes of the files in the held-out splits; files of other sizes than `sizes` are not read."""
     wanted = set(sizes)
-    found: set[str] = set()
-    for split in HELD_OUT:
-        for path in sorted((data / split).rglob("*")):
-            if path.is_file() and path.stat().st_size in wanted and (content := _content(path)):
-                found.add(content)
-    return found
+    return {
+        _content(path)
+        for split in HELD_OUT
+        for path in (data / split).rglob("*")
+        if path.is_file() and path.stat().st_size in wanted
+    } - {""}
 
 
 def _content(path: Path) -> str:
-    """Hash a file; nothing where it cannot be read: decoding will say so."""
+    """Return the SHA-256 of a file, or "" if it cannot be read; decoding reports the error."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
@@ -161,12 +156,14 @@ def _content(path: Path) -> str:
 
 
 class Ranges:
-    """The ranges that a float graph's tensors take on a calibration set; looked for when first asked for.
+    """The ranges of a float graph's tensors on a calibration set, computed on first use.
+
+    Frames run one at a time, so memory holds the activations of one frame.
 
     Parameters
     ----------
     graph
-        A graph that takes `INPUT`.
+        A graph with the input `INPUT`.
     quadrants
         uint8 [F, 4, S, S].
     tensors
@@ -184,14 +181,16 @@ class Ranges:
         self._quadrants, self._tensors = quadrants, list(tensors)
 
     def range(self, tensor: str, percentile: float | None = None) -> tuple[float, float]:
-        """Give a tensor's range, stretched to hold 0, which padding and ReLU need to be exact.
+        """Return the lowest and the highest value of a tensor, extended to include 0.
+
+        Padding and ReLU are exact only if 0 is in the range.
 
         Parameters
         ----------
         tensor
-            Its name.
+            Name of the tensor.
         percentile
-            The share of values, in per cent, that each side keeps: 99.9 gives up the outermost 0.1 %. None keeps all.
+            Percentage of the values to keep on each side: 99.9 cuts off the outermost 0.1 %. None keeps all.
         """
         low, high = self._extremes[tensor]
         if percentile is not None and high > low:
@@ -212,7 +211,7 @@ class Ranges:
 
     @cached_property
     def _histograms(self) -> dict[str, npt.NDArray[np.int64]]:
-        """Count values in `BINS` equal bins between a tensor's extremes: a second pass, since it needs these first."""
+        """Histograms with `BINS` equal bins between a tensor's extremes; they need a second pass."""
         found = {name: np.zeros(BINS, np.int64) for name in self._tensors}
         for name, value in self._values():
             low, high = self._extremes[name]

@@ -1,10 +1,9 @@
-"""int8: from a float graph to one of integers that keeps its decisions, or to a refusal.
+"""int8 export: quantize a float32 graph so that it passes the parity gate, or refuse.
 
-A network of plain convolutions and ReLUs is quantised by the extremes that its tensors take. One with depthwise
-convolutions, or with activations that have long tails (MobileNet, EfficientNet), often is not; for these, what is known
-to help is tried in turn, the least costly first: to cut the ranges' rarest values off (percentile calibration), then to
-keep the layers in float that are hurt most (a sensitivity scan). Every attempt is judged by the same parity gate, and
-all of them are told.
+A network of plain convolutions and ReLUs usually passes with the activations' extremes as ranges. Depthwise
+convolutions and activations with long tails (MobileNet, EfficientNet) often fail. For these the usual remedies are
+tried, the cheapest first: percentile calibration, which cuts off the rarest values; then float32 for the most sensitive
+layers (sensitivity scan). The same parity gate applies to each attempt, and the manifest lists all attempts.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from echoquad_export.graph.memory_session import open_in_memory
+from echoquad_export.graph.onnx_graph import open_in_memory
 from echoquad_export.parity.parity import Parity
 from echoquad_export.precision.calibration_set import CalibrationSet, Ranges
-from echoquad_export.precision.quantize import float_tensors, layers, prepare, quantize
+from echoquad_export.precision.quantize import activation_tensors, layers, prepare, quantize
 from echoquad_runtime.bundle.onnx_header import INPUT, OUTPUTS
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.engine.io_binding import FloatArray
@@ -30,25 +29,23 @@ from echoquad_runtime.errors import ConfigError, ParityError
 __all__ = ["Attempt", "Quantized", "build_int8"]
 
 PERCENTILES: Final = (None, 99.999, 99.99, 99.9)
-"""In the order in which they are tried; None keeps the extremes."""
+"""Percentiles in the order of the attempts; None keeps the extremes."""
 
-SCAN_FRAMES: Final = 8  # of the calibration set, on which layers are compared
-
-Judge = Callable[[bytes], Parity]
+SCAN_FRAMES: Final = 8  # calibration frames of the sensitivity scan
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One way to quantise, and what parity said of it.
+    """One way to quantize, and its parity.
 
     Attributes
     ----------
     method
-        ``min-max`` or ``percentile 99.99``: how ranges were taken.
+        Calibration method: ``min-max``, or for example ``percentile 99.99``.
     float_layers
-        Names of the layers that stayed in float, the most sensitive first.
+        Names of the layers that stay in float32, the most sensitive first.
     parity
-        Its comparison with the training code.
+        Comparison with the training code.
     """
 
     method: str
@@ -57,14 +54,14 @@ class Attempt:
 
     @property
     def excess(self) -> float:
-        """How far from its gate it is: the largest figure over its bound, 1 being the bound."""
-        gate, flips = self.parity.gate, self.parity.worst("frame_flips")
-        # Where there are so few frames that none may flip, every flip is one beyond.
+        """Distance from the gate: the largest ratio of a figure to its bound; 1 is at the bound."""
+        gate, changed = self.parity.gate, self.parity.worst("frame_flips")
+        # With so few frames that no decision may change, each changed decision counts as one bound.
         allowed = max(gate.max_frame_flip_fraction * self.parity.frames, 1)
-        return max(flips / allowed, self.parity.worst("max_abs_dprobability") / gate.max_abs_dprobability)
+        return max(changed / allowed, self.parity.worst("max_abs_dprobability") / gate.max_abs_dprobability)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give what the manifest says of it."""
+        """Return the manifest's entry."""
         return {
             "method": self.method,
             "float_layers": list(self.float_layers),
@@ -76,12 +73,12 @@ class Attempt:
     def __str__(self) -> str:
         kept = f", {len(self.float_layers)} layers in float" if self.float_layers else ""
         worst = self.parity.worst("max_abs_dprobability")
-        return f"{self.method}{kept}: |dp| {worst:.3f}, {self.parity.worst('frame_flips'):.0f} frame flips"
+        return f"{self.method}{kept}: |dp| {worst:.3f}, {self.parity.worst('frame_flips'):.0f} changed decisions"
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """A graph that has passed its gate: the ONNX file's bytes, its parity, and how it came about."""
+    """A graph that passed the gate: the bytes of the ONNX file, its parity, and the manifest's details."""
 
     graph: bytes
     parity: Parity
@@ -97,44 +94,44 @@ def build_int8(
     graph: bytes,
     contract: Contract,
     calibration: CalibrationSet,
-    judge: Judge,
+    measure: Callable[[bytes], Parity],
     progress: Callable[[str], None] = lambda _: None,
 ) -> Quantized:
-    """Quantise a graph in the first way that passes the gate.
+    """Quantize a graph; return the first attempt that passes the gate.
 
     Parameters
     ----------
     graph
-        As `echoquad_export.graph.build.build_graph` makes it.
+        The ONNX file from `echoquad_export.graph.build.build_graph`.
     contract
-        What it was trained under.
+        The contract of the run.
     calibration
-        Frames that ranges are taken from.
-    judge
-        Measures the parity of a graph's bytes.
+        Frames that ranges are computed from.
+    measure
+        Measures the parity of an ONNX file.
     progress
-        Called with a phrase for every attempt that missed.
+        Called with a line about each attempt that fails.
 
     Raises
     ------
     ParityError
-        If no way passes: int8 is not for this model.
+        If all attempts fail.
     ConfigError
-        If the network does its work in matrix products, which stay in float.
+        If most weights are in matrix products, which stay in float32.
     """
     model = prepare(graph, contract)
     _require_convolutions(model)
     units = layers(model)
-    ranges = Ranges(model, calibration.quadrants, float_tensors(model))
+    ranges = Ranges(model, calibration.quadrants, activation_tensors(model))
     attempts: list[Attempt] = []
 
     def attempt(percentile: float | None, worst: tuple[tuple[str, ...], ...] = ()) -> Quantized | None:
         kept = [name for unit in worst for name in unit]
         candidate = quantize(model, ranges, percentile=percentile, keep_float=kept)
         method = "min-max" if percentile is None else f"percentile {percentile:g}"
-        attempts.append(Attempt(method, tuple(unit[0] for unit in worst), judge(candidate)))
+        attempts.append(Attempt(method, tuple(unit[0] for unit in worst), measure(candidate)))
         if not attempts[-1].parity.passed:
-            progress(f"int8 missed its gate by {attempts[-1]}")
+            progress(f"int8 failed parity with {attempts[-1]}")
             return None
         details = {
             "calibration": {**calibration.to_dict(), "method": method},
@@ -148,24 +145,24 @@ def build_int8(
         if found := attempt(percentile):
             return found
     best = min(range(len(PERCENTILES)), key=lambda index: attempts[index].excess)
-    progress(f"comparing {len(units)} layers")
+    progress(f"measuring the sensitivity of {len(units)} layers")
     ranked = _by_sensitivity(model, ranges, PERCENTILES[best], units, calibration.quadrants[:SCAN_FRAMES])
-    half = len(units) // 2  # beyond, little would be left of what int8 is for
+    half = len(units) // 2  # with more, int8 would no longer be worthwhile
     for count in sorted({*(2**power for power in range(half.bit_length())), half}):
         if found := attempt(PERCENTILES[best], tuple(ranked[:count])):
             return found
     closest = min(attempts, key=lambda made: made.excess)
     allowed = ", ".join(f"{name} {value:g}" for name, value in closest.parity.gate.to_dict().items())
     raise ParityError(
-        f"parity: no int8 graph of this model decides as the training code does, of {len(attempts)} that were tried "
-        f"({len(PERCENTILES)} calibrations, then up to {half} of {len(units)} layers in float) on "
-        f"{closest.parity.frames} frames of the {closest.parity.source}; the closest was {closest}; allowed: "
-        f"{allowed}; no bundle was written; do: leave int8 out of --precision"
+        f"parity: no int8 graph of this model decides as the training code does on {closest.parity.frames} frames of "
+        f"the {closest.parity.source}; {len(attempts)} attempts ({len(PERCENTILES)} calibrations, then up to {half} of "
+        f"{len(units)} layers in float); the closest was {closest}; allowed: {allowed}; no bundle was written; "
+        "leave int8 out of --precision"
     )
 
 
 def _require_convolutions(model: onnx.ModelProto) -> None:
-    """Refuse a transformer: of its weights, integers would hold those of the first layer alone."""
+    """Raise ConfigError for a transformer: only its first layer would be quantized."""
     sizes = {item.name: math.prod(item.dims) for item in model.graph.initializer}
 
     def weights(operator: str) -> int:
@@ -174,8 +171,8 @@ def _require_convolutions(model: onnx.ModelProto) -> None:
     convolutions, products = weights("Conv"), weights("MatMul")
     if products > convolutions:
         raise ConfigError(
-            f"precision int8: {products} weights in matrix products found, {convolutions} in convolutions; expected a "
-            "network of convolutions, which is what is computed in integers; do: leave int8 out of --precision"
+            f"precision int8: {products} weights in matrix products, {convolutions} in convolutions; int8 needs a "
+            "network of convolutions; leave int8 out of --precision"
         )
 
 
@@ -186,7 +183,7 @@ def _by_sensitivity(
     units: list[tuple[str, ...]],
     quadrants: npt.NDArray[np.uint8],
 ) -> list[tuple[str, ...]]:
-    """Order layers by what quantising each alone does to the logits, the worst first."""
+    """Sort layers by the mean change of the logits when only that layer is quantized, the most sensitive first."""
     flat = quadrants.reshape(-1, 1, *quadrants.shape[2:])
 
     def logits(graph: bytes) -> FloatArray:
@@ -194,13 +191,11 @@ def _by_sensitivity(
         return found
 
     reference = logits(model.SerializeToString())
-    every = {name for unit in units for name in unit}
-    harm = [
-        float(
-            np.abs(
-                logits(quantize(model, ranges, percentile=percentile, keep_float=every.difference(unit))) - reference
-            ).mean()
-        )
-        for unit in units
-    ]
-    return [units[index] for index in np.argsort(harm, kind="stable")[::-1]]
+    names = {name for unit in units for name in unit}
+
+    def harm(unit: tuple[str, ...]) -> float:
+        graph = quantize(model, ranges, percentile=percentile, keep_float=names.difference(unit))
+        return float(np.abs(logits(graph) - reference).mean())
+
+    order = np.argsort([harm(unit) for unit in units], kind="stable")[::-1]
+    return [units[index] for index in order]

@@ -1,4 +1,4 @@
-"""Class activation maps in the graph: exact, in every precision, and only where they can be."""
+"""Class activation maps are exact in each precision, and exist only for suitable networks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from echoquad_export.graph.activation_map import add_cam, check_cam, last_pooling
+from echoquad_export.graph.activation_map import add_activation_maps, check_activation_maps, last_pooling
 from echoquad_export.graph.build import build_graph
 from echoquad_export.precision.calibration_set import Ranges
 from echoquad_export.precision.fp16 import to_fp16
-from echoquad_export.precision.quantize import float_tensors, prepare, quantize
+from echoquad_export.precision.quantize import activation_tensors, prepare, quantize
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 from echoquad_runtime.errors import ParityError
-from echoquad_runtime.predict.predictor import Prediction, Predictor
+from echoquad_runtime.predict.prediction import Prediction
+from echoquad_runtime.predict.predictor import Predictor
 from echoquad_train.networks.classifier import QuadrantClassifier
 
 CONTRACT = Contract(classes=("A", "B", "C"), input_size=64, temperature=1.7)
@@ -39,18 +40,22 @@ def bias_of(model: QuadrantClassifier) -> np.ndarray:
 
 
 @pytest.mark.parametrize("convert", [lambda graph: graph, to_fp16], ids=["fp32", "fp16"])
-def test_a_maps_mean_and_the_bias_are_the_logit(
-    thin_model: Callable[[Contract], QuadrantClassifier], convert: Callable[[bytes], bytes]
+def test_mean_of_map_plus_bias_is_the_logit(
+    thin_model: Callable[[Contract], QuadrantClassifier],
+    thin_graph: Callable[[Contract], bytes],
+    convert: Callable[[bytes], bytes],
 ) -> None:
     model = thin_model(CONTRACT)
-    logits, _, maps = answers(convert(build_graph(model, CONTRACT)), noise(64))
+    logits, _, maps = answers(convert(thin_graph(CONTRACT)), noise(64))
     assert maps.shape == (8, 3, 2, 2) and maps.dtype == np.float32
     np.testing.assert_allclose(maps.mean(axis=(2, 3)) + bias_of(model), logits, atol=2e-5)
-    assert np.ptp(maps, axis=(2, 3)).min() > 1e-3  # maps that are flat would say nothing of places
+    assert np.ptp(maps, axis=(2, 3)).min() > 1e-3  # flat maps would prove nothing
 
 
-def test_the_map_is_the_head_at_every_place(thin_model: Callable[[Contract], QuadrantClassifier]) -> None:
-    """Held against the training code's own feature map, taken where it enters the pooling."""
+def test_map_is_the_linear_layer_at_each_position(
+    thin_model: Callable[[Contract], QuadrantClassifier], thin_graph: Callable[[Contract], bytes]
+) -> None:
+    """The reference is the training code's feature map, captured before the pooling."""
     model = thin_model(CONTRACT)
     seen: list[torch.Tensor] = []
     pooling = model.backbone.get_submodule("avgpool")
@@ -62,25 +67,26 @@ def test_the_map_is_the_head_at_every_place(thin_model: Callable[[Contract], Qua
     layer = model.head[-1]
     assert isinstance(layer, nn.Linear)
     expected = torch.einsum("nfhw,cf->nchw", seen[0], layer.weight).detach().numpy()
-    np.testing.assert_allclose(answers(build_graph(model, CONTRACT), quadrants)[2], expected, atol=2e-5)
+    np.testing.assert_allclose(answers(thin_graph(CONTRACT), quadrants)[2], expected, atol=2e-5)
 
 
 def quantized(graph: bytes) -> bytes:
     model = prepare(graph, CONTRACT)
-    return quantize(model, Ranges(model, noise(64, 16).reshape(4, 4, 64, 64), float_tensors(model)))
+    return quantize(model, Ranges(model, noise(64, 16).reshape(4, 4, 64, 64), activation_tensors(model)))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_the_predictor_gives_them_beside_the_same_decisions(
+def test_predictor_returns_maps_with_unchanged_decisions(
     thin_model: Callable[[Contract], QuadrantClassifier],
+    thin_graph: Callable[[Contract], bytes],
     make_tiny_bundle: Callable[..., Path],
     tmp_path: Path,
     precision: str,
 ) -> None:
     model = thin_model(CONTRACT)
-    single = build_graph(model, CONTRACT)
+    single = thin_graph(CONTRACT)
     graphs = {"fp32": single, "int8": quantized(single)}
-    gate = {"max_abs_dprobability": 1.0, "max_frame_flip_fraction": 1.0}  # its golden answers are another network's
+    gate = {"max_abs_dprobability": 1.0, "max_frame_flip_fraction": 1.0}  # its golden answers belong to another network
     parity = {name: {"gate": gate} for name in graphs}
     folder = make_tiny_bundle(
         tmp_path / "bundle", contract=CONTRACT, precisions=("fp32", "int8"), graphs=graphs, manifest={"parity": parity}
@@ -97,14 +103,16 @@ def test_the_predictor_gives_them_beside_the_same_decisions(
         softmax /= softmax.sum(axis=1, keepdims=True)
         np.testing.assert_allclose(softmax, prediction.quadrant_probabilities, atol=1e-5)
     assert all(one.cam is None for one in plain if isinstance(one, Prediction))
-    assert len({one.cam.tobytes() for one in found}) == len(found)  # each its own, whoever used the slot after it
+    assert len({one.cam.tobytes() for one in found}) == len(found)  # no two share a buffer
 
 
-def test_the_export_holds_maps_against_logits(thin_model: Callable[[Contract], QuadrantClassifier]) -> None:
-    single = build_graph(thin_model(CONTRACT), CONTRACT)
+def test_check_activation_maps_raises_parity_error_on_deviation(
+    thin_graph: Callable[[Contract], bytes],
+) -> None:
+    single = thin_graph(CONTRACT)
     frames = noise(64, 16).reshape(4, 4, 64, 64)
     for graph in (single, to_fp16(single), quantized(single)):
-        found = check_cam(graph, frames)
+        found = check_activation_maps(graph, frames)
         assert found is not None and found["sides"] == [2, 2] and 0 < found["max_abs_difference"] < 2e-5
 
     def shifted(model: onnx.ModelProto) -> bytes:
@@ -112,22 +120,22 @@ def test_the_export_holds_maps_against_logits(thin_model: Callable[[Contract], Q
         weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * 1.1, "cam.weight"))
         return model.SerializeToString()
 
-    with pytest.raises(ParityError, match=r"a map's mean plus the bias is up to .* from its logit; expected at most"):
-        check_cam(shifted(onnx.load_from_string(single)), frames)
+    with pytest.raises(ParityError, match=r"class activation maps: .*expected at most 0\.001"):
+        check_activation_maps(shifted(onnx.load_from_string(single)), frames)
 
 
-def test_a_head_of_two_layers_has_none(thin_model: Callable[[Contract], QuadrantClassifier]) -> None:
+def test_head_with_two_layers_has_no_maps(thin_model: Callable[[Contract], QuadrantClassifier]) -> None:
     model = thin_model(CONTRACT)
     layer = model.head[-1]
     assert isinstance(layer, nn.Linear)
     model.head = nn.Sequential(nn.Linear(layer.in_features, 8), nn.ReLU(), nn.Linear(8, 3))
     graph = onnx.load_from_string(build_graph(model.eval(), CONTRACT))
     assert [output.name for output in graph.graph.output] == ["logits", "probabilities"]
-    assert last_pooling(graph.graph) is None and not add_cam(graph.graph)
-    assert check_cam(graph.SerializeToString(), noise(64, 4).reshape(1, 4, 64, 64)) is None
+    assert last_pooling(graph.graph) is None and not add_activation_maps(graph.graph)
+    assert check_activation_maps(graph.SerializeToString(), noise(64, 4).reshape(1, 4, 64, 64)) is None
 
 
-def test_only_a_pooling_over_the_whole_map_counts() -> None:
+def test_maps_need_a_pooling_over_the_whole_feature_map() -> None:
     helper = onnx.helper
     for kernel, found in (([4, 4], True), ([2, 2], False)):
         nodes = [
@@ -147,4 +155,4 @@ def test_only_a_pooling_over_the_whole_map_counts() -> None:
             [weight],
             value_info=[helper.make_tensor_value_info("map", kinds, ["N", 5, 4, 4])],
         )
-        assert add_cam(graph) is found
+        assert add_activation_maps(graph) is found

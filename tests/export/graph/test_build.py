@@ -1,3 +1,5 @@
+"""Export from PyTorch: outputs, versions, metadata, privacy and determinism of the graph."""
+
 from __future__ import annotations
 
 import copy
@@ -29,10 +31,10 @@ Built = tuple[bytes, QuadrantClassifier, Contract]
 _KNOWN: dict[str, Built] = {}
 
 
-@pytest.fixture(params=["of a bundle", "with nothing at its default"])
+@pytest.fixture(params=["bundle", "nothing at its default"])
 def built(request: pytest.FixtureRequest, thin: None, case: Any, thin_model: MakeModel) -> Built:
-    """Give a graph, the model it was made of, and the contract; each is built once."""
-    if request.param == "of a bundle":
+    """Return a graph, its model and its contract; each is built once."""
+    if request.param == "bundle":
         run = load_run(case.run)
         return (case.bundle / "model.fp32.onnx").read_bytes(), run.model, run.contract
     if not _KNOWN:
@@ -45,13 +47,13 @@ def session(data: bytes) -> Any:
     return load_onnxruntime().InferenceSession(data, providers=["CPUExecutionProvider"])
 
 
-def test_names_and_types(built: Built) -> None:
+def test_graph_has_the_documented_inputs_and_outputs(built: Built) -> None:
     data, _, contract = built
     opened, classes, size = session(data), len(contract.classes), contract.input_size
     (given,) = opened.get_inputs()
     assert (given.name, given.type, given.shape) == ("quadrants", "tensor(uint8)", ["N", 1, size, size])
     outputs = [(out.name, out.type, out.shape) for out in opened.get_outputs()]
-    side = -(-size // 32)  # of the thin ResNet's last feature map
+    side = -(-size // 32)  # side of the thin ResNet's last feature map
     assert outputs == [
         ("logits", "tensor(float)", ["N", classes]),
         ("probabilities", "tensor(float)", ["N", classes]),
@@ -60,7 +62,7 @@ def test_names_and_types(built: Built) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 64])
-def test_it_computes_what_the_training_code_computes(built: Built, count: int) -> None:
+def test_graph_computes_what_the_training_code_computes(built: Built, count: int) -> None:
     data, model, contract = built
     size = contract.input_size
     quadrants = np.random.default_rng(count).integers(0, 256, (count, 1, size, size), np.uint8)
@@ -72,26 +74,26 @@ def test_it_computes_what_the_training_code_computes(built: Built, count: int) -
     np.testing.assert_allclose(probabilities, expected[1], atol=1e-5)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
     if count > 3:
-        assert np.ptp(logits, axis=0).min() > 0.05  # a model that answers alike would prove nothing
+        assert np.ptp(logits, axis=0).min() > 0.05  # otherwise the comparison proves nothing
 
 
-def test_versions_are_pinned(built: Built) -> None:
+def test_opset_and_ir_version_are_pinned(built: Built) -> None:
     proto = onnx.load_from_string(built[0])
     assert (OPSET, IR_VERSION) == (18, 10) and proto.ir_version == 10
-    assert (OPSET, IR_VERSION) == (MAX_OPSET, MAX_IR_VERSION), "the runtime reads what is written, and nothing newer"
+    assert (OPSET, IR_VERSION) == (MAX_OPSET, MAX_IR_VERSION)
     assert [(opset.domain, opset.version) for opset in proto.opset_import] == [("", 18)]
     assert proto.producer_name == "echoquad"
     onnx.checker.check_model(proto, full_check=True)
     assert {node.domain for node in proto.graph.node} == {""} and not proto.functions
 
 
-def test_it_is_one_file(built: Built) -> None:
+def test_graph_has_no_external_data(built: Built) -> None:
     proto = onnx.load_from_string(built[0])
     for tensor in proto.graph.initializer:
         assert tensor.data_location == onnx.TensorProto.DEFAULT and not tensor.external_data
 
 
-def test_the_contract_is_inside(built: Built) -> None:
+def test_metadata_holds_contract_and_hash(built: Built) -> None:
     data, _, contract = built
     metadata = session(data).get_modelmeta().custom_metadata_map
     assert Contract.from_json(metadata[CONTRACT_KEY]) == contract
@@ -101,7 +103,7 @@ def test_the_contract_is_inside(built: Built) -> None:
     assert set(metadata) == {CONTRACT_KEY, "echoquad.contract_sha256"}
 
 
-def test_nothing_of_this_machine_is_inside(built: Built) -> None:
+def test_graph_contains_no_paths_or_names_of_the_machine(built: Built) -> None:
     data = built[0]
     places = {str(Path.home()), str(Path.cwd()), sys.prefix, str(Path(torch.__file__).parent), os.sep + "site-packages"}
     words = {place.encode() for place in places if len(place) > 3}
@@ -113,17 +115,17 @@ def test_nothing_of_this_machine_is_inside(built: Built) -> None:
     assert not any(node.doc_string or node.metadata_props for node in proto.graph.node)
 
 
-def test_the_grey_channel_is_not_replicated(built: Built) -> None:
+def test_graph_reads_one_grey_channel(built: Built) -> None:
     shapes = [list(tensor.dims) for tensor in onnx.load_from_string(built[0]).graph.initializer]
     assert [64, 1, 7, 7] in shapes and [64, 3, 7, 7] not in shapes
     kinds = {node.op_type for node in onnx.load_from_string(built[0]).graph.node}
     assert not kinds & {"Dropout", "Expand", "Tile"}
 
 
-def test_two_exports_are_one_file_and_the_model_is_left_alone(case: Any, thin: None) -> None:
+def test_build_graph_is_deterministic_and_leaves_the_model_unchanged(case: Any, thin: None) -> None:
     run = load_run(case.run)
     before = copy.deepcopy(run.model.state_dict())
-    run.model.train()  # what is deployed is in evaluation mode all the same
+    run.model.train()  # the deployed copy is in evaluation mode regardless
     assert build_graph(run.model, run.contract) == (case.bundle / "model.fp32.onnx").read_bytes()
     assert run.model.training and run.model.backbone.conv1.in_channels == 3
     assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
@@ -141,7 +143,7 @@ print(hashlib.sha256(build_graph(QuadrantClassifier("resnet18", contract), contr
 
 
 @pytest.mark.slow
-def test_two_processes_export_one_file(tmp_path: Path) -> None:
+def test_two_processes_build_equal_graphs(tmp_path: Path) -> None:
     hashes = set()
     for seed in ("0", "1"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}

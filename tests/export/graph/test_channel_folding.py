@@ -1,3 +1,5 @@
+"""Channel folding: one grey channel instead of three equal ones."""
+
 from __future__ import annotations
 
 import pytest
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from echoquad_export.graph.channel_folding import fold_first_convolution, sum_input_channels
-from echoquad_train.networks.backbones import BACKBONES, build_body
+from echoquad_train.networks.backbones import BACKBONES, build_backbone
 
 
 @settings(max_examples=40, deadline=None)
@@ -21,7 +23,7 @@ from echoquad_train.networks.backbones import BACKBONES, build_body
     mode=st.sampled_from(["zeros", "reflect", "replicate", "circular"]),
     seed=st.integers(0, 10**6),
 )
-def test_one_channel_equals_three_equal_ones(
+def test_folded_convolution_equals_the_one_over_three_equal_channels(
     channels: int,
     kernel: tuple[int, int],
     stride: int,
@@ -50,14 +52,14 @@ def test_one_channel_equals_three_equal_ones(
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)  # at the padded border too
 
 
-def test_the_sum_is_taken_in_double() -> None:
+def test_channels_are_summed_in_float64() -> None:
     convolution = nn.Conv2d(3, 1, 1, bias=False)
     with torch.no_grad():
         convolution.weight.copy_(torch.tensor([1e8, 1.0, -1e8]).view(1, 3, 1, 1))
     assert sum_input_channels(convolution).weight.item() == 1.0  # in float32 it would be 0
 
 
-def test_the_first_convolution_is_replaced_wherever_it_is() -> None:
+def test_nested_first_convolution_is_replaced() -> None:
     inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 3, 3))
     body = nn.Sequential(nn.Identity(), inner)
     second = inner[1]
@@ -66,9 +68,9 @@ def test_the_first_convolution_is_replaced_wherever_it_is() -> None:
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_every_backbone_begins_so(name: str) -> None:
+def test_each_backbone_can_be_folded(name: str) -> None:
     torch.manual_seed(1)
-    body, _ = build_body(name, 64)
+    body, _ = build_backbone(name, 64)
     grey = torch.randn(2, 1, 64, 64)
     with torch.inference_mode():
         expected = body.eval()(grey.expand(-1, 3, -1, -1))
@@ -85,6 +87,6 @@ def test_every_backbone_begins_so(name: str) -> None:
         nn.Conv2d(3, 3, 3, groups=3),
     ],
 )
-def test_a_body_that_does_not_begin_so(body: nn.Module) -> None:
+def test_other_first_layers_raise_value_error(body: nn.Module) -> None:
     with pytest.raises(ValueError, match="does not begin with a convolution over three channels"):
         fold_first_convolution(body)

@@ -1,3 +1,5 @@
+"""The first convolution on integers equals the one on the normalised image."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -8,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-from echoquad_export.graph.first_conv import integer_stem
-from echoquad_export.graph.memory_session import open_in_memory
+from echoquad_export.graph.first_conv import integer_first_conv
+from echoquad_export.graph.onnx_graph import constants, open_in_memory
 from echoquad_runtime.contract import Contract
 
 BLOCKS = ["Reshape", "Transpose", "Reshape", "Transpose", "Reshape"]
@@ -26,7 +28,7 @@ def first_layer(
     seed: int,
     bias: bool = True,
 ) -> onnx.ModelProto:
-    """Build normalisation, a convolution and perhaps a ReLU, as an exported graph begins."""
+    """Build the beginning of an exported graph: normalisation, a convolution, optionally a ReLU."""
     rng = np.random.default_rng(seed)
     size = contract.input_size
     nodes = [
@@ -78,7 +80,7 @@ def operators(graph: onnx.ModelProto) -> list[str]:
     bias=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_the_convolution_over_blocks_equals_the_one_over_pixels(
+def test_convolution_over_blocks_equals_convolution_over_pixels(
     kernel: int, half: int, filters: int, relu: bool, bias: bool, seed: int
 ) -> None:
     # mean 102/255 is a grey level, so the padded border is exact too
@@ -86,49 +88,51 @@ def test_the_convolution_over_blocks_equals_the_one_over_pixels(
     graph = first_layer(
         contract, filters=filters, kernel=kernel, stride=2, padding=kernel // 2, relu=relu, seed=seed, bias=bias
     )
-    stem = integer_stem(graph, contract)
-    onnx.checker.check_model(stem, full_check=True)
-    # OpenVINO keeps the convolution in integers only where no Transpose stands right before DequantizeLinear.
-    assert operators(stem) == [*BLOCKS, "DequantizeLinear", "Conv", *(["Relu"] if relu else [])]
-    (weight,) = (numpy_helper.to_array(item) for item in stem.graph.initializer if item.name == "stem.weight")
+    rewritten = integer_first_conv(graph, contract)
+    onnx.checker.check_model(rewritten, full_check=True)
+    # OpenVINO computes the convolution in float32 if a Transpose precedes DequantizeLinear.
+    assert operators(rewritten) == [*BLOCKS, "DequantizeLinear", "Conv", *(["Relu"] if relu else [])]
+    (weight,) = (
+        numpy_helper.to_array(item) for item in rewritten.graph.initializer if item.name == "first_conv.weight"
+    )
     assert weight.shape == (filters, 4, *[{3: 2, 5: 3, 7: 4}[kernel]] * 2)
     quadrants = np.random.default_rng(seed).integers(0, 256, (2, 1, 2 * half, 2 * half), np.uint8)
-    np.testing.assert_allclose(run(stem, quadrants), run(graph, quadrants), atol=2e-5)
+    np.testing.assert_allclose(run(rewritten, quadrants), run(graph, quadrants), atol=2e-5)
 
 
 @pytest.mark.parametrize(
     ("size", "stride", "kernel", "padding"), [(31, 2, 7, 3), (32, 1, 3, 1), (32, 2, 7, 2), (32, 4, 7, 3)]
 )
-def test_where_blocks_do_not_suit_it_still_begins_with_integers(
+def test_unsuitable_convolutions_keep_their_form_and_begin_with_integers(
     size: int, stride: int, kernel: int, padding: int
 ) -> None:
     contract = Contract(("a", "b"), input_size=size, mean=0.4, std=0.21)
     graph = first_layer(contract, filters=3, kernel=kernel, stride=stride, padding=padding, relu=True, seed=1)
-    stem = integer_stem(graph, contract)
-    assert operators(stem) == ["DequantizeLinear", "Conv", "Relu"]
+    rewritten = integer_first_conv(graph, contract)
+    assert operators(rewritten) == ["DequantizeLinear", "Conv", "Relu"]
     quadrants = np.random.default_rng(1).integers(0, 256, (2, 1, size, size), np.uint8)
-    np.testing.assert_allclose(run(stem, quadrants), run(graph, quadrants), atol=2e-5)
+    np.testing.assert_allclose(run(rewritten, quadrants), run(graph, quadrants), atol=2e-5)
 
 
-def test_where_the_mean_is_no_grey_level_only_the_border_differs_and_little() -> None:
+def test_fractional_mean_changes_the_border_by_at_most_half_a_level() -> None:
     contract = Contract(("a", "b"), input_size=32, mean=0.5, std=0.5)  # 127.5: padding becomes 128
     graph = first_layer(contract, filters=3, kernel=7, stride=2, padding=3, relu=False, seed=2)
     quadrants = np.random.default_rng(2).integers(0, 256, (2, 1, 32, 32), np.uint8)
-    difference = np.abs(run(integer_stem(graph, contract), quadrants) - run(graph, quadrants))
+    difference = np.abs(run(integer_first_conv(graph, contract), quadrants) - run(graph, quadrants))
     assert difference[:, :, 2:-2, 2:-2].max() < 2e-5
     weight = next(numpy_helper.to_array(item) for item in graph.graph.initializer if item.name == "weight")
     half_a_level = 0.5 / (255 * contract.std)
     assert 1e-4 < difference.max() <= half_a_level * np.abs(weight).sum(axis=(1, 2, 3)).max() + 2e-5
 
 
-def test_a_mean_beyond_black_and_white_leaves_the_graph_as_it_is() -> None:
+def test_mean_outside_grey_levels_leaves_graph_unchanged() -> None:
     contract = Contract(("a", "b"), input_size=32, mean=0.4, std=0.2)
     graph = first_layer(contract, filters=3, kernel=7, stride=2, padding=3, relu=True, seed=3)
-    object.__setattr__(contract, "mean", 1.2)  # a contract refuses it today; the stem does not rely on that
-    assert integer_stem(graph, contract) == graph
+    object.__setattr__(contract, "mean", 1.2)  # bypasses the contract's own check
+    assert integer_first_conv(graph, contract) == graph
 
 
-def test_members_of_an_ensemble_share_the_blocks() -> None:
+def test_ensemble_members_share_the_blocks() -> None:
     contract = Contract(("a", "b"), input_size=32, mean=0.4, std=0.21)
     graph = first_layer(contract, filters=3, kernel=7, stride=2, padding=3, relu=False, seed=4)
     nodes = graph.graph.node
@@ -136,28 +140,26 @@ def test_members_of_an_ensemble_share_the_blocks() -> None:
     nodes.append(helper.make_node("Conv", ["normal", "weight"], ["odd"], strides=[1, 1], pads=[3] * 4))
     for name in ("other", "odd"):
         graph.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 3, "H", "W"]))
-    stem = integer_stem(graph, contract)
-    onnx.checker.check_model(stem, full_check=True)
-    assert operators(stem) == [*BLOCKS, *["DequantizeLinear"] * 2, *["Conv"] * 3]
+    rewritten = integer_first_conv(graph, contract)
+    onnx.checker.check_model(rewritten, full_check=True)
+    assert operators(rewritten) == [*BLOCKS, *["DequantizeLinear"] * 2, *["Conv"] * 3]
     quadrants = np.random.default_rng(4).integers(0, 256, (2, 1, 32, 32), np.uint8)
-    sessions = (open_in_memory(one.SerializeToString()) for one in (stem, graph))
+    sessions = (open_in_memory(one.SerializeToString()) for one in (rewritten, graph))
     for found, expected in zip(*(session.run(None, {"quadrants": quadrants}) for session in sessions), strict=True):
         np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-def test_it_is_left_as_trained_where_asked() -> None:
+def test_space_to_depth_false_keeps_the_convolution() -> None:
     contract = Contract(("a", "b"), input_size=32)
     graph = first_layer(contract, filters=3, kernel=7, stride=2, padding=3, relu=True, seed=3)
-    assert operators(integer_stem(graph, contract, space_to_depth=False)) == ["DequantizeLinear", "Conv", "Relu"]
+    assert operators(integer_first_conv(graph, contract, space_to_depth=False)) == ["DequantizeLinear", "Conv", "Relu"]
 
 
-def test_torch_agrees() -> None:
+def test_first_convolution_equals_torch() -> None:
     contract = Contract(("a", "b"), input_size=48, mean=0.4, std=0.3)
     graph = first_layer(contract, filters=4, kernel=7, stride=2, padding=3, relu=True, seed=5)
-    constants = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.graph.initializer}
+    values = {name: torch.from_numpy(value.copy()) for name, value in constants(graph.graph).items()}
     quadrants = np.random.default_rng(5).integers(0, 256, (3, 1, 48, 48), np.uint8)
     normal = (torch.from_numpy(quadrants).double() / 255 - 0.4) / 0.3
-    expected = torch.relu(
-        torch.nn.functional.conv2d(normal, constants["weight"].double(), constants["bias"].double(), 2, 3)
-    )
-    np.testing.assert_allclose(run(integer_stem(graph, contract), quadrants), expected.numpy(), atol=2e-5)
+    expected = torch.relu(torch.nn.functional.conv2d(normal, values["weight"].double(), values["bias"].double(), 2, 3))
+    np.testing.assert_allclose(run(integer_first_conv(graph, contract), quadrants), expected.numpy(), atol=2e-5)

@@ -1,3 +1,5 @@
+"""The frame graph: exact quadrants, the votes of the runtime, a valid file, parity, and its export."""
+
 from __future__ import annotations
 
 import json
@@ -23,13 +25,12 @@ from echoquad_export.graph.frame_graph import (
     FRAME_OUTPUTS,
     FrameParity,
     build_frame_graph,
+    load_frames,
     measure_frame_parity,
     quadrants_part,
-    whole_frames,
 )
 from echoquad_export.graph.resize_graph import FRAMES
 from echoquad_export.packing.exporter import export_run
-from echoquad_export.parity import golden
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.bundle.manifest import frame_graph_file
 from echoquad_runtime.bundle.onnx_header import CONTRACT_KEY, INPUT, OUTPUTS
@@ -46,15 +47,15 @@ TINY = Contract(classes=("ASD", "NORM"), input_size=32)
 
 
 class Graph:
-    """A frame graph in a session, and what it feeds its network."""
+    """A frame graph in an inference session, with access to the quadrants that its network reads."""
 
     def __init__(self, model: bytes, contract: Contract) -> None:
         self.bytes = build_frame_graph(model, contract)
-        self._whole = open_session(self.bytes, device="cpu", threads=1).session
+        self._session = open_session(self.bytes, device="cpu", threads=1).session
         self._part = open_session(quadrants_part(self.bytes), device="cpu", threads=1).session
 
     def __call__(self, frames: np.ndarray) -> dict[str, np.ndarray]:
-        return dict(zip(FRAME_OUTPUTS, self._whole.run(FRAME_OUTPUTS, {FRAMES: frames}), strict=True))
+        return dict(zip(FRAME_OUTPUTS, self._session.run(FRAME_OUTPUTS, {FRAMES: frames}), strict=True))
 
     def quadrants(self, frames: np.ndarray) -> np.ndarray:
         (found,) = self._part.run(None, {FRAMES: frames})
@@ -62,12 +63,12 @@ class Graph:
 
 
 VALUES = np.zeros(256, np.float32)
-"""What `pixel_model` takes a grey level for: round and other numbers, and such that only sums in order are equal."""
+"""The probability that `pixel_model` returns for a grey level; some sums depend on the order of addition."""
 VALUES[:14] = [0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.9, 1 / 3, 1e-12, 1]
 
 
 def pixel_model(contract: Contract, opset: int = 18) -> bytes:
-    """Make a network whose probabilities of C classes are the `VALUES` of a quadrant's first C pixels."""
+    """Return a network whose probabilities of C classes are the `VALUES` of a quadrant's first C pixels."""
     size, classes = contract.input_size, len(contract.classes)
     nodes = [
         helper.make_node("Flatten", [INPUT], ["flat"], axis=1),
@@ -89,7 +90,7 @@ def pixel_model(contract: Contract, opset: int = 18) -> bytes:
 
 
 def pixel_frame(levels: np.ndarray) -> Grey:
-    """Make the frame, uint8 [16, 16], whose quadrants begin with the pixels of `levels`, [4, C]."""
+    """Return a frame, uint8 [16, 16], whose quadrants begin with the pixels of `levels`, [4, C]."""
     la, ra, lv, rv = np.zeros((4, 8, 8), np.uint8)
     for quadrant, pixels in zip((la, ra, lv, rv), levels, strict=True):
         quadrant[0, : len(pixels)] = pixels
@@ -98,7 +99,7 @@ def pixel_frame(levels: np.ndarray) -> Grey:
 
 @cache
 def deciding(vote: VoteMethod, classes: int) -> tuple[Graph, Contract]:
-    """Give the frame graph that judges `pixel_frame`'s frames."""
+    """Return a frame graph for the frames of `pixel_frame`, and its contract."""
     contract = Contract(tuple("abcd"[:classes]), input_size=8, keep=1.0, vote=vote, vote_weights=(1, 0, 0.7, 2))
     return Graph(pixel_model(contract), contract), contract
 
@@ -107,7 +108,7 @@ def deciding(vote: VoteMethod, classes: int) -> tuple[Graph, Contract]:
 
 
 def noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Draw noise, even seeds in grey, odd ones in black and white, where a filter that differs shows most."""
+    """Return noise; odd seeds give black and white only, which reveals other filters best."""
     levels = np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
     return levels if seed % 2 == 0 else np.where(levels > 127, 255, 0).astype(np.uint8)
 
@@ -123,12 +124,10 @@ sides = st.integers(2, 9) | st.integers(2, 150)
     seed=st.integers(0, 1000),
 )
 @example(sizes=[(2, 2), (3, 2), (2, 3), (3, 3)], keep=1.0, size=8, seed=1)
-@example(sizes=[(32, 64), (64, 32), (33, 65)], keep=1.0, size=32, seed=1)  # a pass that changes nothing
+@example(sizes=[(32, 64), (64, 32), (33, 65)], keep=1.0, size=32, seed=1)  # one pass changes nothing
 @example(sizes=[(600, 800), (801, 599)], keep=0.9, size=224, seed=1)
 @example(sizes=[(1500, 2), (2, 1500), (700, 7)], keep=0.9, size=16, seed=1)
-def test_quadrants_are_pillows_to_the_grey_level(
-    sizes: list[tuple[int, int]], keep: float, size: int, seed: int
-) -> None:
+def test_quadrants_equal_pillow_resize_exactly(sizes: list[tuple[int, int]], keep: float, size: int, seed: int) -> None:
     contract = replace(TINY, keep=keep, input_size=size)
     graph = Graph(pixel_model(contract), contract)
     for height, width in sizes:
@@ -139,7 +138,7 @@ def test_quadrants_are_pillows_to_the_grey_level(
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.9, 0.61])
-def test_quadrants_are_the_runtimes(keep: float) -> None:
+def test_quadrants_equal_those_of_the_runtime(keep: float) -> None:
     contract = replace(TINY, keep=keep)
     graph = Graph(pixel_model(contract), contract)
     for shape in [(60, 80), (61, 79), (240, 320), (241, 319), (480, 640), (97, 133), (9, 40)]:
@@ -148,7 +147,7 @@ def test_quadrants_are_the_runtimes(keep: float) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1), (0, 9)])
-def test_a_frame_without_four_quadrants_ends_the_run(shape: tuple[int, int]) -> None:
+def test_frame_smaller_than_2_by_2_raises(shape: tuple[int, int]) -> None:
     graph = Graph(pixel_model(TINY), TINY)
     with pytest.raises(Exception, match="Split"):
         graph(np.zeros((1, *shape), np.uint8))
@@ -159,13 +158,13 @@ def test_a_frame_without_four_quadrants_ends_the_run(shape: tuple[int, int]) -> 
 
 @settings(max_examples=150)
 @given(vote=st.sampled_from(["majority", "average", "weighted"]), data=st.data())
-def test_decisions_are_the_runtimes(vote: VoteMethod, data: st.DataObject) -> None:
+def test_decisions_equal_those_of_the_runtime(vote: VoteMethod, data: st.DataObject) -> None:
     classes = data.draw(st.integers(2, 4))
     graph, contract = deciding(vote, classes)
     levels = data.draw(
         arrays(np.uint8, st.tuples(st.integers(1, 4), st.just(4), st.just(classes)), elements=st.integers(0, 13))
     )
-    if data.draw(st.booleans()):  # a tie, in the mean as well
+    if data.draw(st.booleans()):  # a tie of votes and of means
         levels[:, 2:] = levels[:, 1::-1, ::-1]
     found = graph(np.stack([pixel_frame(level) for level in levels]))
     expected = aggregate_votes(VALUES[levels], vote, contract.vote_weights)
@@ -182,22 +181,22 @@ A, B, B_SURE, C = (7, 5, 0), (5, 7, 0), (1, 10, 0), (4, 4, 5)  # .6 .4 0, .4 .6 
 @pytest.mark.parametrize(
     ("vote", "levels", "label"),
     [
-        ("majority", (A, A, B_SURE, B_SURE), 1),  # two to two: the means decide
-        ("majority", (A, A, B, B), 0),  # and where they are equal, the first class
+        ("majority", (A, A, B_SURE, B_SURE), 1),  # two votes each: the means decide
+        ("majority", (A, A, B, B), 0),  # equal means: the first class
         ("majority", (A, A, A, B_SURE), 0),
         ("majority", (C, A, B_SURE, C), 2),  # a plurality of two
-        ("average", (A, A, A, B_SURE), 1),  # one is surer than three
+        ("average", (A, A, A, B_SURE), 1),  # one confident quadrant outweighs three
         ("average", (A, A, B, B), 0),
-        ("weighted", (A, B_SURE, A, A), 0),  # the second has no weight
-        ("weighted", (A, A, A, B_SURE), 1),  # the last has more than all others
+        ("weighted", (A, B_SURE, A, A), 0),  # the second quadrant has weight 0
+        ("weighted", (A, A, A, B_SURE), 1),  # the last quadrant outweighs all others
     ],
 )
-def test_decisions_by_hand(vote: VoteMethod, levels: tuple[tuple[int, ...], ...], label: int) -> None:
+def test_vote_rules_on_hand_computed_cases(vote: VoteMethod, levels: tuple[tuple[int, ...], ...], label: int) -> None:
     found = deciding(vote, 3)[0](pixel_frame(np.array(levels))[None])
     assert found["label"].tolist() == [label]
 
 
-def test_a_batch_gives_what_its_frames_give_alone(
+def test_batch_gives_the_same_results_as_single_frames(
     make_tiny_graph: Callable[..., bytes], make_frame: Callable[..., Grey]
 ) -> None:
     graph = Graph(make_tiny_graph(TINY), TINY)
@@ -216,7 +215,7 @@ def test_a_batch_gives_what_its_frames_give_alone(
 # ---------------------------------------------------------------------------------------------- the file
 
 
-def test_the_file(make_tiny_graph: Callable[..., bytes]) -> None:
+def test_frame_graph_file_is_deterministic_valid_and_typed(make_tiny_graph: Callable[..., bytes]) -> None:
     contract = Contract(("A", "C, D", "é"), input_size=20)
     model = make_tiny_graph(contract)
     data = build_frame_graph(model, contract)
@@ -246,7 +245,7 @@ def test_the_file(make_tiny_graph: Callable[..., bytes]) -> None:
             for item in items
         ]
 
-    # The network's N is that of quadrants: onnxruntime would take two dimensions of one name for equal.
+    # The network's N counts quadrants; onnxruntime assumes that dimensions of one name are equal.
     assert not any("N" in shape for *_, shape in shapes(graph.value_info))
     assert shapes(graph.input) == [("frames", TensorProto.UINT8, ["N", "H", "W"])]
     assert shapes(graph.output) == [
@@ -257,7 +256,7 @@ def test_the_file(make_tiny_graph: Callable[..., bytes]) -> None:
     ]
 
 
-def test_what_is_refused(make_tiny_graph: Callable[..., bytes]) -> None:
+def test_other_contract_or_old_opset_raises_bundle_error(make_tiny_graph: Callable[..., bytes]) -> None:
     with pytest.raises(BundleError, match="another contract"):
         build_frame_graph(make_tiny_graph(TINY), replace(TINY, keep=0.8))
     with pytest.raises(BundleError, match="opset 17; expected 18 or later"):
@@ -277,7 +276,9 @@ def frames(make_frame: Callable[..., Grey]) -> list[Grey]:
     return [make_frame(seed, 60 + seed, 90 - seed) for seed in range(8)] + [np.array([[0, 255], [128, 64]], np.uint8)]
 
 
-def test_parity(engine: OnnxEngine, make_tiny_graph: Callable[..., bytes], frames: list[Grey]) -> None:
+def test_frame_parity_of_equal_graphs_is_exact(
+    engine: OnnxEngine, make_tiny_graph: Callable[..., bytes], frames: list[Grey]
+) -> None:
     found = measure_frame_parity(build_frame_graph(make_tiny_graph(TINY), TINY), engine, iter(frames))
     found.require()
     figures = found.to_dict()
@@ -290,11 +291,11 @@ def test_parity(engine: OnnxEngine, make_tiny_graph: Callable[..., bytes], frame
     [
         (replace(TINY, keep=0.6), {}, "grey levels"),
         (TINY, {"logit_scale": 0.2}, r"\|dprobability\|"),
-        (TINY, {"logit_scale": -1.0}, "flips"),
+        (TINY, {"logit_scale": -1.0}, "changed decisions"),
         (TINY, {"logit_scale": float("nan")}, r"\|dprobability\| 1e\+30"),
     ],
 )
-def test_a_graph_that_differs_is_refused(
+def test_different_graph_raises_parity_error(
     engine: OnnxEngine,
     make_tiny_graph: Callable[..., bytes],
     frames: list[Grey],
@@ -310,37 +311,31 @@ def test_a_graph_that_differs_is_refused(
 
 
 @pytest.mark.parametrize(("grey", "difference", "flips"), [(2, 0.0, 0), (0, 0.051, 0), (0, 0.0, 1)])
-def test_the_gate(grey: int, difference: float, flips: int) -> None:
+def test_frame_parity_bounds(grey: int, difference: float, flips: int) -> None:
     FrameParity("int8", 10, 1, 0.05, 0).require()
     with pytest.raises(ParityError, match=r"the int8 frame graph .* on 10 frames"):
         FrameParity("int8", 10, grey, difference, flips).require()
 
 
-def test_whole_frames_are_those_that_can_be_judged(tmp_path: Path) -> None:
+def test_load_frames_skips_unreadable_and_tiny_frames(tmp_path: Path) -> None:
     for name in ("ASD", "NORM"):
         (tmp_path / "validation" / name).mkdir(parents=True)
         for index, shape in enumerate([(20, 30), (1, 30), (33, 21)]):
             Image.fromarray(noise(index, shape)).save(tmp_path / "validation" / name / f"{index}.png")
     (tmp_path / "validation" / "ASD" / "0.png").write_bytes(b"no image")
-    found = whole_frames(read_split(tmp_path, "validation", ("ASD", "NORM")), TINY)
+    found = load_frames(read_split(tmp_path, "validation", ("ASD", "NORM")), TINY)
     assert [frame.shape for frame in found] == [(33, 21), (20, 30), (33, 21)]
 
 
 # ---------------------------------------------------------------------------------------------- export
 
 
-@pytest.fixture
-def quick(thin: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have few golden frames to choose from: they are not what these tests are about."""
-    monkeypatch.setattr(golden, "POOL", 6)
-
-
-def test_export_adds_proved_frame_graphs(case: Any, quick: None, tmp_path: Path) -> None:
+def test_export_adds_frame_graphs_that_passed_parity(case: Any, thin: None, few_golden: None, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     export(case.run, folder, precision="fp32,fp16", frame_graph=True)
     bundle = Bundle(folder)
     for precision in ("fp32", "fp16"):
-        data = bundle.read(frame_graph_file(precision))  # and its hash is right
+        data = bundle.read(frame_graph_file(precision))  # checks the hash
         assert data == build_frame_graph(bundle.read_model(precision), bundle.contract)
         figures = bundle.manifest["frame_graphs"][precision]
         assert figures.keys() == {"frames", "max_grey_difference", "max_abs_dprobability", "flips"}
@@ -354,13 +349,13 @@ def test_export_adds_proved_frame_graphs(case: Any, quick: None, tmp_path: Path)
     with pytest.raises(BundleTamperedError, match=r"frame\.fp16\.onnx"):
         verify(folder, device="cpu")
 
-    export_run(case.run, folder)  # it may take the older bundle's place
+    export_run(case.run, folder)  # it replaces the older bundle
     assert not list(folder.glob("frame.*"))
     assert not [key for key in Bundle(folder).manifest if "frame" in key]
 
 
-def test_a_frame_graph_that_misses_leaves_no_bundle(
-    case: Any, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_failed_frame_parity_leaves_no_bundle(
+    case: Any, thin: None, few_golden: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(frame_graph, "MAX_GREY_DIFFERENCE", -1)
     with pytest.raises(ParityError, match=r"the fp32 frame graph .* grey levels"):

@@ -1,4 +1,4 @@
-"""A bundle that is signed as it is exported."""
+"""Export with a signature."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from echoquad_export.packing import exporter
 from echoquad_export.packing.exporter import export_run
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.bundle.manifest import SIGNATURE
@@ -30,27 +31,31 @@ def key_pair(folder: Path) -> tuple[Path, Path]:
     return private, public
 
 
-def test_an_export_is_signed_before_it_takes_its_place(thin: None, case: Any, tmp_path: Path) -> None:
+def test_export_signs_the_bundle_before_moving_it_into_place(
+    few_golden: None, case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thin: None
+) -> None:
+    graph = (case.bundle / "model.fp32.onnx").read_bytes()
+    monkeypatch.setattr(exporter, "build_graph", lambda *_: graph)  # building takes seconds
     private, public = key_pair(tmp_path)
-    out, said = tmp_path / "signed bundle", []
-    export_run(case.run, out, sign_key=private, progress=said.append)
-    assert said[-1] == "signing the bundle"
+    out, steps = tmp_path / "signed bundle", []
+    export_run(case.run, out, sign_key=private, progress=steps.append)
+    assert steps[-1] == "signing the bundle"
     assert Bundle(out, public_key=public).signed_by is not None
     payload = base64.b64decode(json.loads((out / SIGNATURE).read_bytes())["dsseEnvelope"]["payload"])
-    assert json.loads(payload)["subject"][0]["name"] == "signed bundle"  # not of the folder that it was made in
+    assert json.loads(payload)["subject"][0]["name"] == "signed bundle"  # not that of the temporary folder
     assert SIGNATURE not in Bundle(out).manifest["files"]
-    # A signed bundle is a bundle: it is replaced, and what replaces it has no signature of what is gone.
+    # A signed bundle can be replaced, and the old signature does not stay.
     export_run(case.run, out)
-    with pytest.raises(SignatureError, match="it is not signed"):
+    with pytest.raises(SignatureError, match="not signed"):
         Bundle(out, public_key=public)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["key.pem", "pub.pem", "signed bundle"]
 
 
-def test_a_key_of_no_use_stops_an_export_before_it_begins(case: Any, tmp_path: Path) -> None:
+def test_unusable_key_raises_config_error_before_the_export_begins(case: Any, tmp_path: Path) -> None:
     _, public = key_pair(tmp_path)
-    for key, words in ((public, "it is not a private key in PEM form"), (tmp_path / "none", "cannot be read")):
-        said: list[str] = []
-        with pytest.raises(ConfigError, match=words):
-            export_run(case.run, tmp_path / "out", sign_key=key, progress=said.append)
-        assert said == []
+    for key in (public, tmp_path / "none"):
+        steps: list[str] = []
+        with pytest.raises(ConfigError, match=key.name):
+            export_run(case.run, tmp_path / "out", sign_key=key, progress=steps.append)
+        assert steps == []
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Golden frames: what they cover, that they are the same every time, how large they get, and what they give away."""
+"""Golden frames: coverage, size limits, determinism, sources and privacy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import InputNotFoundError
 from echoquad_runtime.frames.frame_file import FrameFile
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
-from echoquad_runtime.verify.decision_margins import frame_leads, quadrant_leads
+from echoquad_runtime.verify.decision_margins import frame_margins, quadrant_margins
 from echoquad_runtime.voting import aggregate_votes
 from echoquad_train.networks.torch_engine import TorchEngine
 from echoquad_train.runs.checkpoint import load_run
@@ -48,12 +48,12 @@ def _drawn_once() -> Iterator[None]:
 
 
 class Brightness:
-    """A training code that tells classes by how bright and how even a quadrant is; counts what it judges."""
+    """A stand-in for the training code: classifies by mean and deviation of the grey levels, and counts frames."""
 
     device, precision, note = "cpu", "fp32", ""
 
     def __init__(self, contract: Contract) -> None:
-        self.contract, self.judged = contract, 0
+        self.contract, self.inferences = contract, 0
         count = len(contract.classes)
         rng = np.random.default_rng(count)
         self._matrix = rng.normal(0, 6, (2, count))
@@ -66,7 +66,7 @@ class Brightness:
         return features @ self._matrix + self._bias
 
     def infer(self, quadrants: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self.judged += 1
+        self.inferences += 1
         logits = self._logits(quadrants)
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
@@ -74,7 +74,7 @@ class Brightness:
 
 
 class Constant(Brightness):
-    """One that always says the same."""
+    """A model with constant output."""
 
     def _logits(self, quadrants: np.ndarray) -> np.ndarray:
         return np.tile(np.arange(len(self.contract.classes), dtype=float), (len(quadrants), 1))
@@ -85,7 +85,7 @@ def patterns(golden: GoldenFrames) -> set[tuple[int, ...]]:
 
 
 def reason_of(golden: GoldenFrames, text: str) -> list[str]:
-    """Name the frames that are there for a reason that begins so."""
+    """Return the frames that have a reason with this prefix."""
     pairs = zip(golden.names, golden.reasons, strict=True)
     return [name for name, reasons in pairs if any(reason.startswith(text) for reason in reasons)]
 
@@ -108,15 +108,15 @@ def made(request: pytest.FixtureRequest) -> tuple[Brightness, GoldenFrames]:
 # What is in it
 
 
-def test_it_is_small_and_quick(made: tuple[Brightness, GoldenFrames]) -> None:
+def test_golden_file_and_pool_stay_within_limits(made: tuple[Brightness, GoldenFrames]) -> None:
     engine, golden = made
     assert len(fixed_frames(engine.contract)) < len(golden.names) <= MAX_FRAMES
     assert len(set(golden.names)) == len(golden.names) == len(golden.reasons)
     assert len(encode_golden(golden)) <= MAX_BYTES <= 500_000
-    assert engine.judged <= 200
+    assert engine.inferences <= 200
 
 
-def test_the_answers_are_the_training_codes(made: tuple[Brightness, GoldenFrames]) -> None:
+def test_golden_answers_are_those_of_the_training_code(made: tuple[Brightness, GoldenFrames]) -> None:
     engine, golden = made
     for frame, logits, probabilities in zip(golden.frames, golden.logits, golden.probabilities, strict=True):
         expected = engine.infer(frame_quadrants(frame, engine.contract))
@@ -124,7 +124,7 @@ def test_the_answers_are_the_training_codes(made: tuple[Brightness, GoldenFrames
         np.testing.assert_array_equal(probabilities, expected[1])
 
 
-def test_what_is_always_in_it(made: tuple[Brightness, GoldenFrames]) -> None:
+def test_fixed_frames_and_shapes_are_included(made: tuple[Brightness, GoldenFrames]) -> None:
     engine, golden = made
     size = engine.contract.input_size
     frames = dict(zip(golden.names, golden.frames, strict=True))
@@ -132,7 +132,7 @@ def test_what_is_always_in_it(made: tuple[Brightness, GoldenFrames]) -> None:
     assert frames["smallest"].shape == (2, 2) and len(np.unique(frames["ramp"])) > 250
     for name in ("stripes", "stripes-upright"):
         left, top, right, bottom = quadrant_boxes(*frames[name].shape[::-1], engine.contract.keep)[0]
-        assert min(right - left, bottom - top) > size  # it is shrunk, not enlarged
+        assert min(right - left, bottom - top) > size  # reduced, not enlarged
         assert (right - left > bottom - top) == (name == "stripes")
     sides = np.array([frame.shape for frame in golden.frames])
     assert {tuple(row) for row in sides % 2} >= {(0, 0), (0, 1), (1, 1)}
@@ -140,7 +140,7 @@ def test_what_is_always_in_it(made: tuple[Brightness, GoldenFrames]) -> None:
     assert all(reasons for reasons in golden.reasons)
 
 
-def test_every_class_vote_and_tie_that_the_pool_has(made: tuple[Brightness, GoldenFrames]) -> None:
+def test_golden_frames_cover_classes_votes_and_ties_of_the_pool(made: tuple[Brightness, GoldenFrames]) -> None:
     engine, golden = made
     contract = engine.contract
     pool = np.stack([engine.infer(frame_quadrants(frame, contract))[1] for _, frame in module._phantoms()])
@@ -157,43 +157,43 @@ def test_every_class_vote_and_tie_that_the_pool_has(made: tuple[Brightness, Gold
         assert patterns(golden) >= set(map(tuple, there.quadrant_labels.tolist()))
 
 
-def test_the_smallest_margins_of_the_pool_are_in_it(made: tuple[Brightness, GoldenFrames]) -> None:
+def test_golden_frames_include_the_smallest_margins_of_the_pool(made: tuple[Brightness, GoldenFrames]) -> None:
     engine, golden = made
     contract = engine.contract
     names, frames = zip(*module._phantoms(), strict=True)
     p = np.stack([engine.infer(frame_quadrants(frame, contract))[1] for frame in frames])
-    margins = np.partition(frame_leads(p, contract.vote, contract.vote_weights), 1, axis=1)[:, 1]
-    leads = np.partition(quadrant_leads(p), 1, axis=2)[..., 1].min(axis=1)
-    # A stitched frame may come closer still, and then stands in its place.
+    margins = np.partition(frame_margins(p, contract.vote, contract.vote_weights), 1, axis=1)[:, 1]
+    leads = np.partition(quadrant_margins(p), 1, axis=2)[..., 1].min(axis=1)
+    # A stitched frame can have a smaller margin and replace it.
     for values, what in ((margins, "frame margin"), (leads, "quadrant margin")):
-        there_for_it = reason_of(golden, what)
-        assert len(there_for_it) == 4
-        assert names[values.argmin()] in there_for_it or any("stitched" in name for name in there_for_it)
+        names_with_reason = reason_of(golden, what)
+        assert len(names_with_reason) == 4
+        assert names[values.argmin()] in names_with_reason or any("stitched" in name for name in names_with_reason)
     facts = golden_facts(golden, contract, PHANTOM, 1)
     assert facts["smallest_margin"] <= margins.min() and facts["smallest_quadrant_margin"] <= leads.min()
 
 
 @pytest.mark.parametrize("contract", [CONTRACTS["majority"], CONTRACTS["average"]], ids=["crop", "no crop"])
-def test_patterns_that_no_phantom_has_are_stitched(contract: Contract) -> None:
+def test_missing_vote_patterns_are_stitched(contract: Contract) -> None:
     golden = make_golden(Brightness(contract))
     assert len(patterns(golden)) == 16
     votes = golden.probabilities.argmax(axis=2)
     stitched = {name: row for name, row in zip(golden.names, votes.tolist(), strict=True) if "stitched" in name}
-    assert stitched  # or this test shows nothing
+    assert stitched  # otherwise the test proves nothing
     for name, row in stitched.items():
         assert name == f"phantom-stitched-{''.join(map(str, row))}"
 
 
-def test_a_model_that_always_says_the_same() -> None:
+def test_constant_model_gets_few_golden_frames() -> None:
     engine = Constant(TWO)
     golden = make_golden(engine)
     facts = golden_facts(golden, TWO, PHANTOM, 1)
     assert facts["classes"] == {"ASD": 0, "NORM": len(golden.names)}
     assert (facts["patterns_found"], facts["ties"]) == (1, 0)
-    assert len(golden.names) < 20  # there is little to show
+    assert len(golden.names) < 20
 
 
-def test_the_same_every_time(case: Any, thin: None) -> None:
+def test_golden_file_is_deterministic(case: Any, thin: None) -> None:
     run = load_run(case.run)
     data, facts = pack_golden(TorchEngine(run.model, run.contract), PHANTOM)
     assert data == (case.bundle / "golden.npz").read_bytes()
@@ -202,7 +202,7 @@ def test_the_same_every_time(case: Any, thin: None) -> None:
     assert facts["bytes"] == len(data) == manifest["files"]["golden.npz"]["bytes"]
 
 
-def test_what_a_graph_of_less_precision_gives_is_kept(tmp_path: Path, make_tiny_bundle: Any) -> None:
+def test_answers_of_reduced_precision_graphs_are_stored(tmp_path: Path, make_tiny_bundle: Any) -> None:
     class Coarse(Brightness):
         precision = "int8"
 
@@ -226,7 +226,7 @@ def test_what_a_graph_of_less_precision_gives_is_kept(tmp_path: Path, make_tiny_
     assert facts["bytes"] == len(data) > len(plain)
 
 
-def test_facts() -> None:
+def test_golden_facts_on_a_hand_computed_case() -> None:
     # Of the first of two classes: a clear frame, a tie, three to one with one vote near the edge.
     first = np.array([[0.9, 0.8, 0.9, 0.8], [0.9, 0.8, 0.3, 0.2], [0.1, 0.45, 0.2, 0.9]], np.float32)
     p = np.stack([first, 1 - first], axis=2)
@@ -266,7 +266,7 @@ def noise(height: int, width: int) -> Callable[[int], Grey]:
     return make
 
 
-def test_what_golden_names(tmp_path: Path) -> None:
+def test_golden_source_accepts_phantom_validation_and_folder(tmp_path: Path) -> None:
     files = write(tmp_path / "frames", 3, noise(40, 40))
     assert golden_source("phantom", files) == PHANTOM
     assert golden_source("validation", files) == GoldenSource("validation", tuple(files))
@@ -281,7 +281,7 @@ def test_what_golden_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["validation", "folder"])
-def test_frames_of_files_keep_their_names_to_themselves(tmp_path: Path, name: str) -> None:
+def test_golden_file_contains_no_file_names(tmp_path: Path, name: str) -> None:
     files = write(tmp_path / "scans of DOE-JANE", 12, noise(50, 61))
     (files[3].path).write_bytes(b"no image")
     source = GoldenSource(name, tuple(files))
@@ -295,7 +295,7 @@ def test_frames_of_files_keep_their_names_to_themselves(tmp_path: Path, name: st
     assert not any("phantom" in frame for frame in golden.names)
 
 
-def test_files_that_cannot_be_read_or_never_fit(tmp_path: Path) -> None:
+def test_unreadable_and_huge_files_raise_input_not_found(tmp_path: Path) -> None:
     files = write(tmp_path / "a", 2, noise(40, 40))
     for file in files:
         file.path.write_bytes(b"")
@@ -304,7 +304,7 @@ def test_files_that_cannot_be_read_or_never_fit(tmp_path: Path) -> None:
         make_golden(Brightness(TWO), GoldenSource("folder", (*files, *vast)))
 
 
-def test_large_frames_do_not_make_it_large(tmp_path: Path) -> None:
+def test_large_frames_do_not_exceed_the_size_limit(tmp_path: Path) -> None:
     """Where not all can have a place, decisions come first, and small frames before large ones."""
     large = write(tmp_path / "large", 20, noise(420, 400))
     small = write(tmp_path / "small", 3, noise(60, 50))
@@ -317,17 +317,17 @@ def test_large_frames_do_not_make_it_large(tmp_path: Path) -> None:
     assert min(facts["classes"].values()) > 0
 
 
-def test_many_files_are_spread_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pool_is_spread_evenly_over_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "POOL", 10)
     files = write(tmp_path / "frames", 40, noise(20, 20))
     engine = Brightness(TWO)
     golden = make_golden(engine, GoldenSource("validation", tuple(files)))
-    assert engine.judged == 10 + len(fixed_frames(TWO))
+    assert engine.inferences == 10 + len(fixed_frames(TWO))
     indices = [int(name[-3:]) for name in golden.names if name.startswith("validation")]
     assert indices and all(index % 4 == 0 for index in indices)
 
 
-def test_an_export_with_frames_of_a_folder(
+def test_export_with_golden_frames_from_a_folder(
     case: Any, thin: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = (case.bundle / "model.fp32.onnx").read_bytes()
@@ -346,7 +346,7 @@ def test_an_export_with_frames_of_a_folder(
     assert not (tmp_path / "other").exists()
 
 
-def test_reasons_come_back(tmp_path: Path, make_tiny_bundle: Callable[..., Path]) -> None:
+def test_reasons_survive_encoding(tmp_path: Path, make_tiny_bundle: Callable[..., Path]) -> None:
     frames = (np.zeros((2, 2), np.uint8), np.ones((3, 2), np.uint8))
     p = np.full((2, 4, 2), 0.5, np.float32)
     reasons = (("votes A; B", 'a "quoted" Ω'), ("only one",))

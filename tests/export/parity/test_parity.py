@@ -1,3 +1,5 @@
+"""Parity: comparison of logits, probabilities and decisions, and the gates."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -13,7 +15,6 @@ from echoquad_export.parity.parity import (
     Parity,
     compare,
     measure_parity,
-    summary,
 )
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.contract import Contract, canonical_json
@@ -28,47 +29,47 @@ TWO = Contract(("a", "b"), input_size=8)
 
 
 def answers(p: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Give logits and probabilities [F * 4, 2] from probabilities of class a, [F, 4]."""
+    """Return logits and probabilities [F * 4, 2] for probabilities of class a, [F, 4]."""
     a = np.array(p, np.float64).reshape(-1, 1)
     probabilities = np.concatenate([a, 1 - a], axis=1)
     return np.log(probabilities).astype(np.float32), probabilities.astype(np.float32)
 
 
-def test_equal_answers() -> None:
+def test_equal_answers_have_no_differences() -> None:
     one = answers([[0.9, 0.8, 0.7, 0.6], [0.1, 0.2, 0.3, 0.4]])
     assert compare(one, one, TWO, 5) == BatchParity(5, 0.0, 0.0, 0, 0, None)
 
 
-def test_flips_and_margins_by_hand() -> None:
+def test_changed_votes_and_margins_on_a_hand_computed_case() -> None:
     reference = answers([[0.9, 0.9, 0.52, 0.1], [0.3, 0.3, 0.45, 0.3]])
     found = answers([[0.9, 0.9, 0.48, 0.1], [0.3, 0.3, 0.55, 0.3]])
-    # Frame 0: three votes to one become two to two, and the mean keeps class a. Frame 1: one vote changes nothing.
+    # Frame 0: 3 to 1 votes become 2 to 2, and the mean keeps class a. Frame 1: the decision stays.
     result = compare(reference, found, TWO, 2)
     assert (result.batch_size, result.patch_flips, result.frame_flips) == (2, 2, 0)
     assert result.max_abs_dprobability == pytest.approx(0.1, abs=1e-6)
     assert result.max_abs_dlogit == pytest.approx(np.log(0.55 / 0.45), abs=1e-5)
-    assert result.smallest_margin_at_flip == pytest.approx(0.04, abs=1e-6)  # 0.52 against 0.48; the other is 0.10
+    assert result.smallest_margin_at_flip == pytest.approx(0.04, abs=1e-6)  # 0.52 - 0.48; the other margin is 0.10
 
 
-def test_a_frame_flips_by_the_contracts_vote() -> None:
-    """The quadrants' labels stay; the mean moves over one half."""
+def test_frame_decision_follows_the_vote_rule_of_the_contract() -> None:
+    """The quadrants' labels stay; the mean crosses 0.5."""
     reference, found = answers([[0.9, 0.45, 0.4, 0.3]]), answers([[0.8, 0.45, 0.4, 0.3]])
     assert compare(reference, found, TWO, 1).frame_flips == 0
     averaged = Contract(("a", "b"), input_size=8, vote="average")
     result = compare(reference, found, averaged, 1)
     assert (result.patch_flips, result.frame_flips) == (0, 1)
-    assert result.smallest_margin_at_flip == pytest.approx(0.1, abs=1e-6)  # of the frame's nearest quadrant
+    assert result.smallest_margin_at_flip == pytest.approx(0.1, abs=1e-6)  # smallest lead of the frame's quadrants
     weighted = Contract(("a", "b"), input_size=8, vote="weighted", vote_weights=(0, 1, 0, 0))
     assert compare(reference, found, weighted, 1).frame_flips == 0
 
 
-def test_three_classes() -> None:
+def test_compare_with_three_classes() -> None:
     contract = Contract(("a", "b", "c"), input_size=8)
     reference = np.array([[0.5, 0.3, 0.2], [0.4, 0.35, 0.25], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1]], np.float32)
     found = reference.copy()
     found[1] = [0.35, 0.4, 0.25]
     result = compare((reference, reference), (found, found), contract, 1)
-    assert (result.patch_flips, result.frame_flips) == (1, 1)  # two votes for a become two for b
+    assert (result.patch_flips, result.frame_flips) == (1, 1)  # two votes for a become one; b gets two
     assert result.smallest_margin_at_flip == pytest.approx(0.05, abs=1e-6)
 
 
@@ -76,7 +77,7 @@ def test_three_classes() -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("side", ["export", "training code", "both"])
 @pytest.mark.parametrize("part", [0, 1])
-def test_what_is_no_number_is_a_miss(value: float, side: str, part: int) -> None:
+def test_nan_and_infinity_raise_parity_error(value: float, side: str, part: int) -> None:
     pair = [answers([[0.9] * 4, [0.2] * 4]) for _ in range(2)]
     for index, name in ((0, "training code"), (1, "export")):
         if side in (name, "both"):
@@ -113,7 +114,7 @@ def parity_of(gate: Gate, frames: int = 200, **changes: Any) -> Parity:
         ("int8", {"max_abs_dprobability": float("nan")}, False),
     ],
 )
-def test_the_gates_of_the_design(precision: str, changes: dict[str, Any], passes: bool) -> None:
+def test_default_gates(precision: str, changes: dict[str, Any], passes: bool) -> None:
     parity = parity_of(GATES[precision], **changes)
     assert parity.passed == passes
     if passes:
@@ -126,7 +127,7 @@ def test_the_gates_of_the_design(precision: str, changes: dict[str, Any], passes
     assert "at batch 5" in message and "200 frames of the validation split" in message and "no bundle" in message
 
 
-def test_a_gate_gives_the_bounds_there_are() -> None:
+def test_gate_to_dict_omits_missing_bounds() -> None:
     assert GATES["fp32"].to_dict() == {
         "max_abs_dlogit": 1e-4,
         "max_abs_dprobability": 1e-4,
@@ -139,15 +140,15 @@ def test_a_gate_gives_the_bounds_there_are() -> None:
     }  # fmt: skip
 
 
-def test_the_worst_is_over_all_batch_sizes_and_the_summary_holds_each() -> None:
+def test_worst_covers_all_batch_sizes_and_to_dict_lists_each() -> None:
     parity = parity_of(GATES["fp16"], max_abs_dprobability=0.02)
     assert parity.worst("max_abs_dprobability") == 0.02
-    (found,) = summary([parity]).values()
+    found = parity.to_dict()
     assert [batch["batch_size"] for batch in found["batches"]] == list(BATCH_SIZES) == [1, 2, 5, 16]
     assert found["passed"] and found["frames"] == 200 and found["gate"] == GATES["fp16"].to_dict()
 
 
-def test_frames_go_through_in_batches_of_the_size() -> None:
+def test_frames_run_in_batches_of_the_given_size() -> None:
     seen = []
 
     class Counting:
@@ -171,7 +172,7 @@ def test_frames_go_through_in_batches_of_the_size() -> None:
     assert parity.passed and parity.gate == GATES["fp32"] and steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_the_bundle_decides_as_torch_does(case: Any, other_case: Any, thin: None) -> None:
+def test_bundle_decides_as_the_training_code(case: Any, other_case: Any, thin: None) -> None:
     for made in (case, other_case):
         run = load_run(made.run)
         store = load_quadrants(read_split(made.data, "validation", run.contract.classes), run.contract)

@@ -1,3 +1,5 @@
+"""The calibration set: which frames are drawn, and the ranges of tensors."""
+
 from __future__ import annotations
 
 import hashlib
@@ -24,7 +26,7 @@ def write(path: Path, seed: int, height: int = 21) -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Give 12 training frames, 9 of A and 3 of B, and 2 validation frames."""
+    """Write 12 training frames, 9 of A and 3 of B, and 2 validation frames."""
     for index in range(9):
         write(tmp_path / "train" / "A" / f"{index}.png", index)
     for index in range(3):
@@ -34,7 +36,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_classes_take_turns(data: Path) -> None:
+def test_draw_balances_the_classes(data: Path) -> None:
     drawn = draw_calibration_set(data, CONTRACT, frames=6)
     assert drawn.quadrants.shape == (6, 4, 8, 8) and drawn.quadrants.dtype == np.uint8
     every = {name: draw_calibration_set(data, CONTRACT, frames=100).quadrants for name in "AB"}
@@ -50,13 +52,13 @@ def write_and_cut(path: Path) -> np.ndarray:
     return frame_quadrants(read_frame(path), CONTRACT)[:, 0]
 
 
-def test_the_draw_is_the_seeds(data: Path) -> None:
+def test_draw_depends_on_the_seed_only(data: Path) -> None:
     first, same, other = (draw_calibration_set(data, CONTRACT, frames=5, seed=seed) for seed in (1, 1, 2))
     assert first.sha256 == same.sha256 == hashlib.sha256(first.quadrants.tobytes()).hexdigest() != other.sha256
     assert first.to_dict() == {"split": "train", "frames": 5, "seed": 1, "sha256": first.sha256, "left_out": 0}
 
 
-def test_a_frame_that_is_measured_on_does_not_calibrate(data: Path) -> None:
+def test_frames_of_held_out_splits_are_skipped(data: Path) -> None:
     shutil.copy(data / "train" / "A" / "3.png", data / "validation" / "A" / "again.png")
     (data / "test" / "B" / "deep").mkdir(parents=True)
     shutil.copy(data / "train" / "B" / "1.png", data / "test" / "B" / "deep" / "renamed.png")
@@ -66,18 +68,18 @@ def test_a_frame_that_is_measured_on_does_not_calibrate(data: Path) -> None:
         assert not any(np.array_equal(frame, write_and_cut(held)) for frame in drawn.quadrants)
 
 
-def test_a_test_set_is_refused(data: Path) -> None:
-    shutil.copytree(data / "train", data / "test")  # a test set handed in as a training split
-    with pytest.raises(DatasetError, match=r"all 12 frames of train/ are also in validation/ or test/"):
+def test_held_out_data_raises_dataset_error(data: Path) -> None:
+    shutil.copytree(data / "train", data / "test")  # a test set passed as a training split
+    with pytest.raises(DatasetError, match=r"all 12 frames of train/"):
         draw_calibration_set(data, CONTRACT)
     shutil.rmtree(data / "train")
-    with pytest.raises(DatasetError, match=r"no train/ folder found; calibration takes frames of a training split"):
+    with pytest.raises(DatasetError, match=r"no train/ folder"):
         draw_calibration_set(data, CONTRACT)
-    with pytest.raises(DatasetError, match=r"no train/ folder found"):
+    with pytest.raises(DatasetError, match=r"no train/ folder"):
         draw_calibration_set(data / "test", CONTRACT)
 
 
-def test_an_empty_set_is_refused(data: Path) -> None:
+def test_missing_or_unreadable_frames_raise_dataset_error(data: Path) -> None:
     for path in (data / "train").rglob("*.png"):
         path.unlink()
     with pytest.raises(DatasetError, match="no frame found"):
@@ -88,7 +90,7 @@ def test_an_empty_set_is_refused(data: Path) -> None:
         draw_calibration_set(data, CONTRACT)
 
 
-def test_one_class_alone_can_be_left(data: Path) -> None:
+def test_one_remaining_class_is_enough(data: Path) -> None:
     for path in (data / "train" / "B").iterdir():
         shutil.copy(path, data / "validation" / "B" / f"copy of {path.name}")
     drawn = draw_calibration_set(data, CONTRACT, frames=7)
@@ -96,7 +98,7 @@ def test_one_class_alone_can_be_left(data: Path) -> None:
 
 
 def doubling() -> onnx.ModelProto:
-    """Build y = 2 x - 100 on float x, and z = y itself, behind a cast from the 8-bit input."""
+    """Build y = 2 x - 100 and z = y, where x is the 8-bit input cast to float."""
     nodes = [
         helper.make_node("Cast", ["quadrants"], ["x"], to=onnx.TensorProto.FLOAT),
         helper.make_node("Mul", ["x", "two"], ["doubled"]),
@@ -116,26 +118,26 @@ def doubling() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
-def test_ranges_are_what_the_tensors_took() -> None:
+def test_ranges_are_the_extremes_including_zero() -> None:
     quadrants = np.random.default_rng(0).integers(10, 200, (6, 4, 8, 8), np.uint8)
     quadrants[2, 1, 3, 3], quadrants[4, 0, 0, 0] = 1, 254
     ranges = Ranges(doubling(), quadrants, ["x", "y", "z"])
-    assert ranges.range("x") == (0.0, 254.0)  # stretched to hold 0
+    assert ranges.range("x") == (0.0, 254.0)  # extended to include 0
     assert ranges.range("y") == ranges.range("z") == (-98.0, 408.0)
 
 
 @pytest.mark.parametrize("percentile", [99.9, 99.0, 90.0])
-def test_percentiles_are_numpys(percentile: float) -> None:
+def test_percentile_ranges_agree_with_numpy(percentile: float) -> None:
     quadrants = np.clip(np.random.default_rng(0).normal(60, 25, (20, 4, 8, 8)), 0, 255).astype(np.uint8)
     low, high = Ranges(doubling(), quadrants, ["y"]).range("y", percentile)
     values = 2.0 * quadrants - 100
-    # grey levels are 2 apart in y; the histogram's bins are finer
+    # grey levels are 2 apart in y; the histogram bins are finer
     expected = np.percentile(values, [100 - percentile, percentile])
     np.testing.assert_allclose([low, high], [min(expected[0], 0), expected[1]], atol=2.5)
     assert ((values >= low) & (values <= high)).mean() >= 2 * percentile / 100 - 1
 
 
-def test_a_constant_tensor_has_a_range() -> None:
+def test_constant_tensor_has_a_range() -> None:
     ranges = Ranges(doubling(), np.full((2, 4, 8, 8), 50, np.uint8), ["y", "x"])
     assert ranges.range("y") == ranges.range("y", 99.0) == (0.0, 0.0)
     assert ranges.range("x", 99.0) == (0.0, 50.0)

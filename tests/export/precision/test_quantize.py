@@ -1,3 +1,5 @@
+"""Static quantization: integer kernels, accuracy, float layers, and unchanged inputs, outputs and metadata."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -10,22 +12,18 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from echoquad_export.graph.build import build_graph
-from echoquad_export.graph.memory_session import open_in_memory
+from echoquad_export.graph.onnx_graph import open_in_memory
 from echoquad_export.precision.calibration_set import Ranges
-from echoquad_export.precision.quantize import float_tensors, layers, prepare, quantize
+from echoquad_export.precision.quantize import activation_tensors, layers, prepare, quantize
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 
 CONTRACT = Contract(("a", "b", "c"), input_size=64, mean=0.31, std=0.22, temperature=1.7)
-_BUILT: dict[str, bytes] = {}
 
 
 @pytest.fixture
-def single(thin_model: Callable[[Contract], Any]) -> bytes:
-    if not _BUILT:
-        _BUILT["graph"] = build_graph(thin_model(CONTRACT), CONTRACT)
-    return _BUILT["graph"]
+def single(thin_graph: Callable[[Contract], bytes]) -> bytes:
+    return thin_graph(CONTRACT)
 
 
 @pytest.fixture
@@ -35,24 +33,26 @@ def quadrants() -> np.ndarray:
 
 def quantized(single: bytes, quadrants: np.ndarray, **options: Any) -> bytes:
     model = prepare(single, CONTRACT)
-    return quantize(model, Ranges(model, quadrants, float_tensors(model)), **options)
+    return quantize(model, Ranges(model, quadrants, activation_tensors(model)), **options)
 
 
 def answers(graph: bytes, quadrants: np.ndarray) -> list[np.ndarray]:
     return list(open_in_memory(graph).run(None, {"quadrants": quadrants.reshape(-1, 1, 64, 64)}))
 
 
-def test_it_computes_about_the_same(single: bytes, quadrants: np.ndarray) -> None:
+def test_quantized_graph_stays_close_to_float_logits(single: bytes, quadrants: np.ndarray) -> None:
     graph = quantized(single, quadrants)
     other = np.random.default_rng(2).integers(0, 256, (6, 4, 64, 64), np.uint8)
     expected, found = answers(single, other), answers(graph, other)
     spread = np.ptp(expected[0], axis=0).min()
-    assert spread > 0.05  # a model that answers alike would prove nothing
+    assert spread > 0.05  # otherwise the comparison below proves nothing
     assert 0 < np.abs(expected[0] - found[0]).max() < 0.2 * spread
     np.testing.assert_allclose(found[1].sum(axis=1), 1, atol=1e-6)
 
 
-def test_all_between_input_and_head_runs_in_integers(single: bytes, quadrants: np.ndarray, tmp_path: Path) -> None:
+def test_onnxruntime_fuses_all_layers_before_the_float_tail_into_integer_kernels(
+    single: bytes, quadrants: np.ndarray, tmp_path: Path
+) -> None:
     ort = load_onnxruntime()
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
@@ -60,19 +60,19 @@ def test_all_between_input_and_head_runs_in_integers(single: bytes, quadrants: n
     ort.InferenceSession(quantized(single, quadrants), options, providers=["CPUExecutionProvider"])
     optimised = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
     convolutions = sum(node.op_type == "Conv" for node in onnx.load_from_string(single).graph.node)
-    assert optimised.pop("QLinearConv") == convolutions - 1  # but for the class activation maps'
+    assert optimised.pop("QLinearConv") == convolutions - 1  # without that of the class activation maps
     assert optimised.pop("QLinearAdd") == 4
     assert optimised.pop("NhwcMaxPool") == 1
-    # The blocks of pixels, to channels last; perhaps back at the end.
+    # For the blocks of pixels and the channels-last layout.
     assert optimised.pop("Reshape") == 4 and optimised.pop("Transpose") <= 4
-    for name in ("ReorderInput", "ReorderOutput"):  # the maps' layout, where this processor has one of its own
+    for name in ("ReorderInput", "ReorderOutput"):  # layout of the maps' convolution on some processors
         optimised.pop(name, None)
-    # The last feature map, for the maps and for the mean.
+    # The last feature map, read by the maps and the mean.
     assert optimised.pop("DequantizeLinear") <= 2
     assert optimised == {"GlobalAveragePool": 1, "Conv": 1, "Gemm": 1, "Div": 1, "Softmax": 1}
 
 
-def test_its_integers_are_uint8_and_int8_by_channel(single: bytes, quadrants: np.ndarray) -> None:
+def test_activations_are_uint8_and_weights_int8_per_channel(single: bytes, quadrants: np.ndarray) -> None:
     model = onnx.load_from_string(quantized(single, quadrants))
     constants = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
     for node in model.graph.node:
@@ -89,26 +89,26 @@ def test_its_integers_are_uint8_and_int8_by_channel(single: bytes, quadrants: np
             np.testing.assert_allclose(bias_scale, scale * constants[sources[image].input[1]], rtol=1e-6)
 
 
-def test_a_batch_is_its_frames(single: bytes, quadrants: np.ndarray) -> None:
+def test_batch_gives_the_same_logits_as_single_frames(single: bytes, quadrants: np.ndarray) -> None:
     graph = quantized(single, quadrants)
     together = answers(graph, quadrants)[0]
     alone = np.concatenate([answers(graph, frame[None])[0] for frame in quadrants])
     assert np.array_equal(together, alone)
 
 
-def test_to_a_reader_it_is_the_same_model(single: bytes, quadrants: np.ndarray) -> None:
+def test_quantize_keeps_inputs_outputs_and_metadata_and_is_deterministic(single: bytes, quadrants: np.ndarray) -> None:
     before, after = onnx.load_from_string(single), onnx.load_from_string(quantized(single, quadrants))
     assert after.metadata_props == before.metadata_props and after.opset_import == before.opset_import
     assert after.graph.input == before.graph.input and after.graph.output == before.graph.output
     assert {node.domain for node in after.graph.node} == {""}
-    assert len(after.SerializeToString()) < 0.5 * len(single)  # 0.27 where layers are not thin
+    assert len(after.SerializeToString()) < 0.5 * len(single)  # 0.27 for layers of normal width
     assert quantized(single, quadrants) == quantized(single, quadrants)
 
 
-def test_layers_stay_in_float_where_asked(single: bytes, quadrants: np.ndarray) -> None:
+def test_keep_float_leaves_the_named_layers_unquantized(single: bytes, quadrants: np.ndarray) -> None:
     model = prepare(single, CONTRACT)
     units = layers(model)
-    assert units[0] == ("stem",) and units[1][0] == "layer1.0.conv1" and len(units) == 13
+    assert units[0] == ("first_conv",) and units[1][0] == "layer1.0.conv1" and len(units) == 13
     everything = [name for unit in units for name in unit]
     assert len(set(everything)) == len(everything)
     none = quantized(single, quadrants, keep_float=everything)
@@ -120,10 +120,11 @@ def test_layers_stay_in_float_where_asked(single: bytes, quadrants: np.ndarray) 
     assert weights.pop("layer1.0.conv1") == "backbone.layer1.0.conv1.weight"
     assert "cam.weight" in weights.values()
     weights = {name: weight for name, weight in weights.items() if weight != "cam.weight"}
-    assert all(name.endswith(".real") for name in weights.values())
+    initializers = {item.name for item in kept.graph.initializer}
+    assert initializers.isdisjoint(weights.values())  # a DequantizeLinear computes them
 
 
-def test_the_fewer_layers_the_nearer(single: bytes, quadrants: np.ndarray) -> None:
+def test_error_shrinks_with_more_float_layers(single: bytes, quadrants: np.ndarray) -> None:
     expected = answers(single, quadrants)[0]
     everything = [name for unit in layers(prepare(single, CONTRACT)) for name in unit]
     errors = [
@@ -133,7 +134,22 @@ def test_the_fewer_layers_the_nearer(single: bytes, quadrants: np.ndarray) -> No
     assert errors[0] > errors[1] > errors[2]
 
 
-def test_a_filter_of_next_to_nothing_keeps_its_bias(single: bytes, quadrants: np.ndarray) -> None:
+def test_relu6_becomes_part_of_the_integer_operator_before_it(single: bytes, quadrants: np.ndarray) -> None:
+    model = onnx.load_from_string(single)
+    for node in model.graph.node:
+        if node.op_type == "Relu":
+            node.op_type = "Clip"
+            node.input.extend(["zero", "six"])
+    for name, value in (("zero", 0), ("six", 6)):
+        model.graph.initializer.append(numpy_helper.from_array(np.float32(value), name))
+    changed = model.SerializeToString()
+    graph = quantized(changed, quadrants)
+    assert "Clip" not in {node.op_type for node in onnx.load_from_string(graph).graph.node}
+    expected, found = (answers(one, quadrants)[0] for one in (changed, graph))
+    assert np.abs(expected - found).max() < 0.2 * np.ptp(expected, axis=0).min()
+
+
+def test_filter_with_tiny_weights_keeps_its_bias(single: bytes, quadrants: np.ndarray) -> None:
     model = onnx.load_from_string(single)
     convolution = next(node for node in model.graph.node if node.input[1:2] == ["backbone.layer1.0.conv2.weight"])
     for item in model.graph.initializer:

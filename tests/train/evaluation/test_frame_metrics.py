@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 
-from echoquad_runtime.predict.predictor import Prediction
+from echoquad_runtime.predict.prediction import Prediction
 from echoquad_runtime.voting import aggregate_votes
 from echoquad_train.evaluation.frame_metrics import frame_metrics, metrics_of_frames, roc_curves
 from echoquad_train.evaluation.intervals import wilson_interval

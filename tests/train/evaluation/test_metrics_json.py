@@ -12,7 +12,7 @@ import pytest
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.frames.frame_file import FrameFile
-from echoquad_runtime.predict.predictor import Prediction
+from echoquad_runtime.predict.prediction import Prediction
 from echoquad_runtime.voting import aggregate_votes
 from echoquad_train.data.dataset import LabelledFrame, Split
 from echoquad_train.evaluation.evaluate import evaluate

@@ -31,9 +31,9 @@ from echoquad_train.evaluation.temperature_scaling import (
     log_probabilities,
     patient_folds,
 )
+from echoquad_train.fitting import run_temperatures
 from echoquad_train.fitting.loop import fit
 from echoquad_train.runs import checkpoint
-from echoquad_train.training import run_calibration
 
 TWO = Contract(("ASD", "NORM"))
 
@@ -218,7 +218,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the fit, which finds no temperature for eight flat frames."""
     fitted = Temperatures(1.25, 0.5)
     facts = {"temperature": 1.25, "frame_temperature": 0.5}
-    monkeypatch.setattr(run_calibration, "calibration_facts", lambda *_: (fitted, dict(facts)))
+    monkeypatch.setattr(run_temperatures, "calibration_facts", lambda *_: (fitted, dict(facts)))
 
 
 def resume(trained: Any, folder: Path, quiet: Any, thin: Callable[[], AbstractContextManager[None]]) -> None:
@@ -251,7 +251,7 @@ def test_run_without_calibrate_stays_uncalibrated(
     trained: Any, tmp_path: Path, quiet: Any, thin_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planted(monkeypatch)
-    recipe = trained.recipe.replace(calibrate=False, epochs=1)
+    recipe = trained.recipe.replace(temperature_scaling=False, epochs=1)
     with thin_session():
         found = fit(trained.data, tmp_path / "run", recipe, device="cpu", resume=False, reporter=quiet())
         assert checkpoint.load_run(tmp_path / "run").contract == recipe.contract(("bright", "dark"))

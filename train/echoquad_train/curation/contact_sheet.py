@@ -19,7 +19,7 @@ from echoquad_runtime.storage.row_names import display_name
 from echoquad_train.curation.audit import Audit
 from echoquad_train.data.dataset import LabelledFrame
 from echoquad_train.data.frame_list import read_all
-from echoquad_train.plot_style import BLUE, GREY, ORANGE, save
+from echoquad_train.plot_style import BLUE, GREY, VERMILION, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +65,7 @@ def contact_sheet(audit: Audit) -> Figure:
         figsize=(COLUMNS * _INCH + 0.6, rows * (_INCH + 0.35) + 0.8),
         layout=ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.03),
     )
-    figure.suptitle(_headline(audit), fontsize=11, color=ORANGE if leaks.found else "black")
+    figure.suptitle(_headline(audit), fontsize=11, color=VERMILION if leaks.found else "black")
     grid = figure.subplots(rows, COLUMNS, squeeze=False)
     for axes in grid.ravel():
         axes.set_axis_off()
@@ -121,7 +121,7 @@ def _mean_frames(audit: Audit) -> list[tuple[str, npt.NDArray[np.float64], bool]
 
 
 def _show_duplicates(left: Axes, right: Axes, group: DuplicateGroup, pixels: dict[str, Grey]) -> None:
-    colour = ORANGE if group.leak else BLUE
+    colour = VERMILION if group.leak else BLUE
     names = _two_of(group)
     title = "LEAK: " if group.leak else ""
     title += {"file": "same file", "pixels": "same pixels", "near": f"similarity {group.similarity:.3f}"}[group.kind]

@@ -17,7 +17,8 @@ from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.bundle.manifest import MANIFEST
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.frames.frame_file import Failure
-from echoquad_runtime.predict.predictor import Prediction, Predictor
+from echoquad_runtime.predict.prediction import Prediction
+from echoquad_runtime.predict.predictor import Predictor
 from echoquad_train.data.dataset import LabelledFrame, Progress, Split, no_readable_frame
 from echoquad_train.data.patients import patients_of
 from echoquad_train.evaluation.metrics import EvaluationMetrics, EvaluationOptions, evaluation_metrics

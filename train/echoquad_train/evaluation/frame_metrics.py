@@ -10,7 +10,7 @@ import numpy as np
 from sklearn import metrics
 
 from echoquad_runtime.contract import QUADRANTS
-from echoquad_runtime.predict.predictor import Prediction
+from echoquad_runtime.predict.prediction import Prediction
 from echoquad_train.evaluation.arrays import Float64Array, IndexArray
 from echoquad_train.evaluation.intervals import wilson_interval
 from echoquad_train.evaluation.metrics_record import MetricsRecord

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from echoquad_runtime.contract import Contract, VoteMethod
-from echoquad_runtime.predict.predictor import Prediction
+from echoquad_runtime.predict.prediction import Prediction
 from echoquad_runtime.voting import aggregate_votes, apply_temperature
 from echoquad_train.evaluation.arrays import BoolArray, Float64Array, IndexArray
 
@@ -153,7 +153,7 @@ def score_frames(
         vote_weights=contract.vote_weights if contract else (1.0, 1.0, 1.0, 1.0),
         labels=np.asarray(labels, np.int64),
         quadrants=np.array([prediction.quadrant_probabilities for prediction in predictions], np.float64),
-        decided=np.array([index[prediction.decided] for prediction in predictions], np.int64),
+        decided=np.array([index[prediction.predicted_class] for prediction in predictions], np.int64),
         patients=tuple(patients) if patients is not None else names,
         frame_temperature=contract.frame_temperature if contract else 1.0,
     )

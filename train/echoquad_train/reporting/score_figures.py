@@ -19,7 +19,7 @@ from echoquad_train.evaluation.frame_metrics import RocCurve
 from echoquad_train.evaluation.intervals import wilson_interval
 from echoquad_train.evaluation.reliability import Bins
 from echoquad_train.evaluation.scored_frames import ScoredFrames
-from echoquad_train.plot_style import BLUE, GREY, ORANGE, short, stroke
+from echoquad_train.plot_style import BLUE, GREY, VERMILION, short, stroke
 
 __all__ = [
     "RocPoint",
@@ -130,7 +130,7 @@ def reliability_diagram(
     upper.plot([begin, 1], [begin, 1], color=GREY, linestyle=":", label="perfectly calibrated")
     if uncalibrated is not None:
         label = f"plain mean, no temperature: ECE {uncalibrated.error:.3f}"
-        upper.plot(uncalibrated.confidence, uncalibrated.accuracy, "x--", color=ORANGE, label=label, alpha=0.8)
+        upper.plot(uncalibrated.confidence, uncalibrated.accuracy, "x--", color=VERMILION, label=label, alpha=0.8)
     hits = np.rint(bins.accuracy * bins.counts).astype(int)
     bounds = np.array([wilson_interval(int(hit), int(count)) for hit, count in zip(hits, bins.counts, strict=True)])
     spread = np.abs(np.column_stack([bins.accuracy - bounds[:, 0], bounds[:, 1] - bins.accuracy]).T)
@@ -145,7 +145,7 @@ def reliability_diagram(
         [confidence[correct], confidence[~correct]],
         list(np.linspace(begin, 1, 21)),
         stacked=True,
-        color=[BLUE, ORANGE],
+        color=[BLUE, VERMILION],
         label=[f"right ({int(correct.sum())})", f"wrong ({int((~correct).sum())})"],
     )
     lower.set(xlabel="confidence in the decided class", ylabel="frames")
@@ -201,7 +201,7 @@ def accuracy_coverage(
     if at is not None and at.coverage.estimate is not None and at.accuracy.estimate is not None:
         decided, reached = at.coverage.estimate, at.accuracy.estimate
         label = f"INDETERMINATE below {at.below:g}: {decided:.1%} decided, accuracy {reached:.3f}"
-        axes.plot(decided, reached, "D", color=ORANGE, markersize=9, markeredgecolor="black", label=label)
+        axes.plot(decided, reached, "D", color=VERMILION, markersize=9, markeredgecolor="black", label=label)
     low = max(0.0, min(float(accuracy.min()), 0.95) - 0.05)
     axes.set(
         title=title,

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from echoquad_train.evaluation.frame_metrics import VoteAgreement
 from echoquad_train.evaluation.metrics import EvaluationMetrics
-from echoquad_train.plot_style import BLUE, GREY, ORANGE
+from echoquad_train.plot_style import BLUE, GREY, VERMILION
 
 __all__ = ["agreement", "quadrant_accuracy"]
 
@@ -22,7 +22,7 @@ def quadrant_accuracy(metrics: EvaluationMetrics, title: str) -> Figure:
     bars = [(name, value, metrics.quadrant_ci95[name]) for name, value in metrics.frame.per_quadrant.items()]
     bars.append(("vote", metrics.frame.accuracy, metrics.intervals.accuracy.ci95))
     for index, (name, value, interval) in enumerate(bars):
-        axes.bar(index, value, color=ORANGE if name == "vote" else BLUE, width=0.65)
+        axes.bar(index, value, color=VERMILION if name == "vote" else BLUE, width=0.65)
         top = value
         if interval is not None:
             spread = [[max(0.0, value - interval[0])], [max(0.0, interval[1] - value)]]
@@ -48,7 +48,7 @@ def agreement(rows: Sequence[VoteAgreement], title: str) -> Figure:
     right = np.array([row.right for row in rows])
     wrong = np.array([row.frames for row in rows]) - right
     axes.bar(counts, right, color=BLUE, width=0.65, label=f"right ({right.sum()})")
-    axes.bar(counts, wrong, bottom=right, color=ORANGE, width=0.65, label=f"wrong ({wrong.sum()})")
+    axes.bar(counts, wrong, bottom=right, color=VERMILION, width=0.65, label=f"wrong ({wrong.sum()})")
     most = max(1, int((right + wrong).max()))
     for row in rows:
         text = "no frame" if row.accuracy is None else f"{row.accuracy:.1%} right"

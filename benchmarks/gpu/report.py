@@ -1,7 +1,7 @@
-"""What `gpu.py` and its sections share: a section's context and process, and the report that is written as it grows.
+"""Context and process of a section, and the report, which is written as it grows.
 
-Each section runs in a process of its own, so that a crash, a lost CUDA context or a hanging call ends that section
-alone. It sends what it finds through a pipe, and the parent process keeps all that has arrived.
+Each section runs in a separate process, so a crash, a lost CUDA context or a hanging call ends that section only. It
+sends its results through a pipe, and the parent process keeps all that has arrived.
 """
 
 from __future__ import annotations
@@ -25,46 +25,46 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import as_markdown, as_text, write_section
-from peer_ways import Setting
+from workers.peer import Setup
 
 from echoquad_runtime.devices.error_summary import summarize_error
 
-LARGE = 32  # frames a batch from which on fewer turns do
-GRACE = 5.0  # seconds that a section may take beyond its time before its process is killed
+LARGE = 32  # frames per batch from which half of the rounds suffice
+GRACE = 5.0  # seconds after the deadline before a section's process is killed
 NEEDS_CUDA = "needs CUDA; this run is on the CPU"
 OUT_OF_TIME = "out of time"
-DRY_RUN = "**Dry run on the CPU: no figure of this section is of a GPU.**"
+DRY_RUN = "**Dry run on the CPU: no figure of this section was measured on a GPU.**"
 
 Rows = Sequence[Sequence[str]]
 Message = tuple[Any, ...]
 
 
 class OutOfTimeError(Exception):
-    """A section's time is used up."""
+    """The time of a section is used up."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a section is run with.
+    """Settings of a section.
 
     Attributes
     ----------
     run, bundle, frames, data
-        Folders; `data` is None where no training data was given.
+        Folders; `data` is None without training data.
     device
         ``cuda`` or ``cpu``.
     count
-        Files of a pass from files to CSV.
+        Files per pass from files to CSV.
     epochs
-        Epochs of the training section, half of them on smaller quadrants.
+        Epochs of the training section, half of them at reduced resolution.
     rounds
-        Turns of each way in the timing of engines; half as many from `LARGE` frames on.
+        Timed rounds of engines; half as many from `LARGE` frames on.
     threads
-        CPU threads, all that the process may use.
+        CPU threads that the process may use.
     work
         Folder for frames and results, shared by all sections.
     deadline
-        Time at which the section has to end, in seconds as `time.time` returns them.
+        Time at which the section must end, as returned by `time.time`.
     """
 
     run: Path
@@ -82,7 +82,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Context:
-    """A section's settings, and where it sends what it finds."""
+    """The settings of a section, and its connection to the report."""
 
     settings: Settings
     send: Callable[[Message], object]
@@ -92,32 +92,32 @@ class Context:
         return self.settings.device == "cuda"
 
     @cached_property
-    def peer(self) -> Setting:
-        return Setting(self.settings.run, self.settings.bundle, self.settings.threads)
+    def peer(self) -> Setup:
+        return Setup(self.settings.run, self.settings.bundle, self.settings.threads)
 
     def left(self) -> float:
-        """Return the seconds left to the section."""
+        """Return the remaining seconds of the section."""
         return self.settings.deadline - time.time()
 
     def within(self, share: float) -> Context:
-        """Return this context for a part of the section, which may take a share of the time that is left."""
+        """Return a context for a part of the section with a share of the remaining time."""
         deadline = time.time() + share * self.left()
         return Context(replace(self.settings, deadline=deadline), self.send)
 
     def record(self, **values: Any) -> None:
-        """Send a measurement: a line of the JSON lines file."""
+        """Send a measurement, which becomes a line of JSON."""
         self.send(("record", values))
 
     def table(self, title: str, rows: Rows) -> None:
-        """Send a table, header first; it replaces the section's earlier table of that title."""
+        """Send a table, header first; it replaces an earlier table with the same title."""
         self.send(("table", title, [list(row) for row in rows]))
 
     def note(self, line: str) -> None:
-        """Send a sentence for below the tables."""
+        """Send a sentence to print below the tables."""
         self.send(("note", line))
 
     def aims(self, lines: Sequence[str]) -> None:
-        """Send what `aim` has made of figures; on the CPU they are not held against the aims, which are for a GPU."""
+        """Send results of `aim`; on the CPU they are listed as missing, because the aims are for a GPU."""
         if self.cuda:
             for line in lines:
                 self.note(line)
@@ -125,20 +125,14 @@ class Context:
             self.missing("the aims", NEEDS_CUDA)
 
     def missing(self, what: str, why: object) -> None:
-        """Send what could not be measured."""
+        """Send what could not be measured, and why."""
         self.send(("missing", what, why if isinstance(why, str) else summarize_error(why)))
 
     def command(self, *line: object, environment: Mapping[str, str] | None = None) -> Finished:
-        """Run ``python LINE`` within the section's time.
-
-        Raises
-        ------
-        OutOfTimeError
-            If it takes longer; it is killed.
-        """
+        """Run ``python LINE`` within the time of the section; raise OutOfTimeError and kill it if it takes longer."""
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
             begin = time.perf_counter()
-            # Output goes to files: readers that survive a killed command would keep a pipe open.
+            # Files instead of pipes: children of a killed command would keep a pipe open.
             process = subprocess.Popen(
                 [sys.executable, *map(str, line)], stdout=out, stderr=err, env={**os.environ, **(environment or {})}
             )
@@ -155,16 +149,16 @@ class Context:
             return Finished(code, seconds, out.read(), err.read())
 
     def checked(self, *line: object, environment: Mapping[str, str] | None = None) -> Finished:
-        """Run ``python LINE`` as `command` does; anything but exit code 0 is a RuntimeError with its last words."""
+        """Run ``python LINE``; raise RuntimeError with the last line of stderr if the exit code is not 0."""
         finished = self.command(*line, environment=environment)
         if finished.code:
-            words = finished.err.strip().splitlines() or ["no message"]
-            raise RuntimeError(f"exit code {finished.code}: {words[-1]}")
+            lines = finished.err.strip().splitlines() or ["no message"]
+            raise RuntimeError(f"exit code {finished.code}: {lines[-1]}")
         return finished
 
 
 class Finished(NamedTuple):
-    """A command that has ended: exit code, wall seconds, stdout, stderr."""
+    """A finished command: exit code, wall seconds, stdout, stderr."""
 
     code: int
     seconds: float
@@ -173,15 +167,15 @@ class Finished(NamedTuple):
 
 
 def visible_gpu() -> str:
-    """Return what nvidia-smi calls the first GPU that CUDA sees: a number or a UUID."""
+    """Return nvidia-smi's index or UUID of the first GPU that is visible to CUDA."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"
 
 
-# ---------------------------------------------------------------------------------------------- aims
+# Aims
 
 
 def ratio(values: Mapping[str, float], over: str, under: str) -> float | None:
-    """Return one value over another; None where either was not measured."""
+    """Return the ratio of two values, or None if one was not measured."""
     return values[over] / values[under] if over in values and under in values else None
 
 
@@ -194,18 +188,18 @@ def aim(what: str, value: float | None, bound: float, *, at_most: bool) -> str:
     return f"{what}: {value:.2f} ({words}; {'reached' if reached else 'missed'})."
 
 
-# ---------------------------------------------------------------------------------------------- a section's process
+# A section's process
 
 
 def run_section(target: str, settings: Settings, take: Callable[[Message], object]) -> None:
-    """Run a section in a process of its own and pass on what it sends.
+    """Run a section in a separate process and pass on its messages.
 
     Parameters
     ----------
     target
-        The section's function, ``module:function``, which takes a `Context`.
+        Function of the section, ``module:function``; it takes a `Context`.
     settings
-        Say when it has to end; its process is killed `GRACE` seconds later.
+        Include the deadline; the process is killed `GRACE` seconds later.
     take
         Called with each message.
     """
@@ -232,7 +226,7 @@ def run_section(target: str, settings: Settings, take: Callable[[Message], objec
 
 
 def _run(sending: Connection, target: str, settings: Settings) -> None:
-    os.setsid()  # so that it can be killed with all that it has started
+    os.setsid()  # a process group, to kill it with its children
     module, _, function = target.partition(":")
     try:
         getattr(importlib.import_module(module), function)(Context(settings, sending.send))
@@ -244,18 +238,18 @@ def _run(sending: Connection, target: str, settings: Settings) -> None:
 
 
 def _kill_group(process: Any) -> None:
-    with contextlib.suppress(ProcessLookupError):  # nothing is left of it, or it has not come to os.setsid
+    with contextlib.suppress(ProcessLookupError):  # it has ended, or has not reached os.setsid
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     process.join()
 
 
-# ---------------------------------------------------------------------------------------------- the report
+# The report
 
 
 @dataclass
 class Findings:
-    """What a section has found up to now; `missing` holds what was not measured, and why."""
+    """Results of a section so far; `missing` lists what was not measured, and why."""
 
     title: str
     tables: dict[str, list[list[str]]] = field(default_factory=dict)
@@ -265,20 +259,20 @@ class Findings:
 
 
 class Report:
-    """Keeps the findings of all sections, and writes them whenever one is added.
+    """Results of all sections, written after each addition.
 
     Parameters
     ----------
     titles
-        Of the sections, by name.
+        Titles of the sections by name.
     facts
-        Of `common.run_facts`, and ``gpu``: card, driver, CUDA, cuDNN in words.
+        Those of `common.run_facts`, and ``gpu``: card, driver, CUDA and cuDNN as text.
     device
         ``cuda`` or ``cpu``; a run on the CPU is marked as a dry run.
     results
         ``RESULTS.md``, or None.
     out
-        File for JSON lines, or None; an older one is replaced.
+        File for JSON lines, or None; an existing file is replaced.
     """
 
     def __init__(
@@ -291,7 +285,7 @@ class Report:
         self._write()
 
     def take(self, name: str, message: Message) -> None:
-        """Add what a section has sent."""
+        """Add a message of a section."""
         found, (kind, *content) = self.sections[name], message
         match kind:
             case "record":
@@ -308,7 +302,7 @@ class Report:
         self._write()
 
     def end(self, name: str) -> None:
-        """Note that a section has ended, and print what it has found."""
+        """Mark a section as finished, and print its results."""
         found = self.sections[name]
         found.ended = True
         self._write()
@@ -320,18 +314,18 @@ class Report:
         sys.stdout.flush()
 
     def not_measured(self) -> list[str]:
-        """Return a line for everything that was not measured."""
+        """Return a line for each measurement that is missing."""
         lines = []
         for name, found in self.sections.items():
             lines += [f"{name}: {what}: {why}" for what, why in found.missing]
             if not found.ended:
-                lines.append(f"{name}: no more than what is above: the script ended before the section did")
+                lines.append(f"{name}: incomplete: the benchmark ended before the section")
         return lines
 
     def print_rest(self) -> None:
-        """Print what was not measured."""
+        """Print the missing measurements."""
         print("\nNot measured")
-        for line in self.not_measured() or ["nothing was left out"]:
+        for line in self.not_measured() or ["nothing"]:
             print(f"- {line}")
         sys.stdout.flush()
 

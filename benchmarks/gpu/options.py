@@ -1,4 +1,4 @@
-"""The options section of `gpu.py`: options of the CUDA provider, forms of the first convolution, two slots at once."""
+"""Options section: options of the CUDA provider, forms of the first convolution, two concurrent slots."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from gpu_engine import Call, Sample, engine_rows, open_plain_session, slots, time_calls
-from gpu_report import NEEDS_CUDA, OUT_OF_TIME, Context
 
 from echoquad_runtime.engine.io_binding import FirstRunLock, IoBinding
+from gpu.engine import Call, Sample, engine_rows, open_plain_session, slots, time_calls
+from gpu.report import NEEDS_CUDA, OUT_OF_TIME, Context
 
 BASELINE = "baseline"
-OVERLAP = 0.7  # seconds of each count of threads side by side
+OVERLAP = 0.7  # seconds per measurement of concurrent slots
 
 
 def provider_options() -> dict[str, dict[str, str]]:
-    """Return the sets of options of onnxruntime's CUDA provider that are compared, by name."""
+    """Return the compared options of onnxruntime's CUDA provider, by name."""
     nhwc, search = {"prefer_nhwc": "1"}, "cudnn_conv_algo_search"
     sets: dict[str, dict[str, str]] = {BASELINE: {}, "prefer_nhwc": nhwc}
     for choice in ("HEURISTIC", "DEFAULT", "EXHAUSTIVE"):
@@ -38,8 +38,8 @@ def provider_options() -> dict[str, dict[str, str]]:
 
 
 def options(context: Context) -> None:
-    """Time the bundle's graphs under options of the CUDA provider, with more input channels, and two slots at once."""
-    sizes = (8, 32, 1) if context.cuda else (1, 2)  # those of the engine's aims first
+    """Time the bundle's graphs with options of the CUDA provider, with more input channels, and in two slots."""
+    sizes = (8, 32, 1) if context.cuda else (1, 2)  # sizes with aims first
     sample = Sample(context, max(sizes))
     bundle, device = context.peer.bundle, context.settings.device
     if not context.cuda:
@@ -47,13 +47,13 @@ def options(context: Context) -> None:
     order = [name for name in ("fp16", "fp32", "tf32") if name in bundle.precisions_on(device)]
     overlap(context, sample, order, max(sizes))
     for index, precision in enumerate(order):
-        # Half of the time for the fastest precision.
+        # Half of the time is for the fastest precision.
         part = context.within(1 / (len(order) - index) if index else 0.5)
         compare_options(part, precision, sample, sizes)
 
 
 def compare_options(context: Context, precision: str, sample: Sample, sizes: Sequence[int]) -> None:
-    """Time the graph of a precision in each variant, one session after another, to save memory."""
+    """Time the graph of a precision in each variant, with one session at a time to save memory."""
     medians: dict[int, dict[str, float]] = {}
     worst: dict[str, float] = {}
     for name, make in variants(context, precision).items():
@@ -71,7 +71,7 @@ def compare_options(context: Context, precision: str, sample: Sample, sizes: Seq
             for median, difference in time_calls(context, {name: call}, sample, frames, precision=precision).values():
                 medians.setdefault(frames, {})[name] = median
                 worst[name] = max(difference, worst.get(name, 0.0))
-        context.table(f"{precision}: milliseconds a batch by provider options", engine_rows(medians, worst))
+        context.table(f"{precision}: milliseconds per batch by provider options", engine_rows(medians, worst))
     allowed = context.peer.bundle.gate(precision)["max_abs_dprobability"]
     for frames, column in sorted(medians.items()):
         context.note(best_options(precision, frames, column, worst, allowed))
@@ -91,9 +91,9 @@ def _slot_call(context: Context, session: Any, most: int) -> Call:
 
 
 def variants(context: Context, precision: str) -> dict[str, Callable[[], tuple[bytes, dict[str, str]]]]:
-    """Return what is compared, by name: calls that make a graph and options of the provider.
+    """Return the compared variants by name: calls that return a graph and provider options.
 
-    The baseline comes again at the end, which shows by how much the same thing differs within a run.
+    The baseline is repeated at the end, to show the noise within a run.
     """
     model = context.peer.bundle.read_model(precision)
     sets = provider_options() if context.cuda else {BASELINE: {}}
@@ -112,9 +112,9 @@ def variants(context: Context, precision: str) -> dict[str, Callable[[], tuple[b
 
 
 def widened(model: bytes, channels: int) -> bytes:
-    """Return a graph whose first convolution reads its one input channel `channels` times, with weights that share.
+    """Return an equivalent graph whose first convolution reads its input channel `channels` times.
 
-    Kernels for tensor cores are made for channels in multiples of 4 or 8; whether that pays here is what is measured.
+    Tensor cores need channels in multiples of 4 or 8; the benchmark shows whether that pays.
 
     Raises
     ------
@@ -125,7 +125,7 @@ def widened(model: bytes, channels: int) -> bytes:
 
     graph = onnx.load_model_from_string(model)
     nodes = graph.graph.node
-    index = next(place for place, node in enumerate(nodes) if node.op_type == "Conv")
+    index = next(position for position, node in enumerate(nodes) if node.op_type == "Conv")
     source, name = nodes[index].input[0], nodes[index].input[1]
     tensor = next(one for one in graph.graph.initializer if one.name == name)
     weights = onnx.numpy_helper.to_array(tensor)
@@ -141,7 +141,7 @@ def widened(model: bytes, channels: int) -> bytes:
 def best_options(
     precision: str, frames: int, medians: Mapping[str, float], worst: Mapping[str, float], allowed: float
 ) -> str:
-    """Rank what was measured: the three fastest of those within the gate, over the baseline."""
+    """Return a sentence with the three fastest variants within the gate, relative to the baseline."""
     right = {name: value for name, value in medians.items() if worst[name] <= allowed}
     wrong = [name for name in medians if name not in right]
     under = medians.get(BASELINE)
@@ -154,8 +154,8 @@ def best_options(
 
 
 def overlap(context: Context, sample: Sample, precisions: Sequence[str], most: int) -> None:
-    """Compare one thread with two that run batches of one engine side by side, as `predict` does."""
-    rows = [["", "frames a batch", "one thread, frames/s", "two threads, frames/s", "ratio"]]
+    """Compare one thread with two that run batches of one engine concurrently, as `predict` does."""
+    rows = [["", "frames per batch", "one thread, frames/s", "two threads, frames/s", "ratio"]]
     for precision, frames in product(precisions, sorted({min(8, most), most})):
         if context.left() <= 0:
             context.missing(f"{precision}, two threads, {frames} frames", OUT_OF_TIME)
@@ -168,11 +168,11 @@ def overlap(context: Context, sample: Sample, precisions: Sequence[str], most: i
             continue
         context.record(way=f"EchoQuad {precision}", frames=frames, one_thread_fps=one, two_threads_fps=two)
         rows.append([f"EchoQuad {precision}", str(frames), f"{one:.0f}", f"{two:.0f}", f"{two / one:.2f}"])
-        context.table("Two slots side by side", rows)
+        context.table("Two concurrent slots", rows)
 
 
 def _throughput(call: Call, sample: Sample, frames: int, threads: int) -> float:
-    """Return frames a second of so many threads that run batches for `OVERLAP` seconds."""
+    """Return frames per second of `threads` threads that run batches for `OVERLAP` seconds."""
     batches = [sample.batch(frames, start)[0] for start in range(threads)]
     ready = threading.Barrier(threads + 1)
 
@@ -191,7 +191,7 @@ def _throughput(call: Call, sample: Sample, frames: int, threads: int) -> float:
 
     with ThreadPoolExecutor(threads) as pool:
         running = [pool.submit(work, batch) for batch in batches]
-        with contextlib.suppress(threading.BrokenBarrierError):  # the result has the error that broke it
+        with contextlib.suppress(threading.BrokenBarrierError):  # the future holds the error
             ready.wait()
         begin = time.perf_counter()
         found = [one.result() for one in running]

@@ -1,4 +1,4 @@
-"""The engine section of `gpu.py`: EchoQuad against a bare session and torch, frames in memory."""
+"""Engine section: EchoQuad against a plain session and torch, with frames in memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 from common import alternate
-from gpu_report import LARGE, NEEDS_CUDA, OUT_OF_TIME, Context, aim, ratio
-from peer_ways import Setting, trained
+from workers.peer import Setup, trained
 
 from echoquad_runtime.bundle.onnx_header import INPUT
 from echoquad_runtime.devices.execution_providers import CPU_PROVIDER, CUDA_PROVIDER, create_session
@@ -23,29 +22,30 @@ from echoquad_runtime.engine.slot_pool import SlotPool, infer_in_batches
 from echoquad_runtime.frames.discovery import walk
 from echoquad_runtime.frames.reader import read_frame
 from echoquad_runtime.quadrants import frame_quadrants
+from gpu.report import LARGE, NEEDS_CUDA, OUT_OF_TIME, Context, aim, ratio
 
 ENGINE_AIM = 1.10  # fp16 over torch fp16, channels last, in the same run
-GRAPH_AIM = 1.5  # one frame with CUDA graphs over the device time alone
+GRAPH_AIM = 1.5  # one frame with CUDA graphs over the device time
 OWN, GRAPHS, HALF = "EchoQuad fp16", "EchoQuad fp16, CUDA graphs", "torch fp16, channels last"
 NHWC, NHWC_GRAPHS = "EchoQuad fp16, NHWC", "EchoQuad fp16, NHWC, CUDA graphs"
-DEVICE_TIME = "torch fp16 in a CUDA graph, device time alone"
+DEVICE_TIME = "torch fp16 in a CUDA graph, device time"
 
 # float32 [F, 4, C], the probabilities of frames, uint8 [F, 4, 1, S, S]
 Call = Callable[[np.ndarray], np.ndarray]
 
 
-# ---------------------------------------------------------------------------------------------- frames and answers
+# Frames and answers
 
 
 class Sample:
-    """Quadrants of the given frames, and what the CPU answers in the most exact precision of the bundle.
+    """Quadrants of the given frames, and the answers of the CPU in the most exact precision of the bundle.
 
     Attributes
     ----------
     quadrants
-        uint8 [F, 4, 1, S, S]; frames come again from the start where there are too few.
+        uint8 [F, 4, 1, S, S]; frames repeat if there are too few.
     expected
-        float32 [F, 4, C], probabilities.
+        Probabilities, float32 [F, 4, C].
     """
 
     def __init__(self, context: Context, frames: int) -> None:
@@ -60,14 +60,14 @@ class Sample:
         self.expected = probabilities.reshape(frames, 4, -1)
 
     def batch(self, frames: int, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Return a batch of frames from `start` on, cyclic, and the expected answers."""
+        """Return a batch of frames from `start` on, cyclically, and the expected answers."""
         chosen = (np.arange(frames) + start) % len(self.quadrants)
         return self.quadrants[chosen], self.expected[chosen]
 
     def difference(self, call: Call, frames: int) -> float:
-        """Return the largest |difference| of a probability over two batches that differ; infinite if one is no number.
+        """Return the largest |difference| of a probability over two different batches; infinite for NaN.
 
-        Two of them, since an engine that answers for an earlier input is right the first time.
+        Two batches reveal an engine that answers for an earlier input.
         """
         largest = 0.0
         for start in (0, 1):
@@ -80,7 +80,7 @@ class Sample:
 def time_calls(
     context: Context, calls: Mapping[str, Call], sample: Sample, frames: int, **facts: str
 ) -> dict[str, tuple[float, float]]:
-    """Time calls in alternating turns; one that fails is reported and left out. `facts` go into each record.
+    """Time calls interleaved; report and skip those that fail. `facts` go into each record.
 
     Returns
     -------
@@ -89,7 +89,7 @@ def time_calls(
     """
     differences: dict[str, float] = {}
     for name, call in calls.items():
-        if context.left() <= 0:  # the first run of a shape can take a second, in which cuDNN tries its kernels
+        if context.left() <= 0:  # the first run of a shape can take a second, while cuDNN tries kernels
             context.missing(f"{' '.join([*facts.values(), name])}, {frames} frames", OUT_OF_TIME)
             continue
         try:
@@ -97,7 +97,7 @@ def time_calls(
         except Exception as error:
             context.missing(f"{' '.join([*facts.values(), name])}, {frames} frames", error)
     batch, _ = sample.batch(frames)
-    # Without a pause between turns, the clock of the GPU stays where it is under load.
+    # Without pauses, the GPU keeps the clock that it has under load.
     pause = {"pause": 0.0} if context.cuda else {}
     turns = {name: partial(calls[name], batch) for name in differences}
     rounds = context.settings.rounds if frames < LARGE else -(-context.settings.rounds // 2)
@@ -107,12 +107,12 @@ def time_calls(
     return {name: (median, differences[name]) for name, median in medians.items()}
 
 
-# ---------------------------------------------------------------------------------------------- the engine
+# The engine
 
 
 def engine(context: Context) -> None:
-    """Time EchoQuad's slots, a bare session, and torch, on 1 to 64 frames."""
-    sizes = (1, 8, 32, 2, 64) if context.cuda else (1, 2)  # those of the aims first
+    """Time EchoQuad, a plain session and torch on 1 to 64 frames."""
+    sizes = (1, 8, 32, 2, 64) if context.cuda else (1, 2)  # sizes with aims first
     sample = Sample(context, max(sizes))
     calls = {**own_calls(context, max(sizes)), **bare_calls(context)}
     device_times: dict[int, float] = {}
@@ -140,22 +140,22 @@ def engine(context: Context) -> None:
         if frames in device_times:
             medians[frames][DEVICE_TIME] = device_times[frames]
             context.record(way=DEVICE_TIME, frames=frames, ms=device_times[frames])
-        context.table("Milliseconds a batch", engine_rows(medians, worst))
+        context.table("Milliseconds per batch", engine_rows(medians, worst))
     context.aims(engine_aims(medians))
     context.note(
-        f"Medians of {context.settings.rounds} alternating turns, half as many from {LARGE} frames on; input and "
-        "answers in host memory; |dp| is the largest difference of a probability from the CPU's."
+        f"Medians of {context.settings.rounds} interleaved rounds, half as many from {LARGE} frames on; input and "
+        "answers in host memory; |dp| is the largest difference of a probability from the CPU."
     )
 
 
 def own_calls(context: Context, most: int) -> dict[str, Call]:
-    """Return EchoQuad's slots in every precision of the device, in each of the ways that `tune` tries on CUDA."""
+    """Return calls of EchoQuad in each precision and in each variant that `tune` tries on CUDA."""
     bundle, device = context.peer.bundle, context.settings.device
     calls: dict[str, Call] = {}
     if not context.cuda:
         context.missing("NHWC and CUDA graphs", NEEDS_CUDA)
-    ways = (False, True) if context.cuda else (False,)
-    for precision, nhwc, graphs in product(bundle.precisions_on(device), ways, ways):
+    choices = (False, True) if context.cuda else (False,)
+    for precision, nhwc, graphs in product(bundle.precisions_on(device), choices, choices):
         name = f"EchoQuad {precision}{', NHWC' * nhwc}{', CUDA graphs' * graphs}"
         try:
             calls[name] = slots(context, most, precision=precision, cuda_graphs=graphs, nhwc=nhwc)
@@ -165,7 +165,7 @@ def own_calls(context: Context, most: int) -> dict[str, Call]:
 
 
 def slots(context: Context, most: int, **options: Any) -> Call:
-    """Return a call that runs EchoQuad's slots for up to `most` frames; `options` are those of `OnnxEngine`."""
+    """Return a call that runs EchoQuad's slots on up to `most` frames; `options` are those of `OnnxEngine`."""
     opened = OnnxEngine(
         context.peer.bundle, device=context.settings.device, threads=context.settings.threads, **options
     )
@@ -174,7 +174,7 @@ def slots(context: Context, most: int, **options: Any) -> Call:
 
 
 def bare_calls(context: Context) -> dict[str, Call]:
-    """Return plain calls of ``session.run`` on the bundle's graphs."""
+    """Return calls of ``session.run`` on the bundle's graphs."""
     calls: dict[str, Call] = {}
     for precision in context.peer.bundle.precisions_on(context.settings.device):
         try:
@@ -192,14 +192,14 @@ def bare_calls(context: Context) -> dict[str, Call]:
 
 
 def open_plain_session(context: Context, model: bytes, precision: str, chosen: Mapping[str, str] | None = None) -> Any:
-    """Open a graph in a session on the device, with these options of the CUDA provider."""
+    """Open a session on the device with the given options of the CUDA provider."""
     provider = CUDA_PROVIDER if context.cuda else CPU_PROVIDER
     options = {"use_tf32": str(int(precision == "tf32")), **(chosen or {})}
     return create_session(load_onnxruntime(), model, provider, threads=context.settings.threads, cuda_options=options)
 
 
 def torch_calls(context: Context) -> dict[str, Call]:
-    """Return the trained network in torch: float32 in full, in TF32, and float16 with channels last."""
+    """Return calls of the trained network in torch: float32, TF32, and float16 with channels last."""
     wanted: dict[str, dict[str, Any]] = {"torch fp32": {}}
     if context.cuda:
         wanted |= {"torch tf32": {"tf32": True}, HALF: {"half": True}}
@@ -214,33 +214,33 @@ def torch_calls(context: Context) -> dict[str, Call]:
     return calls
 
 
-def torch_call(setting: Setting, device: str, *, tf32: bool = False, half: bool = False) -> Call:
-    """Return the trained network as a competent engineer runs it in torch: normalised on the device."""
+def torch_call(setup: Setup, device: str, *, tf32: bool = False, half: bool = False) -> Call:
+    """Return a call of the trained network in torch, with normalisation on the device."""
     import torch
 
-    contract = setting.contract
-    where, kind = torch.device(device), torch.float16 if half else torch.float32
+    contract = setup.contract
+    where, dtype = torch.device(device), torch.float16 if half else torch.float32
     layout = torch.channels_last if half else torch.contiguous_format
-    model = trained(setting).to(where, kind, memory_format=layout)
+    model = trained(setup).to(where, dtype, memory_format=layout)
     scale, offset = 1 / (255 * contract.std), contract.mean / contract.std
 
     @torch.inference_mode()
     def call(batch: np.ndarray) -> np.ndarray:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
         quadrants = torch.from_numpy(batch.reshape(-1, *batch.shape[2:]))
-        x = quadrants.to(where).to(kind).mul_(scale).sub_(offset).expand(-1, 3, -1, -1)
+        x = quadrants.to(where).to(dtype).mul_(scale).sub_(offset).expand(-1, 3, -1, -1)
         found = torch.softmax(model(x.contiguous(memory_format=layout)).float() / contract.temperature, 1)
         return found.cpu().numpy().reshape(len(batch), 4, -1)
 
     return call
 
 
-def device_time(setting: Setting, sample: Sample, sizes: Sequence[int]) -> dict[int, float]:
-    """Return milliseconds of torch fp16, channels last, in a CUDA graph, between two events on the device."""
+def device_time(setup: Setup, sample: Sample, sizes: Sequence[int]) -> dict[int, float]:
+    """Return milliseconds of torch fp16, channels last, in a CUDA graph, between two device events."""
     import torch
 
-    contract, where = setting.contract, torch.device("cuda")
-    model = trained(setting).to(where, torch.float16, memory_format=torch.channels_last)
+    contract, where = setup.contract, torch.device("cuda")
+    model = trained(setup).to(where, torch.float16, memory_format=torch.channels_last)
     found = {}
     with torch.inference_mode():
         for frames in sizes:
@@ -250,7 +250,7 @@ def device_time(setting: Setting, sample: Sample, sizes: Sequence[int]) -> dict[
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(3):  # cuDNN chooses its kernels before they are captured
+                for _ in range(3):  # cuDNN chooses kernels before the capture
                     model(x)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
@@ -269,7 +269,7 @@ def device_time(setting: Setting, sample: Sample, sizes: Sequence[int]) -> dict[
 
 
 def engine_rows(medians: Mapping[int, Mapping[str, float]], worst: Mapping[str, float]) -> list[list[str]]:
-    """Lay out milliseconds: a row for each way, a column for each number of frames."""
+    """Return table rows: a row per engine, a column per number of frames."""
     columns = [medians[frames] for frames in sorted(medians)]
     rows = [["", *(f"{frames} frame{'s' * (frames > 1)}" for frames in sorted(medians)), "|dp|"]]
     for name in dict.fromkeys(name for column in columns for name in column):

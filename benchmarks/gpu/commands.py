@@ -1,4 +1,4 @@
-"""The sections of `gpu.py` that run commands: tests, decisions against the CPU, training, and the start."""
+"""Sections that run commands: GPU tests, decisions against the CPU, training, and start-up."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from gpu_report import NEEDS_CUDA, OUT_OF_TIME, Context, OutOfTimeError, aim, visible_gpu
-from gpu_start import PARTS
 from peers import read_rows
+from workers.start_parts import PARTS
 
 from echoquad_runtime.frames.discovery import walk
+from gpu.report import NEEDS_CUDA, OUT_OF_TIME, Context, OutOfTimeError, aim, visible_gpu
 
-ROOT = Path(__file__).parents[1]
-TRAINING_AIM = 0.8  # seconds an epoch
-TRAINING_FRAMES = 800  # those of the aim
-TRUTH_FRAMES = 200  # frames whose decisions are compared, at most
-STARTS = 2  # runs of the command
+ROOT = Path(__file__).parents[2]
+TRAINING_AIM = 0.8  # seconds per epoch
+TRAINING_FRAMES = 800  # training frames for which the aim is defined
+TRUTH_FRAMES = 200  # largest number of frames whose decisions are compared
+STARTS = 2  # timed runs of the command
 MARKED = re.compile(r"^@pytest\.mark\.gpu\b", re.MULTILINE)
 
 
-# ---------------------------------------------------------------------------------------------- tests
+# Tests
 
 
 def gpu_tests(context: Context) -> None:
@@ -43,7 +43,7 @@ def gpu_tests(context: Context) -> None:
     line = ["-m", "pytest", "-m", "gpu", "-q", "-rsfE", "--tb=short", "-p", "no:cacheprovider", "--rootdir", ROOT]
     line += ["--confcutdir", ROOT]
     settings = (ROOT / "pyproject.toml").read_text("utf-8")
-    if find_spec("pytest_timeout") is None:  # pytest refuses an option that no plugin knows
+    if find_spec("pytest_timeout") is None:  # pytest rejects an option without its plugin
         settings = re.sub(r"(?m)^timeout = .*\n", "", settings)
     changed = context.settings.work / "pyproject.toml"
     changed.write_text(settings, "utf-8")
@@ -57,7 +57,7 @@ def gpu_tests(context: Context) -> None:
             context.note(text)
         elif text.startswith("SKIPPED "):
             context.missing("test", text.removeprefix("SKIPPED ").replace(f"{ROOT}/", ""))
-    if finished.code not in (0, 1):  # neither passed nor failed: pytest itself could not go on
+    if finished.code not in (0, 1):  # an error of pytest itself
         print(finished.out, finished.err, file=sys.stderr)
         context.missing("tests marked gpu", f"pytest ended with {finished.code}")
 
@@ -66,13 +66,13 @@ OUTCOMES = ("passed", "failed", "skipped", "error")
 
 
 def count_outcomes(output: str) -> dict[str, int]:
-    """Read pytest's summary, such as ``1 failed, 3 passed, 2 skipped in 4.5s``."""
+    """Parse the summary of pytest, such as ``1 failed, 3 passed, 2 skipped in 4.5s``."""
     last = next((line for line in reversed(output.splitlines()) if re.search(r"\bin [\d.]+s", line)), "")
     found = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
     return {name: found.get(name, 0) for name in OUTCOMES}
 
 
-# ---------------------------------------------------------------------------------------------- decisions
+# Decisions
 
 
 def truth(context: Context) -> None:
@@ -82,11 +82,11 @@ def truth(context: Context) -> None:
     step = max(1, -(-len(frames) // TRUTH_FRAMES))
     chosen = work / "truth"
     chosen.mkdir()
-    for index, path in enumerate(frames[::step]):  # spread over the classes' folders
+    for index, path in enumerate(frames[::step]):  # spread over the class folders
         (chosen / f"{index:05}{path.suffix}").symlink_to(path)
     exact = "fp32" if "fp32" in bundle.precisions else bundle.default_precision
     expected = _decisions(context, chosen, "cpu", exact)
-    rows = [["", "frames", "flips", "different answers", "largest |dp|"]]
+    rows = [["", "frames", "changed decisions", "different answers", "largest |dp|"]]
     wanted = [(precision, ()) for precision in bundle.precisions_on(device)]
     if context.cuda:
         wanted += [(precision, ("--cuda-graphs",)) for precision in bundle.precisions_on(device)]
@@ -102,7 +102,7 @@ def truth(context: Context) -> None:
         rows.append([name, *cells, f"{found['max_abs_dp']:.4f}"])
         context.table(f"Decisions of predict on {device} against {exact} on the CPU", rows)
         if found["answers"] == 1 < found["frames"]:
-            context.note(f"WRONG: {name} gives every frame the same answer.")
+            context.note(f"WRONG: {name} gives the same answer for all frames.")
     record = work / "verify.json"
     finished = context.command(
         "-m", "echoquad", "verify", bundle.folder, "--device", device, "--precision", "all", "--json", record
@@ -130,20 +130,20 @@ def compare(found: Mapping[str, Sequence[str]], expected: Mapping[str, Sequence[
     Returns
     -------
     dict
-        ``frames``; ``flips``, frames decided otherwise; ``answers``, how many rows differ from one another;
+        ``frames``; ``flips``, the number of changed decisions; ``answers``, the number of distinct rows;
         ``max_abs_dp``, the largest difference of a probability.
 
     Raises
     ------
     RuntimeError
-        If the files are others.
+        If the files differ.
     """
     if found.keys() != expected.keys():
         raise RuntimeError(f"{len(found)} rows found; expected {len(expected)}, of the same files")
     largest = 0.0
     for file, row in found.items():
         for own, other in zip(row, expected[file], strict=True):
-            with suppress(ValueError):  # labels are no numbers
+            with suppress(ValueError):  # labels are not numbers
                 largest = max(largest, abs(float(own) - float(other)))
     flips = sum(row[0] != expected[file][0] for file, row in found.items())
     return {
@@ -155,8 +155,8 @@ def compare(found: Mapping[str, Sequence[str]], expected: Mapping[str, Sequence[
 
 
 def verify_rows(checks: Sequence[Mapping[str, object]]) -> list[list[str]]:
-    """Lay out the checks of a record of `echoquad verify`."""
-    rows = [["precision", "passed", "golden frames", "frame flips", "|dlogit|", "|dp|"]]
+    """Return table rows for the checks in a record of `echoquad verify`."""
+    rows = [["precision", "passed", "golden frames", "changed decisions", "|dlogit|", "|dp|"]]
     for check in checks:
         numbers = [check.get(key) for key in ("max_abs_dlogit", "max_abs_dprobability")]
         cells = [f"{value:.1e}" if isinstance(value, float) else "" for value in numbers]
@@ -165,11 +165,11 @@ def verify_rows(checks: Sequence[Mapping[str, object]]) -> list[list[str]]:
     return rows
 
 
-# ---------------------------------------------------------------------------------------------- training
+# Training
 
 
 def training(context: Context) -> None:
-    """Train a few epochs of recipe scratch, half of them on smaller quadrants, and time them."""
+    """Time a few epochs of recipe scratch, half of them at reduced resolution."""
     if context.settings.data is None:
         context.missing("training", "no --data was given")
         return
@@ -181,7 +181,8 @@ def training(context: Context) -> None:
     recipe, epochs = Recipe.load("scratch"), context.settings.epochs
     out, small = context.settings.work / "run", epochs // 2
     line = ["-m", "echoquad", "train", context.settings.data, "--out", out, "--recipe", "scratch"]
-    line += ["--epochs", str(epochs), "--set", f"small_share={small / epochs}", "--device", context.settings.device]
+    line += ["--epochs", str(epochs), "--set", f"progressive_fraction={small / epochs}"]
+    line += ["--device", context.settings.device]
     log = context.settings.work / "train.log"
     with sampled_utilisation(context, log) as utilisation:
         try:
@@ -190,32 +191,32 @@ def training(context: Context) -> None:
                 words = log.read_text("utf-8").strip().splitlines() or ["no message"]
                 context.missing("training", f"exit code {code}: {words[-1]}")
         except OutOfTimeError:
-            context.missing("training, the epochs that are not in the table", OUT_OF_TIME)
+            context.missing("training, the remaining epochs", OUT_OF_TIME)
     taken: list[float] = []
     with suppress(OSError), (out / "metrics.csv").open(newline="", encoding="utf-8") as stream:
         taken = [float(row["seconds"]) for row in csv.DictReader(stream)]
-    found = {"smaller quadrants": taken[:small], "full size": taken[small:]}
-    context.record(seconds=taken, smaller=small, utilisation=utilisation)
+    found = {"reduced resolution": taken[:small], "full size": taken[small:]}
+    context.record(seconds=taken, reduced=small, utilisation=utilisation)
     rows = [["", "epochs", "first, s", "median of the others, s"]]
     for name, seconds in found.items():
         others = f"{statistics.median(seconds[1:]):.2f}" if seconds[1:] else ""
         rows.append([name, str(len(seconds)), f"{seconds[0]:.2f}" if seconds else "", others])
     context.table(f"Training, recipe scratch at {recipe.input_size}", rows)
-    count = int(recipe.small_share * recipe.epochs)
-    value = epoch_seconds(found["smaller quadrants"], found["full size"], count, recipe.epochs)
-    what = f"seconds an epoch over the {recipe.epochs} epochs of the recipe"
+    count = int(recipe.progressive_fraction * recipe.epochs)
+    value = epoch_seconds(found["reduced resolution"], found["full size"], count, recipe.epochs)
+    what = f"seconds per epoch over the {recipe.epochs} epochs of the recipe"
     frames = sum(1 for _ in walk(context.settings.data / "train"))
     if frames == TRAINING_FRAMES:
         context.aims([aim(what, value, TRAINING_AIM, at_most=True)])
     else:
-        context.missing("the aim", f"it is for {TRAINING_FRAMES} training frames; found {frames}")
+        context.missing("the aim", f"defined for {TRAINING_FRAMES} training frames; found {frames}")
         if value is not None:
             context.note(f"{what}: {value:.2f}.")
-    context.note(f"{frames} training frames; the first epoch of each phase is counted once.")
+    context.note(f"{frames} training frames; the slower first epoch of each phase counts once.")
     if utilisation:
-        context.note(f"GPU {statistics.mean(utilisation):.0f} % busy on average, by {len(utilisation)} samples.")
+        context.note(f"GPU {statistics.mean(utilisation):.0f} % busy on average of {len(utilisation)} samples.")
     elif context.cuda:
-        context.missing("GPU utilisation", "nvidia-smi gave no sample")
+        context.missing("GPU utilisation", "no sample from nvidia-smi")
 
 
 def _train(context: Context, line: Sequence[object], log: Path) -> int:
@@ -232,7 +233,7 @@ def _train(context: Context, line: Sequence[object], log: Path) -> int:
 
 @contextmanager
 def sampled_utilisation(context: Context, log: Path) -> Iterator[list[float]]:
-    """Sample the GPU's utilisation, in percent, from the end of the first epoch in a log to that of the last."""
+    """Sample the GPU utilisation in percent, from the end of the first epoch in a log to that of the last."""
     samples: list[float] = []
     ended = threading.Event()
     query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", f"--id={visible_gpu()}"]
@@ -262,39 +263,39 @@ def sampled_utilisation(context: Context, log: Path) -> Iterator[list[float]]:
 
 
 def epoch_seconds(small: Sequence[float], full: Sequence[float], small_epochs: int, epochs: int) -> float | None:
-    """Return the mean seconds of an epoch of a whole run, from a few epochs of both phases.
+    """Extrapolate the mean seconds per epoch of a whole run from a few epochs of both phases.
 
     Parameters
     ----------
     small, full
-        Seconds of the measured epochs on smaller quadrants and at full size; the first of each has the costs of the
-        start, which a run has once.
+        Seconds of the measured epochs at reduced and at full resolution; the first of each includes start-up costs,
+        which a run has once.
     small_epochs, epochs
-        Of the whole run: those on smaller quadrants, and all.
+        Epochs of the whole run: at reduced resolution, and in total.
 
     Returns
     -------
     float or None
-        None where a phase has fewer than two epochs.
+        None if a phase has fewer than two epochs.
     """
     if len(small) < 2 or len(full) < 2:
         return None
-    whole = 0.0
+    total = 0.0
     for seconds, number in ((small, small_epochs), (full, epochs - small_epochs)):
-        whole += seconds[0] + (number - 1) * statistics.median(seconds[1:])
-    return whole / epochs
+        total += seconds[0] + (number - 1) * statistics.median(seconds[1:])
+    return total / epochs
 
 
-# ---------------------------------------------------------------------------------------------- start
+# Start
 
 
 def start(context: Context) -> None:
-    """Time the command until its first row, and the parts of a start, the self-test among them."""
+    """Time the command until its first row, and the parts of a start, including the self-test."""
     bundle, device = context.peer.bundle, context.settings.device
     frame = next(walk(context.settings.frames))
-    many = {"cuda": 16, "cpu": 2}[device]  # frames that predict runs at a time
+    many = {"cuda": 16, "cpu": 2}[device]  # frames per batch of `predict`
     rows = [["", "first row, s", *(f"{name}, s" for name in PARTS), f"self-test of a slot of {many}, s"]]
-    for precision in (name for name in bundle.precisions_on(device) if name in bundle.precisions):  # one a graph
+    for precision in (name for name in bundle.precisions_on(device) if name in bundle.precisions):  # one per graph
         try:
             first = [_first_row(context, frame, precision) for _ in range(STARTS)]
             single, batch = (_parts(context, precision, frames) for frames in (1, many))
@@ -310,7 +311,7 @@ def start(context: Context) -> None:
 
 
 def _first_row(context: Context, frame: Path, precision: str) -> float:
-    """Return the seconds from the start of the command to its first row, without EchoQuad's cache."""
+    """Return the seconds from the start of the command to its first row, without a cache."""
     line = ["-m", "echoquad", "predict", context.settings.bundle, frame, "--untuned"]
     line += ["--device", context.settings.device, "--precision", precision]
     with tempfile.TemporaryFile("w+") as err:
@@ -324,7 +325,7 @@ def _first_row(context: Context, frame: Path, precision: str) -> float:
         )
         assert process.stdout is not None
         with process, process.stdout as rows:
-            found = [rows.readline() for _ in range(2)]  # the header, and the row
+            found = [rows.readline() for _ in range(2)]  # header and row
             seconds = time.perf_counter() - begin
         if not found[1]:
             err.seek(0)
@@ -332,12 +333,12 @@ def _first_row(context: Context, frame: Path, precision: str) -> float:
         return seconds
 
 
-NO_CACHE = {"ECHOQUAD_CACHE_DIR": ""}  # a pass of the self-test that is remembered takes no time
+NO_CACHE = {"ECHOQUAD_CACHE_DIR": ""}  # a cached self-test takes no time
 
 
 def _parts(context: Context, precision: str, frames: int) -> dict[str, float]:
     line = [
-        Path(__file__).with_name("gpu_start.py"),
+        ROOT / "benchmarks" / "workers" / "start_parts.py",
         context.settings.bundle,
         context.settings.device,
         precision,

@@ -1,4 +1,4 @@
-"""The sections of `gpu.py` from files to a CSV: EchoQuad against peers by hand, and int8 on more CPU cores."""
+"""Sections from files to a CSV: EchoQuad against plain implementations, and scaling with CPU cores."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import FRAME_SIZE, KINDS, plant_tree, rotated
-from gpu_engine import Call, torch_call
-from gpu_report import OUT_OF_TIME, Context, OutOfTimeError, aim, ratio
-from peer_ways import cut_small, in_threads, write
+from common import FORMATS, FRAME_SIZE, link_tree, rotated
 from PIL import Image
+from workers.peer import cut_small, in_threads, write
 
 from echoquad_runtime.bundle.onnx_header import INPUT
 from echoquad_runtime.contract import Contract
@@ -28,104 +26,114 @@ from echoquad_runtime.devices.cpu_info import available_cpus
 from echoquad_runtime.devices.execution_providers import CPU_PROVIDER, CUDA_PROVIDER
 from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 from echoquad_runtime.frames.discovery import walk
+from gpu.engine import Call, torch_call
+from gpu.report import OUT_OF_TIME, Context, OutOfTimeError, aim, ratio
 
-BY_HAND_AIM = 1.5  # times onnxruntime by hand in threads
-DECODE_AIM = 0.85  # of what the cores can decode
-SCALING_AIM = 0.8  # of linear, from 2 cores
-DISTINCT = 400  # files that are made; more are links to them
-ROUNDS = 3  # at most; as many as there is time for, and at least one
-BATCH = {"cuda": 16, "cpu": 4}  # frames, by hand
-FRAMES_A_CORE = 100  # of a pass where cores are compared
+PLAIN_AIM = 1.5  # times plain onnxruntime with threads
+DECODE_AIM = 0.85  # of reading alone
+SCALING_AIM = 0.8  # of linear scaling from 2 cores
+DISTINCT = 400  # distinct files; further ones are hard links
+ROUNDS = 3  # at most, depending on the time; at least one
+BATCH = {"cuda": 16, "cpu": 4}  # frames per batch of plain implementations
+FRAMES_PER_CORE = 100  # frames per pass and core for the comparison of cores
 CORES = (2, 4, 8, 16)
 NOISE = 3.0  # grey levels, standard deviation
 
 PNG, JPEG = "rgb-png", "rgb-jpeg"
-Pass = Callable[[Sequence[Path]], "float | None"]  # may return the seconds that count
-Seconds = dict[tuple[str, str], list[float]]  # of each pass, by kind of file and by way
+Pass = Callable[[Sequence[Path]], "float | None"]  # may return the seconds to count
+Seconds = dict[tuple[str, str], list[float]]  # per pass, by file format and pipeline
 
 
-# ---------------------------------------------------------------------------------------------- frame files
+# Frame files
 
 
-def frame_tree(context: Context, kind: str, count: int) -> Path:
-    """Return a folder of `count` RGB files of 800x600, made of the given frames with noise; made once."""
+def frame_tree(context: Context, file_format: str, count: int) -> Path:
+    """Return a folder of `count` RGB files of 800x600, the given frames with noise; written once."""
     work = context.settings.work
-    folder, distinct = work / f"{kind}-{count}", work / kind
+    folder, distinct = work / f"{file_format}-{count}", work / file_format
     if folder.exists():
         return folder
     if not distinct.exists():
         sources = list(walk(context.settings.frames))
         random.Random(0).shuffle(sources)
-        made = work / f"{kind}.part"
+        made = work / f"{file_format}.part"
         made.mkdir()
         number = min(context.settings.count, DISTINCT)
-        jobs = [(sources[index % len(sources)], made / f"{index:05}{KINDS[kind][1]}", index) for index in range(number)]
+        jobs = [
+            (sources[index % len(sources)], made / f"{index:05}{FORMATS[file_format][1]}", index)
+            for index in range(number)
+        ]
         with ProcessPoolExecutor(context.settings.threads, multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(partial(_make_file, kind, FRAME_SIZE), jobs, chunksize=8))
+            list(pool.map(partial(_make_file, file_format, FRAME_SIZE), jobs, chunksize=8))
         made.rename(distinct)
-    links = work / f"{kind}-{count}.part"
-    plant_tree(links, sorted(distinct.iterdir()), count)
+    links = work / f"{file_format}-{count}.part"
+    link_tree(links, sorted(distinct.iterdir()), count)
     links.rename(folder)
     return folder
 
 
-def _make_file(kind: str, size: tuple[int, int], job: tuple[Path, Path, int]) -> None:
+def _make_file(file_format: str, size: tuple[int, int], job: tuple[Path, Path, int]) -> None:
     source, target, seed = job
     with Image.open(source) as image:
         levels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), np.float32)
     noisy = levels + np.random.default_rng(seed).normal(0, NOISE, levels.shape)
-    Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(target, **KINDS[kind][2])
+    Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(target, **FORMATS[file_format][2])
 
 
-# ---------------------------------------------------------------------------------------------- files to CSV
+# Files to CSV
 
 
 def files(context: Context) -> None:
-    """Take files to a CSV: EchoQuad's command, onnxruntime and torch by hand, and reading alone."""
+    """Time files to CSV: EchoQuad's command, plain onnxruntime and torch, and reading alone."""
     count, threads = context.settings.count, context.settings.threads
-    short = 8 * threads + 8  # files from which on the command reads in processes as it does with all of them
+    short = 8 * threads + 8  # enough files for the command to read in processes
     if count <= short:
         raise ValueError(f"--count {count} found; expected more than {short} files on {threads} CPUs")
     order = [name for name in (("fp16", "fp32") if context.cuda else ("int8", "fp32")) if _holds(context, name)]
-    trees = {kind: frame_tree(context, kind, count) for kind in (PNG, JPEG)}
-    short_trees = {kind: frame_tree(context, kind, short) for kind in (PNG, JPEG)}
+    trees = {file_format: frame_tree(context, file_format, count) for file_format in (PNG, JPEG)}
+    short_trees = {file_format: frame_tree(context, file_format, short) for file_format in (PNG, JPEG)}
     passes = _passes(context, order)
-    plan = [(kind, name) for name in passes for kind in ((PNG, JPEG) if _on_jpeg(name, order) else (PNG,))]
+    plan = [
+        (file_format, name) for name in passes for file_format in ((PNG, JPEG) if _on_jpeg(name, order) else (PNG,))
+    ]
     starts: Seconds = {}
     seconds: Seconds = {}
     failed: set[str] = set()
-    if not context.cuda:  # the first run fills EchoQuad's cache, which is for the CPU
+    if not context.cuda:  # the first run fills EchoQuad's cache, which exists for the CPU only
         for name in (name for name in passes if name.startswith("EchoQuad")):
             _clock(passes[name], short_trees[JPEG])
     for turn in range(ROUNDS):
-        for kind, name in rotated(plan, turn):
-            if name in failed or (turn and context.left() < 3 * max(seconds.get((kind, name), [0.0]))):
+        for file_format, name in rotated(plan, turn):
+            if name in failed or (turn and context.left() < 3 * max(seconds.get((file_format, name), [0.0]))):
                 continue
             if context.left() <= 0:
-                context.missing(f"{name}, {kind}", OUT_OF_TIME)
+                context.missing(f"{name}, {file_format}", OUT_OF_TIME)
                 continue
             try:
                 if name.startswith("EchoQuad"):
-                    starts.setdefault((kind, name), []).append(_clock(passes[name], short_trees[kind]))
-                taken = _clock(passes[name], trees[kind])
+                    starts.setdefault((file_format, name), []).append(_clock(passes[name], short_trees[file_format]))
+                taken = _clock(passes[name], trees[file_format])
             except OutOfTimeError:
-                context.missing(f"{name}, {kind}", OUT_OF_TIME)
+                context.missing(f"{name}, {file_format}", OUT_OF_TIME)
                 continue
             except Exception as error:
                 failed.add(name)
                 context.missing(name, error)
                 continue
-            seconds.setdefault((kind, name), []).append(taken)
-            context.record(way=name, files=kind, frames=count, seconds=taken)
+            seconds.setdefault((file_format, name), []).append(taken)
+            context.record(way=name, files=file_format, frames=count, seconds=taken)
             context.table("Files to CSV", file_rows(rates(seconds, starts, count, short), seconds, count))
     found = rates(seconds, starts, count, short)
-    for kind, name in (key for key in seconds if key[1] not in found[key[0]]):
-        context.missing(f"{name}, {kind}", f"{count} files took no longer than {short}; give a larger --count")
-    context.aims([line for kind in (PNG, JPEG) for line in file_aims(kind, order[0], found.get(kind, {}))])
+    for file_format, name in (key for key in seconds if key[1] not in found[key[0]]):
+        context.missing(f"{name}, {file_format}", f"{count} files took no longer than {short}; give a larger --count")
+    context.aims(
+        [line for file_format in (PNG, JPEG) for line in file_aims(file_format, order[0], found.get(file_format, {}))]
+    )
     context.note(
-        f"{count} files of 800x600 a pass, {threads} threads, medians of up to {ROUNDS} rounds. EchoQuad is the "
-        f"command `predict --out`; its frames/s leave out the start, measured by a run over {short} files, and the "
-        "last column includes it. By hand, the process is warm. Reading alone is decoding, cutting and resizing."
+        f"{count} files of 800x600 per pass, {threads} threads, medians of up to {ROUNDS} rounds. EchoQuad is the "
+        f"command `predict --out`; its frames/s exclude the start, measured by a run over {short} files, and the "
+        "last column includes it. Plain implementations run in a warm process. Reading alone is decoding, cropping "
+        "and resizing."
     )
 
 
@@ -145,33 +153,33 @@ def _clock(make_pass: Pass, folder: Path) -> float:
 
 
 def _passes(context: Context, order: Sequence[str]) -> dict[str, Pass]:
-    """Return the ways from a folder's files to a CSV, by name."""
+    """Return the compared pipelines by name."""
     passes: dict[str, Pass] = {}
     for precision in order:
         passes[f"EchoQuad {precision}"] = partial(predict, context, precision, ())
     passes[f"EchoQuad {order[0]}, --workers 0"] = partial(predict, context, order[0], ("--workers", 0))
     for precision in order:
         try:
-            passes[f"onnxruntime by hand {precision}"] = by_hand(context, ort_call(context, precision))
+            passes[f"plain onnxruntime {precision}"] = plain_pass(context, ort_call(context, precision))
         except Exception as error:
-            context.missing(f"onnxruntime by hand {precision}", error)
+            context.missing(f"plain onnxruntime {precision}", error)
     half = "fp16" if context.cuda else "fp32"
     if find_spec("torch") is None:
-        context.missing(f"torch by hand {half}", "torch is not installed")
+        context.missing(f"plain torch {half}", "torch is not installed")
     else:
         try:
-            passes[f"torch by hand {half}"] = by_hand(
+            passes[f"plain torch {half}"] = plain_pass(
                 context, torch_call(context.peer, context.settings.device, half=context.cuda)
             )
         except Exception as error:
-            context.missing(f"torch by hand {half}", error)
+            context.missing(f"plain torch {half}", error)
     passes["reading alone, threads"] = partial(read_in_threads, context)
     passes["reading alone, processes"] = partial(read_in_processes, context)
     return passes
 
 
 def predict(context: Context, precision: str, more: Sequence[object], paths: Sequence[Path]) -> None:
-    """Run ``echoquad predict --out`` over the folder that the paths lie in."""
+    """Run ``echoquad predict --out`` on the folder of the paths."""
     out, folder, threads = context.settings.work / "rows.csv", paths[0].parents[1], context.settings.threads
     line = ["-m", "echoquad", "predict", context.settings.bundle, folder, "--out", out, "--untuned"]
     context.checked(*line, "--device", context.settings.device, "--precision", precision, "--threads", threads, *more)
@@ -179,7 +187,7 @@ def predict(context: Context, precision: str, more: Sequence[object], paths: Seq
 
 
 def ort_call(context: Context, precision: str) -> Call:
-    """Return a call of onnxruntime as one writes it by hand: default options but for TF32, which fp32 is not to be."""
+    """Return a call of plain onnxruntime: default options, but without TF32 in fp32."""
     ort = load_onnxruntime()
     session_options = ort.SessionOptions()
     session_options.log_severity_level = 4
@@ -198,11 +206,11 @@ def ort_call(context: Context, precision: str) -> Call:
     return call
 
 
-def by_hand(context: Context, call: Call) -> Pass:
-    """Return a pass with all threads for reading, and batches that the main thread runs."""
+def plain_pass(context: Context, call: Call) -> Pass:
+    """Return a pass that reads in all threads and runs batches in the main thread."""
     contract, threads = context.peer.contract, context.settings.threads
     size = BATCH[context.settings.device]
-    for frames in {size, context.settings.count % size or size}:  # each shape allocates and chooses kernels once
+    for frames in {size, context.settings.count % size or size}:  # a first run per shape allocates and chooses kernels
         call(np.zeros((frames, 4, 1, contract.input_size, contract.input_size), np.uint8))
 
     def cut_all(paths: Sequence[Path]) -> np.ndarray:
@@ -213,22 +221,22 @@ def by_hand(context: Context, call: Call) -> Pass:
         for part, batch in zip(parts, in_threads(cut_all, parts, threads, ahead=2 * threads), strict=True):
             yield from zip(part, call(batch), strict=True)
 
-    return lambda paths: write(context.settings.work / "by-hand.csv", contract, answers(paths))
+    return lambda paths: write(context.settings.work / "plain.csv", contract, answers(paths))
 
 
 def read_in_threads(context: Context, paths: Sequence[Path]) -> None:
-    """Read and cut files in threads, and do nothing with them."""
+    """Read and crop files in threads, without inference."""
     with ThreadPoolExecutor(context.settings.threads) as pool:
         for _ in pool.map(partial(_read, context.peer.contract), paths):
             pass
 
 
 def read_in_processes(context: Context, paths: Sequence[Path]) -> float:
-    """Read and cut files in processes; returns the seconds without their start."""
+    """Read and crop files in processes; return the seconds without their start."""
     spawn, number = multiprocessing.get_context("spawn"), context.settings.threads
     ready = spawn.Barrier(number + 1)
     with ProcessPoolExecutor(number, spawn, initializer=ready.wait, initargs=(60.0,)) as pool:
-        for _ in range(number):  # each starts a process, since none is idle
+        for _ in range(number):  # each starts a process, because none is idle
             pool.submit(int)
         ready.wait(60.0)
         begin = time.perf_counter()
@@ -242,65 +250,70 @@ def _read(contract: Contract, path: Path) -> None:
 
 
 def rates(seconds: Seconds, starts: Seconds, count: int, short: int) -> dict[str, dict[str, float]]:
-    """Return frames a second by kind of file and by way; of a command, without its start.
+    """Return frames per second by file format and pipeline, without the start of commands.
 
-    A command that took no longer for all files than for a few is left out.
+    A command that took no longer for all files than for a few is omitted.
 
     Parameters
     ----------
     seconds
-        Of the passes over `count` files, by kind and way.
+        Seconds of the passes over `count` files, by format and pipeline.
     starts
-        Of the commands over `short` files.
+        Seconds of the commands over `short` files.
     """
     found: dict[str, dict[str, float]] = {}
-    for (kind, name), taken in seconds.items():
-        column, median, files = found.setdefault(kind, {}), statistics.median(taken), count
-        if (kind, name) in starts:
-            median, files = median - statistics.median(starts[kind, name]), count - short
+    for (file_format, name), taken in seconds.items():
+        column, median, files = found.setdefault(file_format, {}), statistics.median(taken), count
+        if (file_format, name) in starts:
+            median, files = median - statistics.median(starts[file_format, name]), count - short
         if median > 0:
             column[name] = files / median
     return found
 
 
 def file_rows(found: Mapping[str, Mapping[str, float]], seconds: Seconds, count: int) -> list[list[str]]:
-    """Lay out frames a second: a row for each way and kind of file."""
-    rows = [["", "files", "frames/s", "passes", "frames/s with the start"]]
-    for (kind, name), taken in seconds.items():
+    """Return table rows: one per pipeline and file format."""
+    rows = [["", "files", "frames/s", "passes", "frames/s with start"]]
+    for (file_format, name), taken in seconds.items():
         whole = f"{count / statistics.median(taken):.0f}" if name.startswith("EchoQuad") else ""
-        rate = f"{found[kind][name]:.0f}" if name in found[kind] else ""
-        rows.append([name, kind, rate, str(len(taken)), whole])
+        rate = f"{found[file_format][name]:.0f}" if name in found[file_format] else ""
+        rows.append([name, file_format, rate, str(len(taken)), whole])
     return rows
 
 
-def file_aims(kind: str, precision: str, found: Mapping[str, float]) -> list[str]:
-    """Compare frames a second of one kind of file with the aims."""
-    own, hand = f"EchoQuad {precision}", f"onnxruntime by hand {precision}"
+def file_aims(file_format: str, precision: str, found: Mapping[str, float]) -> list[str]:
+    """Compare frames per second of one file format with the aims."""
+    own, plain = f"EchoQuad {precision}", f"plain onnxruntime {precision}"
     reading = [value for name, value in found.items() if name.startswith("reading alone")]
     most = {"reading": max(reading)} if reading else {}
     return [
-        aim(f"{kind}, {own} over {hand}", ratio(found, own, hand), BY_HAND_AIM, at_most=False),
-        aim(f"{kind}, {own} over reading alone", ratio({**found, **most}, own, "reading"), DECODE_AIM, at_most=False),
+        aim(f"{file_format}, {own} over {plain}", ratio(found, own, plain), PLAIN_AIM, at_most=False),
+        aim(
+            f"{file_format}, {own} over reading alone",
+            ratio({**found, **most}, own, "reading"),
+            DECODE_AIM,
+            at_most=False,
+        ),
     ]
 
 
-# ---------------------------------------------------------------------------------------------- CPU cores
+# CPU cores
 
 
 def scaling(context: Context) -> None:
-    """Take files to a CSV on the CPU with 2 to 16 cores, in int8."""
+    """Time files to CSV on the CPU with 2 to 16 cores, in int8 if available."""
     cpus, bundle = min(context.settings.threads, available_cpus()), context.peer.bundle
     precision = "int8" if "int8" in bundle.precisions else bundle.default_precision
     if beyond := [str(number) for number in CORES if number > cpus]:
         context.missing(f"{', '.join(beyond)} cores", f"this process may use {cpus}")
     found: dict[int, float] = {}
     for number in (one for one in CORES if one <= cpus):
-        count = min(context.settings.count, FRAMES_A_CORE * number)
+        count = min(context.settings.count, FRAMES_PER_CORE * number)
         short = 8 * number + 8
         trees = [frame_tree(context, PNG, size) for size in (short, count)]
         try:
             with limited_to(number):
-                # The first run fills EchoQuad's cache, and does not count.
+                # The first run fills EchoQuad's cache and is not counted.
                 _, few, many = (_on_cores(context, precision, number, trees[index]) for index in (0, 0, 1))
         except (RuntimeError, OutOfTimeError) as error:
             context.missing(f"{number} cores", OUT_OF_TIME if isinstance(error, OutOfTimeError) else error)
@@ -310,7 +323,7 @@ def scaling(context: Context) -> None:
         context.table(f"Files to CSV on the CPU, {precision}", scaling_rows(found))
     if found:
         context.note(scaling_aim(found))
-    context.note(f"{PNG}, one run a row, without the start. {_siblings()}")
+    context.note(f"{PNG}, one run per row, without start. {_siblings()}")
 
 
 def _on_cores(context: Context, precision: str, number: int, folder: Path) -> float:
@@ -323,7 +336,7 @@ def _on_cores(context: Context, precision: str, number: int, folder: Path) -> fl
 
 @contextlib.contextmanager
 def limited_to(number: int) -> Iterator[None]:
-    """Tie this process, and what it starts, to the first `number` of its CPUs."""
+    """Pin this process and its children to the first `number` of its CPUs."""
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, set(sorted(allowed)[:number]))
     try:
@@ -333,12 +346,12 @@ def limited_to(number: int) -> Iterator[None]:
 
 
 def shares(found: Mapping[int, float]) -> dict[int, float]:
-    """Return the share of linear by cores: frames a second over those of 2 cores times as many more cores."""
+    """Return the share of linear scaling from 2 cores, by cores."""
     return {number: rate / (found[2] * number / 2) for number, rate in found.items()} if 2 in found else {}
 
 
 def scaling_rows(found: Mapping[int, float]) -> list[list[str]]:
-    """Lay out frames a second by cores."""
+    """Return table rows: frames per second by cores."""
     share = shares(found)
     rows = [["cores", "frames/s", "of linear from 2"]]
     for number, rate in found.items():
@@ -347,17 +360,17 @@ def scaling_rows(found: Mapping[int, float]) -> list[list[str]]:
 
 
 def scaling_aim(found: Mapping[int, float]) -> str:
-    """Compare the share of linear at the most cores with the aim."""
+    """Compare the share of linear scaling at the largest number of cores with the aim."""
     most, share = max(found), shares(found)
     value = share.get(most) if most > 2 else None
     return aim(f"{most} cores, share of linear from 2", value, SCALING_AIM, at_most=False)
 
 
 def _siblings() -> str:
-    """Return which CPUs share a core: that decides what linear means."""
+    """Return which CPUs share a core, which affects what linear scaling can mean."""
     path = Path("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
     try:
         listed = path.read_text().strip()
     except OSError:
-        return "Which CPUs share a core is not known."
+        return "It is unknown which CPUs share a core."
     return f"CPUs {listed} share a core." if "," in listed or "-" in listed else "No two CPUs share a core."

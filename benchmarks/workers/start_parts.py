@@ -1,8 +1,8 @@
-"""The parts of a start, timed in a process that has done nothing else; a helper of `gpu.py`.
+"""Time the parts of a start in a fresh process, for `gpu.py`.
 
-    python benchmarks/gpu_start.py BUNDLE DEVICE PRECISION FRAMES
+    python benchmarks/workers/start_parts.py BUNDLE DEVICE PRECISION FRAMES
 
-prints the seconds of each part, for a slot of so many frames, as a line of JSON.
+prints the seconds of each part as a line of JSON, for an inference slot of FRAMES frames.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(bundle: str, device: str, precision: str, frames: int) -> None:
     times.append(time.perf_counter())
     slot = engine.open_slot(frames)
     times.append(time.perf_counter())
-    for _ in range(2):  # the first run of each shape is slower: cuDNN chooses its kernels
+    for _ in range(2):  # the first run of a shape is slower: cuDNN chooses its kernels
         SelfTest(opened, engine, frames)(slot)
         times.append(time.perf_counter())
     seconds = [end - begin for begin, end in pairwise(times)]

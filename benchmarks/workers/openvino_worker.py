@@ -1,10 +1,10 @@
-"""Time OpenVINO in a Python of its own, which `engines.py` starts: its wheel and onnxruntime's exclude each other.
+"""Run OpenVINO for `engines.py` in another environment, because its wheel and onnxruntime's exclude each other.
 
-    PYTHON benchmarks/openvino_worker.py BUNDLE GRAPHS THREADS
+    PYTHON benchmarks/workers/openvino_worker.py BUNDLE GRAPHS THREADS
 
 PYTHON needs onnxruntime-openvino, openvino, numpy and Pillow. GRAPHS is a folder of further ONNX files, NAME.onnx. The
-first line of output is JSON: the calls that can be made, and versions. Each line of input then names a call; it is made
-on one frame's quadrants and answered by an empty line.
+first line of output is JSON: the available calls, and versions. Each line of input names a call; the worker makes it on
+the quadrants of one frame and answers with an empty line.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "runtime"))
 
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.bundle.manifest import BF16
@@ -35,7 +35,7 @@ def main(folder: str, graphs: str, threads: int) -> None:
     quadrants = np.random.default_rng(0).integers(0, 256, (4, 1, size, size), np.uint8)
     core = openvino.Core()
 
-    def by_hand(graph: bytes, precision: str) -> Callable[[], object]:
+    def plain_call(graph: bytes, precision: str) -> Callable[[], object]:
         settings = {
             "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": threads,
@@ -52,9 +52,9 @@ def main(folder: str, graphs: str, threads: int) -> None:
     for name in names:
         slots = SlotPool(OnnxEngine(bundle, precision=name, device="openvino", threads=threads), 1)
         calls[f"EchoQuad, {name}, device openvino"] = lambda slots=slots: slots.run(quadrants[None], 1)  # type: ignore[misc]
-        calls[f"OpenVINO, {name}"] = by_hand(bundle.read_model(name), "bf16" if name == BF16 else "f32")
+        calls[f"OpenVINO, {name}"] = plain_call(bundle.read_model(name), "bf16" if name == BF16 else "f32")
     for path in sorted(Path(graphs).glob("*.onnx")):
-        calls[f"OpenVINO, {path.stem}"] = by_hand(path.read_bytes(), "f32")
+        calls[f"OpenVINO, {path.stem}"] = plain_call(path.read_bytes(), "f32")
     versions = {name: metadata.version(name) for name in ("onnxruntime-openvino", "openvino")}
     print(json.dumps({"calls": list(calls), "versions": versions}), flush=True)
     for line in sys.stdin:

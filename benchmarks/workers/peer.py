@@ -1,11 +1,11 @@
-"""The ways from frame files to a CSV that `peers.py` compares, each as a competent engineer would write it by hand.
+"""Pipelines from frame files to a CSV that `peers.py` compares: EchoQuad, and others as an engineer would write them.
 
-    python benchmarks/peer_ways.py NAME RUN BUNDLE THREADS
+    python -m workers.peer NAME RUN BUNDLE THREADS
 
-is a process that prepares one of them, says so by ``""``, or why it cannot, and then makes one pass each time that it
-is told to: a line of JSON in, ``[folder of frames, CSV file]``, a line out, ``[wall seconds, CPU seconds]``.
+prepares a pipeline and prints ``""``, or the reason why it is unavailable, as JSON. Then each line of input,
+``[folder of frames, CSV file]``, runs one pass, and the answer is ``[wall seconds, CPU seconds]``.
 
-All cut a frame where the contract says, and vote by majority; how they read, resize, infer and write is their own.
+All pipelines crop by the contract and vote by majority; reading, resizing, inference and writing differ.
 """
 
 from __future__ import annotations
@@ -34,16 +34,18 @@ from echoquad_runtime.quadrants import quadrant_boxes
 
 Pass = Callable[[Sequence[Path], Path], None]
 In, Out = TypeVar("In"), TypeVar("Out")
-READY = ""  # what a process says that has prepared its way; any other text is why it cannot
-BATCH = 8  # frames at a time, where a way has batches
+READY = ""  # answer of a prepared pipeline; any other text is why it is unavailable
+BATCH = 8  # frames per batch, in pipelines with batches
 
 
 class UnavailableError(Exception):
-    """A way cannot be gone on this machine."""
+    """A pipeline is not available on this machine."""
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setup:
+    """Run, bundle and CPU threads of a pipeline."""
+
     run: Path
     bundle_folder: Path
     threads: int
@@ -58,34 +60,34 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Way:
-    """A peer: its title, the precision that it computes in, and what prepares it."""
+class Pipeline:
+    """A pipeline: its title, precision, the function that prepares it, and the package that it needs."""
 
     title: str
     precision: str
-    prepare: Callable[[Setting], Pass]
-    needs: str = ""  # a package that is not EchoQuad's own
+    prepare: Callable[[Setup], Pass]
+    needs: str = ""
 
 
-# ---------------------------------------------------------------------------------------------- by hand: the ends
+# Reading and writing
 
 
 def cut(path: Path, contract: Contract) -> list[Image.Image]:
-    """Open a frame, as grey, and cut it into its four quadrants."""
+    """Read a frame as grey levels and return its four quadrants."""
     with Image.open(path) as image:
         grey = image.convert("L")
     return [grey.crop(box) for box in quadrant_boxes(*grey.size, contract.keep)]
 
 
 def cut_small(path: Path, contract: Contract) -> np.ndarray:
-    """Give the quadrants resized, uint8 [4, 1, S, S]."""
+    """Return the resized quadrants, uint8 [4, 1, S, S]."""
     size = (contract.input_size, contract.input_size)
     quadrants = [np.asarray(one.resize(size, Image.Resampling.BILINEAR)) for one in cut(path, contract)]
     return np.stack(quadrants)[:, None]
 
 
 def write(out: Path, contract: Contract, answers: Iterable[tuple[Path, np.ndarray]]) -> None:
-    """Vote and write a row a frame; its probabilities are float [4, C]."""
+    """Vote and write one row per frame; `answers` are paths with probabilities, float [4, C]."""
     classes = contract.classes
     header = ["file", "method", "pred_image", *(f"prob_{name}" for name in classes)]
     for quadrant in QUADRANTS:
@@ -110,7 +112,7 @@ def softmax(logits: np.ndarray, contract: Contract) -> np.ndarray:
 
 
 def in_threads(call: Callable[[In], Out], items: Iterable[In], threads: int, ahead: int = 16) -> Iterator[Out]:
-    """Map in threads, in order, with no more than `ahead` items under way."""
+    """Map in threads, in order, with at most `ahead` items in flight."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[Out]] = deque()
         for item in items:
@@ -121,26 +123,26 @@ def in_threads(call: Callable[[In], Out], items: Iterable[In], threads: int, ahe
             yield waiting.popleft().result()
 
 
-# ---------------------------------------------------------------------------------------------- torch
+# torch
 
 
-def trained(setting: Setting) -> Any:
-    """Give the trained network as one knows it: float32 [N, 3, S, S], normalised, to logits."""
+def trained(setup: Setup) -> Any:
+    """Return the trained network in torch, from normalised float32 [N, 3, S, S] to logits."""
     import torch
 
     from echoquad_train.runs.checkpoint import load_run
 
-    torch.set_num_threads(setting.threads)
-    model = load_run(setting.run).model
+    torch.set_num_threads(setup.threads)
+    model = load_run(setup.run).model
     return torch.nn.Sequential(model.backbone, model.head).eval()
 
 
-def document(setting: Setting) -> Pass:
-    """Prepare the document's way: a patch at a time through torchvision's transforms and eager torch."""
+def reference(setup: Setup) -> Pass:
+    """Prepare the reference pipeline: quadrant by quadrant through torchvision transforms and eager torch."""
     import torch
     from torchvision import transforms
 
-    model, contract = trained(setting), setting.contract
+    model, contract = trained(setup), setup.contract
     transform = transforms.Compose(
         [
             transforms.Resize((contract.input_size, contract.input_size)),
@@ -150,7 +152,7 @@ def document(setting: Setting) -> Pass:
         ]
     )
 
-    def judge(path: Path) -> tuple[Path, np.ndarray]:
+    def infer(path: Path) -> tuple[Path, np.ndarray]:
         rows = []
         with torch.no_grad():
             for quadrant in cut(path, contract):
@@ -158,50 +160,50 @@ def document(setting: Setting) -> Pass:
                 rows.append(torch.softmax(logits / contract.temperature, dim=1)[0].numpy())
         return path, np.stack(rows)
 
-    return lambda paths, out: write(out, contract, map(judge, paths))
+    return lambda paths, out: write(out, contract, map(infer, paths))
 
 
-def torch_batched(setting: Setting, *, bfloat16: bool = False) -> Pass:
-    """Prepare torch at its best: batches, channels last, inference mode, frames read ahead in a thread."""
+def torch_batched(setup: Setup, *, bfloat16: bool = False) -> Pass:
+    """Prepare optimised torch: batches, channels last, inference mode, frames read ahead in a thread."""
     import torch
 
-    kind = torch.bfloat16 if bfloat16 else torch.float32
-    contract = setting.contract
-    model = trained(setting).to(memory_format=torch.channels_last, dtype=kind)
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    contract = setup.contract
+    model = trained(setup).to(memory_format=torch.channels_last, dtype=dtype)
 
     @torch.inference_mode()
-    def judge(quadrants: np.ndarray) -> np.ndarray:
-        x = (torch.from_numpy(quadrants).to(kind) / 255 - contract.mean) / contract.std
+    def infer(quadrants: np.ndarray) -> np.ndarray:
+        x = (torch.from_numpy(quadrants).to(dtype) / 255 - contract.mean) / contract.std
         x = x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
         return torch.softmax(model(x).float() / contract.temperature, dim=1).numpy()
 
     def answers(paths: Sequence[Path]) -> Iterator[tuple[Path, np.ndarray]]:
-        # One thread reads ahead; the others are torch's own.
+        # One thread reads ahead; torch uses the others.
         quadrants = in_threads(lambda path: cut_small(path, contract), paths, 1)
         for begin in range(0, len(paths), BATCH):
             chunk = paths[begin : begin + BATCH]
-            found = judge(np.concatenate([next(quadrants) for _ in chunk]))
+            found = infer(np.concatenate([next(quadrants) for _ in chunk]))
             yield from zip(chunk, found.reshape(len(chunk), 4, -1), strict=True)
 
     return lambda paths, out: write(out, contract, answers(paths))
 
 
-# ---------------------------------------------------------------------------------------------- onnxruntime
+# onnxruntime
 
 
-def float_graph(setting: Setting) -> bytes:
-    """Export the trained network as its author would: one frame, float32 [4, 3, S, S], normalised, to logits."""
+def float_graph(setup: Setup) -> bytes:
+    """Export the trained network in the usual way: one frame, normalised float32 [4, 3, S, S], to logits."""
     import logging
     import warnings
 
     import torch
 
-    size = setting.contract.input_size
+    size = setup.contract.input_size
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            trained(setting),
+            trained(setup),
             (torch.zeros(4, 3, size, size),),
             dynamo=True,
             verbose=False,
@@ -212,118 +214,117 @@ def float_graph(setting: Setting) -> bytes:
 
 
 def ort_session(graph: bytes, threads: int) -> Any:
-    onnxruntime = load_onnxruntime()  # as everybody's, but that it tells nobody
+    onnxruntime = load_onnxruntime()  # with telemetry off
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def normalise(quadrants: np.ndarray, contract: Contract) -> np.ndarray:
-    """Give float32 [N, 3, S, S] for grey levels, uint8 [N, 1, S, S]."""
+    """Return float32 [N, 3, S, S] from grey levels uint8 [N, 1, S, S]."""
     x = (quadrants.astype(np.float32) / 255 - contract.mean) / contract.std
     return np.repeat(x.astype(np.float32), 3, axis=1)
 
 
-def ort_float(setting: Setting, *, pool: bool = False) -> Pass:
-    """Prepare onnxruntime on the author's own float32 graph; with `pool`, frames in threads, a session thread each."""
-    contract = setting.contract
-    session = ort_session(float_graph(setting), 1 if pool else setting.threads)
+def ort_float(setup: Setup, *, pool: bool = False) -> Pass:
+    """Prepare onnxruntime on `float_graph`; with `pool`, one thread per frame and one session thread each."""
+    contract = setup.contract
+    session = ort_session(float_graph(setup), 1 if pool else setup.threads)
 
-    def judge(path: Path) -> tuple[Path, np.ndarray]:
+    def infer(path: Path) -> tuple[Path, np.ndarray]:
         (logits,) = session.run(None, {"input": normalise(cut_small(path, contract), contract)})
         return path, softmax(logits, contract)
 
-    return _ort_pass(judge, setting, pool)
+    return _ort_pass(infer, setup, pool)
 
 
-def ort_graph(setting: Setting, *, precision: str, pool: bool = False) -> Pass:
-    """Prepare onnxruntime on the bundle's own graph, which takes grey levels."""
-    contract = setting.contract
-    session = ort_session(setting.bundle.read_model(precision), 1 if pool else setting.threads)
+def ort_graph(setup: Setup, *, precision: str, pool: bool = False) -> Pass:
+    """Prepare onnxruntime on the bundle's graph, which reads grey levels."""
+    contract = setup.contract
+    session = ort_session(setup.bundle.read_model(precision), 1 if pool else setup.threads)
 
-    def judge(path: Path) -> tuple[Path, np.ndarray]:
+    def infer(path: Path) -> tuple[Path, np.ndarray]:
         return path, session.run(["probabilities"], {"quadrants": cut_small(path, contract)})[0]
 
-    return _ort_pass(judge, setting, pool)
+    return _ort_pass(infer, setup, pool)
 
 
-def _ort_pass(judge: Callable[[Path], tuple[Path, np.ndarray]], setting: Setting, pool: bool) -> Pass:
+def _ort_pass(infer: Callable[[Path], tuple[Path, np.ndarray]], setup: Setup, pool: bool) -> Pass:
     if not pool:
-        return lambda paths, out: write(out, setting.contract, map(judge, paths))
-    return lambda paths, out: write(out, setting.contract, in_threads(judge, paths, setting.threads))
+        return lambda paths, out: write(out, setup.contract, map(infer, paths))
+    return lambda paths, out: write(out, setup.contract, in_threads(infer, paths, setup.threads))
 
 
-# ---------------------------------------------------------------------------------------------- OpenVINO
+# OpenVINO
 
 
-def openvino(setting: Setting, *, graph: str, hint: str = "f32", queue: bool = False) -> Pass:
-    """Prepare OpenVINO: for latency in a plain loop, or for throughput with frames read in threads and a queue.
+def openvino(setup: Setup, *, graph: str, hint: str = "f32", queue: bool = False) -> Pass:
+    """Prepare OpenVINO: a plain loop with the latency hint, or threads and a queue with the throughput hint.
 
-    `graph` is a precision of the bundle, or ``int8 plain``: quantised with the first convolution as it was trained, as
-    other tools leave it.
+    `graph` is a precision of the bundle, or ``int8 plain``: quantized with the first convolution as trained.
     """
     import openvino as ov
     from engines import plain_int8
 
-    contract, core = setting.contract, ov.Core()
+    contract, core = setup.contract, ov.Core()
     if hint == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise UnavailableError("this processor has no bfloat16")
-    model = core.read_model(plain_int8(setting.bundle) if graph == "int8 plain" else setting.bundle.read_model(graph))
+    model = core.read_model(plain_int8(setup.bundle) if graph == "int8 plain" else setup.bundle.read_model(graph))
     model.reshape([4, 1, contract.input_size, contract.input_size])
-    settings = {
+    options = {
         "INFERENCE_PRECISION_HINT": hint,
-        "INFERENCE_NUM_THREADS": setting.threads,
+        "INFERENCE_NUM_THREADS": setup.threads,
         "PERFORMANCE_HINT": "THROUGHPUT" if queue else "LATENCY",
     }
-    compiled = core.compile_model(model, "CPU", settings)
+    compiled = core.compile_model(model, "CPU", options)
     if not queue:
         request = compiled.create_infer_request()
 
-        def judge(path: Path) -> tuple[Path, np.ndarray]:
+        def infer(path: Path) -> tuple[Path, np.ndarray]:
             return path, request.infer([cut_small(path, contract)])["probabilities"].copy()
 
-        return lambda paths, out: write(out, contract, map(judge, paths))
+        return lambda paths, out: write(out, contract, map(infer, paths))
 
     requests = ov.AsyncInferQueue(compiled)
 
-    def many(paths: Sequence[Path], out: Path) -> None:
+    def make_pass(paths: Sequence[Path], out: Path) -> None:
         found: list[Any] = [None] * len(paths)
 
         def keep(request: Any, index: int) -> None:
             found[index] = request.get_tensor("probabilities").data.copy()
 
         requests.set_callback(keep)
-        quadrants = in_threads(lambda path: cut_small(path, contract), paths, setting.threads)
+        quadrants = in_threads(lambda path: cut_small(path, contract), paths, setup.threads)
         for index, one in enumerate(quadrants):
             requests.start_async([one], index)
         requests.wait_all()
         write(out, contract, zip(paths, found, strict=True))
 
-    return many
+    return make_pass
 
 
-# ---------------------------------------------------------------------------------------------- EchoQuad
+# EchoQuad
 
 
-def echoquad(setting: Setting, *, precision: str) -> Pass:
-    """Prepare what ``echoquad predict --out`` does once its process is there."""
+def echoquad(setup: Setup, *, precision: str) -> Pass:
+    """Prepare what ``echoquad predict --out`` does after its start."""
     from echoquad_runtime.frames.frame_file import Failure, FrameFile
     from echoquad_runtime.predict.predictor import Predictor
     from echoquad_runtime.results.result_file import ResultFile
 
     predictor = Predictor(
-        setting.bundle, device="cpu", precision=precision, threads=setting.threads, method="majority", many=True
+        setup.bundle, device="cpu", precision=precision, threads=setup.threads, method="majority", concurrent=True
     )
 
     made_by = {
-        "bundle": setting.bundle.manifest["manifest_sha256"],
+        "bundle": setup.bundle.manifest["manifest_sha256"],
         "method": predictor.method,
         "device": predictor.engine.device,
         "precision": predictor.engine.precision,
         "shard": None,
     }
 
-    def many(paths: Sequence[Path], out: Path) -> None:
+    def make_pass(paths: Sequence[Path], out: Path) -> None:
         with ResultFile(out) as rows:
             rows.begin(predictor.contract.classes, made_by)
             for result in predictor.predict(FrameFile(path, path.name) for path in paths):
@@ -332,79 +333,81 @@ def echoquad(setting: Setting, *, precision: str) -> Pass:
                 rows.write(result)
             rows.finish()
 
-    return many
+    return make_pass
 
 
-def echoquad_process(setting: Setting, *, precision: str) -> Pass:
-    """Prepare nothing: each pass is a whole ``echoquad predict``."""
+def echoquad_process(setup: Setup, *, precision: str) -> Pass:
+    """Run a whole ``echoquad predict`` process for each pass."""
 
-    def many(paths: Sequence[Path], out: Path) -> None:
-        line = ["predict", setting.bundle_folder, paths[0].parent, "--out", out, "--precision", precision]
-        line += ["--threads", setting.threads, "--device", "cpu", "--method", "majority", "--untuned"]
+    def make_pass(paths: Sequence[Path], out: Path) -> None:
+        line = ["predict", setup.bundle_folder, paths[0].parent, "--out", out, "--precision", precision]
+        line += ["--threads", setup.threads, "--device", "cpu", "--method", "majority", "--untuned"]
         command = [sys.executable, "-m", "echoquad", *map(str, line)]
         subprocess.run(command, check=True, stderr=subprocess.PIPE)
 
-    return many
+    return make_pass
 
 
-def _openvino_ways() -> dict[str, Way]:
+def _openvino_pipelines() -> dict[str, Pipeline]:
     found = {}
     for graph, hint, precision in (("fp32", "f32", "fp32"), ("fp32", "bf16", "bf16"), ("int8 plain", "f32", "int8")):
         for queue in (False, True):
 
-            def prepare(setting: Setting, graph: str = graph, hint: str = hint, queue: bool = queue) -> Pass:
-                return openvino(setting, graph=graph, hint=hint, queue=queue)
+            def prepare(setup: Setup, graph: str = graph, hint: str = hint, queue: bool = queue) -> Pass:
+                return openvino(setup, graph=graph, hint=hint, queue=queue)
 
-            title = f"OpenVINO by hand, {precision}, {'threads and queue' if queue else 'plain loop'}"
-            found[f"openvino-{precision}{'-queue' * queue}"] = Way(title, precision, prepare, "openvino")
+            title = f"plain OpenVINO, {precision}, {'threads and queue' if queue else 'loop'}"
+            found[f"openvino-{precision}{'-queue' * queue}"] = Pipeline(title, precision, prepare, "openvino")
     return found
 
 
-def _own_ways() -> dict[str, Way]:
+def _echoquad_pipelines() -> dict[str, Pipeline]:
     found = {}
     for precision in ("fp32", "int8"):
-        found[f"echoquad-{precision}"] = Way(
-            f"EchoQuad, {precision}", precision, lambda setting, p=precision: echoquad(setting, precision=p)
+        found[f"echoquad-{precision}"] = Pipeline(
+            f"EchoQuad, {precision}", precision, lambda setup, p=precision: echoquad(setup, precision=p)
         )
-        found[f"echoquad-{precision}-process"] = Way(
-            f"EchoQuad, {precision}, start of the process included",
+        found[f"echoquad-{precision}-process"] = Pipeline(
+            f"EchoQuad, {precision}, process start included",
             precision,
-            lambda setting, p=precision: echoquad_process(setting, precision=p),
+            lambda setup, p=precision: echoquad_process(setup, precision=p),
         )
     return found
 
 
-WAYS: dict[str, Way] = {
-    "document": Way("document's way: torchvision, torch eager, patch by patch", "fp32", document, "torchvision"),
-    "torch": Way("torch, batches, channels last", "fp32", torch_batched, "torch"),
-    "torch-bf16": Way(
-        "torch, batches, channels last, bf16", "bf16", lambda setting: torch_batched(setting, bfloat16=True), "torch"
+PIPELINES: dict[str, Pipeline] = {
+    "reference": Pipeline(
+        "reference pipeline: torchvision, torch eager, quadrant by quadrant", "fp32", reference, "torchvision"
     ),
-    "ort-fp32": Way("onnxruntime by hand, fp32, plain loop", "fp32", ort_float, "torch"),
-    "ort-fp32-threads": Way(
-        "onnxruntime by hand, fp32, threads", "fp32", lambda setting: ort_float(setting, pool=True), "torch"
+    "torch": Pipeline("torch, batches, channels last", "fp32", torch_batched, "torch"),
+    "torch-bf16": Pipeline(
+        "torch, batches, channels last, bf16", "bf16", lambda setup: torch_batched(setup, bfloat16=True), "torch"
     ),
-    "ort-int8": Way(
-        "onnxruntime by hand, int8 of the bundle, plain loop",
+    "ort-fp32": Pipeline("plain onnxruntime, fp32, loop", "fp32", ort_float, "torch"),
+    "ort-fp32-threads": Pipeline(
+        "plain onnxruntime, fp32, threads", "fp32", lambda setup: ort_float(setup, pool=True), "torch"
+    ),
+    "ort-int8": Pipeline(
+        "plain onnxruntime, int8 of the bundle, loop",
         "int8",
-        lambda setting: ort_graph(setting, precision="int8"),
+        lambda setup: ort_graph(setup, precision="int8"),
     ),
-    "ort-int8-threads": Way(
-        "onnxruntime by hand, int8 of the bundle, threads",
+    "ort-int8-threads": Pipeline(
+        "plain onnxruntime, int8 of the bundle, threads",
         "int8",
-        lambda setting: ort_graph(setting, precision="int8", pool=True),
+        lambda setup: ort_graph(setup, precision="int8", pool=True),
     ),
-    **_openvino_ways(),
-    **_own_ways(),
+    **_openvino_pipelines(),
+    **_echoquad_pipelines(),
 }
 
 
-def serve(name: str, setting: Setting) -> None:
-    """Prepare a way, then make passes until the end of stdin."""
+def serve(name: str, setup: Setup) -> None:
+    """Prepare a pipeline, then run passes until the end of stdin."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not be taken for an answer
+    os.dup2(2, 1)  # libraries may print to stdout; answers go to a copy of it
     try:
-        make_pass = WAYS[name].prepare(setting)
+        make_pass = PIPELINES[name].prepare(setup)
     except UnavailableError as error:
         print(json.dumps(str(error)), file=answers, flush=True)
         return
@@ -418,4 +421,4 @@ def serve(name: str, setting: Setting) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], Setting(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])))
+    serve(sys.argv[1], Setup(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])))
