@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -30,8 +29,6 @@ COST = {
     "throughput": "time per frame in batches",
     "power": "CPU time per frame, a proxy for power",
 }
-
-logger = logging.getLogger(__name__)
 
 
 def tune(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Generator
 from contextlib import closing, nullcontext
@@ -46,8 +45,6 @@ if TYPE_CHECKING:
     _Results = Generator[Prediction | Failure, None, None]
 
 __all__ = ["predict"]
-
-logger = logging.getLogger(__name__)
 
 
 def predict(
