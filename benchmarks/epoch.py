@@ -36,7 +36,7 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices.cpu_info import available_cpus
 from echoquad_runtime.quadrants import quadrant_boxes
 from echoquad_train.data.dataset import LabelledFrame, Split, load_quadrants, read_classes, read_split
-from echoquad_train.networks.classifier import QuadrantClassifier, build_model, set_trained
+from echoquad_train.networks.classifier import QuadrantClassifier, build_model, set_trainable
 from echoquad_train.networks.device import choose_device, make_deterministic, mixed_dtype
 from echoquad_train.recipe import Recipe
 from echoquad_train.training.augmentation import apply_augmentation
@@ -58,7 +58,7 @@ class PngQuadrants(Dataset[tuple[torch.Tensor, int]]):
             [
                 transforms.Resize((size, size), bilinear),
                 transforms.RandomResizedCrop(size, recipe.crop_scale, recipe.crop_ratio, bilinear),
-                transforms.RandomHorizontalFlip(recipe.flip),
+                transforms.RandomHorizontalFlip(recipe.horizontal_flip),
                 transforms.RandomRotation(recipe.rotate, bilinear),
                 transforms.RandomAffine(0, move, recipe.zoom, [-shear, shear], bilinear),
                 transforms.PILToTensor(),
@@ -90,7 +90,7 @@ class Loop:
         self.weights = class_weights(labels, len(contract.classes)).to(where)
         self.scaler = torch.amp.GradScaler(where.type, enabled=self.dtype is torch.float16)
         phase = phase_of(recipe, recipe.epochs)
-        groups = set_trained(self.model, phase.layers)
+        groups = set_trainable(self.model, phase.layers)
         self.schedule = OptimizerSchedule(
             groups, recipe, phase, steps_per_epoch=10**6
         )  # the learning rate does not affect the time

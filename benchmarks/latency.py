@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from common import FORMATS, PAUSE, arguments, make_frames, quantiles, report, rotated
 
-from echoquad_runtime.bench.benchmark import STAGES, peak_rss_mb, time_stages
-from echoquad_runtime.bench.live_source import Paced, pace
+from echoquad_runtime.bench.benchmark import STAGES, time_stages
+from echoquad_runtime.bench.live_source import LiveRun, run_live
+from echoquad_runtime.bench.peak_memory import peak_rss_mb
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.bundle.onnx_header import INPUT, OUTPUTS
 from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
@@ -95,7 +96,7 @@ def measure(bundle: Bundle, precision: str, encoded: Sequence[bytes], options: A
     for fps in map(float, options.fps.split(",")):
         count = max(1, round(fps * options.seconds / options.rounds))
         found["live"][f"{fps:g}"] = stages(own, encoded, fps, count * options.rounds)
-        taken: dict[str, list[Paced]] = {name: [] for name in predictors}
+        taken: dict[str, list[LiveRun]] = {name: [] for name in predictors}
         for turn in range(options.rounds):
             for name in rotated(list(predictors), turn):
                 taken[name].append(live(predictors[name], encoded, fps, count))
@@ -107,22 +108,22 @@ def measure(bundle: Bundle, precision: str, encoded: Sequence[bytes], options: A
 
 def stages(predictor: Predictor, encoded: Sequence[bytes], fps: float, count: int) -> dict[str, Any]:
     """Return quantiles of each stage over a live run."""
-    slots = predictor.slots(many=False)
+    slots = predictor.slots(concurrent=False)
     batch = slots.new_batch()
     taken: list[list[float]] = []
-    pace(lambda i: taken.append(time_stages(slots, [encoded[i % len(encoded)]], batch)), fps, count)
+    run_live(lambda i: taken.append(time_stages(slots, [encoded[i % len(encoded)]], batch)), fps, count)
     columns = zip(STAGES, zip(*taken, strict=True), strict=True)
     return {name: quantiles([1e3 * one for one in column]) for name, column in columns}
 
 
-def live(predictor: Predictor, encoded: Sequence[bytes], fps: float, count: int) -> Paced:
+def live(predictor: Predictor, encoded: Sequence[bytes], fps: float, count: int) -> LiveRun:
     time.sleep(PAUSE)
     for index in range(5):
         predictor(encoded[index % len(encoded)])
-    return pace(lambda index: predictor(encoded[index % len(encoded)]), fps, count)
+    return run_live(lambda index: predictor(encoded[index % len(encoded)]), fps, count)
 
 
-def described(runs: Sequence[Paced]) -> dict[str, Any]:
+def described(runs: Sequence[LiveRun]) -> dict[str, Any]:
     """Return quantiles over all runs, and the mean CPU usage of the runs."""
     latencies = [1e3 * one for paced in runs for one in paced.latencies]
     idle = [100 * paced.idle_cpu for paced in runs if paced.idle_cpu is not None]

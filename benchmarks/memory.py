@@ -43,7 +43,7 @@ found.append(("EchoQuad's modules", resident()))
 bundle = Bundle(sys.argv[1])
 found.append(("bundle, read and hashed", resident()))
 threads = int(sys.argv[4])
-predictor = Predictor(bundle, precision=sys.argv[2], device="cpu", threads=threads, many=True)
+predictor = Predictor(bundle, precision=sys.argv[2], device="cpu", threads=threads, concurrent=True)
 found.append(("session", resident()))
 for _ in range(3):
     list(predictor.predict([sys.argv[3]]))

@@ -27,7 +27,8 @@ from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import ParityError
-from echoquad_runtime.predict.predictor import Prediction, Predictor
+from echoquad_runtime.predict.prediction import Prediction
+from echoquad_runtime.predict.predictor import Predictor
 from echoquad_train.data.dataset import read_split
 from echoquad_train.evaluation.intervals import wilson_interval
 from echoquad_train.runs.checkpoint import load_run

@@ -181,7 +181,8 @@ def training(context: Context) -> None:
     recipe, epochs = Recipe.load("scratch"), context.settings.epochs
     out, small = context.settings.work / "run", epochs // 2
     line = ["-m", "echoquad", "train", context.settings.data, "--out", out, "--recipe", "scratch"]
-    line += ["--epochs", str(epochs), "--set", f"small_share={small / epochs}", "--device", context.settings.device]
+    line += ["--epochs", str(epochs), "--set", f"progressive_fraction={small / epochs}"]
+    line += ["--device", context.settings.device]
     log = context.settings.work / "train.log"
     with sampled_utilisation(context, log) as utilisation:
         try:
@@ -201,7 +202,7 @@ def training(context: Context) -> None:
         others = f"{statistics.median(seconds[1:]):.2f}" if seconds[1:] else ""
         rows.append([name, str(len(seconds)), f"{seconds[0]:.2f}" if seconds else "", others])
     context.table(f"Training, recipe scratch at {recipe.input_size}", rows)
-    count = int(recipe.small_share * recipe.epochs)
+    count = int(recipe.progressive_fraction * recipe.epochs)
     value = epoch_seconds(found["reduced resolution"], found["full size"], count, recipe.epochs)
     what = f"seconds per epoch over the {recipe.epochs} epochs of the recipe"
     frames = sum(1 for _ in walk(context.settings.data / "train"))

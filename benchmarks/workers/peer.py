@@ -313,7 +313,7 @@ def echoquad(setup: Setup, *, precision: str) -> Pass:
     from echoquad_runtime.results.result_file import ResultFile
 
     predictor = Predictor(
-        setup.bundle, device="cpu", precision=precision, threads=setup.threads, method="majority", many=True
+        setup.bundle, device="cpu", precision=precision, threads=setup.threads, method="majority", concurrent=True
     )
 
     made_by = {

@@ -17,11 +17,12 @@ import pytest
 import scaling
 from workers import peer
 
-from echoquad_runtime.bench.live_source import Paced
+from echoquad_runtime.bench.live_source import LiveRun
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.frames.reader import read_frame
-from echoquad_runtime.predict.predictor import Prediction, Predictor
+from echoquad_runtime.predict.prediction import Prediction
+from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.quadrants import frame_quadrants
 
 pytest.importorskip("torch")
@@ -171,11 +172,11 @@ def test_compare_threads_subtracts_the_start() -> None:
 
 
 def test_latency_row_of_live_runs() -> None:
-    paced = Paced(fps=30, latencies=tuple(i / 1000 for i in range(101)), missed=67, cpu_cores=0.5, idle_cpu=0.004)
+    paced = LiveRun(fps=30, latencies=tuple(i / 1000 for i in range(101)), missed=67, cpu_cores=0.5, idle_cpu=0.004)
     assert latency.row("x", latency.described([paced])) == [
         "x", "50.00", "95.00", "99.00", "100.00", "67 of 101", "0.50", "0.4"
     ]  # fmt: skip
-    never = Paced(fps=30, latencies=(1.0,), missed=1, cpu_cores=1.0, idle_cpu=None)
+    never = LiveRun(fps=30, latencies=(1.0,), missed=1, cpu_cores=1.0, idle_cpu=None)
     assert latency.row("x", latency.described([never]))[-1] == ""
     both = latency.described([paced, never])
     assert (both["max"], both["frames"], both["missed"]) == (1000, 102, 68)

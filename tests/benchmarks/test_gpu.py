@@ -520,7 +520,7 @@ def test_training_section_compares_with_its_aim(
     monkeypatch.setattr(gpu_commands, "walk", lambda folder: iter(range(frames)))
     sent = Sent(settings(tmp_path, tiny_bundle, tmp_path, device="cuda", epochs=6, data=tmp_path / "data"))
     gpu_commands.training(sent.context)
-    assert "small_share=0.5" in lines[0] and lines[0][-1] == "cuda"
+    assert "progressive_fraction=0.5" in lines[0] and lines[0][-1] == "cuda"
     assert sent.of("table") == [
         (
             "Training, recipe scratch at 112",

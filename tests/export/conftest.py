@@ -148,7 +148,7 @@ RECIPE = Recipe(
     warmup_epochs=0,
     trained_layers="all",
     lr=3e-3,
-    stop_patience=0,
+    early_stopping_patience=0,
     mixed_precision=False,
 )
 
@@ -162,7 +162,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 @pytest.fixture(scope="session")
 def other_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """The same with nothing at its default: three classes, another crop, normalisation and vote."""
-    changes = {"keep": 0.7, "mean": 0.3, "std": 0.21, "positive": "VSD", "vote": "weighted"}
+    changes = {"center_crop": 0.7, "mean": 0.3, "std": 0.21, "positive": "VSD", "vote": "weighted"}
     recipe = replace(RECIPE, vote_weights=(0.0, 1.0, 2.0, 3.5), **changes)
     return make_case(tmp_path_factory.mktemp("other"), ("ASD", "NORM", "VSD"), recipe)
 

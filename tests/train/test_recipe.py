@@ -1,7 +1,10 @@
+"""Recipes: defaults, TOML files, ``--set`` and the values that are refused."""
+
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,8 @@ from hypothesis import strategies as st
 from echoquad_runtime.errors import ConfigError
 from echoquad_train.recipe import SHIPPED, Recipe
 
-DOCUMENT = {
-    # The document's own figures.
+REFERENCE = {
+    # Values that the reference pipeline states.
     "backbone": "resnet18",
     "weights": "imagenet",
     "dropout": 0.5,
@@ -32,23 +35,23 @@ DOCUMENT = {
     "schedule": "plateau",
     "plateau_factor": 0.5,
     "plateau_patience": 2,
-    "stop_patience": 3,
+    "early_stopping_patience": 3,
     "balanced_sampler": True,
     "class_weights": True,
     "label_smoothing": 0.05,
     "crop_scale": (0.5, 1.0),
-    "flip": 0.5,
+    "horizontal_flip": 0.5,
     "rotate": 10.0,
     "translate": 0.05,
     "zoom": (0.95, 1.05),
     "shear": 5.0,
     "erase": 0.5,
-    # Where it leaves the choice: "85 to 90 %", "optionally", "LV and RV heavier", torchvision's default ratio.
-    "keep": 0.9,
+    # Choices where it gives a range: "85 to 90 %", "optionally", "LV and RV heavier"; torchvision's default ratio.
+    "center_crop": 0.9,
     "layer3_epoch": 0,
     "vote_weights": (1.0, 1.0, 1.5, 1.5),
     "crop_ratio": (3 / 4, 4 / 3),
-    # EchoQuad's own.
+    # Fields that EchoQuad adds.
     "positive": "",
     "mixed_precision": True,
     "distill_weight": 0.7,
@@ -63,29 +66,35 @@ def refusal(error: pytest.ExceptionInfo[ConfigError]) -> str:
     return message
 
 
-NOT_IN_IT = dict.fromkeys(
-    ("gamma", "gain", "attenuation", "shadow", "speckle", "weight_average", "small_share", "temperature"), 0.0
+DISABLED = dict.fromkeys(
+    ("gamma", "gain", "attenuation", "shadow", "speckle", "ema_decay", "progressive_fraction", "temperature"), 0.0
 )
 
 
-def test_transfer_is_the_document() -> None:
-    # Calibration changes no quadrant's class.
-    others = {"small_scale": 0.5, "calibrate": True, "neighbours": False}
-    assert dataclasses.asdict(Recipe.load("transfer")) == DOCUMENT | NOT_IN_IT | others
-    assert Recipe() == Recipe.load("transfer")  # a TOML file that names little means the document otherwise
+def test_transfer_recipe_and_defaults_equal_reference_pipeline() -> None:
+    # Temperature scaling changes no quadrant's class.
+    others = {"progressive_scale": 0.5, "temperature_scaling": True, "context_padding": False}
+    assert dataclasses.asdict(Recipe.load("transfer")) == REFERENCE | DISABLED | others
+    assert Recipe() == Recipe.load("transfer")
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_recipe_loads_and_comes_back(name: str) -> None:
+def test_shipped_recipe_survives_toml_round_trip(name: str) -> None:
     recipe = Recipe.load(name)
     assert Recipe.from_toml(recipe.to_toml()) == recipe
     assert recipe.contract(("ASD", "NORM")).input_size == recipe.input_size
 
 
-def test_scratch_needs_no_download() -> None:
+def test_configuration_page_lists_every_field() -> None:
+    page = Path(__file__).parents[2] / "docs" / "reference" / "configuration.md"
+    listed = re.findall(r"^\| `(\w+)` \| `.*` \| `.*` \|", page.read_text("utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(field.name for field in dataclasses.fields(Recipe))
+
+
+def test_scratch_recipe_needs_no_download() -> None:
     scratch = Recipe.load("scratch")
     assert (scratch.weights, scratch.trained_layers, scratch.warmup_epochs) == ("none", "all", 0)
-    assert scratch.schedule == "onecycle" and scratch.stop_patience == 0
+    assert scratch.schedule == "onecycle" and scratch.early_stopping_patience == 0
 
 
 @given(
@@ -94,22 +103,39 @@ def test_scratch_needs_no_download() -> None:
     seed=st.integers(0, 2**63 - 1),
     flag=st.booleans(),
 )
-def test_any_value_survives_toml(text: str, lr: float, seed: int, flag: bool) -> None:
+def test_any_value_survives_toml_round_trip(text: str, lr: float, seed: int, flag: bool) -> None:
     recipe = Recipe(weights=text, positive=text, lr=lr, seed=seed, class_weights=flag, zoom=(0.1, 7))
     assert Recipe.from_toml(recipe.to_toml()) == recipe
 
 
-def test_a_file_is_read_with_and_without_a_byte_order_mark(tmp_path: Path) -> None:
+def test_recipe_file_may_have_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     for text in ("epochs = 3\n", "\ufeffepochs = 3\r\n"):
         path.write_bytes(text.encode())
         assert Recipe.load(str(path)) == Recipe(epochs=3)
 
 
+def test_recipe_file_with_former_field_names_is_accepted() -> None:
+    former = "keep = 0.8\nneighbours = true\nsmall_share = 0.5\nsmall_scale = 0.25\nweight_average = 0.9\n"
+    former += "stop_patience = 7\nflip = 0.1\ncalibrate = false\n"
+    assert Recipe.from_toml(former) == Recipe(
+        center_crop=0.8,
+        context_padding=True,
+        progressive_fraction=0.5,
+        progressive_scale=0.25,
+        ema_decay=0.9,
+        early_stopping_patience=7,
+        horizontal_flip=0.1,
+        temperature_scaling=False,
+    )
+    with pytest.raises(ConfigError, match="unknown name keep"):
+        Recipe.from_toml("keep = 0.8\ncenter_crop = 0.9\n")
+
+
 @pytest.mark.parametrize(
     ("setting", "field", "value"),
     [
-        ("flip=0", "flip", 0.0),
+        ("horizontal_flip=0", "horizontal_flip", 0.0),
         ("lr=1e-3", "lr", 1e-3),
         (" lr = 0.5 ", "lr", 0.5),
         ("epochs=7", "epochs", 7),
@@ -125,11 +151,11 @@ def test_a_file_is_read_with_and_without_a_byte_order_mark(tmp_path: Path) -> No
         ("positive=", "positive", ""),
     ],
 )
-def test_set(setting: str, field: str, value: object) -> None:
+def test_set_parses_value_as_toml_or_bare_word(setting: str, field: str, value: object) -> None:
     assert Recipe().replace([setting]) == dataclasses.replace(Recipe(), **{field: value})
 
 
-def test_set_comes_after_options_and_the_last_one_holds() -> None:
+def test_set_overrides_options_and_last_value_wins() -> None:
     assert Recipe().replace(["epochs=4", "epochs=5"], epochs=3, seed=9) == Recipe(epochs=5, seed=9)
 
 
@@ -138,14 +164,15 @@ def test_set_comes_after_options_and_the_last_one_holds() -> None:
     [
         ("epochs", "--set epochs: no '=' found; expected name=value"),
         ("epoch=3", "--set: unknown name epoch; expected some of backbone, "),
+        ("keep=0.8", "--set: unknown name keep; expected some of backbone, "),
         ("=3", "--set: unknown name "),
-        ("epochs=many", "epochs is 'many'; expected a whole number"),
-        ("epochs=3.0", "epochs is 3.0; expected a whole number"),
-        ("epochs=true", "epochs is True; expected a whole number"),
+        ("epochs=many", "epochs is 'many'; expected an integer"),
+        ("epochs=3.0", "epochs is 3.0; expected an integer"),
+        ("epochs=true", "epochs is True; expected an integer"),
         ("lr=true", "lr is True; expected a number"),
         ("lr=high", "lr is 'high'; expected a number"),
         ("class_weights=1", "class_weights is 1; expected true or false"),
-        ("weights=1", "weights is 1; expected a text"),
+        ("weights=1", "weights is 1; expected a string"),
         ("schedule=cosine", "schedule is 'cosine'; expected one of plateau, onecycle, constant"),
         ("schedule=1", "schedule is 1; expected one of plateau"),
         ("zoom=1", "zoom is 1; expected a list of 2 numbers"),
@@ -154,7 +181,7 @@ def test_set_comes_after_options_and_the_last_one_holds() -> None:
         ("vote_weights=[1,1,1]", "expected a list of 4 numbers"),
     ],
 )
-def test_what_set_refuses(setting: str, words: str) -> None:
+def test_set_refuses_unknown_names_and_wrong_types(setting: str, words: str) -> None:
     with pytest.raises(ConfigError) as error:
         Recipe().replace([setting])
     assert words in refusal(error)
@@ -168,7 +195,7 @@ def test_what_set_refuses(setting: str, words: str) -> None:
         ("warmup_epochs", -1),
         ("layer3_epoch", -1),
         ("plateau_patience", -1),
-        ("stop_patience", -2),
+        ("early_stopping_patience", -2),
         ("seed", -1),
         ("seed", 2**63),
         ("lr", 0),
@@ -182,7 +209,7 @@ def test_what_set_refuses(setting: str, words: str) -> None:
         ("weight_decay", math.nan),
         ("dropout", 1),
         ("label_smoothing", -0.1),
-        ("flip", 1.01),
+        ("horizontal_flip", 1.01),
         ("erase", -0.01),
         ("distill_weight", 1.01),
         ("distill_weight", -0.01),
@@ -203,22 +230,22 @@ def test_what_set_refuses(setting: str, words: str) -> None:
         ("optimizer", "lion"),
         ("input_size", 4),
         ("input_size", 5000),
-        ("keep", 0),
-        ("keep", 1.1),
+        ("center_crop", 0),
+        ("center_crop", 1.1),
         ("std", 0),
         ("mean", math.nan),
         ("vote_weights", (0, 0, 0, 0)),
         ("vote_weights", (1, 1, 1, -1)),
     ],
 )
-def test_impossible_values(field: str, value: object) -> None:
+def test_out_of_range_value_is_refused(field: str, value: object) -> None:
     with pytest.raises(ConfigError) as error:
         Recipe(**{field: value})  # type: ignore[arg-type]
     message = refusal(error)
     assert message.startswith(f"recipe: {field} ") and "; expected " in message
 
 
-def test_what_a_file_may_get_wrong(tmp_path: Path) -> None:
+def test_bad_recipe_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     for text, words in (
         ("epochs = ", "mine.toml: not TOML"),

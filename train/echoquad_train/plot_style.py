@@ -1,4 +1,4 @@
-"""The style of all figures, and how one is written: without a display and without pyplot's global state."""
+"""Plot style: palette and line styles of all figures, and writing a figure without display or pyplot state."""
 
 from __future__ import annotations
 
@@ -9,27 +9,24 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from echoquad_runtime.overlay.palette import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, SKY_BLUE, VERMILION
 from echoquad_runtime.storage.atomic import write_atomically
 
-__all__ = ["BLUE", "GREY", "ORANGE", "save", "short", "stroke"]
+__all__ = ["BLUE", "GREY", "VERMILION", "save", "short", "stroke"]
 
-# Okabe and Ito's palette, which readers with a colour vision deficiency can tell apart. doi:10.1038/nmeth.1618
-BLUE = "#0072B2"
-ORANGE = "#D55E00"
-GREY = "#7F7F7F"
-_CLASSES = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_CLASSES = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY_BLUE, BLACK)
+_STYLES = ("-", "--", "-.")
 
-
-_LONGEST = 28  # characters of a class's name in a figure
+_LONGEST = 28  # characters of a class name in a figure
 
 
 def stroke(index: int) -> tuple[str, str]:
-    """Give the colour and the line style of the class of an index: 21 pairs, then from the beginning."""
-    return _CLASSES[index % len(_CLASSES)], ("-", "--", "-.")[index // len(_CLASSES) % 3]
+    """Return the colour and line style of a class index; they repeat after 21 classes."""
+    return _CLASSES[index % len(_CLASSES)], _STYLES[index // len(_CLASSES) % len(_STYLES)]
 
 
 def short(name: str, longest: int = _LONGEST) -> str:
-    """Shorten a class's name to what a figure has room for; long names often differ at their ends."""
+    """Shorten a class name for a figure; its end is kept, where long names often differ."""
     tail = longest // 3
     return name if len(name) <= longest else f"{name[: longest - 1 - tail]}…{name[-tail:]}"
 
@@ -40,11 +37,11 @@ def save(figure: Figure, path: Path) -> None:
     Raises
     ------
     OutputError
-        If the system refuses.
+        If the file cannot be written.
     """
     FigureCanvasAgg(figure)
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a class may be called A$B$C
     with write_atomically(path) as stream, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box: of no harm
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box
         figure.savefig(stream, format="png", dpi=150)

@@ -58,13 +58,13 @@ def ensemble(
             raise RunError(f"{run.as_posix()}: no such folder; expected a run that `echoquad train` wrote")
     from echoquad_train.runs.ensemble_folder import write_ensemble
 
-    made = write_ensemble(runs, out, vote=vote, flip=flip)
+    made = write_ensemble(runs, out, vote=vote, flip_tta=flip)
     if calibrate is not None:
         from echoquad.cli.commands.train.training_progress import describe_calibration
-        from echoquad_train.training.run_calibration import calibrate_ensemble
+        from echoquad_train.fitting.run_temperatures import fit_ensemble_temperatures
 
         try:
-            made = calibrate_ensemble(made, calibrate)
+            made = fit_ensemble_temperatures(made, calibrate)
         except EchoQuadError:
             shutil.rmtree(out, ignore_errors=True)  # the folder was new or empty: leave no uncalibrated ensemble
             raise

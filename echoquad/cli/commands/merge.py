@@ -26,9 +26,9 @@ def merge(
     A shard that is unfinished, damaged, missing, given twice or from another run is refused.
     """
     from echoquad_runtime.results import shards
-    from echoquad_runtime.results.row_formats import check_ending
+    from echoquad_runtime.results.row_formats import format_for
 
-    check_ending(out)
+    format_for(out)
     merged = shards.merge(files, out)
     if not merged.complete:
         print_status("some files have no .run.json beside them: a missing shard cannot be detected")

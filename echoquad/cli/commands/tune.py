@@ -21,7 +21,7 @@ from echoquad.cli.framework.options import (
 
 if TYPE_CHECKING:
     from echoquad_runtime.errors import VerificationError
-    from echoquad_runtime.tuning.tune import Row, Tuned
+    from echoquad_runtime.tuning.tune import CandidateResult, TuningResult
 
 __all__ = ["tune"]
 
@@ -94,12 +94,12 @@ def tune(
     """
     from echoquad_runtime.bench.benchmark import read_encoded
     from echoquad_runtime.bundle.bundle import Bundle
-    from echoquad_runtime.tuning import saved_settings as host
+    from echoquad_runtime.tuning import saved_settings
     from echoquad_runtime.tuning import tune as tuning
 
     opened = Bundle(bundle, public_key=public_key)
     if forget:
-        removed = host.forget(opened)
+        removed = saved_settings.delete(opened)
         print_result(f"removed {removed.as_posix()}" if removed else "no settings are saved for this bundle")
         return
     frames, failures = read_encoded(inputs, MAX_FRAMES) if inputs else (None, [])
@@ -118,56 +118,55 @@ def tune(
             seconds=seconds,
             exhaustive=exhaustive,
             seed=seed,
-            tell=logger.info,
             progress=lambda spent: progress.update(min(round(spent), total)),
         )
     _print(found)
     save_json(json_file, found.to_dict())
     if found.choice is None:
         raise _no_choice(bundle, found)
-    path = host.keep(
-        opened, found.choice, goal=goal, max_p99_ms=max_p99_ms, table=[row.to_dict() for row in found.rows]
+    path = saved_settings.save(
+        opened, found.choice, goal=goal, max_p99_ms=max_p99_ms, table=[row.to_dict() for row in found.candidates]
     )
     print_status(f"saved for this host in {path.as_posix()}; predict and bench use it unless --untuned is given")
     raise typer.Exit(print_failures(failures, done=1))
 
 
-def _print(found: Tuned) -> None:
-    from echoquad_runtime.tuning.racing import ENOUGH_CALLS
+def _print(found: TuningResult) -> None:
+    from echoquad_runtime.tuning.racing import MIN_P99_CALLS
     from echoquad_runtime.tuning.tune import FRAME_RATE
 
     for name, reason in found.left_out.items():
         print_status(f"{name} was not tried: {reason}")
-    for row in found.rows:
+    for row in found.candidates:
         if row.reason:
-            print_status(f"refused, {row.choice}: {row.reason}")
+            print_status(f"refused, {row.config}: {row.reason}")
     paced = f" at {FRAME_RATE:.0f}/s" if found.goal == "power" else ""
     header = ["", "threads", "spin", "batch", "cost", "p50 ms", "p99 ms", "frames/s", f"CPU ms/frame{paced}"]
-    print_result(format_table([*header, "calls", ""], [_cells(row) for row in found.rows]))
+    print_result(format_table([*header, "calls", ""], [_cells(row) for row in found.candidates]))
     print_result(
         f"cost: {COST[found.goal]}, relative to the best; times are per call; measured over {found.rounds} rounds"
     )
-    if found.raced is not None and found.ratio is not None:
-        print_result(f"without --exhaustive: {found.raced}, at {found.ratio:.3f} of the best cost")
-    for row in found.rows:
+    if found.racing_choice is not None and found.racing_cost is not None:
+        print_result(f"without --exhaustive: {found.racing_choice}, at {found.racing_cost:.3f} of the best cost")
+    for row in found.candidates:
         if row.verdict == "chosen":
-            print_result(f"chosen for {found.goal}: {row.choice}")
-            if found.max_p99_ms is not None and row.calls < ENOUGH_CALLS:
+            print_result(f"chosen for {found.goal}: {row.config}")
+            if found.max_p99_ms is not None and row.calls < MIN_P99_CALLS:
                 print_status(f"its p99 is based on only {row.calls} calls: measure longer with --seconds")
 
 
-def _cells(row: Row) -> list[str]:
-    choice = row.choice
-    name = f"{choice.precision} {choice.device}{choice.on_cuda}"
+def _cells(row: CandidateResult) -> list[str]:
+    config = row.config
+    name = f"{config.precision} {config.device}{config.cuda_options}"
     if row.cost is None:
         return [name, *["-"] * 9, row.verdict]
-    spin = "-" if not choice.can_spin else "yes" if choice.spinning else "no"
+    spin = "-" if not config.can_spin else "yes" if config.spinning else "no"
     figures = (row.p50_ms, row.p99_ms, row.frames_per_second, row.cpu_ms)
     return [
         name,
-        str(choice.threads),
+        str(config.threads),
         spin,
-        str(choice.batch_size),
+        str(config.batch_size),
         f"{row.cost:.3f}",
         *(f"{value:.2f}" for value in figures),
         str(row.calls),
@@ -175,12 +174,12 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _no_choice(bundle: Path, found: Tuned) -> VerificationError:
+def _no_choice(bundle: Path, found: TuningResult) -> VerificationError:
     """Build the error for a search that found no usable settings."""
     from echoquad_runtime.errors import VerificationError
 
     if found.closest is None:
-        first = next((row.reason for row in found.rows), "no device works, see echoquad doctor")
+        first = next((row.reason for row in found.candidates), "no device works, see echoquad doctor")
         return VerificationError(
             f"{bundle.as_posix()}: no settings pass the golden frames on this host; the first failure: {first}"
         )

@@ -11,7 +11,7 @@ from echoquad.cli.framework.options import BundleFolder, Device, JsonFile, Publi
 
 if TYPE_CHECKING:
     from echoquad_runtime.errors import EchoQuadError
-    from echoquad_runtime.verify.verify import Check, Record, Verification
+    from echoquad_runtime.verify.verify import DeviceCheck, Verification, VerificationReport
 
 __all__ = ["verify"]
 
@@ -63,7 +63,7 @@ def verify(
         save_json(json_file, record.to_dict())
     except OutputError as error:  # the result of the verification is reported first
         unwritten = error
-    for note in dict.fromkeys(check.found.provider_note for check in record.checks if check.found):
+    for note in dict.fromkeys(check.verification.provider_note for check in record.checks if check.verification):
         if note:
             print_status(note)
     if every_precision or all_devices:
@@ -78,7 +78,7 @@ def verify(
         raise unwritten
 
 
-def _failure(record: Record) -> EchoQuadError | None:
+def _failure(record: VerificationReport) -> EchoQuadError | None:
     """Return the error that the command ends with; None if every check passed."""
     from echoquad_runtime.errors import BundleError, BundleNotFoundError, VerificationError
 
@@ -101,18 +101,18 @@ def _failure(record: Record) -> EchoQuadError | None:
     return VerificationError(f"{record.bundle}: FAILED in {len(failed)} of {len(record.checks)} checks: {outcomes}")
 
 
-def _summary(record: Record) -> str:
-    if len(record.checks) == 1 and (found := record.checks[0].found) is not None:
+def _summary(record: VerificationReport) -> str:
+    if len(record.checks) == 1 and (found := record.checks[0].verification) is not None:
         return f"{_figures(found)}; {found.provider}"
-    results = [check.found for check in record.checks if check.found is not None]
+    results = [check.verification for check in record.checks if check.verification is not None]
     return f"{record.files} files intact, {len(results)} of {len(results)} checks of {results[0].frames} golden frames"
 
 
-def _outcome(check: Check) -> str:
-    if check.found is None:
+def _outcome(check: DeviceCheck) -> str:
+    if check.verification is None:
         return str(check.error)
-    allowed = ", ".join(f"{name} {value:g}" for name, value in check.found.gate.items())
-    return f"{_figures(check.found)}; allowed: {allowed}; do not deploy it on this device"
+    allowed = ", ".join(f"{name} {value:g}" for name, value in check.verification.gate.items())
+    return f"{_figures(check.verification)}; allowed: {allowed}; do not deploy it on this device"
 
 
 def _figures(found: Verification) -> str:
@@ -129,15 +129,15 @@ def _flips(count: int, tolerated: int) -> str:
     return f"{count} (+{tolerated} within tolerance)" if tolerated else str(count)
 
 
-def _versions(record: Record) -> str:
+def _versions(record: VerificationReport) -> str:
     labels = {"echoquad": "echoquad ", "onnxruntime": "", "python": "Python ", "platform": ""}
     return ", ".join(f"{label}{record.versions[name]}" for name, label in labels.items() if record.versions[name])
 
 
-def _print_table(record: Record) -> None:
+def _print_table(record: VerificationReport) -> None:
     rows = []
     for check in record.checks:
-        found, verdict = check.found, "passed" if check.passed else "FAILED" if check.usable else "not usable"
+        found, verdict = check.verification, "passed" if check.passed else "FAILED" if check.usable else "not usable"
         figures = ["-"] * 4
         if found is not None:
             figures = [
@@ -151,7 +151,7 @@ def _print_table(record: Record) -> None:
     if rows:
         figures = ["max |dlogit|", "max |dp|", "frame flips", "quadrant flips"]
         print_result(format_table(["device", "precision", "provider", *figures, "verdict"], rows))
-    for name, reason in record.obstacles.items():
+    for name, reason in record.unavailable_devices.items():
         print_result(f"{name} is not usable: {reason}")
     for check in record.checks:
         if not check.usable:

@@ -21,6 +21,7 @@ EXTRAS: Final[dict[str, Extra]] = {
     "matplotlib": "train",
     "scipy": "train",
     "imagehash": "train",
+    "jinja2": "train",
 }
 """The extra that installs each optional package; ``export`` includes ``train``."""
 

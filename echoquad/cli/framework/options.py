@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
+from echoquad_runtime.contract import VoteMethod
+
 if TYPE_CHECKING:
     from echoquad_runtime.frames.formats import ReadOptions
 
@@ -44,7 +46,7 @@ MAX_FRAMES: Final = 256
 
 DeviceName = Literal["auto", "cpu", "cuda", "openvino"]
 TorchDeviceName = Literal["auto", "cpu", "cuda"]
-MethodName = Literal["majority", "average", "weighted"]
+MethodName = VoteMethod
 FlipName = Literal["none", "vertical", "horizontal", "both"]
 
 _AUTO = "auto takes CUDA if it works, reports why if it does not"

@@ -67,7 +67,7 @@ class DeployedEnsemble(nn.Module):
         super().__init__()
         members = [member for member in model.members if isinstance(member, QuadrantClassifier)]
         self.members = nn.ModuleList(DeployedClassifier(member, contract) for member in members)
-        self.join, self.flip, self.temperature = model.join, model.flip, contract.temperature
+        self.join, self.flip, self.temperature = model.join, model.flip_tta, contract.temperature
         self.eval()
 
     def forward(self, quadrants: Tensor) -> tuple[Tensor, Tensor]:

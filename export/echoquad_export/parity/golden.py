@@ -35,7 +35,7 @@ from echoquad_runtime.frames.discovery import find_frames
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.frames.reader import load_grey
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
-from echoquad_runtime.verify.decision_margins import frame_leads, quadrant_leads
+from echoquad_runtime.verify.decision_margins import frame_margins, quadrant_margins
 from echoquad_runtime.voting import aggregate_votes
 from echoquad_train.phantom.drawing import phantom_frame
 
@@ -221,7 +221,7 @@ def golden_facts(golden: GoldenFrames, contract: Contract, source: GoldenSource,
         "patterns_possible": classes ** len(QUADRANTS),
         "ties": int(_tied(p).sum()),
         "smallest_margin": float(_margins(p, contract).min()),
-        "smallest_quadrant_margin": float(_second(quadrant_leads(p)).min()),
+        "smallest_quadrant_margin": float(_second(quadrant_margins(p)).min()),
     }
 
 
@@ -316,7 +316,7 @@ def _reasons(pool: Sequence[_Candidate], contract: Contract) -> list[list[set[st
         [{f"decided {name}"} for name in decided],
         [{f"tie of votes decided {name}"} if tie else set() for name, tie in zip(decided, tied, strict=True)],
         smallest(_margins(p, contract), "frame"),
-        smallest(_second(quadrant_leads(p)).min(axis=1), "quadrant"),
+        smallest(_second(quadrant_margins(p)).min(axis=1), "quadrant"),
         [{f"{quadrant} votes {name}" for quadrant, name in zip(QUADRANTS, row, strict=True)} for row in votes],
         [{f"votes {' '.join(row)}"} for row in votes],
         [_shape(*candidate.frame.shape) for candidate in pool],
@@ -332,7 +332,7 @@ def _shape(height: int, width: int) -> set[str]:
 
 def _margins(probabilities: FloatArray, contract: Contract) -> np.ndarray:
     """Return the margin of the decision on each frame, float64 [N], from probabilities float32 [N, 4, C]."""
-    return _second(frame_leads(probabilities, contract.vote, contract.vote_weights))
+    return _second(frame_margins(probabilities, contract.vote, contract.vote_weights))
 
 
 def _second(leads: np.ndarray) -> np.ndarray:

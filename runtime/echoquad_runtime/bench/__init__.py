@@ -1,1 +1,1 @@
-"""Latency and throughput of a bundle on this host."""
+"""Benchmarks of a bundle on this host: latency, throughput and memory, and the plot of the latencies."""

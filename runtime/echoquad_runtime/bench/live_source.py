@@ -1,4 +1,4 @@
-"""Pacing: frames that come when a live source sends them, and whether each is decided before the next is there."""
+"""A live source: frames that arrive at a fixed rate, and whether each is decided before the next one is due."""
 
 from __future__ import annotations
 
@@ -7,28 +7,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["Paced", "Waiting", "count_missed", "pace"]
+__all__ = ["Clock", "LiveRun", "count_missed", "run_live"]
 
-_EARLY: Final = 1e-4  # seconds: a sleep that ends so much before a frame is due is as good as one that does not
+_TOLERANCE: Final = 1e-4  # seconds: a sleep may end this much before a frame is due
 
 
 @dataclass(frozen=True, slots=True)
-class Paced:
-    """What came of a live source.
+class LiveRun:
+    """The result of a run with a live source.
 
     Attributes
     ----------
     fps
-        Frames a second that the source sent.
+        Frames per second of the source.
     latencies
-        Seconds from the moment a frame was due to its decision, one a frame: those that it waited for the frame before
-        are counted in.
+        Seconds from the time a frame was due to its decision, one per frame, including the wait for the previous frame.
     missed
-        Frames whose decision came after the next frame was due.
+        Number of frames decided after the next frame was due.
     cpu_cores
-        CPU time of the process over time on the clock: 1 is one core without a rest.
+        CPU time of the process per second: 1 is one core that never rests.
     idle_cpu
-        The same between a decision and the next frame: what waiting costs. None where there was no wait.
+        The same, only between a decision and the next frame: the cost of waiting. None if there was no wait.
     """
 
     fps: float
@@ -39,51 +38,51 @@ class Paced:
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
-    """How time is told and passed; another one in tests.
+class Clock:
+    """Functions that measure and pass time; tests replace them.
 
     Attributes
     ----------
-    clock, cpu
-        Seconds on the clock, and CPU-seconds of the process.
+    now, cpu
+        Return the wall-clock seconds, and the CPU-seconds of the process.
     sleep
-        Lets seconds pass.
+        Waits for a number of seconds.
     """
 
-    clock: Callable[[], float] = time.perf_counter
+    now: Callable[[], float] = time.perf_counter
     cpu: Callable[[], float] = time.process_time
     sleep: Callable[[float], object] = time.sleep
 
 
-def pace(call: Callable[[int], object], fps: float, count: int, waiting: Waiting | None = None) -> Paced:
-    """Call with 0, 1, 2, ... when each frame is due; none is dropped, so a late one delays those behind it.
+def run_live(predict_one: Callable[[int], object], fps: float, count: int, clock: Clock | None = None) -> LiveRun:
+    """Call `predict_one` with 0, 1, 2, ... when each frame is due. None is dropped: a late frame delays the next ones.
 
     Parameters
     ----------
-    call
-        Takes a frame from its bytes to its decision.
+    predict_one
+        Takes the frame of a number from its bytes to its decision.
     fps
-        Frames a second, more than 0.
+        Frames per second, more than 0.
     count
-        Frames, at least 1.
-    waiting
-        How time is told and passed.
+        Number of frames, at least 1.
+    clock
+        Measures and passes time; None is the clock of the host.
     """
-    clock, cpu, sleep = (w := waiting or Waiting()).clock, w.cpu, w.sleep
+    now, cpu, sleep = (c := clock or Clock()).now, c.cpu, c.sleep
     latencies: list[float] = []
     idle = idle_cpu = 0.0
-    begin, begin_cpu = clock(), cpu()
+    begin, begin_cpu = now(), cpu()
     for index in range(count):
         due = begin + index / fps
-        if clock() < due - _EARLY:
-            since, since_cpu = clock(), cpu()
-            while (left := due - clock()) > _EARLY:
+        if now() < due - _TOLERANCE:
+            since, since_cpu = now(), cpu()
+            while (left := due - now()) > _TOLERANCE:
                 sleep(left)
-            idle, idle_cpu = idle + clock() - since, idle_cpu + cpu() - since_cpu
-        call(index)
-        latencies.append(clock() - due)
-    seconds = clock() - begin
-    return Paced(
+            idle, idle_cpu = idle + now() - since, idle_cpu + cpu() - since_cpu
+        predict_one(index)
+        latencies.append(now() - due)
+    seconds = now() - begin
+    return LiveRun(
         fps=fps,
         latencies=tuple(latencies),
         missed=count_missed(latencies, fps),
@@ -93,5 +92,5 @@ def pace(call: Callable[[int], object], fps: float, count: int, waiting: Waiting
 
 
 def count_missed(latencies: Sequence[float], fps: float) -> int:
-    """Count the latencies, in seconds since a frame was due, that reach beyond the moment the next one is due."""
+    """Return the number of latencies, in seconds since a frame was due, that end after the next frame is due."""
     return sum(latency > 1 / fps for latency in latencies)

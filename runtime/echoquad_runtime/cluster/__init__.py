@@ -1,1 +1,1 @@
-"""Prediction on a Ray cluster."""
+"""Prediction on the workers of a Ray cluster."""

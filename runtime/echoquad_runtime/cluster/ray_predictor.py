@@ -1,18 +1,19 @@
-"""Many frames on many machines: the predictor in the workers of a Ray cluster, the rows in the order of the inputs.
+"""Prediction on many hosts: predictors in the workers of a Ray cluster, with results in input order.
 
-The frames lie where every node reads them by the same path. The bundle does not have to: its bytes are shipped once,
-each node checks them against the manifest and, where a key is given, against the signature, and no node can judge with
-another bundle that happens to lie at the same path.
+Every node must find the frames at the same paths. The bundle is shipped: its bytes go to the workers once, and every
+node checks them against the manifest and, if a key is given, against the signature. So no node can use another bundle
+that happens to have the same path.
 
-Frames go out in slices, each a run of Ray Data over blocks of names, so that no more than a slice of names is held. A
-block whose worker dies is judged again by the next one. Ray does that without end; here the attempts are counted, and a
-run ends at the block that four workers died of. Frames are numbered, and the numbers that come back are held against
-those that went out.
+Frames are sent in slices, each one run of Ray Data over blocks of file names, so only one slice of names is in memory.
+A block whose worker dies is processed again by another worker. Ray would retry without limit; here the attempts are
+counted, and the run fails at a block on which four workers died. Frames are numbered, and the numbers of the results
+are checked against those that were sent.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -25,28 +26,30 @@ from echoquad_runtime import errors
 from echoquad_runtime._version import __version__
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.bundle.manifest import GOLDEN, MANIFEST, SIGNATURE, encode_manifest, model_file
-from echoquad_runtime.cluster.ray_session import checked_address, joined, load_ray, room_for
-from echoquad_runtime.cluster.ray_worker import CODEC, Job, Ledger, Worker
+from echoquad_runtime.cluster.ray_session import check_address, count_workers, join_cluster, load_ray
+from echoquad_runtime.cluster.ray_worker import CODEC, AttemptCounter, Worker, WorkerConfig
 from echoquad_runtime.contract import VOTE_METHODS, Contract, VoteMethod
 from echoquad_runtime.devices.cpu_info import available_cpus
 from echoquad_runtime.devices.error_summary import summarize_error
 from echoquad_runtime.devices.session_factory import Device
 from echoquad_runtime.errors import ClusterError, ConfigError, EchoQuadError, FrameError
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
-from echoquad_runtime.predict.prediction import Prediction, checked_bound
+from echoquad_runtime.predict.prediction import Prediction, check_abstain_below
 from echoquad_runtime.storage.atomic import read_regular
 
 __all__ = ["RayPredictor"]
 
-_BLOCK: Final = 128  # frames of a task: seconds of work, so that Ray's milliseconds a task do not count
-_SLICE_A_WORKER: Final = 4096  # frames; to start workers for a slice takes two or three seconds
-_LARGEST_SLICE: Final = 1 << 17  # frames; what is held of one is a few hundred bytes
-_MAX_FILE: Final = 1 << 20  # bytes of a key or a signature
+_logger = logging.getLogger(__name__)
+
+_BLOCK: Final = 128  # frames per task: seconds of work, against milliseconds of overhead of Ray
+_SLICE_PER_WORKER: Final = 4096  # frames; starting the workers of a slice takes two or three seconds
+_MAX_SLICE: Final = 1 << 17  # frames; each takes a few hundred bytes
+_MAX_FILE: Final = 1 << 20  # bytes of a key or a signature file
 
 
 @dataclass(frozen=True, slots=True)
 class _Engine:
-    """What runs in every worker; as the `Engine` of a `Predictor` tells it."""
+    """The engine that every worker runs, with the same fields as the `Engine` of a `Predictor`."""
 
     device: str
     precision: str
@@ -54,40 +57,38 @@ class _Engine:
 
 
 class RayPredictor:
-    """Judges frames on a Ray cluster: the rows that a `Predictor` gives, in the same order.
+    """Predict frames on a Ray cluster, with the same results as a `Predictor`, in the same order.
 
-    What can be refused at once is refused here; the cluster is joined by `predict`. A session of Ray that this process
-    has already is used, and left as it is.
+    The constructor checks the settings; `predict` joins the cluster. An existing Ray session of this process is used,
+    and stays open.
 
     Parameters
     ----------
     bundle
-        An open bundle. Its bytes go to the workers, which check them again.
+        An open bundle. Its bytes go to the workers, which check them.
     abstain_below
         As `Predictor`.
     device
-        ``auto`` is the CPU, whatever the nodes have, so that all rows are of one kind; with ``cuda`` a worker takes a
-        GPU.
+        ``auto`` is the CPU, whatever devices the nodes have, so that all rows have the same device. With ``cuda`` each
+        worker takes a GPU.
     precision, method, batch_size
         As `Predictor`.
     threads
-        CPUs of a worker, and the threads that compute in it; None is 1.
+        CPUs and computing threads per worker; None is 1.
     public_key
-        The PEM file with which `bundle` was opened, if it was with one.
+        The PEM file with which `bundle` was opened, if any.
     address
-        ``HOST:PORT`` of the cluster's head, of which this machine has to be a node, or ``auto`` for the cluster that
-        runs here. None is what ``RAY_ADDRESS`` names, else a Ray of one's own on this machine, gone at the end.
+        ``HOST:PORT`` of the cluster's head, if this host is a node of it, or ``auto`` for the cluster that runs on this
+        host. None is the environment variable ``RAY_ADDRESS``, else a temporary local cluster.
     workers
-        How many; None is what the nodes have CPUs (or GPUs) for.
-    tell
-        Called with one line on what the work is spread over, and one if the head of the cluster is lost.
+        Number of workers; None is as many as the CPUs (or GPUs) of the nodes allow.
 
     Attributes
     ----------
     contract
-        What the model was trained under.
+        The contract that the model was trained under.
     engine
-        The device and the precision that every row will have.
+        The device and the precision of all rows.
     method
         The vote rule.
 
@@ -100,7 +101,7 @@ class RayPredictor:
     BundleError
         If the bundle lacks the precision, or was changed since it was opened.
     ConfigError, UsageError
-        If a setting cannot be.
+        If a setting is out of range.
     """
 
     def __init__(
@@ -115,25 +116,24 @@ class RayPredictor:
         public_key: str | Path | None = None,
         address: str | None = None,
         workers: int | None = None,
-        tell: Callable[[str], object] | None = None,
         abstain_below: float | None = None,
     ) -> None:
-        for name, value in (("threads", threads), ("workers", workers), ("batch size", batch_size)):
+        for name, value in (("threads", threads), ("workers", workers), ("batch_size", batch_size)):
             if value is not None and value < 1:
-                raise ConfigError(f"{name} {value} found; expected at least 1")
+                raise ConfigError(f"{name} is {value}; expected at least 1")
         if method is not None and method not in VOTE_METHODS:
-            raise ConfigError(f"vote method {method!r} found; expected one of {', '.join(VOTE_METHODS)}")
-        self._abstain_below = checked_bound(abstain_below)
+            raise ConfigError(f"vote method is {method!r}; expected one of {', '.join(VOTE_METHODS)}")
+        self._abstain_below = check_abstain_below(abstain_below)
         if (public_key is None) != (bundle.signed_by is None):
-            raise ConfigError("the workers need the public key that the bundle was opened with, and no other")
+            raise ConfigError("public_key must be the key with which the bundle was opened; the workers check it")
         address = address or os.environ.get("RAY_ADDRESS") or "local"
         load_ray(own=address == "local")
-        self._address = checked_address(address)
-        self._workers, self._tell = workers, tell or (lambda line: None)
+        self._address = check_address(address)
+        self._workers = workers
         self.contract: Contract = bundle.contract
         self.method: VoteMethod = method or bundle.contract.vote
         self.engine = _Engine("cpu" if device == "auto" else device, bundle.choose_precision(precision))
-        self._job = Job(
+        self._config = WorkerConfig(
             label=bundle.folder.as_posix(),
             files=_files(bundle, self.engine.precision),
             key=None if public_key is None else _read(Path(public_key)),
@@ -150,38 +150,39 @@ class RayPredictor:
         frames: Iterable[FrameFile | Failure],
         on_decision: Callable[[FrameFile, Prediction], object] | None = None,
     ) -> Generator[Prediction | Failure, None, None]:
-        """Judge frames. The cluster is left when the last is given, or the iterator is closed.
+        """Predict frames. The cluster is left after the last result, or when the iterator is closed.
 
         Parameters
         ----------
         frames
-            Taken lazily, a slice of at most 131,072 at a time. Every node has to find a frame at its path. Failures
-            among them are given as they are.
+            Consumed lazily, in slices of at most 131,072. Every node must find a frame at its path. Failures among them
+            are yielded unchanged.
         on_decision
-            Called here, in this thread, with each frame whose decision has come; what it does holds up the rows. A
-            FrameError that it raises takes the decision's place.
+            Called in this thread with each predicted frame, before its result is yielded. If it raises a FrameError, a
+            failure replaces the prediction.
 
         Yields
         ------
         Prediction or Failure
-            One a frame, in input order.
+            One per frame, in input order.
 
         Raises
         ------
         ClusterError
-            If the cluster cannot be joined, cannot hold a worker, or its workers keep dying.
+            If the cluster cannot be joined or has no room for a worker, or its workers keep dying.
         DeviceUnavailableError
-            If no node has the device, or it does not work on one.
+            If no node has the device, or it does not work on a node.
         BundleError, MissingExtraError, ConfigError
-            If a node cannot open the bundle or run it, or has no onnxruntime or another EchoQuad; the message names it.
+            If a node cannot open or run the bundle, lacks onnxruntime, or has another version of EchoQuad; the message
+            names the node.
         """
-        job, frames = self._job, iter(frames)
-        with joined(self._address, max(available_cpus(), job.threads * (self._workers or 1)), self._tell):
-            pool = self._room()
-            self._tell(f"{_counted(pool, 'Ray worker')} of {_counted(job.threads, 'CPU')} each")
-            arguments = _ship(job)
+        config, frames = self._config, iter(frames)
+        with join_cluster(self._address, max(available_cpus(), config.threads * (self._workers or 1))):
+            pool = self._pool_size()
+            _logger.info("%s of %s each", _plural(pool, "Ray worker"), _plural(config.threads, "CPU"))
+            arguments = _ship(config)
             begin = 0
-            while chunk := list(islice(frames, min(_LARGEST_SLICE, _SLICE_A_WORKER * pool))):
+            while chunk := list(islice(frames, min(_MAX_SLICE, _SLICE_PER_WORKER * pool))):
                 items: list[dict[str, object]] = [
                     {
                         "frame": number,
@@ -192,7 +193,7 @@ class RayPredictor:
                     for number, item in enumerate(chunk, begin)
                     if isinstance(item, FrameFile)
                 ]
-                with contextlib.closing(_rows(items, arguments, job, pool)) as rows:
+                with contextlib.closing(_rows(items, arguments, config, pool)) as rows:
                     for number, item in enumerate(chunk, begin):
                         yield (
                             item
@@ -201,11 +202,11 @@ class RayPredictor:
                         )
                     begin += len(chunk)
                     if (more := next(rows, None)) is not None:
-                        raise _disorder(more, begin)
-                pool = self._room()  # nodes come and go
+                        raise _order_error(more, begin)
+                pool = self._pool_size()  # nodes join and leave
 
-    def _room(self) -> int:
-        return self._workers or room_for(self.engine.device, self._job.threads)
+    def _pool_size(self) -> int:
+        return self._workers or count_workers(self.engine.device, self._config.threads)
 
     def _result(
         self,
@@ -214,10 +215,10 @@ class RayPredictor:
         item: FrameFile,
         on_decision: Callable[[FrameFile, Prediction], object] | None,
     ) -> Prediction | Failure:
-        """Make of a row what the worker had."""
+        """Return the result that a worker's row encodes."""
         error = None if row is None else _error(row)
         if row is None or row["frame"] != number:
-            raise _disorder(row, number)
+            raise _order_error(row, number)
         if error is not None:
             return Failure(item.name, error)
         classes, flat = self.contract.classes, row["quadrant_probabilities"]
@@ -243,7 +244,7 @@ class RayPredictor:
 
 
 def _files(bundle: Bundle, precision: str) -> dict[str, bytes]:
-    """Read what a node needs of a bundle: a graph and the self-test's frames, or all of it to check its signature."""
+    """Read the files that a node needs: a graph and the golden frames, or all files to check the signature."""
     files = {MANIFEST: encode_manifest(bundle.manifest)}
     if bundle.signed_by is None:
         return files | {model_file(precision): bundle.read_model(precision), GOLDEN: bundle.read(GOLDEN)}
@@ -252,27 +253,27 @@ def _files(bundle: Bundle, precision: str) -> dict[str, bytes]:
 
 
 def _read(path: Path) -> bytes:
-    """Read a key or a signature again, which was there when the bundle was opened."""
+    """Read a key or a signature file."""
     try:
         return read_regular(path, _MAX_FILE)
     except OSError as error:
-        raise ConfigError(f"{path.as_posix()}: it cannot be read any more ({error.strerror or error})") from error
+        raise ConfigError(f"{path.as_posix()}: it can no longer be read ({error.strerror or error})") from error
 
 
-def _ship(job: Job) -> tuple[object, object]:
-    """Give what a worker begins with: where the job lies in the cluster, and who counts its beginnings."""
+def _ship(config: WorkerConfig) -> tuple[object, object]:
+    """Return the arguments of a worker: references to its configuration and to the attempt counter."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # On this node, without which there is no run: no other node's death takes the count with it.
+    # The counter runs on this node, so that it does not die with another node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.put(job), ray.remote(num_cpus=0, scheduling_strategy=here)(Ledger).remote()
+    return ray.put(config), ray.remote(num_cpus=0, scheduling_strategy=here)(AttemptCounter).remote()
 
 
 def _rows(
-    items: Sequence[dict[str, object]], arguments: tuple[object, ...], job: Job, pool: int
+    items: Sequence[dict[str, object]], arguments: tuple[object, ...], config: WorkerConfig, pool: int
 ) -> Generator[dict[str, Any], None, None]:
-    """Run a slice; gives its rows in order."""
+    """Run a slice and yield its rows in order."""
     if not items:
         return
     import ray.data
@@ -282,46 +283,46 @@ def _rows(
     context.enable_progress_bars = False
     blocks = max(math.ceil(len(items) / _BLOCK), min(len(items), 2 * pool))
     try:
-        with ray.data.DataContext.current(context):  # a data set keeps the one that it was made in
-            judged = ray.data.from_items(list(items), override_num_blocks=blocks).map_batches(
+        with ray.data.DataContext.current(context):  # a dataset keeps the context of its creation
+            dataset = ray.data.from_items(list(items), override_num_blocks=blocks).map_batches(
                 Worker,
                 batch_size=None,
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=pool),
                 fn_constructor_args=arguments,
-                num_cpus=job.threads,
-                num_gpus=1 if job.device == "cuda" else None,
+                num_cpus=config.threads,
+                num_gpus=1 if config.device == "cuda" else None,
             )
-        for table in judged.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield from table.to_pylist()
-    except Exception as error:  # of Ray's some are RayErrors; the consumer's own do not come by here
+    except Exception as error:  # Ray raises RayErrors and others; exceptions of the consumer do not pass here
         raise ClusterError(
-            f"the Ray cluster failed ({_last_line(error)}); every node needs echoquad {__version__} with onnxruntime; "
-            "see the logs of Ray on the nodes"
+            f"the Ray cluster failed ({_last_line(error)}); check that every node has echoquad {__version__} with "
+            "onnxruntime, and see the Ray logs on the nodes"
         ) from error
 
 
 def _error(row: Mapping[str, Any]) -> EchoQuadError | None:
-    """Make of a row the error that the worker had, if any; raises one after which no frame can be judged."""
+    """Return the error that a worker's row encodes, if any; raise it if no other frame can be predicted either."""
     if row["error"] is None:
         return None
-    kind = getattr(errors, row["error"]) if row["error"] in errors.__all__ else EchoQuadError
-    error: EchoQuadError = kind(row["message"].decode(*CODEC))
+    error_class = getattr(errors, row["error"]) if row["error"] in errors.__all__ else EchoQuadError
+    error: EchoQuadError = error_class(row["message"].decode(*CODEC))
     if row["fatal"]:
         raise error
     return error
 
 
-def _disorder(row: Mapping[str, Any] | None, frame: int) -> ClusterError:
+def _order_error(row: Mapping[str, Any] | None, frame: int) -> ClusterError:
     found = "no row" if row is None else f"the row of frame {row['frame']}"
-    return ClusterError(f"Ray gave {found} where frame {frame} was due; run it again, and report this")
+    return ClusterError(f"Ray returned {found}; expected that of frame {frame}: run it again, and report this")
 
 
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}" + ("" if count == 1 else "s")
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def _last_line(error: BaseException) -> str:
-    """Give what an error of Ray is about: its text is a worker's traceback, which ends with that."""
+    """Return the last line of an error of Ray: its text is a worker's traceback, which ends with the message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return summarize_error(lines[-1] if lines else type(error).__name__)

@@ -1,4 +1,4 @@
-"""What runs in a Ray worker: a predictor opened from shipped bytes, blocks of paths in, rows of plain values out."""
+"""The code that runs in a Ray worker: a predictor opened from shipped bytes, blocks of paths in, result rows out."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from echoquad_runtime.contract import VoteMethod
 from echoquad_runtime.devices.session_factory import Device
 from echoquad_runtime.errors import ClusterError, ConfigError, EchoQuadError
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
-from echoquad_runtime.predict.predictor import Prediction, Predictor
+from echoquad_runtime.predict.prediction import Prediction
+from echoquad_runtime.predict.predictor import Predictor
 
-__all__ = ["CODEC", "MOST_ATTEMPTS", "Job", "Ledger", "Worker"]
+__all__ = ["CODEC", "MAX_ATTEMPTS", "AttemptCounter", "Worker", "WorkerConfig"]
 
-CODEC: Final = ("utf-8", "surrogatepass")  # names are what the disk has, and Arrow's text is Unicode
+CODEC: Final = ("utf-8", "surrogatepass")  # file names may be invalid UTF-8, which Arrow's strings cannot hold
 
-MOST_ATTEMPTS: Final = 4
-"""Workers that may die over a block of frames before the run is given up."""
+MAX_ATTEMPTS: Final = 4
+"""Number of workers that may die on a block of frames before the run fails."""
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What a worker needs to open its predictor: settings, and the bundle's files, the key's PEM among them if any."""
+class WorkerConfig:
+    """What a worker needs to open its predictor: settings, the bundle's files, and the PEM of the public key if any."""
 
     label: str
     files: Mapping[str, bytes]
@@ -39,95 +40,95 @@ class Job:
     threads: int
 
 
-class Ledger:
-    """Counts how often each block was begun; an actor of its own, which outlives the workers."""
+class AttemptCounter:
+    """Counts the attempts at each block, as a Ray actor that outlives the workers."""
 
     def __init__(self) -> None:
-        self._begun: Counter[int] = Counter()
+        self._attempts: Counter[int] = Counter()
 
     def begin(self, block: int) -> int:
-        """Count a beginning; gives how many there have been."""
-        self._begun[block] += 1
-        return self._begun[block]
+        """Count one attempt and return their number."""
+        self._attempts[block] += 1
+        return self._attempts[block]
 
 
 class Worker:
-    """Judges blocks of frames. It opens its predictor with the first of them, so that a death over that counts."""
+    """Predicts blocks of frames. It opens its predictor with the first block, so that a crash there counts too."""
 
-    def __init__(self, job: Any, ledger: Any) -> None:
-        self._job, self._ledger = job, ledger
+    def __init__(self, config: Any, attempts: Any) -> None:
+        self._config, self._attempts = config, attempts
         self._predictor: Predictor | None = None
 
     def __call__(self, table: Any) -> Any:
-        """Judge a block: columns ``frame``, ``path``, ``of_clip`` and ``flip`` in, `_schema` out."""
+        """Predict a block: from columns ``frame``, ``path``, ``of_clip`` and ``flip`` to a table of `_schema`."""
         import pyarrow
         import ray
 
         items = table.to_pylist()
         try:
-            begun = ray.get(self._ledger.begin.remote(items[0]["frame"]))
+            attempts = ray.get(self._attempts.begin.remote(items[0]["frame"]))
             paths = [Path(item["path"].decode(*CODEC)) for item in items]
-            if begun > MOST_ATTEMPTS:
+            if attempts > MAX_ATTEMPTS:
                 raise ClusterError(
-                    f"{MOST_ATTEMPTS} workers died one after the other over {paths[0].as_posix()} to "
-                    f"{paths[-1].as_posix()} ({len(paths)} frames); see why in the logs of Ray, or leave these out"
+                    f"{MAX_ATTEMPTS} workers died in a row on {paths[0].as_posix()} to {paths[-1].as_posix()} "
+                    f"({len(paths)} frames); see the Ray logs, or leave these frames out"
                 )
             if self._predictor is None:
-                self._predictor = _open(ray.get(self._job))
+                self._predictor = _open(ray.get(self._config))
             frames = [
                 FrameFile(path, path.as_posix(), item["of_clip"], item["flip"])
                 for path, item in zip(paths, items, strict=True)
             ]
             results = self._predictor.predict(frames)
             rows = [_row(item["frame"], result) for item, result in zip(items, results, strict=True)]
-        except EchoQuadError as error:  # what no frame can be judged after
+        except EchoQuadError as error:  # no other frame can be predicted either
             where = "" if isinstance(error, ClusterError) else f"on the node {ray.util.get_node_ip_address()}: "
             failure = Failure("", type(error)(where + str(error)))
             rows = [{**_row(item["frame"], failure), "fatal": True} for item in items]
         return pyarrow.Table.from_pylist(rows, schema=_schema())
 
 
-def _open(job: Job) -> Predictor:
-    """Open the predictor from the shipped bytes, checked like those of any bundle."""
-    if job.version != __version__:
-        raise ConfigError(f"echoquad {__version__} found, where predict runs {job.version}; install the same on all")
+def _open(config: WorkerConfig) -> Predictor:
+    """Open the predictor from the shipped bytes, which are checked like those of any bundle."""
+    if config.version != __version__:
+        raise ConfigError(f"its echoquad is {__version__}, expected {config.version}; install the same on all nodes")
     with tempfile.TemporaryDirectory(prefix="echoquad-") as private:
         folder, key = Path(private, "bundle"), Path(private, "key.pem")
         folder.mkdir()
-        for name, data in job.files.items():
+        for name, data in config.files.items():
             (folder / name).write_bytes(data)
-        if job.key is not None:
-            key.write_bytes(job.key)
+        if config.key is not None:
+            key.write_bytes(config.key)
         try:
             predictor = Predictor(
                 folder,
-                device=job.device,
-                precision=job.precision,
-                threads=job.threads,
-                method=job.method,
-                batch_size=job.batch_size,
-                public_key=None if job.key is None else key,
-                many=True,
+                device=config.device,
+                precision=config.precision,
+                threads=config.threads,
+                method=config.method,
+                batch_size=config.batch_size,
+                public_key=None if config.key is None else key,
+                concurrent=True,
             )
-            for many in (True, False):  # now, while the folder is there: it is not kept, so that a kill leaves none
-                predictor.slots(many=many)
+            for concurrent in (True, False):  # open now: the folder is temporary, so that a killed worker leaves none
+                predictor.slots(concurrent=concurrent)
         except EchoQuadError as error:
-            raise type(error)(str(error).replace(folder.as_posix(), job.label)) from error
+            raise type(error)(str(error).replace(folder.as_posix(), config.label)) from error
     return predictor
 
 
 def _row(frame: int, result: Prediction | Failure) -> dict[str, Any]:
-    """Make a row of plain values; a class by its place among the contract's."""
+    """Encode a result as plain values; a class is its index in the contract."""
     if isinstance(result, Failure):
         message = str(result.error).encode(*CODEC)
         return {"frame": frame, "fatal": False, "error": type(result.error).__name__, "message": message}
-    place = {name: index for index, name in enumerate(result.classes)}
+    class_index = {name: index for index, name in enumerate(result.classes)}
     return {
         "frame": frame,
         "fatal": False,
-        "label": place[result.decided],
+        "label": class_index[result.predicted_class],
         "probabilities": result.probabilities,
-        "quadrant_labels": [place[label] for label in result.quadrant_labels],
+        "quadrant_labels": [class_index[label] for label in result.quadrant_labels],
         "quadrant_probabilities": [value for row in result.quadrant_probabilities for value in row],
         "flags": result.flags,
         "device": result.device,

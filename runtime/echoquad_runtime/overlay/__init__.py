@@ -1,1 +1,1 @@
-"""Pictures of a decision: the four boxes and the class activation map."""
+"""Pictures of a prediction: the frame with its four quadrants and class activation maps, and the colour palette."""

@@ -1,4 +1,4 @@
-"""Overlays: the original frame with its four quadrants, what each was taken for, and the decision on top."""
+"""Overlays: the frame with its four quadrants, the class of each, and the decision above."""
 
 from __future__ import annotations
 
@@ -17,71 +17,67 @@ from echoquad_runtime.frames.discovery import OVERLAY_SUFFIX
 from echoquad_runtime.frames.frame_file import FrameFile
 from echoquad_runtime.frames.image import over_black, to_grey
 from echoquad_runtime.frames.reader import load_image
-from echoquad_runtime.overlay.activation_map import lay_heat
-from echoquad_runtime.predict.predictor import Prediction
+from echoquad_runtime.overlay.activation_map import draw_activation_maps
+from echoquad_runtime.overlay.palette import BAND, CLASS_COLOURS, SILVER, SLATE, WHITE
+from echoquad_runtime.predict.prediction import TIE, Prediction
 from echoquad_runtime.quadrants import quadrant_boxes
 from echoquad_runtime.storage.atomic import make_folder, write_atomically
 
 __all__ = ["draw_overlay", "overlay_path", "save_overlay"]
 
-MIN_LONG_SIDE: Final = 720  # pixels; a smaller frame is enlarged by a whole factor, or its labels would hide it
-MIN_SIDE: Final = 420  # the narrowest that the header's line fits in
+MIN_LONG_SIDE: Final = 720  # pixels; smaller frames are enlarged by an integer factor, or labels would cover them
+MIN_SIDE: Final = 420  # pixels: the width of the header's text
 MAX_FACTOR: Final = 8
 
-# Okabe and Ito's palette, which readers with a colour vision deficiency can tell apart. doi:10.1038/nmeth.1618
-_COLOURS: Final = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
-_INK: Final = "#FFFFFF"
-_UNDECIDED: Final = "#C8CDD2"  # of no class
-_BAND: Final = "#101418"
 _FOOTNOTE: Final = "EchoQuad · research use only"
 
-_LONGEST_NAME: Final = 255  # bytes, or on Windows signs, that disks allow
-_LONGEST_PATH: Final = {"win32": 259, "darwin": 1023}.get(
-    sys.platform, 4095
-) - 40  # what is being written is named longer
+_MAX_NAME: Final = 255  # bytes (Windows: characters) that file systems allow
+_MAX_PATH: Final = {"win32": 259, "darwin": 1023}.get(sys.platform, 4095) - 40  # leaves room for a temporary name
 
 
 def draw_overlay(image: Image.Image, prediction: Prediction, contract: Contract) -> Image.Image:
-    """Draw a decision over its frame.
+    """Draw a prediction over its frame.
 
     Parameters
     ----------
     image
-        The frame as decoded: any mode, any size.
+        The decoded frame, of any mode and size.
     prediction
-        What was decided of it.
+        The prediction.
     contract
-        Says where the quadrants lie.
+        Defines the quadrants.
 
     Returns
     -------
     RGB image
-        The frame, enlarged by a whole factor where it is small, below a band with the decision; under the colours of
-        its class activation maps where the prediction has them.
+        A band with the decision, and the frame below it, enlarged by an integer factor if it is small. If the
+        prediction has class activation maps, their colours cover the frame.
     """
     deep = image.mode.startswith("I") or image.mode == "F"
     frame = (Image.fromarray(to_grey(image)) if deep else over_black(image)).convert("RGB")
     factor = _enlargement(*frame.size)
-    whole = quadrant_boxes(*frame.size, contract.keep)
+    unscaled = quadrant_boxes(*frame.size, contract.keep)
     frame = frame.resize((frame.width * factor, frame.height * factor), Image.Resampling.NEAREST)
-    boxes = [(left * factor, top * factor, end * factor, bottom * factor) for left, top, end, bottom in whole]
+    boxes = [(left * factor, top * factor, end * factor, bottom * factor) for left, top, end, bottom in unscaled]
     if prediction.cam is not None:
-        frame = lay_heat(frame, prediction.cam, boxes, [_colour(name, contract) for name in contract.classes])
+        frame = draw_activation_maps(
+            frame, prediction.cam, boxes, [_colour(name, contract) for name in contract.classes]
+        )
 
     text_size = max(15, round(min(frame.size) / 26))
     text, small, title = (_font(text_size * scale) for scale in (1.0, 0.8, 1.45))
     pad = round(text_size * 0.5)
     band = round(text_size * 3.2) + pad
-    canvas = Image.new("RGB", (frame.width, frame.height + band), _BAND)
+    canvas = Image.new("RGB", (frame.width, frame.height + band), BAND)
     canvas.paste(frame, (0, band))
     draw = ImageDraw.Draw(canvas, "RGBA")
 
     colour = _colour(prediction.label, contract)
-    shown = prediction.probabilities[contract.classes.index(prediction.decided)]
+    shown = prediction.probabilities[contract.classes.index(prediction.predicted_class)]
     room = frame.width - 2 * pad
     right = draw.textlength(_FOOTNOTE, small)
     if right < frame.width / 2:
-        draw.text((frame.width - pad - right, pad), _FOOTNOTE, fill="#9AA4AE", font=small)
+        draw.text((frame.width - pad - right, pad), _FOOTNOTE, fill=SLATE, font=small)
         headline = _fit(draw, prediction.label, title, room - right - 2 * pad, f"  mean {shown:.2f}")
     else:
         headline = _fit(draw, prediction.label, title, room, f"  mean {shown:.2f}")
@@ -92,7 +88,7 @@ def draw_overlay(image: Image.Image, prediction: Prediction, contract: Contract)
         small,
         room,
     )
-    draw.text((pad, pad + round(text_size * 1.9)), detail, fill=_INK, font=small)
+    draw.text((pad, pad + round(text_size * 1.9)), detail, fill=WHITE, font=small)
 
     line = max(2, text_size // 7)
     for index, quadrant in enumerate(QUADRANTS):
@@ -100,7 +96,7 @@ def draw_overlay(image: Image.Image, prediction: Prediction, contract: Contract)
         label = prediction.quadrant_labels[index]
         p = prediction.quadrant_probabilities[index][contract.classes.index(label)]
         colour = _colour(label, contract)
-        # Inset by half a line, so that neighbours' boxes lie side by side and not on one another.
+        # Inset by half a line, so that the boxes of neighbours do not overlap.
         draw.rectangle(
             (left + 1, top + band + 1, max(left + 1, end - 2), max(top + band + 1, bottom + band - 2)),
             outline=colour,
@@ -116,37 +112,37 @@ def draw_overlay(image: Image.Image, prediction: Prediction, contract: Contract)
 
 
 def overlay_path(folder: Path, name: str) -> Path:
-    """Name an overlay after its frame: the same relative path under `folder`, with `OVERLAY_SUFFIX` added.
+    """Return the path of a frame's overlay: the frame's relative path under `folder`, with `OVERLAY_SUFFIX` added.
 
-    The frame's own ending stays in the name, so that ``a.png`` and ``a.jpg`` do not overwrite each other. What is too
-    long for a name, or for a path, is cut and has a hash of the whole at its end; too long a path has no folders.
+    The frame's extension stays in the name, so that ``a.png`` and ``a.jpg`` do not overwrite each other. A name that is
+    too long is cut and ends with a hash of the full name; a path that is too long also loses its folders.
     """
-    # A drive's colon and a backslash would lead elsewhere on Windows.
+    # On Windows a drive's colon or a backslash would change the folder.
     parts = [part.replace(":", "_").replace("\\", "_") for part in PurePosixPath(name).parts]
     parts = [part for part in parts if part.strip("/") and part != ".."] or ["frame"]
     last = f"{parts[-1]}{OVERLAY_SUFFIX}"
-    if len(os.fsencode(last)) > _LONGEST_NAME:
+    if len(os.fsencode(last)) > _MAX_NAME:
         last = _shortened(parts[-1], name)
     path = folder.joinpath(*parts[:-1], last)
-    if len(os.fsencode(path.absolute())) > _LONGEST_PATH:
+    if len(os.fsencode(path.absolute())) > _MAX_PATH:
         path = folder / _shortened(parts[-1], name)
     return path
 
 
 def _shortened(part: str, name: str) -> str:
-    whole = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    return f"{part[:40]}-{whole}{OVERLAY_SUFFIX}"
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return f"{part[:40]}-{digest}{OVERLAY_SUFFIX}"
 
 
 def save_overlay(folder: Path, source: FrameFile | Path, prediction: Prediction, contract: Contract) -> Path:
-    """Read the frame again, draw its overlay and save it under `folder`; gives the file's path.
+    """Read the frame again, draw its overlay, save it under `folder` and return its path.
 
     Raises
     ------
     FrameError
-        If the frame cannot be read any more.
+        If the frame can no longer be read.
     OutputError
-        If the system refuses to write.
+        If the overlay cannot be written.
     """
     file = source if isinstance(source, FrameFile) else FrameFile(source, source.name)
     picture = draw_overlay(load_image(file), prediction, contract)
@@ -158,12 +154,12 @@ def save_overlay(folder: Path, source: FrameFile | Path, prediction: Prediction,
 
 
 def _enlargement(width: int, height: int) -> int:
-    wanted = max(MIN_LONG_SIDE / max(width, height), MIN_SIDE / min(width, height), 1.0)
-    return min(MAX_FACTOR, math.ceil(wanted - 0.25))
+    factor = max(MIN_LONG_SIDE / max(width, height), MIN_SIDE / min(width, height), 1.0)
+    return min(MAX_FACTOR, math.ceil(factor - 0.25))
 
 
 def _warning(prediction: Prediction) -> list[str]:
-    flags = ", ".join(flag for flag in prediction.flags if flag != "tie")  # which the reason has
+    flags = ", ".join(flag for flag in prediction.flags if flag != TIE)  # `_reason` mentions a tie
     return [f"flagged {flags}"] if flags else []
 
 
@@ -172,17 +168,17 @@ def _legend(prediction: Prediction) -> list[str]:
 
 
 def _reason(prediction: Prediction) -> str:
-    leaning = f"leans to {prediction.leaning}, " if prediction.leaning else ""
+    leaning = f"leans to {prediction.predicted_class}, " if prediction.label == INDETERMINATE else ""
     if prediction.method != "majority":
         return f"{leaning}{prediction.method} of four quadrants"
-    votes = prediction.quadrant_labels.count(prediction.decided)
-    tie = ", tie broken by the mean" if prediction.flags and "tie" in prediction.flags else ""
+    votes = prediction.quadrant_labels.count(prediction.predicted_class)
+    tie = ", tie broken by the mean" if TIE in prediction.flags else ""
     return f"{leaning}{votes} of {len(QUADRANTS)} quadrants{tie}"
 
 
 def _fit(draw: ImageDraw.ImageDraw, words: str, font: ImageFont.ImageFont, width: float, tail: str = "") -> str:
-    """Shorten `words`, which have any length, to what fits beside `tail`; where next to nothing does, `tail` goes."""
-    words = "".join(sign if sign.isprintable() else "?" for sign in words)  # a line break cannot be measured
+    """Shorten `words` to fit beside `tail`; drop `tail` if almost nothing fits."""
+    words = "".join(sign if sign.isprintable() else "?" for sign in words)  # the width of a line break is undefined
     for ending, least in ((tail, 4), ("", 1)):
         if draw.textlength(words + ending, font) <= width:
             return words + ending
@@ -195,8 +191,8 @@ def _fit(draw: ImageDraw.ImageDraw, words: str, font: ImageFont.ImageFont, width
 
 def _colour(label: str, contract: Contract) -> str:
     if label == INDETERMINATE:
-        return _UNDECIDED
-    return _COLOURS[contract.classes.index(label) % len(_COLOURS)]
+        return SILVER
+    return CLASS_COLOURS[contract.classes.index(label) % len(CLASS_COLOURS)]
 
 
 def _font(size: float) -> ImageFont.ImageFont:

@@ -1,1 +1,1 @@
-"""From files to predictions: reading, batching, inference and the vote."""
+"""From frames to predictions: the predictor, its worker pool and frame readers, and the `Prediction`."""

@@ -1,7 +1,7 @@
 """Frame readers: from a file to the quadrants that the network takes, with the frame's quality flags.
 
-`read_quadrants` is the only implementation. A worker calls it in its own thread, or has a process of its own call it
-(`echoquad_runtime.predict.reader_process.ReaderProcess`), so the quadrants are the same either way.
+`read_quadrants` is the only implementation. A worker calls it in its own thread, or in a process of its own
+(`echoquad_runtime.predict.reader_process.ReaderProcess`), so both give the same quadrants.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Flags = tuple[str, ...]
 
 
 class FrameReader(Protocol):
-    """What reads frames for a pipeline worker, apart from its thread.
+    """Reads frames for a worker, outside the worker's thread.
 
     Attributes
     ----------
@@ -34,26 +34,26 @@ class FrameReader(Protocol):
 
     quadrants: npt.NDArray[np.uint8]
 
-    def read(self, file: FrameFile, place: int) -> Flags:
-        """Write the quadrants of a frame to ``quadrants[place]`` and return the frame's flags.
+    def read(self, file: FrameFile, index: int) -> Flags:
+        """Write the quadrants of a frame to ``quadrants[index]`` and return the frame's flags.
 
         Raises
         ------
         FrameError
-            If the frame cannot be read, decoded or cut. The content of ``quadrants[place]`` is then undefined.
+            If the frame cannot be read, decoded or cut. The content of ``quadrants[index]`` is then undefined.
         """
         ...
 
     def start(self) -> None:
-        """Start whatever reads, without waiting until it is ready."""
+        """Start the reader without waiting until it is ready."""
         ...
 
     def kill(self) -> None:
-        """End what is being read at once, from any thread; `read` then raises."""
+        """Stop the current read at once, from any thread; `read` then raises."""
         ...
 
     def close(self) -> None:
-        """Release what belongs to the reader."""
+        """Release the reader's resources."""
         ...
 
 
@@ -63,7 +63,7 @@ def read_quadrants(file: FrameFile, contract: Contract, out: Grey) -> Flags:
     Parameters
     ----------
     file
-        The file, and which of its frames.
+        The file, and the frame in it.
     contract
         Defines the kept fraction and the input size S.
     out

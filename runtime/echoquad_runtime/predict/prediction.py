@@ -1,8 +1,9 @@
-"""The prediction: what was decided on a frame, from which numbers, and on what."""
+"""The prediction: the decision on a frame, the probabilities behind it, and where it was computed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 import numpy as np
 
@@ -11,7 +12,10 @@ from echoquad_runtime.engine.io_binding import FloatArray
 from echoquad_runtime.errors import ConfigError
 from echoquad_runtime.voting import apply_temperature
 
-__all__ = ["Prediction", "checked_bound"]
+__all__ = ["TIE", "Prediction", "check_abstain_below"]
+
+TIE: Final = "tie"
+"""Flag of a frame whose quadrants' votes are tied, so that the mean probabilities decide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,24 +27,24 @@ class Prediction:
     file
         The frame's name.
     classes
-        Class names; every row of probabilities is in this order.
+        The C class names; every row of probabilities is in this order.
     method
-        The vote rule that decided.
+        The vote rule.
     label
-        The decided class, or ``INDETERMINATE`` where the predictor abstains.
+        The decided class, or ``INDETERMINATE`` if the predictor abstains.
     probabilities
         C numbers in [0, 1]: the plain mean over the quadrants, whatever the method.
     quadrant_labels, quadrant_probabilities
         The same for LA, RA, LV, RV: four names, four times C numbers.
     flags
-        What a reader should know of this row: ``tie``.
+        Quality flags, and `TIE` if the mean probabilities broke a tie of the votes.
     device, precision
-        What really ran.
+        What the frame was computed on and in.
     cam
-        float32 [4, C, h, w], class activation maps of LA, RA, LV, RV, where they were asked for: a map's mean and the
-        head's bias are the class's logit.
-    leaning
-        The class that the vote decided, where `label` is ``INDETERMINATE``; else empty.
+        float32 [4, C, h, w], class activation maps of LA, RA, LV, RV, if requested: the mean of a map plus the head's
+        bias is the class's logit.
+    predicted_class
+        The class that the vote decided: `label`, unless that is ``INDETERMINATE``.
     """
 
     file: str
@@ -54,27 +58,26 @@ class Prediction:
     device: str
     precision: str
     cam: FloatArray | None = field(default=None, compare=False, repr=False)
-    leaning: str = ""
+    predicted_class: str = ""
 
-    @property
-    def decided(self) -> str:
-        """The class that the vote decided, abstained or not."""
-        return self.leaning or self.label
+    def __post_init__(self) -> None:
+        if self.label != INDETERMINATE or not self.predicted_class:
+            object.__setattr__(self, "predicted_class", self.label)
 
     def confidence(self, contract: Contract) -> float:
-        """Return the confidence, 0 to 1: the decided class's mean probability, calibrated by the contract."""
-        shares = apply_temperature(np.array(self.probabilities), contract.frame_temperature)
-        return float(shares[self.classes.index(self.decided)])
+        """Return the confidence, 0 to 1: the predicted class's mean probability, calibrated by the contract."""
+        calibrated = apply_temperature(np.array(self.probabilities), contract.frame_temperature)
+        return float(calibrated[self.classes.index(self.predicted_class)])
 
     def abstaining(self, below: float | None, contract: Contract) -> Prediction:
-        """Return the prediction, as ``INDETERMINATE`` if its confidence is below a bound; None has no bound."""
+        """Return the prediction, with label ``INDETERMINATE`` if its confidence is lower than `below`."""
         if below is None or self.confidence(contract) >= below:
             return self
-        return replace(self, label=INDETERMINATE, leaning=self.decided)
+        return replace(self, label=INDETERMINATE)
 
 
-def checked_bound(below: float | None) -> float | None:
-    """Refuse a bound for abstaining that cannot be.
+def check_abstain_below(below: float | None) -> float | None:
+    """Return the threshold for abstaining, after checking it.
 
     Raises
     ------
@@ -82,5 +85,5 @@ def checked_bound(below: float | None) -> float | None:
         If it is not above 0 and at most 1.
     """
     if below is not None and not 0 < below <= 1:
-        raise ConfigError(f"abstain below {below:g} found; expected a probability above 0, at most 1")
+        raise ConfigError(f"abstain_below is {below:g}; expected a probability above 0 and at most 1")
     return below

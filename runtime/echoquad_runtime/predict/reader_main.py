@@ -1,10 +1,10 @@
-"""The program of a reader process: reads frames into shared memory. `ReaderProcess` starts it.
+"""The program of a reader process: read frames into shared memory. `ReaderProcess` starts it.
 
-Standard input carries one JSON object a line: first the settings, then one request a frame. Standard output carries one
-JSON object a line: one answer to the settings, then one a request. The files that are decoded here are untrusted, so
-the parent accepts nothing but JSON of the expected form.
+Standard input carries one JSON object per line: first the settings, then one request per frame. Standard output
+carries one JSON object per line: one answer to the settings, then one per request. The files that are decoded here are
+untrusted, so the parent accepts nothing but JSON of the expected form.
 
-This module imports no more than reading a frame takes. In particular it never imports onnxruntime.
+This module imports only what reading a frame takes. In particular it never imports onnxruntime.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(settings: dict[str, Any]) -> None:
     quadrants = _map_memory(settings["memory"], settings["shape"])
     _send(answers, {"flags": []})
     while request := sys.stdin.buffer.readline():
-        with _ending_with_the_parent():
+        with _exit_with_parent():
             answer = _answer(json.loads(request), contract, quadrants)
         _send(answers, answer)
 
@@ -53,15 +53,15 @@ def main(settings: dict[str, Any]) -> None:
 def _answer(request: dict[str, Any], contract: Contract, quadrants: npt.NDArray[np.uint8]) -> dict[str, Any]:
     file = FrameFile(Path(request["path"]), request["name"], request["frame"], request["flip"])
     try:
-        return {"flags": read_quadrants(file, contract, quadrants[request["place"]])}
+        return {"flags": read_quadrants(file, contract, quadrants[request["index"]])}
     except FrameError as error:
         return {"error": type(error).__name__, "message": str(error)}
     except MemoryError:
-        what = "there is no memory for so many pixels; expected a smaller frame"
-        return {"error": FrameTooLargeError.__name__, "message": what}
+        message = "there is not enough memory to decode the frame; expected a smaller frame"
+        return {"error": FrameTooLargeError.__name__, "message": message}
     except Exception as error:  # its text may quote a patient's name
-        what = f"reading it failed with {type(error).__name__}, which is a fault in EchoQuad; please report it"
-        return {"error": FrameError.__name__, "message": what}
+        message = f"reading failed with {type(error).__name__}, which is a bug in EchoQuad; please report it"
+        return {"error": FrameError.__name__, "message": message}
 
 
 def _send(answers: IO[bytes], answer: dict[str, Any]) -> None:
@@ -89,10 +89,10 @@ def _map_memory(memory: int | str, shape: list[int]) -> npt.NDArray[np.uint8]:
 
 
 def _set_signals() -> None:
-    """Set what a process inherits from the thread that starts it to known values.
+    """Set the signal handling that a process inherits from the thread that starts it.
 
-    The parent decides when this process ends. A signal to all of the process group (Ctrl-C) or of the service
-    (systemd's SIGTERM) must not interrupt it: the parent finishes the frames that are under way.
+    The parent decides when this process ends. A signal to the whole process group (Ctrl-C) or to the service (systemd's
+    SIGTERM) must not interrupt it: the parent finishes the current frames first.
     """
     if sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -104,7 +104,7 @@ def _set_signals() -> None:
 
 
 @contextlib.contextmanager
-def _ending_with_the_parent() -> Iterator[None]:
+def _exit_with_parent() -> Iterator[None]:
     """End this process, on Linux, if the parent dies within the block.
 
     A decoder that hangs never comes back to read standard input, and a thread that waits there would not get the

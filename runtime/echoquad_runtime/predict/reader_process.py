@@ -1,11 +1,11 @@
-"""Reader processes: frames are read, decoded and cut outside of the interpreter lock, and apart from the run.
+"""Reader processes: read, decode and cut frames outside of the interpreter lock, and isolated from the run.
 
-Threads that decode wait for one another: Pillow and zlib release the interpreter lock, but the Python code around them
-takes it. A process of its own has a lock of its own. It also may die: a decoder that crashes on a damaged file, or that
+Threads that decode wait for each other: Pillow and zlib release the interpreter lock, but the Python code around them
+takes it. A process has a lock of its own. It may also die: a decoder that crashes on a damaged file, or a process that
 the kernel ends for its memory, costs that file and nothing else.
 
-A reader process is a fresh interpreter, never a fork, and does not import the user's ``__main__`` as `multiprocessing`
-does. It writes quadrants to memory that it shares with the parent, and answers in JSON. The memory has no name, so that
+A reader process is a fresh interpreter, not a fork, and does not import the user's ``__main__`` as `multiprocessing`
+does. It writes quadrants to memory that it shares with the parent, and answers in JSON. The memory has no name, so
 nothing is left behind however either side ends.
 """
 
@@ -30,48 +30,34 @@ import numpy as np
 import numpy.typing as npt
 
 import echoquad_runtime
+from echoquad_runtime import errors
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.errors import (
-    ConfigError,
-    FrameDamagedError,
-    FrameError,
-    FrameExtraError,
-    FrameFormatError,
-    FrameReadError,
-    FrameTooLargeError,
-    FrameTooSmallError,
-)
+from echoquad_runtime.errors import ConfigError, FrameDamagedError, FrameError, FrameReadError
 from echoquad_runtime.frames.frame_file import FrameFile
 from echoquad_runtime.predict.frame_reader import Flags
 
 __all__ = ["ReaderProcess", "reader_processes"]
 
 _MAX_THREADS_WITHOUT: Final = 4
-"""Threads up to which decoding in threads is as fast."""
+"""Number of threads up to which decoding in threads is as fast."""
 
 _ATTEMPTS: Final = 2
-"""Times that a file is tried: the kernel ends the process with the most memory, whatever it is reading."""
+"""Attempts per file: the kernel ends the process with the most memory, whatever file it reads."""
 
 _MAX_ANSWER: Final = 1 << 16
-"""Bytes in a line that a reader process answers."""
+"""Maximum bytes in an answer line of a reader process."""
 
-_PATIENCE: Final = 5.0
+_WAIT_SECONDS: Final = 5.0
 """Seconds to wait for a process that was killed; one that waits for a dead disk may not end."""
 
 _ERRORS: Final = {
-    error.__name__: error
-    for error in (
-        FrameDamagedError,
-        FrameExtraError,
-        FrameFormatError,
-        FrameReadError,
-        FrameTooLargeError,
-        FrameTooSmallError,
-    )
+    name: error for name, error in vars(errors).items() if isinstance(error, type) and issubclass(error, FrameError)
 }
 """Errors that a reader process may name; any other name is a plain `FrameError`."""
 
-# The settings come first, on standard input: a command line is limited in length, and other users can read it.
+_STOPPED: Final = "its reader process was stopped; run again to read it"
+
+# The settings come on standard input: a command line is limited in length, and other users can read it.
 _PROGRAM: Final = """\
 import json, sys
 settings = json.loads(sys.stdin.buffer.readline())
@@ -89,14 +75,14 @@ _ONE_THREAD: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREAD
 
 
 def reader_processes(workers: int | None, threads: int) -> int:
-    """Return how many reader processes to use; 0 reads in threads.
+    """Return the number of reader processes to use; 0 reads in threads.
 
     Parameters
     ----------
     workers
-        The number that the user asks for; None chooses none for up to four threads, else one a thread.
+        The number that the user asks for; None is 0 for up to four threads, else one per thread.
     threads
-        Threads that may compute.
+        Number of threads that may compute.
     """
     if workers is not None:
         return workers
@@ -104,7 +90,7 @@ def reader_processes(workers: int | None, threads: int) -> int:
 
 
 class ReaderProcess:
-    """Reads frames in a process of its own, which starts with the first frame and is replaced if it dies.
+    """A `FrameReader` that reads in a separate process, started for the first frame and replaced if it dies.
 
     One thread at a time calls `read`. Any thread may call `kill` and `close`.
 
@@ -113,13 +99,13 @@ class ReaderProcess:
     contract
         Defines the kept fraction and the input size S.
     frames
-        Frames B that the shared memory holds.
+        Number B of frames in the shared memory.
 
     Attributes
     ----------
     quadrants
-        uint8 [B, 4, 1, S, S], grey levels 0 to 255. The memory is aligned to a page, is shared with the process, and
-        stays valid after `close` for as long as an array refers to it.
+        uint8 [B, 4, 1, S, S], grey levels 0 to 255. The memory is page-aligned, shared with the process, and stays
+        valid after `close` as long as an array refers to it.
     """
 
     def __init__(self, contract: Contract, frames: int) -> None:
@@ -129,17 +115,17 @@ class ReaderProcess:
         self._settings = {"contract": contract.to_json(), "shape": shape, "memory": self._memory.handle}
         self._child: _Child | None = None
         self._closed = False
-        self._lock = threading.Lock()  # of the two fields above
-        self._reading = threading.Lock()  # held for as long as a frame is read
+        self._lock = threading.Lock()  # guards the two fields above
+        self._reading = threading.Lock()  # held while a frame is read
 
     @property
     def pid(self) -> int | None:
-        """Process number of the process that reads; None where none has started."""
+        """Process ID of the reader process; None before it starts."""
         child = self._child
         return None if child is None else child.process.pid
 
     def start(self) -> None:
-        """Start the process, if none runs, without waiting until it is ready.
+        """Start the process, if it does not run, without waiting until it is ready.
 
         Raises
         ------
@@ -149,16 +135,15 @@ class ReaderProcess:
         with self._reading:
             self._running()
 
-    def read(self, file: FrameFile, place: int) -> Flags:
-        """Write the quadrants of a frame to ``quadrants[place]`` and return the frame's flags.
+    def read(self, file: FrameFile, index: int) -> Flags:
+        """Write the quadrants of a frame to ``quadrants[index]`` and return the frame's flags.
 
-        A file with which the process dies is tried once more, in a new process.
+        If the process dies, it is replaced and the file is tried once more.
 
         Raises
         ------
         FrameError
-            As `read_quadrants` in the caller's thread raises it; or if the process dies twice; or if `kill` or `close`
-            stops it meanwhile.
+            As `read_quadrants`; or if the process dies twice; or if `kill` or `close` stops it meanwhile.
         ConfigError
             If no reader process can be started.
         """
@@ -167,12 +152,12 @@ class ReaderProcess:
             "name": file.name,
             "frame": file.frame,
             "flip": file.flip,
-            "place": place,
+            "index": index,
         }
-        endings: list[str] = []
+        exits: list[str] = []
         started = False
         with self._reading:
-            while len(endings) < _ATTEMPTS:
+            while len(exits) < _ATTEMPTS:
                 child = self._running()
                 ready = child.is_ready()
                 started = started or ready
@@ -181,25 +166,25 @@ class ReaderProcess:
                     raise answer
                 if answer is not None:
                     return answer
-                endings.append(child.end())
+                exits.append(child.end())
                 if child.killed:
-                    raise FrameReadError("the process that reads it was stopped; run again to read it")
+                    raise FrameReadError(_STOPPED)
         if not started:
-            raise ConfigError(f"a reader process {endings[-1]} before it was ready; read in threads: --workers 0")
-        raise _death(endings)
+            raise ConfigError(f"a reader process {exits[-1]} before it was ready; read in threads: --workers 0")
+        raise _exit_error(exits)
 
     def kill(self) -> None:
-        """End the process at once. A `read` that waits for it raises; the next one starts a new process."""
+        """End the process at once. A waiting `read` raises; the next one starts a new process."""
         with self._lock:
             if self._child is not None:
                 self._child.kill()
 
     def close(self) -> None:
-        """End the process and release the shared memory, once no array refers to it. `read` raises from now on."""
+        """End the process and release the shared memory once no array refers to it. Later calls of `read` raise."""
         with self._lock:
             self._closed = True
         self.kill()
-        if self._reading.acquire(timeout=_PATIENCE):
+        if self._reading.acquire(timeout=_WAIT_SECONDS):
             try:
                 if self._child is not None:
                     self._child.end()
@@ -216,10 +201,10 @@ class ReaderProcess:
         self.close()
 
     def _running(self) -> _Child:
-        """Return the process, a new one if there is none or it has died."""
+        """Return the running process; start one if there is none or it has died."""
         with self._lock:
             if self._closed:
-                raise FrameReadError("the process that reads it was stopped; run again to read it")
+                raise FrameReadError(_STOPPED)
             if self._child is None or not self._child.is_alive():
                 if self._child is not None:
                     self._child.end()
@@ -228,12 +213,14 @@ class ReaderProcess:
 
 
 class _Child:
-    """A running reader process. All but `kill` is for the thread that reads."""
+    """A running reader process. Only the reading thread uses it, except for `kill`."""
 
     def __init__(self, settings: dict[str, Any], descriptors: tuple[int, ...]) -> None:
         executable = _executable()
         if not executable:
-            raise ConfigError("this program is no Python interpreter that could be started again; use --workers 0")
+            raise ConfigError(
+                "no reader process can start: sys.executable is not a Python interpreter; use --workers 0"
+            )
         command = [executable, "-I", "-X", f"utf8={sys.flags.utf8_mode}", "-c", _PROGRAM, "echoquad-reader"]
         environment = os.environ | dict.fromkeys(_ONE_THREAD, "1")
         try:
@@ -248,35 +235,36 @@ class _Child:
                     creationflags=_CREATION_FLAGS,
                 )
         except OSError as error:
-            what = f"a reader process cannot be started ({error.strerror})"
-            raise ConfigError(f"{what}; use fewer, or read in threads: --workers 0") from error
+            raise ConfigError(
+                f"a reader process cannot be started ({error.strerror}); use fewer, or read in threads with --workers 0"
+            ) from error
         self.killed = False
-        self._ready: bool | None = None  # None before it has answered
+        self._ready: bool | None = None  # None before the first answer
         self._garbled = False
         self._send({**settings, "path": _module_path()})
 
     def is_alive(self) -> bool:
-        """Return whether it can be asked."""
+        """Return whether the process can take requests."""
         return not self.killed and self.process.poll() is None
 
     def is_ready(self) -> bool:
-        """Wait until it has started. Return False if it has died instead."""
+        """Wait until the process has started; return False if it has died."""
         if self._ready is None:
             self._ready = self._receive() == ()
         return self._ready
 
     def ask(self, request: dict[str, Any]) -> Flags | FrameError | None:
-        """Send a request and return the answer. Return None if there is none, or none that can be read: it is dead."""
+        """Send a request and return the answer; None if the process has died or its answer is malformed."""
         try:
             self._send(request)
             return self._receive()
-        except BaseException:  # an interrupt; the answer that is still to come must not pass for the next one
+        except BaseException:  # an interrupt: the pending answer must not be taken for that of the next request
             self.kill()
             raise
 
     def _send(self, request: dict[str, Any]) -> None:
         assert self.process.stdin is not None
-        with contextlib.suppress(OSError):  # it has died, and will not answer
+        with contextlib.suppress(OSError):  # the process has died and will not answer
             self.process.stdin.write(json.dumps(request).encode("ascii") + b"\n")
             self.process.stdin.flush()
 
@@ -290,22 +278,22 @@ class _Child:
         return answer
 
     def kill(self) -> None:
-        """End it at once, from any thread."""
+        """End the process at once, from any thread."""
         self.killed = True
         self.process.kill()
 
     def end(self) -> str:
-        """End it if it still runs, release what belongs to it, and return how it ended: ``ended with SIGABRT``."""
+        """End the process, release its pipes, and return how it ended, such as ``ended with SIGABRT``."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            self.process.wait(_PATIENCE)  # its pipes close a moment before it has ended
+            self.process.wait(_WAIT_SECONDS)  # the pipes close a moment before the process exits
         except subprocess.TimeoutExpired:
             self.process.kill()
         for stream in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(OSError):  # a request that was not sent
+            with contextlib.suppress(OSError):  # an unsent request in the buffer
                 stream.close()
         if self._garbled:
-            return "gave an answer that cannot be read"
+            return "sent a malformed answer"
         return f"ended with {_status(self.process.returncode)}"
 
 
@@ -319,7 +307,7 @@ class _SharedMemory:
     descriptors
         File descriptors that the process inherits to map it.
     handle
-        What the process maps it by: the descriptor, on Windows a name, which vanishes with its last user.
+        What the process maps the memory by: the descriptor, on Windows a name that vanishes with its last user.
     """
 
     def __init__(self, size: int) -> None:
@@ -333,14 +321,14 @@ class _SharedMemory:
 
         memfd = getattr(os, "memfd_create", None)
         with os.fdopen(memfd("echoquad-quadrants"), "r+b") if memfd else tempfile.TemporaryFile() as file:
-            # Above the standard streams: where those are closed, the file has the number of one.
+            # At least 3: if a standard stream is closed, the file has its descriptor.
             descriptor = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
         os.ftruncate(descriptor, size)
         self.mapped = mmap.mmap(descriptor, size)
         self.descriptors, self.handle = (descriptor,), descriptor
 
     def close(self) -> None:
-        """Close the descriptors. The memory itself stays for as long as an array refers to it."""
+        """Close the descriptors. The memory stays as long as an array refers to it."""
         for descriptor in self.descriptors:
             os.close(descriptor)
         self.descriptors = ()
@@ -348,9 +336,9 @@ class _SharedMemory:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Block, in this thread, the signals that a process which is started here is not to receive: it inherits that.
+    """Block SIGINT, SIGTERM and SIGHUP in this thread, so that a process that it starts inherits the mask.
 
-    Were they blocked only by the process itself, Ctrl-C would end one that is just starting.
+    If only the process itself blocked them, Ctrl-C would end one that is just starting.
     """
     if sys.platform == "win32":
         yield
@@ -363,27 +351,27 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def _executable() -> str:
-    """Return the path of this interpreter; empty in a program that is no interpreter, such as a frozen one."""
+    """Return the path of this Python interpreter; empty in a frozen program."""
     return "" if getattr(sys, "frozen", False) else sys.executable or ""
 
 
 def _module_path() -> list[str]:
-    """Return where modules are imported from, as here; an editable install may import this package by other means."""
+    """Return `sys.path` with this package on it: an editable install may import the package without an entry."""
     path = [entry for entry in sys.path if isinstance(entry, str)]
     home = str(Path(echoquad_runtime.__file__).absolute().parents[1])
     return path if home in path else [*path, home]
 
 
 def _absolute(path: Path) -> Path:
-    """Return a path that means the same should the working directory change."""
+    """Return a path that does not depend on the working directory."""
     try:
         return path.absolute()
-    except OSError:  # the working directory is deleted
+    except OSError:  # the working directory was deleted
         return path
 
 
 def _parse(line: bytes) -> Flags | FrameError | None:
-    """Return the flags, or the error, that a line of a reader process stands for; None if it is neither."""
+    """Return the flags or the error in a line of a reader process; None if the line is malformed."""
     try:
         answer = json.loads(line)
     except (ValueError, RecursionError):
@@ -407,10 +395,10 @@ def _status(code: int | None) -> str:
         return f"signal {-code}"
 
 
-def _death(endings: list[str]) -> FrameError:
+def _exit_error(exits: list[str]) -> FrameError:
     """Return the error of a file with which every process dies."""
-    same = len(set(endings)) == 1
-    what = f"the process that reads it {endings[0]}{' twice' if same else f', then {endings[-1]}'}"
-    if endings[-1] == "ended with SIGKILL":
-        return FrameReadError(f"{what}; the system may have run out of memory: use fewer --workers, or free memory")
-    return FrameDamagedError(f"{what}; the file is damaged or a decoder fails on it: copy it again, or convert it")
+    same = len(set(exits)) == 1
+    message = f"its reader process {exits[0]}{' twice' if same else f', then {exits[-1]}'}"
+    if exits[-1] == "ended with SIGKILL":
+        return FrameReadError(f"{message}; the system may be out of memory: use fewer --workers, or free memory")
+    return FrameDamagedError(f"{message}; the file is damaged or a decoder fails on it: copy it again, or convert it")

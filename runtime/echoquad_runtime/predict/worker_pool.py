@@ -1,13 +1,13 @@
-"""The pipeline: frames are read, cut and judged by several threads, and come out in the order they went in.
+"""The worker pool: threads that take frames from file to prediction, with results in input order.
 
-Each worker takes a few frames through all of it: bytes, grey levels, quadrants, inference, vote. Pillow, zlib and
-onnxruntime let go of Python's lock, so that workers run beside one another; while one waits for the disk another
-computes, and no core waits for a hand-over. Measured with a ResNet-18 at 224 pixels on two cores: two workers with an
-inference of one thread each take 0.93 of the time of one inference on two threads, decoding left out.
+Each worker takes a chunk of frames through all stages: read, decode, quadrants, inference, vote. Pillow, zlib and
+onnxruntime release Python's interpreter lock, so workers run in parallel: while one waits for the disk another
+computes, and no core waits for a hand-over between stages. Measured with a ResNet-18 at 224 pixels on two cores, two
+workers with single-threaded inference take 0.93 of the time of one inference on two threads, without decoding.
 
-What is under way is bounded: two chunks a worker. A file that will not come to an end, on a dead network disk say,
-cannot be stopped from here; its worker is given up with it after a while, another takes its place, and the file is a
-failure.
+Back-pressure: at most two chunks per worker are in flight. A read that hangs, on a dead network disk for example,
+cannot be interrupted from Python. After the time limit its worker is abandoned, another worker takes its place, and
+the frame becomes a failure.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from echoquad_runtime.frames.formats import VIDEO_EXTENSIONS
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.predict.frame_reader import Flags, FrameReader
 
-__all__ = ["Pipeline", "Source"]
+__all__ = ["FrameTask", "WorkerPool"]
 
 _Result = TypeVar("_Result")
 
-_AHEAD: Final = 2  # chunks a worker may be ahead of what was taken out: one under way, one waiting
-_MOST_FAILURES: Final = 64  # items in a chunk, should inputs fail one after the other
-_PATIENCE: Final = 5.0  # seconds for workers to end their inference when all is over
+_CHUNKS_PER_WORKER: Final = 2  # in flight: one that is processed, one that waits
+_MAX_FAILURES: Final = 64  # in a chunk, if input after input fails
+_JOIN_SECONDS: Final = 5.0  # time for workers to finish their inference at the end
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """A frame to be read.
+class FrameTask:
+    """A frame to process.
 
     Attributes
     ----------
     name
-        What it is called in results.
+        The frame's name in the results.
     load
-        Reads it and writes its quadrants into uint8 [4, 1, S, S]; gives its flags, raises a FrameError if it cannot.
+        Writes the frame's quadrants to uint8 [4, 1, S, S] and returns its flags; raises a FrameError if it cannot.
     on_decision
-        What to call with what was decided of it.
+        Called with the frame's prediction.
     file
-        The file that `load` reads, which a reader process may read in its place; None where there is no such file.
+        The file that `load` reads, so that a reader process can read it instead; None if there is no such file.
     """
 
     name: str
@@ -63,53 +63,53 @@ class Source:
 
 @dataclass(eq=False)
 class _Chunk(Generic[_Result]):
-    items: Sequence[Source | Failure]
+    items: Sequence[FrameTask | Failure]
     results: list[_Result | Failure] = field(default_factory=list)
     error: BaseException | None = None
     done: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     worker: threading.Thread = field(default_factory=threading.current_thread)
     reader: FrameReader | None = None
-    loading: tuple[int, float] | None = None  # which item, and since when
-    given_up: bool = False
+    loading: tuple[int, float] | None = None  # index of the item that is read, and since when
+    abandoned: bool = False
 
 
-class Pipeline(Generic[_Result]):
-    """Workers that take frames to results.
+class WorkerPool(Generic[_Result]):
+    """Threads that turn frames into results.
 
     Parameters
     ----------
     slots
-        Run the network. A chunk has as many sources as a batch of theirs has places, across files and folders alike.
-    judge
-        Makes results of sources, their flags and their answers: one each, in order.
+        Run the network. A chunk has as many frames as a batch of theirs, from any files and folders.
+    postprocess
+        Returns the results of tasks, given their flags and the network's answers: one each, in order.
     workers
-        Threads.
+        Number of threads.
     time_limit
         Seconds for reading and decoding one file.
     frames
-        Sources of a chunk, at most the places of a batch; None is all of these.
+        Frames per chunk, at most the batch size of `slots`; None is that batch size.
     open_reader
-        Makes a worker's reader, with memory for a batch of `slots`; None has each worker read in its thread.
+        Returns a worker's reader, with memory for a batch of `slots`; None reads in the worker's thread.
     """
 
     def __init__(
         self,
         slots: SlotPool,
-        judge: Callable[[Sequence[Source], Sequence[Flags], InferenceOutput], Sequence[_Result | Failure]],
+        postprocess: Callable[[Sequence[FrameTask], Sequence[Flags], InferenceOutput], Sequence[_Result | Failure]],
         *,
         workers: int,
         time_limit: float,
         frames: int | None = None,
         open_reader: Callable[[], FrameReader] | None = None,
     ) -> None:
-        self._slots, self._judge, self._open_reader = slots, judge, open_reader
+        self._slots, self._postprocess, self._open_reader = slots, postprocess, open_reader
         self._workers, self._frames, self._time_limit = workers, frames or slots.frames, time_limit
 
-    def run(self, items: Iterable[Source | Failure]) -> Iterator[_Result | Failure]:
-        """Give a result for every source, and the failures among `items` as they are, in order.
+    def run(self, items: Iterable[FrameTask | Failure]) -> Iterator[_Result | Failure]:
+        """Yield a result for every task, and the failures among `items` unchanged, in order.
 
-        `items` are taken in the caller's thread, no more than a few chunks ahead of what is given.
+        `items` is consumed in the caller's thread, at most a few chunks ahead of the results.
 
         Raises
         ------
@@ -124,11 +124,11 @@ class Pipeline(Generic[_Result]):
         items = iter(items)
 
         def start_worker() -> None:
-            # Daemons: one that hangs on a dead disk must not keep the process from ending.
             reader = self._open_reader() if self._open_reader else None
             if reader is not None:
                 reader.start()
                 readers.append(reader)
+            # A daemon thread: a worker that hangs on a dead disk must not keep the process from exiting.
             arguments = (queue, closing, reader)
             worker = threading.Thread(target=self._work, args=arguments, name="echoquad-worker", daemon=True)
             worker.start()
@@ -136,18 +136,18 @@ class Pipeline(Generic[_Result]):
 
         try:
             while True:
-                while len(chunks) < _AHEAD * self._workers and (cut := self._cut(items)):
-                    chunks.append(_Chunk(cut))
+                while len(chunks) < _CHUNKS_PER_WORKER * self._workers and (taken := self._next_items(items)):
+                    chunks.append(_Chunk(taken))
                     queue.put(chunks[-1])
                     if len(workers) < self._workers:
                         start_worker()
                 if not chunks:
                     return
-                while not chunks[0].done.wait(self._until_late(chunks)):
+                while not chunks[0].done.wait(self._seconds_until_timeout(chunks)):
                     for index, chunk in enumerate(chunks):
-                        if self._gives_up(chunk):
-                            workers.remove(chunk.worker)  # never to be waited for
-                            chunks[index] = self._without_late(chunk)
+                        if self._abandon_if_late(chunk):
+                            workers.remove(chunk.worker)  # never join it
+                            chunks[index] = self._without_late_item(chunk)
                             queue.put(chunks[index])
                             start_worker()
                 if (error := chunks[0].error) is not None:
@@ -158,45 +158,43 @@ class Pipeline(Generic[_Result]):
             for _ in workers:
                 queue.put(None)
             for reader in readers:
-                reader.kill()  # nobody waits for what it reads
-            deadline = time.monotonic() + _PATIENCE
+                reader.kill()  # nobody needs what it reads
+            deadline = time.monotonic() + _JOIN_SECONDS
             for worker in workers:
                 worker.join(max(0.0, deadline - time.monotonic()))
 
-    def _cut(self, items: Iterator[Source | Failure]) -> list[Source | Failure]:
-        """Take the next items, with as many sources among them as a batch has places."""
-        cut: list[Source | Failure] = []
+    def _next_items(self, items: Iterator[FrameTask | Failure]) -> list[FrameTask | Failure]:
+        """Take the next items, with as many tasks among them as a chunk has frames."""
+        taken: list[FrameTask | Failure] = []
         room = self._frames
-        while room and len(cut) < _MOST_FAILURES + self._frames:
-            item = next(items, None)
-            if item is None:
-                break
-            cut.append(item)
-            room -= isinstance(item, Source)
-        return cut
+        while room and len(taken) < _MAX_FAILURES + self._frames and (item := next(items, None)) is not None:
+            taken.append(item)
+            room -= isinstance(item, FrameTask)
+        return taken
 
-    def _until_late(self, chunks: Iterable[_Chunk[_Result]]) -> float:
-        """Give the seconds until a file that is being read now is late; none is before."""
-        begun = [loading[1] for chunk in chunks if (loading := chunk.loading) is not None]
+    def _seconds_until_timeout(self, chunks: Iterable[_Chunk[_Result]]) -> float:
+        """Return the seconds until the first of the current reads can exceed the time limit."""
+        started = [loading[1] for chunk in chunks if (loading := chunk.loading) is not None]
         now = time.monotonic()
-        return max(0.0, min(begun, default=now) + self._time_limit - now)
+        return max(0.0, min(started, default=now) + self._time_limit - now)
 
-    def _gives_up(self, chunk: _Chunk[_Result]) -> bool:
+    def _abandon_if_late(self, chunk: _Chunk[_Result]) -> bool:
         with chunk.lock:
             late = chunk.loading is not None and time.monotonic() - chunk.loading[1] >= self._time_limit
-            chunk.given_up = late
+            chunk.abandoned = late
             if late and chunk.reader is not None:
                 chunk.reader.kill()
         return late
 
-    def _without_late(self, chunk: _Chunk[_Result]) -> _Chunk[_Result]:
-        """Give the same items again, but for the one that a chunk was given up with."""
+    def _without_late_item(self, chunk: _Chunk[_Result]) -> _Chunk[_Result]:
+        """Return a chunk of the same items, with a failure for the one that exceeded the time limit."""
         assert chunk.loading is not None
         items, late = list(chunk.items), chunk.loading[0]
+        item = items[late]
         error = FrameReadError(
-            f"reading and decoding it takes longer than {self._time_limit:g} seconds; check the disk it lies on"
+            f"reading and decoding takes longer than {self._time_limit:g} seconds; check the disk that holds the file"
         )
-        items[late] = Failure(_name(items[late]), error)
+        items[late] = Failure(item.name if isinstance(item, FrameTask) else item.file, error)
         return _Chunk(items)
 
     def _work(
@@ -206,34 +204,34 @@ class Pipeline(Generic[_Result]):
         try:
             while (chunk := queue.get()) is not None and not closing.is_set():
                 try:
-                    self._take(chunk, batch, closing, reader)
-                except BaseException as error:  # whatever it is, it is raised where the results are awaited
+                    self._process(chunk, batch, closing, reader)
+                except BaseException as error:  # raised again in the thread that waits for the results
                     chunk.error = error
-                if chunk.given_up:  # another worker is in this one's place
+                if chunk.abandoned:  # another worker has replaced this one
                     return
                 chunk.done.set()
         finally:
             if reader is not None:
                 reader.close()
 
-    def _take(
+    def _process(
         self,
         chunk: _Chunk[_Result],
         batch: npt.NDArray[np.uint8],
         closing: threading.Event,
         reader: FrameReader | None,
     ) -> None:
-        """Take a chunk through, unless that is of no use any more."""
-        loaded: list[Source] = []
+        """Process a chunk, unless it is abandoned or the pool closes meanwhile."""
+        loaded: list[FrameTask] = []
         flags: list[Flags] = []
-        results: list[_Result | Failure | None] = []  # None is the next of those that were judged
+        results: list[_Result | Failure | None] = []  # None: the next result of the network
         for index, item in enumerate(chunk.items):
             if isinstance(item, Failure):
                 results.append(item)
                 continue
             with chunk.lock:
                 chunk.worker, chunk.loading = threading.current_thread(), (index, time.monotonic())
-                chunk.reader = reader if _is_for_a_process(item) else None
+                chunk.reader = reader if _suits_reader_process(item) else None
             try:
                 flags.append(
                     item.load(batch[len(loaded)])
@@ -243,28 +241,21 @@ class Pipeline(Generic[_Result]):
                 loaded.append(item)
                 results.append(None)
             except FrameError as error:
-                # Its traceback would keep the file's bytes, and all of this chunk, for as long as it is kept itself.
+                # The traceback would keep the file's bytes and this whole chunk alive as long as the error.
                 error.__cause__ = error.__context__ = None
                 results.append(Failure(item.name, error.with_traceback(None)))
             with chunk.lock:
-                if chunk.given_up or closing.is_set():
+                if chunk.abandoned or closing.is_set():
                     return
                 chunk.loading = None
-        if loaded:
-            judged = iter(self._judge(loaded, flags, self._slots.run(batch, len(loaded))))
-            chunk.results = [next(judged) if result is None else result for result in results]
-        else:
-            chunk.results = [result for result in results if result is not None]
+        predicted = iter(self._postprocess(loaded, flags, self._slots.run(batch, len(loaded))) if loaded else ())
+        chunk.results = [next(predicted) if result is None else result for result in results]
 
 
-def _is_for_a_process(source: Source) -> bool:
-    """Return whether a reader process reads a source: a file, and no clip.
+def _suits_reader_process(task: FrameTask) -> bool:
+    """Return whether a reader process reads a task: if it is a file, and not a video.
 
-    A clip's frames are decoded one after the other, once for all threads of this process. Each reader process that gets
-    some of them would decode the clip up to the last of these.
+    The frames of a video are decoded in sequence, once for all threads of this process. Every reader process that gets
+    some of them would decode the video from its start.
     """
-    return source.file is not None and source.file.path.suffix.lower() not in VIDEO_EXTENSIONS
-
-
-def _name(item: Source | Failure) -> str:
-    return item.name if isinstance(item, Source) else item.file
+    return task.file is not None and task.file.path.suffix.lower() not in VIDEO_EXTENSIONS

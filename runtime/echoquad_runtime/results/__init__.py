@@ -1,1 +1,1 @@
-"""Result files: CSV and JSON lines, resume, shards and their merge."""
+"""Result files of predictions: row formats (CSV, JSON lines), resume, shards and their merge."""

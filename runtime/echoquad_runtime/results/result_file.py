@@ -1,9 +1,9 @@
-"""Result files that outlive whatever happens: rows that were written stay, and a later run goes on behind them.
+"""Result files with resume: rows that were written survive an interruption, and a later run continues after them.
 
-While a run goes on, its rows are in ``FILE.partial``; ``FILE.partial.json`` says which run they are of, and is locked.
-At the end the first takes its name over whatever had it, and ``FILE.run.json`` says what made it. A row is handed to
-the system whole as soon as it is there, so that a process that is killed loses none, and about once a second the disk
-is waited for, so that a power cut costs no more than that. What is torn then is found by its form, and dropped.
+During a run, rows go to ``FILE.partial``. ``FILE.partial.json``, which is locked, records the run that they belong to.
+At the end ``FILE.partial`` is renamed to ``FILE``, and ``FILE.run.json``, the run record, says what made it. Every row
+is handed to the operating system complete and at once, so a killed process loses none. About once a second the file is
+synced to disk, so a power cut loses at most that much. A torn row is recognized by its form and dropped.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ import numpy as np
 
 from echoquad_runtime._version import __version__
 from echoquad_runtime.errors import OutputError, ResultError, UsageError
-from echoquad_runtime.results.row_formats import RowReader, columns, format_of
+from echoquad_runtime.results.row_formats import RowReader, columns, format_for
 from echoquad_runtime.storage.atomic import output_errors, sync_folder, write_all, write_json
 from echoquad_runtime.storage.file_lock import FileLock, LockedError
 from echoquad_runtime.storage.row_names import DIGEST_BYTES, digest, printed
 
 if TYPE_CHECKING:
-    from echoquad_runtime.predict.predictor import Prediction
+    from echoquad_runtime.predict.prediction import Prediction
 
 __all__ = [
     "IDENTITY",
-    "Named",
     "ResultFile",
-    "in_words",
+    "RowNames",
+    "check_resume",
+    "identity_text",
     "is_stream",
-    "partial_of",
+    "partial_path",
     "read_run_record",
-    "refuse_resume",
-    "run_record_of",
+    "run_record_path",
     "write_run_record",
 ]
 
 SCHEMA: Final = 1
-"""Of the record beside a result file."""
+"""Schema of the run record."""
 
 _SYNC_SECONDS: Final = 1.0
-_SYNC_SHARE: Final = 20  # a disk that is slow to answer is waited for less often: one part in so many of the time
+_SYNC_SHARE: Final = 20  # a slow disk is synced less often: at most this fraction (1/20) of the time
 IDENTITY: Final[Mapping[str, str]] = {
     "schema": "record",
     "echoquad": "EchoQuad",
@@ -57,57 +57,58 @@ IDENTITY: Final[Mapping[str, str]] = {
     "device": "device",
     "precision": "precision",
     "shard": "shard",
-    "flip": "turning over of matrices",
-    "abstain_below": "bound for abstaining",
+    "flip": "matrix orientation (flip)",
+    "abstain_below": "abstain_below",
 }
-"""What must be the same for rows to go into one file, and what each is called."""
-_OPTIONAL: Final = ("shard", "flip", "abstain_below")  # text or nothing
-_OTHER: Final = {"schema", *_OPTIONAL}  # than text
+"""Fields of the run record that must match for rows to go into the same file, and their names in messages."""
+_OPTIONAL: Final = ("shard", "flip", "abstain_below")  # a string or null
 
 
 def is_stream(path: Path) -> bool:
-    """Say whether a result file is there and is none to be renamed or gone back in: a pipe, a terminal, a device."""
+    """Return whether the path exists and is a pipe, a terminal or a device, which cannot be renamed or resumed."""
     with output_errors(path):
         return path.exists() and not path.is_file() and not path.is_dir()
 
 
-def partial_of(path: Path) -> Path:
-    """Name the file that holds rows until a result file is finished."""
+def partial_path(path: Path) -> Path:
+    """Return the path of the rows of an unfinished result file."""
     return path.with_name(f"{path.name}.partial")
 
 
-def run_record_of(path: Path) -> Path:
-    """Name the record that lies beside a finished result file."""
+def run_record_path(path: Path) -> Path:
+    """Return the path of the run record of a finished result file."""
     return path.with_name(f"{path.name}.run.json")
 
 
 def read_run_record(path: Path) -> dict[str, Any] | None:
-    """Read the record beside a finished result file; None where there is none that can be understood."""
+    """Read the run record of a finished result file; None if it is missing or malformed."""
     try:
-        return _understand(run_record_of(path).read_bytes())
+        return _parse_record(run_record_path(path).read_bytes())
     except OSError:
         return None
 
 
 def write_run_record(path: Path, identity: Mapping[str, str | None], rows: int, sha256: str) -> None:
-    """Write the record beside a result file: what made it, how many rows it holds, and the SHA-256 of its bytes."""
+    """Write the run record of a result file: what made it, its number of rows, and the SHA-256 of its bytes."""
     write_json(
-        run_record_of(path), {"schema": SCHEMA, "echoquad": __version__, **identity, "rows": rows, "sha256": sha256}
+        run_record_path(path), {"schema": SCHEMA, "echoquad": __version__, **identity, "rows": rows, "sha256": sha256}
     )
 
 
-def _understand(data: bytes) -> dict[str, Any] | None:
+def _parse_record(data: bytes) -> dict[str, Any] | None:
     try:
-        found = json.loads(data)
+        record = json.loads(data)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or not all(isinstance(found.get(name), str) for name in IDENTITY.keys() - _OTHER):
-        return None
-    return found if all(isinstance(found.get(name), str | None) for name in _OPTIONAL) else None
+    valid = isinstance(record, dict) and all(
+        isinstance(record.get(name), str) or (name in _OPTIONAL and record.get(name) is None)
+        for name in IDENTITY.keys() - {"schema"}
+    )
+    return record if valid else None
 
 
-class Named:
-    """The names of rows that are there, each as often as it is: 17 bytes a row."""
+class RowNames:
+    """The multiset of names of existing rows, in 17 bytes per row."""
 
     def __init__(self) -> None:
         self._bytes = bytearray()
@@ -115,19 +116,19 @@ class Named:
         self._used = np.empty(0, bool)
 
     def add(self, row_name: str) -> None:
-        """Add a name as rows carry it; once all are added, `sort`."""
+        """Add a name in the form that rows have. Call `sort` after the last one."""
         self._bytes += digest(row_name)
 
     def sort(self) -> None:
-        """Make ready for `take`."""
-        self._digests = np.frombuffer(self._bytes, f"S{DIGEST_BYTES}")  # the same memory, sorted where it is
+        """Prepare for `claim`."""
+        self._digests = np.frombuffer(self._bytes, f"S{DIGEST_BYTES}")  # shares the memory, and is sorted in place
         self._digests.sort()
         self._used = np.zeros(len(self._digests), bool)
 
-    def take(self, name: str) -> bool:
-        """Say whether there is one more row of a frame than was taken before, and take it."""
-        wanted = np.frombuffer(digest(printed(name)), f"S{DIGEST_BYTES}")
-        begin, end = (int(np.searchsorted(self._digests, wanted, side)[0]) for side in ("left", "right"))
+    def claim(self, name: str) -> bool:
+        """Remove one row of a frame; return False if none is left."""
+        key = np.frombuffer(digest(printed(name)), f"S{DIGEST_BYTES}")
+        begin, end = (int(np.searchsorted(self._digests, key, side)[0]) for side in ("left", "right"))
         for index in range(begin, end):
             if not self._used[index]:
                 self._used[index] = True
@@ -136,50 +137,50 @@ class Named:
 
 
 class ResultFile:
-    """A result file that is being written, or gone on with.
+    """A result file, new or resumed.
 
-    Opened, it is locked, and it is known which rows are there; after `begin` it takes rows; `finish` gives it its
-    name. Closed before that, it leaves its rows for a later run, or, where there is none, nothing.
+    The constructor locks the file and reads the existing rows. After `begin` it takes rows. `finish` renames it to its
+    final name. If it is closed before, its rows stay for a later run; without rows, nothing stays.
 
     Parameters
     ----------
     path
-        The file, ``.csv`` or ``.jsonl``; no pipe.
+        The file, ``.csv`` or ``.jsonl``; not a pipe.
     resume
-        Whether to go on behind the rows of an interrupted run, else of the finished file, else afresh.
+        Whether to continue after the rows of an interrupted run, else of the finished file, if there are any.
 
     Attributes
     ----------
-    kept
-        How many rows are there from before.
-    torn
-        How many bytes behind them were not whole, and are dropped.
+    existing_rows
+        Number of rows of earlier runs.
+    torn_bytes
+        Number of bytes of an incomplete row after them, which are dropped.
     rows
-        How many rows are there now.
+        Number of rows now.
     certain
-        False where the disk knows no locks, so that a second process could not be kept out.
+        False if the file system does not support locks, so that a second process cannot be kept out.
 
     Raises
     ------
     ResultError
-        If another process writes it, if rows are there and `resume` is not given, or if what is there cannot be gone
-        on with.
+        If another process writes the file, if there are rows and `resume` is False, or if the existing rows cannot be
+        resumed.
     UsageError
-        If the ending is neither ``.csv`` nor ``.jsonl``.
+        If the extension is neither ``.csv`` nor ``.jsonl``.
     OutputError
-        If the system refuses.
+        If the file cannot be written.
     """
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
-        self.path, self.partial = path, partial_of(path)
-        self._layout = format_of(path)
+        self.path, self.partial = path, partial_path(path)
+        self._layout = format_for(path)
         self._stream: FileIO | None = None
-        self._named = Named()
-        self._earlier: dict[str, Any] | None = None  # the record of the run that the rows are of
+        self._names = RowNames()
+        self._earlier: dict[str, Any] | None = None  # run record of the existing rows
         self._columns: list[str] | None = None
-        self._source: Path | None = None  # where they are
-        self._hash = hashlib.sha256()  # of what is there
-        self.kept = self.rows = self.torn = self._size = 0
+        self._resumed_from: Path | None = None  # the file with the existing rows
+        self._hash = hashlib.sha256()  # of all bytes so far
+        self.existing_rows = self.rows = self.torn_bytes = self._size = 0
         self._next_sync = 0.0
         self._recorded = self._finished = False
         with output_errors(path):
@@ -188,41 +189,42 @@ class ResultFile:
             try:
                 self._lock = FileLock(path.with_name(f"{self.partial.name}.json"))
             except LockedError as error:
-                what = f"{path.as_posix()}: another process is writing it; wait for its end, or name another --out"
-                raise ResultError(what) from error
+                raise ResultError(
+                    f"{path.as_posix()}: another process is writing it; wait until it ends, or name another --out"
+                ) from error
             try:
-                self._look(resume=resume)
+                self._read_existing(resume=resume)
             except BaseException:
                 self._lock.release(remove=not self.partial.exists())
                 raise
         self.certain = self._lock.certain
 
-    def _look(self, *, resume: bool) -> None:
+    def _read_existing(self, *, resume: bool) -> None:
         if self._has_rows():
             if not resume:
                 raise ResultError(
-                    f"{self.partial.as_posix()}: it holds rows of a run that was interrupted; "
-                    "go on with --resume, or delete it"
+                    f"{self.partial.as_posix()}: the file holds rows of an interrupted run; continue with --resume, or "
+                    "delete it"
                 )
-            self._earlier = _understand(self._lock.read())
+            self._earlier = _parse_record(self._lock.read())
             if self._earlier is None:
                 raise ResultError(
-                    f"{self.partial.as_posix()}: {self._lock.path.name} does not say which run its rows are of; "
-                    "delete both, or name another --out"
+                    f"{self.partial.as_posix()}: {self._lock.path.name} does not identify the run of its rows; delete "
+                    "both, or name another --out"
                 )
             self._scan(self.partial)
         elif resume and self.path.exists():
             self._earlier = read_run_record(self.path)
             if self._earlier is None:
                 raise ResultError(
-                    f"{self.path.as_posix()}: there is no {run_record_of(self.path).name} to say what made it, so it "
-                    "cannot be gone on with; leave out --resume to replace it, or name another --out"
+                    f"{self.path.as_posix()}: {run_record_path(self.path).name} is missing or malformed, so it "
+                    "cannot be resumed; leave out --resume to replace it, or name another --out"
                 )
             self._scan(self.path)
-            if self.torn or self._hash.hexdigest() != self._earlier.get("sha256"):
+            if self.torn_bytes or self._hash.hexdigest() != self._earlier.get("sha256"):
                 raise ResultError(
-                    f"{self.path.as_posix()}: it is not as its run left it; leave out --resume to replace it, or name "
-                    "another --out"
+                    f"{self.path.as_posix()}: the file has changed since its run; leave out --resume to replace it, or "
+                    "name another --out"
                 )
 
     def _has_rows(self) -> bool:
@@ -233,82 +235,84 @@ class ResultFile:
             return False
 
     def _scan(self, source: Path) -> None:
-        """Learn which rows are there, up to the first that is not whole or no row of its run."""
+        """Read the existing rows, up to the first that is incomplete or belongs to another run."""
         assert self._earlier is not None
         method, device, precision = (str(self._earlier[name]) for name in ("method", "device", "precision"))
         with source.open("rb") as stream:
-            reader = RowReader(stream, self._layout, ran=(method, device, precision))
+            reader = RowReader(stream, self._layout, run=(method, device, precision))
             for row in reader:
-                self._named.add(row.name)
-                self.kept += 1
-            self.torn = os.fstat(stream.fileno()).st_size - reader.whole
-        self._named.sort()
-        self._hash, self._size, self.rows = reader.hash, reader.whole, self.kept
-        self._columns, self._source = reader.columns, source
+                self._names.add(row.name)
+                self.existing_rows += 1
+            self.torn_bytes = os.fstat(stream.fileno()).st_size - reader.complete_bytes
+        self._names.sort()
+        self._hash, self._size, self.rows = reader.hash, reader.complete_bytes, self.existing_rows
+        self._columns, self._resumed_from = reader.columns, source
 
-    def take(self, name: str) -> bool:
-        """Say whether a frame's row is there from before; one that was given twice has two."""
-        return self.kept > 0 and self._named.take(name)
+    def claim(self, name: str) -> bool:
+        """Return whether a frame has an existing row, and mark it as used: a frame given twice has two rows."""
+        return self.existing_rows > 0 and self._names.claim(name)
 
     def begin(self, classes: Sequence[str], identity: Mapping[str, str | None]) -> None:
-        """Make ready for rows.
+        """Prepare the file for rows.
 
         Parameters
         ----------
         classes
-            The model's.
+            Class names of the model.
         identity
             ``bundle``, ``method``, ``device``, ``precision``, ``shard``, ``abstain_below`` and ``self_test`` of this
-            run, and ``flip`` where matrices are turned over.
+            run, and ``flip`` if matrices are flipped.
 
         Raises
         ------
         ResultError
-            If the rows that are there are of another run.
+            If the existing rows belong to another run.
         OutputError
-            If the system refuses.
+            If the file cannot be written.
         """
         self._identity = identity
         record = {"schema": SCHEMA, "echoquad": __version__, **identity}
-        if self._earlier is not None and self._source is not None:
+        if self._earlier is not None and self._resumed_from is not None:
             self._compare(record, classes)
         with output_errors(self.path):
-            if self._source != self.partial:
+            if self._resumed_from != self.partial:
                 self._lock.write(json.dumps(record, indent=2).encode())
-                if self._source is None:
+                if self._resumed_from is None:
                     self.partial.write_bytes(b"")
                 else:
-                    import shutil
+                    import shutil  # slow to import, and rarely needed
 
-                    shutil.copyfile(self._source, self.partial)
+                    shutil.copyfile(self._resumed_from, self.partial)
             self._stream = FileIO(self.partial, "r+")
             self._stream.truncate(self._size)
             self._stream.seek(self._size)
-            if self._source is None:
+            if self._resumed_from is None:
                 self._append(self._layout.header(classes))
-            # What is done within a second never waits for the disk on the way.
+            # A run of less than a second syncs only once, at its end.
             self._next_sync = time.monotonic() + _SYNC_SECONDS
 
     def _compare(self, record: Mapping[str, Any], classes: Sequence[str]) -> None:
         assert self._earlier is not None
-        assert self._source is not None
-        for name, word in IDENTITY.items():
-            there, here = (in_words(name, values.get(name)) for values in (self._earlier, record))
+        assert self._resumed_from is not None
+        for name, label in IDENTITY.items():
+            there, here = (identity_text(name, values.get(name)) for values in (self._earlier, record))
             if there != here:
                 raise ResultError(
-                    f"{self._source.as_posix()}: its {word} is {there}, this run's is {here}; run as it was begun, or "
-                    "name another --out"
+                    f"{self._resumed_from.as_posix()}: its {label} is {there}, this run's is {here}; use the same as "
+                    "before, or name another --out"
                 )
         if self._columns is not None and self._columns != columns(classes):
-            raise ResultError(f"{self._source.as_posix()}: its columns are not this bundle's; name another --out")
+            raise ResultError(
+                f"{self._resumed_from.as_posix()}: its columns are not those of this bundle; name another --out"
+            )
 
     def write(self, prediction: Prediction) -> None:
-        """Write a row.
+        """Write one row.
 
         Raises
         ------
         OutputError
-            If the system refuses; what was written is whole, without this row.
+            If the row cannot be written; the previous rows stay complete.
         """
         with output_errors(self.path):
             self._append(self._layout.row(prediction))
@@ -325,7 +329,7 @@ class ResultFile:
     def _sync(self) -> None:
         assert self._stream is not None
         begin = time.monotonic()
-        if not self._recorded:  # rows are worth nothing without it
+        if not self._recorded:  # rows are useless without their run record
             self._lock.sync()
             sync_folder(self.path.parent)
             self._recorded = True
@@ -334,12 +338,12 @@ class ResultFile:
         self._next_sync = end + max(_SYNC_SECONDS, _SYNC_SHARE * (end - begin))
 
     def finish(self) -> bool:
-        """Give the file its name, in place of what had it; False where that is the same rows, and stays as it is.
+        """Rename the file to its final name and write the run record; False if the finished file has the same rows.
 
         Raises
         ------
         OutputError
-            If the system refuses; the rows are then where they were, for a later run.
+            If the file cannot be written; its rows stay for a later run.
         """
         assert self._stream is not None
         if self._adds_nothing:
@@ -347,7 +351,7 @@ class ResultFile:
         with output_errors(self.path):
             os.fsync(self._stream.fileno())
             write_run_record(self.path, self._identity, self.rows, self._hash.hexdigest())
-            self._stream.close()  # Windows renames no open file
+            self._stream.close()  # Windows cannot rename an open file
             self.partial.replace(self.path)
             sync_folder(self.path.parent)
         self._finished = True
@@ -355,31 +359,31 @@ class ResultFile:
 
     @property
     def _adds_nothing(self) -> bool:
-        """Whether all rows are in the finished file, too."""
-        return self._source == self.path and self.rows == self.kept
+        """Whether the finished file already has all rows."""
+        return self._resumed_from == self.path and self.rows == self.existing_rows
 
     @property
-    def _left(self) -> bool:
-        """Whether there are rows for a later run."""
+    def _keeps_rows(self) -> bool:
+        """Whether rows stay for a later run."""
         return not self._finished and self.rows > 0 and not self._adds_nothing
 
     @property
     def interrupted(self) -> bool:
-        """Whether this run has begun, and leaves rows for a later one."""
-        return self._stream is not None and self._left and self.partial.exists()
+        """Whether this run has started and leaves rows for a later one."""
+        return self._stream is not None and self._keeps_rows and self.partial.exists()
 
     def close(self) -> None:
-        """Let go of it: what is not finished is left whole for a later run, and what holds no row is removed."""
-        with contextlib.suppress(OSError):  # there may be no room even for that; the torn row is then dropped later
+        """Close and unlock the file. Unfinished rows stay for a later run; a file without rows is removed."""
+        with contextlib.suppress(OSError):  # a full disk may refuse even that; the next run drops the torn row
             if self._stream is not None and not self._stream.closed:
                 self._stream.truncate(self._size)
                 self._sync()
         if self._stream is not None:
             self._stream.close()
-        if not self._left:
+        if not self._keeps_rows:
             with contextlib.suppress(OSError):
                 self.partial.unlink(missing_ok=True)
-        self._lock.release(remove=not self._left)
+        self._lock.release(remove=not self._keeps_rows)
 
     def __enter__(self) -> Self:
         return self
@@ -390,8 +394,8 @@ class ResultFile:
         self.close()
 
 
-def refuse_resume(path: Path | None) -> None:
-    """Refuse to go on with what cannot be gone on with.
+def check_resume(path: Path | None) -> None:
+    """Check that ``--resume`` can continue a result file.
 
     Raises
     ------
@@ -399,13 +403,13 @@ def refuse_resume(path: Path | None) -> None:
         If there is no result file, or it is a pipe.
     """
     if path is None:
-        raise UsageError("--resume: rows on stdout cannot be gone on with; name a file with --out")
+        raise UsageError("--resume needs a result file; name it with --out")
     if is_stream(path):
-        raise UsageError(f"--resume: {path.as_posix()} is no regular file, and cannot be gone on with")
+        raise UsageError(f"--resume: {path.as_posix()} is not a regular file; name one with --out")
 
 
-def in_words(name: str, value: object) -> str:
-    """Say what a run has for one of `IDENTITY`."""
+def identity_text(name: str, value: object) -> str:
+    """Return the value of an `IDENTITY` field for a message."""
     if value is None:
         return "none"
     return str(value)[:12] if name == "bundle" else str(value)

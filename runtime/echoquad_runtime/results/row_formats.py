@@ -1,4 +1,4 @@
-"""Writers: predictions as CSV or as JSON lines, the same columns in both; and rows read back, while they are whole."""
+"""Row formats: write predictions as CSV or JSON lines with the same columns, and read complete rows back."""
 
 from __future__ import annotations
 
@@ -18,88 +18,81 @@ from echoquad_runtime.storage.atomic import output_errors, write_atomically
 from echoquad_runtime.storage.row_names import encoded, printed, without_formula
 
 if TYPE_CHECKING:
-    from echoquad_runtime.predict.predictor import Prediction
+    from _typeshed import SupportsWrite
+
+    from echoquad_runtime.predict.prediction import Prediction
 
 __all__ = [
-    "CsvWriter",
+    "CSV",
+    "JSON_LINES",
     "Format",
-    "JsonlWriter",
     "Row",
     "RowReader",
-    "Stream",
+    "RowWriter",
     "Writer",
-    "check_ending",
     "columns",
-    "format_of",
+    "format_for",
     "open_writer",
-    "writer_of",
 ]
 
 _QUOTED: Final = re.compile(r'[",\r\n]')
-_QUOTED_NAME: Final = re.compile(r'[",\r\n;\t]')  # where another sign parts cells, a name must not begin one of its own
-_MOST_BYTES: Final = 1 << 22  # in a row, so that damage is not read to the end of the file; two classes have 200
-
-
-class Stream(Protocol):
-    """Takes bytes."""
-
-    def write(self, data: bytes, /) -> object:
-        """Write them."""
-        ...
+_QUOTED_NAME: Final = re.compile(r'[",\r\n;\t]')  # also separators of other locales, so that a name stays one cell
+_MAX_ROW_BYTES: Final = 1 << 22  # stops reading a damaged file without line ends; two classes take about 200 bytes
 
 
 class Writer(Protocol):
-    """Takes predictions, one a row."""
+    """Writes predictions, one per row."""
 
     def write(self, prediction: Prediction) -> None:
-        """Write a row."""
+        """Write one row."""
         ...
 
 
 def columns(classes: Sequence[str]) -> list[str]:
-    """Name the columns: the document's header with the classes' names in it, then ``flags,device,precision``."""
+    """Return the column names: those of the reference pipeline's CSV, then ``flags,device,precision``."""
     names = ["file", "method", "pred_image", *(f"prob_{name}" for name in classes)]
     for quadrant in QUADRANTS:
         names += [f"pred_{quadrant}", *(f"p_{quadrant}_{name}" for name in classes)]
     return [*names, "flags", "device", "precision"]
 
 
-_FEWEST: Final = len(columns(()))
+_MIN_COLUMNS: Final = len(columns(()))
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row that was read back.
+    """One row of a result file.
 
     Attributes
     ----------
     name
-        The frame's, as rows carry it.
-    ran
+        The frame's name, in the form that rows have (`echoquad_runtime.storage.row_names`).
+    run
         Method, device and precision.
     data
-        The row's bytes, its line feed included.
+        The bytes of the row, including the line feed.
     """
 
     name: str
-    ran: tuple[str, str, str]
+    run: tuple[str, str, str]
     data: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How rows are bytes.
+    """A file format for rows.
 
     Attributes
     ----------
     header
-        Gives what comes before the first row, of the class names.
+        Returns the bytes before the first row, given the class names.
     row
-        Gives a row, of a prediction.
+        Returns the bytes of a prediction's row.
     split
-        Cuts a stream into rows' bytes, the header first if there is one, as long as they are whole.
+        Yields the bytes of each complete row of a stream, including the header if the format has one.
     parse
-        Gives columns and values of a row's bytes and the columns so far; raises a ValueError where it is none.
+        Returns the columns and values of a row, given its bytes and the columns if known; raises a ValueError if the
+        bytes are not a row.
     """
 
     header: Callable[[Sequence[str]], bytes]
@@ -109,9 +102,12 @@ class Format:
 
 
 def _csv_line(name: str, values: Sequence[str]) -> bytes:
-    cells = [f'"{value.replace(chr(34), chr(34) * 2)}"' if _QUOTED.search(value) else value for value in values]
-    name = f'"{name.replace(chr(34), chr(34) * 2)}"' if _QUOTED_NAME.search(name) else name
-    return encoded(",".join([name, *cells]) + "\n")
+    cells = [_quote(value) if _QUOTED.search(value) else value for value in values]
+    return encoded(",".join([_quote(name) if _QUOTED_NAME.search(name) else name, *cells]) + "\n")
+
+
+def _quote(value: str) -> str:
+    return '"' + value.replace('"', '""') + '"'
 
 
 def _csv_header(classes: Sequence[str]) -> bytes:
@@ -127,10 +123,10 @@ def _csv_row(p: Prediction) -> bytes:
 
 
 def _csv_split(stream: IO[bytes]) -> Iterator[bytes]:
-    """Cut where a line ends outside of quotes."""
+    """Split at line ends outside of quotes."""
     lines: list[bytes] = []
     size = quotes = 0
-    while size < _MOST_BYTES and (line := stream.readline(_MOST_BYTES)).endswith(b"\n"):
+    while size < _MAX_ROW_BYTES and (line := stream.readline(_MAX_ROW_BYTES)).endswith(b"\n"):
         lines.append(line)
         size += len(line)
         quotes += line.count(b'"')
@@ -157,46 +153,53 @@ def _json_row(p: Prediction) -> bytes:
 
 
 def _json_split(stream: IO[bytes]) -> Iterator[bytes]:
-    while (line := stream.readline(_MOST_BYTES)).endswith(b"\n"):
+    while (line := stream.readline(_MAX_ROW_BYTES)).endswith(b"\n"):
         yield line
 
 
 def _json_parse(data: bytes, _: Sequence[str] | None) -> tuple[list[str], list[str]]:
     try:
-        found = json.loads(data)
+        row = json.loads(data)
     except RecursionError as error:
         raise ValueError from error
-    if not isinstance(found, dict):
+    if not isinstance(row, dict):
         raise ValueError
-    return list(found), [str(value) for value in found.values()]
+    return list(row), [str(value) for value in row.values()]
 
 
-_FORMATS: Final[Mapping[str, Format]] = {
-    ".csv": Format(_csv_header, _csv_row, _csv_split, _csv_parse),
-    ".jsonl": Format(lambda _: b"", _json_row, _json_split, _json_parse),
-}
+CSV: Final = Format(_csv_header, _csv_row, _csv_split, _csv_parse)
+"""CSV in UTF-8 with a header, probabilities with four decimals, and line feeds on all platforms.
+
+No cell starts like a spreadsheet formula: such a file name gets the prefix ``./``, which is the same path, and such a
+class name an apostrophe.
+"""
+
+JSON_LINES: Final = Format(lambda _: b"", _json_row, _json_split, _json_parse)
+"""One JSON object per line: its keys are the columns of the CSV, probabilities are numbers, flags a list."""
+
+_FORMATS: Final[Mapping[str, Format]] = {".csv": CSV, ".jsonl": JSON_LINES}
 
 
 class RowReader:
-    """Reads rows back, up to the first that is not whole: torn, or filled with zeros as after a power cut.
+    """Iterates over the rows of a stream, up to the first incomplete one: torn, or filled with zeros by a power cut.
 
     Parameters
     ----------
     stream
-        Opened at its beginning.
+        Binary stream at its start.
     layout
-        Of its rows.
+        Format of the rows.
     columns
-        Where given, the stream begins with a row of these columns, and has no header.
-    ran
-        Method, device and precision of the run: where given, a row of another is as good as torn.
+        If given, the stream has these columns and no header.
+    run
+        Method, device and precision of the run. If given, reading also stops at a row of another run.
 
     Attributes
     ----------
     columns
-        The columns' names, once the first row is read; a CSV's are there from the beginning. None where there are none.
-    whole
-        How many bytes, from the beginning, were read and are whole.
+        Column names; of a CSV from the start, else after the first row. None if there are none.
+    complete_bytes
+        Number of bytes of the header and of the complete rows so far.
     hash
         SHA-256 of these bytes.
     """
@@ -206,126 +209,97 @@ class RowReader:
         stream: IO[bytes],
         layout: Format,
         *,
-        ran: tuple[str, str, str] | None = None,
+        run: tuple[str, str, str] | None = None,
         columns: list[str] | None = None,
     ) -> None:
-        self._parse, self._rows, self._ran = layout.parse, layout.split(stream), ran
+        self._parse, self._rows, self._run = layout.parse, layout.split(stream), run
         self.columns = columns
-        self.whole = 0
+        self.complete_bytes = 0
         self.hash = hashlib.sha256()
         if layout.header([]) and columns is None:
             header = next(self._rows, b"")
             if (values := self._values(header)) is not None:
                 self.columns = values
-                self._pass(header)
+                self._count(header)
             else:
                 self._rows = iter(())
 
     def __iter__(self) -> Iterator[Row]:
-        """Give the whole rows, one after the other; the values of each are as many as the columns."""
+        """Yield the complete rows; each has as many values as there are columns."""
         for data in self._rows:
             values = self._values(data)
             if values is None:
                 return
             row = Row(values[0], (values[1], values[-2], values[-1]), data)
-            if self._ran not in (None, row.ran):
+            if self._run not in (None, row.run):
                 return
-            self._pass(data)
+            self._count(data)
             yield row
 
     def _values(self, data: bytes) -> list[str] | None:
         if b"\0" in data:
             return None
         try:
-            found, values = self._parse(data, self.columns)
+            names, values = self._parse(data, self.columns)
         except ValueError:
             return None
-        if len(values) < _FEWEST or len(values) != len(found):
+        if len(values) < _MIN_COLUMNS or len(values) != len(names):
             return None
         if self.columns is None:
-            self.columns = found
-        return values if found == self.columns else None
+            self.columns = names
+        return values if names == self.columns else None
 
-    def _pass(self, data: bytes) -> None:
-        self.whole += len(data)
+    def _count(self, data: bytes) -> None:
+        self.complete_bytes += len(data)
         self.hash.update(data)
 
 
-class _StreamWriter:
-    """Rows to a stream, in one layout."""
+class RowWriter:
+    """Writes rows to a stream.
 
-    layout: Format
-
-    def __init__(self, stream: Stream, classes: Sequence[str]) -> None:
-        self._stream = stream
-        stream.write(self.layout.header(classes))
-
-    def write(self, prediction: Prediction) -> None:
-        """Write a row."""
-        self._stream.write(self.layout.row(prediction))
-
-
-class CsvWriter(_StreamWriter):
-    """Rows of CSV in UTF-8: a header, probabilities with four decimals, lines that end in a line feed everywhere.
-
-    No cell begins as a formula does: a file's name has ``./`` before it, which is the same path, a class an apostrophe.
+    Parameters
+    ----------
+    stream
+        A writable binary stream; it gets the header at once.
+    classes
+        Class names of the model.
+    layout
+        Format of the rows.
     """
 
-    layout = _FORMATS[".csv"]
+    def __init__(self, stream: SupportsWrite[bytes], classes: Sequence[str], layout: Format = CSV) -> None:
+        self._stream, self._layout = stream, layout
+        stream.write(layout.header(classes))
 
-
-class JsonlWriter(_StreamWriter):
-    """A JSON object a line, its keys the CSV's columns, probabilities as numbers and flags as a list."""
-
-    layout = _FORMATS[".jsonl"]
+    def write(self, prediction: Prediction) -> None:
+        """Write one row."""
+        self._stream.write(self._layout.row(prediction))
 
 
 @contextmanager
 def open_writer(path: Path, classes: Sequence[str]) -> Iterator[Writer]:
-    """Open a writer by the file's ending; the file appears, whole, when the block ends well.
+    """Open a writer for the file's extension. The file appears, complete, when the block ends without an exception.
 
     Raises
     ------
     UsageError
-        If the ending is neither ``.csv`` nor ``.jsonl``.
+        If the extension is neither ``.csv`` nor ``.jsonl``.
     OutputError
-        If the system refuses.
+        If the file cannot be written.
     """
-    make = writer_of(path)
+    layout = format_for(path)
     with write_atomically(path) as stream, output_errors(path):
-        yield make(stream, classes)
+        yield RowWriter(stream, classes, layout)
 
 
-def writer_of(path: Path) -> type[CsvWriter | JsonlWriter]:
-    """Give the writer that a result file's ending names.
-
-    Raises
-    ------
-    UsageError
-        As `check_ending`.
-    """
-    return CsvWriter if format_of(path) is CsvWriter.layout else JsonlWriter
-
-
-def format_of(path: Path) -> Format:
-    """Give the format that a result file's ending names.
+def format_for(path: Path) -> Format:
+    """Return the format for a result file's extension. Call it before any work to refuse a wrong one early.
 
     Raises
     ------
     UsageError
-        As `check_ending`.
-    """
-    check_ending(path)
-    return _FORMATS[path.suffix.lower()]
-
-
-def check_ending(path: Path) -> None:
-    """Refuse a result file's name before any work is done for it.
-
-    Raises
-    ------
-    UsageError
-        If the ending is neither ``.csv`` nor ``.jsonl``.
+        If the extension is neither ``.csv`` nor ``.jsonl``.
     """
     if path.suffix.lower() not in _FORMATS:
-        raise UsageError(f"--out {path.as_posix()}: the ending is {path.suffix!r}; expected .csv or .jsonl")
+        raise UsageError(f"--out {path.as_posix()}: the extension is {path.suffix!r}; expected .csv or .jsonl")
+    return _FORMATS[path.suffix.lower()]

@@ -1,7 +1,7 @@
-"""Shards: an archive split between processes by its frames' names, and their result files merged into one.
+"""Shards: an archive split between processes by the names of its frames, and their result files merged into one.
 
-Which shard a frame is in follows from its name alone, so that every process comes to the same answer, and a frame that
-appears while they run moves no other.
+The shard of a frame depends only on its name. So all processes agree on it, and a frame that appears during the run
+does not move any other.
 """
 
 from __future__ import annotations
@@ -22,32 +22,25 @@ from typing import TYPE_CHECKING, Any, Final
 from echoquad_runtime.errors import InputNotFoundError, ResultError, UsageError
 from echoquad_runtime.results.result_file import (
     IDENTITY,
-    in_words,
+    identity_text,
     is_stream,
-    partial_of,
+    partial_path,
     read_run_record,
     write_run_record,
 )
-from echoquad_runtime.results.row_formats import Format, Row, RowReader, format_of
+from echoquad_runtime.results.row_formats import Format, Row, RowReader, format_for
 from echoquad_runtime.storage.atomic import write_atomically
 from echoquad_runtime.storage.row_names import digest, display_name, printed, walk_order
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-__all__ = ["Merged", "Shard", "merge"]
+__all__ = ["MergeResult", "Shard", "merge"]
 
-_SAME: Final = (
-    "schema",
-    "echoquad",
-    "bundle",
-    "method",
-    "precision",
-    "flip",
-    "abstain_below",
-)  # the device may differ: each row has its own
-_MOST_STRETCHES: Final = 4096
-_BUFFER: Final = 1 << 14  # bytes a stretch
+_COMMON: Final = ("bundle", "method", "precision", "flip", "abstain_below")
+"""Fields of the run record that all shards share; the device may differ, since each row has its own."""
+_MAX_RUNS: Final = 4096  # sorted runs to merge
+_BUFFER: Final = 1 << 14  # bytes per sorted run
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,25 +52,25 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """Read ``i/n``.
+        """Parse ``i/n``.
 
         Raises
         ------
         UsageError
-            If it is none.
+            If `text` has another form or i is not within 1 to n.
         """
-        found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
-        index, count = map(int, found.groups()) if found else (0, 0)
+        match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+        index, count = map(int, match.groups()) if match else (0, 0)
         if not 1 <= index <= count:
-            raise UsageError(f"--shard {text}: expected i/n, two whole numbers with i from 1 to n, such as 2/4")
+            raise UsageError(f"--shard {text}: expected i/n with i from 1 to n, such as 2/4")
         return cls(index, count)
 
     def holds(self, name: str) -> bool:
-        """Say whether a frame of this name is in this shard."""
+        """Return whether a frame of this name is in the shard."""
         return self.holds_row(printed(name))
 
     def holds_row(self, row_name: str) -> bool:
-        """Say the same of a name as rows carry it."""
+        """Return whether a frame is in the shard, given its name in the form that rows have."""
         return int.from_bytes(digest(row_name), "big") % self.count == self.index - 1
 
     def __str__(self) -> str:
@@ -85,15 +78,15 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class Merged:
-    """What a merge has written.
+class MergeResult:
+    """The result of a merge.
 
     Attributes
     ----------
     rows
-        How many.
+        Number of rows.
     complete
-        Whether the shards' records say that none is missing; False where some have no record.
+        Whether the run records show that no shard is missing; False if a shard has no record.
     """
 
     rows: int
@@ -102,96 +95,95 @@ class Merged:
 
 @dataclass
 class _Part:
-    """A shard's result file, gone through once."""
+    """The result file of one shard."""
 
     path: Path
     record: dict[str, Any] | None
     header: bytes
     columns: list[str] | None
     rows: int
-    stretches: list[tuple[int, int]]  # where rows are in order: from byte to byte
+    sorted_runs: list[tuple[int, int]]  # byte ranges within which the rows are sorted
 
 
-def merge(paths: Sequence[Path], out: Path) -> Merged:
-    """Merge the result files of shards into one, row by row, holding no more than a few rows of each.
+def merge(paths: Sequence[Path], out: Path) -> MergeResult:
+    """Merge the result files of shards into one: an external merge sort that holds only a few rows of each file.
 
-    The rows come in the order in which one folder is walked: names are compared one folder at a time. Where the inputs
-    were one folder, or one pattern, the file equals that of a run without ``--shard``, byte for byte. Where they were
-    several, or the shards have grown by ``--resume``, it has the same rows, in this order.
+    The rows are in the order in which a folder is walked: names are compared one folder at a time. If the input was one
+    folder or one pattern, the merged file is byte-identical to that of a run without ``--shard``. If there were several
+    inputs, or shards were resumed with more frames, it has the same rows in this order.
 
     Raises
     ------
     UsageError
-        If the endings differ, or `out` is one of the shards.
+        If the extensions differ, or `out` is one of the shards.
     InputNotFoundError
-        If a shard's file is not there.
+        If a shard's file does not exist.
     ResultError
         If a file is unfinished or damaged, if they are not shards of one run, if one is missing, or if a frame is in
         two of them.
     OutputError
-        If the system refuses to write.
+        If the merged file cannot be written.
     """
-    layout = format_of(out)
+    layout = format_for(out)
     for path in paths:
         if path.suffix.lower() != out.suffix.lower():
             raise UsageError(
-                f"{path.as_posix()}: its ending is {path.suffix!r}, that of --out {out.suffix!r}; expected the same"
+                f"{path.as_posix()}: its extension is {path.suffix!r}, that of --out {out.suffix!r}; expected the same"
             )
         if path.exists() and out.exists() and path.samefile(out):
             raise UsageError(f"--out {out.as_posix()}: it is one of the shards; name another file")
-    parts = [_go_through(path, layout) for path in paths]
-    complete = _check(parts)
+    parts = [_read_part(path, layout) for path in paths]
+    complete = _check_parts(parts)
     rows = sum(part.rows for part in parts)
-    hashed = hashlib.sha256()
+    sha256 = hashlib.sha256()
     with write_atomically(out) as stream:
-        for data in itertools.chain([parts[0].header], _in_order(parts, layout)):
+        for data in itertools.chain([parts[0].header], _merged_rows(parts, layout)):
             stream.write(data)
-            hashed.update(data)
+            sha256.update(data)
     if complete and not is_stream(out):
         records = [part.record for part in parts if part.record is not None]
-        kept = ("bundle", "method", "precision", "flip", "abstain_below")
-        identity: dict[str, str | None] = {name: records[0][name] for name in kept if name in records[0]}
+        identity: dict[str, str | None] = {name: records[0][name] for name in _COMMON if name in records[0]}
         devices = "+".join(sorted({record["device"] for record in records}))
-        write_run_record(out, {**identity, "device": devices, "shard": None}, rows, hashed.hexdigest())
-    return Merged(rows, complete)
+        write_run_record(out, {**identity, "device": devices, "shard": None}, rows, sha256.hexdigest())
+    return MergeResult(rows, complete)
 
 
-def _go_through(path: Path, layout: Format) -> _Part:
-    """Read a shard's file from end to end, and hold it against its record."""
+def _read_part(path: Path, layout: Format) -> _Part:
+    """Read a shard's file once and check it against its run record."""
     label = path.as_posix()
     if not path.is_file():
         raise InputNotFoundError(f"{label}: no such file; expected a result file of predict --shard")
-    if partial_of(path).exists():
+    if partial_path(path).exists():
         raise ResultError(
-            f"{label}: {partial_of(path).name} lies beside it, so its run is not finished; go on with --resume"
+            f"{label}: its run is not finished, since {partial_path(path).name} exists; continue it with --resume"
         )
     record = read_run_record(path)
-    rows, begin, last, stretches = 0, 0, "", []
+    rows, begin, last, sorted_runs = 0, 0, "", []
     with path.open("rb") as stream:
         reader = RowReader(stream, layout)
-        header = begin = end = reader.whole
+        header = begin = end = reader.complete_bytes
         for row in reader:
             if record is not None and record["shard"] and not Shard.parse(record["shard"]).holds_row(row.name):
                 raise ResultError(
-                    f"{label}: {display_name(row.name)} is no frame of shard {record['shard']}; run the shard again"
+                    f"{label}: {display_name(row.name)} is not in shard {record['shard']}; run the shard again"
                 )
             key = walk_order(row.name)
             if key < last:
-                stretches.append((begin, end))
+                sorted_runs.append((begin, end))
                 begin = end
-            last, end, rows = key, reader.whole, rows + 1
-        stretches.append((begin, end))
+            last, end, rows = key, reader.complete_bytes, rows + 1
+        sorted_runs.append((begin, end))
         size = os.fstat(stream.fileno()).st_size
-        if size != reader.whole or (layout.header([]) and reader.columns is None):
-            raise ResultError(f"{label}: row {rows + 1} is not whole; the file is cut or damaged: run the shard again")
+        if size != reader.complete_bytes or (layout.header([]) and reader.columns is None):
+            raise ResultError(f"{label}: row {rows + 1} is incomplete; the file is cut or damaged: run the shard again")
         if record is not None and record.get("sha256") != reader.hash.hexdigest():
-            raise ResultError(f"{label}: it is not as its run left it; run the shard again")
+            raise ResultError(f"{label}: the file has changed since its run; run the shard again")
         stream.seek(0)
-        return _Part(path, record, stream.read(header), reader.columns, rows, stretches)
+        return _Part(path, record, stream.read(header), reader.columns, rows, sorted_runs)
 
 
-def _check(parts: Sequence[_Part]) -> bool:
-    """Hold the shards against one another; says whether it is known that none is missing."""
+def _check_parts(parts: Sequence[_Part]) -> bool:
+    """Check that all parts are shards of one run; return whether none is known to be missing."""
     first = parts[0]
     for part in parts[1:]:
         if part.columns and first.columns and part.columns != first.columns:
@@ -200,14 +192,15 @@ def _check(parts: Sequence[_Part]) -> bool:
     seen: dict[Shard, Path] = {}
     for part, record in known:
         there, label = known[0][1], part.path.as_posix()
-        for name in _SAME:
+        for name in ("schema", "echoquad", *_COMMON):
             if record.get(name) != there.get(name):
+                here, other = (identity_text(name, values.get(name)) for values in (record, there))
                 raise ResultError(
-                    f"{label}: its {IDENTITY[name]} is {in_words(name, record.get(name))}, that of "
-                    f"{known[0][0].path.as_posix()} is {in_words(name, there.get(name))}; expected shards of one run"
+                    f"{label}: its {IDENTITY[name]} is {here}, that of {known[0][0].path.as_posix()} is {other}; "
+                    "expected shards of one run"
                 )
         if record["shard"] is None:
-            raise ResultError(f"{label}: it is no shard but a whole run; expected files of predict --shard")
+            raise ResultError(f"{label}: it is a run without --shard; expected files of predict --shard")
         shard = Shard.parse(record["shard"])
         if shard in seen:
             raise ResultError(f"{label}: it is shard {shard}, as is {seen[shard].as_posix()}; leave out one of them")
@@ -222,49 +215,47 @@ def _check(parts: Sequence[_Part]) -> bool:
     (count,) = counts
     missing = [str(shard) for index in range(1, count + 1) if (shard := Shard(index, count)) not in seen]
     if missing:
-        raise ResultError(
-            f"shard {_some(missing)} of the archive is not among the files; name the files of all {count}"
-        )
+        raise ResultError(f"shard {_shorten(missing)} is missing; name the files of all {count} shards")
     return True
 
 
-def _some(names: Sequence[str]) -> str:
+def _shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _in_order(parts: Sequence[_Part], layout: Format) -> Iterator[bytes]:
-    """Give the shards' rows in the order of a walk."""
-    if (stretches := sum(len(part.stretches) for part in parts)) > _MOST_STRETCHES:
+def _merged_rows(parts: Sequence[_Part], layout: Format) -> Iterator[bytes]:
+    """Yield the rows of all shards in the order of a directory walk."""
+    if (runs := sum(len(part.sorted_runs) for part in parts)) > _MAX_RUNS:
         raise ResultError(
-            f"the shards' rows leave their order {stretches} times; expected at most {_MOST_STRETCHES}: run the shards "
-            "again over a folder in place of single files"
+            f"the rows of the shards form {runs} sorted runs; expected at most {_MAX_RUNS}: run the shards again on a "
+            "folder instead of single files"
         )
     with ExitStack() as files:
         readers = []
         for number, part in enumerate(parts):
             stream = files.enter_context(FileIO(part.path))
-            readers += [_keyed(stream, number, part, stretch, layout) for stretch in part.stretches]
+            readers += [_keyed_rows(stream, number, part, extent, layout) for extent in part.sorted_runs]
         before: tuple[int, Row] | None = None
         for (_, number), row in heapq.merge(*readers, key=lambda item: item[0]):
             if before is not None and before[0] != number and before[1].name == row.name:
                 where = " and in ".join(parts[index].path.as_posix() for index in (before[0], number))
                 raise ResultError(
-                    f"the frame {display_name(row.name)} is in {where}; expected it in one: leave out one of them"
+                    f"the frame {display_name(row.name)} is in {where}; expected it in one file: leave out one of them"
                 )
             before = number, row
             yield row.data
 
 
-def _keyed(
-    stream: FileIO, number: int, part: _Part, stretch: tuple[int, int], layout: Format
+def _keyed_rows(
+    stream: FileIO, number: int, part: _Part, extent: tuple[int, int], layout: Format
 ) -> Iterator[tuple[tuple[str, int], Row]]:
-    with io.BufferedReader(_Slice(stream, *stretch), _BUFFER) as rows:
+    with io.BufferedReader(_Slice(stream, *extent), _BUFFER) as rows:
         for row in RowReader(rows, layout, columns=part.columns):
             yield (walk_order(row.name), number), row
 
 
 class _Slice(io.RawIOBase):
-    """A part of a file, read on its own however many others there are."""
+    """A byte range of a file with a position of its own, so that several share one descriptor."""
 
     def __init__(self, stream: FileIO, begin: int, end: int) -> None:
         self._stream, self._at, self._end = stream, begin, end

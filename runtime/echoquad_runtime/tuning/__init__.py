@@ -1,1 +1,1 @@
-"""The search for the fastest settings of a host, and where they are saved."""
+"""The search for the fastest configuration of a bundle on this host, and the file that saves it."""

@@ -1,11 +1,13 @@
-"""The search behind ``echoquad tune``: candidates timed in turns, the clearly dearer ones dropped, and the pick.
+"""Successive elimination (racing): measure candidates round by round, drop the clearly slower ones, select the best.
 
-Nothing here knows what a candidate is. A race is run over numbers and a function that gives a number one turn, so
-that its rules can be held against simulated machines, and so that an exhaustive search can replay, on the turns that
-it measured itself, which of them the race would have seen.
+This module does not know what a candidate is. It works on candidate numbers and on a function that measures one
+candidate once. So tests can run the rules on simulated hosts, and an exhaustive search can replay the elimination on
+the samples that it took.
 
-A machine in use gets slower and quicker while it is measured. So candidates are compared by paired ratios: the cost
-of one over that of the leader in the same round, where every candidate has its turn in a shuffled order.
+A host that does other work gets slower and faster during the measurement. Candidates are therefore compared by paired
+ratios: the score of one over the score of the leader in the same round. In a round, every remaining candidate is
+measured once, in random order. See Maron and Moore, "Hoeffding races", 1994, for the method; the elimination rule
+here is an empirical one (`ELIMINATION_MARGINS`).
 """
 
 from __future__ import annotations
@@ -21,275 +23,277 @@ from typing import Final
 import numpy as np
 
 __all__ = [
-    "ENOUGH_CALLS",
+    "ELIMINATION_MARGINS",
+    "MIN_P99_CALLS",
     "MIN_ROUNDS",
-    "NEAR_TIE",
-    "SLACK",
+    "TIE_TOLERANCE",
     "Round",
-    "Standing",
-    "Turn",
+    "Sample",
+    "Statistics",
     "contenders",
-    "costs",
     "eligible",
-    "pick",
-    "race",
-    "replay",
-    "stand",
+    "relative_costs",
+    "replay_elimination",
+    "select",
+    "successive_elimination",
+    "summarize",
 ]
 
 MIN_ROUNDS: Final = 3
-"""Rounds before a choice, however short the time."""
+"""Rounds before a choice, however short the time limit."""
 
-SLACK: Final = (1.5, 0.25, 0.10, 0.10, 0.10, 0.05)
-"""How far above the leader a candidate may be and still run on, after its first turn, its second and so on."""
+ELIMINATION_MARGINS: Final = (1.5, 0.25, 0.10, 0.10, 0.10, 0.05)
+"""Relative margin above the leader that keeps a candidate in the race, after its first sample, its second and so on."""
 
-NEAR_TIE: Final = 0.02
-"""Candidates this close to the best count as equal: the gentlest of them is taken."""
+TIE_TOLERANCE: Final = 0.02
+"""Candidates within this relative distance of the best count as tied; the tie-break then selects one."""
 
-ENOUGH_CALLS: Final = 100
-"""Calls that a 99th percentile asks for."""
+MIN_P99_CALLS: Final = 100
+"""Number of calls below which a 99th percentile is unreliable."""
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """What one turn of a candidate showed.
+class Sample:
+    """One measurement of a candidate.
 
     Attributes
     ----------
     score
-        What is to be small, in seconds a frame; positive.
-    calls
-        Seconds of each call, warm-up left out; at least one.
+        The value to minimize, in seconds per frame; positive.
+    call_seconds
+        Duration of each call after warm-up, in seconds; at least one.
     frames
-        Frames judged in them.
-    cpu
-        CPU-seconds of the process during the turn, the pauses of a paced one included.
+        Frames that these calls processed.
+    cpu_seconds
+        CPU time of the process, including the pauses of a paced measurement.
     """
 
     score: float
-    calls: tuple[float, ...]
+    call_seconds: tuple[float, ...]
     frames: int
-    cpu: float
+    cpu_seconds: float
 
 
-Round = Mapping[int, Turn]
-"""The turns of a round by candidate; a candidate that did not run is not in it."""
+Round = Mapping[int, Sample]
+"""The samples of one round by candidate; a candidate that was not measured is missing."""
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What all turns of a candidate so far come to; worked out when asked for, since a race asks for little of it."""
+class Statistics:
+    """Statistics of all samples of a candidate, computed on demand: an elimination step needs only a few of them."""
 
-    turns: tuple[Turn, ...]
+    samples: tuple[Sample, ...]
 
     @cached_property
     def score(self) -> float:
-        """Median of the turns' scores."""
-        return median(turn.score for turn in self.turns)
+        """Median score of the samples."""
+        return median(sample.score for sample in self.samples)
 
     @cached_property
     def p50(self) -> float:
-        """Median of the turns' median seconds of a call."""
+        """Median over the samples of their median call, in seconds."""
         return median(self._medians)
 
     @cached_property
     def p99(self) -> float:
-        """99th percentile of the seconds of a call, over all calls."""
-        return float(np.percentile(np.concatenate([turn.calls for turn in self.turns]), 99))
+        """99th percentile of all calls, in seconds."""
+        return float(np.percentile(np.concatenate([sample.call_seconds for sample in self.samples]), 99))
 
     @cached_property
-    def quick_p50(self) -> float:
-        """Lower quartile of the turns' median seconds of a call."""
+    def lower_quartile_p50(self) -> float:
+        """Lower quartile over the samples of their median call, in seconds."""
         return _lower_quartile(self._medians)
 
     @property
     def _medians(self) -> list[float]:
-        return [median(turn.calls) for turn in self.turns]
+        return [median(sample.call_seconds) for sample in self.samples]
 
-    def keeps(self, limit: float) -> bool:
-        """Whether the p99 is within `limit` seconds."""
-        return limit == np.inf or self.p99 <= limit
+    def within(self, max_p99: float) -> bool:
+        """Return whether the 99th percentile is at most `max_p99` seconds."""
+        return max_p99 == np.inf or self.p99 <= max_p99
 
 
-def stand(rounds: Sequence[Round]) -> dict[int, Standing]:
-    """Sum up the turns of every candidate that had one."""
-    turns: dict[int, list[Turn]] = {}
+def summarize(rounds: Sequence[Round]) -> dict[int, Statistics]:
+    """Return the statistics of every candidate that has a sample."""
+    samples: dict[int, list[Sample]] = {}
     for one in rounds:
-        for index, turn in one.items():
-            turns.setdefault(index, []).append(turn)
-    return {index: Standing(tuple(had)) for index, had in turns.items()}
+        for index, sample in one.items():
+            samples.setdefault(index, []).append(sample)
+    return {index: Statistics(tuple(found)) for index, found in samples.items()}
 
 
-def contenders(rounds: Sequence[Round], limit: float = np.inf) -> set[int]:
-    """Say who may still turn out the best: who has a turn in the next round, and who can be picked.
+def contenders(rounds: Sequence[Round], max_p99: float = np.inf) -> set[int]:
+    """Return the candidates that are still in the race: they are measured in the next round and can be selected.
 
-    A candidate is out when even the better quarter of its paired ratios is above the leader by more than `SLACK`, or
-    its median call above `limit` by as much. The leader is, of those whose p99 keeps the limit, the one of lowest
-    median score among those with most turns; where none keeps it, nobody is out for being dearer.
+    A candidate is eliminated if the lower quartile of its paired ratios to the leader exceeds its margin of
+    `ELIMINATION_MARGINS`, or if its median call exceeds `max_p99` by that margin. The leader is the candidate with the
+    lowest median score among those within `max_p99` that have the most samples. Without such a candidate, no score
+    eliminates any.
 
     Parameters
     ----------
     rounds
-        What was measured so far.
-    limit
-        Seconds that the p99 of a call may take.
+        The rounds measured so far.
+    max_p99
+        Upper bound for the 99th percentile of a call, in seconds.
     """
-    standings = stand(rounds)
-    leader = _leader(standings, limit)
-    ratios = {} if leader is None else _ratios(rounds, leader)
-    found = set()
-    for index, standing in standings.items():
-        most = 1 + SLACK[min(len(standing.turns), len(SLACK)) - 1]
-        dearer = index in ratios and _lower_quartile(ratios[index]) > most
-        if not dearer and (limit == np.inf or standing.quick_p50 <= most * limit):
-            found.add(index)
-    return found
+    statistics = summarize(rounds)
+    leader = _leader(statistics, max_p99)
+    ratios = {} if leader is None else _paired_ratios(rounds, leader)
+    remaining = set()
+    for index, found in statistics.items():
+        bound = 1 + ELIMINATION_MARGINS[min(len(found.samples), len(ELIMINATION_MARGINS)) - 1]
+        slower = index in ratios and _lower_quartile(ratios[index]) > bound
+        if not slower and (max_p99 == np.inf or found.lower_quartile_p50 <= bound * max_p99):
+            remaining.add(index)
+    return remaining
 
 
-def pick(rounds: Sequence[Round], gentleness: Sequence[tuple[int, ...]], limit: float = np.inf) -> int | None:
-    """Choose: of the contenders within the limit and within `NEAR_TIE` of the best of them, the gentlest.
+def select(rounds: Sequence[Round], tie_break: Sequence[tuple[int, ...]], max_p99: float = np.inf) -> int | None:
+    """Select the best candidate: the first in tie-break order among those within `TIE_TOLERANCE` of the lowest cost.
 
     Parameters
     ----------
     rounds
-        What was measured.
-    gentleness
-        What orders candidates of equal cost, the lowest first; one for each candidate.
-    limit
-        Seconds that the p99 of a call may take.
+        The measured rounds.
+    tie_break
+        A sort key for each candidate; of tied candidates the lowest key wins.
+    max_p99
+        Upper bound for the 99th percentile of a call, in seconds.
 
     Returns
     -------
     int or None
-        None where no candidate keeps the limit.
+        None if no candidate is within `max_p99`.
     """
-    found = eligible(rounds, limit)
-    if not found:
+    allowed = eligible(rounds, max_p99)
+    if not allowed:
         return None
-    cost = costs(rounds, limit)
-    most = (1 + NEAR_TIE) * min(cost[index] for index in found)
-    return min((index for index in found if cost[index] <= most), key=lambda i: (gentleness[i], cost[i]))
+    costs = relative_costs(rounds, max_p99)
+    bound = (1 + TIE_TOLERANCE) * min(costs[index] for index in allowed)
+    return min((index for index in allowed if costs[index] <= bound), key=lambda i: (tie_break[i], costs[i]))
 
 
-def eligible(rounds: Sequence[Round], limit: float = np.inf) -> set[int]:
-    """Give the contenders whose p99 keeps the limit."""
-    standings, cost = stand(rounds), costs(rounds, limit)
-    return {index for index in contenders(rounds, limit) if standings[index].keeps(limit) and index in cost}
+def eligible(rounds: Sequence[Round], max_p99: float = np.inf) -> set[int]:
+    """Return the contenders whose 99th percentile is at most `max_p99` seconds."""
+    statistics, costs = summarize(rounds), relative_costs(rounds, max_p99)
+    return {index for index in contenders(rounds, max_p99) if statistics[index].within(max_p99) and index in costs}
 
 
-def costs(rounds: Sequence[Round], limit: float = np.inf) -> dict[int, float]:
-    """Give each candidate's cost over the leader's: the median of its paired ratios.
+def relative_costs(rounds: Sequence[Round], max_p99: float = np.inf) -> dict[int, float]:
+    """Return each candidate's cost relative to the leader: the median of its paired ratios.
 
-    Empty where none keeps the limit; a candidate that never ran beside the leader is not in it.
+    The result is empty if no candidate is within `max_p99` seconds. A candidate that was never measured in the same
+    round as the leader is missing.
     """
-    leader = _leader(stand(rounds), limit)
-    return {} if leader is None else {index: median(each) for index, each in _ratios(rounds, leader).items()}
+    leader = _leader(summarize(rounds), max_p99)
+    return {} if leader is None else {index: median(each) for index, each in _paired_ratios(rounds, leader).items()}
 
 
-def race(
+def successive_elimination(
     count: int,
-    give_turn: Callable[[int], Turn | None],
+    measure: Callable[[int], Sample | None],
     *,
     seconds: float,
-    limit: float = np.inf,
+    max_p99: float = np.inf,
     exhaustive: bool = False,
     seed: int = 0,
     before_round: Callable[[Collection[int]], None] = lambda _: None,
     progress: Callable[[float], None] = lambda _: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Round]:
-    """Give the candidates their turns, round by round, until the time is used.
+    """Measure candidates round by round until the time is used, and eliminate the clearly slower ones.
 
     Parameters
     ----------
     count
-        How many candidates there are; they are the numbers from 0.
-    give_turn
-        Measures a candidate once. None is a candidate that failed: it is out, with the turns that it had.
+        Number of candidates; they are numbered from 0.
+    measure
+        Measures a candidate once. None means that it failed: it is eliminated, and its samples are dropped.
     seconds
-        Time for all of it. A round that would not fit is not begun, but `MIN_ROUNDS` are run in any case.
-    limit
-        As in `contenders`.
+        Time limit. A round that would exceed it does not start, but `MIN_ROUNDS` rounds always run.
+    max_p99
+        Upper bound for the 99th percentile of a call, in seconds.
     exhaustive
-        Whether every candidate runs in every round.
+        Whether to measure every candidate in every round.
     seed
-        Of the order within each round.
+        Seed for the order within each round.
     before_round
-        Told who runs in it.
+        Called with the candidates of a round before it starts.
     progress
-        Told the seconds used, after each turn.
+        Called with the seconds used, after each measurement.
     clock
-        Gives the time, in seconds.
+        Returns the time in seconds.
 
     Returns
     -------
     list of Round
-        What was measured.
+        The measured rounds.
     """
-    chance = random.Random(seed)
-    rounds: list[MutableMapping[int, Turn]] = []
-    lengths: dict[int, float] = {}
+    generator = random.Random(seed)
+    rounds: list[MutableMapping[int, Sample]] = []
+    durations: dict[int, float] = {}
     running = set(range(count))
     begin = clock()
     while running:
         if len(rounds) >= MIN_ROUNDS:
-            expected = sum(lengths[index] for index in running)
-            if clock() - begin + expected >= seconds or _settled(rounds, running):
+            expected = sum(durations[index] for index in running)
+            if clock() - begin + expected >= seconds or _is_decided(rounds, running):
                 break
         before_round(running)
         order = sorted(running)
-        chance.shuffle(order)
-        current: dict[int, Turn] = {}
+        generator.shuffle(order)
+        current: dict[int, Sample] = {}
         rounds.append(current)
         for index in order:
             started = clock()
-            turn = give_turn(index)
-            lengths[index] = clock() - started
-            progress(lengths[index] + started - begin)
-            if turn is not None:
-                current[index] = turn
+            sample = measure(index)
+            durations[index] = clock() - started
+            progress(durations[index] + started - begin)
+            if sample is not None:
+                current[index] = sample
                 continue
             running.discard(index)
             for one in rounds:
                 one.pop(index, None)
         if not exhaustive:
-            running = contenders(rounds, limit)
+            running = contenders(rounds, max_p99)
     return list(rounds)
 
 
-def replay(full: Sequence[Round], limit: float = np.inf) -> list[Round]:
-    """Give what the race would have seen of an exhaustive search: the same turns, without those of dropped ones."""
+def replay_elimination(full: Sequence[Round], max_p99: float = np.inf) -> list[Round]:
+    """Return the rounds of an exhaustive search without the samples that elimination would have skipped."""
     seen: list[Round] = []
     for one in full:
-        running = contenders(seen, limit) if seen else one.keys()
+        running = contenders(seen, max_p99) if seen else one.keys()
         seen.append({index: one[index] for index in running if index in one})
     return seen
 
 
-def _leader(standings: Mapping[int, Standing], limit: float) -> int | None:
-    within = [index for index, standing in standings.items() if standing.keeps(limit)]
-    # Scores of candidates that ran in other rounds are not comparable: the machine has changed since.
-    return min(within, key=lambda index: (-len(standings[index].turns), standings[index].score), default=None)
+def _leader(statistics: Mapping[int, Statistics], max_p99: float) -> int | None:
+    allowed = [index for index, found in statistics.items() if found.within(max_p99)]
+    # Scores from different rounds are not comparable: the host may have become slower in between.
+    return min(allowed, key=lambda index: (-len(statistics[index].samples), statistics[index].score), default=None)
 
 
-def _ratios(rounds: Sequence[Round], leader: int) -> dict[int, list[float]]:
-    """Give each candidate's scores over the leader's, in the rounds that both ran in."""
-    found: dict[int, list[float]] = {}
+def _paired_ratios(rounds: Sequence[Round], leader: int) -> dict[int, list[float]]:
+    """Return each candidate's scores over the leader's, of the rounds that measured both."""
+    ratios: dict[int, list[float]] = {}
     for one in rounds:
         if leader in one:
-            for index, turn in one.items():
-                found.setdefault(index, []).append(turn.score / one[leader].score)
-    return found
+            for index, sample in one.items():
+                ratios.setdefault(index, []).append(sample.score / one[leader].score)
+    return ratios
 
 
 def _lower_quartile(values: Sequence[float]) -> float:
-    """Give the value that a quarter is at or below: of up to four the lowest, since noise only ever adds."""
-    return sorted(values)[(len(values) - 1) // 4]
+    """Return the lower quartile, not interpolated: the minimum of up to four values, since noise only adds time."""
+    return sorted(values)[(len(values) - 1) // 4]  # np.percentile takes twenty times as long for so few values
 
 
-def _settled(rounds: Sequence[Round], running: Collection[int]) -> bool:
-    """Whether one contender is left, and known well enough."""
+def _is_decided(rounds: Sequence[Round], running: Collection[int]) -> bool:
+    """Return whether one candidate is left and has enough calls for its 99th percentile."""
     if len(running) > 1:
         return False
     (only,) = running
-    return sum(len(one[only].calls) for one in rounds if only in one) >= ENOUGH_CALLS
+    return sum(len(one[only].call_seconds) for one in rounds if only in one) >= MIN_P99_CALLS

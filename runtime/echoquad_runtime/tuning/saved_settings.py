@@ -1,8 +1,9 @@
-"""What was chosen for this host: the file that ``echoquad tune`` writes and ``echoquad predict`` reads.
+"""Saved settings: the file that ``echoquad tune`` writes for a bundle on this host, and ``echoquad predict`` loads.
 
-One JSON file a bundle, named by its manifest's hash, in the user's configuration folder. It holds what the choice
-depends on (CPU, how many of it, onnxruntime, EchoQuad) and is used only while all of that still holds. It is a
-convenience, so nothing about it is ever an error to a reader: what cannot be used is ignored, and a line says why.
+There is one JSON file per bundle, named by the hash of its manifest, in the user's configuration folder. It records
+what the settings depend on (CPU model and count, onnxruntime, EchoQuad) and is used only while all of that is
+unchanged. Saved settings only make inference faster, so loading never raises: a file that cannot be used is ignored,
+and a note says why.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Literal, cast, get_args
+from typing import Any, Final, Literal, get_args
 
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.devices.host_facts import host_facts
@@ -23,20 +24,20 @@ from echoquad_runtime.storage.atomic import make_folder, output_errors, user_fol
 
 __all__ = [
     "Goal",
-    "Kept",
+    "ResolvedSettings",
     "RunConfig",
     "SavedSettings",
-    "choice_file",
-    "forget",
-    "keep",
-    "look_up",
+    "delete",
+    "load",
     "resolve_settings",
+    "save",
+    "settings_file",
 ]
 
 Goal = Literal["latency", "throughput", "power"]
 
 _SCHEMA: Final = 1
-_MOST: Final = 4096  # threads, or frames at a time: more in a file was not written by `keep`
+_MAX_COUNT: Final = 4096  # of threads, and of frames in a batch: `save` never writes more
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +51,9 @@ class RunConfig:
     threads
         CPU threads inside an operator, at least 1.
     spinning
-        Whether they wait for work in a busy loop.
+        Whether idle threads wait in a busy loop.
     batch_size
-        Frames that go through the network at a time, at least 1.
+        Frames per batch, at least 1.
     cuda_graphs, nhwc
         As `OnnxEngine`, on CUDA.
     """
@@ -66,44 +67,44 @@ class RunConfig:
     nhwc: bool = False
 
     def __str__(self) -> str:
-        """Give the words for a note."""
+        """Return the configuration in words."""
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         frames = "one frame" if self.batch_size == 1 else f"{self.batch_size} frames"
-        waiting = "" if not self.can_spin else ", spinning" if self.spinning else ", not spinning"
-        return f"{self.precision} on {self.device}{self.on_cuda}, {threads}{waiting}, {frames} at a time"
+        spinning = "" if not self.can_spin else ", spinning" if self.spinning else ", not spinning"
+        return f"{self.precision} on {self.device}{self.cuda_options}, {threads}{spinning}, {frames} at a time"
 
     @property
-    def on_cuda(self) -> str:
-        """The words for how CUDA runs it, each after a comma; empty for the defaults."""
+    def cuda_options(self) -> str:
+        """The CUDA options in words, each after a comma; empty for the defaults."""
         return ", NHWC" * self.nhwc + ", CUDA graphs" * self.cuda_graphs
 
     @property
     def can_spin(self) -> bool:
-        """Whether it matters: one thread has nobody to wait for, and OpenVINO's and CUDA's own take no hint."""
+        """Whether `spinning` has an effect: not with one thread, nor on OpenVINO or CUDA, which ignore it."""
         return self.device == "cpu" and self.threads > 1
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """What a file holds: the choice, what it was made for, and when (ISO 8601, UTC)."""
+class SavedSettings:
+    """The content of a settings file: the chosen configuration, its goal, and when it was chosen (ISO 8601, UTC)."""
 
-    choice: RunConfig
+    config: RunConfig
     goal: Goal
     created: str
 
 
 @dataclass(frozen=True, slots=True)
-class SavedSettings:
-    """How a command is to run a bundle.
+class ResolvedSettings:
+    """The settings with which a command runs a bundle.
 
     Attributes
     ----------
     device, precision, threads, spinning, batch_size, cuda_graphs, nhwc
         As `Predictor`.
     note
-        One line on the tuning that is used, or why one is not; empty where there is none.
+        One line that names the saved settings in use, or says why they are ignored; empty if there are none.
     tuned
-        Whether a tuning is used.
+        Whether saved settings are in use.
     """
 
     device: Device
@@ -117,36 +118,49 @@ class SavedSettings:
     nhwc: bool = False
 
 
-def choice_file(bundle: Bundle) -> Path:
-    """Name the file for a bundle: ``tuning/<manifest_sha256>.json`` in the configuration folder.
+def settings_file(bundle: Bundle) -> Path:
+    """Return the settings file of a bundle: ``tuning/<manifest_sha256>.json`` in the configuration folder.
 
-    That folder is ``ECHOQUAD_CONFIG_DIR``, else the platform's: ``EchoQuad`` in ``%APPDATA%`` or in
+    The folder is ``ECHOQUAD_CONFIG_DIR`` if set, else that of the platform: ``EchoQuad`` in ``%APPDATA%`` or in
     ``~/Library/Application Support``, ``echoquad`` in ``XDG_CONFIG_HOME`` or ``~/.config``.
 
     Raises
     ------
     OutputError
-        If there is no such folder: the user has no home.
+        If the user has no home folder.
     """
-    return _config_folder() / "tuning" / f"{bundle.manifest['manifest_sha256']}.json"
+    given = os.environ.get("ECHOQUAD_CONFIG_DIR")
+    try:
+        folder = (
+            Path(given)
+            if given
+            else user_folder(
+                windows=("APPDATA", "Roaming"), mac="Application Support", xdg=("XDG_CONFIG_HOME", ".config")
+            )
+        )
+    except RuntimeError as error:
+        raise OutputError(
+            f"there is no configuration folder for the settings ({error}); set ECHOQUAD_CONFIG_DIR to a folder"
+        ) from error
+    return folder / "tuning" / f"{bundle.manifest['manifest_sha256']}.json"
 
 
-def keep(
+def save(
     bundle: Bundle,
-    choice: RunConfig,
+    config: RunConfig,
     *,
     goal: Goal,
     max_p99_ms: float | None = None,
     table: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
-    """Write the choice for this host and bundle, in place of an older one; gives the file.
+    """Save the settings for this host and bundle, replacing older ones, and return the file.
 
     Raises
     ------
     OutputError
-        If it cannot be written.
+        If the file cannot be written.
     """
-    path = choice_file(bundle)
+    path = settings_file(bundle)
     make_folder(path.parent)
     content = {
         "schema": _SCHEMA,
@@ -154,7 +168,7 @@ def keep(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "goal": goal,
         "max_p99_ms": max_p99_ms,
-        "choice": asdict(choice),
+        "choice": asdict(config),
         "host": host_facts(),
         "table": list(table),
     }
@@ -162,15 +176,15 @@ def keep(
     return path
 
 
-def forget(bundle: Bundle) -> Path | None:
-    """Remove the choice for this bundle; gives the file that went, None where there was none.
+def delete(bundle: Bundle) -> Path | None:
+    """Delete the settings of a bundle and return the deleted file; None if there was none.
 
     Raises
     ------
     OutputError
-        If it cannot be removed.
+        If the file cannot be deleted.
     """
-    path = choice_file(bundle)
+    path = settings_file(bundle)
     with output_errors(path):
         try:
             path.unlink()
@@ -179,23 +193,23 @@ def forget(bundle: Bundle) -> Path | None:
     return path
 
 
-def look_up(bundle: Bundle) -> tuple[Kept | None, str]:
-    """Give the choice that was kept for this bundle if it holds here and now; if not, one line on why.
+def load(bundle: Bundle) -> tuple[SavedSettings | None, str]:
+    """Return the saved settings of a bundle if they are valid on this host, else None and one line on why not.
 
-    The line is empty where nothing was ever kept.
+    The line is empty if nothing was saved.
     """
     try:
-        path = choice_file(bundle)
-        text = path.read_bytes()
+        path = settings_file(bundle)
+        data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError, OutputError):
         return None, ""
     except OSError as error:
-        why = f"it cannot be read ({error.strerror or error})"
+        reason = f"the file cannot be read ({error.strerror or error})"
     else:
-        kept, why = _understand(text, bundle)
-        if not why:
-            return kept, ""
-    return None, f"{path.as_posix()}: the tuning is ignored, {why}; run echoquad tune again, or with --forget"
+        saved, reason = _check(data, bundle)
+        if not reason:
+            return saved, ""
+    return None, f"{path.as_posix()}: saved settings are ignored, {reason}; run echoquad tune again, or with --forget"
 
 
 def resolve_settings(
@@ -206,93 +220,65 @@ def resolve_settings(
     threads: int | None = None,
     batch_size: int | None = None,
     untuned: bool = False,
-) -> SavedSettings:
-    """Settle how to run a bundle: what is given, else what was kept for this host, else the defaults.
+) -> ResolvedSettings:
+    """Resolve the settings to run a bundle with: given values first, then saved settings, then defaults.
 
-    A choice holds for the device and the precision that it was measured on: where another is given, none of it is
-    used.
+    Saved settings are valid for the device and the precision that they were measured on. If another one is given,
+    none of them is used.
 
     Parameters
     ----------
     device, precision, threads, batch_size
-        What the user has given; None is not given.
+        Values that the user gives; None is not given.
     untuned
-        Whether to ignore what was kept.
+        Whether to ignore saved settings.
     """
-    kept, note = (None, "") if untuned else look_up(bundle)
-    if kept is not None:
-        choice, made = kept.choice, f"{kept.created[:10]} for {kept.goal}"
-        if device in (None, choice.device) and precision in (None, choice.precision):
-            used = replace(choice, threads=threads or choice.threads, batch_size=batch_size or choice.batch_size)
+    saved, note = (None, "") if untuned else load(bundle)
+    if saved is not None:
+        config, origin = saved.config, f"{saved.created[:10]} for {saved.goal}"
+        if device in (None, config.device) and precision in (None, config.precision):
+            used = replace(config, threads=threads or config.threads, batch_size=batch_size or config.batch_size)
             given = [
                 name for name, value in (("--threads", threads), ("--batch-size", batch_size)) if value is not None
             ]
-            note = f"as tuned on {made}: {used}" + (f" ({' and '.join(given)} as given)" if given else "")
-            return SavedSettings(
-                cast("Device", used.device),
-                used.precision,
-                used.threads,
-                used.spinning,
-                used.batch_size,
-                note,
-                tuned=True,
-                cuda_graphs=used.cuda_graphs,
-                nhwc=used.nhwc,
-            )
-        note = f"the tuning of {made} is for {choice.precision} on {choice.device}: it is not used"
-    return SavedSettings(device or "auto", precision, threads, True, batch_size, note, tuned=False)
+            note = f"as tuned on {origin}: {used}" + (f" ({' and '.join(given)} as given)" if given else "")
+            return ResolvedSettings(**asdict(used), note=note, tuned=True)
+        note = f"the settings tuned on {origin} are for {config.precision} on {config.device}; they are not used"
+    return ResolvedSettings(device or "auto", precision, threads, True, batch_size, note, tuned=False)
 
 
-def _parse(content: Any, bundle: Bundle) -> Kept:
+def _check(data: bytes, bundle: Bundle) -> tuple[SavedSettings | None, str]:
+    """Parse a settings file; return the reason if it is not valid here, else an empty one."""
+    try:
+        content = json.loads(data)
+        saved = _parse(content, bundle)
+        host, manifest_sha256 = dict(content["host"]), content["bundle"]
+    except (ValueError, TypeError, KeyError, RecursionError):  # any damage
+        return None, "echoquad tune did not write this file"
+    if manifest_sha256 != bundle.manifest["manifest_sha256"]:
+        return None, "the file is for another bundle"
+    for name, current in host_facts().items():
+        if host.get(name) != current:
+            saved_value = ascii(host.get(name)).strip("'\"")[:80]  # anybody may have written the file
+            return None, f"{name} was {saved_value} at the time and is {current} now"
+    device = saved.config.device
+    # The CPU is always usable. Probing other devices takes a while, so only a saved device is probed.
+    reason = None if device == "cpu" else probe_devices().get(device, "this onnxruntime is built without it")
+    return saved, "" if reason is None else f"device {device} cannot be used: {reason}"
+
+
+def _parse(content: Any, bundle: Bundle) -> SavedSettings:
     if content["schema"] != _SCHEMA:
         raise ValueError
-    choice = RunConfig(**content["choice"])
+    config = RunConfig(**content["choice"])
     if (
-        choice.device not in get_args(Device)
-        or choice.device == "auto"
-        or choice.precision not in bundle.precisions_on(choice.device)
-        or not all(type(number) is int and 1 <= number <= _MOST for number in (choice.threads, choice.batch_size))
-        or not all(type(switch) is bool for switch in (choice.spinning, choice.cuda_graphs, choice.nhwc))
+        config.device not in get_args(Device)
+        or config.device == "auto"
+        or config.precision not in bundle.precisions_on(config.device)
+        or not all(type(number) is int and 1 <= number <= _MAX_COUNT for number in (config.threads, config.batch_size))
+        or not all(type(switch) is bool for switch in (config.spinning, config.cuda_graphs, config.nhwc))
         or content["goal"] not in get_args(Goal)
     ):
         raise ValueError
     datetime.fromisoformat(content["created"])
-    return Kept(choice, content["goal"], content["created"])
-
-
-def _understand(text: bytes, bundle: Bundle) -> tuple[Kept | None, str]:
-    """Read what a file holds; words on why it is of no use here, empty where it is."""
-    try:
-        content = json.loads(text)
-        kept = _parse(content, bundle)
-        host, made_for = dict(content["host"]), content["bundle"]
-    except (ValueError, TypeError, KeyError, RecursionError):  # damaged by whoever, in whatever way
-        return None, "it is not what echoquad tune writes"
-    if made_for != bundle.manifest["manifest_sha256"]:
-        return None, "it is for another bundle"
-    for name, here in host_facts().items():
-        if host.get(name) != here:
-            return None, f"{name} was {_shown(host.get(name))} when it was made and is {here} now"
-    device = kept.choice.device
-    # The CPU is always there; trying the others takes a while, and is done only when one of them was chosen.
-    obstacle = None if device == "cpu" else probe_devices().get(device, "this onnxruntime is built without it")
-    return kept, "" if obstacle is None else f"its device {device} cannot be used: {obstacle}"
-
-
-def _shown(value: object) -> str:
-    """Give a value of a file that anybody may have written, fit for a line."""
-    return ascii(value).strip("'\"")[:80]
-
-
-def _config_folder() -> Path:
-    given = os.environ.get("ECHOQUAD_CONFIG_DIR")
-    if given:
-        return Path(given)
-    try:
-        return user_folder(
-            windows=("APPDATA", "Roaming"), mac="Application Support", xdg=("XDG_CONFIG_HOME", ".config")
-        )
-    except RuntimeError as error:
-        raise OutputError(
-            f"no folder to keep the tuning in ({error}); name one in the variable ECHOQUAD_CONFIG_DIR"
-        ) from error
+    return SavedSettings(config, content["goal"], content["created"])

@@ -1,13 +1,14 @@
-"""Tuning: which way of running a bundle suits this host, found by trying.
+"""Tuning: search for the fastest configuration of a bundle on this host.
 
-Every device, precision, number of threads, spinning or not, and batch size that could be is a candidate, but only
-where the golden frames pass the bundle's gate on that device in that precision. What is timed is what ``predict``
-does with a frame once its bytes are there: decode, quadrants, inference, vote.
+The candidates are all combinations of device, precision, number of threads, spinning and batch size, restricted to
+devices and precisions on which the golden frames pass the bundle's parity gate. Successive elimination
+(`echoquad_runtime.tuning.racing`) selects one. The timed work is what ``predict`` does with a frame once its bytes are
+in memory: decode, quadrants, inference, vote.
 
 - ``latency``: median seconds of one frame, one at a time.
-- ``throughput``: frames a second, as over a folder: each thread judges frames of its own, and nothing spins.
-- ``power``: CPU-seconds of the process a frame, threads that spin included, while frames come one at a time and
-  `FRAME_RATE` times a second. It is a proxy: no power meter is read.
+- ``throughput``: frames per second, as for a folder: every thread takes frames of its own, and none spins.
+- ``power``: CPU-seconds of the process per frame, spinning threads included, while one frame arrives at a time,
+  `FRAME_RATE` per second. It is a proxy: no power meter is read.
 """
 
 from __future__ import annotations
@@ -27,48 +28,59 @@ from echoquad_runtime.devices.cpu_info import available_cpus
 from echoquad_runtime.devices.host_facts import host_facts
 from echoquad_runtime.devices.session_factory import Device, probe_devices
 from echoquad_runtime.errors import ConfigError, InputNotFoundError
-from echoquad_runtime.tuning.measurement import FRAME_RATE, GoldenFrames, Trial
-from echoquad_runtime.tuning.racing import Round, Standing, contenders, costs, eligible, pick, race, replay, stand
+from echoquad_runtime.tuning.measurement import FRAME_RATE, CandidateTimer, GoldenFrameCheck
+from echoquad_runtime.tuning.racing import (
+    Round,
+    Statistics,
+    contenders,
+    eligible,
+    relative_costs,
+    replay_elimination,
+    select,
+    successive_elimination,
+    summarize,
+)
 from echoquad_runtime.tuning.saved_settings import Goal, RunConfig
 
-__all__ = ["BATCH_SIZES", "FRAME_RATE", "Row", "Tuned", "candidates", "tune"]
+__all__ = ["BATCH_SIZES", "FRAME_RATE", "CandidateResult", "TuningResult", "candidates", "tune"]
 
 BATCH_SIZES: Final = (1, 2, 4, 8, 16)
-"""Frames at a time that are tried for throughput; for the other goals a frame is judged as it comes."""
+"""Batch sizes to try for throughput; the other goals process one frame at a time."""
 
-_GENTLEST_FIRST: Final = ("fp32", TF32, BF16, "fp16", "int8")  # the nearer to what was trained, the gentler
+_PRECISION_ORDER: Final = ("fp32", TF32, BF16, "fp16", "int8")  # tie-break: closest to the trained network first
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A candidate and what it showed.
+class CandidateResult:
+    """The measurements of one candidate.
 
     Attributes
     ----------
-    choice
+    config
         The candidate.
     verdict
-        ``chosen``; ``contender`` to the end; ``dropped`` on the way as clearly dearer; ``too slow`` for the limit;
-        ``refused`` since it fails on the golden frames or does not run.
+        ``chosen``; ``contender``, still in the race at the end; ``dropped``, eliminated as clearly slower;
+        ``too slow`` for the bound on the 99th percentile; ``refused``, fails on the golden frames or does not run.
     reason
         Why it was refused; else empty.
-    turns, calls
-        How often it was measured.
+    samples, calls
+        Number of samples, and of timed calls in them.
     cost
-        What decides: its cost over that of the best within the limit, the median of the rounds that both ran in.
+        The deciding figure: cost relative to the best candidate within the bound, as the median over the rounds that
+        measured both.
     p50_ms, p99_ms
-        Milliseconds of a call, which is one batch of one thread: median over the turns of their medians, and the 99th
+        Milliseconds of a call, which is one batch of one thread: median over the samples of their medians, and 99th
         percentile of all calls.
     frames_per_second
-        Median over the turns, back to back even where they were paced.
+        Median over the samples, without the pauses of a paced measurement.
     cpu_ms
-        CPU-milliseconds of the process a frame, median over the turns.
+        CPU-milliseconds of the process per frame, median over the samples.
     """
 
-    choice: RunConfig
+    config: RunConfig
     verdict: str
     reason: str = ""
-    turns: int = 0
+    samples: int = 0
     calls: int = 0
     cost: float | None = None
     p50_ms: float | None = None
@@ -77,48 +89,47 @@ class Row:
     cpu_ms: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the figures as JSON values."""
+        """Return the figures as JSON values."""
         return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
-class Tuned:
-    """What the search came to.
+class TuningResult:
+    """The result of a search.
 
     Attributes
     ----------
     goal, max_p99_ms
-        What was asked for.
+        As given.
     choice
-        The best; None where no candidate keeps the limit, or none runs.
-    rows
-        The candidates, best first, then those that were refused.
+        The best candidate; None if no candidate is within the bound, or none runs.
+    candidates
+        The candidates, best first, then the refused ones.
     closest
-        The lowest p99 in milliseconds that any candidate reached, and which; None where none ran.
+        The lowest 99th percentile of any candidate in milliseconds, and that candidate; None if none ran.
     left_out
         Devices that were not tried, and why.
     rounds
-        How many rounds there were.
-    raced, ratio
-        Of an exhaustive search: what the race alone would have chosen on the same turns, and its cost over that of
+        Number of measured rounds.
+    racing_choice, racing_cost
+        Of an exhaustive search: what elimination would have selected on the same samples, and its cost relative to
         the best. Else None.
     """
 
     goal: Goal
     max_p99_ms: float | None
     choice: RunConfig | None
-    rows: tuple[Row, ...]
+    candidates: tuple[CandidateResult, ...]
     closest: tuple[float, RunConfig] | None
     left_out: dict[str, str]
     rounds: int
-    raced: RunConfig | None
-    ratio: float | None
+    racing_choice: RunConfig | None
+    racing_cost: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the findings as JSON values, with what this host is."""
+        """Return the result and the facts of this host as JSON values."""
         closest = None if self.closest is None else {"p99_ms": self.closest[0], "choice": asdict(self.closest[1])}
-        rows = [row.to_dict() for row in self.rows]
-        return {**asdict(self), "rows": rows, "closest": closest, "host": host_facts()}
+        return {**asdict(self), "closest": closest, "host": host_facts()}
 
 
 def candidates(
@@ -129,36 +140,37 @@ def candidates(
     threads: int | None = None,
     may_spin: bool = True,
 ) -> list[RunConfig]:
-    """List what is to be tried.
+    """Return the configurations to try.
 
     Parameters
     ----------
     devices
         Precisions by device.
     batch_sizes
-        Frames at a time.
+        Batch sizes.
     cpus
-        CPUs that the process may use: thread counts are the powers of two below it, and itself.
+        CPUs that the process may use. Thread counts are this number and the powers of two below it.
     threads
-        The only number of threads to try, where given.
+        If given, the only thread count.
     may_spin
         Whether to try threads that wait in a busy loop.
     """
     powers = [2**power for power in range(cpus.bit_length()) if 2**power < cpus]
-    found = []
+    configs = []
     for device, precisions in devices.items():
-        # On CUDA they serve only the nodes that are left to the CPU.
+        # On CUDA, threads only run the nodes that stay on the CPU.
         counts = [threads] if threads else [1, cpus] if device == "cuda" else [*powers, cpus]
-        found += [
+        cuda_switch = (False, True) if device == "cuda" else (False,)
+        configs += [
             RunConfig(device, precision, count, spinning, batch_size, graphs, nhwc)
             for precision in precisions
             for count in dict.fromkeys(counts)
             for spinning in ((False, True) if may_spin else (False,))
             for batch_size in batch_sizes
-            for graphs in (False, True)[: 1 + (device == "cuda")]
-            for nhwc in (False, True)[: 1 + (device == "cuda")]
+            for graphs in cuda_switch
+            for nhwc in cuda_switch
         ]
-    return [choice for choice in found if choice.can_spin or not choice.spinning]
+    return [config for config in configs if config.can_spin or not config.spinning]
 
 
 def tune(
@@ -175,164 +187,157 @@ def tune(
     seconds: float = 60.0,
     exhaustive: bool = False,
     seed: int = 0,
-    tell: Callable[[str], None] = lambda _: None,
     progress: Callable[[float], None] = lambda _: None,
-) -> Tuned:
-    """Try the ways of running a bundle on this host and choose one.
+) -> TuningResult:
+    """Measure the configurations of a bundle on this host and select one.
 
     Parameters
     ----------
     folder
         The bundle.
     frames
-        Names and file bytes, gone through again and again; None is the bundle's golden frames.
+        Names and file bytes, used repeatedly; None uses the bundle's golden frames.
     goal
-        What is to be best: ``latency``, ``throughput`` or ``power``; see the module.
+        What to optimize: ``latency``, ``throughput`` or ``power``; see the module.
     max_p99_ms
-        Candidates of which one call in a hundred takes longer are not chosen.
+        Upper bound for the 99th percentile of a call in milliseconds; None has no bound.
     device, precision, threads, batch_size
-        What is given is kept fixed; ``auto`` and None are tried.
+        Fixed where given; ``auto`` and None try all.
     public_key
         As `Bundle`.
     seconds
-        Time to measure for; replaying the golden frames comes before it. Three rounds are run in any case.
+        Time limit of the measurement; replaying the golden frames comes before it. `MIN_ROUNDS` rounds always run.
     exhaustive
-        Whether every candidate runs in every round, to see what the race would have missed.
+        Whether to measure every candidate in every round, to see what elimination would have missed.
     seed
-        Of the order within the rounds.
-    tell
-        Told in a line what the golden frames showed.
+        Seed for the order within the rounds.
     progress
-        Told the seconds measured so far.
+        Called with the seconds measured so far.
 
     Raises
     ------
     BundleError
         As `Bundle`.
     DeviceUnavailableError
-        If `device` was given and is not there.
+        If `device` is given and not available.
     ConfigError
-        If `seconds`, `max_p99_ms`, `threads` or `batch_size` cannot be.
+        If `seconds`, `max_p99_ms`, `threads` or `batch_size` is not positive and finite.
     InputNotFoundError
         If there is no frame to time.
     """
-    for name, number in (
-        ("seconds", seconds),
-        ("max_p99_ms", max_p99_ms),
-        ("threads", threads),
-        ("batch_size", batch_size),
-    ):
+    given = {"seconds": seconds, "max_p99_ms": max_p99_ms, "threads": threads, "batch_size": batch_size}
+    for name, number in given.items():
         if number is not None and not 0 < number < np.inf:
-            raise ConfigError(f"{name} {number} found; expected a number above 0")
+            raise ConfigError(f"{name} is {number}; expected a number above 0")
     bundle = Bundle(folder, public_key=public_key)
     if precision is not None:
         bundle.choose_precision(precision)
     encoded = [data for _, data in (encoded_golden_frames(bundle) if frames is None else frames)]
     if not encoded:
-        raise InputNotFoundError(
-            f"{bundle.folder.as_posix()}: its golden frames hold none to time; name frames to time"
-        )
+        raise InputNotFoundError(f"{bundle.folder.as_posix()}: no golden frame can be timed; name frames to time")
     cpus = available_cpus()
     batch_sizes = (batch_size,) if batch_size else BATCH_SIZES if goal == "throughput" else (1,)
     devices, left_out = _devices(device, goal)
-    golden = GoldenFrames(bundle, public_key, tell)
+    golden = GoldenFrameCheck(bundle, public_key)
     passed: dict[str, list[str]] = {}
     refused = []
     for name in devices:
         for one in [precision] if precision else bundle.precisions_on(name):
-            if fault := golden.fault(name, one, threads or cpus):
-                refused.append(Row(RunConfig(name, one, threads or cpus, False, batch_sizes[0]), "refused", fault))
+            if reason := golden.failure_reason(RunConfig(name, one, threads or cpus, False, 1)):
+                config = RunConfig(name, one, threads or cpus, False, batch_sizes[0])
+                refused.append(CandidateResult(config, "refused", reason))
             else:
                 passed.setdefault(name, []).append(one)
-    if device != "auto" and len(golden.unusable) == len(refused) > 0 and not passed:
-        raise golden.unusable[0]
-    choices = candidates(passed, batch_sizes=batch_sizes, cpus=cpus, threads=threads, may_spin=goal != "throughput")
-    limit = np.inf if max_p99_ms is None else max_p99_ms / 1e3
-    trial = Trial(bundle, encoded, choices, goal, seconds)
-    rounds = race(
-        len(choices),
-        trial.give_turn,
+    if device != "auto" and len(golden.unavailable) == len(refused) > 0 and not passed:
+        raise golden.unavailable[0]
+    configs = candidates(passed, batch_sizes=batch_sizes, cpus=cpus, threads=threads, may_spin=goal != "throughput")
+    max_p99 = np.inf if max_p99_ms is None else max_p99_ms / 1e3
+    timer = CandidateTimer(bundle, encoded, configs, goal, seconds)
+    rounds = successive_elimination(
+        len(configs),
+        timer.measure,
         seconds=seconds,
-        limit=limit,
+        max_p99=max_p99,
         exhaustive=exhaustive,
         seed=seed,
-        before_round=trial.close_others,
+        before_round=timer.close_others,
         progress=progress,
     )
-    trial.close_others(())
-    # What is chosen has passed its golden frames in the very way that it will run.
-    gentleness = [_gentleness(choice) for choice in choices]
-    while (best := pick(rounds, gentleness, limit)) is not None:
-        if not (fault := golden.fault_of(choices[best])):
+    timer.close_others(())
+    tie_break = [_tie_break(config) for config in configs]
+    # The selected candidate must pass the golden frames with exactly the options that it will run with.
+    while (best := select(rounds, tie_break, max_p99)) is not None:
+        if not (reason := golden.failure_reason(configs[best])):
             break
-        trial.faults[best] = fault
-        rounds = [{index: turn for index, turn in one.items() if index != best} for one in rounds]
-    seen = replay(rounds, limit) if exhaustive else rounds
-    raced = pick(seen, gentleness, limit) if exhaustive else None
-    cost = _costs(rounds, limit)
-    standings, left = stand(rounds), contenders(seen, limit)
-    rows = []
-    for index in sorted(cost, key=lambda index: cost[index]):
-        verdict = "contender" if index in left else "dropped"
-        verdict = "chosen" if index == best else verdict if standings[index].keeps(limit) else "too slow"
-        row = _row(choices[index], verdict, cost[index], standings[index], throughput=goal == "throughput")
-        rows.append(row)
-    rows += [Row(choices[index], "refused", fault) for index, fault in sorted(trial.faults.items())]
-    closest = min(standings, key=lambda index: standings[index].p99, default=None)
-    return Tuned(
+        timer.failures[best] = reason
+        rounds = [{index: sample for index, sample in one.items() if index != best} for one in rounds]
+    seen = replay_elimination(rounds, max_p99) if exhaustive else rounds
+    raced = select(seen, tie_break, max_p99) if exhaustive else None
+    costs = _costs(rounds, max_p99)
+    statistics, remaining = summarize(rounds), contenders(seen, max_p99)
+    results = []
+    for index in sorted(costs, key=costs.__getitem__):
+        verdict = "contender" if index in remaining else "dropped"
+        verdict = "chosen" if index == best else verdict if statistics[index].within(max_p99) else "too slow"
+        results.append(_result(configs[index], verdict, costs[index], statistics[index], pool=goal == "throughput"))
+    results += [CandidateResult(configs[index], "refused", why) for index, why in sorted(timer.failures.items())]
+    closest = min(statistics, key=lambda index: statistics[index].p99, default=None)
+    return TuningResult(
         goal=goal,
         max_p99_ms=max_p99_ms,
-        choice=None if best is None else choices[best],
-        rows=(*rows, *refused),
-        closest=None if closest is None else (1e3 * standings[closest].p99, choices[closest]),
+        choice=None if best is None else configs[best],
+        candidates=(*results, *refused),
+        closest=None if closest is None else (1e3 * statistics[closest].p99, configs[closest]),
         left_out=left_out,
         rounds=len(rounds),
-        raced=None if raced is None else choices[raced],
-        ratio=None if raced is None else cost[raced],
+        racing_choice=None if raced is None else configs[raced],
+        racing_cost=None if raced is None else costs[raced],
     )
 
 
-def _costs(rounds: Sequence[Round], limit: float) -> dict[int, float]:
-    """Give each candidate's cost over that of the best within the limit; over the best of all where none is."""
-    cost = costs(rounds, limit) or costs(rounds)
-    best = min((cost[index] for index in eligible(rounds, limit) or cost), default=1.0)
-    return {index: cost[index] / best for index in cost}
+def _costs(rounds: Sequence[Round], max_p99: float) -> dict[int, float]:
+    """Return costs relative to the best candidate within the bound, or to the best of all if none is."""
+    costs = relative_costs(rounds, max_p99) or relative_costs(rounds)
+    best = min((costs[index] for index in eligible(rounds, max_p99) or costs), default=1.0)
+    return {index: cost / best for index, cost in costs.items()}
 
 
 def _devices(device: Device, goal: Goal) -> tuple[list[str], dict[str, str]]:
-    """Give the devices to try, and why others are left out."""
+    """Return the devices to try, and why others are left out."""
     if device != "auto":
         return [device], {}
-    found = probe_devices()
-    left_out = {name: obstacle for name, obstacle in found.items() if obstacle is not None}
-    if goal == "power" and "cuda" in found:
-        # It would always win: what it burns is not CPU time.
-        left_out.setdefault("cuda", "CPU time does not tell what a GPU takes; compare its settings by --device cuda")
-    return [name for name in found if name not in left_out], left_out
+    usable = probe_devices()
+    left_out = {name: reason for name, reason in usable.items() if reason is not None}
+    if goal == "power" and "cuda" in usable:
+        # CUDA would always win: the energy of a GPU is not CPU time.
+        left_out.setdefault("cuda", "CPU time does not measure a GPU's power; compare its settings by --device cuda")
+    return [name for name in usable if name not in left_out], left_out
 
 
-def _gentleness(choice: RunConfig) -> tuple[int, ...]:
-    """Order candidates of equal cost: what else runs on the cart comes first, then closeness to what was trained."""
+def _tie_break(config: RunConfig) -> tuple[int, ...]:
+    """Return the sort key of tied candidates: least load on the host first, then closest to the trained network."""
     return (
-        choice.threads,
-        int(choice.spinning),
-        _GENTLEST_FIRST.index(choice.precision),
-        choice.batch_size,
-        int(choice.cuda_graphs) + int(choice.nhwc),
-        int(choice.device != "cpu"),
+        config.threads,
+        int(config.spinning),
+        _PRECISION_ORDER.index(config.precision),
+        config.batch_size,
+        int(config.cuda_graphs) + int(config.nhwc),
+        int(config.device != "cpu"),
     )
 
 
-def _row(choice: RunConfig, verdict: str, cost: float, standing: Standing, *, throughput: bool) -> Row:
-    turns = standing.turns
-    return Row(
-        choice,
+def _result(config: RunConfig, verdict: str, cost: float, statistics: Statistics, *, pool: bool) -> CandidateResult:
+    samples = statistics.samples
+    return CandidateResult(
+        config,
         verdict,
-        turns=len(turns),
-        calls=sum(len(turn.calls) for turn in turns),
+        samples=len(samples),
+        calls=sum(len(sample.call_seconds) for sample in samples),
         cost=cost,
-        p50_ms=1e3 * standing.p50,
-        p99_ms=1e3 * standing.p99,
-        frames_per_second=1 / standing.score if throughput else median(turn.frames / sum(turn.calls) for turn in turns),
-        cpu_ms=1e3 * median(turn.cpu / turn.frames for turn in turns),
+        p50_ms=1e3 * statistics.p50,
+        p99_ms=1e3 * statistics.p99,
+        frames_per_second=1 / statistics.score
+        if pool
+        else median(sample.frames / sum(sample.call_seconds) for sample in samples),
+        cpu_ms=1e3 * median(sample.cpu_seconds / sample.frames for sample in samples),
     )

@@ -1,1 +1,1 @@
-"""Checks of a bundle: what it holds, and whether it decides on this host as it did at export."""
+"""Checks of a bundle: inspection of its files, and verification that it decides on this host as it did at export."""

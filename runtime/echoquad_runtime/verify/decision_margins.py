@@ -1,10 +1,10 @@
-"""Tolerance: which decisions a bounded difference of the probabilities can turn, and which it cannot.
+"""Decision margins: which decisions a bounded difference of the probabilities can change.
 
-A gate that lets every probability be out by d lets any lead of at most 2 d turn round: the leader loses d, the
-other gains d. So a frame whose training answer is that close may be decided otherwise by a graph that keeps its
-gate, and to count it would be a false alarm. A frame that is further away may not. The rule is one-sided by
-design: where no probability is out by more than d, no decision is ever called wrong; a decision that is called
-wrong proves that some probability is out by more than d.
+A gate that allows every probability to differ by d allows any margin of at most 2 d to be reversed: the leader loses
+d, the other class gains d. So a frame whose expected margin is that small may get another decision from a graph within
+its gate, and counting it would be a false alarm. A frame with a larger margin may not. The rule is one-sided by design:
+if no probability differs by more than d, no decision is ever called wrong; a decision that is called wrong proves that
+some probability differs by more than d.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ import numpy.typing as npt
 from echoquad_runtime.contract import VoteMethod
 from echoquad_runtime.voting import aggregate_votes
 
-__all__ = ["frame_leads", "quadrant_leads", "within_tolerance"]
+__all__ = ["frame_margins", "quadrant_margins", "within_tolerance"]
 
-_ROUNDING: Final = 1e-9  # of float64 arithmetic on numbers in [0, 1]: a lead at the bound counts as inside
+_ROUNDING: Final = 1e-9  # error of float64 arithmetic in [0, 1]: a margin at the bound counts as within
 
 
-def within_tolerance(leads: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], allowed: float) -> np.ndarray:
-    """Say which decisions a difference of at most `allowed` in each probability can lead to.
+def within_tolerance(margins: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], allowed: float) -> np.ndarray:
+    """Return which decisions a difference of at most `allowed` in each probability can explain.
 
     Parameters
     ----------
-    leads
-        float64 [..., C], from `frame_leads` or `quadrant_leads`, of the expected probabilities.
+    margins
+        float64 [..., C], from `frame_margins` or `quadrant_margins`, of the expected probabilities.
     labels
-        int64 [...], the classes that were decided instead.
+        int64 [...], the decided classes.
     allowed
         The gate's bound on |difference| of a probability.
 
     Returns
     -------
     bool [...]
-        True where the lead that had to be turned round is at most ``2 * allowed``.
+        True where the margin of the decided class is at most ``2 * allowed``.
     """
-    turned = np.take_along_axis(leads, labels[..., None], axis=-1)[..., 0]
-    return np.asarray(turned <= 2 * allowed + _ROUNDING)
+    reversed_margins = np.take_along_axis(margins, labels[..., None], axis=-1)[..., 0]
+    return np.asarray(reversed_margins <= 2 * allowed + _ROUNDING)
 
 
-def quadrant_leads(probabilities: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-    """Give, for each class, how far it lies behind the leader of its quadrant.
+def quadrant_margins(probabilities: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """Return how far each class is behind the leading class of its quadrant.
 
     Parameters
     ----------
@@ -58,66 +58,66 @@ def quadrant_leads(probabilities: npt.NDArray[np.floating]) -> npt.NDArray[np.fl
     Returns
     -------
     float64 [..., C]
-        0 for the leader itself, in [0, 1]; infinite where a probability is no number.
+        0 for the leading class, in [0, 1]; infinite where a probability is not a number.
     """
     p = np.asarray(probabilities, np.float64)
     return np.asarray(np.nan_to_num(p.max(axis=-1, keepdims=True) - p, nan=np.inf, posinf=np.inf))
 
 
-def frame_leads(
+def frame_margins(
     probabilities: npt.NDArray[np.floating], method: VoteMethod, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)
 ) -> npt.NDArray[np.float64]:
-    """Give, for each frame and class, the lead that must be turned round for the frame to be decided as that class.
+    """Return, for each frame and class, the margin that must be reversed to decide the frame as that class.
 
-    ``average`` and ``weighted``: the decided class's score less this class's.
+    ``average`` and ``weighted``: the decided class's score minus this class's score.
 
-    ``majority``: the least lead L for which quadrants can vote such that this class wins, where a quadrant may
-    vote for any class that lies at most L behind its leader, and a tie may go to any class whose mean lies at most
-    L behind the means of those it is tied with. That the quadrants' and the means' changes must go together is not
-    asked, nor that probabilities stay in [0, 1] with the sum 1: L is never too large.
+    ``majority``: the smallest margin m for which quadrants can vote such that this class wins, where a quadrant may
+    vote for any class at most m behind its leading class, and a tie may go to any class whose mean is at most m behind
+    the means of the tied classes. The bound ignores that the changes of quadrants and means depend on each other, and
+    that probabilities stay in [0, 1] with the sum 1. Ignoring both only makes m smaller, so m is never too large.
 
     Parameters
     ----------
     probabilities
-        float [N, Q, C], what the training code gave.
+        float [N, Q, C], the training code's answers.
     method, weights
-        As `echoquad_runtime.voting.decide`.
+        As `echoquad_runtime.voting.aggregate_votes`.
 
     Returns
     -------
     float64 [N, C]
-        0 for the decided class. The least of the others is the frame's margin.
+        0 for the decided class. The smallest of the others is the frame's decision margin.
 
     Raises
     ------
     ConfigError
-        As `echoquad_runtime.voting.decide`.
+        As `echoquad_runtime.voting.aggregate_votes`.
     """
     p = np.asarray(probabilities, np.float64)
     mean = aggregate_votes(p, method, weights).probabilities
     if method == "majority":
-        frames = zip(quadrant_leads(p), mean, strict=True)
-        leads = [[_majority_lead(*frame, label) for label in range(p.shape[2])] for frame in frames]
-        return np.array(leads, np.float64).reshape(mean.shape)
+        frames = zip(quadrant_margins(p), mean, strict=True)
+        margins = [[_majority_margin(*frame, label) for label in range(p.shape[2])] for frame in frames]
+        return np.array(margins, np.float64).reshape(mean.shape)
     if method == "average":
-        return quadrant_leads(mean)
+        return quadrant_margins(mean)
     w = np.asarray(weights, np.float64)
-    return quadrant_leads(np.einsum("nqc,q->nc", p, w / w.sum()))
+    return quadrant_margins(np.einsum("nqc,q->nc", p, w / w.sum()))
 
 
-def _majority_lead(behind: npt.NDArray[np.float64], mean: npt.NDArray[np.float64], label: int) -> float:
-    """Find the least lead at which `label` can win; `behind` is float64 [Q, C], `mean` float64 [C]."""
+def _majority_margin(behind: npt.NDArray[np.float64], mean: npt.NDArray[np.float64], label: int) -> float:
+    """Return the smallest margin at which `label` can win; `behind` is float64 [Q, C], `mean` float64 [C]."""
     ahead = np.nan_to_num(np.maximum(mean - mean[label], 0.0), nan=np.inf)
-    # Something changes only where a quadrant gains a choice or a tie another end; more lead never takes one away.
+    # The outcome changes only at these values, and a larger margin never removes an option: bisect them.
     steps = np.unique(np.concatenate([behind.ravel(), ahead]))
-    return float(steps[bisect_left(steps, True, key=lambda lead: _can_win(behind <= lead, ahead <= lead, label))])
+    return float(steps[bisect_left(steps, True, key=lambda margin: _can_win(behind <= margin, ahead <= margin, label))])
 
 
 def _can_win(choices: npt.NDArray[np.bool_], beaten: npt.NDArray[np.bool_], label: int) -> bool:
-    """Say whether quadrants can vote such that `label` wins.
+    """Return whether quadrants can vote such that `label` wins.
 
-    `choices`, bool [Q, C], are the classes that each may vote for; `beaten`, bool [C], those that `label` wins a tie
-    against. Every quadrant that can vote for `label` does, which is never to its harm; for each of the others it
+    `choices`, bool [Q, C], are the classes that each quadrant may vote for; `beaten`, bool [C], those against which
+    `label` wins a tie. Every quadrant that can vote for `label` does, which never hurts it. For each other quadrant it
     is enough to try as many classes as there are such quadrants, those that lose a tie first.
     """
     votes = int(choices[:, label].sum())

@@ -1,4 +1,4 @@
-"""Inspection: what a bundle says of itself, and whether its files are the ones that it says it of."""
+"""Inspection: show the manifest of a bundle, and check its files against the hashes in it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from echoquad_runtime.errors import BundleError, BundleTamperedError
 __all__ = ["FileState", "Inspection", "inspect_bundle"]
 
 SCHEMA: Final = 1
-UNREAD: Final = 12  # files beside a bundle that are named
+MAX_UNLISTED: Final = 12  # unlisted files that are named
 
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """A file of the manifest's list, with the size and hash that stand there; `fault` is empty where it is whole."""
+    """A file in the manifest, with the size and hash listed there; `fault` is empty if the file has both."""
 
     name: str
     size: int
@@ -32,22 +32,22 @@ class FileState:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What was found.
+    """The result of an inspection.
 
     Attributes
     ----------
     bundle
-        The folder, as it was given.
+        The folder, as given.
     manifest
-        What ``bundle.json`` holds; its own hash is right.
+        The content of ``bundle.json``, whose own hash is right.
     files
-        The files that it lists.
+        The files listed in the manifest.
     unlisted
-        What else lies in the folder and is never read.
+        Other files in the folder, which are never read.
     signed
-        Whether there is a signature; it is not checked here.
+        Whether there is a signature; an inspection does not check it.
     self_tests
-        The self-tests that this host remembers as passed; see `cached_self_tests`.
+        Self-tests that passed on this host before; see `cached_self_tests`.
     """
 
     bundle: str
@@ -59,7 +59,7 @@ class Inspection:
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """What is wrong with the files, a line each; empty where the bundle is whole."""
+        """One line per damaged file; empty if the bundle is intact."""
         return tuple(file.fault for file in self.files if file.fault)
 
     @property
@@ -69,32 +69,32 @@ class Inspection:
 
     @property
     def document(self) -> Document:
-        """The model card, and what was found of the files."""
+        """The model card, and the state of the files."""
         rows = tuple(
             (format_value(file.name), str(file.size), f"{file.sha256[:12]}...", file.state) for file in self.files
         )
         blocks: list[Block] = [
-            Paragraph(f"{MANIFEST} has the SHA-256 {self.manifest['manifest_sha256']} of its content, and is whole."),
+            Paragraph(f"{MANIFEST} is intact; the SHA-256 of its content is {self.manifest['manifest_sha256']}."),
             Table(("file", "bytes", "SHA-256", "state"), rows),
         ]
         if self.signed:
-            blocks.append(Paragraph(f"A signature, {SIGNATURE}, lies beside it. It was not checked here."))
+            blocks.append(Paragraph(f"There is a signature, {SIGNATURE}. It was not checked here."))
         if self.unlisted:
-            more = [f"and {len(self.unlisted) - UNREAD} more"] if len(self.unlisted) > UNREAD else []
-            blocks.append(Paragraph("Not of the bundle, and never read:"))
-            blocks.append(BulletList((*map(format_value, self.unlisted[:UNREAD]), *more)))
+            more = [f"and {len(self.unlisted) - MAX_UNLISTED} more"] if len(self.unlisted) > MAX_UNLISTED else []
+            blocks.append(Paragraph("Other files in the folder, which are never read:"))
+            blocks.append(BulletList((*map(format_value, self.unlisted[:MAX_UNLISTED]), *more)))
         sections = (Section("Files", tuple(blocks)), Section("Self-tests on this host", self._self_test_blocks()))
         return Document(self.card.title, (*self.card.sections, *sections))
 
     def _self_test_blocks(self) -> tuple[Block, ...]:
         if not self.self_tests:
-            return (Paragraph("None is remembered. A predictor tests itself before its first answer."),)
+            return (Paragraph("None is remembered. A predictor runs one before its first prediction."),)
         names = ("precision", "device", "threads", "frames", "created")
         rows = tuple(tuple(format_value(str(test.get(name))) for name in names) for test in self.self_tests)
         return (Table(("precision", "device", "threads", "frames at a time", "passed on"), rows),)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give it as JSON values."""
+        """Return the inspection as JSON values."""
         return {
             "schema": SCHEMA,
             "bundle": self.bundle,
@@ -111,14 +111,14 @@ class Inspection:
 
 
 def inspect_bundle(folder: str | Path) -> Inspection:
-    """Read a bundle's manifest and hash every file that it lists.
+    """Read a bundle's manifest and hash every file listed in it.
 
-    Files that are missing or changed are in the result; they are no error.
+    Missing and changed files are reported in the result, not raised.
 
     Raises
     ------
     BundleError
-        If there is no manifest, or it is malformed or changed.
+        If the manifest is missing, malformed or changed.
     """
     bundle = Bundle(folder)
     files = tuple(_file(bundle, name, entry) for name, entry in bundle.manifest["files"].items())

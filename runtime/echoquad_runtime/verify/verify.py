@@ -1,9 +1,9 @@
-"""Verification: whether a bundle is whole, and computes here what the training code computed.
+"""Verification: check that a bundle is intact, and that it computes on this host what the training code computed.
 
-A gate bounds two things. The differences: of a probability, and for fp32 of a logit. None beyond its bound is ever
-passed. And the share of frames that are decided otherwise: golden frames are chosen for how little their decisions
-hang on, so one that a difference within the gate can turn is told apart and not counted against it (see
-`echoquad_runtime.verify.decision_margins`).
+A parity gate bounds two things. First, the difference of every probability, and of every logit for fp32; a larger
+difference always fails. Second, the fraction of golden frames with another decision. Golden frames are chosen for
+narrow decision margins, so a decision that a difference within the gate can change is reported separately and does not
+count (see `echoquad_runtime.verify.decision_margins`).
 """
 
 from __future__ import annotations
@@ -29,28 +29,29 @@ from echoquad_runtime.engine.self_test import max_abs_differences
 from echoquad_runtime.errors import DeviceUnavailableError, EchoQuadError
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.quadrants import Grey
-from echoquad_runtime.verify.decision_margins import frame_leads, quadrant_leads, within_tolerance
+from echoquad_runtime.verify.decision_margins import frame_margins, quadrant_margins, within_tolerance
 from echoquad_runtime.voting import aggregate_votes
 
-__all__ = ["Check", "GoldenCheck", "Record", "Verification", "verify", "verify_all"]
+__all__ = ["DeviceCheck", "GoldenFrameResult", "Verification", "VerificationReport", "verify", "verify_all"]
 
-RECORD_SCHEMA: Final = 1
+SCHEMA: Final = 1
+"""Schema of `VerificationReport.to_dict`."""
 
 
 @dataclass(frozen=True, slots=True)
-class GoldenCheck:
-    """What one golden frame showed.
+class GoldenFrameResult:
+    """The result of one golden frame.
 
     Attributes
     ----------
     name, reasons
-        Which it is, and what it is there for.
+        The frame's name, and why it was chosen as a golden frame.
     max_abs_dlogit, max_abs_dprobability
-        Worst |difference| from the answers expected; infinite where one of the two is no number.
+        Largest |difference| from the expected answers; infinite if one of the two is not a number.
     expected, found
-        Class decided by the training code, and by the bundle; where its batches disagree, the other one.
+        The class that the training code decided, and the bundle's; if its batches disagree, the one that differs.
     tolerated
-        Whether a difference within the gate can lead from the one to the other; True where they are the same.
+        Whether a difference within the gate can change the decision so; True if both are the same.
     """
 
     name: str
@@ -64,30 +65,30 @@ class GoldenCheck:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What a bundle's golden frames showed on one device in one precision.
+    """The results of a bundle's golden frames on one device in one precision.
 
     Attributes
     ----------
     device, provider, precision, provider_note
-        What really ran, onnxruntime's name of it, and why not another.
+        The device and precision in use, the name of the execution provider, and why it is not another one.
     files
-        How many files were hashed and found whole.
+        Number of files whose hash is right.
     frames
-        How many golden frames were replayed.
+        Number of golden frames.
     max_abs_dlogit, max_abs_dprobability
-        Worst |difference| from the answers expected; see `GoldenFrames.expected`.
+        Largest |difference| from the expected answers; see `GoldenFrames.expected`.
     frame_flips, quadrant_flips
-        Decisions that came out otherwise, and no difference within the gate can account for it.
+        Number of changed decisions that no difference within the gate explains.
     tolerated_frame_flips, tolerated_quadrant_flips
-        Decisions that came out otherwise, as a difference within the gate can account for.
+        Number of changed decisions that a difference within the gate can explain.
     worst_frame
-        The golden frame with the worst difference of a probability.
+        The golden frame with the largest difference of a probability.
     gate
-        What was allowed.
+        The bounds.
     passed
-        Whether all of it was kept.
+        Whether all bounds hold.
     golden
-        The golden frames one by one.
+        The result of each golden frame.
     """
 
     device: str
@@ -105,64 +106,64 @@ class Verification:
     worst_frame: str
     gate: dict[str, float]
     passed: bool
-    golden: tuple[GoldenCheck, ...]
+    golden: tuple[GoldenFrameResult, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the figures as JSON values; one that is infinite is None."""
+        """Return the figures as JSON values; an infinite one is None."""
         return cast("dict[str, Any]", _finite(asdict(self)))
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
-    """One device and precision that were asked for, and what came of it: `found`, or the `error` that prevented it."""
+class DeviceCheck:
+    """The check of one requested device and precision: its `verification`, or the `error` that prevented it."""
 
     device: str
     precision: str | None
-    found: Verification | None
+    verification: Verification | None
     error: EchoQuadError | None
 
     @property
     def usable(self) -> bool:
-        """Whether the device could be made to run this precision."""
+        """Whether the device can run this precision."""
         return not isinstance(self.error, DeviceUnavailableError)
 
     @property
     def passed(self) -> bool:
-        """Whether the golden frames were replayed within the gate."""
-        return self.found is not None and self.found.passed
+        """Whether the golden frames are within the gate."""
+        return self.verification is not None and self.verification.passed
 
     def to_dict(self) -> dict[str, Any]:
-        """Give it as JSON values."""
+        """Return the check as JSON values."""
         head = {"device": self.device, "precision": self.precision, "passed": self.passed}
-        if self.found is not None:
-            return {**head, **self.found.to_dict()}
+        if self.verification is not None:
+            return {**head, **self.verification.to_dict()}
         return {**head, "usable": self.usable, "error": str(self.error)}
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """What was checked of a bundle, on what, when, and how it ended.
+class VerificationReport:
+    """What was verified of a bundle, where, when, and the outcome.
 
     Attributes
     ----------
     bundle
-        The folder, as it was given.
+        The folder, as given.
     manifest_sha256, contract_sha256
-        Which bundle it is; None where its manifest cannot be read.
+        Hashes that identify the bundle; None if its manifest cannot be read.
     signed_by
-        The fingerprint of the key whose signature was asked for and is good; None where none was asked for.
+        Fingerprint of the key whose signature was checked and is valid; None if no check was requested.
     created
-        When, ISO 8601 in UTC.
+        Time of the verification, ISO 8601 in UTC.
     versions
-        What the figures depend on: CPU, platform, the wheel of onnxruntime, EchoQuad, Python.
+        What the figures depend on: CPU, platform, onnxruntime, EchoQuad, Python.
     files
-        How many files were hashed and found whole.
+        Number of files whose hash is right.
     checks
-        One a usable device and precision.
-    obstacles
-        For each device that cannot be used at all, why not.
+        One per usable device and precision.
+    unavailable_devices
+        Why a device cannot be used at all, by device.
     error
-        Why nothing could be checked: a bundle that is not whole. None where it is.
+        Why nothing could be checked, for a bundle that is damaged; else None.
     """
 
     bundle: str
@@ -172,20 +173,20 @@ class Record:
     created: str
     versions: dict[str, str]
     files: int
-    checks: tuple[Check, ...]
-    obstacles: dict[str, str]
+    checks: tuple[DeviceCheck, ...]
+    unavailable_devices: dict[str, str]
     error: EchoQuadError | None
 
     @property
     def passed(self) -> bool:
-        """Whether the bundle is whole, something was checked, and nothing of it failed."""
+        """Whether the bundle is intact, at least one device was checked, and no check failed."""
         tried = [check for check in self.checks if check.usable]
         return self.error is None and bool(tried) and all(check.passed for check in tried)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give it as JSON values."""
+        """Return the report as JSON values."""
         return {
-            "schema": RECORD_SCHEMA,
+            "schema": SCHEMA,
             "verdict": "passed" if self.passed else "failed",
             "error": None if self.error is None else str(self.error),
             "bundle": self.bundle,
@@ -196,7 +197,7 @@ class Record:
             "versions": self.versions,
             "files": self.files,
             "checks": [check.to_dict() for check in self.checks],
-            "devices_not_usable": self.obstacles,
+            "devices_not_usable": self.unavailable_devices,
         }
 
 
@@ -210,22 +211,22 @@ def verify(
     nhwc: bool = False,
     public_key: str | Path | None = None,
 ) -> Verification:
-    """Hash every file of a bundle, then replay its golden frames through a predictor on the device at hand.
+    """Hash every file of a bundle, then replay its golden frames through a predictor on one device.
 
-    They go the ways that `predict` has: one at a time on all threads; and as a folder's frames, by as many workers and
-    through the same inference slots, once for each bucket, since a batch can take other kernels.
+    The frames take every path that `predict` has: one at a time on all threads; and concurrently like the frames of a
+    folder, with the same workers and inference slots, once for each bucket, since a batch can select other kernels.
 
     Raises
     ------
     BundleError
-        If the bundle is missing, malformed or changed, or onnxruntime cannot run it; where a `public_key` is given,
-        also if the key that belongs to it has not signed the bundle.
+        If the bundle is missing, malformed or changed, or onnxruntime cannot run it; if a `public_key` is given, also
+        if the matching private key has not signed the bundle.
     DeviceUnavailableError
-        If the device is not there.
+        If the device is not available.
     """
     bundle = Bundle(folder, public_key=public_key)
     precision = bundle.choose_precision(precision)
-    golden = _hash_all(bundle, [precision])
+    golden = _hash_files(bundle, [precision])
     return _replay(bundle, golden, device, precision, threads, cuda_graphs=cuda_graphs, nhwc=nhwc)
 
 
@@ -237,65 +238,66 @@ def verify_all(
     threads: int | None = None,
     public_key: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Record:
-    """Hash every file of a bundle, then replay its golden frames on several devices; whatever happens is in the record.
+) -> VerificationReport:
+    """Hash every file of a bundle, then replay its golden frames on several devices. Failures go into the report.
 
     Parameters
     ----------
     folder
         The bundle.
     devices
-        Names of devices, ``auto`` among them, each with what is in the way of it or None, as
-        `echoquad_runtime.devices.session_factory.probe_devices` gives them.
+        Device names, including ``auto``, each with the reason why it is unavailable or None, as
+        `echoquad_runtime.devices.session_factory.probe_devices` returns them.
     precisions
-        What to replay on each, None among them being the bundle's default. None is every precision that the bundle
-        holds, and bf16 on OpenVINO.
+        Precisions to check on each device; None in it is the bundle's default. None is every precision of the bundle,
+        bf16 on OpenVINO and tf32 on CUDA included.
     threads
-        Threads of one inference; None is what affinity and cgroup allow.
+        Threads per inference; None is what affinity and cgroup allow.
     public_key
-        A PEM file; where given, the key that belongs to it must have signed the bundle.
+        A PEM file. If given, the matching private key must have signed the bundle.
     progress
-        Called with the number of checks done and of all.
+        Called with the number of finished checks and of all checks.
     """
     label = Path(folder).as_posix()
     created = datetime.now(UTC).isoformat(timespec="seconds")
     versions = {**host_facts(), "python": platform.python_version()}
-    obstacles = {name: why for name, why in devices.items() if why is not None}
+    unavailable = {name: reason for name, reason in devices.items() if reason is not None}
     try:
         bundle = Bundle(folder, public_key=public_key)
     except EchoQuadError as error:
-        return Record(label, None, None, None, created, versions, 0, (), obstacles, error)
+        return VerificationReport(label, None, None, None, created, versions, 0, (), unavailable, error)
     manifest = bundle.manifest
-    known = (label, str(manifest["manifest_sha256"]), bundle.contract.sha256, bundle.signed_by, created, versions)
-    wanted = [
+    head = (label, str(manifest["manifest_sha256"]), bundle.contract.sha256, bundle.signed_by, created, versions)
+    requested = [
         (device, precision)
         for device in devices
-        if device not in obstacles
+        if device not in unavailable
         for precision in (bundle.precisions_on(device) if precisions is None else precisions)
     ]
     try:
-        golden = _hash_all(bundle, [bundle.choose_precision(precision) for _, precision in wanted])
+        golden = _hash_files(bundle, [bundle.choose_precision(precision) for _, precision in requested])
     except EchoQuadError as error:
-        return Record(*known, 0, (), obstacles, error)
-    checks: list[Check] = []
-    for device, precision in wanted:
+        return VerificationReport(*head, 0, (), unavailable, error)
+    checks: list[DeviceCheck] = []
+    for device, precision in requested:
         if progress is not None:
-            progress(len(checks), len(wanted))
+            progress(len(checks), len(requested))
         try:
             chosen = bundle.choose_precision(precision)
-            checks.append(Check(device, chosen, _replay(bundle, golden, cast("Device", device), chosen, threads), None))
+            verification = _replay(bundle, golden, cast("Device", device), chosen, threads)
+            checks.append(DeviceCheck(device, chosen, verification, None))
         except EchoQuadError as error:
-            checks.append(Check(device, precision, None, error))
-    return Record(*known, len(manifest["files"]), tuple(checks), obstacles, None)
+            checks.append(DeviceCheck(device, precision, None, error))
+    return VerificationReport(*head, len(manifest["files"]), tuple(checks), unavailable, None)
 
 
-def _hash_all(bundle: Bundle, precisions: Sequence[str]) -> GoldenFrames:
-    """Hash every file but the graphs of `precisions`, which are hashed as they are read to be used.
+def _hash_files(bundle: Bundle, precisions: Sequence[str]) -> GoldenFrames:
+    """Hash every file except the graphs of `precisions`, which are hashed when they are loaded.
 
     Raises
     ------
     BundleError
-        If one is missing, malformed or changed.
+        If a file is missing, malformed or changed.
     """
     later = {GOLDEN, *map(model_file, precisions)}
     for name in bundle.manifest["files"]:
@@ -309,29 +311,28 @@ def _replay(
 ) -> Verification:
     gate = bundle.gate(precision)
     predictor = Predictor(
-        bundle, device=device, precision=precision, threads=threads, many=True, self_test=False, **options
+        bundle, device=device, precision=precision, threads=threads, concurrent=True, self_test=False, **options
     )
     engine = cast("OnnxEngine", predictor.engine)
     contract, count = bundle.contract, len(golden.frames)
-    true_logits, true = golden.expected(precision)
-    passes = _passes(predictor, golden.frames)
-    expected = aggregate_votes(true, contract.vote, contract.vote_weights)
-    leads = frame_leads(true, contract.vote, contract.vote_weights)
-    patch_leads, allowed = quadrant_leads(true), gate["max_abs_dprobability"]
+    expected_logits, expected_p = golden.expected(precision)
+    expected = aggregate_votes(expected_p, contract.vote, contract.vote_weights)
+    margins = frame_margins(expected_p, contract.vote, contract.vote_weights)
+    margins_of_quadrants, allowed = quadrant_margins(expected_p), gate["max_abs_dprobability"]
 
     dlogit, dprobability = np.zeros(count), np.zeros(count)
     labels, tolerated = expected.labels.copy(), np.ones(count, np.bool_)
     flips = []
-    # What is no number differs infinitely, and cannot pass.
-    for logits, probabilities in passes:
-        dlogit = np.maximum(dlogit, max_abs_differences(logits, true_logits))
-        dprobability = np.maximum(dprobability, max_abs_differences(probabilities, true))
+    # `max_abs_differences` is infinite for an answer that is not a number, so such an answer cannot pass.
+    for logits, probabilities in _passes(predictor, golden.frames):
+        dlogit = np.maximum(dlogit, max_abs_differences(logits, expected_logits))
+        dprobability = np.maximum(dprobability, max_abs_differences(probabilities, expected_p))
         found = aggregate_votes(probabilities, contract.vote, contract.vote_weights)
-        frames, patches = found.labels != expected.labels, found.quadrant_labels != expected.quadrant_labels
-        within = within_tolerance(leads, found.labels, allowed)
-        patches_within = within_tolerance(patch_leads, found.quadrant_labels, allowed)
-        counted = (frames & ~within, patches & ~patches_within, frames & within, patches & patches_within)
-        flips.append([int(turned.sum()) for turned in counted])
+        frames, quadrants = found.labels != expected.labels, found.quadrant_labels != expected.quadrant_labels
+        within = within_tolerance(margins, found.labels, allowed)
+        quadrants_within = within_tolerance(margins_of_quadrants, found.quadrant_labels, allowed)
+        changed = (frames & ~within, quadrants & ~quadrants_within, frames & within, quadrants & quadrants_within)
+        flips.append([int(mask.sum()) for mask in changed])
         labels, tolerated = np.where(frames, found.labels, labels), tolerated & (within | ~frames)
     frame_flips, quadrant_flips, tolerated_frame_flips, tolerated_quadrant_flips = map(max, zip(*flips, strict=True))
     passed = (
@@ -358,7 +359,7 @@ def _replay(
         gate=gate,
         passed=bool(passed),
         golden=tuple(
-            GoldenCheck(
+            GoldenFrameResult(
                 golden.names[i],
                 reasons[i],
                 float(dlogit[i]),
@@ -378,18 +379,18 @@ def _passes(predictor: Predictor, frames: Sequence[Grey]) -> Iterator[tuple[Floa
     Yields
     ------
     logits, probabilities
-        float32 [G, 4, C] each: of the frames one at a time; then for each bucket of as many rounds of all frames as
-        give every worker two batches.
+        float32 [G, 4, C] each: first of the frames one at a time; then, for each bucket, of as many repetitions of all
+        frames as give every worker two batches.
     """
-    yield predictor.replay(frames, many=False)
-    for together in buckets(predictor.batch_size):
-        rounds = -(-2 * predictor.workers * together // len(frames))
-        logits, probabilities = predictor.replay(list(frames) * rounds, many=True, together=together)
+    yield predictor.replay(frames, concurrent=False)
+    for batch_size in buckets(predictor.batch_size):
+        rounds = math.ceil(2 * predictor.workers * batch_size / len(frames))
+        logits, probabilities = predictor.replay(list(frames) * rounds, concurrent=True, batch_size=batch_size)
         yield from zip(np.split(logits, rounds), np.split(probabilities, rounds), strict=True)
 
 
 def _finite(value: Any) -> Any:
-    """Give JSON values with None in place of the infinite ones, which JSON has no word for."""
+    """Replace infinite numbers in JSON values by None: JSON cannot represent them."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

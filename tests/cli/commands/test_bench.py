@@ -99,7 +99,7 @@ def test_bench_reports_unreadable_frames_and_exits_5(
     ("options", "exit_code", "code", "words"),
     [
         (("--histogram", "latencies.jpg"), 2, "E_USAGE", "--histogram latencies.jpg: the extension is '.jpg'"),
-        (("--fps", "0"), 1, "E_CONFIG", "0 frames"),
+        (("--fps", "0"), 1, "E_CONFIG", "fps is 0"),
         (("--max-p99-ms", "-1"), 2, "E_USAGE", "--max-p99-ms"),
         (("--frames", "0"), 2, "E_USAGE", "--frames"),
     ],

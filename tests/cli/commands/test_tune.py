@@ -64,7 +64,7 @@ def test_tune_prints_a_table_and_saves_its_choice(
     written, in_file = (json.loads(path.read_text("utf-8")) for path in (record, file))
     assert written["choice"] == in_file["choice"]
     assert written["choice"]["batch_size"] == int(best[4])
-    assert written["rows"] == in_file["table"]
+    assert written["candidates"] == in_file["table"]
     assert (in_file["goal"], in_file["max_p99_ms"]) == ("throughput", 9999.0)
     assert {"CPU", "onnxruntime", "echoquad"} <= written["host"].keys()
 

@@ -17,7 +17,8 @@ from echoquad_export.precision.quantize import activation_tensors, prepare, quan
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 from echoquad_runtime.errors import ParityError
-from echoquad_runtime.predict.predictor import Prediction, Predictor
+from echoquad_runtime.predict.prediction import Prediction
+from echoquad_runtime.predict.predictor import Predictor
 from echoquad_train.networks.classifier import QuadrantClassifier
 
 CONTRACT = Contract(classes=("A", "B", "C"), input_size=64, temperature=1.7)

@@ -24,7 +24,7 @@ from echoquad_runtime.engine.slot_pool import infer_in_batches
 from echoquad_runtime.verify.verify import verify
 from echoquad_train.data.dataset import load_quadrants, read_split
 from echoquad_train.fitting import linear_probe as linear
-from echoquad_train.fitting.linear_probe import Chosen, Kind, fold_into
+from echoquad_train.fitting.linear_probe import LinearKind, LinearProbe, set_head
 from echoquad_train.fitting.loop import fit
 from echoquad_train.networks.classifier import QuadrantClassifier
 from echoquad_train.recipe import Recipe
@@ -105,13 +105,13 @@ def test_backbone_trains_exports_and_verifies(name: str, case: Any, tmp_path: Pa
 
 @pytest.mark.parametrize("kind", ["linear-svm", "logistic"])
 def test_graph_of_a_linear_classifier_decides_as_scikit_learn(
-    kind: Kind, other_case: Any, tmp_path: Path, thin: None
+    kind: LinearKind, other_case: Any, tmp_path: Path, thin: None
 ) -> None:
     """The reference is scikit-learn's pipeline on the features of all quadrants of all splits, with three classes."""
     recipe = load_run(other_case.run).recipe.replace(weights=(other_case.run / "best.safetensors").as_posix())
-    fitted: list[Chosen] = []
+    fitted: list[LinearProbe] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "fold_into", lambda model, chosen: (fitted.append(chosen), fold_into(model, chosen)))
+        patch.setattr(linear, "set_head", lambda model, chosen: (fitted.append(chosen), set_head(model, chosen)))
         # All frames of this case belong to one patient.
         patch.setattr(linear, "patients_of", lambda frames, _: [frame.name for frame in frames])
         linear.fit_linear(other_case.data, tmp_path / "run", recipe, kind, device="cpu", reporter=Silent())

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from echoquad_export.graph.channel_folding import fold_first_convolution, sum_input_channels
-from echoquad_train.networks.backbones import BACKBONES, build_body
+from echoquad_train.networks.backbones import BACKBONES, build_backbone
 
 
 @settings(max_examples=40, deadline=None)
@@ -70,7 +70,7 @@ def test_nested_first_convolution_is_replaced() -> None:
 @pytest.mark.parametrize("name", BACKBONES)
 def test_each_backbone_can_be_folded(name: str) -> None:
     torch.manual_seed(1)
-    body, _ = build_body(name, 64)
+    body, _ = build_backbone(name, 64)
     grey = torch.randn(2, 1, 64, 64)
     with torch.inference_mode():
         expected = body.eval()(grey.expand(-1, 3, -1, -1))

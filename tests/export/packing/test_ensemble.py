@@ -120,7 +120,7 @@ def test_ensemble_exports_to_one_bundle_in_each_precision(
     options: dict[str, Any] = {"device": "cpu", "resume": False, "reporter": Silent()}
     fit(case.data, tmp_path / "Jane-Q", replace(recipe, seed=4), **options)
     ensemble, bundle = tmp_path / "ensemble", tmp_path / "bundle"
-    write_ensemble([case.run, tmp_path / "Jane-Q"], ensemble, flip=True)
+    write_ensemble([case.run, tmp_path / "Jane-Q"], ensemble, flip_tta=True)
     exported = export_run(ensemble, bundle, precisions=("fp32", "fp16", "int8"), frame_graph=True)
     assert [parity.passed for parity in exported.parities] == [True] * 3 and exported.verification.passed
 

@@ -30,7 +30,8 @@ from echoquad_runtime.errors import (
     UsageError,
     VerificationError,
 )
-from echoquad_runtime.predict.predictor import Prediction, Predictor
+from echoquad_runtime.predict.prediction import Prediction
+from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.verify.verify import verify
 from echoquad_train.evaluation.intervals import wilson_interval
 from echoquad_train.networks.torch_engine import TorchEngine

@@ -31,7 +31,7 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import InputNotFoundError
 from echoquad_runtime.frames.frame_file import FrameFile
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
-from echoquad_runtime.verify.decision_margins import frame_leads, quadrant_leads
+from echoquad_runtime.verify.decision_margins import frame_margins, quadrant_margins
 from echoquad_runtime.voting import aggregate_votes
 from echoquad_train.networks.torch_engine import TorchEngine
 from echoquad_train.runs.checkpoint import load_run
@@ -162,8 +162,8 @@ def test_golden_frames_include_the_smallest_margins_of_the_pool(made: tuple[Brig
     contract = engine.contract
     names, frames = zip(*module._phantoms(), strict=True)
     p = np.stack([engine.infer(frame_quadrants(frame, contract))[1] for frame in frames])
-    margins = np.partition(frame_leads(p, contract.vote, contract.vote_weights), 1, axis=1)[:, 1]
-    leads = np.partition(quadrant_leads(p), 1, axis=2)[..., 1].min(axis=1)
+    margins = np.partition(frame_margins(p, contract.vote, contract.vote_weights), 1, axis=1)[:, 1]
+    leads = np.partition(quadrant_margins(p), 1, axis=2)[..., 1].min(axis=1)
     # A stitched frame can have a smaller margin and replace it.
     for values, what in ((margins, "frame margin"), (leads, "quadrant margin")):
         names_with_reason = reason_of(golden, what)

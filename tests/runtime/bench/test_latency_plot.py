@@ -1,3 +1,5 @@
+"""Tests of the latency histogram: bins, bars and marks."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -27,18 +29,18 @@ def columns(picture: np.ndarray, colour: tuple[int, int, int], row: int) -> np.n
 
 
 @given(LATENCIES)
-def test_every_frame_is_counted_once(values: list[float]) -> None:
+def test_every_latency_is_counted_once(values: list[float]) -> None:
     found = count_latencies(values)
     assert sum(found.counts) + found.above == len(values)
     assert found.from_ms >= 0 and found.bin_ms > 0 and 12 <= len(found.counts) <= 100
     assert found.from_ms <= min(values) + 1e-9
-    assert found.above <= max(1, len(values) // 50)  # no more than the hundredth that is beyond p99, and its rounding
-    # A round width, so that the axis reads well.
+    assert found.above <= max(1, len(values) // 50)  # at most the 1% above p99, and rounding
+    # The width is a round number.
     mantissa = found.bin_ms / 10 ** np.floor(np.log10(found.bin_ms) + 1e-9)
     assert min(abs(mantissa - one) for one in (1, 2, 5)) < 1e-6
 
 
-def test_counts_are_those_of_the_bins() -> None:
+def test_counts_by_bin() -> None:
     found = count_latencies([10.0] * 5 + [12.0] * 3 + [17.9])
     assert found.bin_ms == pytest.approx(0.1)
     assert found.from_ms == pytest.approx(10)
@@ -46,12 +48,12 @@ def test_counts_are_those_of_the_bins() -> None:
     assert found.above == 0
 
 
-def test_one_frame_that_met_a_busy_moment_squeezes_nobody() -> None:
+def test_outlier_does_not_squeeze_other_latencies() -> None:
     found = count_latencies([*np.linspace(9, 12, 500), 900.0])
     assert found.above == 1 and found.to_ms < 30
 
 
-def test_bars_are_as_high_as_the_counts() -> None:
+def test_bar_height_follows_count() -> None:
     picture = drawn([10.0] * 40 + [12.0] * 20 + [14.0] * 10, {})
     height = (picture == BAR).all(axis=2).sum(axis=0)
     found = sorted({int(h) for h in height if h > 2}, reverse=True)
@@ -60,13 +62,13 @@ def test_bars_are_as_high_as_the_counts() -> None:
     assert found[2] / found[0] == pytest.approx(0.25, abs=0.02)
 
 
-def test_a_single_frame_in_a_thousand_is_seen() -> None:
+def test_single_frame_is_visible() -> None:
     picture = drawn([10.0] * 999 + [18.0], {})
     height = (picture == BAR).all(axis=2).sum(axis=0)
     assert (height > 0).sum() > (height > 100).sum() > 0
 
 
-def test_marks_are_lines_where_they_belong_in_order() -> None:
+def test_marks_are_lines_at_their_latency() -> None:
     values = list(np.linspace(10, 30, 400))
     picture = drawn(values)
     row = HEIGHT - 100
@@ -80,13 +82,13 @@ def test_marks_are_lines_where_they_belong_in_order() -> None:
     assert a == pytest.approx(b, rel=0.02)
 
 
-def test_a_mark_beyond_the_scale_stands_at_its_end() -> None:
+def test_mark_above_the_scale_is_at_its_end() -> None:
     picture = drawn([*np.linspace(9, 12, 500), 900.0])
     (found,) = {int(x) // 10 for x in columns(picture, COLOURS["max"], HEIGHT - 100)}
     assert found == (WIDTH - 40) // 10
 
 
 @pytest.mark.parametrize("values", [[5.0], [0.0], [1e-6, 1e-6], [1e7, 1.0], list(range(1, 5000))])
-def test_whatever_the_latencies_a_picture_comes_out(values: list[float]) -> None:
+def test_any_latencies_can_be_drawn(values: list[float]) -> None:
     picture = drawn([float(value) for value in values])
     assert (picture == BAR).all(axis=2).any()

@@ -526,7 +526,7 @@ def test_unusable_private_key_is_refused(name: str, words: str, signed: Path, ke
 def test_public_key_for_an_open_bundle_is_refused(signed: Path, ours: Path) -> None:
     bundle = Bundle(signed, public_key=ours)
     for model in (bundle, OnnxEngine(bundle, device="cpu")):
-        with pytest.raises(ConfigError, match="public_key is for a bundle's folder"):
+        with pytest.raises(ConfigError, match="public_key needs a bundle's folder"):
             Predictor(model, device="cpu", public_key=ours)
 
 

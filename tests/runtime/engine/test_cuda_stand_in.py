@@ -19,7 +19,7 @@ from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.slot_pool import SlotPool, infer_in_batches
 from echoquad_runtime.errors import BundleError, DeviceUnavailableError, UsageError, VerificationError
 from echoquad_runtime.predict.predictor import Prediction, Predictor
-from echoquad_runtime.tuning import saved_settings as host
+from echoquad_runtime.tuning import saved_settings
 from echoquad_runtime.tuning.tune import tune
 from echoquad_runtime.verify.verify import verify
 
@@ -124,7 +124,7 @@ def test_faulty_binding_never_yields_a_prediction(
     assert not verify(tiny_bundle, device="cuda", threads=2).passed
     given: list[object] = []
     with pytest.raises(VerificationError, match="the self-test failed on cuda in fp32"):
-        given.extend(Predictor(tiny_bundle, device="cuda", threads=2, many=True).predict_frames(frames))
+        given.extend(Predictor(tiny_bundle, device="cuda", threads=2, concurrent=True).predict_frames(frames))
     assert given == []
 
 
@@ -240,14 +240,14 @@ def test_tuned_cuda_settings_are_used_by_predict(
     cuda_stand_in: Any, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("ECHOQUAD_CONFIG_DIR", str(tmp_path))
-    monkeypatch.setattr(host, "probe_devices", lambda: {"cpu": None, "cuda": None})
+    monkeypatch.setattr(saved_settings, "probe_devices", lambda: {"cpu": None, "cuda": None})
     found = tune(tiny_bundle, device="cuda", seconds=0.1, threads=1)
     assert found.choice is not None
-    tried = {(row.choice.precision, row.choice.cuda_graphs, row.choice.nhwc) for row in found.rows}
+    tried = {(row.config.precision, row.config.cuda_graphs, row.config.nhwc) for row in found.candidates}
     assert tried == {(name, graphs, nhwc) for name in ("fp32", "tf32") for graphs in (0, 1) for nhwc in (0, 1)}
     best = dataclasses.replace(found.choice, cuda_graphs=True, nhwc=True)
-    host.keep(Bundle(tiny_bundle), best, goal="latency")
-    settings = host.resolve_settings(Bundle(tiny_bundle))
+    saved_settings.save(Bundle(tiny_bundle), best, goal="latency")
+    settings = saved_settings.resolve_settings(Bundle(tiny_bundle))
     assert (settings.tuned, settings.cuda_graphs, settings.nhwc) == (True, True, True)
     assert "on cuda, NHWC, CUDA graphs, 1 thread, one frame at a time" in settings.note
 

@@ -60,7 +60,7 @@ def test_passed_self_test_is_cached_for_the_next_start(
     assert runs == [1, 1, 1]  # two golden frames, then the warm-up run
     assert first.self_test == "passed"
     runs.clear()
-    second = Predictor(tiny_bundle, device="cpu", threads=2, warm=False)
+    second = Predictor(tiny_bundle, device="cpu", threads=2, warm_up=False)
     assert second(make_frame(0)) == first(make_frame(0))
     assert (runs, second.self_test) == ([1, 1], "passed")  # one run per frame, and no self-test
     assert len(cached_files(cache)) == 1
@@ -69,7 +69,7 @@ def test_passed_self_test_is_cached_for_the_next_start(
 def test_worker_tests_every_bucket_before_its_first_frame(
     tiny_bundle: Path, runs: list[int], make_frame: Callable[..., np.ndarray]
 ) -> None:
-    predictor = Predictor(tiny_bundle, device="cpu", threads=1, many=True, batch_size=5)
+    predictor = Predictor(tiny_bundle, device="cpu", threads=1, concurrent=True, batch_size=5)
     assert (runs, predictor.self_test) == ([], "")  # no slot has been tested yet
     results = predictor.predict_frames(make_frame(seed) for seed in range(12))
     next(results)
@@ -83,7 +83,7 @@ def test_changed_conditions_are_tested_again(
 ) -> None:
     def starts(bundle: Path, **options: Any) -> bool:
         runs.clear()
-        Predictor(bundle, device="cpu", **{"threads": 1, "warm": True, **options})
+        Predictor(bundle, device="cpu", **{"threads": 1, "warm_up": True, **options})
         return len(runs) > 1
 
     both = make_tiny_bundle(tmp_path / "two", precisions=("fp32", "int8"))
@@ -118,7 +118,7 @@ def test_open_predictor_keeps_failing(
     tmp_path: Path, make_tiny_bundle: Make, make_frame: Callable[..., np.ndarray]
 ) -> None:
     folder = make_tiny_bundle(tmp_path / "bundle", graph={"logit_scale": 1.01})
-    predictor = Predictor(folder, device="cpu", warm=False)
+    predictor = Predictor(folder, device="cpu", warm_up=False)
     for _ in range(3):
         with pytest.raises(VerificationError, match="the self-test failed"):
             predictor(make_frame(0))

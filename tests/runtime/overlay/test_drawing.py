@@ -1,3 +1,5 @@
+"""Tests of overlays: layout, colours, long names, image modes, file names and errors."""
+
 from __future__ import annotations
 
 import io
@@ -16,14 +18,16 @@ from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import FrameReadError, OutputError
 from echoquad_runtime.frames.discovery import OVERLAY_SUFFIX
 from echoquad_runtime.overlay import drawing as overlay
+from echoquad_runtime.overlay import palette
 from echoquad_runtime.overlay.drawing import draw_overlay, overlay_path, save_overlay
-from echoquad_runtime.predict.predictor import Prediction
+from echoquad_runtime.overlay.palette import CLASS_COLOURS
+from echoquad_runtime.predict.prediction import Prediction
 from echoquad_runtime.quadrants import quadrant_boxes
 from echoquad_runtime.storage.atomic import make_folder, write_bytes
 
 CONTRACT = Contract(classes=("ASD", "NORM"))
-ASD, NORM = (ImageColor.getrgb(overlay._COLOURS[index]) for index in (0, 1))
-BAND = ImageColor.getrgb(overlay._BAND)
+ASD, NORM = (ImageColor.getrgb(CLASS_COLOURS[index]) for index in (0, 1))
+BAND = ImageColor.getrgb(palette.BAND)
 SIZES = [(320, 240), (1920, 1080), (17, 400), (400, 17), (2, 2), (3, 2), (639, 481), (800, 200)]
 
 
@@ -48,7 +52,7 @@ def draw(size: tuple[int, int], level: int = 0, contract: Contract = CONTRACT, *
 
 
 def scale(picture: np.ndarray, size: tuple[int, int]) -> tuple[int, int]:
-    """Give the factor by which the frame was enlarged, and the height of the band above it."""
+    """Return the enlargement factor of the frame, and the height of the band above it."""
     factor = picture.shape[1] // size[0]
     assert picture.shape[1] == factor * size[0]
     return factor, picture.shape[0] - factor * size[1]
@@ -58,17 +62,17 @@ def scale(picture: np.ndarray, size: tuple[int, int]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_frame_lies_whole_below_the_band(size: tuple[int, int]) -> None:
+def test_frame_is_complete_below_the_band(size: tuple[int, int]) -> None:
     picture = draw(size, 77)
     factor, band = scale(picture, size)
     assert 1 <= factor <= 8
     assert band > 0
-    assert (picture[band:, 0] == 77).all() or min(size) < 10  # the border is not cropped away
+    assert (picture[band:, 0] == 77).all() or min(size) < 10  # the border is kept
     assert (picture[: band // 8, 0] == BAND).all()
 
 
 @pytest.mark.parametrize("size", [(320, 240), (1920, 1080), (639, 481), (800, 200)])
-def test_every_box_is_drawn_in_its_labels_colour_where_the_quadrant_lies(size: tuple[int, int]) -> None:
+def test_boxes_have_label_colour_and_quadrant_position(size: tuple[int, int]) -> None:
     picture = draw(size)
     factor, band = scale(picture, size)
     colours = (NORM, ASD, ASD, NORM)
@@ -81,7 +85,7 @@ def test_every_box_is_drawn_in_its_labels_colour_where_the_quadrant_lies(size: t
             assert (edge == colour).all(axis=1).any()
         other = ASD if colour == NORM else NORM
         assert not (inside == other).all(axis=2).any()
-        # The number stands within the box, in the same colour.
+        # The number is inside the box, in the same colour.
         lettering = inside[6 : inside.shape[0] // 2, 6 : inside.shape[1] * 3 // 4]
         assert (lettering == colour).all(axis=2).sum() > 20
 
@@ -95,7 +99,9 @@ def test_every_box_is_drawn_in_its_labels_colour_where_the_quadrant_lies(size: t
         (("no-signal-RV", "colour"), "flagged no-signal-RV, colour  ·  2 of 4 quadrants  ·  "),
     ],
 )
-def test_flags_come_first_in_the_detail(flags: tuple[str, ...], begin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_come_first_in_the_detail_line(
+    flags: tuple[str, ...], begin: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written: list[str] = []
     fit = overlay._fit
     monkeypatch.setattr(overlay, "_fit", lambda draw, words, *rest: written.append(words) or fit(draw, words, *rest))
@@ -103,7 +109,7 @@ def test_flags_come_first_in_the_detail(flags: tuple[str, ...], begin: str, monk
     assert f"{begin}test/ASD/ASD3-0.png" in written
 
 
-def test_the_headline_has_the_decisions_colour() -> None:
+def test_headline_has_colour_of_the_decision() -> None:
     for label, colour in (("ASD", ASD), ("NORM", NORM)):
         picture = draw((320, 240), label=label)
         _, band = scale(picture, (320, 240))
@@ -111,7 +117,7 @@ def test_the_headline_has_the_decisions_colour() -> None:
 
 
 @pytest.mark.parametrize("classes", [("ASD", "NORM"), ("Atrial septal defect, " * 9, "Normal heart, " * 9)])
-def test_that_it_is_for_research_is_always_to_be_read(classes: tuple[str, ...]) -> None:
+def test_research_use_footnote_is_always_visible(classes: tuple[str, ...]) -> None:
     contract = Contract(classes=classes)
     changes = {"classes": classes, "label": classes[0], "quadrant_labels": (classes[0],) * 4}
     picture = draw((320, 240), 0, contract, **changes)
@@ -125,7 +131,7 @@ def test_that_it_is_for_research_is_always_to_be_read(classes: tuple[str, ...]) 
 
 
 @pytest.mark.parametrize("size", [(320, 240), (1920, 1080)])
-def test_nothing_is_drawn_outside_the_quadrants(size: tuple[int, int]) -> None:
+def test_border_outside_quadrants_is_unchanged(size: tuple[int, int]) -> None:
     picture = draw(size, 50, **long_names())
     factor, band = scale(picture, size)
     boxes = quadrant_boxes(*size, CONTRACT.keep)
@@ -141,7 +147,7 @@ def long_names() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("size", [(320, 240), (1920, 1080), (100, 100)])
-def test_long_class_names_stay_in_their_boxes_and_do_not_push_the_numbers_out(size: tuple[int, int]) -> None:
+def test_long_class_names_are_shortened_and_numbers_stay(size: tuple[int, int]) -> None:
     contract = Contract(classes=("Atrial septal defect, " * 9, "Normal heart, " * 9))
     labels = tuple(contract.classes[index] for index in (1, 0, 0, 1))
     changes = {**long_names(), "classes": contract.classes, "label": contract.classes[0], "quadrant_labels": labels}
@@ -152,12 +158,12 @@ def test_long_class_names_stay_in_their_boxes_and_do_not_push_the_numbers_out(si
         other = (NORM, ASD, ASD, NORM)[3 - index - (1 if index % 2 == 0 else -1)]
         assert not (inside == other).all(axis=2).any()
     less = {**changes, "probabilities": (0.11, 0.89), "quadrant_probabilities": ((0.88, 0.12),) * 4}
-    assert (draw(size, 50, contract, **less)[:band] != picture[:band]).any()  # the mean is still to be read
+    assert (draw(size, 50, contract, **less)[:band] != picture[:band]).any()  # the mean is still visible
     assert (draw(size, 50, contract, **less)[band:] != picture[band:]).any()
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_any_size_with_any_names(size: tuple[int, int]) -> None:
+def test_any_size_and_names_can_be_drawn(size: tuple[int, int]) -> None:
     contract = Contract(classes=tuple(sorted(f"class {index} " + "x" * 80 for index in range(9))))
     changes = {
         "file": "漢字\n\udcff\u202e" * 30,
@@ -173,11 +179,11 @@ def test_any_size_with_any_names(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     "name", ["a\nb.png", "a\r\tb.png", os.fsdecode("\udcff.png".encode("utf-8", "surrogateescape"))]
 )
-def test_names_that_cannot_be_set_in_type(name: str) -> None:
+def test_unprintable_names_can_be_drawn(name: str) -> None:
     assert (draw((320, 240), file=name) != draw((320, 240), file="")).any()
 
 
-def test_what_decided_is_told() -> None:
+def test_detail_line_names_the_vote() -> None:
     pictures = [
         draw((320, 240)),
         draw((320, 240), flags=()),
@@ -190,13 +196,13 @@ def test_what_decided_is_told() -> None:
     assert len({picture.tobytes() for picture in pictures}) == len(pictures)
 
 
-def test_the_picture_is_deterministic() -> None:
+def test_overlay_is_deterministic() -> None:
     first, second = draw((320, 240)), draw((320, 240))
     np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "I;16", "I", "F"])
-def test_modes(mode: str) -> None:
+def test_all_image_modes_can_be_drawn(mode: str) -> None:
     ramp = Image.linear_gradient("L").resize((64, 64))
     if mode == "I;16":
         image = Image.fromarray(np.asarray(ramp).astype(np.uint16) * 257)
@@ -209,10 +215,10 @@ def test_modes(mode: str) -> None:
     assert picture.mode == "RGB"
     column = np.asarray(picture)[-64 * 8 :, 0].astype(int)
     assert column[-1].mean() > 230
-    assert column[0].mean() < 25  # a deep frame is brought to 8 bits, and not cut off
+    assert column[0].mean() < 25  # a 16-bit frame is scaled to 8 bits, not clipped
 
 
-def test_colour_stays_colour_and_the_frame_is_not_changed() -> None:
+def test_colour_frame_stays_in_colour_and_is_not_modified() -> None:
     image = Image.new("RGB", (64, 64), (10, 200, 30))
     picture = np.asarray(draw_overlay(image, prediction(), CONTRACT))
     assert picture[-1, 0].tolist() == [10, 200, 30]
@@ -238,12 +244,12 @@ def test_colour_stays_colour_and_the_frame_is_not_changed() -> None:
         ("//", "frame.overlay.png"),
     ],
 )
-def test_an_overlay_is_named_after_its_frame(name: str, path: str) -> None:
+def test_overlay_path_follows_frame_name(name: str, path: str) -> None:
     assert overlay_path(Path("out"), name).as_posix() == f"out/{path}"
 
 
 @given(st.text(st.sampled_from("ab./\\: ~-"), max_size=12))
-def test_an_overlay_stays_in_its_folder(name: str) -> None:
+def test_overlay_path_never_leaves_the_folder(name: str) -> None:
     folder = Path("out").absolute()
     inside = Path(os.path.normpath(overlay_path(folder, name)))
     assert inside.is_relative_to(folder)
@@ -251,7 +257,7 @@ def test_an_overlay_stays_in_its_folder(name: str) -> None:
 
 
 @pytest.mark.parametrize("last", ["x" * 251 + ".png", "漢" * 83 + ".png", "\udcff" * 251 + ".png", "x" * 240 + ".png"])
-def test_a_name_that_leaves_no_room_is_cut_and_told_apart(last: str, tmp_path: Path) -> None:
+def test_long_name_is_cut_and_stays_unique(last: str, tmp_path: Path) -> None:
     path = overlay_path(tmp_path, f"a/{last}")
     assert path.parent == tmp_path / "a"
     assert path.name.startswith(last[:40])
@@ -265,19 +271,19 @@ def test_a_name_that_leaves_no_room_is_cut_and_told_apart(last: str, tmp_path: P
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a path is shorter there")
-def test_a_path_that_is_too_long_has_no_folders(tmp_path: Path) -> None:
+def test_long_path_loses_its_folders(tmp_path: Path) -> None:
     deep = [overlay_path(tmp_path, f"{'d/' * depth}frame.png") for depth in (10, 2100, 2101)]
     assert deep[0] == tmp_path / ("d/" * 10) / "frame.png.overlay.png"
     assert [path.parent for path in deep[1:]] == [tmp_path, tmp_path]
     assert deep[1] != deep[2]
 
 
-def test_threads_draw_what_one_would(tmp_path: Path) -> None:
+def test_threads_save_same_overlays_as_one(tmp_path: Path) -> None:
     source = tmp_path / "in.png"
     Image.new("L", (64, 48), 90).save(source)
     one = save_overlay(tmp_path / "one", source, prediction(), CONTRACT).read_bytes()
     with ThreadPoolExecutor(4) as threads:
-        # Some of them the same frame, given twice: the same file at the same time.
+        # Some frames occur twice: two threads write the same file.
         jobs = [
             threads.submit(save_overlay, tmp_path / str(index // 8), source, prediction(), CONTRACT)
             for index in range(32)
@@ -288,7 +294,7 @@ def test_threads_draw_what_one_would(tmp_path: Path) -> None:
     assert list(tmp_path.rglob(".*")) == []
 
 
-def test_it_is_saved(tmp_path: Path) -> None:
+def test_overlay_is_saved_as_png(tmp_path: Path) -> None:
     source = tmp_path / "in.png"
     Image.new("L", (64, 48), 90).save(source)
     out = tmp_path / "out"
@@ -301,7 +307,7 @@ def test_it_is_saved(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["ASD3-0.png.overlay.png"]
 
 
-def test_it_is_drawn_upright(tmp_path: Path) -> None:
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("L", (64, 48), 90).save(tmp_path / "in.png", exif=exif)
@@ -310,7 +316,7 @@ def test_it_is_drawn_upright(tmp_path: Path) -> None:
     assert scale(picture, (48, 64))[0] > 1
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_unreadable_frame_and_unwritable_folder_raise(tmp_path: Path) -> None:
     with pytest.raises(FrameReadError):
         save_overlay(tmp_path / "out", tmp_path / "gone.png", prediction(), CONTRACT)
     Image.new("L", (64, 48), 90).save(tmp_path / "in.png")
@@ -320,7 +326,7 @@ def test_refusals(tmp_path: Path) -> None:
     assert Image.open(stream).size == (64, 48)
 
 
-def test_what_alpha_hides_is_drawn_as_it_was_judged() -> None:
+def test_transparent_pixels_are_drawn_as_predicted() -> None:
     hidden = Image.new("RGBA", (320, 240), (255, 255, 255, 0))
     picture = np.asarray(draw_overlay(hidden, prediction(), CONTRACT))
     assert (picture[-1, :] == 0).all()

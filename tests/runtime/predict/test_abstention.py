@@ -1,4 +1,4 @@
-"""Abstention: where the confidence is too low a row has no class, and everything that reads rows knows."""
+"""Tests of abstention: a frame with low confidence is INDETERMINATE in rows, overlays, resume and merge."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from PIL import Image
 from echoquad_runtime.contract import INDETERMINATE, Contract
 from echoquad_runtime.errors import ConfigError, ResultError
 from echoquad_runtime.overlay.drawing import draw_overlay
-from echoquad_runtime.predict.predictor import Prediction, Predictor
+from echoquad_runtime.predict.prediction import Prediction
+from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.results.result_file import ResultFile, read_run_record
 from echoquad_runtime.results.row_formats import open_writer
 from echoquad_runtime.results.shards import merge
@@ -29,44 +30,44 @@ def prediction(p: float = 0.7, label: str = "ASD") -> Prediction:
     return Prediction("a.png", ("ASD", "NORM"), "majority", label, row, ("ASD",) * 4, (row,) * 4, (), "cpu", "fp32")
 
 
-def test_a_decision_below_the_bound_has_no_class() -> None:
+def test_low_confidence_gives_indeterminate_label() -> None:
     sure = prediction()
     assert sure.abstaining(None, CONTRACT) is sure and sure.abstaining(0.7, CONTRACT) is sure
     unsure = sure.abstaining(0.71, CONTRACT)
-    assert (unsure.label, unsure.decided, unsure.leaning) == (INDETERMINATE, "ASD", "ASD")
+    assert (unsure.label, unsure.predicted_class) == (INDETERMINATE, "ASD")
     assert unsure.probabilities == sure.probabilities and unsure.quadrant_labels == sure.quadrant_labels
-    assert (sure.decided, sure.leaning) == ("ASD", "")
+    assert (sure.label, sure.predicted_class) == ("ASD", "ASD")
 
 
-def test_the_confidence_is_of_the_decided_class_and_calibrated() -> None:
+def test_confidence_is_calibrated_probability_of_predicted_class() -> None:
     assert prediction().confidence(CONTRACT) == pytest.approx(0.7)
-    assert prediction(label="NORM").confidence(CONTRACT) == pytest.approx(0.3)  # a majority against the mean
+    assert prediction(label="NORM").confidence(CONTRACT) == pytest.approx(0.3)  # the majority differs from the mean
     sharper = replace(CONTRACT, frame_temperature=0.25)
     assert prediction().confidence(sharper) == pytest.approx(0.7**4 / (0.7**4 + 0.3**4))
     assert prediction().abstaining(0.9, sharper).label == "ASD"
     assert prediction().abstaining(0.9, CONTRACT).label == INDETERMINATE
 
 
-def test_a_predictor_abstains(tiny_bundle: Path, frames_folder: Path) -> None:
+def test_predictor_abstains_below_threshold(tiny_bundle: Path, frames_folder: Path) -> None:
     every = list(Predictor(tiny_bundle).predict(frames_folder))
     contract = Predictor(tiny_bundle).contract
-    bound = float(np.median([found.confidence(contract) for found in every]))  # type: ignore[union-attr]
-    some = list(Predictor(tiny_bundle, abstain_below=bound).predict(frames_folder))
+    threshold = float(np.median([found.confidence(contract) for found in every]))  # type: ignore[union-attr]
+    some = list(Predictor(tiny_bundle, abstain_below=threshold).predict(frames_folder))
     labels = [found.label for found in some]  # type: ignore[union-attr]
     assert 0 < labels.count(INDETERMINATE) < len(labels)
-    assert [found.decided for found in some] == [found.label for found in every]  # type: ignore[union-attr]
+    assert [found.predicted_class for found in some] == [found.label for found in every]  # type: ignore[union-attr]
     one = Predictor(tiny_bundle, abstain_below=1.0)(np.zeros((40, 40), np.uint8))
-    assert one.label == INDETERMINATE and one.decided in contract.classes
+    assert one.label == INDETERMINATE and one.predicted_class in contract.classes
 
 
-@pytest.mark.parametrize("bound", [0.0, -1.0, 1.01, float("nan")])
-def test_a_bound_that_cannot_be_is_refused(bound: float, tiny_bundle: Path) -> None:
-    with pytest.raises(ConfigError, match="found; expected a probability above 0, at most 1"):
-        Predictor(tiny_bundle, abstain_below=bound)
+@pytest.mark.parametrize("threshold", [0.0, -1.0, 1.01, float("nan")])
+def test_threshold_out_of_range_raises(threshold: float, tiny_bundle: Path) -> None:
+    with pytest.raises(ConfigError, match=r"abstain_below is .*; expected a probability above 0 and at most 1"):
+        Predictor(tiny_bundle, abstain_below=threshold)
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
-def test_a_row_says_so_and_keeps_its_probabilities(ending: str, tmp_path: Path) -> None:
+def test_row_has_indeterminate_label_and_probabilities(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"rows.{ending}"
     with open_writer(path, ("ASD", "NORM")) as writer:
         writer.write(prediction().abstaining(0.8, CONTRACT))
@@ -78,7 +79,7 @@ def test_a_row_says_so_and_keeps_its_probabilities(ending: str, tmp_path: Path) 
     assert row["pred_image"] == INDETERMINATE and float(row["prob_ASD"]) == 0.7 and row["pred_LA"] == "ASD"
 
 
-def test_an_overlay_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overlay_shows_indeterminate_and_predicted_class(monkeypatch: pytest.MonkeyPatch) -> None:
     frame = Image.new("L", (640, 480), 90)
     words: list[str] = []
     from PIL import ImageDraw
@@ -99,7 +100,9 @@ def identity(below: str | None, shard: str | None = None) -> dict[str, Any]:
     return {**ran, "abstain_below": below}
 
 
-def begun(path: Path, named: dict[str, Any], *, resume: bool = False, finish: bool = True, name: str = "a.png") -> None:
+def write_rows(
+    path: Path, named: dict[str, Any], *, resume: bool = False, finish: bool = True, name: str = "a.png"
+) -> None:
     with ResultFile(path, resume=resume) as rows:
         rows.begin(("ASD", "NORM"), named)
         rows.write(replace(prediction(), file=name))
@@ -108,42 +111,40 @@ def begun(path: Path, named: dict[str, Any], *, resume: bool = False, finish: bo
 
 
 @pytest.mark.parametrize("finish", [True, False])
-def test_rows_of_another_bound_are_not_gone_on_with(tmp_path: Path, finish: bool) -> None:
+def test_resume_refuses_other_threshold(tmp_path: Path, finish: bool) -> None:
     path = tmp_path / "rows.csv"
-    begun(path, identity("0.8"), finish=finish)
+    write_rows(path, identity("0.8"), finish=finish)
     for other, words in (("0.9", "0.9"), (None, "none")):
-        with pytest.raises(ResultError, match=f"its bound for abstaining is 0.8, this run's is {words}"):
-            begun(path, identity(other), resume=True)
-    begun(path, identity("0.8"), resume=True)
+        with pytest.raises(ResultError, match=f"its abstain_below is 0.8, this run's is {words}"):
+            write_rows(path, identity(other), resume=True)
+    write_rows(path, identity("0.8"), resume=True)
     assert (read_run_record(path) or {})["abstain_below"] == "0.8"
 
 
-def test_rows_of_a_release_that_knew_no_bound_are_gone_on_with(tmp_path: Path) -> None:
+def test_resume_accepts_record_without_threshold(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     old = identity(None)
     del old["abstain_below"]
-    begun(path, old)
-    begun(path, identity(None), resume=True)
-    with pytest.raises(ResultError, match=r"its bound for abstaining is none, this run's is 0.8"):
-        begun(path, identity("0.8"), resume=True)
+    write_rows(path, old)
+    write_rows(path, identity(None), resume=True)
+    with pytest.raises(ResultError, match=r"its abstain_below is none, this run's is 0.8"):
+        write_rows(path, identity("0.8"), resume=True)
 
 
-def test_shards_of_other_bounds_are_not_merged(tmp_path: Path) -> None:
+def test_merge_refuses_shards_with_other_threshold(tmp_path: Path) -> None:
     from echoquad_runtime.results.shards import Shard
 
     parts = []
     for index, below in ((1, "0.8"), (2, None)):
         path = tmp_path / f"{index}.csv"
         name = next(f"{n}.png" for n in range(99) if Shard(index, 2).holds(f"{n}.png"))
-        begun(path, identity(below, f"{index}/2"), name=name)
+        write_rows(path, identity(below, f"{index}/2"), name=name)
         parts.append(path)
-    with pytest.raises(
-        ResultError, match=r"its bound for abstaining is none, that of .* is 0.8; expected shards of one"
-    ):
+    with pytest.raises(ResultError, match=r"its abstain_below is none, that of .* is 0.8; expected shards of one"):
         merge(parts, tmp_path / "all.csv")
 
 
-def test_no_temperature_changes_nothing_to_the_last_bit() -> None:
+def test_temperature_one_changes_nothing() -> None:
     p = np.random.default_rng(0).dirichlet(np.ones(3), 5)
     assert apply_temperature(p, 1.0) is p
     assert apply_temperature(p, 0.5) == pytest.approx(p**2 / (p**2).sum(axis=1, keepdims=True))

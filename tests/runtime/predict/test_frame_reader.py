@@ -1,3 +1,5 @@
+"""Tests of reader processes: same results as in the thread, crashes, hangs, shutdown and isolation."""
+
 from __future__ import annotations
 
 import gc
@@ -56,7 +58,7 @@ def read(file, *rest):
             time.sleep(60)
         case "slow":
             time.sleep(0.3)
-        case "hang with the lock":  # backtracks for ages in C, without letting go of the interpreter lock
+        case "hang with the lock":  # backtracks in C for a long time, holding the interpreter lock
             re.match("(a+)+$", "a" * 60 + "b")
         case "garbage":
             reader_main._send = lambda answers, answer: (answers.write(b"[" * 100_000), answers.flush())
@@ -99,17 +101,17 @@ def named(frame: FrameFile, name: str) -> FrameFile:
 
 
 class InThread:
-    """Reads in the caller's thread."""
+    """A reader in the caller's thread."""
 
     def __init__(self) -> None:
         self.quadrants = np.zeros((2, 4, 1, 32, 32), np.uint8)
 
-    def read(self, file: FrameFile, place: int) -> tuple[str, ...]:
-        return read_quadrants(file, CONTRACT, self.quadrants[place])
+    def read(self, file: FrameFile, index: int) -> tuple[str, ...]:
+        return read_quadrants(file, CONTRACT, self.quadrants[index])
 
 
 def outcome(reader: ReaderProcess | InThread, file: FrameFile) -> Any:
-    """Return what reading a file comes to: its flags and quadrants, or its error's class and message."""
+    """Return the flags and quadrants of a file, or the class and message of its error."""
     try:
         flags = reader.read(file, 1)
     except FrameError as error:
@@ -122,12 +124,12 @@ def assert_same(reader: ReaderProcess, files: list[FrameFile]) -> list[Any]:
     for file in files:
         outcomes.append(outcome(InThread(), file))
         assert outcome(reader, file) == outcomes[-1], file
-    assert not reader.quadrants[0].any(), "another place was written to"
+    assert not reader.quadrants[0].any(), "another index was written to"
     return outcomes
 
 
 def is_running(pid: int) -> bool:
-    """Return whether a process runs; one that nobody has waited for does not."""
+    """Return whether a process runs; a zombie does not."""
     status = Path(f"/proc/{pid}/stat")
     if status.parent.parent.joinpath("self").exists():
         try:
@@ -145,17 +147,22 @@ def names(folder: str) -> set[str]:
     return {path.name for path in Path(folder).iterdir()}
 
 
+def shared_memory() -> set[str]:
+    """Return the names of shared memory, without the semaphores that other programs on the host may create."""
+    return {name for name in names("/dev/shm") if not name.startswith("sem.")}
+
+
 def wait_until(condition: Any, seconds: float = 10) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it does not happen in time"
+        assert time.monotonic() < end, "timeout"
         time.sleep(0.01)
 
 
-# ---------------------------------------------------------------------------------------------- the same results
+# ---------------------------------------------------------------------------------------------- equal results
 
 
-def test_images_and_matrices_read_as_in_the_thread(reader: ReaderProcess, frames_folder: Path) -> None:
+def test_images_and_matrices_give_same_result_as_thread(reader: ReaderProcess, frames_folder: Path) -> None:
     for name, data in {
         "cut.png": (frames_folder / "a/0.png").read_bytes()[:-30],
         "cut.jpg": (frames_folder / "a/1.jpg").read_bytes()[:-300],
@@ -173,7 +180,7 @@ def test_images_and_matrices_read_as_in_the_thread(reader: ReaderProcess, frames
     (frames_folder / "several.npy").write_bytes(several.getvalue())
     Image.new("RGB", (50, 40), (200, 30, 30)).save(frames_folder / "colour.png")
     Image.new("L", (1, 1)).save(frames_folder / "small.png")
-    files = [FrameFile(path, path.name) for path in sorted(frames_folder.rglob("*"))]  # two of them are folders
+    files = [FrameFile(path, path.name) for path in sorted(frames_folder.rglob("*"))]  # includes two folders
     files += [FrameFile(frames_folder / "several.npy", "", number) for number in (1, 3, 4)]
     files += [FrameFile(frames_folder / "levels.txt", "", flip="vertical"), FrameFile(frames_folder / "a/0.png", "", 2)]
     files += [FrameFile(frames_folder / "missing.png", ""), FrameFile(frames_folder / "nul\0.png", "")]
@@ -185,7 +192,7 @@ def test_images_and_matrices_read_as_in_the_thread(reader: ReaderProcess, frames
     }
 
 
-def test_dicom_reads_as_in_the_thread(reader: ReaderProcess) -> None:
+def test_dicom_gives_same_result_as_thread(reader: ReaderProcess) -> None:
     pydicom = pytest.importorskip("pydicom")
     folder = Path(pydicom.__file__).parent / "data/test_files"
     paths = [path for path in sorted(folder.glob("*.dcm")) if path.stat().st_size < 200_000]
@@ -196,7 +203,7 @@ def test_dicom_reads_as_in_the_thread(reader: ReaderProcess) -> None:
     assert sum(isinstance(found[0], type) for found in outcomes) > 20
 
 
-def test_clips_read_as_in_the_thread(reader: ReaderProcess, tmp_path: Path) -> None:
+def test_video_gives_same_result_as_thread(reader: ReaderProcess, tmp_path: Path) -> None:
     av = pytest.importorskip("av")
     path = tmp_path / "clip.mp4"
     with av.open(str(path), "w") as out:
@@ -211,7 +218,7 @@ def test_clips_read_as_in_the_thread(reader: ReaderProcess, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["two words.png", "naïve.png", "quote'\".png", "-c.png", os.fsdecode(b"by\xfft.png")])
-def test_any_file_name(name: str, reader: ReaderProcess, frame: FrameFile, tmp_path: Path) -> None:
+def test_reads_any_file_name(name: str, reader: ReaderProcess, frame: FrameFile, tmp_path: Path) -> None:
     path = tmp_path / name
     try:
         path.write_bytes(frame.path.read_bytes())
@@ -222,7 +229,7 @@ def test_any_file_name(name: str, reader: ReaderProcess, frame: FrameFile, tmp_p
     assert outcome(reader, FrameFile(path, name)) == expected
 
 
-def test_a_relative_path_after_the_working_directory_changed(
+def test_relative_path_after_working_directory_changed(
     reader: ReaderProcess, frame: FrameFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = outcome(reader, frame)
@@ -230,17 +237,17 @@ def test_a_relative_path_after_the_working_directory_changed(
     assert outcome(reader, FrameFile(Path(frame.path.name), "")) == expected
 
 
-def test_memory_fits_an_engine(reader: ReaderProcess, frame: FrameFile) -> None:
+def test_memory_is_page_aligned_and_outlives_reader(reader: ReaderProcess, frame: FrameFile) -> None:
     assert reader.quadrants.shape == (2, 4, 1, 32, 32) and reader.quadrants.dtype == np.uint8
     assert reader.quadrants.ctypes.data % 4096 == 0 and reader.quadrants.flags.c_contiguous
     reader.read(frame, 0)
     kept = reader.quadrants[0].copy()
     assert kept.any()
     reader.close()
-    assert np.array_equal(reader.quadrants[0], kept), "the memory went away before its array did"
+    assert np.array_equal(reader.quadrants[0], kept), "the memory was released before its array"
 
 
-# ---------------------------------------------------------------------------------------------- deaths
+# ---------------------------------------------------------------------------------------------- crashes
 
 
 @pytest.mark.parametrize(
@@ -249,12 +256,12 @@ def test_memory_fits_an_engine(reader: ReaderProcess, frame: FrameFile) -> None:
         ("abort", FrameDamagedError, "ended with SIGABRT twice"),
         ("kill", FrameReadError, "ended with SIGKILL twice"),
         ("exit", FrameDamagedError, "ended with exit status 3 twice"),
-        ("garbage", FrameDamagedError, "gave an answer that cannot be read twice"),
+        ("garbage", FrameDamagedError, "sent a malformed answer twice"),
     ],
 )
 @posix
 @pytest.mark.usefixtures("faulty")
-def test_a_process_that_dies_costs_one_file(
+def test_crash_fails_one_file_and_starts_new_process(
     name: str, kind: type[FrameError], ending: str, reader: ReaderProcess, frame: FrameFile
 ) -> None:
     expected = outcome(reader, frame)
@@ -269,7 +276,7 @@ def test_a_process_that_dies_costs_one_file(
 @posix
 @pytest.mark.usefixtures("faulty")
 @pytest.mark.parametrize("name", ["once:abort", "once:kill"])
-def test_a_file_is_tried_twice(name: str, reader: ReaderProcess, frame: FrameFile) -> None:
+def test_file_is_retried_once(name: str, reader: ReaderProcess, frame: FrameFile) -> None:
     expected = outcome(reader, frame)
     first = reader.pid
     assert outcome(reader, named(frame, name)) == expected
@@ -277,7 +284,7 @@ def test_a_file_is_tried_twice(name: str, reader: ReaderProcess, frame: FrameFil
 
 
 @posix
-def test_a_process_that_dies_between_frames_costs_nothing(reader: ReaderProcess, frame: FrameFile) -> None:
+def test_process_that_dies_between_frames_is_replaced(reader: ReaderProcess, frame: FrameFile) -> None:
     expected = outcome(reader, frame)
     first = reader.pid
     assert first is not None
@@ -287,7 +294,7 @@ def test_a_process_that_dies_between_frames_costs_nothing(reader: ReaderProcess,
 
 
 @pytest.mark.usefixtures("faulty")
-def test_what_decoders_print_is_no_answer(reader: ReaderProcess, frame: FrameFile, capfd: Any) -> None:
+def test_decoder_output_on_stdout_is_ignored(reader: ReaderProcess, frame: FrameFile, capfd: Any) -> None:
     expected = outcome(reader, frame)
     assert outcome(reader, named(frame, "print")) == expected
     assert outcome(reader, frame) == expected
@@ -295,15 +302,17 @@ def test_what_decoders_print_is_no_answer(reader: ReaderProcess, frame: FrameFil
 
 
 @pytest.mark.usefixtures("faulty")
-def test_a_fault_quotes_nothing(reader: ReaderProcess, frame: FrameFile) -> None:
+def test_unexpected_exception_does_not_leak_its_text(reader: ReaderProcess, frame: FrameFile) -> None:
     with pytest.raises(FrameError, match="RuntimeError") as raised:
         reader.read(named(frame, "fault"), 0)
     assert "Doe" not in str(raised.value) and type(raised.value) is FrameError
-    with pytest.raises(FrameTooLargeError, match="no memory"):
+    with pytest.raises(FrameTooLargeError, match="not enough memory"):
         reader.read(named(frame, "memory"), 0)
 
 
-def test_no_process_can_start(reader: ReaderProcess, frame: FrameFile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_that_cannot_start_raises_config_error(
+    reader: ReaderProcess, frame: FrameFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reader_process, "_PROGRAM", "raise SystemExit(7)")
     with pytest.raises(ConfigError, match="exit status 7"):
         reader.read(frame, 0)
@@ -314,7 +323,7 @@ def test_no_process_can_start(reader: ReaderProcess, frame: FrameFile, monkeypat
 
 @posix
 @pytest.mark.usefixtures("faulty")
-def test_a_second_process_that_cannot_start(
+def test_replacement_process_that_cannot_start(
     reader: ReaderProcess, frame: FrameFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader.read(frame, 0)
@@ -327,7 +336,7 @@ def test_a_second_process_that_cannot_start(
 
 @pytest.mark.parametrize("end", ["kill", "close"])
 @pytest.mark.usefixtures("faulty")
-def test_it_is_stopped_while_it_hangs(end: str, reader: ReaderProcess, frame: FrameFile) -> None:
+def test_kill_and_close_stop_a_hanging_read(end: str, reader: ReaderProcess, frame: FrameFile) -> None:
     expected = outcome(reader, frame)
     pid = reader.pid
     assert pid is not None
@@ -351,7 +360,7 @@ def test_it_is_stopped_while_it_hangs(end: str, reader: ReaderProcess, frame: Fr
 
 @posix
 @pytest.mark.usefixtures("faulty")
-def test_an_interrupted_read_leaves_no_answer_behind(reader: ReaderProcess, frame: FrameFile) -> None:
+def test_interrupted_read_does_not_leave_stale_answer(reader: ReaderProcess, frame: FrameFile) -> None:
     missing = FrameFile(frame.path.with_name("missing.png"), "")
     expected = outcome(reader, missing)
     before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
@@ -363,15 +372,15 @@ def test_an_interrupted_read_leaves_no_answer_behind(reader: ReaderProcess, fram
     finally:
         timer.join()
         signal.signal(signal.SIGUSR1, before)
-    time.sleep(0.4)  # until the answer that nobody waits for has come
+    time.sleep(0.4)  # until the stale answer has arrived
     assert outcome(reader, missing) == expected
 
 
-# ---------------------------------------------------------------------------------------------- neighbours
+# ---------------------------------------------------------------------------------------------- isolation
 
 
 @pytest.mark.usefixtures("faulty")
-def test_it_imports_no_more_than_it_needs(reader: ReaderProcess, frame: FrameFile) -> None:
+def test_process_imports_only_what_it_needs(reader: ReaderProcess, frame: FrameFile) -> None:
     with pytest.raises(FrameError) as raised:
         reader.read(named(frame, "modules"), 0)
     modules = set(str(raised.value).split())
@@ -380,13 +389,13 @@ def test_it_imports_no_more_than_it_needs(reader: ReaderProcess, frame: FrameFil
 
 
 @linux
-def test_it_has_one_thread(reader: ReaderProcess, frame: FrameFile) -> None:
+def test_process_has_one_thread(reader: ReaderProcess, frame: FrameFile) -> None:
     reader.read(frame, 0)
     assert len(names(f"/proc/{reader.pid}/task")) == 1
 
 
 @linux
-def test_it_starts_ahead_of_the_first_frame(reader: ReaderProcess, frame: FrameFile) -> None:
+def test_start_launches_process_before_first_frame(reader: ReaderProcess, frame: FrameFile) -> None:
     assert reader.pid is None
     reader.start()
     first = reader.pid
@@ -397,8 +406,8 @@ def test_it_starts_ahead_of_the_first_frame(reader: ReaderProcess, frame: FrameF
 
 
 @linux
-def test_nothing_stays_open(frame: FrameFile) -> None:
-    gc.collect()  # what earlier tests left
+def test_readers_leak_no_descriptors(frame: FrameFile) -> None:
+    gc.collect()  # garbage of earlier tests
     before = names("/proc/self/fd")
     for number in range(50):
         with ReaderProcess(CONTRACT, 1) as reader:
@@ -438,7 +447,7 @@ for line in sys.stdin:
 
 
 def start_script(tmp_path: Path, frame: FrameFile, **environment: str) -> subprocess.Popen[str]:
-    """Start a user's script without a guard around its main part. It reads a frame for every line on its stdin."""
+    """Start a script without a main guard, which reads a frame for every line on its standard input."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     (tmp_path / "temporary").mkdir()
@@ -459,7 +468,7 @@ def ask(script: subprocess.Popen[str], name: str = "frame") -> str:
     return script.stdout.readline().strip()
 
 
-def test_a_script_without_a_guard_runs_once(tmp_path: Path, frame: FrameFile) -> None:
+def test_script_without_main_guard_runs_once(tmp_path: Path, frame: FrameFile) -> None:
     with start_script(tmp_path, frame) as script:
         assert script.stdout is not None and script.stdout.readline() == "once\n"
         first = ask(script)
@@ -469,7 +478,7 @@ def test_a_script_without_a_guard_runs_once(tmp_path: Path, frame: FrameFile) ->
 
 
 @posix
-def test_a_program_without_standard_streams(tmp_path: Path, frame: FrameFile) -> None:
+def test_works_without_standard_streams(tmp_path: Path, frame: FrameFile) -> None:
     script = tmp_path / "script.py"
     answer = "Path(sys.argv[2]).write_text(str(reader.read(FrameFile(Path(sys.argv[1]), ''), 0)))"
     script.write_text(SCRIPT.replace('print("once", flush=True)', "").partition("for line")[0] + answer)
@@ -483,8 +492,8 @@ def test_a_program_without_standard_streams(tmp_path: Path, frame: FrameFile) ->
 
 @linux
 @pytest.mark.parametrize("busy", [False, True])
-def test_it_ends_with_its_parent(busy: bool, tmp_path: Path, frame: FrameFile) -> None:
-    shared = names("/dev/shm")
+def test_process_ends_with_its_parent(busy: bool, tmp_path: Path, frame: FrameFile) -> None:
+    shared = shared_memory()
     with start_script(tmp_path, frame, FAULTY_PROGRAM=FAULTY_PROGRAM) as script:
         assert script.stdin is not None and script.stdout is not None
         script.stdout.readline()
@@ -497,14 +506,12 @@ def test_it_ends_with_its_parent(busy: bool, tmp_path: Path, frame: FrameFile) -
         script.kill()
     wait_until(lambda: not is_running(pid), seconds=2)
     assert list((tmp_path / "temporary").iterdir()) == []
-    assert names("/dev/shm") <= shared
+    assert shared_memory() <= shared
 
 
 @linux
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_all_processes_does_not_reach_it(
-    sent: signal.Signals, reader: ReaderProcess, frame: FrameFile
-) -> None:
+def test_process_ignores_group_signals(sent: signal.Signals, reader: ReaderProcess, frame: FrameFile) -> None:
     reader.read(frame, 0)
     pid = reader.pid
     assert pid is not None
@@ -515,7 +522,7 @@ def test_a_signal_to_all_processes_does_not_reach_it(
 
 
 @posix
-def test_ctrl_c_leaves_a_process_that_is_starting(tmp_path: Path, frame: FrameFile) -> None:
+def test_ctrl_c_does_not_end_a_starting_process(tmp_path: Path, frame: FrameFile) -> None:
     with start_script(tmp_path, frame) as script:
         assert script.stdin is not None and script.stdout is not None
         script.stdout.readline()
@@ -529,8 +536,10 @@ def test_ctrl_c_leaves_a_process_that_is_starting(tmp_path: Path, frame: FrameFi
         script.stdin.close()
 
 
-def test_it_imports_the_code_that_started_it(tmp_path: Path, frame: FrameFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As where an editable install's import hook, and no entry of sys.path, finds the package.
+def test_process_imports_package_of_its_parent(
+    tmp_path: Path, frame: FrameFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As with an editable install, whose import hook finds the package without an entry in sys.path.
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry) != ROOT])
     assert str(ROOT) in reader_process._module_path()
     packages = tmp_path / "packages"
@@ -543,12 +552,14 @@ def test_it_imports_the_code_that_started_it(tmp_path: Path, frame: FrameFile, m
         script.stdin.close()
 
 
-def test_how_many_processes() -> None:
+def test_default_number_of_processes() -> None:
     assert [reader_processes(None, threads) for threads in (1, 2, 4, 5, 16)] == [0, 0, 0, 5, 16]
     assert [reader_processes(workers, 16) for workers in (0, 1, 20)] == [0, 1, 20]
 
 
-def test_a_frozen_program_starts_none(monkeypatch: pytest.MonkeyPatch, reader: ReaderProcess, frame: FrameFile) -> None:
+def test_frozen_program_starts_no_process(
+    monkeypatch: pytest.MonkeyPatch, reader: ReaderProcess, frame: FrameFile
+) -> None:
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     assert reader_processes(None, 16) == 0
     with pytest.raises(ConfigError, match="--workers 0"):

@@ -1,3 +1,5 @@
+"""Tests of the predictor: one frame and many, votes and flags, order, laziness, sessions and errors."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -24,10 +26,11 @@ from echoquad_runtime.errors import (
     InputNotFoundError,
     VerificationError,
 )
-from echoquad_runtime.frames.frame_file import FrameFile
+from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.predict import frame_reader
 from echoquad_runtime.predict import predictor as module
-from echoquad_runtime.predict.predictor import Failure, Prediction, Predictor
+from echoquad_runtime.predict.prediction import Prediction
+from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.quadrants import Grey, frame_quadrants
 
 Make = Callable[..., Path]
@@ -35,7 +38,7 @@ Frame = Callable[..., Grey]
 
 
 class MeanEngine:
-    """Says of a quadrant that it is class 1 with the probability of its mean grey level over 255; counts its calls."""
+    """An engine whose probability of class 1 is the mean grey level over 255. It records the size of each call."""
 
     device, precision = "cpu", "fp32"
 
@@ -53,17 +56,17 @@ class MeanEngine:
 
 
 def levels(*quadrants: int) -> Grey:
-    """Make a frame of four flat quadrants LA RA LV RV; flat ones have no signal, of which the flags tell."""
+    """Return a frame of four flat quadrants LA, RA, LV, RV; flat quadrants are flagged as without a signal."""
     return np.kron(np.array(quadrants, np.uint8).reshape(2, 2), np.ones((8, 8), np.uint8))
 
 
 def striped(*quadrants: int) -> Grey:
-    """Make a frame of four striped quadrants of these means, 50 to 195: they have a signal and are not white."""
+    """Return a frame of four striped quadrants with these means, 50 to 195: they have a signal and are not white."""
     stripes = np.tile(np.array([-50, 50], np.int16), (8, 4))
     return (levels(*quadrants).astype(np.int16) + np.tile(stripes, (2, 2))).astype(np.uint8)
 
 
-def judged(results: Iterator[Prediction | Failure]) -> list[Prediction]:
+def predictions(results: Iterator[Prediction | Failure]) -> list[Prediction]:
     found = list(results)
     assert all(isinstance(result, Prediction) for result in found), found
     return found  # type: ignore[return-value]
@@ -76,7 +79,7 @@ def numbers(results: Sequence[Prediction]) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- one frame
 
 
-def test_a_prediction(tiny_bundle: Path, make_frame: Frame) -> None:
+def test_prediction_fields(tiny_bundle: Path, make_frame: Frame) -> None:
     predictor, frame = Predictor(tiny_bundle, device="cpu"), make_frame(2)
     found = predictor(frame)
     _, probabilities = predictor.engine.infer(frame_quadrants(frame, predictor.contract))
@@ -90,7 +93,7 @@ def test_a_prediction(tiny_bundle: Path, make_frame: Frame) -> None:
         found.label = "NORM"  # type: ignore[misc]
 
 
-def test_what_a_predictor_takes(tiny_bundle: Path, make_frame: Frame) -> None:
+def test_accepts_folder_bundle_and_engine(tiny_bundle: Path, make_frame: Frame) -> None:
     bundle = Bundle(tiny_bundle)
     engine = OnnxEngine(bundle, device="cpu")
     frame = make_frame(0)
@@ -100,7 +103,7 @@ def test_what_a_predictor_takes(tiny_bundle: Path, make_frame: Frame) -> None:
         Predictor(tiny_bundle / "absent")
 
 
-def test_quadrants_keep_their_places() -> None:
+def test_quadrants_are_in_fixed_order() -> None:
     found = Predictor(MeanEngine())(striped(68, 85, 102, 187))
     assert [round(row[1], 3) for row in found.quadrant_probabilities] == [0.267, 0.333, 0.4, 0.733]
     assert found.quadrant_labels == ("dark", "dark", "dark", "light")
@@ -108,8 +111,8 @@ def test_quadrants_keep_their_places() -> None:
     assert found.probabilities[1] == pytest.approx(0.43333, abs=1e-5)
 
 
-def test_methods() -> None:
-    frame = levels(110, 110, 110, 255)  # three votes for dark, but a mean that is light
+def test_vote_methods() -> None:
+    frame = levels(110, 110, 110, 255)  # three votes for dark, and a mean that is light
     engine = MeanEngine(vote_weights=(10.0, 0.0, 0.0, 1.0), vote="average")
     found = {method: Predictor(engine, method=method)(frame) for method in ("majority", "average", "weighted")}
     assert {method: result.label for method, result in found.items()} == {
@@ -119,7 +122,7 @@ def test_methods() -> None:
     }
     assert all(result.method == method for method, result in found.items())
     assert len({result.probabilities for result in found.values()}) == 1  # the plain mean, whatever the method
-    assert Predictor(engine)(frame) == found["average"]  # the contract's
+    assert Predictor(engine)(frame) == found["average"]  # the contract's method
 
 
 @pytest.mark.parametrize(
@@ -133,28 +136,28 @@ def test_methods() -> None:
         ((70, 70, 190, 190), "weighted", ()),
     ],
 )
-def test_a_tie_is_flagged(quadrants: tuple[int, ...], method: Any, flags: tuple[str, ...]) -> None:
+def test_tie_is_flagged(quadrants: tuple[int, ...], method: Any, flags: tuple[str, ...]) -> None:
     found = Predictor(MeanEngine(), method=method)(striped(*quadrants))
     assert found.flags == flags
     if flags:
         assert found.label == found.classes[int(np.argmax(found.probabilities))]
 
 
-def test_a_frame_without_a_signal_is_never_a_silent_decision(tmp_path: Path) -> None:
+def test_frame_without_signal_is_flagged(tmp_path: Path) -> None:
     frames = {"black": levels(0, 0, 0, 0), "white": levels(255, 255, 255, 255), "half": striped(70, 70, 190, 190)}
-    frames["half"][:8, :8] = 0  # LA; the vote is a tie
+    frames["half"][:8, :8] = 0  # LA is blank; the vote is a tie
     for name, frame in frames.items():
         Image.fromarray(frame).save(tmp_path / f"{name}.png")
     predictor = Predictor(MeanEngine())
     expected = {"black": ("blank",), "half": ("no-signal-LA", "tie"), "white": ("blank", "saturated")}
-    assert {one.file.removesuffix(".png"): one.flags for one in judged(predictor.predict(tmp_path))} == expected
+    assert {one.file.removesuffix(".png"): one.flags for one in predictions(predictor.predict(tmp_path))} == expected
     assert {name: predictor(frame).flags for name, frame in frames.items()} == expected
     assert predictor((tmp_path / "half.png").read_bytes()).flags == expected["half"]
 
 
 @pytest.mark.parametrize("options", [{"method": "plurality"}, {"batch_size": 0}, {"batch_size": -1}, {"time_limit": 0}])
-def test_options_that_cannot_be(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="found; expected"):
+def test_options_out_of_range_raise(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r" is .*; expected"):
         Predictor(MeanEngine(), **options)
 
 
@@ -171,12 +174,12 @@ def test_options_that_cannot_be(options: dict[str, Any]) -> None:
         (None, "NoneType"),
     ],
 )
-def test_what_is_no_grey_frame(frame: Any, words: str) -> None:
+def test_array_that_is_not_grey_uint8_raises(frame: Any, words: str) -> None:
     with pytest.raises(FrameError, match=f"the frame is {words}; expected a grey uint8 array"):
         Predictor(MeanEngine())(frame)
 
 
-def test_a_frame_that_is_too_small() -> None:
+def test_too_small_frame_raises() -> None:
     with pytest.raises(FrameTooSmallError, match="1x1"):
         Predictor(MeanEngine())(np.zeros((1, 1), np.uint8))
 
@@ -184,10 +187,10 @@ def test_a_frame_that_is_too_small() -> None:
 # ---------------------------------------------------------------------------------------------- many frames
 
 
-def test_batch_sizes_give_equal_results(tiny_bundle: Path, make_frame: Frame) -> None:
+def test_batch_size_does_not_change_results(tiny_bundle: Path, make_frame: Frame) -> None:
     frames = [make_frame(seed, 40 + seed, 70 - seed) for seed in range(20)]
     found = {
-        size: judged(Predictor(tiny_bundle, device="cpu", batch_size=size).predict_frames(frames))
+        size: predictions(Predictor(tiny_bundle, device="cpu", batch_size=size).predict_frames(frames))
         for size in (None, 1, 2, 3, 7, 100)
     }
     assert {label for result in found[1] for label in result.quadrant_labels} == {"ASD", "NORM"}
@@ -197,15 +200,15 @@ def test_batch_sizes_give_equal_results(tiny_bundle: Path, make_frame: Frame) ->
         np.testing.assert_allclose(numbers(results), numbers(found[1]), rtol=0, atol=1e-6)
 
 
-def test_files_and_arrays_give_equal_results(tiny_bundle: Path, make_frame: Frame, tmp_path: Path) -> None:
+def test_files_and_arrays_give_equal_predictions(tiny_bundle: Path, make_frame: Frame, tmp_path: Path) -> None:
     frames = {f"{seed}.png": make_frame(seed) for seed in range(5)}
     for name, frame in frames.items():
         Image.fromarray(frame).save(tmp_path / name)
     predictor = Predictor(tiny_bundle, device="cpu")
-    assert judged(predictor.predict([tmp_path])) == judged(predictor.predict_frames(frames.values(), frames))
+    assert predictions(predictor.predict([tmp_path])) == predictions(predictor.predict_frames(frames.values(), frames))
 
 
-def test_order_is_kept_with_bad_files_between(tmp_path: Path) -> None:
+def test_failures_keep_input_order(tmp_path: Path) -> None:
     expected: list[tuple[str, bool]] = []
     for index in range(23):
         name, good = f"{index:02d}.png", index % 3 != 1 and index not in (6, 8, 9, 11)
@@ -224,7 +227,7 @@ def test_order_is_kept_with_bad_files_between(tmp_path: Path) -> None:
                 assert isinstance(result.error, FrameError)
 
 
-def test_inputs_of_all_kinds_keep_their_order(tmp_path: Path) -> None:
+def test_mixed_inputs_keep_input_order(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png"):
         Image.fromarray(levels(1, 2, 3, 4)).save(tmp_path / name)
     a, b, c = (tmp_path / name for name in ("a.png", "b.png", "c.png"))
@@ -242,34 +245,34 @@ def test_inputs_of_all_kinds_keep_their_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [str, Path, lambda path: FrameFile(path, "a.png")], ids=["str", "Path", "FrameFile"])
-def test_a_single_input_is_not_gone_through_letter_by_letter(tmp_path: Path, kind: Callable[[Path], Any]) -> None:
+def test_single_input_is_not_iterated(tmp_path: Path, kind: Callable[[Path], Any]) -> None:
     Image.fromarray(levels(1, 2, 3, 4)).save(tmp_path / "a.png")
-    (found,) = judged(Predictor(MeanEngine()).predict(kind(tmp_path / "a.png")))
+    (found,) = predictions(Predictor(MeanEngine()).predict(kind(tmp_path / "a.png")))
     assert found.file == "a.png"
 
 
-def test_no_inputs() -> None:
+def test_empty_input_gives_no_result() -> None:
     engine = MeanEngine()
     assert list(Predictor(engine).predict([])) == []
     assert list(Predictor(engine).predict_frames([])) == []
     assert engine.calls == []
 
 
-def test_nothing_but_failures_never_reaches_the_network() -> None:
+def test_failures_do_not_run_the_network() -> None:
     engine = MeanEngine()
     found = list(Predictor(engine, batch_size=2).predict_frames([np.zeros((1, 1), np.uint8)] * 5))
     assert [type(result) for result in found] == [Failure] * 5
     assert engine.calls == []
 
 
-def test_names_must_fit_the_frames() -> None:
+def test_number_of_names_must_match_frames() -> None:
     predictor = Predictor(MeanEngine())
     assert [r.file for r in predictor.predict_frames([levels(1, 2, 3, 4)] * 2, ["x", "y"])] == ["x", "y"]
     with pytest.raises(ValueError, match=r"zip\(\)"):
         list(predictor.predict_frames([levels(1, 2, 3, 4)] * 2, ["x"]))
 
 
-def test_the_callers_frames_are_not_changed() -> None:
+def test_input_frame_is_not_modified() -> None:
     frame = levels(1, 2, 3, 4)
     before = frame.copy()
     frame.flags.writeable = False
@@ -281,7 +284,7 @@ def test_the_callers_frames_are_not_changed() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
-def test_what_is_read_ahead_is_bounded(size: int) -> None:
+def test_frames_in_flight_are_bounded(size: int) -> None:
     taken = 0
 
     def endless() -> Iterator[Grey]:
@@ -299,7 +302,7 @@ def test_what_is_read_ahead_is_bounded(size: int) -> None:
     results.close()  # type: ignore[attr-defined]
 
 
-def test_thousands_of_bad_files_do_not_pile_up() -> None:
+def test_failures_do_not_accumulate_in_memory() -> None:
     taken, bad = 0, np.zeros((1, 1), np.uint8)
 
     def many() -> Iterator[Grey]:
@@ -318,12 +321,12 @@ def test_thousands_of_bad_files_do_not_pile_up() -> None:
     assert peak < 300_000
 
 
-# ---------------------------------------------------------------------------------------------- one or many
+# ---------------------------------------------------------------------------------------------- sessions
 
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Give the threads of each session that a predictor opens from now on."""
+    """Record the threads of every session that a predictor opens."""
     found: list[int] = []
 
     def record(*arguments: Any, **options: Any) -> OnnxEngine:
@@ -334,47 +337,47 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def test_one_frame_gets_all_threads_and_of_many_each_thread_its_own(
+def test_one_frame_uses_all_threads_and_many_use_one_each(
     tiny_bundle: Path, make_frame: Frame, opened: list[int]
 ) -> None:
     frames = [make_frame(seed) for seed in range(9)]
     predictor = Predictor(tiny_bundle, device="cpu", threads=3)
     alone = [predictor(frame) for frame in frames]
-    few = judged(predictor.predict_frames(frames[:3]))
+    few = predictions(predictor.predict_frames(frames[:3]))
     assert opened == [3]
-    many = judged(predictor.predict_frames(frames))
+    many = predictions(predictor.predict_frames(frames))
     assert opened == [3, 1]
-    assert few == many[:3]  # bit for bit: how it was shared out is not to be seen
+    assert few == many[:3]  # bit for bit, whatever session computed it
     assert [dataclasses.replace(one, file=str(index)) for index, one in enumerate(alone)] == many
 
 
-def test_a_folder_alone_opens_one_session(tiny_bundle: Path, make_frame: Frame, opened: list[int]) -> None:
-    predictor = Predictor(tiny_bundle, device="cpu", threads=2, many=True)
-    assert len(judged(predictor.predict_frames(make_frame(seed) for seed in range(7)))) == 7
+def test_concurrent_predictor_opens_one_session(tiny_bundle: Path, make_frame: Frame, opened: list[int]) -> None:
+    predictor = Predictor(tiny_bundle, device="cpu", threads=2, concurrent=True)
+    assert len(predictions(predictor.predict_frames(make_frame(seed) for seed in range(7)))) == 7
     assert opened == [1]
     predictor(make_frame(0))
     assert opened == [1, 2]
 
 
-def test_with_one_thread_one_session_is_enough(tiny_bundle: Path, make_frame: Frame, opened: list[int]) -> None:
+def test_one_thread_opens_one_session(tiny_bundle: Path, make_frame: Frame, opened: list[int]) -> None:
     predictor = Predictor(tiny_bundle, device="cpu", threads=1)
     predictor(make_frame(0))
-    judged(predictor.predict_frames(make_frame(seed) for seed in range(7)))
+    predictions(predictor.predict_frames(make_frame(seed) for seed in range(7)))
     assert opened == [1]
 
 
-def test_encoded_frames(tiny_bundle: Path, frames_folder: Path) -> None:
+def test_encoded_frames_give_same_predictions_as_files(tiny_bundle: Path, frames_folder: Path) -> None:
     predictor = Predictor(tiny_bundle, device="cpu")
     paths = sorted(path for path in frames_folder.rglob("*") if path.is_file())
-    from_files = judged(predictor.predict(frames_folder))
+    from_files = predictions(predictor.predict(frames_folder))
     items = [(path.relative_to(frames_folder).as_posix(), path.read_bytes()) for path in paths]
-    assert judged(predictor.predict_encoded(items)) == from_files
+    assert predictions(predictor.predict_encoded(items)) == from_files
     found = list(predictor.predict_encoded([*items, ("bad.png", b"no image")]))
     assert isinstance(found[-1], Failure)
     assert [predictor(data, name) for name, data in items] == from_files
 
 
-def test_what_is_called_on_each_decision(tiny_bundle: Path, frames_folder: Path) -> None:
+def test_on_decision_is_called_and_its_error_becomes_failure(tiny_bundle: Path, frames_folder: Path) -> None:
     (frames_folder / "c.png").write_bytes(b"")
     seen: dict[str, Prediction] = {}
 
@@ -382,7 +385,7 @@ def test_what_is_called_on_each_decision(tiny_bundle: Path, frames_folder: Path)
         assert file.path == frames_folder / file.name
         seen[file.name] = prediction
         if file.name == "a/1.jpg":
-            raise FrameError("it cannot be drawn")
+            raise FrameError("cannot draw")
 
     found = list(Predictor(tiny_bundle, device="cpu").predict(frames_folder, look))
     failed = [one.file for one in found if isinstance(one, Failure)]
@@ -393,7 +396,7 @@ def test_what_is_called_on_each_decision(tiny_bundle: Path, frames_folder: Path)
     assert sorted(seen) == sorted(one.file for one in found if one.file != "c.png")
 
 
-def test_a_file_that_does_not_come_to_an_end(
+def test_file_over_time_limit_becomes_failure(
     tiny_bundle: Path, frames_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release, read = threading.Event(), frame_reader.load_checked
@@ -406,7 +409,7 @@ def test_a_file_that_does_not_come_to_an_end(
     assert len(found) == 6
 
 
-def test_several_threads_may_call_one_predictor(tiny_bundle: Path, make_frame: Frame) -> None:
+def test_predictor_is_thread_safe(tiny_bundle: Path, make_frame: Frame) -> None:
     predictor = Predictor(tiny_bundle, device="cpu", threads=2)
     frames = [make_frame(seed) for seed in range(8)]
     expected = [predictor(frame) for frame in frames]
@@ -415,10 +418,10 @@ def test_several_threads_may_call_one_predictor(tiny_bundle: Path, make_frame: F
             assert list(pool.map(predictor, frames)) == expected
 
 
-# ---------------------------------------------------------------------------------------------- faults
+# ---------------------------------------------------------------------------------------------- errors
 
 
-def test_other_errors_than_a_frames_are_not_swallowed() -> None:
+def test_unrelated_input_error_is_raised() -> None:
     def broken() -> Iterator[Grey]:
         yield levels(1, 2, 3, 4)
         raise RuntimeError("the camera is gone")
@@ -428,8 +431,8 @@ def test_other_errors_than_a_frames_are_not_swallowed() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_an_answer_that_is_no_number_is_no_decision(value: float) -> None:
-    # A graph in half precision can overflow. argmax of NaN is a class like any other.
+def test_answer_that_is_not_finite_becomes_failure(value: float) -> None:
+    # A half-precision graph can overflow, and argmax of NaN would return a class.
     class Overflowing(MeanEngine):
         precision = "fp16"
 
@@ -444,18 +447,18 @@ def test_an_answer_that_is_no_number_is_no_decision(value: float) -> None:
         assert [type(result) for result in found] == [Prediction, Failure, Prediction]
         assert isinstance(found[1], Failure)
         assert found[1].file == "1"
-        assert "on cpu in fp16 is no number; try another precision" in str(found[1].error)
+        assert "on cpu in fp16 is not a number; try another precision" in str(found[1].error)
 
 
-def test_a_bundle_that_overflows(tmp_path: Path, make_tiny_bundle: Make, make_frame: Frame) -> None:
+def test_bundle_with_nan_logits_fails_self_test(tmp_path: Path, make_tiny_bundle: Make, make_frame: Frame) -> None:
     folder = make_tiny_bundle(tmp_path, graph={"logit_scale": float("nan")})
     with pytest.raises(VerificationError, match="the self-test failed on cpu in fp32"):
         Predictor(folder, device="cpu")
-    with pytest.raises(FrameError, match="is no number"):
+    with pytest.raises(FrameError, match="is not a number"):
         Predictor(folder, device="cpu", self_test=False)(make_frame(0))
 
 
-def test_importing_it_brings_no_training_code() -> None:
+def test_import_does_not_load_training_code() -> None:
     import subprocess
 
     code = "import sys, echoquad_runtime.predict.predictor; print({'torch', 'onnx', 'typer'} & {*sys.modules})"

@@ -1,4 +1,4 @@
-"""Predicting with reader processes: the rows of threads, whatever happens to a process."""
+"""Tests of prediction with reader processes: same rows as with threads, whatever happens to a process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from echoquad_runtime.errors import ConfigError, FrameReadError
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict import predictor as module
 from echoquad_runtime.predict import reader_process
-from echoquad_runtime.predict.predictor import Prediction, Predictor
+from echoquad_runtime.predict.prediction import Prediction
+from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.predict.reader_process import ReaderProcess
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="uses POSIX signals")
@@ -63,7 +64,9 @@ def rows(results: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_rows_are_those_of_threads(tiny_bundle: Path, folder: Path, started: list[ReaderProcess], workers: int) -> None:
+def test_processes_give_same_rows_as_threads(
+    tiny_bundle: Path, folder: Path, started: list[ReaderProcess], workers: int
+) -> None:
     expected = rows(Predictor(tiny_bundle, device="cpu", threads=2).predict(folder))
     assert started == []
     found = rows(Predictor(tiny_bundle, device="cpu", threads=2, workers=workers).predict(folder))
@@ -72,7 +75,7 @@ def test_rows_are_those_of_threads(tiny_bundle: Path, folder: Path, started: lis
     assert sum(isinstance(one, Prediction) for one in found) == 34
 
 
-def test_frames_on_a_gpu_come_from_processes_too(
+def test_gpu_predictor_reads_in_processes(
     cuda_stand_in: Any, tiny_bundle: Path, folder: Path, started: list[ReaderProcess]
 ) -> None:
     expected = [one.file for one in Predictor(tiny_bundle, device="cuda", threads=2).predict(folder)]
@@ -82,7 +85,7 @@ def test_frames_on_a_gpu_come_from_processes_too(
     assert len(started) == 2
 
 
-def test_processes_start_by_themselves_beyond_four_threads_and_where_files_are_many(
+def test_default_starts_processes_for_more_than_four_threads_and_many_files(
     tiny_bundle: Path, folder: Path, started: list[ReaderProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def opened(**options: Any) -> int:
@@ -91,15 +94,15 @@ def test_processes_start_by_themselves_beyond_four_threads_and_where_files_are_m
         return len(started)
 
     assert opened(threads=4) == 0
-    assert opened(threads=5) == 5  # 40 files are 8 for each
+    assert opened(threads=5) == 5  # 40 files: 8 per process
     assert opened(threads=6) == 0
     assert opened(threads=6, workers=0) == 0
     assert opened(threads=6, workers=1) == 1
-    monkeypatch.setattr(module, "FILES_A_READER", 6)
+    monkeypatch.setattr(module, "FILES_PER_READER", 6)
     assert opened(threads=6) == 6
 
 
-def test_frames_in_memory_and_few_files_start_none(
+def test_frames_in_memory_and_few_files_start_no_process(
     tiny_bundle: Path, folder: Path, started: list[ReaderProcess], make_frame: Callable[..., np.ndarray]
 ) -> None:
     predictor = Predictor(tiny_bundle, device="cpu", threads=2, workers=2)
@@ -110,13 +113,13 @@ def test_frames_in_memory_and_few_files_start_none(
 
 
 @pytest.mark.parametrize("workers", [-1, 513])
-def test_a_number_of_workers_that_cannot_be(tiny_bundle: Path, workers: int) -> None:
-    with pytest.raises(ConfigError, match=f"{workers} workers found; expected 0 to 512"):
+def test_workers_out_of_range_raises(tiny_bundle: Path, workers: int) -> None:
+    with pytest.raises(ConfigError, match=f"workers is {workers}; expected 0 to 512"):
         Predictor(tiny_bundle, workers=workers)
 
 
 @posix
-def test_a_process_that_is_killed_loses_no_row(tiny_bundle: Path, folder: Path, started: list[ReaderProcess]) -> None:
+def test_killed_process_loses_no_row(tiny_bundle: Path, folder: Path, started: list[ReaderProcess]) -> None:
     expected = rows(Predictor(tiny_bundle, device="cpu", threads=2).predict(folder))
     found = []
     results = Predictor(tiny_bundle, device="cpu", threads=2, workers=2).predict(folder)
@@ -128,7 +131,7 @@ def test_a_process_that_is_killed_loses_no_row(tiny_bundle: Path, folder: Path, 
 
 
 @posix
-def test_a_file_that_hangs_ends_with_its_process(
+def test_hanging_file_is_killed_with_its_process(
     tiny_bundle: Path, folder: Path, started: list[ReaderProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hang = reader_process._PROGRAM.replace(
@@ -144,13 +147,13 @@ def test_a_file_that_hangs_ends_with_its_process(
     assert isinstance(late, Failure) and isinstance(late.error, FrameReadError)
     assert "takes longer than 3 seconds" in str(late.error)
     assert rows(found) == expected[:11] + expected[12:]
-    for thread in threading.enumerate():  # no thread is left with the file, as it is where threads read
+    for thread in threading.enumerate():  # unlike with threads, no worker stays with the file
         if thread.name == "echoquad-worker":
             thread.join(5)
             assert not thread.is_alive()
 
 
-def test_whoever_stops_early_leaves_no_process(tiny_bundle: Path, folder: Path, started: list[ReaderProcess]) -> None:
+def test_closing_the_iterator_ends_all_processes(tiny_bundle: Path, folder: Path, started: list[ReaderProcess]) -> None:
     results = Predictor(tiny_bundle, device="cpu", threads=2, workers=2).predict(folder)
     next(results)
     begin = time.monotonic()
@@ -167,8 +170,8 @@ print(len(results))
 """
 
 
-def test_an_unguarded_script_may_use_processes(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
-    """`multiprocessing` would run the script again in each process."""
+def test_script_without_main_guard_can_use_processes(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
+    """With `multiprocessing`, every process would run the script again."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     ended = subprocess.run(

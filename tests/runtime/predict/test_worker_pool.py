@@ -1,3 +1,5 @@
+"""Tests of the worker pool: order, parallelism, back-pressure, time limits and shutdown."""
+
 from __future__ import annotations
 
 import random
@@ -15,7 +17,7 @@ from echoquad_runtime.engine.io_binding import InferenceOutput
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import BundleError, FrameError, FrameReadError
 from echoquad_runtime.frames.frame_file import Failure
-from echoquad_runtime.predict.worker_pool import Pipeline, Source
+from echoquad_runtime.predict.worker_pool import FrameTask, WorkerPool
 
 CONTRACT = Contract(classes=("dark", "light"), input_size=8)
 
@@ -26,33 +28,33 @@ def infer(quadrants: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return both, both
 
 
-def judge(sources: Sequence[Source], flags: Sequence[tuple[str, ...]], found: InferenceOutput) -> list[Any]:
-    assert found.maps is None  # none were asked for
-    answers = found.probabilities
-    assert len(sources) == len(flags) == len(answers)
-    return [(one.name, int(answer[0, 0]), flag) for one, flag, answer in zip(sources, flags, answers, strict=True)]
+def postprocess(tasks: Sequence[FrameTask], flags: Sequence[tuple[str, ...]], answers: InferenceOutput) -> list[Any]:
+    assert answers.maps is None
+    p = answers.probabilities
+    assert len(tasks) == len(flags) == len(p)
+    return [(task.name, int(row[0, 0]), flag) for task, flag, row in zip(tasks, flags, p, strict=True)]
 
 
-def pipeline(
+def make_pool(
     workers: int = 3,
     frames: int = 2,
     *,
-    at_once: int = 99,
+    concurrent: int = 99,
     time_limit: float = 30.0,
     infer: Callable[..., Any] = infer,
-    judge: Callable[..., Any] = judge,
-) -> Pipeline[Any]:
-    engine: Any = SimpleNamespace(contract=CONTRACT, infer=infer, run_limit=threading.Semaphore(at_once))
-    return Pipeline(SlotPool(engine, frames), judge, workers=workers, time_limit=time_limit)
+    postprocess: Callable[..., Any] = postprocess,
+) -> WorkerPool[Any]:
+    engine: Any = SimpleNamespace(contract=CONTRACT, infer=infer, run_limit=threading.Semaphore(concurrent))
+    return WorkerPool(SlotPool(engine, frames), postprocess, workers=workers, time_limit=time_limit)
 
 
-def source(number: int, load: Callable[[], object] = lambda: None) -> Source:
+def task(number: int, load: Callable[[], object] = lambda: None) -> FrameTask:
     def into(slot: np.ndarray) -> tuple[str, ...]:
         load()
         slot[:] = number % 256
         return (f"flag-{number}",)
 
-    return Source(str(number), into)
+    return FrameTask(str(number), into)
 
 
 def refuse() -> None:
@@ -64,15 +66,15 @@ def workers_alive() -> list[threading.Thread]:
 
 
 @pytest.fixture(autouse=True)
-def _no_worker_outlives_a_test() -> Iterator[None]:
+def _every_worker_ends() -> Iterator[None]:
     yield
     assert workers_alive() == []
 
 
 @pytest.mark.parametrize(("workers", "frames"), [(1, 1), (1, 4), (3, 1), (4, 3), (8, 16)])
-def test_order_is_kept_however_long_each_takes(workers: int, frames: int) -> None:
+def test_results_keep_input_order(workers: int, frames: int) -> None:
     rng = random.Random(workers)
-    items: list[Source | Failure] = []
+    items: list[FrameTask | Failure] = []
     expected: list[object] = []
     for number in range(120):
         pause = rng.choice([0, 0, 0, 0.001, 0.01])
@@ -82,32 +84,32 @@ def test_order_is_kept_however_long_each_takes(workers: int, frames: int) -> Non
             items.append(failure)
             expected.append(failure)
         elif kind < 0.2:
-            items.append(source(number, refuse))
+            items.append(task(number, refuse))
             expected.append(str(number))
         else:
-            items.append(source(number, lambda pause=pause: time.sleep(pause)))
+            items.append(task(number, lambda pause=pause: time.sleep(pause)))
             expected.append((str(number), number, (f"flag-{number}",)))
-    found = list(pipeline(workers, frames).run(items))
+    found = list(make_pool(workers, frames).run(items))
     names = [one.file if isinstance(one, Failure) and one not in items else one for one in found]
     assert names == expected
 
 
-def test_work_is_done_side_by_side() -> None:
-    together = threading.Barrier(3, timeout=10)  # broken, should fewer than three load at a time
-    assert len(list(pipeline(3, 1).run(source(number, together.wait) for number in range(9)))) == 9
+def test_workers_load_in_parallel() -> None:
+    barrier = threading.Barrier(3, timeout=10)  # breaks if fewer than three load at a time
+    assert len(list(make_pool(3, 1).run(task(number, barrier.wait) for number in range(9)))) == 9
 
 
 @pytest.mark.parametrize(("workers", "frames"), [(1, 1), (2, 3), (4, 2)])
-def test_what_is_taken_ahead_is_bounded(workers: int, frames: int) -> None:
+def test_back_pressure_bounds_items_in_flight(workers: int, frames: int) -> None:
     taken = 0
 
-    def endless() -> Iterator[Source]:
+    def endless() -> Iterator[FrameTask]:
         nonlocal taken
         while True:
             taken += 1
-            yield source(taken)
+            yield task(taken)
 
-    results = pipeline(workers, frames).run(endless())
+    results = make_pool(workers, frames).run(endless())
     assert taken == 0
     for given in range(1, 40):
         next(results)
@@ -115,7 +117,7 @@ def test_what_is_taken_ahead_is_bounded(workers: int, frames: int) -> None:
     results.close()
 
 
-def test_no_more_than_allowed_run_the_network_at_once() -> None:
+def test_engine_bounds_concurrent_inferences() -> None:
     running, most, lock = 0, 0, threading.Lock()
 
     def counted(quadrants: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -128,21 +130,21 @@ def test_no_more_than_allowed_run_the_network_at_once() -> None:
             running -= 1
         return infer(quadrants)
 
-    assert len(list(pipeline(6, 1, at_once=2, infer=counted).run(map(source, range(60))))) == 60
+    assert len(list(make_pool(6, 1, concurrent=2, infer=counted).run(map(task, range(60))))) == 60
     assert most == 2
 
 
-# ---------------------------------------------------------------------------------------------- what hangs
+# ---------------------------------------------------------------------------------------------- files that hang
 
 
 @pytest.mark.parametrize(
     ("workers", "frames", "hanging"), [(1, 1, {3}), (1, 4, {0}), (2, 3, {1, 2, 8}), (2, 2, {0, 3, 4})]
 )
-def test_a_file_that_hangs_is_given_up_and_nothing_else(workers: int, frames: int, hanging: set[int]) -> None:
+def test_hanging_file_becomes_failure_and_others_finish(workers: int, frames: int, hanging: set[int]) -> None:
     release = threading.Event()
-    items = [source(number, release.wait if number in hanging else lambda: None) for number in range(20)]
+    items = [task(number, release.wait if number in hanging else lambda: None) for number in range(20)]
     begin = time.monotonic()
-    found = list(pipeline(workers, frames, time_limit=0.15).run(items))
+    found = list(make_pool(workers, frames, time_limit=0.15).run(items))
     assert time.monotonic() - begin < 0.15 * (len(hanging) + 1) + 3
     for number, one in enumerate(found):
         if number in hanging:
@@ -153,36 +155,36 @@ def test_a_file_that_hangs_is_given_up_and_nothing_else(workers: int, frames: in
         else:
             assert one == (str(number), number, (f"flag-{number}",))
     assert len(found) == 20
-    assert len(workers_alive()) == len(hanging)  # still waiting, and in nobody's way
+    assert len(workers_alive()) == len(hanging)  # still waiting, without effect on others
     release.set()
     for thread in workers_alive():
         thread.join(5)
 
 
-def test_a_worker_that_was_given_up_spoils_nothing_when_it_comes_back() -> None:
+def test_abandoned_worker_that_returns_changes_nothing() -> None:
     release = threading.Event()
 
-    def items() -> Iterator[Source]:
-        yield source(0, lambda: release.wait(10))
+    def items() -> Iterator[FrameTask]:
+        yield task(0, lambda: release.wait(10))
         for number in range(1, 200):
             if number == 100:
                 release.set()
-            yield source(number, lambda: time.sleep(0.001))
+            yield task(number, lambda: time.sleep(0.001))
 
-    found = list(pipeline(2, 4, time_limit=0.1).run(items()))
+    found = list(make_pool(2, 4, time_limit=0.1).run(items()))
     assert isinstance(found[0], Failure)
     assert found[1:] == [(str(number), number % 256, (f"flag-{number}",)) for number in range(1, 200)]
 
 
-def test_slow_files_within_the_limit_are_no_failures() -> None:
-    slow = [source(number, lambda: time.sleep(0.1)) for number in range(6)]  # together above the limit
-    assert not any(isinstance(one, Failure) for one in pipeline(1, 6, time_limit=0.4).run(slow))
+def test_time_limit_is_per_file() -> None:
+    slow = [task(number, lambda: time.sleep(0.1)) for number in range(6)]  # their sum exceeds the limit
+    assert not any(isinstance(one, Failure) for one in make_pool(1, 6, time_limit=0.4).run(slow))
 
 
-# ---------------------------------------------------------------------------------------------- ends
+# ---------------------------------------------------------------------------------------------- shutdown
 
 
-def test_an_engine_that_fails_is_told_where_its_results_are_awaited() -> None:
+def test_engine_error_is_raised_to_the_consumer() -> None:
     def broken(quadrants: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if (quadrants == 13).any():
             raise BundleError("out of memory")
@@ -190,23 +192,23 @@ def test_an_engine_that_fails_is_told_where_its_results_are_awaited() -> None:
 
     found = []
     with pytest.raises(BundleError, match="out of memory"):
-        for one in pipeline(2, 1, infer=broken).run(map(source, range(40))):
-            found.append(one[1])  # noqa: PERF401 - what came before it was raised
+        for one in make_pool(2, 1, infer=broken).run(map(task, range(40))):
+            found.append(one[1])  # noqa: PERF401 - keeps the results before the error
     assert found == list(range(13))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the camera is gone"), KeyboardInterrupt()])
-def test_an_input_that_fails(error: BaseException) -> None:
-    def items() -> Iterator[Source]:
-        yield source(1)
+def test_input_error_is_raised_to_the_consumer(error: BaseException) -> None:
+    def items() -> Iterator[FrameTask]:
+        yield task(1)
         raise error
 
     with pytest.raises(type(error)):
-        list(pipeline().run(items()))
+        list(make_pool().run(items()))
 
 
-def test_whoever_stops_early_leaves_no_worker() -> None:
-    results = pipeline(4, 2).run(map(source, range(10_000)))
+def test_closing_the_iterator_ends_all_workers() -> None:
+    results = make_pool(4, 2).run(map(task, range(10_000)))
     for _ in range(5):
         next(results)
     assert workers_alive()
@@ -214,11 +216,11 @@ def test_whoever_stops_early_leaves_no_worker() -> None:
     assert workers_alive() == []
 
 
-def test_nothing_to_do_starts_no_worker() -> None:
-    assert list(pipeline().run([])) == []
+def test_empty_input_starts_no_worker() -> None:
+    assert list(make_pool().run([])) == []
 
 
-def test_no_more_workers_are_started_than_there_are_chunks() -> None:
+def test_starts_at_most_one_worker_per_chunk() -> None:
     names: set[int] = set()
-    list(pipeline(16, 4).run(source(number, lambda: names.add(threading.get_ident())) for number in range(5)))
+    list(make_pool(16, 4).run(task(number, lambda: names.add(threading.get_ident())) for number in range(5)))
     assert len(names) <= 2

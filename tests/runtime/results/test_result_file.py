@@ -1,3 +1,5 @@
+"""Tests of result files: resume, torn rows, run records, locks and full disks."""
+
 from __future__ import annotations
 
 import errno
@@ -12,16 +14,16 @@ import numpy as np
 import pytest
 
 from echoquad_runtime.errors import OutputError, ResultError, UsageError
-from echoquad_runtime.predict.predictor import Prediction
+from echoquad_runtime.predict.prediction import Prediction
 from echoquad_runtime.results import result_file as results
 from echoquad_runtime.results.result_file import (
-    Named,
     ResultFile,
+    RowNames,
+    check_resume,
     is_stream,
-    partial_of,
+    partial_path,
     read_run_record,
-    refuse_resume,
-    run_record_of,
+    run_record_path,
 )
 from echoquad_runtime.storage import file_lock as lock
 from echoquad_runtime.storage.row_names import printed
@@ -52,9 +54,9 @@ def prediction(file: str, **changes: Any) -> Prediction:
 def run(
     path: Path, names: Sequence[str], *, stop: int | None = None, resume: bool = False, **changes: Any
 ) -> ResultFile:
-    """Write a row for each name that has none, `stop` of them before the process is as good as killed."""
+    """Write a row for each name without one; with `stop`, close without finishing after that many rows."""
     with ResultFile(path, resume=resume) as rows:
-        wanted = [name for name in names if not rows.take(name)]
+        wanted = [name for name in names if not rows.claim(name)]
         rows.begin(CLASSES, {**RUN, **changes})
         for name in wanted[:stop]:
             rows.write(prediction(name))
@@ -69,7 +71,7 @@ def left(folder: Path) -> list[str]:
 
 @pytest.fixture
 def whole(tmp_path: Path) -> Callable[[str], bytes]:
-    """Give the bytes of an uninterrupted run over `NAMES`, of an ending."""
+    """Return a function from an extension to the bytes of an uninterrupted run over `NAMES`."""
 
     def make(ending: str) -> bytes:
         path = tmp_path / "reference" / f"out.{ending}"
@@ -84,15 +86,15 @@ def whole(tmp_path: Path) -> Callable[[str], bytes]:
 
 
 @endings
-def test_the_file_appears_at_the_end_beside_what_says_what_made_it(ending: str, tmp_path: Path) -> None:
+def test_file_and_run_record_appear_at_the_end(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"out.{ending}"
     path.write_text("of yesterday")
     with ResultFile(path) as rows:
         rows.begin(CLASSES, RUN)
         for count, name in enumerate(NAMES, 1):
             rows.write(prediction(name))
-            # Whole and in the system's hands, row by row: a process that is killed here loses none.
-            assert partial_of(path).read_bytes().count(b"cpu") == count
+            # Every row is complete and with the operating system: a process killed here loses none.
+            assert partial_path(path).read_bytes().count(b"cpu") == count
         assert path.read_text() == "of yesterday"
         assert rows.finish()
     assert left(tmp_path) == [f"out.{ending}", f"out.{ending}.run.json"]
@@ -104,7 +106,7 @@ def test_the_file_appears_at_the_end_beside_what_says_what_made_it(ending: str, 
     assert not rows.interrupted
 
 
-def test_a_run_without_a_row_leaves_nothing(tmp_path: Path) -> None:
+def test_run_without_rows_leaves_no_file(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     path.write_text("of yesterday")
     run(path, NAMES, stop=0)
@@ -117,7 +119,7 @@ def test_a_run_without_a_row_leaves_nothing(tmp_path: Path) -> None:
     assert path.read_text() == "of yesterday"
 
 
-def test_a_finished_file_without_a_row(tmp_path: Path) -> None:
+def test_finished_file_without_rows(tmp_path: Path) -> None:
     for name, size in (("out.csv", 1), ("out.jsonl", 0)):
         run(tmp_path / name, [])
         assert len((tmp_path / name).read_bytes().splitlines()) == size
@@ -128,47 +130,47 @@ def test_a_finished_file_without_a_row(tmp_path: Path) -> None:
 
 @endings
 @pytest.mark.parametrize("stop", range(1, len(NAMES) + 1))
-def test_what_is_gone_on_with_equals_what_was_not_interrupted(
-    ending: str, stop: int, tmp_path: Path, whole: Callable[[str], bytes]
-) -> None:
+def test_resumed_file_is_byte_identical(ending: str, stop: int, tmp_path: Path, whole: Callable[[str], bytes]) -> None:
     path = tmp_path / f"out.{ending}"
     assert run(path, NAMES, stop=stop).interrupted
     assert left(tmp_path) == [f"out.{ending}.partial", f"out.{ending}.partial.json"]
     rows = run(path, NAMES, resume=True)
-    assert (rows.kept, rows.rows, rows.torn) == (stop, len(NAMES), 0)
+    assert (rows.existing_rows, rows.rows, rows.torn_bytes) == (stop, len(NAMES), 0)
     assert path.read_bytes() == whole(ending)
     assert read_run_record(path)["sha256"] == results.hashlib.sha256(whole(ending)).hexdigest()  # type: ignore[index]
 
 
 @endings
 @pytest.mark.parametrize("tail", [b"", b"\0" * 5000])
-def test_wherever_it_was_torn(ending: str, tail: bytes, tmp_path: Path, whole: Callable[[str], bytes]) -> None:
+def test_torn_rows_are_dropped_on_resume(
+    ending: str, tail: bytes, tmp_path: Path, whole: Callable[[str], bytes]
+) -> None:
     expected = whole(ending)
     path, record = tmp_path / f"out.{ending}", tmp_path / f"out.{ending}.partial.json"
     run(path, NAMES, stop=len(NAMES))
-    assert partial_of(path).read_bytes() == expected
+    assert partial_path(path).read_bytes() == expected
     described = record.read_bytes()
     ends = [index for index in range(1, len(expected) + 1) if expected[:index].endswith((b"cpu,fp32\n", b'"fp32"}\n'))]
     for cut in range(0, len(expected), 43):
-        partial_of(path).write_bytes(expected[:cut] + tail)
+        partial_path(path).write_bytes(expected[:cut] + tail)
         record.write_bytes(described)
         rows = run(path, NAMES, resume=True)
         assert path.read_bytes() == expected
         whole_ends = [end for end in ends if end <= cut]
-        assert rows.kept == len(whole_ends)
-        assert rows.torn == (cut + len(tail) - whole_ends[-1] if whole_ends else 0)
+        assert rows.existing_rows == len(whole_ends)
+        assert rows.torn_bytes == (cut + len(tail) - whole_ends[-1] if whole_ends else 0)
         path.unlink()
 
 
-def test_rows_that_are_there_are_not_overwritten_by_mistake(tmp_path: Path) -> None:
+def test_existing_rows_are_not_overwritten_without_resume(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     run(path, NAMES, stop=2)
-    before = partial_of(path).read_bytes()
+    before = partial_path(path).read_bytes()
     with pytest.raises(
-        ResultError, match=r"out\.csv\.partial: it holds rows of a run .* go on with --resume, or delete it"
+        ResultError, match=r"out\.csv\.partial: the file holds rows of an interrupted run; continue with --resume"
     ):
         ResultFile(path)
-    assert partial_of(path).read_bytes() == before
+    assert partial_path(path).read_bytes() == before
     assert left(tmp_path) == ["out.csv.partial", "out.csv.partial.json"]
     run(path, NAMES, resume=True)
 
@@ -184,7 +186,7 @@ def test_rows_that_are_there_are_not_overwritten_by_mistake(tmp_path: Path) -> N
     ],
 )
 @pytest.mark.parametrize("finished", [True, False])
-def test_another_run_does_not_go_on_with_it(
+def test_resume_refuses_rows_of_another_run(
     changes: dict[str, str], words: str, finished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "out.csv"
@@ -198,62 +200,65 @@ def test_another_run_does_not_go_on_with_it(
     assert {entry: entry.read_bytes() for entry in tmp_path.iterdir()} == before
 
 
-def test_columns_that_the_record_does_not_know_of_are_seen(tmp_path: Path) -> None:
+def test_resume_refuses_other_columns(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     run(path, NAMES, stop=2)
-    with pytest.raises(ResultError, match="its columns are not this bundle's"), ResultFile(path, resume=True) as rows:
+    with (
+        pytest.raises(ResultError, match="its columns are not those of this bundle"),
+        ResultFile(path, resume=True) as rows,
+    ):
         rows.begin(("ASD", "OTHER"), RUN)
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b'{"schema": 1}', b"\xff", b"[" * 9999])
-def test_rows_of_which_nobody_knows_the_run_are_refused(data: bytes, tmp_path: Path) -> None:
+def test_resume_refuses_missing_or_malformed_record(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     run(path, NAMES, stop=2)
     (tmp_path / "out.csv.partial.json").write_bytes(data)
-    with pytest.raises(ResultError, match=r"out\.csv\.partial\.json does not say which run its rows are of"):
+    with pytest.raises(ResultError, match=r"out\.csv\.partial\.json does not identify the run of its rows"):
         ResultFile(path, resume=True)
-    partial_of(path).unlink()
+    partial_path(path).unlink()
     run(path, NAMES)
-    run_record_of(path).write_bytes(data)
-    with pytest.raises(ResultError, match=r"there is no out\.csv\.run\.json to say what made it"):
+    run_record_path(path).write_bytes(data)
+    with pytest.raises(ResultError, match=r"out\.csv\.run\.json is missing or malformed"):
         ResultFile(path, resume=True)
 
 
-def test_nothing_to_go_on_with_is_a_start(tmp_path: Path, whole: Callable[[str], bytes]) -> None:
+def test_resume_without_rows_starts_a_new_file(tmp_path: Path, whole: Callable[[str], bytes]) -> None:
     path = tmp_path / "out.csv"
     run(path, NAMES, resume=True)
     assert path.read_bytes() == whole("csv")
 
 
-# ---------------------------------------------------------------------------------------------- a finished file
+# ---------------------------------------------------------------------------------------------- finished files
 
 
 @endings
-def test_a_grown_archive_gets_its_new_rows_alone(ending: str, tmp_path: Path) -> None:
+def test_resume_of_finished_file_adds_only_new_rows(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"out.{ending}"
     run(path, NAMES[:3])
     before = path.read_bytes()
     rows = run(path, ["0.png", *NAMES], resume=True)
-    assert (rows.kept, rows.rows) == (3, len(NAMES) + 1)
+    assert (rows.existing_rows, rows.rows) == (3, len(NAMES) + 1)
     assert path.read_bytes().startswith(before)
     run(path, NAMES[:3])
     with ResultFile(path, resume=True) as rows:
-        assert [rows.take(name) for name in NAMES] == [True] * 3 + [False] * 4
+        assert [rows.claim(name) for name in NAMES] == [True] * 3 + [False] * 4
 
 
-def test_nothing_new_leaves_it_as_it_is(tmp_path: Path) -> None:
+def test_resume_without_new_rows_leaves_file_untouched(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     run(path, NAMES)
     before = {entry: (entry.read_bytes(), entry.stat().st_mtime_ns) for entry in tmp_path.iterdir()}
     with ResultFile(path, resume=True) as rows:
-        assert all(rows.take(name) for name in NAMES)
+        assert all(rows.claim(name) for name in NAMES)
         rows.begin(CLASSES, RUN)
         assert not rows.finish()
     assert not rows.interrupted
     assert {entry: (entry.read_bytes(), entry.stat().st_mtime_ns) for entry in tmp_path.iterdir()} == before
 
 
-def test_an_interruption_leaves_the_finished_file_and_the_new_rows(tmp_path: Path) -> None:
+def test_interrupted_resume_keeps_finished_file_and_new_rows(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     run(path, NAMES[:3])
     before = path.read_bytes()
@@ -261,54 +266,54 @@ def test_an_interruption_leaves_the_finished_file_and_the_new_rows(tmp_path: Pat
     assert left(tmp_path) == ["out.csv", "out.csv.run.json"]
     assert run(path, NAMES, resume=True, stop=2).interrupted
     assert path.read_bytes() == before
-    assert run(path, NAMES, resume=True).kept == 5
+    assert run(path, NAMES, resume=True).existing_rows == 5
     assert read_run_record(path)["rows"] == len(NAMES)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("change", [b"x", b"\0", None], ids=["appended", "zeros", "cut"])
-def test_a_finished_file_that_was_changed_is_not_gone_on_with(change: bytes | None, tmp_path: Path) -> None:
+def test_resume_refuses_changed_finished_file(change: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     run(path, NAMES)
     lines = path.read_bytes()
     path.write_bytes(lines + change if change else lines[: lines.rfind(b"z.png")])
-    with pytest.raises(ResultError, match="it is not as its run left it"):
+    with pytest.raises(ResultError, match="the file has changed since its run"):
         ResultFile(path, resume=True)
     assert left(tmp_path) == ["out.csv", "out.csv.run.json"]
 
 
-# ---------------------------------------------------------------------------------------------- which rows are there
+# ---------------------------------------------------------------------------------------------- names of existing rows
 
 
-def test_a_name_is_taken_as_often_as_it_is_there() -> None:
-    named = Named()
+def test_row_names_count_duplicates() -> None:
+    existing = RowNames()
     names = ["a", "b", "a", "=c", "\udcff"]
     for name in names:
-        named.add(printed(name))
-    named.sort()
-    assert [named.take(name) for name in ["a", "a", "a", "b", "b", "=c", "./=c", "d", "\udcff"]] == [
+        existing.add(printed(name))
+    existing.sort()
+    assert [existing.claim(name) for name in ["a", "a", "a", "b", "b", "=c", "./=c", "d", "\udcff"]] == [
         *[True, True, False, True, False, True, False, False, True]
     ]
 
 
-def test_a_million_names_are_seventeen_bytes_each() -> None:
-    named = Named()
+def test_row_names_take_17_bytes_each() -> None:
+    existing = RowNames()
     for index in range(20_000):
-        named.add(f"{index}.png")
-    named.sort()
-    assert named._digests.nbytes + named._used.nbytes == 17 * 20_000
-    assert named._digests.base is not None, "sorted where it is, with no copy"
-    assert all(named.take(f"{index}.png") for index in range(20_000))
-    assert not any(named.take(f"{index}.png") for index in range(20_100))
+        existing.add(f"{index}.png")
+    existing.sort()
+    assert existing._digests.nbytes + existing._used.nbytes == 17 * 20_000
+    assert existing._digests.base is not None, "sorted in place, without a copy"
+    assert all(existing.claim(f"{index}.png") for index in range(20_000))
+    assert not any(existing.claim(f"{index}.png") for index in range(20_100))
 
 
-# ---------------------------------------------------------------------------------------------- trouble
+# ---------------------------------------------------------------------------------------------- errors
 
 
-def test_a_second_writer_is_refused_at_once(tmp_path: Path) -> None:
+def test_second_writer_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     with ResultFile(path) as rows:
         for resume in (False, True):
-            with pytest.raises(ResultError, match=r"out\.csv: another process is writing it; wait for its end"):
+            with pytest.raises(ResultError, match=r"out\.csv: another process is writing it; wait until it ends"):
                 ResultFile(path, resume=resume)
         rows.begin(CLASSES, RUN)
         rows.write(prediction("a.png"))
@@ -318,7 +323,7 @@ def test_a_second_writer_is_refused_at_once(tmp_path: Path) -> None:
     ResultFile(path).close()
 
 
-def test_a_disk_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -329,7 +334,7 @@ def test_a_disk_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Give a disk of 32 kB."""
+    """Return a file system of 32 kB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=32k", "echoquad-test", folder]
@@ -342,7 +347,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @endings
-def test_a_disk_that_is_full_keeps_whole_rows(ending: str, small_disk: Path, tmp_path: Path) -> None:
+def test_full_disk_keeps_complete_rows(ending: str, small_disk: Path, tmp_path: Path) -> None:
     path = small_disk / f"out.{ending}"
     names = [f"{index:04d}.png" for index in range(300)]
     with (
@@ -353,17 +358,17 @@ def test_a_disk_that_is_full_keeps_whole_rows(ending: str, small_disk: Path, tmp
         for name in names:
             rows.write(prediction(name))
     assert rows.interrupted
-    data = partial_of(path).read_bytes()
+    data = partial_path(path).read_bytes()
     assert data.endswith(b"\n")
     assert data.count(b"cpu") == rows.rows > 20
-    # With more room, and with none lost, it goes on.
+    # With more space it resumes without a loss.
     subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
-    assert run(path, names, resume=True).kept == rows.rows
+    assert run(path, names, resume=True).existing_rows == rows.rows
     run(tmp_path / path.name, names)
     assert path.read_bytes() == (tmp_path / path.name).read_bytes()
 
 
-def test_a_disk_that_is_full_from_the_beginning(small_disk: Path) -> None:
+def test_disk_that_is_full_at_the_start(small_disk: Path) -> None:
     (small_disk / "else").write_bytes(b"x" * 32768)
     with pytest.raises(OutputError, match="No space left"):
         run(small_disk / "out.csv", NAMES)
@@ -371,7 +376,7 @@ def test_a_disk_that_is_full_from_the_beginning(small_disk: Path) -> None:
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace", "write_json"])
-def test_rows_outlive_an_end_that_fails(
+def test_rows_survive_a_failed_finish(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Callable[[str], bytes]
 ) -> None:
     expected, path = whole("csv"), tmp_path / "out.csv"
@@ -394,11 +399,11 @@ def test_rows_outlive_an_end_that_fails(
         rows.finish()
     assert path.read_text() == "of yesterday"
     assert rows.interrupted
-    assert run(path, NAMES, resume=True).kept == len(NAMES)
+    assert run(path, NAMES, resume=True).existing_rows == len(NAMES)
     assert path.read_bytes() == expected
 
 
-def test_places_that_cannot_be(tmp_path: Path) -> None:
+def test_path_that_cannot_be_written_raises(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder.csv").mkdir()
     for name in ("absent/out.csv", "file/out.csv", "folder.csv", "x" * 252 + ".csv"):
@@ -409,20 +414,20 @@ def test_places_that_cannot_be(tmp_path: Path) -> None:
     assert left(tmp_path) == ["file", "folder.csv"]
 
 
-def test_what_cannot_be_gone_on_with(tmp_path: Path) -> None:
-    refuse_resume(tmp_path / "out.csv")
-    with pytest.raises(UsageError, match="--resume: rows on stdout cannot be gone on with; name a file with --out"):
-        refuse_resume(None)
+def test_check_resume_refuses_stdout_and_pipes(tmp_path: Path) -> None:
+    check_resume(tmp_path / "out.csv")
+    with pytest.raises(UsageError, match="--resume needs a result file; name it with --out"):
+        check_resume(None)
     if os.name == "posix":
         os.mkfifo(tmp_path / "pipe.csv")
         assert is_stream(tmp_path / "pipe.csv")
-        with pytest.raises(UsageError, match="is no regular file, and cannot be gone on with"):
-            refuse_resume(tmp_path / "pipe.csv")
+        with pytest.raises(UsageError, match="is not a regular file"):
+            check_resume(tmp_path / "pipe.csv")
     assert not is_stream(tmp_path)
     assert not is_stream(tmp_path / "absent.csv")
 
 
-def test_the_disk_is_waited_for_about_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_is_synced_about_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, synced, took = [100.0], [], [0.0]
 
     def fsync(descriptor: int) -> None:
@@ -437,9 +442,9 @@ def test_the_disk_is_waited_for_about_once_a_second(tmp_path: Path, monkeypatch:
         for index in range(100):
             now[0] += 0.1
             rows.write(prediction(f"{index}.png"))
-        # The first time, what the rows are of is waited for, and the folder that has their names.
+        # The first sync includes the run record and the folder.
         assert len(synced) - 2 in (9, 10)
-        took[0] = 0.5  # a slow disk is waited for in no more than one part of twenty of the time
+        took[0] = 0.5  # a slow disk is synced for at most 1/20 of the time
         del synced[:]
         for index in range(100, 400):
             now[0] += 0.1
@@ -448,7 +453,7 @@ def test_the_disk_is_waited_for_about_once_a_second(tmp_path: Path, monkeypatch:
         rows.finish()
 
 
-def test_a_record_is_json_that_a_person_can_read(tmp_path: Path) -> None:
+def test_run_record_is_readable_json(tmp_path: Path) -> None:
     run(tmp_path / "out.csv", NAMES, stop=1)
     found = json.loads((tmp_path / "out.csv.partial.json").read_text("utf-8"))
     assert list(found) == ["schema", "echoquad", "bundle", "method", "device", "precision", "shard"]

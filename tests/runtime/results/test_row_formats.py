@@ -1,3 +1,5 @@
+"""Tests of row formats: columns, quoting, formulas, and reading complete rows back."""
+
 from __future__ import annotations
 
 import csv
@@ -14,21 +16,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echoquad_runtime.errors import OutputError, UsageError
-from echoquad_runtime.predict.predictor import Prediction
+from echoquad_runtime.predict.prediction import Prediction
 from echoquad_runtime.results.row_formats import (
-    CsvWriter,
-    JsonlWriter,
+    JSON_LINES,
     RowReader,
-    check_ending,
+    RowWriter,
     columns,
-    format_of,
+    format_for,
     open_writer,
-    writer_of,
 )
 from echoquad_runtime.storage.row_names import encoded, printed
 
 CLASSES = ("ASD", "NORM")
-# The document's own header, then what EchoQuad adds.
+# The header of the reference pipeline, then the columns that EchoQuad adds.
 HEADER = (
     "file,method,pred_image,prob_ASD,prob_NORM,pred_LA,p_LA_ASD,p_LA_NORM,pred_RA,p_RA_ASD,p_RA_NORM,"
     "pred_LV,p_LV_ASD,p_LV_NORM,pred_RV,p_RV_ASD,p_RV_NORM,flags,device,precision"
@@ -67,7 +67,7 @@ def prediction(file: str = "test/ASD/ASD3-0.png", **changes: Any) -> Prediction:
 
 def as_csv(*rows: Prediction, classes: Sequence[str] = CLASSES) -> bytes:
     stream = io.BytesIO()
-    writer = CsvWriter(stream, classes)
+    writer = RowWriter(stream, classes)
     for row in rows:
         writer.write(row)
     return stream.getvalue()
@@ -75,7 +75,7 @@ def as_csv(*rows: Prediction, classes: Sequence[str] = CLASSES) -> bytes:
 
 def as_jsonl(*rows: Prediction) -> bytes:
     stream = io.BytesIO()
-    writer = JsonlWriter(stream, CLASSES)
+    writer = RowWriter(stream, CLASSES, JSON_LINES)
     for row in rows:
         writer.write(row)
     return stream.getvalue()
@@ -84,30 +84,30 @@ def as_jsonl(*rows: Prediction) -> bytes:
 # ---------------------------------------------------------------------------------------------- CSV
 
 
-def test_the_header_is_the_documents() -> None:
+def test_csv_header_matches_reference_pipeline() -> None:
     assert as_csv() == f"{HEADER}\n".encode()
     assert ",".join(columns(CLASSES)) == HEADER
 
 
-def test_a_row() -> None:
+def test_csv_row() -> None:
     assert as_csv(prediction()).decode().splitlines()[1] == (
         "test/ASD/ASD3-0.png,majority,ASD,0.5449,0.4551,NORM,0.4119,0.5881,ASD,0.6996,0.3004,"
         "ASD,1.0000,0.0000,NORM,0.0000,1.0000,tie,cpu,fp32"
     )
 
 
-def test_lines_end_in_a_line_feed_everywhere() -> None:
+def test_lines_end_with_line_feed() -> None:
     data = as_csv(prediction(), prediction(flags=()))
     assert b"\r" not in data
     assert data.count(b"\n") == 3
     assert data.endswith(b",,cpu,fp32\n")
 
 
-def test_several_flags_share_a_field() -> None:
+def test_flags_share_one_cell() -> None:
     assert b",tie;odd,cpu," in as_csv(prediction(flags=("tie", "odd")))
 
 
-def test_any_classes() -> None:
+def test_any_class_names_are_read_back() -> None:
     names = columns(("a", "b", "c"))
     assert names[3:6] == ["prob_a", "prob_b", "prob_c"]
     assert names[6:10] == ["pred_LA", "p_LA_a", "p_LA_b", "p_LA_c"]
@@ -115,7 +115,7 @@ def test_any_classes() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_any_name_is_read_back(name: str) -> None:
+def test_odd_file_names_are_read_back(name: str) -> None:
     data = as_csv(prediction(name), prediction("next.png"))
     rows = list(csv.DictReader(io.StringIO(data.decode("utf-8"), newline="")))
     assert [row["file"] for row in rows] == [name, "next.png"]
@@ -131,30 +131,32 @@ def test_any_text_is_read_back(name: str, flag: str) -> None:
 
 
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
-def test_a_row_is_what_pythons_own_writer_makes_of_it(name: str) -> None:
+def test_csv_row_equals_that_of_the_csv_module(name: str) -> None:
     line = as_csv(prediction(name)).decode().split("\n", 1)[1]
     stream = io.StringIO()
-    # It quotes what its own line end has a sign of.
+    # The csv module quotes cells with characters of its line terminator.
     csv.writer(stream, lineterminator="\r\n;\t").writerow([printed(name)])
-    assert line.startswith(stream.getvalue().removesuffix("\r\n;\t") + ",") or name == ""  # alone, it quotes that too
+    assert (
+        line.startswith(stream.getvalue().removesuffix("\r\n;\t") + ",") or name == ""
+    )  # the csv module quotes a single empty cell
 
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_no_cell_is_a_formula(name: str) -> None:
     data = as_csv(prediction(name, label="-ASD", quadrant_labels=("=1", "ASD", "@x", "ASD")), classes=("-ASD", "+NORM"))
-    for delimiter in ",;":  # a spreadsheet of another country parts cells elsewhere
+    for delimiter in ",;":  # the separator depends on the locale
         for row in csv.reader(io.StringIO(data.decode(), newline=""), delimiter=delimiter):
             assert [cell for cell in row if cell[:1] in {*"=+-@\t\r"}] == []
     found = json.loads(as_jsonl(prediction(name)))
-    assert found["file"] == f"./{name}"  # the two formats name a frame alike
+    assert found["file"] == f"./{name}"  # both formats have the same name
 
 
-def test_a_class_is_told_as_it_is_where_no_spreadsheet_runs_it() -> None:
+def test_json_lines_keep_class_name_that_looks_like_a_formula() -> None:
     assert b",'-ASD,0.5449," in as_csv(prediction(label="-ASD"))
     assert json.loads(as_jsonl(prediction(label="-ASD")))["pred_image"] == "-ASD"
 
 
-def test_a_name_that_is_no_text_is_written_with_its_bytes_told() -> None:
+def test_invalid_utf8_name_is_escaped() -> None:
     name = os.fsdecode(b"a\xff.png") if os.name != "nt" else "a\udcff.png"
     assert as_csv(prediction(name)).splitlines()[1].startswith(b"a\\udcff.png,majority")
     assert json.loads(as_jsonl(prediction(name)))["file"] == name
@@ -163,7 +165,7 @@ def test_a_name_that_is_no_text_is_written_with_its_bytes_told() -> None:
 # ---------------------------------------------------------------------------------------------- JSON lines
 
 
-def test_json_lines_have_the_csvs_columns() -> None:
+def test_json_lines_have_the_columns_of_the_csv() -> None:
     line = as_jsonl(prediction())
     assert line.endswith(b"}\n")
     found = json.loads(line)
@@ -173,13 +175,13 @@ def test_json_lines_have_the_csvs_columns() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_line_is_a_line_whatever_the_name(name: str) -> None:
+def test_json_line_never_contains_a_line_break(name: str) -> None:
     data = as_jsonl(prediction(name), prediction("next.png"))
     assert data.count(b"\n") == 2
     assert [json.loads(line)["file"] for line in data.split(b"\n")[:-1]] == [name, "next.png"]
 
 
-def test_no_rows_is_an_empty_file(tmp_path: Path) -> None:
+def test_json_lines_without_rows_are_an_empty_file(tmp_path: Path) -> None:
     with open_writer(tmp_path / "out.jsonl", CLASSES):
         pass
     assert (tmp_path / "out.jsonl").read_bytes() == b""
@@ -192,26 +194,26 @@ names = st.lists(st.text(st.characters(exclude_characters="\0"), max_size=20), m
 
 
 def reader(data: bytes, ending: str = ".csv", **options: Any) -> RowReader:
-    return RowReader(io.BytesIO(data), format_of(Path(f"x{ending}")), **options)
+    return RowReader(io.BytesIO(data), format_for(Path(f"x{ending}")), **options)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @given(names)
-def test_rows_are_read_back_with_their_bytes(ending: str, given_names: list[str]) -> None:
+def test_row_reader_returns_the_bytes_of_each_row(ending: str, given_names: list[str]) -> None:
     data = ENDINGS[ending](*(prediction(name) for name in given_names))
     found = reader(data, ending)
     rows = list(found)
     assert [encoded(row.name) for row in rows] == [encoded(printed(name)) for name in given_names]
-    assert {row.ran for row in rows} == {("majority", "cpu", "fp32")}
+    assert {row.run for row in rows} == {("majority", "cpu", "fp32")}
     assert found.columns == columns(CLASSES)
-    assert found.whole == len(data)
+    assert found.complete_bytes == len(data)
     assert found.hash.hexdigest() == hashlib.sha256(data).hexdigest()
     assert data.endswith(b"".join(row.data for row in rows))
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @given(names, st.data())
-def test_wherever_it_is_torn_the_whole_rows_are_read(ending: str, given_names: list[str], data: st.DataObject) -> None:
+def test_row_reader_stops_at_a_torn_row(ending: str, given_names: list[str], data: st.DataObject) -> None:
     rows = [ENDINGS[ending](prediction(name)) for name in given_names]
     head = ENDINGS[ending]()
     whole = head + b"".join(row.removeprefix(head) for row in rows)
@@ -223,7 +225,7 @@ def test_wherever_it_is_torn_the_whole_rows_are_read(ending: str, given_names: l
     for row in rows:
         ends.append(ends[-1] + len(row) - len(head))
     expected = [end for end in ends if end <= cut]
-    assert found.whole == (expected[-1] if expected else 0)
+    assert found.complete_bytes == (expected[-1] if expected else 0)
     assert len(read) == max(0, len(expected) - 1)
 
 
@@ -231,36 +233,36 @@ def test_wherever_it_is_torn_the_whole_rows_are_read(ending: str, given_names: l
     "damaged",
     [
         b"x.png,majority,ASD\n",  # cells are missing
-        b"\xff" + b",a" * 19 + b"\n",  # no text
-        b'"x"y' + b",a" * 19 + b"\n",  # no CSV
-        b"x" * 5_000_000 + b",a" * 19 + b"\n",  # longer than any row
+        b"\xff" + b",a" * 19 + b"\n",  # not UTF-8
+        b'"x"y' + b",a" * 19 + b"\n",  # not CSV
+        b"x" * 5_000_000 + b",a" * 19 + b"\n",  # longer than the maximum
         b'"' + b"x\n" * 2_500_000 + b'"' + b",a" * 19 + b"\n",
         b"\n",
     ],
     ids=["short", "bytes", "quotes", "long", "lines", "empty"],
 )
-def test_nothing_is_read_behind_a_row_that_is_none(damaged: bytes) -> None:
+def test_row_reader_stops_at_damaged_csv(damaged: bytes) -> None:
     data = as_csv(prediction("a.png"))
     found = reader(data + damaged + data)
     assert [row.name for row in found] == ["a.png"]
-    assert found.whole == len(data)
+    assert found.complete_bytes == len(data)
 
 
 @pytest.mark.parametrize("damaged", [b"{}\n", b"[1]\n", b"1\n", b"nothing\n", b'{"file": "a"}\n', b"[" * 9999 + b"\n"])
-def test_nothing_is_read_behind_a_line_that_is_no_row(damaged: bytes) -> None:
+def test_row_reader_stops_at_damaged_json_line(damaged: bytes) -> None:
     data = as_jsonl(prediction("a.png"))
     assert [row.name for row in reader(data + damaged + data, ".jsonl")] == ["a.png"]
     assert list(reader(damaged, ".jsonl")) == []
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_a_row_of_another_run_ends_it(ending: str) -> None:
+def test_row_reader_stops_at_row_of_another_run(ending: str) -> None:
     data = ENDINGS[ending](prediction("a.png"), prediction("b.png", precision="int8"), prediction("c.png"))
-    assert [row.name for row in reader(data, ending, ran=("majority", "cpu", "fp32"))] == ["a.png"]
+    assert [row.name for row in reader(data, ending, run=("majority", "cpu", "fp32"))] == ["a.png"]
     assert len(list(reader(data, ending))) == 3
 
 
-def test_another_header_is_seen() -> None:
+def test_row_reader_reports_other_columns() -> None:
     assert reader(b"name,age\n").columns is None
     assert reader(as_csv()).columns == columns(CLASSES)
     assert reader(b"").columns is None
@@ -270,26 +272,25 @@ def test_another_header_is_seen() -> None:
 
 
 @pytest.mark.parametrize(("name", "expected"), [("out.csv", as_csv), ("out.JSONL", as_jsonl), ("out.CSV", as_csv)])
-def test_the_ending_decides(tmp_path: Path, name: str, expected: Any) -> None:
+def test_extension_selects_the_format(tmp_path: Path, name: str, expected: Any) -> None:
     with open_writer(tmp_path / name, CLASSES) as writer:
         writer.write(prediction())
         assert not (tmp_path / name).exists()
     assert (tmp_path / name).read_bytes() == expected(prediction())
-    assert writer_of(tmp_path / name) is {as_csv: CsvWriter, as_jsonl: JsonlWriter}[expected]
     assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("name", ["out", "out.txt", "out.json", "out.csv.gz", ".csv"])
-def test_another_ending_is_refused_before_anything_is_made(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match=r"--out .*: the ending is '.*'; expected \.csv or \.jsonl") as caught:
-        check_ending(tmp_path / name)
+def test_unknown_extension_raises_before_any_file_exists(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"--out .*: the extension is '.*'; expected \.csv or \.jsonl") as caught:
+        format_for(tmp_path / name)
     assert caught.value.exit_code == 2
     with pytest.raises(UsageError), open_writer(tmp_path / name, CLASSES):
         pytest.fail("it was opened")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_left_when_the_block_raises(tmp_path: Path) -> None:
+def test_exception_leaves_no_file(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     path.write_text("of yesterday")
     with pytest.raises(RuntimeError, match="stop"), open_writer(path, CLASSES) as writer:
@@ -299,7 +300,7 @@ def test_nothing_is_left_when_the_block_raises(tmp_path: Path) -> None:
     assert path.read_text() == "of yesterday"
 
 
-def test_the_result_replaces_an_older_one_at_the_end(tmp_path: Path) -> None:
+def test_file_replaces_older_one_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     path.write_text("of yesterday")
     with open_writer(path, CLASSES) as writer:
@@ -309,7 +310,7 @@ def test_the_result_replaces_an_older_one_at_the_end(tmp_path: Path) -> None:
     assert len(path.read_bytes().splitlines()) == 2001
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_folder_raises(tmp_path: Path) -> None:
     with (
         pytest.raises(OutputError, match=r"absent/out\.csv: cannot be written"),
         open_writer(tmp_path / "absent" / "out.csv", CLASSES),
@@ -318,7 +319,7 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-def test_a_device_that_is_full(tmp_path: Path) -> None:
+def test_full_disk_raises_and_leaves_no_file(tmp_path: Path) -> None:
     (tmp_path / "out.csv").symlink_to("/dev/full")
     with (
         pytest.raises(OutputError, match=r"out\.csv: cannot be written \(No space left on device\)"),

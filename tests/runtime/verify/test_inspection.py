@@ -1,3 +1,5 @@
+"""Tests of bundle inspection: intact, damaged and unlisted files."""
+
 from __future__ import annotations
 
 import json
@@ -20,7 +22,7 @@ def files_of(found: Inspection) -> list[tuple[str, ...]]:
     return [row for block in section.blocks if isinstance(block, Table) for row in block.rows]
 
 
-def test_a_whole_bundle(tiny_bundle: Path) -> None:
+def test_intact_bundle(tiny_bundle: Path) -> None:
     found = inspect_bundle(tiny_bundle)
     manifest = json.loads((tiny_bundle / "bundle.json").read_text("ascii"))
     assert (found.manifest, found.faults, found.unlisted, found.signed) == (manifest, (), (), False)
@@ -37,7 +39,7 @@ def test_a_whole_bundle(tiny_bundle: Path) -> None:
     assert found.to_dict()["whole"] is True
 
 
-def test_files_that_are_not_whole(tmp_path: Path, make_tiny_bundle: Make) -> None:
+def test_damaged_files_are_reported(tmp_path: Path, make_tiny_bundle: Make) -> None:
     folder = make_tiny_bundle(tmp_path / "bundle", precisions=("fp32", "int8"))
     (folder / "MODEL_CARD.md").write_text("another")
     (folder / "golden.npz").unlink()
@@ -57,7 +59,7 @@ def test_files_that_are_not_whole(tmp_path: Path, make_tiny_bundle: Make) -> Non
     assert found.to_dict()["files"]["golden.npz"]["fault"].endswith("copy the whole bundle again")
 
 
-def test_what_lies_beside_it(tmp_path: Path, make_tiny_bundle: Make) -> None:
+def test_unlisted_files_and_signature_are_reported(tmp_path: Path, make_tiny_bundle: Make) -> None:
     folder = make_tiny_bundle(tmp_path / "bundle")
     (folder / SIGNATURE).write_bytes(b"{}")
     for index in range(14):
@@ -71,7 +73,7 @@ def test_what_lies_beside_it(tmp_path: Path, make_tiny_bundle: Make) -> None:
     assert items.lines[0] == "more-00.txt" and items.lines[-1] == "and 2 more" and len(items.lines) == 13
 
 
-def test_nothing_to_inspect(tmp_path: Path, make_tiny_bundle: Make) -> None:
+def test_missing_or_damaged_manifest_raises(tmp_path: Path, make_tiny_bundle: Make) -> None:
     with pytest.raises(BundleNotFoundError):
         inspect_bundle(tmp_path)
     folder = make_tiny_bundle(tmp_path / "bundle")

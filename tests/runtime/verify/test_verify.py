@@ -1,3 +1,5 @@
+"""Tests of verification: gates, changed decisions, hashes, and reports over devices and precisions."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -17,13 +19,8 @@ from echoquad_runtime.bundle.manifest import GOLDEN
 from echoquad_runtime.devices.session_factory import open_session
 from echoquad_runtime.engine.io_binding import IoBinding
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
-from echoquad_runtime.errors import (
-    BundleError,
-    BundleNotFoundError,
-    BundleTamperedError,
-    DeviceUnavailableError,
-)
-from echoquad_runtime.verify.decision_margins import frame_leads
+from echoquad_runtime.errors import BundleError, BundleNotFoundError, BundleTamperedError, DeviceUnavailableError
+from echoquad_runtime.verify.decision_margins import frame_margins
 from echoquad_runtime.verify.verify import verify, verify_all
 
 Make = Callable[..., Path]
@@ -38,7 +35,7 @@ def gate(**bounds: float) -> dict[str, Any]:
     return {"fp32": {"gate": bounds}}
 
 
-def test_a_good_bundle_passes(tiny_bundle: Path) -> None:
+def test_good_bundle_passes(tiny_bundle: Path) -> None:
     found = verify(tiny_bundle, device="cpu")
     assert found.passed is True
     assert (found.device, found.precision, found.provider_note) == ("cpu", "fp32", "")
@@ -60,7 +57,7 @@ def test_other_contracts_pass(tmp_path: Path, make_tiny_bundle: Make, classes: t
 @pytest.mark.parametrize(
     ("field", "delta"), [("logits", 2e-4), ("probabilities", 2e-4), ("logits", np.nan), ("probabilities", np.nan)]
 )
-def test_one_wrong_golden_answer_fails(
+def test_wrong_golden_answer_fails(
     tmp_path: Path, tiny_bundle: Path, make_tiny_bundle: Make, frame: int, field: str, delta: float
 ) -> None:
     golden = golden_of(tiny_bundle)
@@ -74,7 +71,7 @@ def test_one_wrong_golden_answer_fails(
         assert found.worst_frame == golden.names[frame]
 
 
-def test_a_graph_that_computes_something_else_fails(tmp_path: Path, make_tiny_bundle: Make) -> None:
+def test_wrong_graph_fails(tmp_path: Path, make_tiny_bundle: Make) -> None:
     found = verify(make_tiny_bundle(tmp_path, graph={"logit_scale": 1.01}), device="cpu")
     assert not found.passed
     assert found.max_abs_dlogit > 1e-3
@@ -84,15 +81,13 @@ def test_a_graph_that_computes_something_else_fails(tmp_path: Path, make_tiny_bu
 @pytest.mark.parametrize(
     "bounds", [{}, LOOSE, {**LOOSE, "max_abs_dprobability": 1e300, "max_frame_flip_fraction": 1.0}]
 )
-def test_no_gate_lets_nan_pass(tmp_path: Path, make_tiny_bundle: Make, value: float, bounds: dict[str, float]) -> None:
+def test_nan_never_passes(tmp_path: Path, make_tiny_bundle: Make, value: float, bounds: dict[str, float]) -> None:
     changes = {"manifest": {"parity": gate(**bounds)}} if bounds else {}
     folder = make_tiny_bundle(tmp_path, graph={"logit_scale": value}, **changes)
     assert verify(folder, device="cpu").passed is False
 
 
-def test_golden_answers_that_are_no_number_do_not_pass_where_logits_have_no_bound(
-    tmp_path: Path, tiny_bundle: Path, make_tiny_bundle: Make
-) -> None:
+def test_nan_golden_answers_fail_without_logit_bound(tmp_path: Path, tiny_bundle: Path, make_tiny_bundle: Make) -> None:
     golden = golden_of(tiny_bundle)
     nan = dataclasses.replace(golden, logits=np.full_like(golden.logits, np.nan))
     folder = make_tiny_bundle(tmp_path, golden=nan, manifest={"parity": gate(**LOOSE)})
@@ -110,12 +105,12 @@ def test_flips_are_counted_and_fail(tmp_path: Path, tiny_bundle: Path, make_tiny
     assert found.quadrant_flips + found.tolerated_quadrant_flips <= 4 * found.frames
 
 
-# The rule for marginal frames
+# Frames with small decision margins
 
 
 @pytest.fixture
 def undecided(tmp_path: Path, make_tiny_bundle: Make) -> Callable[[float], Path]:
-    """Give bundles whose probabilities are all near a half, and whose golden answers are on the other side of it."""
+    """Return a factory of bundles with probabilities near 0.5 and golden answers on the other side of it."""
     golden = golden_of(make_tiny_bundle(tmp_path / "plain", temperature=100.0))
     swapped = dataclasses.replace(golden, probabilities=golden.probabilities[:, :, ::-1])
 
@@ -127,7 +122,7 @@ def undecided(tmp_path: Path, make_tiny_bundle: Make) -> Callable[[float], Path]
     return make
 
 
-def test_flips_that_a_difference_within_the_gate_accounts_for_are_told_apart(
+def test_flips_within_tolerance_are_reported_separately(
     undecided: Callable[[float], Path],
 ) -> None:
     found = verify(undecided(0.2), device="cpu")
@@ -138,19 +133,19 @@ def test_flips_that_a_difference_within_the_gate_accounts_for_are_told_apart(
     assert all(check.tolerated and check.expected != check.found for check in found.golden)
 
 
-def test_beyond_the_gate_flips_count_and_no_difference_is_excused(undecided: Callable[[float], Path]) -> None:
+def test_flips_beyond_the_gate_count(undecided: Callable[[float], Path]) -> None:
     folder = undecided(0.004)
     found = verify(folder, device="cpu")
     assert not found.passed
     golden = golden_of(folder)
-    leads = frame_leads(golden.probabilities, "majority").max(axis=1)
-    assert 0 < (leads > 0.008).sum() < found.frames  # there are both kinds
+    leads = frame_margins(golden.probabilities, "majority").max(axis=1)
+    assert 0 < (leads > 0.008).sum() < found.frames  # margins on both sides of the bound
     assert found.frame_flips == (leads > 0.008).sum()
     assert found.tolerated_frame_flips == found.frames - found.frame_flips
     assert [check.tolerated for check in found.golden] == (leads <= 0.008).tolist()
 
 
-def test_a_difference_beyond_the_gate_fails_though_no_decision_hangs_on_it(
+def test_difference_beyond_the_gate_fails_without_a_flip(
     tmp_path: Path, tiny_bundle: Path, make_tiny_bundle: Make
 ) -> None:
     golden = golden_of(tiny_bundle)
@@ -163,7 +158,7 @@ def test_a_difference_beyond_the_gate_fails_though_no_decision_hangs_on_it(
     assert not found.passed
 
 
-def test_each_golden_frame_is_told_of(tmp_path: Path, tiny_bundle: Path, make_tiny_bundle: Make) -> None:
+def test_each_golden_frame_has_a_result(tmp_path: Path, tiny_bundle: Path, make_tiny_bundle: Make) -> None:
     golden = golden_of(tiny_bundle)
     reasons = tuple((f"reason {index}", "another") for index in range(len(golden.names)))
     found = verify(make_tiny_bundle(tmp_path, golden=dataclasses.replace(golden, reasons=reasons)), device="cpu")
@@ -176,7 +171,7 @@ def test_each_golden_frame_is_told_of(tmp_path: Path, tiny_bundle: Path, make_ti
     assert found.provider == "CPUExecutionProvider"
 
 
-def test_a_graph_of_less_precision_is_held_to_what_it_gave_where_it_was_exported(
+def test_low_precision_graph_is_compared_with_its_exported_answers(
     tmp_path: Path, tiny_bundle: Path, make_tiny_bundle: Make
 ) -> None:
     right = golden_of(tiny_bundle)
@@ -207,22 +202,22 @@ def test_every_listed_file_is_hashed(tmp_path: Path, make_tiny_bundle: Make) -> 
             verify(folder, device="cpu")
 
 
-def test_the_precision_that_is_asked_for_is_verified(tmp_path: Path, make_tiny_bundle: Make) -> None:
+def test_requested_precision_is_verified(tmp_path: Path, make_tiny_bundle: Make) -> None:
     folder = make_tiny_bundle(tmp_path, precisions=("fp32", "int8"))
     assert verify(folder, device="cpu", precision="int8", threads=1).precision == "int8"
 
 
-def test_no_bundle_and_no_gate(tmp_path: Path, make_tiny_bundle: Make) -> None:
+def test_missing_bundle_and_missing_gate_raise(tmp_path: Path, make_tiny_bundle: Make) -> None:
     with pytest.raises(BundleNotFoundError):
         verify(tmp_path)
     with pytest.raises(BundleError, match="no parity gate"):
         verify(make_tiny_bundle(tmp_path, manifest={"parity": {}}), device="cpu")
 
 
-# Several devices and precisions, and the record of it
+# Reports over several devices and precisions
 
 
-def test_a_record_of_all_devices(tmp_path: Path, make_tiny_bundle: Make) -> None:
+def test_report_of_all_devices(tmp_path: Path, make_tiny_bundle: Make) -> None:
     folder = make_tiny_bundle(tmp_path / "bundle", precisions=("fp32", "int8"))
     steps: list[tuple[int, int]] = []
     record = verify_all(
@@ -231,7 +226,7 @@ def test_a_record_of_all_devices(tmp_path: Path, make_tiny_bundle: Make) -> None
     assert record.passed and record.error is None
     assert [(check.device, check.precision) for check in record.checks] == [("cpu", "fp32"), ("cpu", "int8")]
     assert steps == [(0, 2), (1, 2)]
-    assert record.obstacles == {"cuda": "no driver"}
+    assert record.unavailable_devices == {"cuda": "no driver"}
     manifest = json.loads((folder / "bundle.json").read_text("ascii"))
     found = json.loads(json.dumps(record.to_dict(), allow_nan=False))
     assert (found["verdict"], found["error"], found["bundle"]) == ("passed", None, folder.as_posix())
@@ -247,7 +242,7 @@ def test_a_record_of_all_devices(tmp_path: Path, make_tiny_bundle: Make) -> None
         assert [frame["name"] for frame in check["golden"]] == list(golden_of(folder).names)
 
 
-def test_one_that_fails_is_in_the_record_beside_those_that_pass(
+def test_report_has_failed_check_beside_passed_ones(
     tmp_path: Path, make_tiny_bundle: Make, make_tiny_graph: Callable[..., bytes]
 ) -> None:
     contract = Bundle(make_tiny_bundle(tmp_path / "plain")).contract
@@ -258,11 +253,11 @@ def test_one_that_fails_is_in_the_record_beside_those_that_pass(
     assert not record.passed and record.error is None
     found = json.loads(json.dumps(record.to_dict(), allow_nan=False))
     assert found["verdict"] == "failed"
-    assert found["checks"][1]["max_abs_dlogit"] is None  # no number at all
+    assert found["checks"][1]["max_abs_dlogit"] is None  # not a number
     assert found["checks"][1]["golden"][0]["max_abs_dprobability"] is None
 
 
-def test_a_graph_that_cannot_be_run_does_not_end_the_others(
+def test_graph_that_cannot_run_does_not_stop_other_checks(
     tmp_path: Path, make_tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_slot = OnnxEngine.open_slot
@@ -282,7 +277,7 @@ def test_a_graph_that_cannot_be_run_does_not_end_the_others(
     assert not record.passed
 
 
-def test_a_device_that_is_not_there_fails_nothing_unless_it_is_all_there_is(
+def test_unavailable_device_fails_only_if_it_is_the_only_one(
     tmp_path: Path, make_tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(model: bytes, *, device: str, **options: Any) -> Any:
@@ -306,7 +301,7 @@ def test_a_device_that_is_not_there_fails_nothing_unless_it_is_all_there_is(
     assert not verify_all(folder, devices={"openvino": "not there"}).passed
 
 
-def test_a_bundle_that_is_not_whole_has_a_record_too(tmp_path: Path, make_tiny_bundle: Make) -> None:
+def test_damaged_bundle_has_a_report(tmp_path: Path, make_tiny_bundle: Make) -> None:
     folder = make_tiny_bundle(tmp_path / "bundle")
     (folder / "MODEL_CARD.md").write_text("another")
     record = verify_all(folder, devices={"cpu": None})
@@ -321,10 +316,10 @@ def test_a_bundle_that_is_not_whole_has_a_record_too(tmp_path: Path, make_tiny_b
     assert "it holds no int8 graph" in str(lacking.error)
 
 
-def test_many_golden_frames_go_through_in_batches_of_a_bounded_size(
+def test_batch_size_does_not_depend_on_number_of_golden_frames(
     tmp_path: Path, tiny_bundle: Path, make_tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cart's memory must not depend on how many golden frames there are."""
+    """Peak memory must not depend on the number of golden frames."""
     golden = golden_of(tiny_bundle)
     many = GoldenFrames(
         golden.names * 7,
@@ -336,11 +331,11 @@ def test_many_golden_frames_go_through_in_batches_of_a_bounded_size(
     run = IoBinding.run
 
     def watch(slot: IoBinding, batch: np.ndarray, frames: int) -> Any:
-        assert len(batch) <= 2  # what a batch of `predict` has on the CPU
+        assert len(batch) <= 2  # the batch size of `predict` on the CPU
         sizes.append(frames)
         return run(slot, batch, frames)
 
     monkeypatch.setattr(IoBinding, "run", watch)
     found = verify(make_tiny_bundle(tmp_path, golden=many), device="cpu")
     assert found.passed and found.frames == 42
-    assert Counter(sizes) == {1: 42 + 42, 2: 21}  # alone; in the bucket of one; in the bucket of two
+    assert Counter(sizes) == {1: 42 + 42, 2: 21}  # one at a time and bucket 1; bucket 2

@@ -1,4 +1,4 @@
-"""What `train` finds by itself: patients and pictures in both splits."""
+"""Leaks that training finds in decoded splits: shared patients and shared pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def leaks_of(data: Path, regex: str | None = None) -> Leaks:
     return leaks_of_stores(stores, patient_pattern(regex))
 
 
-def test_a_clean_set(flat_data: Path) -> None:
+def test_clean_splits_have_no_leak(flat_data: Path) -> None:
     found = leaks_of(flat_data)
     assert not found.found
     assert found.counts == {
@@ -30,19 +30,19 @@ def test_a_clean_set(flat_data: Path) -> None:
         "near_across": 0,
         "unchecked": 0,
     }
-    assert found.line == (
+    assert found.summary == (
         "leaks: 0 patients, 0 exact duplicates and 0 near duplicates in more than one split "
         "(patients: train 8, validation 8)"
     )
 
 
-def test_every_kind_of_leak(flat_data: Path, tmp_path: Path) -> None:
+def test_shared_patient_exact_and_near_duplicate_are_found(flat_data: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(flat_data, tmp_path / "data"))
     train, validation = data / "train" / "dark", data / "validation" / "dark"
     shutil.copy(train / "train0.png", validation / "copy.png")
-    shutil.copy(train / "train0.png", train / "twice.png")  # in one split: no leak
+    shutil.copy(train / "train0.png", train / "twice.png")  # within one split: no leak
     with Image.open(train / "train1.png") as image:
-        image.point(lambda level: min(255, level + 10)).save(validation / "alike.jpg", quality=90)
+        image.point(lambda level: min(255, level + 10)).save(validation / "near.jpg", quality=90)
     for split in ("train", "validation"):
         with Image.open(data / split / "bright" / f"{split}2.png") as image:
             image.save(data / split / "bright" / f"patient7_{split}.bmp")
@@ -51,15 +51,15 @@ def test_every_kind_of_leak(flat_data: Path, tmp_path: Path) -> None:
     assert (counts["patients_across"], counts["exact_across"], counts["near_across"]) == (1, 1, 1)
     assert found.patients == {"patient7": ("train", "validation")}
     assert found.exact[0].kind == "pixels"
-    assert found.near[0].names == ("train/dark/train1.png", "validation/dark/alike.jpg")
-    assert found.line.startswith("LEAK: 1 patient, 1 exact duplicate and 1 near duplicate in more than one split")
+    assert found.near[0].names == ("train/dark/train1.png", "validation/dark/near.jpg")
+    assert found.summary.startswith("LEAK: 1 patient, 1 exact duplicate and 1 near duplicate in more than one split")
 
 
-def test_the_pattern_counts(flat_data: Path) -> None:
+def test_patient_regex_defines_the_patients(flat_data: Path) -> None:
     assert leaks_of(flat_data, r"(\d)").counts["patients_across"] == 4
 
 
-def test_a_run_says_what_was_found(trained) -> None:
+def test_run_json_records_the_leak_counts(trained) -> None:
     assert trained.reporter.leaks is not None and not trained.reporter.leaks.found
     assert trained.info["audit"] == trained.reporter.leaks.counts
     assert trained.info["patient_regex"] is None

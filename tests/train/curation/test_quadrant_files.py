@@ -1,4 +1,4 @@
-"""The quadrants as files, and the way back."""
+"""Quadrant files: stitched they equal the cropped frame, and nothing is left behind on failure."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from PIL import Image
 from echoquad_runtime.errors import DatasetError, VerificationError
 from echoquad_runtime.frames.reader import read_frame
 from echoquad_runtime.quadrants import crop_box, stitch
-from echoquad_train.curation import quadrant_files as patches
-from echoquad_train.curation.quadrant_files import write_patches
+from echoquad_train.curation import quadrant_files
+from echoquad_train.curation.quadrant_files import write_quadrants
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.9, 0.5])
-def test_stitched_they_are_the_frame(make_data, tmp_path: Path, keep: float) -> None:
+def test_stitched_quadrants_equal_the_cropped_frame(make_data, tmp_path: Path, keep: float) -> None:
     data = make_data(tmp_path / "data", splits=("train", "test"))
-    done = write_patches(data, tmp_path / "out", keep)
+    done = write_quadrants(data, tmp_path / "out", keep)
     assert (done.frames, done.failures) == (12, ())
     assert done.counts["test", "dark"] == 3
     rows = list(csv.DictReader((tmp_path / "out" / "patch_mapping.csv").read_text("utf-8").splitlines()))
@@ -35,35 +35,35 @@ def test_stitched_they_are_the_frame(make_data, tmp_path: Path, keep: float) -> 
     assert rows[0]["LA"] == "train/bright/train0_LA.png"
 
 
-def test_frames_that_cannot_be_read_are_told(make_data, tmp_path: Path) -> None:
+def test_unreadable_frames_are_listed_as_failures(make_data, tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     (data / "train" / "dark" / "text.png").write_text("text")
     Image.new("L", (1, 1)).save(data / "train" / "dark" / "dot.png")
-    done = write_patches(data, tmp_path / "out", 0.9)
+    done = write_quadrants(data, tmp_path / "out", 0.9)
     assert sorted(failure.file for failure in done.failures) == ["train/dark/dot.png", "train/dark/text.png"]
     assert done.frames == 12
 
 
-def test_two_frames_of_one_stem(make_data, tmp_path: Path) -> None:
+def test_frames_with_one_stem_keep_their_extensions(make_data, tmp_path: Path) -> None:
     data = make_data(tmp_path / "data", frames=1)
     with Image.open(data / "train" / "dark" / "train0.png") as image:
         image.save(data / "train" / "dark" / "train0.bmp")
-    assert write_patches(data, tmp_path / "out", 0.9).frames == 5
+    assert write_quadrants(data, tmp_path / "out", 0.9).frames == 5
     names = sorted(path.name for path in (tmp_path / "out" / "train" / "dark").glob("*_LA.png"))
     assert names == ["train0.bmp_LA.png", "train0.png_LA.png"]
 
 
-def test_a_frame_that_is_not_found_again_leaves_nothing(make_data, tmp_path: Path, monkeypatch) -> None:
+def test_failed_verification_leaves_no_folder(make_data, tmp_path: Path, monkeypatch) -> None:
     data = make_data(tmp_path / "data", frames=1)
-    monkeypatch.setattr(patches, "read_frame", lambda path: read_frame(path) // 2)
-    with pytest.raises(VerificationError, match="its four patches, stitched, are not the cropped frame"):
-        write_patches(data, tmp_path / "out", 0.9)
+    monkeypatch.setattr(quadrant_files, "read_frame", lambda path: read_frame(path) // 2)
+    with pytest.raises(VerificationError, match="train/"):
+        write_quadrants(data, tmp_path / "out", 0.9)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_none_can_be_read(tmp_path: Path) -> None:
+def test_no_readable_frame_raises_dataset_error(tmp_path: Path) -> None:
     (tmp_path / "data" / "train" / "a").mkdir(parents=True)
     (tmp_path / "data" / "train" / "a" / "x.png").write_text("text")
-    with pytest.raises(DatasetError, match=r"no frame can be read; the first failure: train/a/x\.png"):
-        write_patches(tmp_path / "data", tmp_path / "out", 0.9)
+    with pytest.raises(DatasetError, match=r"train/a/x\.png"):
+        write_quadrants(tmp_path / "data", tmp_path / "out", 0.9)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""What is one picture, and what is not."""
+"""Near duplicates: copies of a frame are found, other frames are not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from echoquad_train.curation.similarity import CENTRED, LIKENESS, SHIFTED, alike, hashes, likeness, thumbnail
+from echoquad_train.curation.similarity import (
+    CENTRED,
+    MIN_SIMILARITY,
+    SHIFTED,
+    near_duplicates,
+    perceptual_hashes,
+    similarity,
+    thumbnail,
+)
 from echoquad_train.phantom.drawing import draw_patient, generator_of, render
 
 
@@ -26,8 +34,8 @@ def frames() -> list[np.ndarray]:
 
 def pairs(frames, others, views=SHIFTED):
     thumbs = [thumbnail(frame) for frame in (*frames, *others)]
-    bits = [hashes(thumb, views) for thumb in thumbs]
-    return alike(bits, thumbs.__getitem__, views, lambda a, b: np.ones(len(a), bool), 1000)
+    bits = [perceptual_hashes(thumb, views) for thumb in thumbs]
+    return near_duplicates(bits, thumbs.__getitem__, views, lambda a, b: np.ones(len(a), bool), 1000)
 
 
 def encoded(frame: np.ndarray, quality: int) -> np.ndarray:
@@ -61,13 +69,13 @@ COPIES = {
 
 
 @pytest.mark.parametrize("how", COPIES)
-def test_a_copy_is_found_and_nothing_else(frames, how: str) -> None:
+def test_copy_is_the_only_near_duplicate(frames, how: str) -> None:
     found, left = pairs(frames, [COPIES[how](frames[3])])
     assert [(pair.first, pair.second) for pair in found] == [(3, len(frames))]
-    assert found[0].likeness >= LIKENESS and left == 0
+    assert found[0].similarity >= MIN_SIMILARITY and left == 0
 
 
-def test_a_copy_of_a_copy_is_one_tree(frames) -> None:
+def test_two_copies_of_a_frame_form_one_tree(frames) -> None:
     others = [COPIES["encoded"](frames[0]), COPIES["halved"](frames[0])]
     found, _ = pairs(frames, others)
     assert len(found) == 2  # three frames, two pairs
@@ -75,9 +83,9 @@ def test_a_copy_of_a_copy_is_one_tree(frames) -> None:
     assert joined == {0, len(frames), len(frames) + 1}
 
 
-def test_looks_are_counted(frames) -> None:
-    found, left = alike(
-        [hashes(thumbnail(frame), CENTRED) for frame in (frames[0], frames[0], frames[0])],
+def test_candidates_beyond_the_limit_are_counted_as_unchecked(frames) -> None:
+    found, left = near_duplicates(
+        [perceptual_hashes(thumbnail(frame), CENTRED) for frame in (frames[0], frames[0], frames[0])],
         lambda index: thumbnail(frames[0]),
         CENTRED,
         lambda a, b: np.ones(len(a), bool),
@@ -86,22 +94,22 @@ def test_looks_are_counted(frames) -> None:
     assert (len(found), left) == (1, 2)
 
 
-def test_only_what_is_asked_is_compared(frames) -> None:
+def test_only_selected_pairs_are_compared(frames) -> None:
     thumbs = [thumbnail(frame) for frame in (frames[0], frames[0], frames[1])]
-    bits = [hashes(thumb, CENTRED) for thumb in thumbs]
-    assert alike(bits, thumbs.__getitem__, CENTRED, lambda a, b: np.zeros(len(a), bool), 10) == ([], 0)
-    assert alike([], thumbs.__getitem__, CENTRED, lambda a, b: np.ones(len(a), bool), 10) == ([], 0)
+    bits = [perceptual_hashes(thumb, CENTRED) for thumb in thumbs]
+    assert near_duplicates(bits, thumbs.__getitem__, CENTRED, lambda a, b: np.zeros(len(a), bool), 10) == ([], 0)
+    assert near_duplicates([], thumbs.__getitem__, CENTRED, lambda a, b: np.ones(len(a), bool), 10) == ([], 0)
 
 
 @settings(max_examples=20)
 @given(st.integers(0, 255), st.integers(2, 40), st.integers(2, 40))
-def test_a_flat_frame_is_like_nothing(level: int, width: int, height: int) -> None:
+def test_uniform_frame_is_similar_to_nothing(level: int, width: int, height: int) -> None:
     flat = thumbnail(np.full((height, width), level, np.uint8))
-    assert likeness(flat, flat) == 0.0
-    assert likeness(flat, thumbnail(phantom(0))) == 0.0
+    assert similarity(flat, flat) == 0.0
+    assert similarity(flat, thumbnail(phantom(0))) == 0.0
 
 
-def test_a_frame_is_like_itself(frames) -> None:
+def test_frame_is_similar_to_itself_only(frames) -> None:
     thumb = thumbnail(frames[0])
-    assert likeness(thumb, thumb) == pytest.approx(1.0, abs=1e-5)
-    assert likeness(thumb, thumbnail(frames[4])) < 0.8
+    assert similarity(thumb, thumb) == pytest.approx(1.0, abs=1e-5)
+    assert similarity(thumb, thumbnail(frames[4])) < 0.8

@@ -1,3 +1,5 @@
+"""Data sets: class and split listing, decoding to quadrants, overflow to disk, and the fingerprint."""
+
 from __future__ import annotations
 
 import gc
@@ -29,14 +31,14 @@ def line(error: pytest.ExceptionInfo[DatasetError]) -> str:
     return str(error.value)
 
 
-# Discovery
+# Listing
 
 
 @pytest.mark.parametrize(
     "classes",
     [("ASD", "NORM"), ("a", "b", "c"), ("10", "2", "9"), ("Defekt", "gesund", "ÄSD", "心房"), ("_x", "x y", "ß.1")],
 )
-def test_classes_are_the_folders_of_train_sorted(tmp_path: Path, make_data: MakeData, classes: tuple[str, ...]) -> None:
+def test_classes_are_the_sorted_folders_of_train(tmp_path: Path, make_data: MakeData, classes: tuple[str, ...]) -> None:
     data = make_data(tmp_path / "data", classes, frames=2)
     found = read_classes(data)
     assert found == tuple(sorted(classes))
@@ -45,7 +47,7 @@ def test_classes_are_the_folders_of_train_sorted(tmp_path: Path, make_data: Make
     assert [found[frame.label] for frame in split.frames] == [frame.name.split("/")[1] for frame in split.frames]
 
 
-def test_folders_nest_and_hidden_names_are_skipped(tmp_path: Path, make_data: MakeData) -> None:
+def test_nested_folders_are_listed_and_hidden_names_skipped(tmp_path: Path, make_data: MakeData) -> None:
     data = make_data(tmp_path / "data", frames=1)
     train = data / "train"
     source = train / "dark" / "train0.png"
@@ -67,7 +69,7 @@ def test_folders_nest_and_hidden_names_are_skipped(tmp_path: Path, make_data: Ma
     assert [(file.path, file.name) for file in split.files()] == [(f.path, f.name) for f in split.frames]
 
 
-def test_the_order_does_not_depend_on_the_file_system(
+def test_order_does_not_depend_on_the_file_system(
     tmp_path: Path, make_data: MakeData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = make_data(tmp_path / "data", ("c", "a", "b"), frames=5)
@@ -89,55 +91,55 @@ def test_the_order_does_not_depend_on_the_file_system(
     assert read(data) == expected
 
 
-# Refusals
+# Incomplete data
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_data_folder_raises_dataset_error(tmp_path: Path) -> None:
     with pytest.raises(DatasetError) as error:
         read_classes(tmp_path / "none")
-    assert "none: no such folder; expected train/, validation/, test/ with a folder a class" in line(error)
+    assert "none: " in line(error) and "train/, validation/, test/" in line(error)
 
 
-def test_a_missing_split(tmp_path: Path, make_data: MakeData) -> None:
+def test_missing_split_error_lists_the_folders_found(tmp_path: Path, make_data: MakeData) -> None:
     data = make_data(tmp_path / "data")
     with pytest.raises(DatasetError) as error:
         read(data, "test")
-    assert "data: no test/ folder, only train, validation; expected" in line(error)
+    assert "no test/ folder, only train, validation" in line(error)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DatasetError, match="no train/ folder, only nothing"):
+    with pytest.raises(DatasetError, match="no train/ folder"):
         read_classes(tmp_path / "empty")
 
 
-def test_fewer_than_two_classes(tmp_path: Path, make_data: MakeData) -> None:
+def test_fewer_than_two_classes_raise_dataset_error(tmp_path: Path, make_data: MakeData) -> None:
     data = make_data(tmp_path / "data", ("ASD",))
     with pytest.raises(DatasetError) as error:
         read_classes(data)
-    assert "train: the single class 'ASD' found; expected two or more" in line(error)
+    assert "'ASD'" in line(error) and "two or more" in line(error)
     shutil.rmtree(data / "train" / "ASD")
-    with pytest.raises(DatasetError, match="no class folder found"):
+    with pytest.raises(DatasetError, match="no class folder"):
         read_classes(data)
 
 
-def test_a_split_must_have_the_classes_of_train(tmp_path: Path, make_data: MakeData) -> None:
+def test_split_with_missing_or_unknown_class_raises_dataset_error(tmp_path: Path, make_data: MakeData) -> None:
     data = make_data(tmp_path / "data", ("a", "b", "c"))
     shutil.rmtree(data / "validation" / "b")
     with pytest.raises(DatasetError) as error:
         read(data, "validation")
-    assert "validation: class b is missing; expected a folder for each of a, b, c" in line(error)
+    assert "validation: class b " in line(error) and "a, b, c" in line(error)
     (data / "validation" / "b").mkdir()
     (data / "validation" / "d").mkdir()
     with pytest.raises(DatasetError) as error:
         read(data, "validation")
-    assert "validation: class d is unknown; expected only a, b, c" in line(error)
+    assert "validation: class d " in line(error) and "a, b, c" in line(error)
 
 
-def test_a_class_folder_without_frames(tmp_path: Path, make_data: MakeData) -> None:
+def test_class_folder_without_frames_raises_dataset_error(tmp_path: Path, make_data: MakeData) -> None:
     data = make_data(tmp_path / "data")
     for path in (data / "train" / "dark").iterdir():
         path.rename(path.with_suffix(".docx"))
     with pytest.raises(DatasetError) as error:
         read(data)
-    assert "train/dark: no frame found; expected .bmp" in line(error)
+    assert "train/dark: " in line(error) and ".bmp" in line(error)
 
 
 # Decoding
@@ -152,7 +154,7 @@ def damage(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:60])
 
 
-def test_quadrants_are_the_runtimes(flat_data: Path, contract: Contract) -> None:
+def test_decoded_quadrants_equal_those_of_the_runtime(flat_data: Path, contract: Contract) -> None:
     split, seen = read(flat_data), []
     store = load_quadrants(split, contract, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(done, 8) for done in range(1, 9)]
@@ -165,7 +167,7 @@ def test_quadrants_are_the_runtimes(flat_data: Path, contract: Contract) -> None
 
 
 @pytest.mark.parametrize("bad", [[0], [3], [7], [1, 2, 6]])
-def test_a_bad_frame_stands_apart(
+def test_unreadable_frames_are_failures_and_shift_no_label(
     tmp_path: Path, make_data: MakeData, contract: Contract, bad: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split = read(make_data(tmp_path / "data", frames=4))
@@ -185,22 +187,24 @@ def test_a_bad_frame_stands_apart(
         gc.collect()
 
 
-def test_a_class_of_which_nothing_can_be_read(tmp_path: Path, make_data: MakeData, contract: Contract) -> None:
+def test_class_without_readable_frame_raises_dataset_error(
+    tmp_path: Path, make_data: MakeData, contract: Contract
+) -> None:
     split = read(make_data(tmp_path / "data", frames=3))
     for index in (0, 3, 4, 5):  # one of class bright, all of class dark
         damage(split.frames[index].path)
     with pytest.raises(DatasetError) as error:
         load_quadrants(split, contract)
     message = line(error)
-    assert message.startswith("train: no frame of class dark can be read; the first failure: train/dark/train0.png: ")
+    assert message.startswith("train: ") and "class dark" in message and "train/dark/train0.png: " in message
 
 
-def test_more_than_memory_allows_goes_to_a_file_that_leaves_no_trace(
+def test_overflow_goes_to_a_temporary_file_that_is_removed(
     tmp_path: Path, flat_data: Path, contract: Contract, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split = read(flat_data)
     inside = load_quadrants(split, contract, overflow=tmp_path)
-    assert not isinstance(inside.quadrants, np.memmap)  # small enough: no file
+    assert not isinstance(inside.quadrants, np.memmap)  # fits in memory: no file
     monkeypatch.setattr(dataset, "MEMORY_BYTES", inside.quadrants.nbytes - 1)
     folders = []
     temporary = tempfile.TemporaryFile
@@ -209,19 +213,19 @@ def test_more_than_memory_allows_goes_to_a_file_that_leaves_no_trace(
     assert isinstance(mapped.quadrants, np.memmap) and folders == [tmp_path]
     assert np.array_equal(mapped.quadrants, inside.quadrants)
     assert np.array_equal(mapped.quadrants[[1, 5], [2, 3]], inside.quadrants[[1, 5], [2, 3]])
-    load_quadrants(split, contract)  # no folder given: memory, whatever its size
+    load_quadrants(split, contract)  # without a folder: memory, whatever the size
     assert len(folders) == 1
     del mapped
     gc.collect()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_one_line(
+def test_full_disk_raises_output_error(
     tmp_path: Path, flat_data: Path, contract: Contract, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dataset, "MEMORY_BYTES", 0)
     split = read(flat_data)
-    with pytest.raises(OutputError, match=r"gone: cannot be written \(No such file"):
+    with pytest.raises(OutputError, match=r"gone: .*No such file"):
         load_quadrants(split, contract, overflow=tmp_path / "gone")
 
     class Full:
@@ -241,7 +245,7 @@ def test_a_full_disk_is_one_line(
 # Fingerprint
 
 
-def test_a_fingerprint_is_of_names_and_sizes(tmp_path: Path, make_data: MakeData) -> None:
+def test_fingerprint_depends_on_names_and_sizes_only(tmp_path: Path, make_data: MakeData) -> None:
     data = make_data(tmp_path / "data")
     first = read(data).fingerprint
     moved = data.rename(tmp_path / "elsewhere")
@@ -259,7 +263,9 @@ def test_a_fingerprint_is_of_names_and_sizes(tmp_path: Path, make_data: MakeData
     assert read(moved).fingerprint != first
 
 
-def test_a_file_that_goes_away_is_no_crash(tmp_path: Path, make_data: MakeData, contract: Contract) -> None:
+def test_removed_file_changes_the_fingerprint_and_is_a_failure(
+    tmp_path: Path, make_data: MakeData, contract: Contract
+) -> None:
     split = read(make_data(tmp_path / "data"))
     before = split.fingerprint
     split.frames[2].path.unlink()
@@ -267,10 +273,10 @@ def test_a_file_that_goes_away_is_no_crash(tmp_path: Path, make_data: MakeData, 
     assert [failure.file for failure in load_quadrants(split, contract).failures] == [split.frames[2].name]
 
 
-# ---------------------------------------------------------------------------------------------- other kinds of files
+# Clips and matrices
 
 
-def test_the_frames_of_a_clip_are_frames_of_its_class(tmp_path: Path, contract: Contract) -> None:
+def test_frames_of_a_clip_belong_to_its_class(tmp_path: Path, contract: Contract) -> None:
     from echoquad_runtime.frames.formats import ReadOptions
 
     rng = np.random.default_rng(2)
@@ -280,7 +286,7 @@ def test_the_frames_of_a_clip_are_frames_of_its_class(tmp_path: Path, contract: 
         np.save(folder / "clip.npy", rng.integers(0, 200, (3, 20, 30)).astype(np.uint8))
         np.savetxt(folder / "one.txt", rng.integers(0, 200, (20, 30)), fmt="%d")
         (folder / "torn.npy").write_bytes((folder / "clip.npy").read_bytes()[:-9])
-    with pytest.raises(DatasetError, match=r"no frame found.*are read as matrices with --matrices"):
+    with pytest.raises(DatasetError, match="--matrices"):
         read_split(tmp_path, "train", ("bright", "dark"))
     split = read_split(tmp_path, "train", ("bright", "dark"), ReadOptions(matrices=True))
     names = ["clip.npy#1", "clip.npy#2", "clip.npy#3", "one.txt", "torn.npy"]
@@ -294,5 +300,5 @@ def test_the_frames_of_a_clip_are_frames_of_its_class(tmp_path: Path, contract: 
     assert turned.fingerprint != split.fingerprint
     upside_down = load_quadrants(turned, contract.__class__(**{**contract.to_dict(), "keep": 1.0})).quadrants
     straight = load_quadrants(split, contract.__class__(**{**contract.to_dict(), "keep": 1.0})).quadrants
-    # LA and LV, RA and RV change places; what is resized is turned, too, up to a rounding.
+    # LA and LV, RA and RV swap; the resize of a flipped quadrant differs by a rounding at most.
     assert np.abs(upside_down[:, [2, 3]].astype(int) - straight[:, [0, 1], ::-1].astype(int)).max() <= 1

@@ -1,4 +1,4 @@
-"""Whom a frame is of."""
+"""Patient identifiers in frame names: the default rule and --patient-regex."""
 
 import re
 from pathlib import Path
@@ -30,24 +30,24 @@ from echoquad_train.data.patients import patient_of, patient_pattern, patients_o
         ("-1.png", None),
     ],
 )
-def test_the_default_rule(name, patient):
+def test_default_rule_finds_patient_series_or_folder(name, patient):
     assert patient_of(name) == patient
 
 
-def test_a_pattern_is_searched_for_and_its_first_group_counts():
+def test_pattern_is_searched_and_its_first_group_is_the_patient():
     assert patient_of("siteA/id77_x.png", re.compile(r"id(\d+)")) == "77"
     assert patient_of("siteA/id77_x.png", re.compile(r"site\w")) == "siteA"
     assert patient_of("patient0001.png", re.compile(r"id(\d+)")) is None
-    assert patient_of("a1.png", re.compile("png")) is None  # the ending says nothing of a patient
+    assert patient_of("a1.png", re.compile("png")) is None  # the extension is not searched
 
 
-def test_frames_that_do_not_tell_are_apart():
+def test_frames_without_a_patient_count_as_patients_of_their_own():
     names = ["train/ED/patient1_a.png", "train/ES/patient1_b.png", "train/ED/x.png", "validation/ED/x.png"]
     frames = [LabelledFrame(Path(name), name, 0) for name in names]
     assert patients_of(frames) == ("patient1", "patient1", "train/ED/x.png", "validation/ED/x.png")
 
 
-def test_a_pattern_that_is_none_is_refused():
+def test_invalid_pattern_raises_config_error():
     assert patient_pattern(None) is None
-    with pytest.raises(ConfigError, match=r"--patient-regex '\('.*expected one such as"):
+    with pytest.raises(ConfigError, match=r"--patient-regex '\('"):
         patient_pattern("(")

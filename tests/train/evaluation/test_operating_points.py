@@ -1,3 +1,5 @@
+"""Operating points and abstention: thresholds by hand, cross-fitting, and the risk-coverage curve."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -9,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echoquad_runtime.errors import ConfigError
-from echoquad_train.evaluation.abstention import abstention, risk_coverage
-from echoquad_train.evaluation.intervals import Bootstrap
+from echoquad_train.evaluation.abstention import AbstentionPoint, abstention, risk_coverage
+from echoquad_train.evaluation.intervals import Bootstrap, Estimate
 from echoquad_train.evaluation.operating_points import check_targets, choose_threshold, operating_points
 from echoquad_train.evaluation.scored_frames import ScoredFrames
 
 
-def judged(positive: Any, truth: Any) -> ScoredFrames:
-    """Frames of which all quadrants give the positive class the same probability."""
+def scored_frames(positive: Any, truth: Any) -> ScoredFrames:
+    """Return frames whose four quadrants give the positive class the same probability."""
     p = np.asarray(positive, float)
     return ScoredFrames(
         names=tuple(f"{index}.png" for index in range(len(p))),
@@ -38,7 +40,7 @@ TRUTH = np.array([True, True, False, True, False, True, False])
 @pytest.mark.parametrize(
     ("kind", "target", "threshold"),
     [
-        ("specificity", 1.0, 0.75),  # between the last true one above and the first false one
+        ("specificity", 1.0, 0.75),  # between the lowest positive above and the highest negative
         ("specificity", 0.6, 0.5),
         ("specificity", 0.1, 0.25),
         ("sensitivity", 1.0, 0.25),
@@ -47,18 +49,18 @@ TRUTH = np.array([True, True, False, True, False, True, False])
         ("sensitivity", 0.01, 0.85),
     ],
 )
-def test_thresholds_by_hand(kind: str, target: float, threshold: float) -> None:
+def test_threshold_holds_the_rate_in_a_small_example(kind: str, target: float, threshold: float) -> None:
     assert choose_threshold(SCORE, TRUTH, kind, target) == pytest.approx(threshold)
 
 
-def test_a_specificity_that_only_silence_has() -> None:
+def test_specificity_without_any_positive_decision() -> None:
     found = choose_threshold(np.array([0.9, 0.8]), np.array([False, True]), "specificity", 1.0)
     assert found is not None and 0.9 < found < 0.9000001
     assert choose_threshold(SCORE, np.ones(7, bool), "sensitivity", 0.9) is None
 
 
 @given(st.integers(4, 40), st.floats(0.05, 1), st.sampled_from(["specificity", "sensitivity"]), st.integers(0, 2**31))
-def test_a_threshold_holds_what_it_was_chosen_for_and_no_more(count: int, target: float, kind: str, seed: int) -> None:
+def test_threshold_holds_its_rate_and_maximises_the_other(count: int, target: float, kind: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     score, truth = rng.random(count).round(1), rng.random(count) < 0.5
     truth[:2] = [True, False]
@@ -76,57 +78,69 @@ def test_a_threshold_holds_what_it_was_chosen_for_and_no_more(count: int, target
             assert rate(threshold)[1 - mine] >= rate(other)[1 - mine] - 1e-9
 
 
-def test_a_point_is_chosen_on_validation_and_measured_elsewhere() -> None:
-    reported, reference = judged(SCORE, TRUTH), judged([0.95, 0.65, 0.51, 0.1], [True, True, False, False])
+def test_threshold_is_chosen_on_validation_and_measured_on_the_reported_frames() -> None:
+    reported, reference = (
+        scored_frames(SCORE, TRUTH),
+        scored_frames([0.95, 0.65, 0.51, 0.1], [True, True, False, False]),
+    )
     sampler = Bootstrap(reported.patient_index, 200)
     (point,) = operating_points(reported, sampler, [("specificity", 1.0)], reference, None)
-    assert point["threshold"] == pytest.approx(0.58)  # of the validation frames; 0.75 would do better here
-    assert point["sensitivity"]["estimate"] == 3 / 4 and point["specificity"]["estimate"] == 2 / 3
-    low, high = point["sensitivity"]["ci95"]
+    assert point.thresholds == pytest.approx((0.58,))  # of the validation frames; 0.75 would be better here
+    assert point.sensitivity is not None and point.specificity is not None and point.sensitivity.ci95 is not None
+    assert point.sensitivity.estimate == 3 / 4 and point.specificity.estimate == 2 / 3
+    low, high = point.sensitivity.ci95
     assert low <= 3 / 4 <= high
     (none,) = operating_points(reported, sampler, [("sensitivity", 0.9)], None, None)
-    assert none == {"fixed": "sensitivity", "target": 0.9, "sensitivity": None, "specificity": None}
+    assert none.to_dict() == {"fixed": "sensitivity", "target": 0.9, "sensitivity": None, "specificity": None}
 
 
-def test_a_cross_fitted_point_sees_nothing_of_its_fold() -> None:
+def test_cross_fitted_threshold_does_not_depend_on_its_fold() -> None:
     rng = np.random.default_rng(0)
     score, truth = rng.random(40).round(3), rng.random(40) < 0.5
     folds = np.arange(40) % 4
     sampler = Bootstrap(np.arange(40), 10)
-    turned = np.where(folds == 1, ~truth, truth)
+    flipped = np.where(folds == 1, ~truth, truth)
     (a,), (b,) = (
-        operating_points(judged(score, of), sampler, [("specificity", 0.8)], None, folds) for of in (truth, turned)
+        operating_points(scored_frames(score, of), sampler, [("specificity", 0.8)], None, folds)
+        for of in (truth, flipped)
     )
-    assert a["thresholds"][1] == b["thresholds"][1] and a["thresholds"] != b["thresholds"]
-    assert a["thresholds"][0] == choose_threshold(score[folds != 0], truth[folds != 0], "specificity", 0.8)
+    assert a.thresholds[1] == b.thresholds[1] and a.thresholds != b.thresholds
+    assert a.thresholds[0] == choose_threshold(score[folds != 0], truth[folds != 0], "specificity", 0.8)
 
 
 @pytest.mark.parametrize("value", [0.0, -0.1, 1.5, float("nan")])
-def test_a_rate_that_cannot_be_is_refused(value: float) -> None:
-    with pytest.raises(ConfigError, match=r"--at-specificity .* found; expected a rate above 0, at most 1"):
+def test_rate_outside_zero_to_one_raises_config_error(value: float) -> None:
+    with pytest.raises(ConfigError, match="--at-specificity"):
         check_targets([0.9, value], "--at-specificity")
 
 
 # Abstention
 
 
-def test_risk_and_coverage_by_hand() -> None:
-    confidence, right = np.array([0.6, 0.9, 0.8, 0.8, 0.7]), np.array([True, True, False, True, True])
-    thresholds, coverage, risk = risk_coverage(confidence, right)
+def test_risk_coverage_curve_of_a_small_example() -> None:
+    confidence, correct = np.array([0.6, 0.9, 0.8, 0.8, 0.7]), np.array([True, True, False, True, True])
+    thresholds, coverage, risk = risk_coverage(confidence, correct)
     assert thresholds.tolist() == [0.9, 0.8, 0.7, 0.6]
     assert coverage.tolist() == [0.2, 0.6, 0.8, 1.0]
     assert risk == pytest.approx([0, 1 / 3, 1 / 4, 1 / 5])
 
 
-def test_what_abstaining_buys() -> None:
-    found = judged([0.9, 0.8, 0.7, 0.55, 0.1], [True, True, True, False, False])
+def test_abstaining_trades_coverage_for_accuracy() -> None:
+    found = scored_frames([0.9, 0.8, 0.7, 0.55, 0.1], [True, True, True, False, False])
     sampler = Bootstrap(found.patient_index, 300)
-    plain, at = abstention(found, sampler), abstention(found, sampler, 0.6)["at"]
-    assert "at" not in plain and plain["aurc"] == pytest.approx(0.2 * 0.2)  # only the last frame is wrong
-    assert plain["points"][0] == {"threshold": pytest.approx(0.55), "coverage": 1.0, "accuracy": pytest.approx(0.8)}
-    assert plain["points"][3]["coverage"] == pytest.approx(0.8) and plain["points"][3]["accuracy"] == 1.0
-    assert (at["indeterminate"], at["coverage"]["estimate"], at["accuracy"]["estimate"]) == (1, 0.8, 1.0)
-    assert abstention(found, sampler, 0.99)["at"]["accuracy"] == {"estimate": None, "ci95": None}
-    # The bound is on the calibrated confidence: 0.7 under the temperature 0.25 is 0.97.
-    sure = abstention(replace(found, frame_temperature=0.25), sampler, 0.95)["at"]
-    assert sure["indeterminate"] == 1
+    plain = abstention(found, sampler)
+    assert "at" not in plain.to_dict() and plain.aurc == pytest.approx(0.2 * 0.2)  # only the last frame is wrong
+    first = {"threshold": pytest.approx(0.55), "coverage": 1.0, "accuracy": pytest.approx(0.8)}
+    assert plain.points[0].to_dict() == first
+    assert plain.points[3].coverage == pytest.approx(0.8) and plain.points[3].accuracy == 1.0
+
+    def at(scored: ScoredFrames, below: float) -> AbstentionPoint:
+        point = abstention(scored, sampler, below).at
+        assert point is not None
+        return point
+
+    point = at(found, 0.6)
+    assert (point.indeterminate, point.coverage.estimate, point.accuracy.estimate) == (1, 0.8, 1.0)
+    assert at(found, 0.99).accuracy == Estimate(None)
+    # The threshold applies to the calibrated confidence: 0.7 under the temperature 0.25 is 0.97.
+    assert at(replace(found, frame_temperature=0.25), 0.95).indeterminate == 1

@@ -1,4 +1,4 @@
-"""Cross-validation: how frames are dealt, what every fold's run is, and what all of them come to."""
+"""Cross-validation: splitting by patient, the runs of the folds, out-of-fold figures, resume."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from PIL import Image
 from echoquad_runtime.errors import ConfigError, DatasetError, RunError
 from echoquad_train.data.dataset import LabelledFrame, Split
 from echoquad_train.data.patients import patients_of
-from echoquad_train.fitting.cross_validation import FoldSettings, deal, fit_folds
+from echoquad_train.fitting.cross_validation import FoldSettings, fit_folds, split_folds
 from echoquad_train.recipe import Recipe
 from echoquad_train.runs.checkpoint import load_run
 from echoquad_train.runs.ensemble_folder import Ensemble, load_trained
 
 
 def pool(patients: int, frames: int) -> list[Split]:
-    """List frames that lie nowhere: every patient's are of both classes, in one split."""
+    """List frames without files: each patient has frames of both classes, in one split."""
 
     def of(name: str, numbers: range) -> Split:
         names = [
@@ -41,11 +41,9 @@ def pool(patients: int, frames: int) -> list[Split]:
 
 
 @given(patients=st.integers(6, 25), frames=st.integers(1, 4), folds=st.integers(2, 5), seed=st.integers(0, 2**63 - 1))
-def test_frames_are_dealt_by_patient_and_each_is_held_out_once(
-    patients: int, frames: int, folds: int, seed: int
-) -> None:
+def test_folds_split_by_patient_and_hold_each_frame_out_once(patients: int, frames: int, folds: int, seed: int) -> None:
     splits, settings = pool(patients, frames), FoldSettings(folds)
-    parts = deal(splits, settings, seed)
+    parts = split_folds(splits, settings, seed)
     every = [frame for split in splits for frame in split.frames]
     held_out = [frame for _, validation in parts for frame in validation.frames]
     assert sorted(held_out, key=lambda frame: frame.name) == sorted(every, key=lambda frame: frame.name)
@@ -54,23 +52,23 @@ def test_frames_are_dealt_by_patient_and_each_is_held_out_once(
         assert set(train.frames) | set(validation.frames) == set(every)
         assert not set(patients_of(train.frames)) & set(patients_of(validation.frames))
         assert min(validation.counts.values()) > 0 and min(train.counts.values()) > 0
-    assert deal(splits, settings, seed) == parts
+    assert split_folds(splits, settings, seed) == parts
 
 
-def test_another_seed_deals_otherwise() -> None:
-    assert deal(pool(20, 2), FoldSettings(4), 0) != deal(pool(20, 2), FoldSettings(4), 1)
+def test_seed_changes_folds() -> None:
+    assert split_folds(pool(20, 2), FoldSettings(4), 0) != split_folds(pool(20, 2), FoldSettings(4), 1)
 
 
-def test_what_cannot_be_dealt_is_refused() -> None:
+def test_impossible_folds_are_refused() -> None:
     with pytest.raises(ConfigError, match="--folds 1: expected 2 or more"):
         FoldSettings(1)
     with pytest.raises(DatasetError, match="class a has 6 patients; expected one or more for every fold"):
-        deal(pool(6, 1), FoldSettings(7), 0)
+        split_folds(pool(6, 1), FoldSettings(7), 0)
     with pytest.raises(DatasetError, match="class a has 1 patients"):
-        deal(pool(9, 2), FoldSettings(3, "(patient)"), 0)
+        split_folds(pool(9, 2), FoldSettings(3, "(patient)"), 0)
     with pytest.raises(ConfigError, match="--patient-regex"):
-        deal(pool(9, 2), FoldSettings(3, "("), 0)
-    # Two of class b's three patients have all its frames but one, and those of class a hang on them.
+        split_folds(pool(9, 2), FoldSettings(3, "("), 0)
+    # Two patients hold all frames of class b but one, and most of class a.
     names = [("x", 0, 9), ("x", 1, 9), ("y", 0, 1), ("z", 1, 1)]
     frames = [
         LabelledFrame(Path(), f"train/{'ab'[label]}/patient{ord(who)}_{number}.png", label)
@@ -78,9 +76,9 @@ def test_what_cannot_be_dealt_is_refused() -> None:
         for number in range(count)
     ]
     with pytest.raises(
-        DatasetError, match=r"fold \d has no \w+ frame of class [ab]: its patients cannot be shared out"
+        DatasetError, match=r"fold \d has no \w+ frame of class [ab]: its patients cannot be split evenly"
     ):
-        deal([Split("train", ("a", "b"), tuple(frames))], FoldSettings(2), 0)
+        split_folds([Split("train", ("a", "b"), tuple(frames))], FoldSettings(2), 0)
 
 
 # Training
@@ -88,7 +86,7 @@ def test_what_cannot_be_dealt_is_refused() -> None:
 
 @dataclass
 class Case:
-    """Folds that were trained, and on what."""
+    """Trained folds and their inputs."""
 
     data: Path
     folder: Path
@@ -99,7 +97,7 @@ class Case:
 
 @pytest.fixture(scope="session")
 def patients_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give frames of six patients, both classes of each, in train and validation, and a test that is never read."""
+    """Write frames of six patients with both classes in train and validation, and a test split that is never read."""
     data, rng = tmp_path_factory.mktemp("patients") / "data", np.random.default_rng(2)
     for split, numbers in (("train", range(4)), ("validation", range(4, 6)), ("test", range(6, 7))):
         for level, name in ((220, "bright"), (40, "dark")):
@@ -136,7 +134,7 @@ def case(
     return Case(patients_data, folder, recipe, folded, reporter)
 
 
-def test_folds_are_runs_and_together_an_ensemble(case: Case, thin: None) -> None:
+def test_folds_are_runs_and_form_an_ensemble(case: Case, thin: None) -> None:
     found = load_trained(case.folder)
     assert isinstance(found, Ensemble) and found.trained_in_folds and found.info["vote"] == "soft"
     assert [member.folder.name for member in found.members] == ["fold-1", "fold-2"]
@@ -148,7 +146,7 @@ def test_folds_are_runs_and_together_an_ensemble(case: Case, thin: None) -> None
     assert case.reporter.folds == [(1, False), (2, False)]
 
 
-def test_every_frame_is_judged_once_by_the_run_that_has_not_seen_its_patient(case: Case, thin: None) -> None:
+def test_out_of_fold_figures_use_runs_that_never_saw_the_patient(case: Case, thin: None) -> None:
     with (case.folder / "out_of_fold.csv").open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert list(rows[0])[-3:] == ["precision", "fold", "true_class"] and "file" in rows[0]
@@ -163,7 +161,7 @@ def test_every_frame_is_judged_once_by_the_run_that_has_not_seen_its_patient(cas
     right = sum(row["pred_image"] == row["true_class"] for row in rows)
     assert figures["pooled"]["accuracy"] == pytest.approx(right / 12) and figures["pooled"]["frames"] == 12
     by_fold = [fold["accuracy"] for fold in figures["folds"]]
-    # What a fold's run reached on its validation frames in training is what is told of it.
+    # The figures of a fold are those of its run's validation.
     runs = [load_run(case.folder / f"fold-{number}") for number in (1, 2)]
     assert by_fold == [run.info["best"]["validation_frame_accuracy"] for run in runs]
     assert figures["mean"]["accuracy"] == pytest.approx(statistics.fmean(by_fold))
@@ -171,7 +169,7 @@ def test_every_frame_is_judged_once_by_the_run_that_has_not_seen_its_patient(cas
     assert [fold["patients"] for fold in figures["folds"]] == [3, 3]
 
 
-def test_killed_and_resumed(tmp_path: Path, case: Case, quiet: Any, thin: None) -> None:
+def test_killed_folds_resume_to_equal_result(tmp_path: Path, case: Case, quiet: Any, thin: None) -> None:
     folder, reporter = tmp_path / "run", reporter_of(quiet)
 
     def at_batch(epoch: int, done: int) -> None:
@@ -184,11 +182,11 @@ def test_killed_and_resumed(tmp_path: Path, case: Case, quiet: Any, thin: None) 
         fit_folds(case.data, folder, case.recipe, FoldSettings(2), resume=False, **options)
     with pytest.raises(RunError, match="its folds are not all trained"):
         load_trained(folder)
-    with pytest.raises(RunError, match="is there and not empty"):
+    with pytest.raises(RunError, match="exists and is not empty"):
         fit_folds(case.data, folder, case.recipe, FoldSettings(2), resume=False, **options)
-    with pytest.raises(RunError, match="was begun with --folds 2"):
+    with pytest.raises(RunError, match="began with --folds 2"):
         fit_folds(case.data, folder, case.recipe, FoldSettings(3), resume=True, **options)
-    with pytest.raises(RunError, match="was begun with another recipe"):
+    with pytest.raises(RunError, match="began with another recipe"):
         fit_folds(case.data, folder, replace(case.recipe, lr=0.5), FoldSettings(2), resume=True, **options)
     options["reporter"] = last = reporter_of(quiet)
     fit_folds(case.data, folder, case.recipe, FoldSettings(2), resume=True, **options)

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and resumed is the run that was not, bit for bit."""
+"""Resume: a run that is killed at any moment and resumed equals an uninterrupted run, bit for bit."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ PHASES = Recipe.load("transfer").replace(
     weights="none", input_size=24, epochs=4, warmup_epochs=1, layer3_epoch=3, batch_size=8, plateau_patience=0
 )
 CYCLE = Recipe.load("scratch").replace(
-    input_size=24, epochs=4, batch_size=8, optimizer="momentum", lr=1e-2, weight_average=0.0
+    input_size=24, epochs=4, batch_size=8, optimizer="momentum", lr=1e-2, ema_decay=0.0
 )
 RECIPES = {
     "phases": PHASES,
     "cycle": CYCLE,
     "float16": CYCLE.replace(mixed_precision=True, optimizer="adamw"),
-    "average": CYCLE.replace(weight_average=0.5),
+    "average": CYCLE.replace(ema_decay=0.5),
 }
 
 
 @dataclass(frozen=True)
 class Result:
-    """All that a run leaves which may not depend on when it was killed."""
+    """The files of a run that must not depend on when it was killed."""
 
     best: bytes
     metrics: list[dict[str, str]]
@@ -61,7 +61,7 @@ def result(folder: Path) -> Result:
 
 
 def difference(a: Any, b: Any, path: str = "state") -> str | None:
-    """Name the first place where two states differ in a bit."""
+    """Return the first key at which two states differ; None if they are equal."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return None if a.dtype == b.dtype and torch.equal(a, b) else path
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
@@ -84,13 +84,13 @@ def half(where: torch.device) -> torch.dtype:
 
 
 @pytest.fixture(scope="module")
-def whole(
+def uninterrupted(
     tmp_path_factory: pytest.TempPathFactory,
     flat_data: Path,
     quiet: Any,
     thin_session: Callable[[], AbstractContextManager[None]],
 ) -> Callable[[str], Result]:
-    """Give the result of the recipe's run that nobody disturbed."""
+    """Return the result of an uninterrupted run of a recipe."""
     known: dict[str, Result] = {}
 
     def of(name: str) -> Result:
@@ -121,10 +121,10 @@ def kill_at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int, *,
     patch.setattr(owner, name, killed)
 
 
-# The moments: (function to break off at, which call, before or after it).
+# The moments of a kill: (owner, function, number of the call, after it or before it).
 MOMENTS = {
-    "before run.json is written": (record, "write", 1, False),
-    "before the first epoch": (record, "write", 1, True),
+    "before run.json is written": (record, "write_run", 1, False),
+    "before the first epoch": (record, "write_run", 1, True),
     "before best.safetensors in epoch 1": (checkpoint, "save_best", 1, False),
     "between best.safetensors and last.pt in epoch 1": (checkpoint, "save_last", 1, False),
     "right after last.pt in epoch 1": (checkpoint, "save_last", 1, True),
@@ -133,31 +133,37 @@ MOMENTS = {
     "while run.json is written in epoch 2": (record, "write_json", 3, False),
     "between run.json and metrics.csv in epoch 2": (record, "write_json", 3, True),
     "while last.pt is flushed in epoch 2": (os, "fsync", 14, False),
-    "before the record says finished": (record, "write", 6, False),
+    "before the record says finished": (record, "write_run", 6, False),
 }
 
 
 @pytest.mark.parametrize("name", ["phases", "cycle"])
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_and_resumed(
-    tmp_path: Path, flat_data: Path, whole: Callable[[str], Result], quiet: Any, thin: None, name: str, moment: str
+def test_run_killed_at_any_write_resumes_to_equal_result(
+    tmp_path: Path,
+    flat_data: Path,
+    uninterrupted: Callable[[str], Result],
+    quiet: Any,
+    thin: None,
+    name: str,
+    moment: str,
 ) -> None:
     folder, recipe = tmp_path / "run", RECIPES[name]
     owner, function, call, after = MOMENTS[moment]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         kill_at_call(patch, owner, function, call, after=after)
         fit(flat_data, folder, recipe, device="cpu", resume=False, reporter=quiet())
-    torch.manual_seed(77)  # another process' generator
+    torch.manual_seed(77)  # as in a new process
     fit(flat_data, folder, recipe, device="cpu", resume=True, reporter=quiet())
-    assert_same(result(folder), whole(name))
+    assert_same(result(folder), uninterrupted(name))
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize("name", ["phases", "cycle", "float16", "average"])
-def test_killed_again_and_again_in_the_middle_of_epochs(
+def test_run_killed_repeatedly_within_epochs_resumes_to_equal_result(
     tmp_path: Path,
     flat_data: Path,
-    whole: Callable[[str], Result],
+    uninterrupted: Callable[[str], Result],
     quiet: Any,
     thin: None,
     name: str,
@@ -184,43 +190,46 @@ def test_killed_again_and_again_in_the_middle_of_epochs(
             fit(flat_data, folder, recipe, device="cpu", resume=index > 0, reporter=reporter)
     last = quiet()
     fit(flat_data, folder, recipe, device="cpu", resume=True, reporter=last)
-    assert [epoch.epoch for epoch, _ in last.epochs] == [4]  # what was done is not done again
-    assert_same(result(folder), whole(name))
+    assert [epoch.epoch for epoch, _ in last.epochs] == [4]  # finished epochs are not repeated
+    assert_same(result(folder), uninterrupted(name))
 
 
-def test_the_recipes_put_something_at_stake(whole: Callable[[str], Result]) -> None:
-    """Phases change, rates move, the scaler has a state: else the tests above would prove little."""
-    phases = whole("phases")
+def test_recipes_under_test_have_state_to_lose(uninterrupted: Callable[[str], Result]) -> None:
+    """Phases change, rates change and the scaler has a state; otherwise the tests above would prove little."""
+    phases = uninterrupted("phases")
     assert [row["phase"] for row in phases.metrics] == ["head", "layer4", "layer3", "layer3"]
-    assert phases.state["course"]["plateau"] is not None and phases.state["course"]["optimizer"]["state"]
-    cycle = whole("cycle")
-    assert len({row["lr"] for row in cycle.metrics}) == 4 and cycle.state["course"]["step"] == 16
+    assert (
+        phases.state["optimizer_schedule"]["plateau"] is not None
+        and phases.state["optimizer_schedule"]["optimizer"]["state"]
+    )
+    cycle = uninterrupted("cycle")
+    assert len({row["lr"] for row in cycle.metrics}) == 4 and cycle.state["optimizer_schedule"]["step"] == 16
     assert phases.best != cycle.best
-    average = whole("average")
-    assert difference(average.state["model"], cycle.state["model"]) is None  # it follows, and does not lead
+    average = uninterrupted("average")
+    assert difference(average.state["model"], cycle.state["model"]) is None  # the average does not influence training
     assert average.best != cycle.best
 
 
-def test_a_finished_run_is_left_as_it_is(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
+def test_resuming_finished_run_changes_nothing(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
     folder = Path(shutil.copytree(trained.folder, tmp_path / "run"))
     reporter = quiet()
     fitted = fit(trained.data, folder, trained.recipe, device="cpu", resume=True, reporter=reporter)
     assert fitted.history == trained.fitted.history and fitted.best == trained.fitted.best and not reporter.epochs
     for name in ("best.safetensors", "last.pt", "metrics.csv", "recipe.toml"):
         assert (folder / name).read_bytes() == (trained.folder / name).read_bytes()
-    assert json.loads((folder / "run.json").read_text("utf-8")) == trained.info  # when it was begun, too
+    assert json.loads((folder / "run.json").read_text("utf-8")) == trained.info  # including the time of creation
 
 
-def test_a_run_out_of_patience_stays_stopped(
+def test_resuming_early_stopped_run_trains_no_epoch(
     tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tiny: Recipe
 ) -> None:
-    standing = tiny.replace(epochs=9, trained_layers="head", lr=1e-30, weight_decay=0, stop_patience=1)
+    standing = tiny.replace(epochs=9, trained_layers="head", lr=1e-30, weight_decay=0, early_stopping_patience=1)
     first = fit(flat_data, tmp_path / "run", standing, device="cpu", resume=False, reporter=quiet())
     again = fit(flat_data, tmp_path / "run", standing, device="cpu", resume=True, reporter=quiet())
     assert len(first.history) == 2 and again.history == first.history
 
 
-def test_the_weights_it_began_from_are_not_needed_again(
+def test_resume_needs_no_initial_weights_file(
     tmp_path: Path, trained: Any, quiet: Any, thin: None, tiny: Recipe
 ) -> None:
     weights = Path(shutil.copy(trained.folder / "best.safetensors", tmp_path / "start.safetensors"))
@@ -238,10 +247,10 @@ def test_the_weights_it_began_from_are_not_needed_again(
     assert_same(result(tmp_path / "run"), result(tmp_path / "whole"))
 
 
-def test_a_run_in_float32_may_go_on_in_float16(
+def test_float32_run_may_resume_in_float16(
     tmp_path: Path, trained: Any, quiet: Any, thin: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On another device the scaler may have no state to find."""
+    """The saved scaler has no state then, as after a change of the device."""
     recipe = trained.recipe.replace(mixed_precision=True, input_size=24, epochs=2)
 
     def at_batch(epoch: int, done: int) -> None:
@@ -256,8 +265,8 @@ def test_a_run_in_float32_may_go_on_in_float16(
     assert result(tmp_path / "run").info["precision"] == "fp16"
 
 
-def test_killed_and_resumed_with_a_teacher(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
-    """At another input size than the teacher's, and from another place that holds the same teacher."""
+def test_killed_distillation_resumes_to_equal_result(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
+    """The student has another input size, and the teacher's folder moves."""
     recipe = trained.recipe.replace(input_size=24)
     train = partial(fit, trained.data, device="cpu")
     train(tmp_path / "whole", recipe, resume=False, reporter=quiet(), teacher=trained.folder)
@@ -276,10 +285,10 @@ def test_killed_and_resumed_with_a_teacher(tmp_path: Path, trained: Any, quiet: 
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", pytest.param("efficientnet_b0", marks=pytest.mark.slow)])
-def test_a_smaller_backbone_is_killed_and_resumed(
+def test_killed_run_of_other_backbone_resumes_to_equal_result(
     tmp_path: Path, flat_data: Path, quiet: Any, tiny: Recipe, swift: None, name: str
 ) -> None:
-    """EfficientNet's stochastic depth draws as dropout does."""
+    """EfficientNet's stochastic depth draws random numbers like dropout."""
     recipe = tiny.replace(backbone=name, input_size=32, epochs=2, batch_size=16)
     train = partial(fit, flat_data, device="cpu")
     train(tmp_path / "whole", recipe, resume=False, reporter=quiet())
@@ -295,7 +304,7 @@ def test_a_smaller_backbone_is_killed_and_resumed(
     assert_same(result(tmp_path / "run"), result(tmp_path / "whole"))
 
 
-def test_a_run_of_a_release_with_fewer_fields_goes_on(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
+def test_run_of_earlier_release_resumes(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
     folder = Path(shutil.copytree(trained.folder, tmp_path / "run"))
     state = checkpoint.load_last(folder)
     lines = state["recipe"].splitlines()
@@ -319,7 +328,7 @@ def refused(data: Path, folder: Path, recipe: Recipe, reporter: Any, teacher: Pa
     return message
 
 
-def test_nothing_to_resume(tmp_path: Path, trained: Any, quiet: Any) -> None:
+def test_resume_without_run_is_refused(tmp_path: Path, trained: Any, quiet: Any) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("mine")
     for name in ("none", "empty"):
@@ -329,15 +338,17 @@ def test_nothing_to_resume(tmp_path: Path, trained: Any, quiet: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [{"lr": 1e-3}, {"seed": 1}, {"epochs": 9}])
-def test_another_recipe(tmp_path: Path, trained: Any, quiet: Any, change: dict[str, Any]) -> None:
+def test_resume_with_other_recipe_is_refused(tmp_path: Path, trained: Any, quiet: Any, change: dict[str, Any]) -> None:
     folder = Path(shutil.copytree(trained.folder, tmp_path / "run"))
     message = refused(trained.data, folder, trained.recipe.replace(**change), quiet())
-    assert "begun with another recipe; resume it with the options it was begun with" in message
+    assert "began with another recipe; resume it with the options" in message
 
 
 @pytest.mark.parametrize("killed", [1, 2])
-def test_another_teacher(tmp_path: Path, trained: Any, quiet: Any, thin: None, killed: int) -> None:
-    """Before the first state is written as after it."""
+def test_resume_with_other_teacher_is_refused(
+    tmp_path: Path, trained: Any, quiet: Any, thin: None, killed: int
+) -> None:
+    """Before and after the first state is saved."""
     recipe, folder = trained.recipe.replace(epochs=2), tmp_path / "run"
 
     def at_batch(epoch: int, done: int) -> None:
@@ -355,12 +366,12 @@ def test_another_teacher(tmp_path: Path, trained: Any, quiet: Any, thin: None, k
             teacher=trained.folder,
         )
     message = refused(trained.data, folder, recipe, quiet())
-    assert message.endswith("the run was begun with a teacher; resume it with the same --teacher RUN")
+    assert message.endswith("the run began with a teacher; resume it with the same --teacher RUN")
     fit(trained.data, tmp_path / "other", recipe, device="cpu", resume=False, reporter=quiet())
     message = refused(trained.data, folder, recipe, quiet(), tmp_path / "other")
-    assert "the run was begun with another teacher; resume it with the options" in message
+    assert "the run began with another teacher; resume it with the options" in message
     message = refused(trained.data, tmp_path / "other", recipe, quiet(), trained.folder)
-    assert "the run was begun with no teacher; resume it with the options" in message
+    assert "the run began with no teacher; resume it with the options" in message
     with pytest.raises(RunError, match=r"gone: no run here \(run\.json is missing\)"):
         fit(
             trained.data,
@@ -374,24 +385,24 @@ def test_another_teacher(tmp_path: Path, trained: Any, quiet: Any, thin: None, k
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_data_that_has_changed(tmp_path: Path, trained: Any, quiet: Any, thin: None, split: str) -> None:
+def test_resume_with_changed_data_is_refused(tmp_path: Path, trained: Any, quiet: Any, thin: None, split: str) -> None:
     data = Path(shutil.copytree(trained.data, tmp_path / "data"))
     folder = Path(shutil.copytree(trained.folder, tmp_path / "run"))
     fit(data, folder, trained.recipe, device="cpu", resume=True, reporter=quiet())  # a copy is the same data
     (data / split / "dark" / f"{split}0.png").unlink()
     message = refused(data, folder, trained.recipe, quiet())
-    assert "the data has changed since the run was begun; train into another folder" in message
+    assert "the data has changed since the run began; train into another folder" in message
 
 
-def test_a_damaged_state(tmp_path: Path, trained: Any, quiet: Any) -> None:
+def test_resume_from_damaged_state_is_refused(tmp_path: Path, trained: Any, quiet: Any) -> None:
     folder = Path(shutil.copytree(trained.folder, tmp_path / "run"))
     data = bytearray((folder / "last.pt").read_bytes())
-    data[len(data) // 2] ^= 1  # one bit, in the midst of a tensor
+    data[len(data) // 2] ^= 1  # one bit within a tensor
     (folder / "last.pt").write_bytes(data)
     assert "last.pt is damaged (" in refused(trained.data, folder, trained.recipe, quiet())
 
 
-# A process that really dies
+# Processes that end by os._exit
 
 SCRIPT = """
 import os, sys
@@ -430,7 +441,7 @@ fit(data, folder, recipe, device="cpu", resume=folder.exists(), reporter=Reporte
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["mid-epoch", "before last.pt", "after last.pt"])
-def test_a_process_that_dies(tmp_path: Path, flat_data: Path, moment: str) -> None:
+def test_process_that_dies_resumes_to_equal_result(tmp_path: Path, flat_data: Path, moment: str) -> None:
     def run(folder: str, moment: str) -> int:
         command = [sys.executable, "-c", SCRIPT, str(flat_data), str(tmp_path / folder), moment]
         return subprocess.run(command, check=False, timeout=200).returncode

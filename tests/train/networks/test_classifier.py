@@ -1,3 +1,5 @@
+"""The quadrant classifier: head, normalisation, weights from files, runs and downloads, devices."""
+
 from __future__ import annotations
 
 import io
@@ -42,9 +44,9 @@ def states_equal(a: nn.Module, b: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_backbones_have_the_head_that_the_contract_asks_for(backbone: str) -> None:
+def test_head_has_number_of_classes_of_contract(backbone: str) -> None:
     contract = Contract(("a", "b", "c"), input_size=64)
-    with torch.device("meta"):  # shapes are enough: to draw weights by the hundred million takes seconds
+    with torch.device("meta"):  # shapes are enough: drawing a hundred million weights takes seconds
         model = QuadrantClassifier(backbone, contract, dropout=0.25)
     dropout, linear = model.head
     assert isinstance(dropout, nn.Dropout) and dropout.p == 0.25
@@ -53,7 +55,7 @@ def test_backbones_have_the_head_that_the_contract_asks_for(backbone: str) -> No
         assert model.eval()(torch.zeros(2, 1, 64, 64, dtype=torch.uint8, device="meta")).shape == (2, 3)
 
 
-def test_grey_levels_are_normalised_inside(thin: None) -> None:
+def test_model_normalises_grey_levels(thin: None) -> None:
     contract = Contract(("a", "b"), input_size=32, mean=0.4, std=0.2)
     model = QuadrantClassifier("resnet18", contract).eval()
     grey = torch.randint(0, 256, (5, 1, 32, 32), dtype=torch.uint8)
@@ -65,7 +67,7 @@ def test_grey_levels_are_normalised_inside(thin: None) -> None:
         torch.testing.assert_close(logits, model.head(model.backbone(replicated)), atol=1e-5, rtol=0)
 
 
-def test_an_engine_gives_what_the_model_gives(thin: None) -> None:
+def test_torch_engine_returns_outputs_of_model(thin: None) -> None:
     contract = Contract(("a", "b", "c"), input_size=32, temperature=2.5)
     model = QuadrantClassifier("resnet18", contract, dropout=0.5).train()
     engine = TorchEngine(model, contract)
@@ -73,7 +75,7 @@ def test_an_engine_gives_what_the_model_gives(thin: None) -> None:
     quadrants = np.random.default_rng(0).integers(0, 256, (6, 1, 32, 32), np.uint8)
     logits, probabilities = engine.infer(quadrants)
     assert logits.dtype == probabilities.dtype == np.float32 and logits.shape == (6, 3)
-    assert not model.training  # no dropout, the batch's statistics of no influence
+    assert not model.training  # no dropout, and no influence of batch statistics
     single = np.concatenate([engine.infer(quadrants[i : i + 1])[0] for i in range(6)])
     np.testing.assert_allclose(single, logits, atol=1e-5)
     scaled = np.exp(logits.astype(np.float64) / 2.5)
@@ -81,7 +83,7 @@ def test_an_engine_gives_what_the_model_gives(thin: None) -> None:
 
 
 @pytest.mark.parametrize("name", ["squeeze", "", "mri"])
-def test_an_unknown_backbone(name: str) -> None:
+def test_unknown_backbone_is_refused(name: str) -> None:
     with pytest.raises(ConfigError) as error:
         QuadrantClassifier(name, TWO)
     assert line(error) == f"backbone {name!r} found; expected one of {', '.join(BACKBONES)}"
@@ -113,15 +115,15 @@ def saved(source: nn.Module, path: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pth", "legacy", "parameters", "headless"])
-def test_weights_from_a_file(tmp_path: Path, source: nn.Module, kind: str) -> None:
+def test_weights_load_from_file(tmp_path: Path, source: nn.Module, kind: str) -> None:
     path = saved(source, tmp_path / "weights", kind)
     model = build_model(Recipe(weights=str(path), input_size=32), Contract(("a", "b", "c"), input_size=32))
     source.fc = nn.Identity()
     assert states_equal(model.backbone, source)
 
 
-def test_weights_from_a_run(thin: None, trained: Any) -> None:
-    """A run's own head goes, whatever its number of classes."""
+def test_weights_load_from_run(thin: None, trained: Any) -> None:
+    """The head of the run is not loaded, whatever its number of classes."""
     best = trained.folder / "best.safetensors"
     model = build_model(Recipe(weights=str(best), input_size=32), Contract(("a", "b", "c"), input_size=32))
     state = safetensors.torch.load_file(best)
@@ -129,7 +131,7 @@ def test_weights_from_a_run(thin: None, trained: Any) -> None:
     assert model.head[1].out_features == 3
 
 
-def test_weights_of_another_network() -> None:
+def test_weights_of_other_network_are_refused() -> None:
     body = torchvision.models.get_model("resnet18", weights=None)
     before = {name: value.clone() for name, value in body.state_dict().items()}
     with pytest.MonkeyPatch.context() as patch:
@@ -142,7 +144,7 @@ def test_weights_of_another_network() -> None:
 
 
 @pytest.mark.parametrize("change", ["lacks", "shape", "extra"])
-def test_weights_that_do_not_fit(tmp_path: Path, source: nn.Module, change: str) -> None:
+def test_mismatched_weights_are_refused(tmp_path: Path, source: nn.Module, change: str) -> None:
     source.fc = nn.Identity()
     state = source.state_dict()
     if change == "lacks":
@@ -159,7 +161,7 @@ def test_weights_that_do_not_fit(tmp_path: Path, source: nn.Module, change: str)
 
 
 class Code:
-    """Unpickled, it leaves a file behind."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -169,7 +171,7 @@ class Code:
 
 
 @pytest.mark.parametrize("how", ["torch", "legacy", "pickle", "in a state dict"])
-def test_code_in_a_file_is_not_run(tmp_path: Path, source: nn.Module, how: str) -> None:
+def test_code_in_weights_file_is_not_run(tmp_path: Path, source: nn.Module, how: str) -> None:
     path, proof = tmp_path / "weights.pt", tmp_path / "code-was-run"
     code = Code(proof)
     if how == "pickle":
@@ -182,7 +184,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, source: nn.Module, how: str) 
     assert not proof.exists()
     message = line(error)
     assert "cannot be read as tensors (it holds more than tensors)" in message and "trust" not in message
-    # The file is what it is said to be: a reader that is less careful does run it.
+    # A reader that is less careful does run the code.
     torch.load(path, weights_only=False) if how != "pickle" else pickle.loads(path.read_bytes())
     assert proof.exists()
 
@@ -193,13 +195,13 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, source: nn.Module, how: str) 
         ("none.pt", None, "no such file; expected imagenet, none, or a file"),
         ("none.safetensors", None, "no such file"),
         ("empty.pt", b"", "cannot be read as tensors"),
-        ("empty.safetensors", b"", "damaged or no safetensors file"),
+        ("empty.safetensors", b"", "damaged or not a safetensors file"),
         ("text.pt", b"not a pickle at all", "cannot be read as tensors"),
         ("zip.pth", b"PK\x03\x04" + bytes(60), "cannot be read as tensors"),
-        ("text.safetensors", b"\xff" * 100, "damaged or no safetensors file"),
+        ("text.safetensors", b"\xff" * 100, "damaged or not a safetensors file"),
     ],
 )
-def test_a_file_that_holds_no_weights(
+def test_file_without_weights_is_refused(
     tmp_path: Path, source: nn.Module, name: str, content: bytes | None, words: str
 ) -> None:
     if content is not None:
@@ -210,14 +212,14 @@ def test_a_file_that_holds_no_weights(
 
 
 @pytest.mark.parametrize("content", [[torch.zeros(2)], {"model": {"a": torch.zeros(1)}}, {"epoch": 3}, torch.zeros(1)])
-def test_tensors_without_names(tmp_path: Path, source: nn.Module, content: object) -> None:
+def test_file_without_state_dict_is_refused(tmp_path: Path, source: nn.Module, content: object) -> None:
     torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(ConfigError, match="no state dict found; expected names and tensors"):
+    with pytest.raises(ConfigError, match="no state dict found; expected a mapping"):
         load_pretrained(source, "resnet18", str(tmp_path / "x.pt"))
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9, 0.999])
-def test_a_truncated_file(tmp_path: Path, source: nn.Module, share: float) -> None:
+def test_truncated_weights_file_is_refused(tmp_path: Path, source: nn.Module, share: float) -> None:
     for kind in ("safetensors", "pth", "legacy"):
         path = saved(source, tmp_path / kind, kind)
         data = path.read_bytes()
@@ -231,7 +233,7 @@ def test_a_truncated_file(tmp_path: Path, source: nn.Module, share: float) -> No
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give an empty cache of torch's, with no way to the network."""
+    """Use an empty torch cache and block the network."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
     def refuse(*_: object, **__: object) -> None:
@@ -251,7 +253,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (RuntimeError('invalid hash value (expected "f37072fd", got "00")'), "invalid hash value"),
     ],
 )
-def test_a_download_that_fails(
+def test_failed_download_is_one_line(
     hub: Path, monkeypatch: pytest.MonkeyPatch, thin: None, error: Exception, words: str
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -266,7 +268,7 @@ def test_a_download_that_fails(
     assert "--weights FILE" in message and "--recipe scratch" in message
 
 
-def test_without_a_network_the_command_ends_in_one_line(
+def test_train_without_network_exits_with_one_line(
     hub: Path, tmp_path: Path, flat_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from echoquad.cli.framework.main import main
@@ -278,10 +280,10 @@ def test_without_a_network_the_command_ends_in_one_line(
     assert ended.value.code == 1 and out == ""
     (message,) = [text for text in err.splitlines() if not text.startswith("Downloading")]
     assert message.startswith("error[E_CONFIG]: weights imagenet: ") and "[Errno -3] Temp" in message
-    assert not (tmp_path / "run").exists()  # nothing in the way of the next try
+    assert not (tmp_path / "run").exists()  # the next attempt can use the folder
 
 
-def test_weights_in_the_cache_need_no_network(hub: Path, thin: None, source: nn.Module) -> None:
+def test_cached_weights_need_no_network(hub: Path, thin: None, source: nn.Module) -> None:
     hub.mkdir(parents=True)
     (cached := hub / "resnet18-f37072fd.pth").write_bytes(b"half a file")
     with pytest.raises(ConfigError, match="weights imagenet: the resnet18 weights cannot be downloaded"):
@@ -292,7 +294,7 @@ def test_weights_in_the_cache_need_no_network(hub: Path, thin: None, source: nn.
     assert states_equal(model.backbone, source)
 
 
-def test_code_in_the_cache_is_not_run(hub: Path, tmp_path: Path, thin: None) -> None:
+def test_code_in_cached_weights_is_not_run(hub: Path, tmp_path: Path, thin: None) -> None:
     hub.mkdir(parents=True)
     torch.save(Code(tmp_path / "code-was-run"), hub / "resnet18-f37072fd.pth")
     with pytest.raises(ConfigError):
@@ -300,7 +302,7 @@ def test_code_in_the_cache_is_not_run(hub: Path, tmp_path: Path, thin: None) -> 
     assert not (tmp_path / "code-was-run").exists()
 
 
-def test_first_line() -> None:
+def test_first_line_of_error_message() -> None:
     assert first_line(ValueError("one\ntwo")) == "one"
     assert first_line(EOFError()) == "EOFError"
 
@@ -309,7 +311,7 @@ def test_first_line() -> None:
 
 
 @pytest.mark.parametrize(("built", "cause"), [(None, "built without CUDA"), ("12.8", "finds no working CUDA driver")])
-def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch, built: str | None, cause: str) -> None:
+def test_unavailable_cuda_exits_4_with_cause(monkeypatch: pytest.MonkeyPatch, built: str | None, cause: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", built)
     with pytest.raises(DeviceUnavailableError) as error:
@@ -318,14 +320,14 @@ def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch, built: str | No
     assert choose_device("auto").type == choose_device("cpu").type == "cpu"
 
 
-def test_cuda_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_available_cuda_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("auto").type == choose_device("cuda").type == "cuda"
     assert choose_device("cpu").type == "cpu"
 
 
 @pytest.mark.parametrize(("bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_mixed_precision_is_what_the_gpu_computes_natively(
+def test_mixed_precision_dtype_is_native_on_gpu(
     monkeypatch: pytest.MonkeyPatch, bf16: bool, expected: torch.dtype
 ) -> None:
     def supported(including_emulation: bool = True) -> bool:
@@ -335,7 +337,7 @@ def test_mixed_precision_is_what_the_gpu_computes_natively(
     assert autocast_dtype(torch.device("cuda")) is expected
 
 
-def test_mixed_precision_on_a_cpu_is_bfloat16_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixed_precision_on_cpu_is_bfloat16_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False)
     assert autocast_dtype(torch.device("cpu")) is None
@@ -343,7 +345,7 @@ def test_mixed_precision_on_a_cpu_is_bfloat16_or_nothing(monkeypatch: pytest.Mon
     assert autocast_dtype(torch.device("cpu")) is torch.bfloat16
 
 
-def test_a_tensor_of_another_type_is_cast(tmp_path: Path, source: nn.Module) -> None:
+def test_tensor_of_other_dtype_is_cast(tmp_path: Path, source: nn.Module) -> None:
     halves = {name: value.half() if value.is_floating_point() else value for name, value in source.state_dict().items()}
     stream = io.BytesIO()
     torch.save(halves, stream)

@@ -1,4 +1,4 @@
-"""Files written in the background are those written at once, and what goes wrong there is raised."""
+"""Background writer: files are written in order, errors are raised, the run does not change."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from echoquad_train.runs import checkpoint
 from echoquad_train.runs.background_writer import BackgroundWriter
 
 
-def test_all_is_written_in_order_and_elsewhere() -> None:
+def test_functions_run_in_order_in_thread() -> None:
     done: list[tuple[int, int]] = []
 
     def write(number: int) -> None:
@@ -33,7 +33,7 @@ def test_all_is_written_in_order_and_elsewhere() -> None:
         assert all((thread != threading.get_ident()) == background for _, thread in done)
 
 
-def test_the_caller_does_not_wait_for_one_and_waits_for_two() -> None:
+def test_write_waits_only_for_earlier_function() -> None:
     go_on, second = threading.Event(), threading.Event()
     with BackgroundWriter(background=True) as writer:
         writer.write(lambda: [go_on.wait(60), None][1])
@@ -45,7 +45,7 @@ def test_the_caller_does_not_wait_for_one_and_waits_for_two() -> None:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_what_goes_wrong_is_raised(background: bool) -> None:
+def test_errors_are_raised(background: bool) -> None:
     def fail() -> None:
         raise OutputError("disk full")
 
@@ -56,34 +56,34 @@ def test_what_goes_wrong_is_raised(background: bool) -> None:
         writer.write(lambda: None)
     with pytest.raises(OutputError, match="disk full"), BackgroundWriter(background=background) as writer:
         writer.write(fail)
-    with pytest.raises(KeyboardInterrupt), BackgroundWriter(background=True) as writer:  # it says what came first
+    with pytest.raises(KeyboardInterrupt), BackgroundWriter(background=True) as writer:  # the first exception counts
         writer.write(fail)
         raise KeyboardInterrupt
 
 
-def test_what_is_kept_does_not_change() -> None:
+def test_snapshot_does_not_change() -> None:
     value = torch.zeros(3)
     values = {"a": value, "b": {"c": [value, 1]}, "d": "text"}
     with BackgroundWriter(background=True) as writer:
-        kept = writer.kept(values)
+        kept = writer.snapshot(values)
         value += 1
         assert not kept["a"].any() and not kept["b"]["c"][0].any() and kept["b"]["c"][1:] == [1]
     with BackgroundWriter(background=False) as writer:
-        assert writer.kept(values)["a"] is value
+        assert writer.snapshot(values)["a"] is value
 
 
 @pytest.fixture
 def in_background(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Return a function that makes runs on the CPU write as runs on CUDA do."""
+    """Return a function that makes runs on the CPU write in the background, as on CUDA."""
     return lambda: monkeypatch.setattr(
         fitting, "BackgroundWriter", lambda background: BackgroundWriter(background=True)
     )
 
 
-def test_a_run_written_in_the_background_is_the_run(
+def test_run_written_in_background_equals_run(
     tmp_path: Path, trained: Any, quiet: Any, thin: None, in_background: Callable[[], None]
 ) -> None:
-    recipe = trained.recipe.replace(weight_average=0.5)
+    recipe = trained.recipe.replace(ema_decay=0.5)
     whole, folder = tmp_path / "whole", tmp_path / "run"
     fit(trained.data, whole, recipe, device="cpu", resume=False, reporter=quiet())
     in_background()
@@ -94,16 +94,16 @@ def test_a_run_written_in_the_background_is_the_run(
 
     with pytest.raises(KeyboardInterrupt):
         fit(trained.data, folder, recipe, device="cpu", resume=False, reporter=quiet(at_batch=at_batch))
-    assert len(checkpoint.load_last(folder)["history"]) == 2  # the epoch that was done is not lost
+    assert len(checkpoint.load_last(folder)["history"]) == 2  # the finished epoch is not lost
     fit(trained.data, folder, recipe, device="cpu", resume=True, reporter=quiet())
     assert (folder / "best.safetensors").read_bytes() == (whole / "best.safetensors").read_bytes()
     found, expected = (checkpoint.load_last(path) for path in (folder, whole))
     assert all(torch.equal(found["model"][name], value) for name, value in expected["model"].items())
-    assert all(torch.equal(found["average"][name], value) for name, value in expected["average"].items())
+    assert all(torch.equal(found["ema"][name], value) for name, value in expected["ema"].items())
     assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
 
 
-def test_a_full_disk_ends_the_run(
+def test_full_disk_ends_run(
     tmp_path: Path,
     trained: Any,
     quiet: Any,

@@ -1,4 +1,4 @@
-"""Ensembles: what members and views come to together, and the folder that holds them."""
+"""Ensembles: soft and hard votes, test-time augmentation, and the ensemble folder."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from echoquad_train.fitting.loop import fit
 from echoquad_train.networks.ensemble_classifier import MEAN_VOTE, EnsembleClassifier, EnsembleVote
 from echoquad_train.networks.torch_engine import TorchEngine
 from echoquad_train.runs.checkpoint import Run, load_run
-from echoquad_train.runs.ensemble_folder import Ensemble, ensemble_facts, load_trained, write_ensemble
+from echoquad_train.runs.ensemble_folder import Ensemble, ensemble_metadata, load_trained, write_ensemble
 from echoquad_train.training.distillation import load_teacher
 
 QUADRANTS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 1, 16, 16), np.uint8))
 
 
 class Stated(nn.Module):
-    """A member that gives the logits it was told to, whatever it is shown."""
+    """A member with constant logits."""
 
     def __init__(self, *probabilities: tuple[float, ...], name: str = "resnet18") -> None:
         super().__init__()
@@ -41,15 +41,15 @@ class Stated(nn.Module):
 
 
 def joined(*rows: tuple[float, ...], vote: Any) -> list[float]:
-    """Give the joint probabilities of members that each state a row."""
+    """Return the ensemble's probabilities for members with the given rows."""
     model = EnsembleClassifier([Stated(row) for row in rows], [1.0] * len(rows), vote)  # type: ignore[list-item]
     return torch.softmax(model(QUADRANTS[:1]), dim=1)[0].tolist()
 
 
-# The vote
+# Votes
 
 
-def test_soft_is_the_mean_of_the_probabilities() -> None:
+def test_soft_vote_is_mean_of_probabilities() -> None:
     assert joined((0.9, 0.1), (0.4, 0.6), (0.2, 0.8), vote="soft") == pytest.approx([0.5, 0.5], abs=1e-6)
     assert joined((0.7, 0.2, 0.1), (0.1, 0.1, 0.8), vote="soft") == pytest.approx([0.4, 0.15, 0.45], abs=1e-6)
 
@@ -57,30 +57,30 @@ def test_soft_is_the_mean_of_the_probabilities() -> None:
 @pytest.mark.parametrize(
     ("rows", "votes", "mean"),
     [
-        # two to one, though the mean is for the other
+        # two votes to one, against the mean
         (((0.99, 0.01), (0.45, 0.55), (0.45, 0.55)), (1, 2), (0.63, 0.37)),
-        # one to one: the mean decides, either way
+        # one vote each: the mean decides
         (((0.9, 0.1), (0.2, 0.8)), (1, 1), (0.55, 0.45)),
         (((0.6, 0.4), (0.2, 0.8)), (1, 1), (0.4, 0.6)),
-        # a class without a vote keeps what the mean gives it
+        # a class without votes keeps the share of the mean
         (((0.5, 0.3, 0.2), (0.1, 0.5, 0.4), (0.4, 0.35, 0.25)), (2, 1, 0), (1 / 3, 0.38333333, 0.28333333)),
-        # a member between two classes votes for the first
+        # a tie within a member goes to the first class
         (((0.5, 0.5), (0.5, 0.5), (0.1, 0.9)), (2, 1), (11 / 30, 19 / 30)),
     ],
 )
-def test_hard_is_the_share_of_votes_by_hand(
+def test_hard_vote_is_fraction_of_votes(
     rows: tuple[tuple[float, ...], ...], votes: tuple[int, ...], mean: tuple[float, ...]
 ) -> None:
     expected = [(n + MEAN_VOTE * p) / (len(rows) + MEAN_VOTE) for n, p in zip(votes, mean, strict=True)]
     found = joined(*rows, vote="hard")
     assert found == pytest.approx(expected, abs=1e-6)
     assert sum(found) == pytest.approx(1, abs=1e-6)
-    # The decision: most votes; of equal numbers the higher mean.
+    # Most votes win; the higher mean breaks ties.
     assert int(np.argmax(found)) == max(range(len(votes)), key=lambda index: (votes[index], mean[index]))
 
 
 @pytest.mark.parametrize("vote", ["soft", "hard"])
-def test_extreme_answers_have_logits(vote: Any) -> None:
+def test_extreme_logits_stay_finite(vote: Any) -> None:
     member = Stated((0.5, 0.5))
     member.logits = torch.tensor([[500.0, -500.0]])
     assert EnsembleClassifier([member, member], [1.0, 0.1], vote)(QUADRANTS[:1]).isfinite().all()  # type: ignore[list-item]
@@ -91,7 +91,7 @@ def test_extreme_answers_have_logits(vote: Any) -> None:
 
 @pytest.fixture
 def members(thin: None) -> list[Any]:
-    """Give three thin networks whose answers differ."""
+    """Return three thin networks with different outputs."""
     from echoquad_train.networks.classifier import QuadrantClassifier
 
     torch.manual_seed(1)
@@ -105,22 +105,22 @@ def members(thin: None) -> list[Any]:
     return [model.eval() for model in made]
 
 
-def answers(members: list[Any], vote: Any = "soft", flip: bool = False, quadrants: Tensor = QUADRANTS) -> Tensor:
-    model = EnsembleClassifier(members, [1.0] * len(members), vote, flip).eval()
+def answers(members: list[Any], vote: Any = "soft", flip_tta: bool = False, quadrants: Tensor = QUADRANTS) -> Tensor:
+    model = EnsembleClassifier(members, [1.0] * len(members), vote, flip_tta).eval()
     with torch.inference_mode():
         return torch.softmax(model(quadrants), dim=1)
 
 
-def test_one_run_is_itself_however_often_it_is_named(members: list[Any]) -> None:
+def test_repeated_member_equals_single_run(members: list[Any]) -> None:
     with torch.inference_mode():
         alone = torch.softmax(members[0](QUADRANTS), dim=1)
-    assert alone.std(dim=0).min() > 0.01  # a model that answers alike would prove nothing
+    assert alone.std(dim=0).min() > 0.01  # constant outputs would prove nothing
     torch.testing.assert_close(answers(members[:1]), alone, atol=1e-6, rtol=0)
     torch.testing.assert_close(answers(members[:1] * 2), alone, atol=1e-6, rtol=0)
     assert torch.equal(answers(members[:1], "hard").argmax(dim=1), alone.argmax(dim=1))
 
 
-def test_a_members_temperature_is_its_own(members: list[Any]) -> None:
+def test_each_member_uses_its_own_temperature(members: list[Any]) -> None:
     with torch.inference_mode():
         parts = [torch.softmax(members[0](QUADRANTS) / t, dim=1) for t in (2.0, 0.5)]
         found = torch.softmax(EnsembleClassifier([members[0]] * 2, [2.0, 0.5])(QUADRANTS), dim=1)
@@ -129,40 +129,40 @@ def test_a_members_temperature_is_its_own(members: list[Any]) -> None:
 
 @pytest.mark.parametrize("vote", ["soft", "hard"])
 @pytest.mark.parametrize("flip", [False, True])
-def test_the_order_of_members_is_of_no_matter(members: list[Any], vote: Any, flip: bool) -> None:
+def test_order_of_members_does_not_matter(members: list[Any], vote: Any, flip: bool) -> None:
     torch.testing.assert_close(answers(members, vote, flip), answers(members[::-1], vote, flip), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("vote", ["soft", "hard"])
-def test_with_flips_a_flipped_quadrant_is_judged_alike(members: list[Any], vote: Any) -> None:
+def test_flip_tta_is_invariant_to_flip(members: list[Any], vote: Any) -> None:
     mirrored = QUADRANTS.flip(3)
     assert not torch.allclose(answers(members), answers(members, quadrants=mirrored), atol=1e-3)
-    found = answers(members, vote, flip=True)
-    torch.testing.assert_close(found, answers(members, vote, flip=True, quadrants=mirrored), atol=1e-6, rtol=0)
+    found = answers(members, vote, flip_tta=True)
+    torch.testing.assert_close(found, answers(members, vote, flip_tta=True, quadrants=mirrored), atol=1e-6, rtol=0)
     if vote == "soft":
         both = (answers(members) + answers(members, quadrants=mirrored)) / 2
         torch.testing.assert_close(found, both, atol=1e-6, rtol=0)
 
 
-def test_the_slowest_backbone_says_whether_mixed_precision_is_for_all() -> None:
+def test_one_backbone_without_mixed_precision_disables_it() -> None:
     parts = [Stated((0.5, 0.5), name=name) for name in ("resnet18", "mobilenet_v3_small")]
     assert EnsembleClassifier(parts, [1.0, 1.0]).name == "mobilenet_v3_small"  # type: ignore[arg-type]
 
 
-# The folder
+# Ensemble folder
 
 
 @pytest.fixture(scope="module")
 def others(
     tmp_path_factory: pytest.TempPathFactory, trained: Any, quiet: Any, thin_session: Callable[[], Any]
 ) -> dict[str, Path]:
-    """Give runs that differ from the trained one in a field each, and one of another seed."""
+    """Train runs that each differ from the shared one in a field, and one with another seed."""
     folder, found = tmp_path_factory.mktemp("others"), {}
     changes: dict[str, dict[str, Any]] = {
         "seed": {"seed": 5},
         "input_size": {"input_size": 24},
         "positive": {"positive": "dark"},
-        "keep": {"keep": 0.8},
+        "keep": {"center_crop": 0.8},
     }
     with thin_session():
         for name, change in changes.items():
@@ -172,7 +172,7 @@ def others(
     return found
 
 
-def test_an_uncalibrated_ensemble_is_as_sure_as_its_members(trained: Any, thin: None) -> None:
+def test_ensemble_frame_temperature_is_mean_of_members(trained: Any, thin: None) -> None:
     run = load_run(trained.folder)
     members = [
         (name, replace(run, contract=replace(run.contract, frame_temperature=value)))
@@ -180,59 +180,63 @@ def test_an_uncalibrated_ensemble_is_as_sure_as_its_members(trained: Any, thin: 
     ]
 
     def of(chosen: list[tuple[str, Run]], vote: EnsembleVote) -> float:
-        contract = Contract.from_dict(ensemble_facts(chosen, vote, flip=False)["contract"])
+        contract = Contract.from_dict(ensemble_metadata(chosen, vote, flip_tta=False)["contract"])
         assert contract.temperature == 1
         return contract.frame_temperature
 
     assert of(members, "soft") == 0.2 and of(members[:1], "soft") == 0.1
-    assert of(members, "hard") == 1  # its probabilities count votes
+    assert of(members, "hard") == 1  # hard votes ignore frame temperatures
 
 
-def test_an_ensemble_is_whole_without_its_runs(
+def test_ensemble_folder_is_independent_of_runs(
     tmp_path: Path, trained: Any, others: dict[str, Path], thin: None
 ) -> None:
     runs = [
         Path(shutil.copytree(folder, tmp_path / name))
         for name, folder in (("a", trained.folder), ("b", others["seed"]))
     ]
-    write_ensemble(runs, tmp_path / "ensemble", vote="hard", flip=True)
+    write_ensemble(runs, tmp_path / "ensemble", vote="hard", flip_tta=True)
     for run in runs:
         shutil.rmtree(run)
     found = load_trained(tmp_path / "ensemble")
     assert isinstance(found, Ensemble) and not found.trained_in_folds
-    assert (found.model.vote, found.model.flip, len(found.members)) == ("hard", True, 2)
-    # Of the run's contract all but its temperatures, which are the run's own.
+    assert (found.model.vote, found.model.flip_tta, len(found.members)) == ("hard", True, 2)
+    # The contract is that of the run except for the temperatures.
     assert found.contract == replace(load_run(trained.folder).contract, temperature=1.0, frame_temperature=1.0)
     assert {path.name for path in (tmp_path / "ensemble" / "members" / "2").iterdir()} == {
         "recipe.toml",
         "run.json",
         "best.safetensors",
     }
-    with pytest.raises(RunError, match="an ensemble is here; expected a single run"):
+    with pytest.raises(RunError, match="this is an ensemble; expected a single run"):
         load_run(tmp_path / "ensemble")
-    assert [path.name for path in tmp_path.iterdir()] == ["ensemble"]  # nothing half-written beside it
+    assert [path.name for path in tmp_path.iterdir()] == ["ensemble"]  # no partial folder remains
     info = json.loads((tmp_path / "ensemble" / "run.json").read_text("utf-8"))
     assert [member["seed"] for member in info["members"]] == [0, 5] and info["data"] == trained.info["data"]
     split = read_split(trained.data, "test", found.contract.classes)
-    assert evaluate(Predictor(TorchEngine(found.model, found.contract)), split).metrics["frames"] == 8
+    assert evaluate(Predictor(TorchEngine(found.model, found.contract)), split).metrics.frame.frames == 8
 
 
-def test_an_ensemble_stands_for_its_members(tmp_path: Path, trained: Any, others: dict[str, Path], thin: None) -> None:
-    write_ensemble([trained.folder], tmp_path / "one", flip=True)
+def test_ensemble_of_ensemble_contains_members(
+    tmp_path: Path, trained: Any, others: dict[str, Path], thin: None
+) -> None:
+    write_ensemble([trained.folder], tmp_path / "one", flip_tta=True)
     made = write_ensemble([tmp_path / "one", others["seed"]], tmp_path / "two")
     assert len(made.members) == 2 and made.info["views"] == ["as it is"] and made.info["vote"] == "soft"
 
 
-def test_an_ensemble_may_teach(tmp_path: Path, trained: Any, others: dict[str, Path], thin: None, quiet: Any) -> None:
+def test_ensemble_can_be_teacher(tmp_path: Path, trained: Any, others: dict[str, Path], thin: None, quiet: Any) -> None:
     write_ensemble([trained.folder, others["seed"]], tmp_path / "ensemble")
     teacher = load_teacher(tmp_path / "ensemble", load_run(trained.folder).contract, torch.device("cpu"))
     assert not any(weight.requires_grad for weight in teacher.model.parameters())
-    assert teacher.facts["backbone"] == "soft vote of 2 networks (resnet18)" and len(teacher.facts["members"]) == 2
+    assert (
+        teacher.metadata["backbone"] == "soft vote of 2 networks (resnet18)" and len(teacher.metadata["members"]) == 2
+    )
     recipe = replace(trained.recipe, epochs=1)
     options: dict[str, Any] = {"device": "cpu", "resume": False, "reporter": quiet()}
     fit(trained.data, tmp_path / "student", recipe, teacher=tmp_path / "ensemble", **options)
     info = json.loads((tmp_path / "student" / "run.json").read_text("utf-8"))
-    assert info["teacher"]["weights_sha256"] == teacher.facts["weights_sha256"]
+    assert info["teacher"]["weights_sha256"] == teacher.metadata["weights_sha256"]
 
 
 def refused(kind: type[EchoQuadError], folders: list[Path], out: Path) -> str:
@@ -242,10 +246,10 @@ def refused(kind: type[EchoQuadError], folders: list[Path], out: Path) -> str:
     return str(error.value)
 
 
-def test_what_cannot_be_joined(tmp_path: Path, trained: Any, others: dict[str, Path], thin: None) -> None:
+def test_incompatible_runs_are_refused(tmp_path: Path, trained: Any, others: dict[str, Path], thin: None) -> None:
     out, first = tmp_path / "ensemble", trained.folder.as_posix()
     for name, words in (
-        ("input_size", f"its input_size is 24; expected that of {first}, 16; members must judge alike"),
+        ("input_size", f"its input_size is 24; expected that of {first}, 16; members need the same contract"),
         ("positive", f"its positive is dark; expected that of {first}, bright"),
         ("keep", f"its keep is 0.8; expected that of {first}, 1.0"),
     ):
@@ -254,21 +258,21 @@ def test_what_cannot_be_joined(tmp_path: Path, trained: Any, others: dict[str, P
     (running / "run.json").write_text(json.dumps({**trained.info, "status": "running"}), "utf-8")
     assert "the run is not finished" in refused(RunError, [running], out)
     assert "no run here" in refused(RunError, [tmp_path / "none"], out)
-    assert "is there and not empty" in refused(RunError, [trained.folder], running)
+    assert "exists and is not empty" in refused(RunError, [trained.folder], running)
     assert [path.name for path in tmp_path.iterdir()] == ["running"]
 
 
-def test_what_was_changed_since_is_refused(tmp_path: Path, trained: Any, others: dict[str, Path], thin: None) -> None:
+def test_changed_ensemble_is_refused(tmp_path: Path, trained: Any, others: dict[str, Path], thin: None) -> None:
     out = tmp_path / "ensemble"
     write_ensemble([trained.folder, others["seed"]], out)
     info = json.loads((out / "run.json").read_text("utf-8"))
     changes: list[tuple[dict[str, Any], str]] = [
-        ({"vote": "loud"}, "names a vote, views or members that this release does not know"),
-        ({"members": [{**info["members"][0], "folder": "../run"}]}, "names a vote, views or members"),
-        ({"members": []}, "names a vote, views or members"),
+        ({"vote": "loud"}, "has a vote, views or members that this release does not support"),
+        ({"members": [{**info["members"][0], "folder": "../run"}]}, "has a vote, views or members"),
+        ({"members": []}, "has a vote, views or members"),
         ({"members": [{**info["members"][0], "weights_sha256": "0" * 64}]}, "members/1 was changed since"),
         ({"contract": {**info["contract"], "keep": 0.5}}, "keep of members/1 and run.json differ"),
-        ({"contract": None}, "no proper ensemble's"),
+        ({"contract": None}, "does not describe an ensemble"),
         ({"status": "running"}, "its folds are not all trained"),
     ]
     for change, words in changes:

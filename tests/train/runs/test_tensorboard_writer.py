@@ -1,4 +1,4 @@
-"""TensorBoard's event files hold the run's figures, once each, whatever ended and resumed it."""
+"""TensorBoard: event files contain the run's figures exactly once, also after a kill and a resume."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from PIL import Image
 from echoquad_runtime.errors import OutputError
 from echoquad_train.fitting.loop import fit
 from echoquad_train.runs import checkpoint
-from echoquad_train.runs.tensorboard_writer import BOARD
+from echoquad_train.runs.tensorboard_writer import TENSORBOARD
 
 pytest.importorskip("tensorboard")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 def read(folder: Path) -> EventAccumulator:
-    found = EventAccumulator(str(folder / BOARD), size_guidance={"scalars": 0, "images": 0})
+    found = EventAccumulator(str(folder / TENSORBOARD), size_guidance={"scalars": 0, "images": 0})
     found.Reload()
     return found
 
 
 @pytest.fixture(scope="module")
 def boards(tmp_path_factory: pytest.TempPathFactory, trained: Any, quiet: Any, thin_session: Any) -> dict[str, Path]:
-    """Give a run that nobody disturbed and one that was killed at the end of its second epoch, and resumed.
+    """Train an uninterrupted run, and one that is killed at the end of its second epoch and resumed.
 
-    Its figures are written by then and the state that says it is done is not: it is run again.
+    At the kill the figures of that epoch are written, but not its state, so the epoch is repeated.
     """
     folder = tmp_path_factory.mktemp("boards")
 
@@ -54,7 +54,7 @@ def boards(tmp_path_factory: pytest.TempPathFactory, trained: Any, quiet: Any, t
 
 
 @pytest.mark.parametrize("name", ["whole", "killed"])
-def test_the_figures_are_the_historys(boards: dict[str, Path], trained: Any, name: str) -> None:
+def test_event_file_contains_history(boards: dict[str, Path], trained: Any, name: str) -> None:
     found = read(boards[name])
     fields = {
         "loss/train": "train_loss",
@@ -76,8 +76,8 @@ def test_the_figures_are_the_historys(boards: dict[str, Path], trained: Any, nam
     np.testing.assert_allclose(means, [epoch.validation_patch_accuracy for epoch in trained.fitted.history], rtol=1e-6)
 
 
-def test_a_batch_is_shown_once(boards: dict[str, Path], trained: Any) -> None:
-    """Eight quadrants of 16 pixels with a frame of 2 around each."""
+def test_augmented_batch_is_written_once(boards: dict[str, Path], trained: Any) -> None:
+    """Eight quadrants of 16 pixels with a border of 2 around each."""
     (event,) = read(boards["killed"]).Images("augmented quadrants")
     assert event.step == 1
     picture = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("L"))
@@ -86,15 +86,17 @@ def test_a_batch_is_shown_once(boards: dict[str, Path], trained: Any) -> None:
     assert len({tile.tobytes() for tile in tiles}) == 8 and all(tile.std() > 0 for tile in tiles)
 
 
-def test_it_changes_nothing_else(boards: dict[str, Path], trained: Any) -> None:
+def test_tensorboard_does_not_change_run(boards: dict[str, Path], trained: Any) -> None:
     for folder in boards.values():
         assert (folder / "best.safetensors").read_bytes() == (trained.folder / "best.safetensors").read_bytes()
-        assert {path.name for path in folder.iterdir()} == {path.name for path in trained.folder.iterdir()} | {BOARD}
+        assert {path.name for path in folder.iterdir()} == {path.name for path in trained.folder.iterdir()} | {
+            TENSORBOARD
+        }
 
 
-def test_a_disk_that_refuses_is_one_line(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
+def test_unwritable_tensorboard_folder_is_one_line(tmp_path: Path, trained: Any, quiet: Any, thin: None) -> None:
     def block(split: str, done: int) -> None:
-        (tmp_path / "run" / BOARD).write_text("a file in the folder's place")
+        (tmp_path / "run" / TENSORBOARD).write_text("a file in the folder's place")
 
     reporter = quiet(at_decoding=block)
     with pytest.raises(OutputError, match=r"run/tensorboard: cannot be written \("):

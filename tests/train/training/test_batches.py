@@ -1,4 +1,4 @@
-"""Batches on the device: the quadrants that were asked for, and the same draws whoever takes which rows."""
+"""Batches on the device: quadrants, labels and draws, resident on CUDA or copied, shared by ranks."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def frames() -> QuadrantStore:
 
 @pytest.fixture(params=["copied", "resident"])
 def kept(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Copy quadrants batch by batch, or keep them on the device, which is the CPU here."""
+    """Copy quadrants batch by batch, or keep them resident on the device, here the CPU."""
     monkeypatch.setattr(batching, "_free_bytes", lambda where: 0 if request.param == "copied" else 2**30)
     return str(request.param)
 
 
-def test_a_batch_is_its_quadrants(frames: QuadrantStore, kept: str) -> None:
+def test_feed_yields_requested_quadrants(frames: QuadrantStore, kept: str) -> None:
     feed = DeviceFeed(frames, CPU)
     assert (feed.resident is not None) == (kept == "resident")
     batches = [np.array([0, 7, 19, 8]), np.array([3])]
@@ -49,23 +49,23 @@ def test_a_batch_is_its_quadrants(frames: QuadrantStore, kept: str) -> None:
     whole, _ = feed.feed(batches, whole=True)
     assert whole[:, :, 0, 0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [16, 17, 18, 19], [8, 9, 10, 11]]
     first.zero_(), whole.zero_()
-    assert frames.quadrants.max() == 19  # copies
+    assert frames.quadrants.max() == 19  # the batch is a copy
 
 
-def test_what_does_not_fit_is_copied(frames: QuadrantStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_that_does_not_fit_is_copied(frames: QuadrantStore, monkeypatch: pytest.MonkeyPatch) -> None:
     for free, resident in ((4 * frames.quadrants.nbytes, True), (4 * frames.quadrants.nbytes - 1, False)):
         monkeypatch.setattr(batching, "_free_bytes", lambda where, free=free: free)
         assert (DeviceFeed(frames, CPU).resident is not None) == resident
 
 
 @pytest.mark.parametrize("wrong", [lambda quadrants: quadrants * 0, lambda quadrants: quadrants[::-1].copy()])
-def test_a_device_that_holds_something_else_is_not_asked(
+def test_wrong_resident_quadrants_are_detected(
     frames: QuadrantStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wrong: Any
 ) -> None:
     monkeypatch.setattr(batching, "_free_bytes", lambda where: 2**30)
-    monkeypatch.setattr(batching, "_uploaded", lambda quadrants, where: torch.from_numpy(wrong(quadrants)))
+    monkeypatch.setattr(batching, "_upload", lambda quadrants, where: torch.from_numpy(wrong(quadrants)))
     feed = DeviceFeed(frames, CPU)
-    assert feed.resident is None and "not those of the data set" in caplog.text
+    assert feed.resident is None and "differ from those of the data set" in caplog.text
     assert next(feed.feed([np.array([19])])).unique().tolist() == [19]
 
 
@@ -76,10 +76,12 @@ def loaded(frames: QuadrantStore, recipe: Recipe = RECIPE, ranks: Ranks | None =
     return list(loader.epoch(batches, epoch_generator(CPU, generator, 9)))
 
 
-@pytest.mark.parametrize("neighbours", [False, True])
-def test_an_epoch(frames: QuadrantStore, kept: str, neighbours: bool) -> None:
-    """On the CPU a batch's draws follow those of the epoch's batches and of the batch before."""
-    recipe = RECIPE.replace(neighbours=neighbours)
+@pytest.mark.parametrize("context_padding", [False, True])
+def test_epoch_yields_batches_with_labels_weights_and_draws(
+    frames: QuadrantStore, kept: str, context_padding: bool
+) -> None:
+    """On the CPU the draws of a batch follow those of the sampler and of the previous batch."""
+    recipe = RECIPE.replace(context_padding=context_padding)
     generator = torch.Generator().manual_seed(3)
     batches = list(draw_batches(frames, recipe, generator))
     found = loaded(frames, recipe)
@@ -91,11 +93,11 @@ def test_an_epoch(frames: QuadrantStore, kept: str, neighbours: bool) -> None:
         labels = frames.labels[chosen // 4]
         assert batch.labels.tolist() == labels.tolist()
         assert float(batch.weight) == float(WEIGHTS[labels].sum())
-        assert (batch.places is None) == (not neighbours)
-        if batch.places is None:
+        assert (batch.positions is None) == (not context_padding)
+        if batch.positions is None:
             assert batch.quadrants[:, 0, 0, 0].tolist() == chosen.tolist()
         else:
-            assert batch.places.tolist() == (chosen % 4).tolist()
+            assert batch.positions.tolist() == (chosen % 4).tolist()
             assert batch.quadrants[:, 0, 0, 0].tolist() == (chosen // 4 * 4).tolist()
 
 
@@ -103,7 +105,7 @@ def test_an_epoch(frames: QuadrantStore, kept: str, neighbours: bool) -> None:
 def test_ranks_share_a_batch_and_its_draws(
     frames: QuadrantStore, kept: str, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
-    """However many batches' numbers are drawn at once."""
+    """For any number of batches that are drawn at once."""
     monkeypatch.setattr(batching, "_drawn_at_once", lambda where: limit)
     alone = loaded(frames)
     apart = [loaded(frames, ranks=Ranks(rank, 3)) for rank in range(3)]
@@ -115,20 +117,20 @@ def test_ranks_share_a_batch_and_its_draws(
                 assert torch.equal(torch.cat(found), expected)
 
 
-def test_numbers_are_drawn_at_once_for_as_many_batches_as_fit() -> None:
+def test_chunks_hold_as_many_batches_as_fit() -> None:
     sizes = [6, 6, 6, 2, 30, 1]
-    parts = {limit: [sizes[part] for part in batching._parts(sizes, limit)] for limit in (0, 12, 100)}
+    parts = {limit: [sizes[part] for part in batching._chunks(sizes, limit)] for limit in (0, 12, 100)}
     assert parts == {0: [[6], [6], [6], [2], [30], [1]], 12: [[6, 6], [6, 2], [30], [1]], 100: [sizes]}
-    assert batching._parts([], 5) == []
+    assert batching._chunks([], 5) == []
 
 
-def test_every_row_has_draws_of_its_own(frames: QuadrantStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_has_its_own_draws(frames: QuadrantStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batching, "_drawn_at_once", lambda where: 1000)
     warps = torch.cat([batch.draws["warp"] for batch in loaded(frames)])
     assert len({warp.numpy().tobytes() for warp in warps}) == 20
 
 
-def test_the_preview_is_the_first_batch(frames: QuadrantStore, kept: str) -> None:
+def test_preview_equals_first_batch(frames: QuadrantStore, kept: str) -> None:
     generator = torch.Generator().manual_seed(3)
     batches = list(draw_batches(frames, RECIPE, generator))
     loader = BatchLoader(RECIPE, frames, CPU, WEIGHTS)
@@ -138,8 +140,8 @@ def test_the_preview_is_the_first_batch(frames: QuadrantStore, kept: str) -> Non
     assert torch.equal(shown, other) and not torch.equal(shown, loader.preview(batches, generator))
 
 
-def test_zeros_have_memory_of_their_own(frames: QuadrantStore) -> None:
-    batch = loaded(frames, RECIPE.replace(neighbours=True))[0]
+def test_zeros_have_their_own_memory(frames: QuadrantStore) -> None:
+    batch = loaded(frames, RECIPE.replace(context_padding=True))[0]
     before = [value.clone() for value in batch.tensors()]
     zeros = batch.zeros()
     assert [value.shape for value in zeros.tensors()] == [value.shape for value in before]
@@ -150,7 +152,7 @@ def test_zeros_have_memory_of_their_own(frames: QuadrantStore) -> None:
     assert all(torch.equal(a, b) for a, b in zip(batch.tensors(), before, strict=True))
 
 
-def test_a_run_from_the_device_is_the_run(
+def test_run_with_resident_quadrants_equals_run(
     tmp_path: Path, trained: Any, quiet: Any, thin: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batching, "_free_bytes", lambda where: 2**40)
@@ -160,8 +162,8 @@ def test_a_run_from_the_device_is_the_run(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_batches_on_cuda(frames: QuadrantStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They hold what those on the CPU hold, but for the draws, which one seed repeats."""
+def test_batches_on_cuda_equal_cpu(frames: QuadrantStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They equal those on the CPU except for the draws, which are reproducible."""
     cuda = torch.device("cuda")
     generator = torch.Generator().manual_seed(3)
     batches = list(draw_batches(frames, RECIPE, generator))

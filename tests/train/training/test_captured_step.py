@@ -1,6 +1,6 @@
-"""Captured steps: what a recording does is what the step does, or it is not used.
+"""Captured steps: a replay equals the eager step, or it is not used.
 
-CUDA graphs are stood in for by `Tape`, which has the semantics that matter: fixed memory, and numbers that stay.
+`Tape` replaces CUDA graphs and has their relevant semantics: fixed memory addresses and constant numbers.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from echoquad_train.training import captured_step
 from echoquad_train.training.batches import TrainingBatch
 from echoquad_train.training.captured_step import CapturedStep, CudaGraphRecorder, capture
 from echoquad_train.training.optimizer_schedule import OptimizerSchedule, phase_of
-from echoquad_train.training.train_step import recorder_of
+from echoquad_train.training.train_step import step_recorder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
-RECIPE = Recipe.load("scratch").replace(input_size=24, epochs=3, batch_size=8, mixed_precision=False, small_share=0.0)
+RECIPE = Recipe.load("scratch").replace(
+    input_size=24, epochs=3, batch_size=8, mixed_precision=False, progressive_fraction=0.0
+)
 
 
 class Tape(TorchDispatchMode):
@@ -61,7 +63,7 @@ class Tape(TorchDispatchMode):
             for func, args, kwargs, results in self.operations:
                 known = {value.untyped_storage().data_ptr() for value in tensors_of((args, kwargs))}
                 for result, value in zip(results, tensors_of(func(*args, **kwargs)), strict=True):
-                    if value.untyped_storage().data_ptr() not in known:  # neither changed in place nor a view
+                    if value.untyped_storage().data_ptr() not in known:  # neither modified in place nor a view
                         result.detach().copy_(value)
 
     def random_state(self) -> Tensor:
@@ -76,7 +78,7 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 
 class Small:
-    """A step of a small network with dropout and batch statistics, and all that `capture` asks for."""
+    """A step of a small network with dropout and batch normalisation, with the arguments of `capture`."""
 
     def __init__(self, optimizer: str = "adamw", *, capturable: bool = True, where: torch.device = CPU) -> None:
         torch.manual_seed(0)
@@ -91,7 +93,7 @@ class Small:
     def __call__(self, batch: TrainingBatch) -> None:
         logits = self.model(batch.quadrants.float().flatten(1) + batch.draws["shift"])
         loss = nn.functional.cross_entropy(logits, batch.labels, reduction="sum") / batch.weight
-        self.schedule.descend(loss, NO_SCALER)
+        self.schedule.apply_gradient(loss, NO_SCALER)
         self.loss_sum += loss.detach()
 
     def state(self) -> dict[str, list[Tensor]]:
@@ -120,12 +122,12 @@ class Small:
         return [tensor.clone() for tensors in self.state().values() for tensor in tensors]
 
 
-OPTIMIZERS = ["adamw", "adam", "momentum", "sgd"]  # and rmsprop, which torch captures on CUDA alone
+OPTIMIZERS = ["adamw", "adam", "momentum", "sgd"]  # and rmsprop, which torch captures only on CUDA
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_recording_does_what_the_step_does(optimizer: str) -> None:
-    """Step by step, under a rate that changes, with dropout; with another generator it would drop others."""
+def test_replay_equals_eager_step(optimizer: str) -> None:
+    """Step by step, with a changing learning rate and dropout."""
     recorded, plain = Small(optimizer), Small(optimizer)
     torch.manual_seed(4)
     captured = recorded.captured()
@@ -145,8 +147,8 @@ def test_a_recording_does_what_the_step_does(optimizer: str) -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize("works", [False, True])
-def test_recording_leaves_no_trace(optimizer: str, begun: bool, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether it comes to be used or not, and whether or not the optimizer has a state."""
+def test_capture_restores_state(optimizer: str, begun: bool, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With successful and failed verification, and with and without a state of the optimizer."""
     small = Small(optimizer)
     if begun:
         small.schedule.advance()
@@ -169,10 +171,8 @@ def test_recording_leaves_no_trace(optimizer: str, begun: bool, works: bool, mon
 
 
 @pytest.mark.parametrize("stale", [0, 1, 2, 3])
-def test_an_input_that_stays_behind_is_found(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stale: int
-) -> None:
-    """Quadrants, labels, weight or draws that the replay does not bring up to date: the recording is not used."""
+def test_stale_input_is_detected(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stale: int) -> None:
+    """Quadrants, labels, weight or draws that the replay does not update: the recording is rejected."""
     complete = CapturedStep.__init__
 
     def forgetful(self: CapturedStep, recorder: Any, inputs: TrainingBatch) -> None:
@@ -181,13 +181,13 @@ def test_an_input_that_stays_behind_is_found(
 
     monkeypatch.setattr(CapturedStep, "__init__", forgetful)
     assert Small().captured() is None
-    assert "not captured in a CUDA graph: replayed, it changes the " in caplog.text
+    assert "not captured in a CUDA graph: its replay changes the " in caplog.text
 
 
-def test_a_number_that_stays_is_found(caplog: pytest.LogCaptureFixture) -> None:
-    """The optimizer's rates as numbers would be those of the first step for ever."""
+def test_constant_number_is_detected(caplog: pytest.LogCaptureFixture) -> None:
+    """Learning rates that are numbers would keep the values of the first step."""
     small = Small(capturable=False)
-    assert capture(small, small.batch(0), small.state, lambda: [], Tape) is not None  # nothing says what changes
+    assert capture(small, small.batch(0), small.state, lambda: [], Tape) is not None  # without the changing scalars
     assert small.captured() is None
     assert "the learning rates are numbers" in caplog.text
 
@@ -205,7 +205,7 @@ def waits(small: Small, batch: TrainingBatch) -> None:
 
 
 class Refusing(Tape):
-    """Cannot record, as when memory is short."""
+    """A recorder that fails, as when memory is short."""
 
     def record(self, function: Callable[[], None]) -> None:
         try:
@@ -214,20 +214,20 @@ class Refusing(Tape):
             raise RuntimeError("operation failed due to a previous error during capture")
 
 
-def test_a_step_that_cannot_be_recorded_is_taken_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_capture_returns_none_and_warns(caplog: pytest.LogCaptureFixture) -> None:
     small = Small()
     before = small.everything()
     assert capture(lambda batch: waits(small, batch), small.batch(0), small.state, lambda: [], Tape) is None
     assert small.captured(Refusing) is None
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
     assert [record.getMessage() for record in caplog.records] == [
-        f"training steps are not captured in a CUDA graph: {reason}; training goes on without, slower"
+        f"training steps are not captured in a CUDA graph: {reason}; training continues without it, slower"
         for reason in ("operation not permitted when stream is capturing", "CUDA out of memory.")
     ]
     assert all(torch.equal(a, b) for a, b in zip(small.everything(), before, strict=False))
 
 
-# A run
+# Runs
 
 
 def run(data: Path, folder: Path, reporter: Any, recipe: Recipe = RECIPE, **options: Any) -> bytes:
@@ -237,14 +237,14 @@ def run(data: Path, folder: Path, reporter: Any, recipe: Recipe = RECIPE, **opti
 
 @pytest.fixture
 def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
-    """Make every run on the CPU record its steps, and return the recorders."""
+    """Capture the steps of every run on the CPU, and return the recorders."""
     made: list[Tape] = []
 
     def make() -> Tape:
         made.append(Tape())
         return made[-1]
 
-    monkeypatch.setattr(fitting, "recorder_of", lambda *_: make)
+    monkeypatch.setattr(fitting, "step_recorder", lambda *_: make)
     return made
 
 
@@ -252,12 +252,18 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     "changes",
     [
         {},
-        {"batch_size": 6, "dropout": 0.5, "gamma": 0.1, "speckle": 0.1, "shadow": 0.5},  # the last batch has 2
-        {"optimizer": "momentum", "lr": 1e-3, "weight_average": 0.0, "neighbours": False, "schedule": "plateau"},
+        {
+            "batch_size": 6,
+            "dropout": 0.5,
+            "gamma": 0.1,
+            "speckle": 0.1,
+            "shadow": 0.5,
+        },  # the last batch has 2 quadrants
+        {"optimizer": "momentum", "lr": 1e-3, "ema_decay": 0.0, "context_padding": False, "schedule": "plateau"},
         {"trained_layers": "layer4", "warmup_epochs": 1, "epochs": 2},
     ],
 )
-def test_a_recorded_run_is_the_run(
+def test_captured_run_equals_eager_run(
     tmp_path: Path,
     flat_data: Path,
     quiet: Any,
@@ -269,24 +275,24 @@ def test_a_recorded_run_is_the_run(
     recipe = RECIPE.replace(**changes)
     recorded = run(flat_data, tmp_path / "recorded", quiet(), recipe)
     full, phases = 32 // recipe.batch_size, 1 + bool(recipe.warmup_epochs)
-    # One replay of each recording is its proof.
+    # One replay of each recording is its verification.
     assert len(tapes) == phases and sum(tape.replays for tape in tapes) == recipe.epochs * full + phases
-    monkeypatch.setattr(fitting, "recorder_of", lambda *_: Refusing)
+    monkeypatch.setattr(fitting, "step_recorder", lambda *_: Refusing)
     assert run(flat_data, tmp_path / "eager", quiet(), recipe) == recorded
 
 
-def test_sizes_have_recordings_of_their_own(
+def test_each_size_is_captured_separately(
     tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = RECIPE.replace(input_size=80, small_share=0.7, small_scale=0.8)
+    recipe = RECIPE.replace(input_size=80, progressive_fraction=0.7, progressive_scale=0.8)
     recorded = run(flat_data, tmp_path / "recorded", quiet(), recipe)
     assert [tape.replays for tape in tapes] == [9, 5]
-    monkeypatch.setattr(fitting, "recorder_of", lambda *_: Refusing)
+    monkeypatch.setattr(fitting, "step_recorder", lambda *_: Refusing)
     assert run(flat_data, tmp_path / "eager", quiet(), recipe) == recorded
 
 
 @pytest.mark.parametrize("schedule", ["onecycle", "plateau"])
-def test_a_recorded_run_is_killed_and_resumed(
+def test_captured_run_resumes_to_equal_result(
     tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tapes: list[Tape], schedule: Any
 ) -> None:
     recipe = RECIPE.replace(schedule=schedule, plateau_patience=0, dropout=0.5)
@@ -302,17 +308,17 @@ def test_a_recorded_run_is_killed_and_resumed(
     assert resumed == run(flat_data, tmp_path / "whole", quiet(), recipe) and len(tapes) == 3
 
 
-def test_a_recorded_run_with_a_teacher(
+def test_captured_distillation_equals_eager_run(
     tmp_path: Path, trained: Any, quiet: Any, thin: None, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = partial(run, trained.data, recipe=RECIPE.replace(keep=1.0, epochs=2), teacher=trained.folder)
+    train = partial(run, trained.data, recipe=RECIPE.replace(center_crop=1.0, epochs=2), teacher=trained.folder)
     recorded = train(tmp_path / "recorded", quiet())
     assert tapes[0].replays == 9
-    monkeypatch.setattr(fitting, "recorder_of", lambda *_: Refusing)
+    monkeypatch.setattr(fitting, "step_recorder", lambda *_: Refusing)
     assert train(tmp_path / "eager", quiet()) == recorded
 
 
-def test_a_run_that_cannot_be_recorded_warns_once(
+def test_run_with_failed_capture_warns_once(
     tmp_path: Path,
     flat_data: Path,
     quiet: Any,
@@ -320,15 +326,15 @@ def test_a_run_that_cannot_be_recorded_warns_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(fitting, "recorder_of", lambda *_: Refusing)
+    monkeypatch.setattr(fitting, "step_recorder", lambda *_: Refusing)
     run(flat_data, tmp_path / "run", quiet(), RECIPE.replace(trained_layers="layer4", warmup_epochs=1))
     assert len(caplog.records) == 1
 
 
-def test_a_run_may_go_on_where_steps_are_not_recorded(
+def test_captured_run_may_resume_eagerly(
     tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As from CUDA to the CPU, and back."""
+    """As from CUDA to the CPU and back."""
 
     for epoch, recorder in ((2, lambda *_: Tape), (3, lambda *_: None)):
 
@@ -336,14 +342,14 @@ def test_a_run_may_go_on_where_steps_are_not_recorded(
             if now == killed:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(fitting, "recorder_of", recorder)
+        monkeypatch.setattr(fitting, "step_recorder", recorder)
         with pytest.raises(KeyboardInterrupt):
             run(flat_data, tmp_path / "run", quiet(at_batch=at_batch), resume=epoch > 2)
-    monkeypatch.setattr(fitting, "recorder_of", lambda *_: Tape)
+    monkeypatch.setattr(fitting, "step_recorder", lambda *_: Tape)
     run(flat_data, tmp_path / "run", quiet(), resume=True)
 
 
-# Where
+# Devices
 
 
 @pytest.mark.parametrize(
@@ -357,14 +363,14 @@ def test_a_run_may_go_on_where_steps_are_not_recorded(
         (CPU, ALONE, False, None, False),
     ],
 )
-def test_where_steps_are_recorded(
+def test_steps_are_captured_only_on_single_cuda_process(
     monkeypatch: pytest.MonkeyPatch, where: torch.device, ranks: Ranks, scaled: bool, switch: str | None, recorded: bool
 ) -> None:
     monkeypatch.delenv("ECHOQUAD_CUDA_GRAPHS", raising=False)
     if switch is not None:
         monkeypatch.setenv("ECHOQUAD_CUDA_GRAPHS", switch)
     scaler = torch.amp.GradScaler("cpu", enabled=scaled)
-    assert (recorder_of(where, ranks, scaler) is not None) == recorded
+    assert (step_recorder(where, ranks, scaler) is not None) == recorded
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -373,7 +379,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "rmsprop"])
-def test_a_cuda_graph_does_what_the_step_does(optimizer: str) -> None:
+def test_cuda_graph_equals_eager_step(optimizer: str) -> None:
     recorded, plain = Small(optimizer, where=CUDA), Small(optimizer, where=CUDA)
     torch.manual_seed(4)
     captured = recorded.captured(lambda: CudaGraphRecorder(CUDA))
@@ -392,8 +398,8 @@ def test_a_cuda_graph_does_what_the_step_does(optimizer: str) -> None:
 
 @pytest.mark.gpu
 @gpu
-def test_a_graph_that_cannot_be_captured_leaves_cuda_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
-    """The step goes on without, and drops what it would have dropped."""
+def test_failed_cuda_capture_restores_cuda_state(caplog: pytest.LogCaptureFixture) -> None:
+    """The eager step continues with the same dropout masks."""
     tried, plain = Small(where=CUDA), Small(where=CUDA)
 
     def impossible(batch: TrainingBatch) -> None:
@@ -413,14 +419,14 @@ def test_a_graph_that_cannot_be_captured_leaves_cuda_as_it_was(caplog: pytest.Lo
 
 @pytest.mark.gpu
 @gpu
-def test_a_run_on_cuda_is_captured(
+def test_run_on_cuda_is_captured(
     tmp_path: Path,
     flat_data: Path,
     quiet: Any,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Without a warning, and with the weights of a run that is not, but for rounding."""
+    """Without a warning, and with the weights of an eager run up to rounding."""
     replays: list[int] = []
     replay = CudaGraphRecorder.replay
     monkeypatch.setattr(CudaGraphRecorder, "replay", lambda self: [replays.append(1), replay(self)])
@@ -437,10 +443,10 @@ def test_a_run_on_cuda_is_captured(
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("switch", ["0", "1"])
-def test_no_step_on_cuda_waits_for_the_device(
+def test_no_step_on_cuda_synchronises(
     tmp_path: Path, flat_data: Path, quiet: Any, monkeypatch: pytest.MonkeyPatch, switch: str
 ) -> None:
-    """Between the first step of an epoch and the end of its last."""
+    """Between the first step of an epoch and the end of the last step."""
 
     def at_batch(epoch: int, done: int) -> None:
         if epoch == 2:

@@ -1,4 +1,4 @@
-"""EMA weights: against their formula, and as what a run keeps."""
+"""Exponential moving average of the weights: its formula, its state, and its use by a run."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def randomize(model: QuadrantClassifier, step: int) -> None:
 
 
 @pytest.mark.parametrize("capturable", [False, True])
-def test_it_is_the_weighted_sum_of_all_steps(thin: None, capturable: bool) -> None:
+def test_average_equals_weighted_sum_of_steps(thin: None, capturable: bool) -> None:
     model = QuadrantClassifier("resnet18", CONTRACT)
     ema = EmaWeights(model, 0.7, capturable=capturable)
     expected: np.ndarray | None = None
     for step in range(12):
         randomize(model, step)
         ema.advance()
-        ema.mix()
+        ema.update()
         weight, statistic = model.head[-1].weight, model.backbone.bn1.running_var
         now = torch.cat([weight.flatten(), statistic]).detach().double().numpy()
         kept = decay_at(0.7, step)
@@ -50,8 +50,8 @@ def test_it_is_the_weighted_sum_of_all_steps(thin: None, capturable: bool) -> No
     assert int(ema.model.backbone.bn1.num_batches_tracked) == 11
 
 
-def test_it_is_torchs_averaged_model_bit_for_bit(thin: None) -> None:
-    """Earlier releases averaged with torch's class, tensor by tensor; their runs are resumed."""
+def test_average_equals_torch_averaged_model(thin: None) -> None:
+    """Earlier releases used torch's class, and their runs can be resumed."""
     model = QuadrantClassifier("resnet18", CONTRACT)
     ema = EmaWeights(model, 0.9)
     reference = AveragedModel(
@@ -65,13 +65,13 @@ def test_it_is_torchs_averaged_model_bit_for_bit(thin: None) -> None:
         randomize(model, step)
         reference.update_parameters(model)
         ema.advance()
-        ema.mix()
+        ema.update()
     state, expected = ema.state_dict(), reference.state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
-def test_it_continues_from_its_state(thin: None) -> None:
+def test_average_resumes_from_state(thin: None) -> None:
     model = QuadrantClassifier("resnet18", CONTRACT)
     whole, first = EmaWeights(model, 0.9), EmaWeights(model, 0.9)
     for step in range(6):
@@ -82,38 +82,36 @@ def test_it_continues_from_its_state(thin: None) -> None:
         randomize(model, step)
         for ema in (whole, first):
             ema.advance()
-            ema.mix()
+            ema.update()
     found, expected = first.state_dict(), whole.state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_a_step_walks_over_no_modules(thin: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_update_does_not_iterate_modules(thin: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = QuadrantClassifier("resnet18", CONTRACT)
     ema = EmaWeights(model, 0.9)
     monkeypatch.setattr(torch.nn.Module, "named_modules", None)
     ema.advance()
-    ema.mix()
+    ema.update()
 
 
-def test_less_is_kept_of_the_first_steps() -> None:
+def test_decay_is_smaller_for_first_steps() -> None:
     assert decay_at(0.998, 0) == 0.1 and decay_at(0.998, 90) == 0.91
     assert decay_at(0.998, 100_000) == 0.998 and decay_at(0.5, 90) == 0.5
     shares = [decay_at(0.99, step) for step in range(2000)]
     assert shares == sorted(shares) and shares[-1] == 0.99
 
 
-def test_a_run_keeps_the_averaged_weights(
-    tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tiny: Recipe
-) -> None:
-    recipe = tiny.replace(weight_average=0.9, epochs=2)
+def test_run_saves_averaged_weights(tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tiny: Recipe) -> None:
+    recipe = tiny.replace(ema_decay=0.9, epochs=2)
     fitted = fit(flat_data, tmp_path / "run", recipe, device="cpu", resume=False, reporter=quiet())
     state, best = load_last(tmp_path / "run"), load_run(tmp_path / "run").model.state_dict()
     if fitted.best.epoch == 2:
-        assert all(torch.equal(best[name], state["average"][f"module.{name}"]) for name in best)
+        assert all(torch.equal(best[name], state["ema"][f"module.{name}"]) for name in best)
     assert not all(torch.equal(best[name], value) for name, value in state["model"].items())
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])
-def test_what_is_no_share_is_refused(share: float) -> None:
-    with pytest.raises(ConfigError, match=r"weight_average is .*; expected a fraction from 0 to below 1"):
-        Recipe(weight_average=share)
+def test_invalid_decay_is_refused(share: float) -> None:
+    with pytest.raises(ConfigError, match=r"ema_decay is .*; expected a fraction from 0 to below 1"):
+        Recipe(ema_decay=share)

@@ -1,4 +1,4 @@
-"""Augmentation of intensities."""
+"""Intensity augmentation: each effect, its range, and its draws."""
 
 import dataclasses
 import math
@@ -8,10 +8,12 @@ import torch
 
 from echoquad_runtime.errors import ConfigError
 from echoquad_train.recipe import Recipe
-from echoquad_train.training.augmentation import augment
-from echoquad_train.training.intensity_augmentation import draw_intensity, vary
+from echoquad_train.training.augmentation import apply_augmentation, draw_augmentation
+from echoquad_train.training.intensity_augmentation import apply_intensity, draw_intensity
 
-STILL = Recipe(weights="none", input_size=32, flip=0, rotate=0, translate=0, shear=0, erase=0, crop_scale=(1, 1))
+STILL = Recipe(
+    weights="none", input_size=32, horizontal_flip=0, rotate=0, translate=0, shear=0, erase=0, crop_scale=(1, 1)
+)
 STILL = dataclasses.replace(STILL, crop_ratio=(1, 1), zoom=(1, 1))
 STRENGTHS = {"gamma": 0.3, "gain": 0.3, "attenuation": 0.4, "shadow": 1.0, "speckle": 0.2}
 
@@ -26,18 +28,18 @@ def flat(level=100.0, count=64, size=32):
 
 def vary_by(images, seed=0, **strengths):
     recipe = STILL.replace(**strengths)
-    return vary(images, recipe, draw_intensity(len(images), images.shape[-1], recipe, generator(seed)))
+    return apply_intensity(images, recipe, draw_intensity(len(images), images.shape[-1], recipe, generator(seed)))
 
 
-def test_a_recipe_that_varies_nothing_gives_the_batch_itself_and_draws_nothing():
+def test_disabled_intensity_augmentation_returns_batch_and_draws_nothing():
     images, source = flat(), generator()
     before = source.get_state()
-    assert vary(images, STILL, draw_intensity(64, 32, STILL, source)) is images
+    assert apply_intensity(images, STILL, draw_intensity(64, 32, STILL, source)) is images
     assert torch.equal(source.get_state(), before)
 
 
 @pytest.mark.parametrize("name", STRENGTHS)
-def test_each_effect_alone_changes_images_keeps_their_range_and_black(name):
+def test_each_effect_keeps_range_and_black(name):
     images = torch.rand(32, 1, 32, 32, generator=generator(1)) * 255
     images[:, :, :5] = 0
     varied = vary_by(images, **{name: STRENGTHS[name]})
@@ -51,13 +53,13 @@ def test_each_effect_alone_changes_images_keeps_their_range_and_black(name):
     assert not torch.equal(varied, vary_by(images, seed=1, **{name: STRENGTHS[name]}))
 
 
-def test_gain_is_one_factor_an_image_within_its_bounds():
+def test_gain_is_one_bounded_factor_for_each_image():
     factors = vary_by(flat(count=2000), gain=0.3)[:, 0] / 100
     assert torch.allclose(factors.amin(dim=(1, 2)), factors.amax(dim=(1, 2)))
     logs = factors[:, 0, 0].log()
     assert logs.abs().max() <= 0.3 + 1e-6
     assert abs(float(logs.mean())) < 0.02
-    assert float(logs.std()) == pytest.approx(0.3 / math.sqrt(3), rel=0.05)  # a uniform distribution's
+    assert float(logs.std()) == pytest.approx(0.3 / math.sqrt(3), rel=0.05)  # of a uniform distribution
 
 
 def test_gamma_keeps_black_and_white():
@@ -70,7 +72,7 @@ def test_gamma_keeps_black_and_white():
     assert varied[..., 1].max() <= high + 1e-3
 
 
-def test_attenuation_is_exponential_in_depth_and_neutral_in_the_middle():
+def test_attenuation_is_exponential_in_depth_and_neutral_at_centre():
     logs = (vary_by(flat(size=33), attenuation=0.4)[:, 0] / 100).log()
     assert torch.allclose(logs[:, 16, 16], torch.zeros(64), atol=1e-5)
     downwards, sideways = logs.diff(dim=1), logs.diff(dim=2)
@@ -82,10 +84,10 @@ def test_attenuation_is_exponential_in_depth_and_neutral_in_the_middle():
     assert 0.3 < float(slopes.max()) <= 0.4 + 1e-5
 
 
-def test_a_shadow_is_a_band_and_comes_as_often_as_asked():
+def test_shadow_is_a_band_with_given_probability():
     dark = vary_by(flat(count=2000), shadow=0.25) / 100
     hit = dark.amin(dim=(1, 2, 3)) < 0.75
-    assert 0.2 < float(hit.float().mean()) < 0.27  # a band may lie beyond the edge
+    assert 0.2 < float(hit.float().mean()) < 0.27  # a band may lie outside the image
     assert dark.max() <= 1
     assert dark.min() >= 0.1 - 1e-6
     shares = (dark[hit] < 0.9).float().mean(dim=(1, 2, 3))
@@ -100,16 +102,16 @@ def test_speckle_keeps_the_mean_and_has_grains():
     assert 0.3 < float(neighbours) < 0.9
 
 
-def test_augment_varies_before_it_erases():
+def test_intensity_changes_before_erasing():
     recipe = STILL.replace(erase=1.0, gain=0.3)
     images = torch.full((64, 1, 32, 32), 100, dtype=torch.uint8)
-    done = augment(images, recipe, generator())
+    done = apply_augmentation(images, recipe, draw_augmentation(len(images), images.shape[-1], recipe, generator()))
     erased = done == 255.0 * recipe.mean
     assert erased.flatten(1).any(dim=1).all()
     assert len(done[~erased].unique()) >= 60
 
 
 @pytest.mark.parametrize(("name", "value"), [("shadow", 1.5), ("gain", -0.1), ("speckle", -1.0)])
-def test_strengths_that_cannot_be_are_refused(name, value):
+def test_invalid_strengths_are_refused(name, value):
     with pytest.raises(ConfigError, match=f"recipe: {name} is"):
         STILL.replace(**{name: value})

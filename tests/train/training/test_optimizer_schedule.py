@@ -1,3 +1,5 @@
+"""Optimizer schedule: one-cycle, plateau, phases, optimizers, state, early stopping, progressive resizing."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -10,17 +12,17 @@ from torch import nn
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import RunError
 from echoquad_train.networks.backbones import BACKBONES
-from echoquad_train.networks.classifier import QuadrantClassifier, set_trained
+from echoquad_train.networks.classifier import QuadrantClassifier, set_trainable
 from echoquad_train.recipe import Recipe
-from echoquad_train.runs.history import Epoch, best_of, out_of_patience
+from echoquad_train.runs.history import Epoch, best_epoch, should_stop_early
 from echoquad_train.training.optimizer_schedule import (
-    _SMALLEST,
+    _MIN_TRAINING_SIZE,
     OptimizerSchedule,
     Phase,
     one_cycle,
     phase_of,
     progressive_epochs,
-    side_of,
+    training_size,
 )
 
 TRANSFER = Recipe.load("transfer")
@@ -31,7 +33,7 @@ NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 10, 33, 200])
-def test_one_cycle_is_torchs(steps: int) -> None:
+def test_one_cycle_equals_torch(steps: int) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=steps, cycle_momentum=False)
     for step in range(steps):
@@ -41,7 +43,7 @@ def test_one_cycle_is_torchs(steps: int) -> None:
             theirs.step()
 
 
-def test_one_cycle_has_its_landmarks() -> None:
+def test_one_cycle_start_peak_and_end() -> None:
     shares = [one_cycle(step, 1000) for step in range(1000)]
     assert shares[0] == pytest.approx(1 / 25) and shares[-1] == pytest.approx(1 / 250_000)
     assert max(shares) == pytest.approx(1) and shares.index(max(shares)) == 299
@@ -56,7 +58,7 @@ def optimizer_schedule(
     return OptimizerSchedule(groups, recipe, phase, steps_per_epoch), parameters
 
 
-def test_a_one_cycle_schedule_spans_its_phase_and_scales_each_layers_rate() -> None:
+def test_one_cycle_spans_phase_and_scales_rate_of_each_layer() -> None:
     recipe = Recipe(schedule="onecycle", epochs=4, warmup_epochs=1, layer3_epoch=3, lr=1e-2, layer3_lr=1e-3)
     phase = phase_of(recipe, 3)
     under_test, parameters = optimizer_schedule(recipe, phase, steps_per_epoch=5)
@@ -71,7 +73,7 @@ def test_a_one_cycle_schedule_spans_its_phase_and_scales_each_layers_rate() -> N
 # Phases
 
 
-def test_the_documents_phases() -> None:
+def test_phases_of_reference_pipeline() -> None:
     phases = {epoch: phase_of(TRANSFER, epoch) for epoch in range(1, 21)}
     assert {phases[epoch].name for epoch in (1, 2, 3)} == {"head"}
     assert dict(phases[3].layers) == {"head": 3e-4} and (phases[3].first, phases[3].last) == (1, 3)
@@ -80,7 +82,7 @@ def test_the_documents_phases() -> None:
 
 
 @pytest.mark.parametrize(("asked", "first"), [(8, 8), (4, 4), (2, 4), (20, 20)])
-def test_layer3_joins_later_at_a_rate_of_its_own(asked: int, first: int) -> None:
+def test_layer3_joins_later_at_its_own_rate(asked: int, first: int) -> None:
     recipe = replace(TRANSFER, layer3_epoch=asked)
     phase = phase_of(recipe, first)
     assert dict(phase.layers) == {"head": 1e-4, "layer4": 1e-4, "layer3": 5e-5}
@@ -115,21 +117,21 @@ def model(thin: None) -> QuadrantClassifier:
         ({"all": 0.1}, ("head.", "backbone.")),
     ],
 )
-def test_frozen_layers_stay_bit_for_bit(
+def test_frozen_layers_do_not_change(
     model: QuadrantClassifier, layers: dict[str, float], moving: tuple[str, ...]
 ) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     phase = Phase("x", 1, 1, layers)
-    under_test = OptimizerSchedule(set_trained(model, layers), Recipe(optimizer="sgd"), phase, 1)
+    under_test = OptimizerSchedule(set_trainable(model, layers), Recipe(optimizer="sgd"), phase, 1)
     for seed in range(2):
         batch = torch.randint(0, 256, (8, 1, 32, 32), generator=torch.Generator().manual_seed(seed))
         under_test.step(model(batch).square().sum(), NO_SCALER)
-    for name, value in model.state_dict().items():  # running means and variances, and their counts, among them
+    for name, value in model.state_dict().items():  # including running means and variances and their counts
         assert torch.equal(value, before[name]) != name.startswith(moving), name
 
 
 def test_layers_train_at_their_own_rates(model: QuadrantClassifier) -> None:
-    groups = set_trained(model, {"head": 0.3, "layer4": 0.2, "layer3": 0.1})
+    groups = set_trainable(model, {"head": 0.3, "layer4": 0.2, "layer3": 0.1})
     rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}  # type: ignore[attr-defined]
     for name, parameter in model.named_parameters():
         wanted = {"head": 0.3, "backbone.layer4": 0.2, "backbone.layer3": 0.1}
@@ -137,17 +139,17 @@ def test_layers_train_at_their_own_rates(model: QuadrantClassifier) -> None:
         assert rates.get(id(parameter)) == expected and parameter.requires_grad == (expected is not None)
 
 
-def test_a_frozen_backbone_is_in_evaluation_mode_and_thaws(model: QuadrantClassifier) -> None:
-    set_trained(model, {"head": 0.1})
+def test_frozen_backbone_is_in_evaluation_mode_until_trained(model: QuadrantClassifier) -> None:
+    set_trainable(model, {"head": 0.1})
     assert model.head.training and not any(module.training for module in model.backbone.modules())
-    set_trained(model, {"all": 0.1})
+    set_trainable(model, {"all": 0.1})
     assert all(module.training for module in model.modules())
 
 
 # Optimizer schedules
 
 
-def test_a_plateau_halves_the_rates() -> None:
+def test_plateau_halves_rates() -> None:
     recipe = replace(TRANSFER, epochs=9)
     under_test, (head, body) = optimizer_schedule(recipe, phase_of(recipe, 4))
 
@@ -157,16 +159,16 @@ def test_a_plateau_halves_the_rates() -> None:
     rates = []
     for accuracy in (0.6, 0.7, 0.7, 0.69, 0.7, 0.7, 0.7, 0.7, 0.9):
         rates.append(rate())
-        under_test.epoch_ended(accuracy)
-    # Patience 2: the third epoch that is no better halves.
+        under_test.end_epoch(accuracy)
+    # Patience 2: the third epoch without improvement halves the rate.
     assert rates == pytest.approx([1e-4] * 5 + [5e-5] * 3 + [2.5e-5])
 
 
-def test_a_constant_rate_stays() -> None:
+def test_constant_schedule_keeps_rate() -> None:
     recipe = replace(TRANSFER, schedule="constant")
     under_test, (head, body) = optimizer_schedule(recipe, phase_of(recipe, 4))
     for _ in range(6):
-        under_test.epoch_ended(0.5)
+        under_test.end_epoch(0.5)
         assert under_test.step((head * body).sum(), NO_SCALER) == 1e-4
 
 
@@ -175,7 +177,7 @@ OPTIMIZERS = ["adamw", "adam", "rmsprop", "momentum", "sgd"]
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("schedule", ["plateau", "onecycle", "constant"])
-def test_an_optimizer_schedule_continues_from_its_state(optimizer: Any, schedule: Any) -> None:
+def test_optimizer_schedule_resumes_from_state(optimizer: Any, schedule: Any) -> None:
     recipe = replace(TRANSFER, optimizer=optimizer, schedule=schedule, plateau_patience=0)
     phase = phase_of(recipe, 4)
     whole, kept = optimizer_schedule(recipe, phase, 3)
@@ -184,7 +186,7 @@ def test_an_optimizer_schedule_continues_from_its_state(optimizer: Any, schedule
     def go(under_test: OptimizerSchedule, parameters: list[nn.Parameter]) -> None:
         for _ in range(3):
             under_test.step(sum((p**3).sum() for p in parameters), NO_SCALER)
-        under_test.epoch_ended(0.5)
+        under_test.end_epoch(0.5)
 
     for _ in range(4):
         go(whole, kept)
@@ -200,8 +202,8 @@ def test_an_optimizer_schedule_continues_from_its_state(optimizer: Any, schedule
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_an_optimizer_is_what_its_name_says(optimizer: Any) -> None:
-    """Two steps down the gradients 2 and 1 from the weight 1, by the textbook."""
+def test_optimizer_equals_its_formula(optimizer: Any) -> None:
+    """Two steps with the gradients 2 and 1 from the weight 1, by the textbook formulas."""
     recipe = Recipe(optimizer=optimizer, schedule="constant", lr=0.1, weight_decay=0.5, warmup_epochs=0)
     weight = nn.Parameter(torch.ones(1))
     under_test = OptimizerSchedule([{"params": [weight], "lr": 0.1}], recipe, phase_of(recipe, 1), 1)
@@ -229,18 +231,18 @@ def test_an_optimizer_is_what_its_name_says(optimizer: Any) -> None:
         assert weight.item() == pytest.approx(w, rel=1e-5, abs=1e-6)
 
 
-def test_an_optimizer_that_is_fused_where_torch_has_it() -> None:
+def test_optimizers_are_fused_if_torch_supports_it() -> None:
     for optimizer in OPTIMIZERS:
         under_test, _ = optimizer_schedule(replace(TRANSFER, optimizer=optimizer), phase_of(TRANSFER, 4))
         (group, _) = under_test.state_dict()["optimizer"]["param_groups"]
         assert group.get("fused") is (None if optimizer == "rmsprop" else True)
 
 
-def test_a_run_of_the_sgd_that_had_momentum_is_not_gone_on_with_in_silence() -> None:
+def test_resuming_former_sgd_with_momentum_is_refused() -> None:
     phase = phase_of(TRANSFER, 4)
-    before, _ = optimizer_schedule(replace(TRANSFER, optimizer="momentum"), phase)  # what sgd was until then
+    before, _ = optimizer_schedule(replace(TRANSFER, optimizer="momentum"), phase)  # the former sgd
     after, _ = optimizer_schedule(replace(TRANSFER, optimizer="sgd"), phase)
-    with pytest.raises(RunError, match=r"momentum is 0\.9; this release's has 0; do: .* --set optimizer=momentum"):
+    with pytest.raises(RunError, match=r"momentum is 0\.9; this release uses 0; .* --set optimizer=momentum"):
         after.load_state_dict(before.state_dict())
 
 
@@ -254,47 +256,50 @@ def epoch(number: int, accuracy: float, loss: float = 0.5) -> Epoch:
 @pytest.mark.parametrize(
     ("figures", "best"),
     [
-        ([(0.5, 0.9), (0.8, 1.2), (0.7, 0.1)], 2),  # accuracy first, whatever the loss
+        ([(0.5, 0.9), (0.8, 1.2), (0.7, 0.1)], 2),  # accuracy comes first
         ([(0.8, 0.6), (0.8, 0.5), (0.8, 0.7)], 2),  # then the loss
         ([(0.8, 0.5), (0.8, 0.5)], 1),  # then the first
         ([(0.0, 5.0)], 1),
     ],
 )
-def test_the_best_epoch(figures: list[tuple[float, float]], best: int) -> None:
+def test_best_epoch_breaks_ties_by_loss_then_order(figures: list[tuple[float, float]], best: int) -> None:
     history = [epoch(number, *figure) for number, figure in enumerate(figures, 1)]
-    assert best_of(history).epoch == best == best_of(history[::-1]).epoch
+    assert best_epoch(history).epoch == best == best_epoch(history[::-1]).epoch
 
 
-def test_patience() -> None:
-    recipe = Recipe(epochs=20, warmup_epochs=2, stop_patience=3)
+def test_early_stopping_patience() -> None:
+    recipe = Recipe(epochs=20, warmup_epochs=2, early_stopping_patience=3)
     accuracies = [0.9, 0.5, 0.5, 0.5, 0.5, 0.95, 0.9, 0.9, 0.9]
     history = [epoch(number, accuracy) for number, accuracy in enumerate(accuracies, 1)]
-    # The best is of the warm-up, so patience counts from its end: epochs 3, 4 and 5 brought none better.
-    stops = [out_of_patience(history[:count], recipe) for count in range(len(history) + 1)]
+    # The best epoch lies in the warm-up, so patience counts from its end: epochs 3, 4 and 5 bring no improvement.
+    stops = [should_stop_early(history[:count], recipe) for count in range(len(history) + 1)]
     assert stops == [False, False, False, False, False, True, False, False, False, True]
-    assert not any(out_of_patience(history[:n], replace(recipe, stop_patience=0)) for n in range(10))
+    assert not any(should_stop_early(history[:n], replace(recipe, early_stopping_patience=0)) for n in range(10))
 
 
 @pytest.mark.parametrize(
     ("values", "sides"),
     [
         ({}, [112] * 8),
-        ({"small_share": 0.5, "small_scale": 4 / 7}, [64] * 4 + [112] * 4),
-        ({"small_share": 0.6, "small_scale": 4 / 7, "input_size": 224}, [128] * 4 + [224] * 4),  # 4.8 epochs are 4
-        ({"small_share": 1.0, "small_scale": 0.01}, [64] * 8),  # no smaller than that
-        ({"small_share": 1.0, "input_size": 24}, [24] * 8),
-        ({"small_share": 1.0, "backbone": "vit_b_16"}, [112] * 8),  # each place has an embedding
+        ({"progressive_fraction": 0.5, "progressive_scale": 4 / 7}, [64] * 4 + [112] * 4),
+        (
+            {"progressive_fraction": 0.6, "progressive_scale": 4 / 7, "input_size": 224},
+            [128] * 4 + [224] * 4,
+        ),  # 4.8 epochs are rounded down to 4
+        ({"progressive_fraction": 1.0, "progressive_scale": 0.01}, [64] * 8),  # the minimum
+        ({"progressive_fraction": 1.0, "input_size": 24}, [24] * 8),
+        ({"progressive_fraction": 1.0, "backbone": "vit_b_16"}, [112] * 8),  # vision transformers have one input size
     ],
 )
-def test_the_first_epochs_may_be_smaller(values: dict[str, Any], sides: list[int]) -> None:
+def test_progressive_resizing_sizes(values: dict[str, Any], sides: list[int]) -> None:
     recipe = Recipe(epochs=8, input_size=112).replace(**values)
-    assert [side_of(recipe, epoch) for epoch in range(1, 9)] == sides
+    assert [training_size(recipe, epoch) for epoch in range(1, 9)] == sides
     assert progressive_epochs(recipe) == sum(side < recipe.input_size for side in sides)
 
 
-def test_no_backbone_needs_more_than_the_smallest_side() -> None:
-    assert max(parts.smallest for parts in BACKBONES.values()) <= _SMALLEST
+def test_every_backbone_accepts_smallest_training_size() -> None:
+    assert max(parts.min_input_size for parts in BACKBONES.values()) <= _MIN_TRAINING_SIZE
 
 
-def test_a_single_epoch_is_at_full_size() -> None:
-    assert side_of(Recipe(epochs=1, small_share=0.9), 1) == 224
+def test_single_epoch_uses_full_size() -> None:
+    assert training_size(Recipe(epochs=1, progressive_fraction=0.9), 1) == 224

@@ -1,1 +1,1 @@
-"""Tools that check and make data sets: audit, duplicates, shortcut features, splits, quadrant files."""
+"""Curation: audit a data set, find duplicates, leaks and shortcut features, and write splits and quadrant files."""

@@ -1,15 +1,13 @@
-"""The audit: what is in a data set, what is wrong with it, and what a network could cheat with.
+"""Audit: contents, faults, leaks and shortcut features of a data set.
 
-`audit` reads every frame once and gives an `Audit`: counts, unreadable files, leaks (`leaks`),
-shortcuts (`shortcut_features`), and the size, kind and brightness of frames by class. ``docs/reference/audit.md`` says
-what each finding means and by which rule it is one.
+`audit` reads every frame once and returns an `Audit`. ``docs/reference/audit.md`` explains each finding and its rule.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,60 +16,62 @@ import numpy as np
 import numpy.typing as npt
 
 from echoquad_runtime._version import __version__
-from echoquad_runtime.errors import DatasetError
 from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.quadrants import Grey
-from echoquad_train.curation.leaks import LOOKS, Leaks, find_leaks
-from echoquad_train.curation.shortcut_features import MIN_AUC, Shortcut, Traces, find_shortcuts, traces_of
-from echoquad_train.curation.similarity import DISTANCE, LIKENESS
-from echoquad_train.curation.thumbnails import read_pictures
-from echoquad_train.data.dataset import SPLITS
-from echoquad_train.data.frame_list import DecodedFile, FrameRecord, list_frames
+from echoquad_train.curation.frame_scan import scan_frames
+from echoquad_train.curation.leaks import Leaks, find_leaks
+from echoquad_train.curation.shortcut_features import (
+    MIN_AUC,
+    Shortcut,
+    ShortcutFeatures,
+    find_shortcuts,
+    shortcut_features,
+)
+from echoquad_train.curation.similarity import MAX_HASH_DISTANCE, MIN_SIMILARITY
+from echoquad_train.data.dataset import SPLITS, LabelledFrame, Progress, no_readable_frame
+from echoquad_train.data.frame_list import DecodedFile, list_frames
 from echoquad_train.data.patients import patient_id, patient_of
 
 __all__ = ["Audit", "audit"]
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
+"""2 renamed ``likeness`` to ``similarity``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What was found.
+    """The findings of an audit.
 
     Attributes
     ----------
     data
-        The folder.
+        The data folder.
     frames, failures
-        All frames, and those that cannot be read.
-    read
-        The frames that could be read; the following have an entry for each.
-    thumbs
-        uint8 [128, 128] of each.
-    patients
-        Whom each is of.
-    unknown
-        Frames, of all, whose name does not tell whom they are of.
+        All frames, and the unreadable ones.
+    readable, thumbnails, patients
+        The readable frames, and for each its thumbnail, uint8 [128, 128], and its patient.
+    frames_without_patient
+        Number of frames whose name contains no patient.
     leaks, shortcuts
-        See their modules.
+        See `Leaks` and `Shortcut`.
     classes
-        By class the figures of its frames: ``sizes``, ``kinds``, ``brightness``, ``file_bytes``.
+        Figures of the frames of each class: ``width``, ``height``, ``brightness``, ``file_bytes``, ``kinds``.
     notes
-        What is odd about the folders, a sentence each.
+        Sentences about missing splits and classes.
     views
-        Views of each frame at the first look for near duplicates.
+        Number of views per frame that were hashed to find near duplicates.
     patient_regex, seed, reading
-        What it was told.
+        The options of the audit.
     """
 
     data: Path
-    frames: tuple[FrameRecord, ...]
+    frames: tuple[LabelledFrame, ...]
     failures: tuple[Failure, ...]
-    read: tuple[FrameRecord, ...]
-    thumbs: tuple[Grey, ...]
+    readable: tuple[LabelledFrame, ...]
+    thumbnails: tuple[Grey, ...]
     patients: tuple[str, ...]
-    unknown: int
+    frames_without_patient: int
     leaks: Leaks
     shortcuts: tuple[Shortcut, ...]
     classes: dict[str, dict[str, Any]]
@@ -82,38 +82,37 @@ class Audit:
     reading: ReadOptions = DEFAULT_READ_OPTIONS
 
     @property
-    def names(self) -> list[str]:
+    def class_names(self) -> list[str]:
         """The classes, sorted."""
-        return sorted({frame.label for frame in self.frames})
+        return sorted({frame.class_name for frame in self.frames})
 
     @property
     def counts(self) -> dict[str, dict[str, dict[str, int]]]:
-        """By split and class: ``frames``, ``unreadable``, and ``patients`` of the readable ones."""
-        lost = {failure.file for failure in self.failures}
+        """Numbers by split and class: ``frames``, ``unreadable``, and ``patients`` of the readable frames."""
         people: dict[tuple[str, str], set[str]] = defaultdict(set)
-        for frame, patient in zip(self.read, self.patients, strict=True):
-            people[frame.split, frame.label].add(patient)
-        all_of = Counter((frame.split, frame.label) for frame in self.frames)
-        lost_of = Counter((frame.split, frame.label) for frame in self.frames if frame.name in lost)
+        for frame, patient in zip(self.readable, self.patients, strict=True):
+            people[frame.split, frame.class_name].add(patient)
+        frames = Counter((frame.split, frame.class_name) for frame in self.frames)
+        readable = Counter((frame.split, frame.class_name) for frame in self.readable)
         return {
             split: {
                 name: {
-                    "frames": all_of[split, name],
-                    "unreadable": lost_of[split, name],
+                    "frames": frames[split, name],
+                    "unreadable": frames[split, name] - readable[split, name],
                     "patients": len(people[split, name]),
                 }
-                for name in self.names
+                for name in self.class_names
             }
             for split in dict.fromkeys(frame.split for frame in self.frames)
         }
 
     @property
     def flagged(self) -> tuple[Shortcut, ...]:
-        """The shortcuts."""
+        """The shortcuts that predict a class better than chance."""
         return tuple(shortcut for shortcut in self.shortcuts if shortcut.flagged)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give it as JSON values; ``docs/reference/audit.md`` describes each."""
+        """Return the contents of ``audit.json``, which ``docs/reference/audit.md`` describes."""
         leaks = self.leaks
         return {
             "schema": SCHEMA,
@@ -127,13 +126,13 @@ class Audit:
             "notes": list(self.notes),
             "unreadable": [{"file": failure.file, "error": str(failure.error)} for failure in self.failures],
             "patients": {
-                "by_split": leaks.members,
-                "frames_without": self.unknown,
+                "by_split": leaks.patients_by_split,
+                "frames_without": self.frames_without_patient,
                 "across_splits": {patient: list(splits) for patient, splits in leaks.patients.items()},
             },
             "duplicates": {
-                "exact": [twins.to_dict() for twins in leaks.exact],
-                "near": [twins.to_dict() for twins in leaks.near],
+                "exact": [group.to_dict() for group in leaks.exact],
+                "near": [group.to_dict() for group in leaks.near],
                 "unchecked": leaks.unchecked,
             },
             "classes": self.classes,
@@ -141,9 +140,9 @@ class Audit:
             "leak": leaks.found,
             "rules": {
                 "hash_bits": 256,
-                "hash_distance": DISTANCE,
+                "hash_distance": MAX_HASH_DISTANCE,
                 "views": self.views,
-                "likeness": LIKENESS,
+                "similarity": MIN_SIMILARITY,
                 "shortcut_auc": MIN_AUC,
             },
         }
@@ -155,102 +154,90 @@ def audit(
     *,
     reading: ReadOptions = DEFAULT_READ_OPTIONS,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Audit:
     """Audit a data set, ``DATA/{train,validation,test}/CLASS/**``.
 
-    Parameters
-    ----------
-    data
-        The folder; splits and classes may be missing.
-    pattern
-        See `echoquad_train.data.patients.patient_of`.
-    reading
-        How the data's files are read.
-    seed
-        Of the folds and permutations by which shortcuts are judged.
-    progress
-        Called with the number of frames read and of all.
+    Splits and classes may be missing. `pattern` defines patients, see `echoquad_train.data.patients.patient_of`; `seed`
+    is that of the folds and permutations that measure shortcut features.
 
     Raises
     ------
     DatasetError
-        If there is no frame, or none that can be read.
+        If there is no frame, or no readable one.
     """
     frames = list_frames(data, reading)
-    traces: list[Traces] = []
-    files: list[bytes] = []
+    features: list[ShortcutFeatures] = []
+    file_digests: list[bytes] = []
     modes: list[str] = []
 
-    def trace(content: DecodedFile) -> None:
-        traces.append(traces_of(content.grey, content.size))
-        files.append(content.digest)
+    def visit(content: DecodedFile) -> None:
+        features.append(shortcut_features(content.grey, content.size))
+        file_digests.append(content.digest)
         modes.append(content.mode)
 
-    found = read_pictures(frames, progress=progress, also=trace)
-    read, failures = found.read, found.failures
-    if not read:
-        raise DatasetError(
-            f"{data.as_posix()}: no frame can be read; the first failure: {failures[0].file}: {failures[0].error}"
-        )
-    patients = tuple(patient_id(frame.name, pattern) for frame in read)
+    scan = scan_frames(frames, progress=progress, visit=visit)
+    if not scan.frames:
+        raise no_readable_frame(data.as_posix(), scan.failures)
+    patients = tuple(patient_id(frame.name, pattern) for frame in scan.frames)
     leaks = find_leaks(
-        [frame.name for frame in read],
+        [frame.name for frame in scan.frames],
         patients,
-        files,
-        found.pixels,
-        found.hashes,
-        found.thumbs.__getitem__,
-        found.views,
-        looks=LOOKS,
+        file_digests,
+        scan.pixel_digests,
+        scan.hashes,
+        scan.thumbnails.__getitem__,
+        scan.views,
     )
     return Audit(
         data=data,
         frames=tuple(frames),
-        failures=tuple(failures),
-        read=tuple(read),
-        thumbs=tuple(found.thumbs),
+        failures=tuple(scan.failures),
+        readable=tuple(scan.frames),
+        thumbnails=tuple(scan.thumbnails),
         patients=patients,
-        unknown=sum(patient_of(frame.name.split("/", 2)[2], pattern) is None for frame in frames),
+        frames_without_patient=sum(patient_of(frame.name.split("/", 2)[2], pattern) is None for frame in frames),
         leaks=leaks,
-        shortcuts=tuple(find_shortcuts(traces, [frame.label for frame in read], patients, seed)),
-        classes=_by_class(read, traces, modes),
-        notes=tuple(_oddities(frames)),
-        views=len(found.views),
+        shortcuts=tuple(find_shortcuts(features, [frame.class_name for frame in scan.frames], patients, seed)),
+        classes=_class_figures(scan.frames, features, modes),
+        notes=tuple(_notes(frames)),
+        views=len(scan.views),
         patient_regex=pattern.pattern if pattern else None,
         seed=seed,
         reading=reading,
     )
 
 
-def _by_class(read: Sequence[FrameRecord], traces: Sequence[Traces], modes: Sequence[str]) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for name in sorted({frame.label for frame in read}):
-        chosen = [index for index, frame in enumerate(read) if frame.label == name]
-        figures = np.stack([traces[index].file for index in chosen]).astype(np.float64)
-        found[name] = {
-            "width": _spread(figures[:, 0]),
-            "height": _spread(figures[:, 1]),
-            "brightness": _spread(figures[:, 3]),
-            "file_bytes": _spread(np.exp(figures[:, 4])),
+def _class_figures(
+    frames: Sequence[LabelledFrame], features: Sequence[ShortcutFeatures], modes: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    figures: dict[str, dict[str, Any]] = {}
+    for name in sorted({frame.class_name for frame in frames}):
+        chosen = [index for index, frame in enumerate(frames) if frame.class_name == name]
+        values = np.stack([features[index].file for index in chosen]).astype(np.float64)
+        figures[name] = {
+            "width": _percentiles(values[:, 0]),
+            "height": _percentiles(values[:, 1]),
+            "brightness": _percentiles(values[:, 3]),
+            "file_bytes": _percentiles(np.exp(values[:, 4])),
             "kinds": dict(Counter(modes[index] for index in chosen).most_common()),
         }
-    return found
+    return figures
 
 
-def _spread(values: npt.NDArray[np.float64]) -> dict[str, float]:
-    low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
-    return {"p5": round(float(low), 2), "median": round(float(middle), 2), "p95": round(float(high), 2)}
+def _percentiles(values: npt.NDArray[np.float64]) -> dict[str, float]:
+    low, median, high = np.quantile(values, [0.05, 0.5, 0.95])
+    return {"p5": round(float(low), 2), "median": round(float(median), 2), "p95": round(float(high), 2)}
 
 
-def _oddities(frames: Sequence[FrameRecord]) -> list[str]:
-    classes = sorted({frame.label for frame in frames})
-    held = defaultdict(set)
+def _notes(frames: Sequence[LabelledFrame]) -> list[str]:
+    classes = sorted({frame.class_name for frame in frames})
+    classes_in = defaultdict(set)
     for frame in frames:
-        held[frame.split].add(frame.label)
-    notes = [f"{split}: there is no such split" for split in SPLITS if split not in held]
-    for split, names in held.items():
+        classes_in[frame.split].add(frame.class_name)
+    notes = [f"{split}: this split is missing" for split in SPLITS if split not in classes_in]
+    for split, names in classes_in.items():
         notes += [f"{split}: no frame of class {name}" for name in classes if name not in names]
     if len(classes) < 2:
-        notes.append(f"{classes[0]} is the only class: nothing can be told from it")
+        notes.append(f"{classes[0]} is the only class: there is nothing to classify")
     return notes

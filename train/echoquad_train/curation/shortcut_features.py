@@ -1,21 +1,22 @@
-"""Shortcuts: whether a light model can tell the class from what is no heart, so that a heavy one will.
+"""Shortcut features: whether a light model predicts the class from anything but the heart.
 
-Three kinds of traces, each a few figures a frame:
+If it can, a deep network will. Three groups of features are measured for each frame:
 
 ``border``
-    Grey levels outside the ultrasound field, on a grid of 32 x 32 cells: text, logos, menu bars, frames of a screen.
-    The field is the convex hull of the largest patch that is brighter than black. A strip along the edge would not do:
-    where the field fills the frame, as in CAMUS, it is anatomy, and tells end-systole at an AUC of 0.76.
+    Grey levels outside the ultrasound field, on a grid of 32 x 32 cells: text, logos, menu bars, screen borders. The
+    field is the convex hull of the largest region brighter than black. A strip along the edge would not do: where the
+    field fills the frame, as in CAMUS, it is anatomy and predicts end-systole with an AUC of 0.76.
 ``text``
-    Strokes of letters, wherever they are: bright pixels that are dark a letter's stroke away to the left and right,
-    counted on a grid of 12 x 12 cells. It sees text that is inside the field or the kept centre.
+    Strokes of letters anywhere, also inside the field: bright pixels that are dark one stroke width to the left and
+    right, counted on a grid of 12 x 12 cells.
 ``file``
-    Width, height, their ratio, mean brightness, bytes of the file and bytes a pixel; each also in eight bins, so that
-    "either small or large" is seen.
+    Width, height, aspect ratio, mean brightness, file size and bytes per pixel; each also in eight bins, so that
+    "either small or large" is detected.
 
-For each, ridge regression on standardised figures, cross-validated by patient in five folds, gives an AUC for each
-class against the rest (one for two classes). By the same folds, 199 permutations of the labels say what chance gives:
-where a patient's frames are all of one class, patients change classes; where they are not, a patient's own frames do.
+Ridge regression on the standardised features, cross-validated by patient in five folds, gives an AUC for each class
+against the rest (one for two classes). With the same folds, 199 permutations of the labels give the AUC of chance.
+Patients whose frames are all of one class exchange classes; the frames of any other patient are permuted among
+themselves.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from PIL import Image, ImageDraw
 
 from echoquad_runtime.quadrants import Grey
 
-__all__ = ["KINDS", "MIN_AUC", "Shortcut", "Traces", "find_shortcuts", "traces_of"]
+__all__ = ["KINDS", "MIN_AUC", "Shortcut", "ShortcutFeatures", "find_shortcuts", "shortcut_features"]
 
 KINDS: Final[Mapping[str, str]] = {
     "border": "what is outside the ultrasound field",
@@ -38,24 +39,24 @@ KINDS: Final[Mapping[str, str]] = {
     "file": "frame size, mean brightness, file size",
 }
 MIN_AUC: Final = 0.60
-"""AUC from which a shortcut is flagged, if it is more than chance: below it is of little use to a network."""
+"""AUC from which a shortcut that exceeds chance is flagged; a network gains little from a lower one."""
 PERMUTATIONS: Final = 199  # so that the 99th percentile is the second largest
 CHANCE: Final = 99.0  # percentile of the permuted AUCs
 FOLDS: Final = 5
-MIN_PATIENTS: Final = 4  # with frames of the class, and with others
+MIN_PATIENTS: Final = 4  # of the class, and of the others
 
-_FIELD: Final = 64  # cells a side where the field is looked for
-_BLACK: Final = 6  # mean grey level that is no field; scanners' black is 0 to 3
-_BORDER: Final = 32  # cells a side of the border's picture
+_FIELD: Final = 64  # cells a side where the field is searched
+_BLACK: Final = 6  # mean grey level up to which a cell is not field; scanners' black is 0 to 3
+_BORDER: Final = 32  # cells a side of the border feature
 _CELLS: Final = 12  # cells a side where strokes are counted
 _BRIGHT: Final = 200  # grey level of a stroke
-_RISE: Final = 120  # grey levels by which it stands out
+_RISE: Final = 120  # grey levels by which a stroke exceeds its surroundings
 _BINS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Traces:
-    """A frame's figures: float32 [1024] of the border, [144] of text, [6] of the file."""
+class ShortcutFeatures:
+    """A frame's features: float32 [1024] of the border, [144] of text, [6] of the file."""
 
     border: npt.NDArray[np.float32]
     text: npt.NDArray[np.float32]
@@ -64,36 +65,38 @@ class Traces:
 
 @dataclass(frozen=True, slots=True)
 class Shortcut:
-    """What one kind of trace tells of a class.
+    """How well one group of features predicts a class.
 
     Attributes
     ----------
     kind
         ``border``, ``text`` or ``file``.
-    name
-        The class that is told from the rest; of two classes the second.
+    class_name
+        The class that is predicted against the rest; the second of two classes.
     auc
-        Cross-validated by patient; None where there are too few patients.
+        Area under the ROC curve, cross-validated by patient; None if there are too few patients.
     chance
-        The 99th percentile of the AUC under permuted labels.
+        99th percentile of the AUC under permuted labels.
+    patients
+        Number of patients.
     """
 
     kind: str
-    name: str
+    class_name: str
     auc: float | None
     chance: float | None
     patients: int
 
     @property
     def flagged(self) -> bool:
-        """Whether the AUC is at least `MIN_AUC` and beyond chance."""
+        """Whether the AUC is at least `MIN_AUC` and exceeds chance."""
         return self.auc is not None and self.chance is not None and self.auc >= MIN_AUC and self.auc > self.chance
 
     def to_dict(self) -> dict[str, Any]:
-        """Give it as JSON values."""
+        """Return the shortcut as JSON values."""
         return {
             "kind": self.kind,
-            "class": self.name,
+            "class": self.class_name,
             "auc": None if self.auc is None else round(self.auc, 4),
             "chance_99": None if self.chance is None else round(self.chance, 4),
             "patients": self.patients,
@@ -101,45 +104,41 @@ class Shortcut:
         }
 
 
-def traces_of(grey: Grey, size: int) -> Traces:
-    """Take the figures of a frame, uint8 [H, W], whose file has `size` bytes."""
+def shortcut_features(grey: Grey, size: int) -> ShortcutFeatures:
+    """Return the features of a frame, uint8 [H, W], whose file has `size` bytes."""
     height, width = grey.shape
     file = np.array(
         [width, height, width / height, grey.mean(), np.log(max(size, 1)), size / (width * height)], np.float32
     )
-    return Traces(_border(grey), _text(grey), file)
+    return ShortcutFeatures(_border(grey), _text(grey), file)
 
 
 def find_shortcuts(
-    traces: Sequence[Traces], labels: Sequence[str], patients: Sequence[str], seed: int = 0
+    features: Sequence[ShortcutFeatures], labels: Sequence[str], patients: Sequence[str], seed: int = 0
 ) -> list[Shortcut]:
-    """Measure what each kind of trace tells of each class.
+    """Measure how well each group of features predicts each class.
 
-    Parameters
-    ----------
-    traces, labels, patients
-        Of F frames.
-    seed
-        Of the folds and the permutations.
+    The sequences hold the features, class name and patient of each frame; `seed` is that of folds and permutations.
     """
     classes = sorted(set(labels))
-    wanted = classes[1:] if len(classes) == 2 else classes if len(classes) > 2 else []
+    predicted = classes if len(classes) > 2 else classes[1:]
     group = np.unique(np.asarray(patients, dtype=object).astype(str), return_inverse=True)[1]
-    found = []
+    shortcuts = []
     for kind in KINDS:
-        figures = np.stack([getattr(trace, kind) for trace in traces]) if traces else np.zeros((0, 1), np.float32)
-        figures = _binned(figures) if kind == "file" else figures
-        for name in wanted:
+        values = np.stack([getattr(frame, kind) for frame in features]) if features else np.zeros((0, 1), np.float32)
+        values = _with_bins(values) if kind == "file" else values
+        for name in predicted:
             truth = np.array([label == name for label in labels])
-            sides = [len(np.unique(group[truth])), len(np.unique(group[~truth]))]
-            area, chance = _measure(figures, truth, group, seed) if min(sides) >= MIN_PATIENTS else (None, None)
-            found.append(Shortcut(kind, name, area, chance, len(np.unique(group))))
-    return found
+            fewest = min(len(np.unique(group[truth])), len(np.unique(group[~truth])))
+            auc, chance = _cross_validated_auc(values, truth, group, seed) if fewest >= MIN_PATIENTS else (None, None)
+            shortcuts.append(Shortcut(kind, name, auc, chance, len(np.unique(group))))
+    return shortcuts
 
 
-def _measure(
-    figures: npt.NDArray[np.float32], truth: npt.NDArray[np.bool_], group: npt.NDArray[np.intp], seed: int
+def _cross_validated_auc(
+    features: npt.NDArray[np.float32], truth: npt.NDArray[np.bool_], group: npt.NDArray[np.intp], seed: int
 ) -> tuple[float, float]:
+    """Return the AUC of `truth` and the 99th percentile under permuted labels; `group` numbers the patients."""
     from sklearn.linear_model import Ridge
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import GroupKFold
@@ -148,14 +147,14 @@ def _measure(
     rng = np.random.default_rng(seed)
     columns = [truth, *(_permuted(truth, group, rng) for _ in range(PERMUTATIONS))]
     targets = np.stack(columns, axis=1).astype(np.float64)
-    varied = figures[:, figures.std(axis=0) > 0].astype(np.float64)
-    if not varied.shape[1]:  # every frame has the same: nothing can be told from it
+    varied = features[:, features.std(axis=0) > 0].astype(np.float64)
+    if not varied.shape[1]:  # all frames are equal
         return 0.5, 0.5
     scores = np.empty_like(targets)
-    # The penalty grows with the number of figures, so that of many no more is believed than of few.
+    # The penalty grows with the number of features, so that many features do not overfit more than few.
     penalty = float(varied.shape[1])
     count = int(group.max()) + 1
-    shuffled = rng.permutation(count)[group]  # GroupKFold deals out groups in the order of their numbers
+    shuffled = rng.permutation(count)[group]  # GroupKFold assigns groups in the order of their numbers
     for seen, unseen in GroupKFold(min(FOLDS, count)).split(varied, groups=shuffled):
         scaler = StandardScaler().fit(varied[seen])
         model = Ridge(penalty).fit(scaler.transform(varied[seen]), targets[seen])
@@ -167,7 +166,7 @@ def _measure(
 def _permuted(
     truth: npt.NDArray[np.bool_], group: npt.NDArray[np.intp], rng: np.random.Generator
 ) -> npt.NDArray[np.bool_]:
-    """Give labels as they could be by chance: see the module."""
+    """Return permuted labels; see the module docstring."""
     order = np.argsort(group, kind="stable")
     bounds = np.flatnonzero(np.diff(group[order])) + 1
     result = truth.copy()
@@ -191,18 +190,18 @@ def _border(grey: Grey) -> npt.NDArray[np.float32]:
 
 
 def _field(cells: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-    """Find the ultrasound field in a picture, float32 [64, 64], and a cell around it; none where all is black."""
+    """Return the ultrasound field in cells, float32 [64, 64], dilated by one cell; an empty mask if all is black."""
     from scipy import ndimage
     from scipy.spatial import ConvexHull, QhullError
 
-    patches, count = ndimage.label(ndimage.uniform_filter(cells, 3) > _BLACK)
+    regions, count = ndimage.label(ndimage.uniform_filter(cells, 3) > _BLACK)
     if not count:
         return np.zeros(cells.shape, bool)
-    sizes = np.bincount(patches.ravel())[1:]
-    points = np.argwhere(patches == 1 + int(sizes.argmax()))
+    sizes = np.bincount(regions.ravel())[1:]
+    points = np.argwhere(regions == 1 + int(sizes.argmax()))
     try:
         hull = points[ConvexHull(points).vertices]
-    except (QhullError, ValueError):  # a point, a line
+    except (QhullError, ValueError):  # a point or a line
         return np.zeros(cells.shape, bool)
     image = Image.new("L", (_FIELD, _FIELD))
     ImageDraw.Draw(image).polygon([(int(x), int(y)) for y, x in hull], fill=1, outline=1)
@@ -218,13 +217,13 @@ def _text(grey: Grey) -> npt.NDArray[np.float32]:
         rise = np.minimum(middle - levels[:, : -2 * reach], middle - levels[:, 2 * reach :])
         strokes[:, reach:-reach] = (rise >= _RISE) & (middle >= _BRIGHT)
     cells = Image.fromarray(strokes).resize((_CELLS, _CELLS), Image.Resampling.BOX)
-    return np.sqrt(np.asarray(cells, np.float32)).ravel()  # a few letters count, many no more than they must
+    return np.sqrt(np.asarray(cells, np.float32)).ravel()  # the square root lets a few letters count
 
 
-def _binned(figures: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Put beside each figure in which of eight bins it lies."""
-    columns = [figures]
-    for column in figures.T:
+def _with_bins(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Append a one-hot code of eight quantile bins for each feature."""
+    columns = [features]
+    for column in features.T:
         edges = np.unique(np.quantile(column, np.arange(1, _BINS) / _BINS)) if len(column) else np.zeros(0)
         columns.append(np.eye(len(edges) + 1, dtype=np.float32)[np.searchsorted(edges, column, side="right")])
     return np.concatenate(columns, axis=1)

@@ -1,1 +1,1 @@
-"""Labelled frames: listing, reading, prefetching, splits in memory or streamed, patients."""
+"""Labelled frames: listing, decoding, prefetching, streaming, and the patient of each frame."""

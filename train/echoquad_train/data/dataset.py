@@ -1,4 +1,4 @@
-"""Data sets: labelled frames on disk, decoded once into 8-bit quadrants."""
+"""Data sets: labelled frames on disk, and their quadrants decoded once to 8 bits."""
 
 from __future__ import annotations
 
@@ -26,38 +26,48 @@ from echoquad_runtime.storage.atomic import output_errors
 from echoquad_train.data.prefetch import prefetch
 
 __all__ = [
+    "EXPECTED_FOLDERS",
     "SPLITS",
     "LabelledFrame",
     "QuadrantStore",
     "Split",
     "Store",
+    "class_folders",
     "decode",
     "decode_split",
+    "frames_below",
     "load_quadrants",
+    "no_readable_frame",
     "read_classes",
     "read_split",
     "stored_bytes",
 ]
 
 SPLITS: Final = ("train", "validation", "test")
+EXPECTED_FOLDERS: Final = f"expected {'/, '.join(SPLITS)}/ with one folder per class"
 
 MEMORY_BYTES: Final = 4 * 1024**3
-"""Quadrants beyond this size are kept in a memory-mapped file beside the run, which the system pages in and out; where
-the disk has no room for that, they are streamed, see `echoquad_train.data.stream`."""
+"""Size above which quadrants go to a memory-mapped file beside the run instead of memory. If the disk has no room for
+that file, `echoquad_train.data.stream` streams the frames."""
+
+Progress = Callable[[int, int], None]
+"""Called with the number of frames done and the total."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledFrame:
-    """A frame on disk and the index of its class.
+    """Record of one listed frame: its file, its name and its class.
 
     Attributes
     ----------
-    path, name, frame, flip
-        As of a `FrameFile`; `name` is relative to the data folder.
+    path, frame, flip
+        See `FrameFile`.
+    name
+        Path below the data folder, ``SPLIT/CLASS/...``, or ``CLASS/...`` if the folder has no splits.
     label
-        The index of its class.
-    fault
-        Why it cannot be read, where that is known already.
+        Index of the class.
+    error
+        Why the frame cannot be read, if listing it already showed that.
     """
 
     path: Path
@@ -65,12 +75,28 @@ class LabelledFrame:
     label: int
     frame: int | None = None
     flip: Flip = "none"
-    fault: EchoQuadError | None = None
+    error: EchoQuadError | None = None
 
     @property
     def file(self) -> FrameFile:
-        """Give it as a reader takes it."""
+        """The frame as the runtime's readers take it."""
         return FrameFile(self.path, self.name, self.frame, self.flip)
+
+    @property
+    def split(self) -> str:
+        """The split in the name; empty if there is none."""
+        first = self.name.partition("/")[0]
+        return first if first in SPLITS else ""
+
+    @property
+    def class_name(self) -> str:
+        """The class in the name."""
+        return self.name_in_pool.partition("/")[0]
+
+    @property
+    def name_in_pool(self) -> str:
+        """The name without the split: ``CLASS/...``."""
+        return self.name.removeprefix(f"{self.split}/") if self.split else self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,26 +109,52 @@ class Split:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Frames by class."""
+        """Number of frames per class."""
         counted = Counter(frame.label for frame in self.frames)
         return {name: counted[index] for index, name in enumerate(self.classes)}
 
     def files(self) -> Iterator[FrameFile | Failure]:
-        """Give the frames as a predictor takes them."""
-        return (frame.file if frame.fault is None else Failure(frame.name, frame.fault) for frame in self.frames)
+        """Return the frames as a predictor takes them."""
+        return (frame.file if frame.error is None else Failure(frame.name, frame.error) for frame in self.frames)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the frames' names and file sizes: whether a run is resumed on the data it was begun on."""
+        """SHA-256 of the frames' names and file sizes; a run resumes only on the data that it began with."""
         digest = hashlib.sha256()
         for frame in self.frames:
             try:
                 size = frame.path.stat().st_size
-            except OSError:  # a broken link: decoding will say so
+            except OSError:  # a broken link; decoding reports it
                 size = -1
-            turned = "" if frame.flip == "none" else f"\0{frame.flip}"
-            digest.update(f"{frame.name}\0{size}{turned}\n".encode("utf-8", "surrogateescape"))
+            flip = "" if frame.flip == "none" else f"\0{frame.flip}"
+            digest.update(f"{frame.name}\0{size}{flip}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
+
+
+class Store(Protocol):
+    """The quadrants of a split: decoded (`QuadrantStore`) or streamed from disk (`StreamedStore`)."""
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Class indices of the F readable frames, int64 [F]."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the readable frames."""
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """Frames that could not be read."""
+
+    @property
+    def size(self) -> int:
+        """Side S of a quadrant, in pixels."""
+
+    def feed(self, batches: Iterable[npt.NDArray[np.int64]], *, whole: bool = False) -> Iterator[npt.NDArray[np.uint8]]:
+        """Yield the quadrants, uint8 [B, 1, S, S], of each batch of indices into [F * 4].
+
+        With `whole`, yield all four quadrants of the frame of each index, [B, 4, S, S].
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +170,7 @@ class QuadrantStore:
     names
         F names.
     failures
-        Frames that could not be read, and why; they are in none of the above.
+        Frames that could not be read; the other attributes leave them out.
     """
 
     quadrants: npt.NDArray[np.uint8]
@@ -128,55 +180,31 @@ class QuadrantStore:
 
     @property
     def size(self) -> int:
-        """Give S."""
+        """Side S of a quadrant, in pixels."""
         return int(self.quadrants.shape[-1])
 
     def feed(self, batches: Iterable[npt.NDArray[np.int64]], *, whole: bool = False) -> Iterator[npt.NDArray[np.uint8]]:
-        """Give copies of the quadrants, uint8 [B, 1, S, S], of each batch of indices into [F * 4].
-
-        With `whole`, all four of each one's frame, [B, 4, S, S].
-        """
+        """Yield copies of the quadrants of each batch; see `Store.feed`."""
         if whole:
             return (self.quadrants[chosen // 4] for chosen in batches)
         return (self.quadrants[chosen // 4, chosen % 4][:, None] for chosen in batches)
 
 
-class Store(Protocol):
-    """Where training finds its quadrants: decoded, in a `QuadrantStore`, or on disk, in a `StreamedStore`."""
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64]:
-        """Give the class indices of the readable frames, int64 [F]."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Give their names."""
-
-    @property
-    def failures(self) -> tuple[Failure, ...]:
-        """Give the frames that could not be read."""
-
-    @property
-    def size(self) -> int:
-        """Give the quadrants' side."""
-
-    def feed(self, batches: Iterable[npt.NDArray[np.int64]], *, whole: bool = False) -> Iterator[npt.NDArray[np.uint8]]:
-        """Give the quadrants, uint8 [B, 1, S, S], of each batch of indices into [F * 4].
-
-        With `whole`, all four of each one's frame, [B, 4, S, S].
-        """
+def class_folders(folder: Path) -> list[str]:
+    """Return the names of the folders that count as classes, sorted."""
+    return sorted(e.name for e in folder.iterdir() if e.is_dir() and not e.name.startswith((".", "__")))
 
 
 def read_classes(data: Path) -> tuple[str, ...]:
-    """Read the class names: the folders of ``DATA/train``, sorted.
+    """Return the class names: the folders of ``DATA/train``, sorted.
 
     Raises
     ------
     DatasetError
-        If there is no such folder, or it holds fewer than two classes.
+        If the folder is missing, or holds fewer than two classes.
     """
     folder = _split_folder(data, "train")
-    classes = tuple(sorted(entry.name for entry in folder.iterdir() if _is_class(entry)))
+    classes = tuple(class_folders(folder))
     if len(classes) < 2:
         found = f"the single class {classes[0]!r}" if classes else "no class folder"
         raise DatasetError(f"{folder.as_posix()}: {found} found; expected two or more folders named after classes")
@@ -184,136 +212,135 @@ def read_classes(data: Path) -> tuple[str, ...]:
 
 
 def read_split(data: Path, split: str, classes: Sequence[str], reading: ReadOptions = DEFAULT_READ_OPTIONS) -> Split:
-    """List a split's frames by class: ``DATA/SPLIT/CLASS/**/*.png`` and the other endings that frames have.
+    """List the frames of ``DATA/SPLIT/CLASS/**``, class by class.
 
-    Each frame of a clip is a frame, of the clip's class.
+    Each frame of a clip counts as a frame.
 
     Raises
     ------
     DatasetError
-        If the split or a class in it is missing, is empty, or has a class that is not among `classes`.
+        If the split or a class in it is missing or empty, or has a class that is not in `classes`.
     """
     folder = _split_folder(data, split)
-    there = {entry.name for entry in folder.iterdir() if _is_class(entry)}
-    missing, unknown = sorted(set(classes) - there), sorted(there - set(classes))
-    if missing:
+    present = set(class_folders(folder))
+    if missing := sorted(set(classes) - present):
         raise DatasetError(
             f"{folder.as_posix()}: class {', '.join(missing)} is missing; "
             f"expected a folder for each of {', '.join(classes)}"
         )
-    if unknown:
+    if unknown := sorted(present - set(classes)):
         raise DatasetError(
             f"{folder.as_posix()}: class {', '.join(unknown)} is unknown; expected only {', '.join(classes)}"
         )
-    frames: list[LabelledFrame] = []
+    frames = tuple(frames_below(data, split, classes, reading))
+    labels = {frame.label for frame in frames}
     for label, name in enumerate(classes):
-        found = [_labelled(item, data, label) for item in find_in_folder(folder / name, f"{split}/{name}/", reading)]
-        if not found:
+        if label not in labels:
             hint = matrices_hint(str(folder / name), reading)
             raise DatasetError(f"{(folder / name).as_posix()}: no frame found; {EXPECTED_FILES}{hint}")
-        frames += found
-    return Split(split, tuple(classes), tuple(frames))
+    return Split(split, tuple(classes), frames)
 
 
-def _labelled(item: FrameFile | Failure, data: Path, label: int) -> LabelledFrame:
-    if isinstance(item, Failure):
-        return LabelledFrame(data / item.file, item.file, label, fault=item.error)
-    return LabelledFrame(item.path, item.name, label, item.frame, item.flip)
+def frames_below(
+    data: Path, split: str, classes: Sequence[str], reading: ReadOptions = DEFAULT_READ_OPTIONS
+) -> Iterator[LabelledFrame]:
+    """List the frames of ``DATA/SPLIT/CLASS/**`` for the classes that have a folder; an empty split is ``DATA``."""
+    prefix = f"{split}/" if split else ""
+    for label, name in enumerate(classes):
+        folder = data / split / name
+        if not folder.is_dir():
+            continue
+        for item in find_in_folder(folder, f"{prefix}{name}/", reading):
+            if isinstance(item, Failure):
+                yield LabelledFrame(data / item.file, item.file, label, error=item.error)
+            else:
+                yield LabelledFrame(item.path, item.name, label, item.frame, item.flip)
 
 
 def load_quadrants(
-    split: Split,
-    contract: Contract,
-    *,
-    overflow: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    split: Split, contract: Contract, *, overflow: Path | None = None, progress: Progress | None = None
 ) -> QuadrantStore:
-    """Decode every frame of a split once.
+    """Decode every frame of a split once, by the contract's crop and input size.
 
-    Parameters
-    ----------
-    split
-        What to decode.
-    contract
-        Gives the crop and the input size S.
-    overflow
-        The folder whose disk takes the quadrants where they exceed `MEMORY_BYTES`, in a file without a name that is
-        gone as soon as nothing uses it, however the process ends; None keeps them in memory.
-    progress
-        Called with the number of frames done and of all.
+    `overflow` is the folder of the file that takes quadrants larger than `MEMORY_BYTES`. The file has no name, and the
+    system removes it with its last user, however the process ends. None keeps the quadrants in memory.
 
     Raises
     ------
     DatasetError
-        If of some class no frame can be read.
+        If no frame of some class can be read.
     OutputError
-        If the overflow folder's disk is full or cannot be written to.
+        If the overflow folder's disk is full or not writable.
     """
     count, size = len(split.frames), contract.input_size
     large = overflow is not None and stored_bytes(split, contract) > MEMORY_BYTES
     quadrants = np.empty((0 if large else count, 4, size, size), np.uint8)
     with _overflow_file(overflow if large else None) as file:
 
-        def keep(index: int, decoded: npt.NDArray[np.uint8]) -> None:
+        def store(index: int, decoded: npt.NDArray[np.uint8]) -> None:
             if file is None:
                 quadrants[index] = decoded[:, 0]
             else:
                 file.write(decoded.tobytes())
 
-        kept, failures = decode_split(split, contract, keep, progress)
+        frames, failures = decode_split(split, contract, store, progress)
         if file is not None:
             file.flush()
-            # Writable, though nothing writes: torch warns of arrays that are not.
-            quadrants = np.memmap(file, np.uint8, "r+", shape=(len(kept), 4, size, size))
-    labels = np.array([frame.label for frame in kept], np.int64)
-    return QuadrantStore(quadrants[: len(kept)], labels, tuple(frame.name for frame in kept), failures)
+            # Opened as writable because torch warns of read-only arrays; nothing writes to it.
+            quadrants = np.memmap(file, np.uint8, "r+", shape=(len(frames), 4, size, size))
+    labels = np.array([frame.label for frame in frames], np.int64)
+    return QuadrantStore(quadrants[: len(frames)], labels, tuple(frame.name for frame in frames), failures)
 
 
 def stored_bytes(split: Split, contract: Contract) -> int:
-    """Give the bytes that a split's quadrants take."""
+    """Return the size of a split's quadrants in bytes."""
     return len(split.frames) * 4 * contract.input_size**2
 
 
 def decode_split(
     split: Split,
     contract: Contract,
-    keep: Callable[[int, npt.NDArray[np.uint8]], None],
-    progress: Callable[[int, int], None] | None = None,
+    store: Callable[[int, npt.NDArray[np.uint8]], None],
+    progress: Progress | None = None,
 ) -> tuple[list[LabelledFrame], tuple[Failure, ...]]:
-    """Decode every frame of a split; gives those that can be read, and the failures of the others.
+    """Decode every frame of a split; return the readable frames and the failures.
 
-    `keep` is called with each readable frame's place among such, counted from 0, and its quadrants, uint8 [4, 1, S, S].
+    `store` is called with the index of each readable frame among these, and its quadrants, uint8 [4, 1, S, S].
 
     Raises
     ------
     DatasetError
-        If of some class no frame can be read.
+        If no frame of some class can be read.
     """
-    kept: list[LabelledFrame] = []
+    frames: list[LabelledFrame] = []
     failures: dict[LabelledFrame, Failure] = {}
     for done, (frame, outcome) in enumerate(prefetch(partial(decode, contract=contract), split.frames, "decode"), 1):
         if isinstance(outcome, EchoQuadError):
             failures[frame] = Failure(frame.name, outcome)
         else:
-            keep(len(kept), outcome)
-            kept.append(frame)
+            store(len(frames), outcome)
+            frames.append(frame)
         if progress is not None:
             progress(done, len(split.frames))
-    found = {frame.label for frame in kept}
+    labels = {frame.label for frame in frames}
     for index, name in enumerate(split.classes):
-        if index not in found:
-            first = next(failure for frame, failure in failures.items() if frame.label == index)
-            raise DatasetError(
-                f"{split.name}: no frame of class {name} can be read; the first failure: {first.file}: {first.error}"
-            )
-    return kept, tuple(failures.values())
+        if index not in labels:
+            of_class = [failure for frame, failure in failures.items() if frame.label == index]
+            raise no_readable_frame(split.name, of_class, f" of class {name}")
+    return frames, tuple(failures.values())
+
+
+def no_readable_frame(where: str, failures: Sequence[Failure], which: str = "") -> DatasetError:
+    """Return the error for data of which every frame failed; it names the first failure."""
+    first = failures[0]
+    return DatasetError(f"{where}: no frame{which} can be read; the first failure: {first.file}: {first.error}")
 
 
 @contextmanager
 def _overflow_file(folder: Path | None) -> Iterator[IO[bytes] | None]:
-    """Open a file that the system removes with its last user, a memory map of it included; None without a folder.
+    """Open a file that the system removes with its last user, memory maps included; yield None without a folder.
 
-    It is written from front to end before it is mapped: a full disk is an error then, and no bus error later.
+    The caller writes it from front to end before mapping it, so that a full disk is an exception and not a bus error.
     """
     if folder is None:
         yield None
@@ -322,13 +349,10 @@ def _overflow_file(folder: Path | None) -> Iterator[IO[bytes] | None]:
         yield file
 
 
-Decoded = npt.NDArray[np.uint8] | EchoQuadError
-
-
-def decode(frame: LabelledFrame, contract: Contract) -> Decoded:
-    """Give a frame's quadrants, uint8 [4, 1, S, S], or why it cannot be read."""
-    if frame.fault is not None:
-        return frame.fault
+def decode(frame: LabelledFrame, contract: Contract) -> npt.NDArray[np.uint8] | EchoQuadError:
+    """Return a frame's quadrants, uint8 [4, 1, S, S], or the error if it cannot be read."""
+    if frame.error is not None:
+        return frame.error
     try:
         return frame_quadrants(load_grey(frame.file), contract)
     except FrameError as error:
@@ -338,15 +362,8 @@ def decode(frame: LabelledFrame, contract: Contract) -> Decoded:
 def _split_folder(data: Path, split: str) -> Path:
     folder = data / split
     if not data.is_dir():
-        raise DatasetError(f"{data.as_posix()}: no such folder; expected {'/, '.join(SPLITS)}/ with a folder a class")
+        raise DatasetError(f"{data.as_posix()}: no such folder; {EXPECTED_FOLDERS}")
     if not folder.is_dir():
-        found = sorted(entry.name for entry in data.iterdir())
-        raise DatasetError(
-            f"{data.as_posix()}: no {split}/ folder, only {', '.join(found[:6]) or 'nothing'}; "
-            f"expected {'/, '.join(SPLITS)}/ with a folder a class"
-        )
+        found = ", ".join(sorted(entry.name for entry in data.iterdir())[:6]) or "nothing"
+        raise DatasetError(f"{data.as_posix()}: no {split}/ folder, only {found}; {EXPECTED_FOLDERS}")
     return folder
-
-
-def _is_class(entry: Path) -> bool:
-    return entry.is_dir() and not entry.name.startswith((".", "__"))

@@ -1,7 +1,7 @@
-"""Patients: whom a frame is of, told from its name, so that nobody's frames are on two sides of a split.
+"""Patient identifiers, parsed from frame names.
 
-Frames of one patient, or of one series where no more is known, are nearly the same picture. A model that has seen one
-of them knows the others, and an interval that counts each for itself is too narrow.
+Frames of one patient, or of one series where the patient is unknown, are nearly the same picture. Splits, bootstrap
+intervals and cross-fitting therefore keep the frames of a patient together.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from echoquad_train.data.dataset import LabelledFrame
 __all__ = ["patient_id", "patient_of", "patient_pattern", "patients_of"]
 
 _PATIENT: Final = re.compile(r"(?i)(?:patient|subject|subj|sub|case|pat)[-_ ]?\d+")
-"""``patient0001_4CH``: the patient by name, wherever it stands."""
+"""``patient0001_4CH``: a named patient, anywhere in the path."""
 _SERIES: Final = re.compile(r"(.*[^-_ .])[-_ .]+(?:frame)?\d+")
-"""``ASD3-101``, ``NORMS-39``: a series, then the frame's number."""
+"""``ASD3-101``, ``NORMS-39``: a series followed by a frame number."""
 
 
 def patient_pattern(text: str | None) -> re.Pattern[str] | None:
-    """Read ``--patient-regex``; None is the default rule.
+    """Compile ``--patient-regex``; None selects the default rule of `patient_of`.
 
     Raises
     ------
     ConfigError
-        If it is no regular expression.
+        If `text` is not a valid regular expression.
     """
     if text is None:
         return None
@@ -36,55 +36,43 @@ def patient_pattern(text: str | None) -> re.Pattern[str] | None:
         return re.compile(text)
     except re.error as error:
         raise ConfigError(
-            f"--patient-regex {text!r}: no regular expression ({error}); expected one such as 'patient\\d+'"
+            f"--patient-regex {text!r}: invalid regular expression ({error}); expected one such as 'patient\\d+'"
         ) from error
 
 
 def patient_of(name: str, pattern: re.Pattern[str] | None = None) -> str | None:
-    r"""Tell whom a frame is of.
+    r"""Return the patient or series in a frame's name, or None if the name contains neither.
 
     Parameters
     ----------
     name
-        The frame's path within its class's folder, with forward slashes; ``#12`` at its end is a clip's frame.
+        The frame's path within its class folder, with forward slashes; a trailing ``#12`` selects a frame of a clip.
     pattern
-        Searched for in `name` without its ending; its first group is the patient, all of it where there is none.
-        None: ``patient12`` (also subject, subj, sub, case, pat) wherever it stands; else the series before a frame's
-        number, as in ``ASD3-101``, within the folders that hold it; else those folders; else a clip's name.
-
-    Returns
-    -------
-    str or None
-        The patient or series; None where the name does not tell.
+        Searched for in `name` without its extension. The patient is the first group, or the whole match if there is no
+        group. None applies the default rule, the first of these that matches: ``patient12`` (also subject, subj, sub,
+        case, pat) anywhere; the series before a frame number, as in ``ASD3-101``, together with its folders; the
+        folders; the file name of a clip.
     """
     path, mark, _ = name.rpartition("#") if re.search(r"#\d+$", name) else (name, "", "")
-    place = PurePosixPath(path)
-    stem = place.with_suffix("").as_posix()
+    file = PurePosixPath(path)
+    stem = file.with_suffix("").as_posix()
     if pattern is not None:
-        found = pattern.search(stem)
-        return (found[1] if pattern.groups else found[0]) or None if found else None
-    if known := _PATIENT.search(stem):
-        return re.sub(r"[-_ ]", "", known[0]).lower()
-    folders = place.parent.as_posix()
+        match = pattern.search(stem)
+        return (match[1] if pattern.groups else match[0]) or None if match else None
+    if match := _PATIENT.search(stem):
+        return re.sub(r"[-_ ]", "", match[0]).lower()
+    folders = file.parent.as_posix()
     prefix = "" if folders == "." else f"{folders}/"
     if series := _SERIES.fullmatch(PurePosixPath(stem).name):
         return prefix + series[1]
-    return prefix.rstrip("/") or (place.name if mark else None)
+    return prefix.rstrip("/") or (file.name if mark else None)
 
 
 def patient_id(name: str, pattern: re.Pattern[str] | None = None) -> str:
-    """Tell whom a frame called ``SPLIT/CLASS/...`` is of; one whose name does not tell is somebody by itself."""
+    """Return the patient of a frame called ``SPLIT/CLASS/...``, or the frame's name if the patient is unknown."""
     return patient_of(name.split("/", 2)[2], pattern) or name
 
 
 def patients_of(frames: Iterable[LabelledFrame], pattern: re.Pattern[str] | None = None) -> tuple[str, ...]:
-    """Tell whom each frame of a split is of; see `patient_id`.
-
-    Parameters
-    ----------
-    frames
-        Named ``SPLIT/CLASS/...``, as `echoquad_train.data.dataset.read_split` gives them.
-    pattern
-        See `patient_of`.
-    """
+    """Return the `patient_id` of each frame."""
     return tuple(patient_id(frame.name, pattern) for frame in frames)

@@ -1,7 +1,8 @@
-"""Ahead: work on frames in threads, a bounded number before they are wanted."""
+"""Prefetching: process items in threads, a bounded number ahead of the consumer."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -12,20 +13,21 @@ from echoquad_runtime.devices.cpu_info import available_cpus
 __all__ = ["prefetch"]
 
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
-def prefetch(make: Callable[[Item], Made], items: Iterable[Item], name: str) -> Iterator[tuple[Item, Made]]:
-    """Give each item with what `make` makes of it, in order.
+def prefetch(function: Callable[[Item], Result], items: Iterable[Item], name: str) -> Iterator[tuple[Item, Result]]:
+    """Yield each item with the result of `function`, in order.
 
-    In threads, called `name`: Pillow lets go of the GIL, and no process is spawned. What `make` raises is raised here.
+    The work runs in threads called `name`: Pillow releases the GIL while it decodes. An exception of `function` is
+    raised here.
     """
     workers = min(8, available_cpus())
-    rest = iter(items)
+    remaining = iter(items)
     with ThreadPoolExecutor(workers, name) as pool:
-        waiting: list[tuple[Item, Future[Made]]] = []
-        waiting += ((item, pool.submit(make, item)) for item in islice(rest, 4 * workers))
-        while waiting:
-            item, future = waiting.pop(0)
+        pending: deque[tuple[Item, Future[Result]]] = deque()
+        pending.extend((item, pool.submit(function, item)) for item in islice(remaining, 4 * workers))
+        while pending:
+            item, future = pending.popleft()
             yield item, future.result()
-            waiting += ((item, pool.submit(make, item)) for item in islice(rest, 1))
+            pending.extend((item, pool.submit(function, item)) for item in islice(remaining, 1))

@@ -1,8 +1,8 @@
-"""Streaming: a data set larger than memory and disk, decoded by worker processes a batch at a time.
+"""Streaming: decode a data set that exceeds memory and disk in worker processes, one batch at a time.
 
-What to decode is said by the main process, which alone makes draws: so the batches are those of the decoded path, to
-the last bit, whatever the workers' number and speed. Workers are spawned on every system, as Windows does: a fork of a
-process with running threads may stand still.
+The main process alone draws random numbers and tells the workers what to decode. The batches therefore equal those of
+the decoded path bit for bit, whatever the number and speed of the workers. Workers are spawned on every system, as on
+Windows: forking a process with running threads may deadlock.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,81 +27,90 @@ from echoquad_runtime.devices.cpu_info import available_cpus
 from echoquad_runtime.errors import DatasetError, EchoQuadError, RunError
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_train.data import dataset
-from echoquad_train.data.dataset import LabelledFrame, Split, Store, decode, decode_split, load_quadrants, stored_bytes
+from echoquad_train.data.dataset import (
+    LabelledFrame,
+    Progress,
+    Split,
+    Store,
+    decode,
+    decode_split,
+    load_quadrants,
+    stored_bytes,
+)
 
 __all__ = ["Storage", "Stream", "StreamedStore", "stream_quadrants"]
 
 Stream = Literal["auto", "on", "off"]
 
-_AHEAD: Final = 4  # batches that each worker decodes ahead
-_DISK_SHARE: Final = 0.9  # of what is free, at most taken for decoded quadrants
+_PREFETCHED_BATCHES: Final = 4  # per worker
+_DISK_SHARE: Final = 0.9  # of the free disk space that decoded quadrants may take
 
-Wanted = tuple[LabelledFrame, int | None]
-"""A frame, and which of its quadrants; None is all four."""
+_Request = tuple[LabelledFrame, int | None]
+"""A frame and the index of one of its quadrants; None requests all four."""
 
 
 class _Decoder:
-    """What a worker has: no list of frames, however many there are, but the contract to decode each by."""
+    """The dataset of a worker: it holds the contract only, because each request carries its frame."""
 
     def __init__(self, contract: Contract) -> None:
         self.contract = contract
 
-    def __getitems__(self, wanted: list[Wanted]) -> npt.NDArray[np.uint8] | str:
-        """Give a batch's quadrants, uint8 [B, 1, S, S] or [B, 4, S, S], each frame decoded once; or what is wrong."""
-        known: dict[LabelledFrame, npt.NDArray[np.uint8]] = {}
-        for frame, _ in wanted:
-            if frame not in known:
+    def __getitems__(self, requests: list[_Request]) -> npt.NDArray[np.uint8] | str:
+        """Return a batch, uint8 [B, 1, S, S] or [B, 4, S, S], or an error message; decode each frame once."""
+        decoded: dict[LabelledFrame, npt.NDArray[np.uint8]] = {}
+        for frame, _ in requests:
+            if frame not in decoded:
                 outcome = decode(frame, self.contract)
                 if isinstance(outcome, EchoQuadError):
                     return f"{frame.name}: could be read when training began and cannot be now ({outcome})"
-                known[frame] = outcome
+                decoded[frame] = outcome
         size = self.contract.input_size
-        count = 4 if any(corner is None for _, corner in wanted) else 1
-        chosen = [known[frame] if corner is None else known[frame][corner] for frame, corner in wanted]
+        count = 4 if any(quadrant is None for _, quadrant in requests) else 1
+        chosen = [decoded[frame] if quadrant is None else decoded[frame][quadrant] for frame, quadrant in requests]
         return np.array(chosen, np.uint8).reshape(-1, count, size, size)
 
 
-def _as_it_is(batch: npt.NDArray[np.uint8] | str) -> npt.NDArray[np.uint8] | str:
-    return batch  # no tensor, which would go through shared memory: containers have little of it
+def _identity(batch: npt.NDArray[np.uint8] | str) -> npt.NDArray[np.uint8] | str:
+    return batch  # a tensor would pass through shared memory, which is small in containers
 
 
 @dataclass(slots=True)
 class _Sampler:
-    """Batches to come, put in place before each pass."""
+    """The batches of the next pass; replaced before each pass."""
 
-    batches: Iterator[list[Wanted]] = field(default_factory=lambda: iter(()))
+    batches: Iterator[list[_Request]] = field(default_factory=lambda: iter(()))
 
-    def __iter__(self) -> Iterator[list[Wanted]]:
+    def __iter__(self) -> Iterator[list[_Request]]:
         return self.batches
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Have processes that are started now ignore Ctrl-C, which reaches all of a terminal's: the main one ends them."""
+def _ignore_interrupts() -> Iterator[None]:
+    """Make processes started in this block ignore Ctrl-C, which a terminal sends to all; the main process ends them."""
     try:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:  # not in the main thread, which alone may say so
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # signal handlers can be set in the main thread only
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+        signal.signal(signal.SIGINT, previous or signal.SIG_DFL)
 
 
 class StreamedStore:
-    """Frames that are decoded again whenever they are wanted.
+    """A `Store` that decodes frames whenever they are needed.
 
     Parameters
     ----------
     frames
-        Those that can be read.
+        The readable frames.
     failures
-        Those that cannot, and why.
+        The unreadable frames.
     contract
-        Gives the crop and the input size S.
+        Defines the crop and the input size S.
     workers
-        Processes that decode; they start with the first batch and live until `close`.
+        Number of decoding processes. They start with the first batch and live until `close`.
     """
 
     def __init__(
@@ -111,88 +120,82 @@ class StreamedStore:
         self.labels: npt.NDArray[np.int64] = np.array([frame.label for frame in frames], np.int64)
         self._sampler = _Sampler()
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than CPUs: as was asked for
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # the user asked for more than the CPUs
             self._loader: Any = DataLoader(
                 _Decoder(contract),  # type: ignore[arg-type]
                 batch_sampler=self._sampler,
                 num_workers=workers,
-                collate_fn=_as_it_is,  # type: ignore[arg-type]
+                collate_fn=_identity,  # type: ignore[arg-type]
                 multiprocessing_context="spawn",
-                prefetch_factor=_AHEAD,
+                prefetch_factor=_PREFETCHED_BATCHES,
                 persistent_workers=True,
-                generator=Generator(),  # it draws seeds for its workers, and must not from dropout's generator
+                generator=Generator(),  # worker seeds must not come from the global generator, which dropout uses
             )
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Give the frames' names."""
+        """Names of the readable frames."""
         return tuple(frame.name for frame in self._frames)
 
     def feed(self, batches: Iterable[npt.NDArray[np.int64]], *, whole: bool = False) -> Iterator[npt.NDArray[np.uint8]]:
-        """Give the quadrants, uint8 [B, 1, S, S], of each batch of indices into [F * 4], decoded ahead.
-
-        With `whole`, all four of each one's frame, [B, 4, S, S].
+        """Yield the quadrants of each batch, decoded in advance; see `Store.feed`.
 
         Raises
         ------
         DatasetError
-            If a frame cannot be read any more.
+            If a frame has become unreadable.
         RunError
             If a worker has ended.
         """
         self._sampler.batches = (
             [(self._frames[i // 4], None if whole else int(i % 4)) for i in chosen] for chosen in batches
         )
-        nothing = np.empty((0, 4 if whole else 1, self.size, self.size), np.uint8)
-        nothing = np.empty((0, 4 if whole else 1, self.size, self.size), np.uint8)
+        empty = np.empty((0, 4 if whole else 1, self.size, self.size), np.uint8)
         try:
-            with _deaf_to_interrupts():
-                batches_decoded = iter(self._loader)
-            for batch in batches_decoded:
+            with _ignore_interrupts():
+                decoded = iter(self._loader)
+            for batch in decoded:
                 if isinstance(batch, str):
-                    raise DatasetError(f"{batch}; bring it back, and go on by `echoquad train --resume`")
-                yield batch if len(batch) else nothing
+                    raise DatasetError(f"{batch}; restore the file and continue with `echoquad train --resume`")
+                yield batch if len(batch) else empty
         except RuntimeError as error:
             if "worker" not in str(error):
                 raise
             raise RunError(
-                f"a process that decodes frames has ended ({str(error).partition(chr(10))[0]}); "
-                "if memory is short, give fewer --workers; go on by `echoquad train --resume`"
+                f"a decoding process has ended ({str(error).partition(chr(10))[0]}); "
+                "if memory is short, use fewer --workers; continue with `echoquad train --resume`"
             ) from error
 
     def close(self) -> None:
         """End the workers."""
-        # Left to the garbage collector they would live as long as the traceback of whatever ended the run.
+        # The garbage collector would end them only when the traceback that ended the run is released.
         if (running := getattr(self._loader, "_iterator", None)) is not None:
             running._shutdown_workers()
         self._loader = None
 
 
-def stream_quadrants(
-    split: Split, contract: Contract, workers: int, progress: Callable[[int, int], None] | None = None
-) -> StreamedStore:
-    """Look through a split for frames that cannot be read, keeping none, and make ready to stream the others.
+def stream_quadrants(split: Split, contract: Contract, workers: int, progress: Progress | None = None) -> StreamedStore:
+    """Decode each frame of a split once to find the unreadable ones, and return a store that streams the others.
 
     Raises
     ------
     DatasetError
-        If of some class no frame can be read.
+        If no frame of some class can be read.
     """
     return StreamedStore(*decode_split(split, contract, lambda index, quadrants: None, progress), contract, workers)
 
 
 class Storage:
-    """Decides where quadrants are kept: decoded once where memory or the disk has room for them, else streamed.
+    """Chooses where quadrants are kept: decoded once in memory or on disk, or streamed if neither has room.
 
     Parameters
     ----------
     folder
-        Whose disk takes decoded quadrants that memory has no room for; see
-        `echoquad_train.data.dataset.load_quadrants`.
+        See `overflow` of `echoquad_train.data.dataset.load_quadrants`.
     stream
-        ``on`` streams in any case, ``off`` never, ``auto`` where neither has room.
+        ``on`` always streams, ``off`` never, ``auto`` if neither memory nor disk has room.
     workers
-        Processes that decode for each store that is streamed; None is as many as there are CPUs to use, 8 at most.
+        Number of decoding processes per streamed store; None is the number of available CPUs, at most 8.
     """
 
     def __init__(self, folder: Path, stream: Stream = "auto", workers: int | None = None) -> None:
@@ -209,23 +212,23 @@ class Storage:
         for store in self._opened:
             store.close()
 
-    def open(self, split: Split, contract: Contract, progress: Callable[[int, int], None] | None = None) -> Store:
-        """Decode a split, or make ready to stream it.
+    def open(self, split: Split, contract: Contract, progress: Progress | None = None) -> Store:
+        """Decode a split, or prepare to stream it.
 
         Raises
         ------
         DatasetError
-            If of some class no frame can be read.
+            If no frame of some class can be read.
         OutputError
-            If the disk is full or cannot be written to.
+            If the disk is full or not writable.
         """
-        if not self._streams(stored_bytes(split, contract)):
+        if not self._must_stream(stored_bytes(split, contract)):
             return load_quadrants(split, contract, overflow=self._folder, progress=progress)
         store = stream_quadrants(split, contract, self._workers, progress)
         self._opened.append(store)
         return store
 
-    def _streams(self, size: int) -> bool:
+    def _must_stream(self, size: int) -> bool:
         if self._stream != "auto":
             return self._stream == "on"
         return size > dataset.MEMORY_BYTES and size > _DISK_SHARE * shutil.disk_usage(self._folder).free

@@ -1,1 +1,1 @@
-"""What a model gets right: scores, metrics, bootstrap intervals, calibration, abstention."""
+"""Evaluation: predictions of a split compared with its labels, as metrics, intervals, calibration and abstention."""

@@ -1,78 +1,100 @@
-"""Abstention: how accuracy rises where a model may leave the frames that it is least sure of undecided.
+"""Abstention: accuracy and coverage when the least confident frames stay undecided (risk-coverage curve).
 
-Y. Geifman, R. El-Yaniv, "Selective Classification for Deep Neural Networks", NeurIPS 2017, arXiv:1705.08500; the area
-under the risk-coverage curve (AURC) as in Y. Geifman, G. Uziel, R. El-Yaniv, ICLR 2019, arXiv:1805.08206.
+Y. Geifman, R. El-Yaniv, "Selective Classification for Deep Neural Networks", NeurIPS 2017, arXiv:1705.08500; area under
+the risk-coverage curve (AURC) as in Y. Geifman, G. Uziel, R. El-Yaniv, ICLR 2019, arXiv:1805.08206.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
-from echoquad_train.evaluation.intervals import Bootstrap, estimate
-from echoquad_train.evaluation.reliability import Floats
+from echoquad_train.evaluation.arrays import BoolArray, Float64Array
+from echoquad_train.evaluation.intervals import Bootstrap, Estimate
+from echoquad_train.evaluation.metrics_record import MetricsRecord
 from echoquad_train.evaluation.scored_frames import ScoredFrames
 
-__all__ = ["abstention", "risk_coverage"]
+__all__ = ["Abstention", "AbstentionPoint", "CoveragePoint", "abstention", "risk_coverage"]
 
 COVERAGES: Final = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
 
 
-def risk_coverage(confidence: Floats, right: npt.NDArray[np.bool_]) -> tuple[Floats, Floats, Floats]:
-    """Give the risk-coverage curve, of the highest confidence to the lowest.
+@dataclass(frozen=True)
+class CoveragePoint(MetricsRecord):
+    """A confidence threshold, the fraction of frames decided at it, and the accuracy among these."""
+
+    threshold: float
+    coverage: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class AbstentionPoint(MetricsRecord):
+    """Coverage and accuracy at ``--abstain-below``, and the number of frames that stay undecided."""
+
+    below: float
+    indeterminate: int
+    coverage: Estimate
+    accuracy: Estimate
+
+
+@dataclass(frozen=True)
+class Abstention(MetricsRecord):
+    """The effect of abstaining.
+
+    Attributes
+    ----------
+    aurc
+        Area under the risk-coverage curve: the mean risk over the coverages.
+    points
+        The highest threshold that decides at least 100, 95, 90, 80, 70 and 50 % of the frames.
+    at
+        The point of ``--abstain-below``; None without this option, and then not in JSON.
+    """
+
+    aurc: float
+    points: tuple[CoveragePoint, ...]
+    at: AbstentionPoint | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        values = super().to_dict()
+        if self.at is None:
+            del values["at"]
+        return values
+
+
+def risk_coverage(confidence: Float64Array, correct: BoolArray) -> tuple[Float64Array, Float64Array, Float64Array]:
+    """Return the risk-coverage curve, from the highest confidence to the lowest.
 
     Returns
     -------
     thresholds, coverage, risk
-        float64 [K], a point for each distinct confidence: what is decided at or above it, how large a share of the
-        frames that is, and what share of these is wrong.
+        float64 [K], one point per distinct confidence: the threshold, the fraction of frames at or above it, and the
+        fraction of these that are wrong.
     """
     order = np.argsort(-confidence, kind="stable")
-    sure, wrong = confidence[order], np.cumsum(~right[order])
-    ends = np.flatnonzero(np.diff(sure, append=-np.inf))  # frames of one confidence are decided together or not at all
-    return sure[ends], (ends + 1) / len(sure), wrong[ends] / (ends + 1)
+    ordered, wrong = confidence[order], np.cumsum(~correct[order])
+    ends = np.flatnonzero(np.diff(ordered, append=-np.inf))  # frames of equal confidence are decided together
+    return ordered[ends], (ends + 1) / len(ordered), wrong[ends] / (ends + 1)
 
 
-def abstention(judged: ScoredFrames, sampler: Bootstrap, below: float | None = None) -> dict[str, Any]:
-    """Measure what abstaining buys.
-
-    Parameters
-    ----------
-    judged
-        The frames; a frame's confidence is the decided class's mean probability.
-    sampler
-        Of their patients.
-    below
-        ``--abstain-below``: the confidence under which a frame stays undecided.
-
-    Returns
-    -------
-    dict
-        ``aurc``, the mean risk over the frames' coverages; ``points`` with the highest threshold that decides at least
-        95, 90, 80, 70 and 50 % of the frames, the ``coverage`` that it comes to and the ``accuracy`` there; with
-        `below` also ``at``: coverage and accuracy at that confidence, each with its interval.
-    """
-    thresholds, coverage, risk = risk_coverage(judged.confidence, judged.right)
-    shares = np.diff(coverage, prepend=0.0)
-    points = []
-    for wanted in COVERAGES:
-        at = int(np.argmax(coverage >= wanted - 1e-12))
-        points.append(
-            {"threshold": float(thresholds[at]), "coverage": float(coverage[at]), "accuracy": float(1 - risk[at])}
-        )
-    found: dict[str, Any] = {"aurc": float((risk * shares).sum()), "points": points}
-    if below is not None:
-        answered = judged.confidence >= below
-        with np.errstate(invalid="ignore", divide="ignore"):
-            totals = sampler.totals(np.column_stack([answered & judged.right, answered]).astype(float))
-            draws = totals[:, 0] / totals[:, 1]
-        accuracy = float(judged.right[answered].mean()) if answered.any() else None
-        found["at"] = {
-            "below": below,
-            "indeterminate": int((~answered).sum()),
-            "coverage": estimate(float(answered.mean()), sampler.mean(answered)),
-            "accuracy": estimate(accuracy, draws),
-        }
-    return found
+def abstention(scored: ScoredFrames, sampler: Bootstrap, below: float | None = None) -> Abstention:
+    """Measure the effect of abstaining on the least confident frames; `below` is ``--abstain-below``."""
+    thresholds, coverage, risk = risk_coverage(scored.confidence, scored.correct)
+    indices = [int(np.argmax(coverage >= target - 1e-12)) for target in COVERAGES]
+    points = tuple(CoveragePoint(float(thresholds[i]), float(coverage[i]), float(1 - risk[i])) for i in indices)
+    aurc = float((risk * np.diff(coverage, prepend=0.0)).sum())
+    if below is None:
+        return Abstention(aurc, points)
+    decided = scored.confidence >= below
+    accuracy = float(scored.correct[decided].mean()) if decided.any() else None
+    at = AbstentionPoint(
+        below,
+        int((~decided).sum()),
+        Estimate.bootstrap(float(decided.mean()), sampler.mean(decided)),
+        Estimate.bootstrap(accuracy, sampler.ratio(decided & scored.correct, decided)),
+    )
+    return Abstention(aurc, points, at)

@@ -1,42 +1,63 @@
-"""Intervals: Wilson's for a share of independent things, the bootstrap by patient for everything else.
+"""Confidence intervals: Wilson's for independent observations, and the bootstrap interval by patient.
 
-Frames of one patient are much alike, so what is drawn with replacement is patients, each with all of its frames: the
-cluster bootstrap (A. C. Davison, D. V. Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8), with
-percentile intervals. A resample is a weight for each patient, so that every figure is a weighted one, and all resamples
-are computed at once.
+Frames of one patient resemble each other. The bootstrap therefore resamples patients, each with all of its frames: the
+cluster bootstrap (A. C. Davison, D. V. Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8) with
+percentile intervals. `scipy.stats.bootstrap` resamples observations only. A resample is a weight per patient, so that
+every statistic is a weighted one and all resamples are computed at once.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import binomtest
 
-from echoquad_train.evaluation.reliability import Bins, Floats
+from echoquad_train.evaluation.arrays import BoolArray, Float64Array, IndexArray
+from echoquad_train.evaluation.metrics_record import MetricsRecord
+from echoquad_train.evaluation.reliability import Bins
 
-__all__ = ["Bootstrap", "estimate", "weighted_auc", "weighted_counts", "weighted_ece", "wilson_interval"]
+__all__ = ["Bootstrap", "Estimate", "weighted_auc", "weighted_counts", "weighted_ece", "wilson_interval"]
 
 RESAMPLES: Final = 1000
-_MOST: Final = 4_000_000  # numbers held at once
+_MAX_ELEMENTS: Final = 4_000_000  # of an array of weights
 _QUANTILES: Final = (0.025, 0.975)
 
-Indices = npt.NDArray[np.int64]
 
+def wilson_interval(successes: int, count: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a proportion.
 
-def wilson_interval(right: int, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Give the Wilson score interval of a proportion; at the default z it covers 95 %.
-
-    E. B. Wilson, JASA 22 (1927) 209. Frames of one patient are not independent, so where a patient has several
-    the interval is too narrow.
+    It takes observations as independent. It is too narrow for frames if patients have several.
     """
-    share = right / count
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    centre, scale = share + z * z / (2 * count), 1 + z * z / count
-    # At its ends it is 0 and 1 exactly, whatever rounding says.
-    return (centre - spread) / scale if right else 0.0, (centre + spread) / scale if right < count else 1.0
+    interval = binomtest(successes, count).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+@dataclass(frozen=True)
+class Estimate(MetricsRecord):
+    """A statistic and its 95 % interval; either is None if it is undefined."""
+
+    estimate: float | None
+    ci95: tuple[float, float] | None = None
+
+    @classmethod
+    def bootstrap(cls, value: float | None, resampled: Float64Array) -> Estimate:
+        """Return a statistic with its bootstrap interval, the percentiles of its resampled values.
+
+        The interval is None if fewer than half of the resamples define the statistic: a resample without a frame of a
+        class has no sensitivity.
+        """
+        if value is None or not math.isfinite(value):
+            return cls(None)
+        finite = resampled[np.isfinite(resampled)]
+        if not len(finite) or 2 * len(finite) < len(resampled):
+            return cls(float(value))
+        low, high = np.quantile(finite, _QUANTILES)
+        return cls(float(value), (float(low), float(high)))
 
 
 class Bootstrap:
@@ -45,68 +66,62 @@ class Bootstrap:
     Parameters
     ----------
     patients
-        int64 [F], each frame's patient by number, 0 to P - 1.
+        int64 [F], patient index of each frame, 0 to P - 1.
     resamples
-        How many; 0 draws none, and there are no intervals.
+        Number of resamples B; 0 gives no intervals.
     seed
-        Of the draws: the same patients, resamples and seed give the same intervals.
+        Seed of the random numbers: equal arguments give equal intervals.
 
     Attributes
     ----------
     weights
-        float64 [B, P], how often each resample has each patient.
+        float64 [B, P], how often each resample contains each patient.
     """
 
-    def __init__(self, patients: Indices, resamples: int = RESAMPLES, seed: int = 0) -> None:
+    def __init__(self, patients: IndexArray, resamples: int = RESAMPLES, seed: int = 0) -> None:
         self.patients = patients
         self.count = int(patients.max()) + 1
         rng = np.random.default_rng(seed)
-        self.weights: Floats = rng.multinomial(self.count, np.full(self.count, 1 / self.count), resamples).astype(float)
+        self.weights: Float64Array = rng.multinomial(self.count, np.full(self.count, 1 / self.count), resamples).astype(
+            float
+        )
 
-    def totals(self, values: Floats) -> Floats:
-        """Sum values of frames, float64 [F, K], over each resample: float64 [B, K]."""
+    def totals(self, values: Float64Array) -> Float64Array:
+        """Return the sum of values of frames, float64 [F, K], in each resample: float64 [B, K]."""
         by_patient = np.zeros((self.count, values.shape[1]))
         np.add.at(by_patient, self.patients, values)
         return np.asarray(self.weights @ by_patient)
 
-    def frame_weights(self, order: Indices) -> Iterator[Floats]:
-        """Give the frames' weights in an order, float64 [b, F], some resamples at a time."""
+    def frame_weights(self, order: IndexArray) -> Iterator[Float64Array]:
+        """Yield the weights of the frames in the given order, float64 [b, F], for some resamples at a time."""
         chosen = self.patients[order]
-        step = max(1, _MOST // max(1, len(chosen)))
+        step = max(1, _MAX_ELEMENTS // max(1, len(chosen)))
         for start in range(0, len(self.weights), step):
             yield self.weights[start : start + step][:, chosen]
 
-    def mean(self, values: npt.NDArray[Any]) -> Floats:
-        """Give the mean of values, [F], in each resample: float64 [B]."""
-        found = self.totals(np.column_stack([values, np.ones(len(values))]).astype(float))
-        return np.asarray(found[:, 0] / found[:, 1])
+    def ratio(self, numerator: npt.NDArray[Any], denominator: npt.NDArray[Any]) -> Float64Array:
+        """Return the ratio of the sums of two values of frames, [F], in each resample: float64 [B]; NaN for 0 / 0."""
+        totals = self.totals(np.column_stack([numerator, denominator]).astype(float))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(totals[:, 0] / totals[:, 1])
+
+    def mean(self, values: npt.NDArray[Any]) -> Float64Array:
+        """Return the mean of values of frames, [F], in each resample: float64 [B]."""
+        return self.ratio(values, np.ones(len(values)))
 
 
-def estimate(value: float | None, draws: Floats) -> dict[str, Any]:
-    """Give a figure and its percentile interval: ``estimate`` and ``ci95``.
-
-    The interval is None where the figure is, or where fewer than half of the resamples have one: a resample without a
-    frame of a class has no sensitivity.
-    """
-    known = draws[np.isfinite(draws)]
-    if value is None or not math.isfinite(value):
-        return {"estimate": None, "ci95": None}
-    if not len(known) or 2 * len(known) < len(draws):
-        return {"estimate": float(value), "ci95": None}
-    return {"estimate": float(value), "ci95": [float(bound) for bound in np.quantile(known, _QUANTILES)]}
-
-
-def weighted_counts(sampler: Bootstrap, labels: Indices, decided: Indices, classes: int) -> Floats:
-    """Give the confusion matrix of each resample, float64 [B, C, C], true classes in rows."""
+def weighted_counts(sampler: Bootstrap, labels: IndexArray, decided: IndexArray, classes: int) -> Float64Array:
+    """Return the confusion matrix of each resample, float64 [B, C, C], true classes in rows."""
     cells = np.zeros((len(labels), classes * classes))
     cells[np.arange(len(labels)), labels * classes + decided] = 1
     return sampler.totals(cells).reshape(-1, classes, classes)
 
 
-def weighted_auc(sampler: Bootstrap, score: Floats, truth: npt.NDArray[np.bool_]) -> Floats:
-    """Give the area under the ROC curve in each resample, float64 [B]; NaN where it lacks one of the two kinds.
+def weighted_auc(sampler: Bootstrap, score: Float64Array, truth: BoolArray) -> Float64Array:
+    """Return the area under the ROC curve in each resample, float64 [B]; NaN without positives or negatives.
 
-    The area is the share of pairs in order, a tie counting half (J. A. Hanley, B. J. McNeil, Radiology 143 (1982) 29).
+    The area is the fraction of ordered pairs, a tie counting half (J. A. Hanley, B. J. McNeil, Radiology 143 (1982)
+    29).
     """
     order = np.argsort(score, kind="stable")
     begins = np.flatnonzero(np.diff(score[order], prepend=-np.inf))  # of each distinct score
@@ -122,9 +137,9 @@ def weighted_auc(sampler: Bootstrap, score: Floats, truth: npt.NDArray[np.bool_]
     return np.concatenate(areas) if areas else np.empty(0)
 
 
-def weighted_ece(sampler: Bootstrap, bins: Bins, confidence: Floats, right: npt.NDArray[np.bool_]) -> Floats:
-    """Give the expected calibration error of each resample, float64 [B], in the bins of the sample itself."""
+def weighted_ece(sampler: Bootstrap, bins: Bins, confidence: Float64Array, correct: BoolArray) -> Float64Array:
+    """Return the expected calibration error of each resample, float64 [B], in the bins of the sample itself."""
     gaps = np.zeros((len(confidence), len(bins.counts)))
-    gaps[np.arange(len(confidence)), bins.index] = right - confidence
+    gaps[np.arange(len(confidence)), bins.index] = correct - confidence
     counts = sampler.totals(np.ones((len(confidence), 1)))[:, 0]
     return np.asarray(np.abs(sampler.totals(gaps)).sum(axis=1) / counts)

@@ -1,52 +1,77 @@
-"""Metrics: the figures of ``metrics.json``, of decisions and probabilities held against the truth."""
+"""Metrics: the contents of ``metrics.json`` as dataclasses, and the functions that compute them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
-from sklearn import metrics
+from sklearn.metrics import confusion_matrix
 
 from echoquad_runtime.contract import QUADRANTS, Contract
-from echoquad_runtime.predict.predictor import Prediction
-from echoquad_train.evaluation.abstention import abstention
+from echoquad_train.evaluation.abstention import Abstention, abstention
+from echoquad_train.evaluation.arrays import Float64Array, IndexArray
+from echoquad_train.evaluation.frame_metrics import (
+    FrameMetrics,
+    VoteAgreement,
+    metrics_of_frames,
+    roc_curves,
+    vote_agreement,
+)
 from echoquad_train.evaluation.intervals import (
     RESAMPLES,
     Bootstrap,
-    estimate,
+    Estimate,
     weighted_auc,
     weighted_counts,
     weighted_ece,
-    wilson_interval,
 )
-from echoquad_train.evaluation.operating_points import operating_points
-from echoquad_train.evaluation.reliability import BINNING, Floats, losses, reliability, squares, sweep_bins
-from echoquad_train.evaluation.scored_frames import Indices, ScoredFrames, score_frames
-from echoquad_train.evaluation.temperature_scaling import cross_fit, fit_temperatures, patient_folds, scores_of
+from echoquad_train.evaluation.metrics_record import MetricsRecord
+from echoquad_train.evaluation.operating_points import OperatingPoint, operating_points
+from echoquad_train.evaluation.reliability import (
+    BINNING,
+    Reliability,
+    log_losses,
+    reliability,
+    squared_errors,
+    sweep_bins,
+)
+from echoquad_train.evaluation.scored_frames import ScoredFrames
+from echoquad_train.evaluation.temperature_scaling import (
+    Refit,
+    cross_fit,
+    fit_temperatures,
+    log_probabilities,
+    patient_folds,
+)
 
-__all__ = ["Settings", "measure", "measure_more", "plain", "roc_curves"]
+__all__ = [
+    "BootstrapMetrics",
+    "CalibrationMetrics",
+    "EvaluationMetrics",
+    "EvaluationOptions",
+    "PatientMetrics",
+    "evaluation_metrics",
+]
 
 VALIDATION: Final = "validation"
-"""The split that thresholds and temperature are chosen on."""
+"""The split on which thresholds and temperatures are chosen."""
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """What is to be measured beside the plain figures.
+class EvaluationOptions:
+    """What to measure besides the frame metrics.
 
     Attributes
     ----------
     resamples, seed
-        Of the bootstrap; 0 resamples, no intervals.
+        Of the bootstrap; 0 resamples give no intervals.
     at_specificity, at_sensitivity
-        Rates that operating points hold.
+        Rates that the operating points hold.
     abstain_below
-        The confidence under which a frame stays undecided; None decides all.
+        Confidence under which a frame stays undecided; None decides all.
     temperature_given
-        Whether the quadrants' temperature was given in training, and so stays where temperatures are fitted anew.
+        Whether the recipe set the quadrants' temperature; refitting keeps it then.
     """
 
     resamples: int = RESAMPLES
@@ -58,101 +83,163 @@ class Settings:
 
     @property
     def targets(self) -> list[tuple[str, float]]:
-        """The operating points."""
+        """The operating points: the rate that is held and its minimum."""
         return [
             *(("specificity", value) for value in self.at_specificity),
             *(("sensitivity", value) for value in self.at_sensitivity),
         ]
 
 
-def measure(predictions: Sequence[Prediction], labels: Indices, positive: str) -> dict[str, Any]:
-    """Compute the plain metrics of predictions against labels, int64 [F]; those of frames alone.
+@dataclass(frozen=True)
+class BootstrapMetrics(MetricsRecord):
+    """Metrics with bootstrap intervals; sensitivity, specificity and F1 are those of the vote for the positive class.
 
-    ``roc_auc`` is of the positive class's mean probability for two classes, the unweighted mean of one-against-rest
-    areas for more, and None where a class has no frame.
+    `patients` is the number of resampled patients.
     """
-    return _plain(score_frames(predictions, labels, positive))
+
+    method: str
+    resamples: int
+    seed: int
+    patients: int
+    accuracy: Estimate
+    balanced_accuracy: Estimate
+    sensitivity: Estimate
+    specificity: Estimate
+    f1: Estimate
+    macro_f1: Estimate
+    roc_auc: Estimate
+    ece: Estimate
+    nll: Estimate
+    brier: Estimate
 
 
-def _plain(judged: ScoredFrames) -> dict[str, Any]:
-    classes, labels, decided = judged.classes, judged.labels, judged.decided
-    every = list(range(len(classes)))
-    right = int(judged.right.sum())
-    precision, recall, f1, support = metrics.precision_recall_fscore_support(
-        labels, decided, labels=every, zero_division=0.0
-    )
-    areas = [area for _, _, _, area in roc_curves(judged.probabilities, labels, classes, judged.positive)]
-    quadrants = judged.quadrant_labels
-    return {
-        "frames": len(labels),
-        "accuracy": right / len(labels),
-        "accuracy_ci95": list(wilson_interval(right, len(labels))),
-        "balanced_accuracy": float(np.mean(recall[support > 0])),
-        "patch_accuracy": float((quadrants == labels[:, None]).mean()),
-        "roc_auc": float(np.mean(areas)) if len(np.unique(labels)) == len(classes) else None,
-        "positive": judged.positive,
-        "classes": list(classes),
-        "confusion": metrics.confusion_matrix(labels, decided, labels=every).tolist(),
-        "per_class": {
-            name: {
-                "precision": float(precision[i]),
-                "recall": float(recall[i]),
-                "f1": float(f1[i]),
-                "support": int(support[i]),
-            }
-            for i, name in enumerate(classes)
-        },
-        "per_quadrant": {name: float((quadrants[:, i] == labels).mean()) for i, name in enumerate(QUADRANTS)},
-    }
+@dataclass(frozen=True)
+class PatientMetrics(MetricsRecord):
+    """Metrics of the decisions on patients, each by the mean probability of the patient's frames.
 
-
-def roc_curves(
-    probabilities: npt.NDArray[np.float64],
-    labels: npt.NDArray[np.int64],
-    classes: Sequence[str],
-    positive: str,
-) -> list[tuple[str, npt.NDArray[np.float64], npt.NDArray[np.float64], float]]:
-    """Give name, false and true positive rates and area of each ROC curve.
-
-    One curve, of the positive class, for two classes; one a class, against the rest, for more. A class without frames,
-    or with all of them, has none.
+    Attributes
+    ----------
+    unit
+        ``patient``, or ``patient and true class`` if a patient has frames of several classes.
+    joined_by
+        How the frames are combined, in words.
+    count, patients, most_frames
+        Number of decisions, number of patients, and the most frames in one decision.
+    accuracy, roc_auc, confusion
+        See `FrameMetrics`.
+    intervals
+        Some of the metrics of `BootstrapMetrics`, by name.
     """
-    wanted = [positive] if len(classes) == 2 else list(classes)
-    curves = []
-    for name in wanted:
-        column = classes.index(name)
-        truth = labels == column
-        if truth.all() or not truth.any():
-            continue
-        false_positive, true_positive, _ = metrics.roc_curve(truth, probabilities[:, column])
-        curves.append((name, false_positive, true_positive, float(metrics.auc(false_positive, true_positive))))
-    return curves
+
+    unit: str
+    joined_by: str
+    count: int
+    patients: int
+    most_frames: int
+    accuracy: float
+    roc_auc: float | None
+    confusion: list[list[int]]
+    intervals: dict[str, Estimate]
 
 
-def measure_more(
-    judged: ScoredFrames, settings: Settings, *, split: str, contract: Contract, reference: ScoredFrames | None = None
-) -> dict[str, Any]:
-    """Compute what ``metrics.json`` holds beside the plain figures.
+@dataclass(frozen=True)
+class CalibrationMetrics(MetricsRecord):
+    """Reliability under the contract's temperatures (`reported`), without them, and under refitted ones.
+
+    `binning` and `confidence` define the terms in words. `uncalibrated` is None if both temperatures are 1, `refitted`
+    if there are no validation frames of other patients.
+    """
+
+    temperature: float
+    frame_temperature: float
+    binning: str
+    confidence: str
+    reported: Reliability
+    uncalibrated: Reliability | None
+    refitted: Refit | None
+
+
+@dataclass(frozen=True)
+class EvaluationMetrics(MetricsRecord):
+    """The contents of ``metrics.json``.
+
+    Attributes
+    ----------
+    split, device, precision, method, contract_sha256
+        What was evaluated, and how.
+    frame
+        Metrics of the frames, which JSON has at the top level.
+    unreadable
+        Number of frames that could not be read.
+    chosen_on
+        In words, the frames on which thresholds and refitted temperatures were chosen.
+    model, trained_calibration, data
+        The evaluated model and the calibration that its training recorded, see
+        `echoquad_train.evaluation.evaluate.model_facts`, and the data folder. JSON has them only with a model.
+    """
+
+    split: str
+    device: str
+    precision: str
+    method: str
+    contract_sha256: str
+    frame: FrameMetrics
+    unreadable: int
+    intervals: BootstrapMetrics
+    patients: PatientMetrics
+    chosen_on: str
+    operating_points: tuple[OperatingPoint, ...]
+    calibration: CalibrationMetrics
+    vote_agreement: tuple[VoteAgreement, ...]
+    quadrant_ci95: dict[str, tuple[float, float] | None]
+    abstention: Abstention
+    model: dict[str, str] | None = None
+    trained_calibration: dict[str, Any] | None = None
+    data: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        values: dict[str, Any] = {}
+        for name, value in super().to_dict().items():
+            values |= value if name == "frame" else {name: value}
+        if self.model is None:
+            for name in ("model", "trained_calibration", "data"):
+                del values[name]
+        return values
+
+
+def evaluation_metrics(
+    scored: ScoredFrames,
+    options: EvaluationOptions,
+    *,
+    split: str,
+    device: str,
+    precision: str,
+    contract: Contract,
+    unreadable: int,
+    reference: ScoredFrames | None = None,
+) -> EvaluationMetrics:
+    """Compute the metrics of a split.
 
     Parameters
     ----------
-    judged
-        The frames that are reported.
-    settings
-        What to measure.
+    scored
+        The reported frames.
+    options
+        What to measure besides the frame metrics.
     split
-        Their name. Where it is ``validation``, thresholds and temperature are cross-fitted by patient.
-    contract
-        What the model was trained under: its temperatures.
+        Name of their split. For ``validation``, thresholds and temperatures are cross-fitted by patient.
+    device, precision, contract, unreadable
+        The model, and the number of frames that could not be read.
     reference
-        Validation frames of the same model, to choose thresholds and temperatures on, but for those of patients that
-        are reported; None where there are none, or where they are the frames that are reported.
+        Validation frames of the same model, on which thresholds and temperatures are chosen; frames of reported
+        patients are left out. None if there are none, or if they are the reported frames.
     """
-    sampler = Bootstrap(judged.patient_index, settings.resamples, settings.seed)
+    sampler = Bootstrap(scored.patient_index, options.resamples, options.seed)
     if reference is not None:
-        known = set(judged.patients)
-        reference = reference.only([index for index, name in enumerate(reference.patients) if name not in known])
-    folds = patient_folds(judged.patients) if reference is None and split == VALIDATION else None
+        reported = set(scored.patients)
+        reference = reference.subset([i for i, patient in enumerate(reference.patients) if patient not in reported])
+    folds = patient_folds(scored.patients) if reference is None and split == VALIDATION else None
     if reference is not None:
         chosen = f"on {len(reference)} frames of {len(set(reference.patients))} patients of the validation split"
     elif folds is not None:
@@ -160,54 +247,58 @@ def measure_more(
         chosen = f"cross-fitted: {groups}, as the validation split itself is reported"
     else:
         chosen = "not chosen: there are no validation frames of other patients"
-    return {
-        "intervals": _intervals(judged, sampler, settings),
-        "patients": _patients(judged, settings),
-        "chosen_on": chosen,
-        "operating_points": operating_points(judged, sampler, settings.targets, reference, folds),
-        "calibration": _calibration(judged, contract, reference, folds, settings.temperature_given),
-        "vote_agreement": _agreement(judged),
-        "quadrant_ci95": {
-            name: estimate(None if not len(judged) else float(hits.mean()), sampler.mean(hits))["ci95"]
-            for name, hits in zip(QUADRANTS, (judged.quadrant_labels == judged.labels[:, None]).T, strict=True)
+    quadrant_hits = zip(QUADRANTS, (scored.quadrant_labels == scored.labels[:, None]).T, strict=True)
+    return EvaluationMetrics(
+        split=split,
+        device=device,
+        precision=precision,
+        method=scored.method,
+        contract_sha256=contract.sha256,
+        frame=metrics_of_frames(scored),
+        unreadable=unreadable,
+        intervals=_bootstrap_metrics(scored, sampler, options),
+        patients=_patient_metrics(scored, options),
+        chosen_on=chosen,
+        operating_points=operating_points(scored, sampler, options.targets, reference, folds),
+        calibration=_calibration_metrics(scored, contract, reference, folds, options.temperature_given),
+        vote_agreement=vote_agreement(scored),
+        quadrant_ci95={
+            name: Estimate.bootstrap(float(hits.mean()), sampler.mean(hits)).ci95 for name, hits in quadrant_hits
         },
-        "abstention": abstention(judged, sampler, settings.abstain_below),
-    }
-
-
-def _intervals(judged: ScoredFrames, sampler: Bootstrap, settings: Settings) -> dict[str, Any]:
-    """Give the main figures with their bootstrap intervals; those of sensitivity, specificity and F1 of the vote."""
-    bins = sweep_bins(judged.confidence, judged.right)
-    counts = weighted_counts(sampler, judged.labels, judged.decided, len(judged.classes))
-    matrix = metrics.confusion_matrix(judged.labels, judged.decided, labels=range(len(judged.classes)))
-    plain, draws = _of_confusion(matrix[None].astype(float), judged), _of_confusion(counts, judged)
-    figures = {name: estimate(_finite(plain[name][0]), draws[name]) for name in plain}
-    curves = roc_curves(judged.probabilities, judged.labels, judged.classes, judged.positive)
-    areas = [
-        weighted_auc(sampler, judged.probabilities[:, column], judged.labels == column)
-        for column in (judged.classes.index(name) for name, *_ in curves)
-    ]
-    complete = len(np.unique(judged.labels)) == len(judged.classes)
-    figures["roc_auc"] = estimate(
-        float(np.mean([area for *_, area in curves])) if complete else None,
-        np.mean(areas, axis=0) if areas else np.empty(0),
+        abstention=abstention(scored, sampler, options.abstain_below),
     )
-    figures["ece"] = estimate(bins.error, weighted_ece(sampler, bins, judged.confidence, judged.right))
-    for name, values in (("nll", losses), ("brier", squares)):
-        of_frames = values(judged.shares, judged.labels)
-        figures[name] = estimate(float(of_frames.mean()), sampler.mean(of_frames))
-    return {
-        "method": "percentile bootstrap over patients",
-        "resamples": settings.resamples,
-        "seed": settings.seed,
-        "patients": sampler.count,
-        **figures,
+
+
+def _bootstrap_metrics(scored: ScoredFrames, sampler: Bootstrap, options: EvaluationOptions) -> BootstrapMetrics:
+    bins = sweep_bins(scored.confidence, scored.correct)
+    matrix = confusion_matrix(scored.labels, scored.decided, labels=range(len(scored.classes)))
+    values = _confusion_metrics(matrix[None].astype(float), scored)
+    resampled = _confusion_metrics(weighted_counts(sampler, scored.labels, scored.decided, len(scored.classes)), scored)
+    curves = roc_curves(scored)
+    columns = [scored.classes.index(curve.name) for curve in curves]
+    areas = [weighted_auc(sampler, scored.probabilities[:, c], scored.labels == c) for c in columns]
+    per_frame = {
+        "nll": log_losses(scored.calibrated, scored.labels),
+        "brier": squared_errors(scored.calibrated, scored.labels),
     }
+    return BootstrapMetrics(
+        method="percentile bootstrap over patients",
+        resamples=options.resamples,
+        seed=options.seed,
+        patients=sampler.count,
+        **{name: Estimate.bootstrap(float(values[name][0]), resampled[name]) for name in values},
+        roc_auc=Estimate.bootstrap(
+            float(np.mean([curve.area for curve in curves])) if scored.complete else None,
+            np.mean(areas, axis=0) if areas else np.empty(0),
+        ),
+        ece=Estimate.bootstrap(bins.error, weighted_ece(sampler, bins, scored.confidence, scored.correct)),
+        **{name: Estimate.bootstrap(float(frames.mean()), sampler.mean(frames)) for name, frames in per_frame.items()},
+    )
 
 
-def _of_confusion(counts: Floats, judged: ScoredFrames) -> dict[str, Floats]:
-    """Compute figures of confusion matrices, float64 [B, C, C]; NaN where one has nothing to stand on."""
-    at = judged.classes.index(judged.positive)
+def _confusion_metrics(counts: Float64Array, scored: ScoredFrames) -> dict[str, Float64Array]:
+    """Return metrics of confusion matrices, float64 [B, C, C], each float64 [B]; NaN where undefined."""
+    at = scored.positive_index
     total, diagonal = counts.sum(axis=(1, 2)), np.diagonal(counts, axis1=1, axis2=2)
     rows, columns = counts.sum(axis=2), counts.sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -225,107 +316,69 @@ def _of_confusion(counts: Floats, judged: ScoredFrames) -> dict[str, Floats]:
         }
 
 
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
-def _patients(judged: ScoredFrames, settings: Settings) -> dict[str, Any]:
-    """Measure decisions on patients: the mean of a patient's frames of one true class."""
-    whole: dict[tuple[str, int], list[int]] = {}
-    for index, key in enumerate(zip(judged.patients, judged.labels.tolist(), strict=True)):
-        whole.setdefault(key, []).append(index)
-    mixed = len(whole) > len(set(judged.patients))
-    units = list(whole)
-    labels = np.array([label for _, label in units], np.int64)
-    # Each unit as one frame whose four quadrants are all its mean: a vote on them decides by that mean.
-    means = np.array([judged.probabilities[rows].mean(axis=0) for rows in whole.values()])
+def _patient_metrics(scored: ScoredFrames, options: EvaluationOptions) -> PatientMetrics:
+    frames_of: dict[tuple[str, int], list[int]] = {}
+    for index, key in enumerate(zip(scored.patients, scored.labels.tolist(), strict=True)):
+        frames_of.setdefault(key, []).append(index)
+    patients = tuple(patient for patient, _ in frames_of)
+    # Each patient becomes a frame whose four quadrants equal its mean, so that the vote decides by that mean.
+    means = np.array([scored.probabilities[rows].mean(axis=0) for rows in frames_of.values()])
     joined = ScoredFrames(
-        names=tuple(name for name, _ in units),
-        classes=judged.classes,
-        positive=judged.positive,
+        names=patients,
+        classes=scored.classes,
+        positive=scored.positive,
         method="average",
-        vote_weights=judged.vote_weights,
-        labels=labels,
+        vote_weights=scored.vote_weights,
+        labels=np.array([label for _, label in frames_of], np.int64),
         quadrants=np.repeat(means[:, None], len(QUADRANTS), axis=1),
         decided=np.asarray(means.argmax(axis=1), np.int64),
-        patients=tuple(name for name, _ in units),
+        patients=patients,
     )
-    sampler = Bootstrap(joined.patient_index, settings.resamples, settings.seed)
-    plain, figures = _plain(joined), _intervals(joined, sampler, settings)
-    return {
-        "unit": "patient and true class" if mixed else "patient",
-        "joined_by": "the mean of the frames' mean probabilities",
-        "count": len(units),
-        "patients": sampler.count,
-        "most_frames": max(map(len, whole.values())),
-        "accuracy": plain["accuracy"],
-        "roc_auc": plain["roc_auc"],
-        "confusion": plain["confusion"],
-        "intervals": {
-            name: figures[name]
+    sampler = Bootstrap(joined.patient_index, options.resamples, options.seed)
+    metrics, intervals = metrics_of_frames(joined), _bootstrap_metrics(joined, sampler, options)
+    return PatientMetrics(
+        unit="patient and true class" if len(patients) > len(set(patients)) else "patient",
+        joined_by="the mean of the frames' mean probabilities",
+        count=len(patients),
+        patients=sampler.count,
+        most_frames=max(map(len, frames_of.values())),
+        accuracy=metrics.accuracy,
+        roc_auc=metrics.roc_auc,
+        confusion=metrics.confusion,
+        intervals={
+            name: getattr(intervals, name)
             for name in ("accuracy", "balanced_accuracy", "roc_auc", "sensitivity", "specificity", "f1")
         },
-    }
+    )
 
 
-def _calibration(
-    judged: ScoredFrames, contract: Contract, reference: ScoredFrames | None, folds: Indices | None, given: bool
-) -> dict[str, Any]:
-    """Measure reliability: as reported, without the contract's temperatures, and under ones that are fitted anew."""
+def _calibration_metrics(
+    scored: ScoredFrames,
+    contract: Contract,
+    reference: ScoredFrames | None,
+    folds: IndexArray | None,
+    temperature_given: bool,
+) -> CalibrationMetrics:
+    def measured(frames: ScoredFrames) -> Reliability:
+        return reliability(frames.calibrated, frames.labels, frames.decided)
 
-    def measured(of: ScoredFrames) -> dict[str, Any]:
-        return reliability(of.shares, of.labels, of.decided)
-
-    temperature, frames = contract.temperature, contract.frame_temperature
-    kept = temperature if given else None
-    found: dict[str, Any] = {
-        "temperature": temperature,
-        "frame_temperature": frames,
-        "binning": BINNING,
-        "confidence": "the decided class's mean probability, calibrated by the frame temperature",
-        "reported": measured(judged),
-        "uncalibrated": measured(plain(judged, contract)) if (temperature, frames) != (1, 1) else None,
-        "refitted": None,
-    }
+    temperature = contract.temperature
+    given = temperature if temperature_given else None
+    refitted = None
     if reference is not None:
-        fitted = fit_temperatures(scores_of(reference.quadrants) * temperature, reference.labels, kept)
-        found["refitted"] = {
-            "temperature": fitted.quadrants,
-            "frame_temperature": fitted.frames,
-            "note": fitted.note,
-            **measured(judged.under(fitted.quadrants / temperature, fitted.frames)),
-        }
+        pair = fit_temperatures(log_probabilities(reference.quadrants) * temperature, reference.labels, given)
+        rescaled = scored.rescaled(pair.quadrants / temperature, pair.frames)
+        refitted = Refit((pair,), False, measured(rescaled))
     elif folds is not None:
-        rule = replace(contract, vote=judged.method)
-        figures, pairs = cross_fit(scores_of(judged.quadrants) * temperature, judged.labels, folds, rule, kept)
-        found["refitted"] = {
-            "folds": len(pairs),
-            "temperatures": [pair.quadrants for pair in pairs],
-            "frame_temperatures": [pair.frames for pair in pairs],
-            **figures,
-        }
-    return found
-
-
-def plain(judged: ScoredFrames, contract: Contract) -> ScoredFrames:
-    """Take the contract's temperatures back: a power of the softmax is that of the logits without one."""
-    return judged.under(1 / contract.temperature, 1.0)
-
-
-def _agreement(judged: ScoredFrames) -> list[dict[str, Any]]:
-    """Count how many quadrants agree with the decision, and how often it is right then."""
-    agreeing = (judged.quadrant_labels == judged.decided[:, None]).sum(axis=1)
-    rows = []
-    for count in range(len(QUADRANTS) + 1):
-        frames = agreeing == count
-        total, right = int(frames.sum()), int((frames & judged.right).sum())
-        rows.append(
-            {
-                "quadrants": count,
-                "frames": total,
-                "right": right,
-                "accuracy": right / total if total else None,
-                "accuracy_ci95": list(wilson_interval(right, total)) if total else None,
-            }
-        )
-    return rows
+        rule = replace(contract, vote=scored.method)
+        refitted = cross_fit(log_probabilities(scored.quadrants) * temperature, scored.labels, folds, rule, given)
+    calibrated = (temperature, contract.frame_temperature) != (1, 1)
+    return CalibrationMetrics(
+        temperature=temperature,
+        frame_temperature=contract.frame_temperature,
+        binning=BINNING,
+        confidence="the decided class's mean probability, calibrated by the frame temperature",
+        reported=measured(scored),
+        uncalibrated=measured(scored.uncalibrated(contract)) if calibrated else None,
+        refitted=refitted,
+    )

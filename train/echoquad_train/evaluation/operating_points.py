@@ -1,130 +1,156 @@
-"""Operating points: a threshold on the positive class's mean probability, in place of the vote.
+"""Operating points: thresholds on the mean probability of the positive class, used in place of the vote.
 
-A threshold that is chosen on the frames that it is reported on flatters itself. So it is chosen on the validation
-split, and where that is what is reported, on the other patients' frames of it: cross-fitted.
+A threshold chosen on the frames it is reported on looks better than it is. Thresholds are therefore chosen on the
+validation split, and if that split is reported, cross-fitted: chosen on the frames of the other patients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.metrics import roc_curve
 
 from echoquad_runtime.errors import ConfigError
-from echoquad_train.evaluation.intervals import Bootstrap, estimate
-from echoquad_train.evaluation.reliability import Floats
-from echoquad_train.evaluation.scored_frames import Indices, ScoredFrames
+from echoquad_train.evaluation.arrays import BoolArray, Float64Array, IndexArray
+from echoquad_train.evaluation.intervals import Bootstrap, Estimate
+from echoquad_train.evaluation.metrics_record import MetricsRecord
+from echoquad_train.evaluation.scored_frames import ScoredFrames
 
-__all__ = ["check_targets", "choose_threshold", "operating_points", "rates"]
+__all__ = ["OperatingPoint", "check_targets", "choose_threshold", "operating_points", "sensitivity_specificity"]
 
-KINDS: Final = ("specificity", "sensitivity")
-"""What can be held fixed, so that the other is measured."""
+
+@dataclass(frozen=True)
+class OperatingPoint(MetricsRecord):
+    """A threshold and the rates that it reaches.
+
+    Attributes
+    ----------
+    fixed, target
+        The rate that is held, ``specificity`` or ``sensitivity``, and its minimum.
+    thresholds
+        One threshold, or one per fold if `cross_fitted`. A threshold is None if its frames lack a class. Empty if there
+        are no validation frames.
+    cross_fitted
+        Whether the thresholds are those of folds.
+    sensitivity, specificity
+        The rates on the reported frames; None without a threshold.
+    """
+
+    fixed: str
+    target: float
+    thresholds: tuple[float | None, ...]
+    cross_fitted: bool
+    sensitivity: Estimate | None
+    specificity: Estimate | None
+
+    @property
+    def measured(self) -> bool:
+        """Whether both rates have a value."""
+        return all(rate and rate.estimate is not None for rate in (self.sensitivity, self.specificity))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values, with the key ``threshold`` or ``thresholds``."""
+        values = super().to_dict()
+        thresholds, cross_fitted = values.pop("thresholds"), values.pop("cross_fitted")
+        rates = {name: values.pop(name) for name in ("sensitivity", "specificity")}
+        if cross_fitted:
+            values["thresholds"] = thresholds
+        elif thresholds:
+            values["threshold"] = thresholds[0]
+        return values | rates
 
 
 def check_targets(values: Sequence[float], option: str) -> None:
-    """Refuse a rate that cannot be held.
-
-    Raises
-    ------
-    ConfigError
-        If one is not above 0 and at most 1.
-    """
+    """Raise ConfigError if a rate of an option is not in (0, 1]."""
     for value in values:
         if not 0 < value <= 1:
             raise ConfigError(f"{option} {value:g} found; expected a rate above 0, at most 1")
 
 
-def choose_threshold(score: Floats, truth: npt.NDArray[np.bool_], kind: str, target: float) -> float | None:
-    """Find the threshold that holds a rate and makes the best of the other; at or above it a frame is positive.
+def choose_threshold(score: Float64Array, truth: BoolArray, kind: str, target: float) -> float | None:
+    """Return the threshold that holds one rate and maximises the other; a frame at or above it is positive.
 
     Parameters
     ----------
     score
-        float64 [F], the positive class's mean probability.
+        float64 [F], mean probability of the positive class.
     truth
-        bool [F], whether a frame is of it.
+        bool [F], whether each frame is of the positive class.
     kind, target
-        ``specificity`` or ``sensitivity``, and what it has to reach.
+        ``specificity`` or ``sensitivity``, and its minimum.
 
     Returns
     -------
     float or None
-        Half way between the last frame that has to be above it and the next one below, so that the choice hangs on no
-        frame's last digit; None where either kind of frames lacks.
+        Halfway between the lowest score above the threshold and the next lower one, so that it does not depend on the
+        last digit of a score. None if `truth` has only one value.
     """
     if truth.all() or not truth.any():
         return None
     false_positive, true_positive, thresholds = roc_curve(truth, score, drop_intermediate=False)
     rate = 1 - false_positive if kind == "specificity" else true_positive
-    good = np.flatnonzero(rate >= target - 1e-12)
-    # From the highest threshold to the lowest sensitivity grows, and specificity falls.
-    chosen = int(good[-1] if kind == "specificity" else good[0])
-    upper = min(float(thresholds[chosen]), 1.0)  # the first is infinite
-    lower = float(thresholds[chosen + 1]) if chosen + 1 < len(thresholds) else 0.0
-    if chosen == 0:  # nothing is positive
+    reached = np.flatnonzero(rate >= target - 1e-12)
+    # As the threshold falls, sensitivity rises and specificity falls.
+    chosen = int(reached[-1] if kind == "specificity" else reached[0])
+    if chosen == 0:  # no frame is positive
         return float(np.nextafter(thresholds[1], 2))
+    upper = min(float(thresholds[chosen]), 1.0)
+    lower = float(thresholds[chosen + 1]) if chosen + 1 < len(thresholds) else 0.0
     middle = (upper + lower) / 2
     return middle if middle > lower else upper
 
 
-def rates(positive: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_], sampler: Bootstrap) -> dict[str, Any]:
-    """Give sensitivity and specificity of calling frames positive, bool [F], each with its interval."""
-    hits = {"sensitivity": (truth, positive), "specificity": (~truth, ~positive)}
-    found = {}
-    for name, (of, called) in hits.items():
-        with np.errstate(invalid="ignore", divide="ignore"):
-            totals = sampler.totals(np.column_stack([of & called, of]).astype(float))
-            draws = totals[:, 0] / totals[:, 1]
-        found[name] = estimate(float((of & called).sum() / of.sum()) if of.any() else None, draws)
-    return found
+def sensitivity_specificity(positive: BoolArray, truth: BoolArray, sampler: Bootstrap) -> tuple[Estimate, Estimate]:
+    """Return the sensitivity and the specificity of positive decisions, bool [F], with bootstrap intervals."""
+
+    def rate(members: BoolArray, decisions: BoolArray) -> Estimate:
+        hits = members & decisions
+        value = float(hits.sum() / members.sum()) if members.any() else None
+        return Estimate.bootstrap(value, sampler.ratio(hits, members))
+
+    return rate(truth, positive), rate(~truth, ~positive)
 
 
 def operating_points(
-    judged: ScoredFrames,
+    scored: ScoredFrames,
     sampler: Bootstrap,
     targets: Sequence[tuple[str, float]],
     reference: ScoredFrames | None,
-    folds: Indices | None,
-) -> list[dict[str, Any]]:
-    """Measure operating points.
+    folds: IndexArray | None,
+) -> tuple[OperatingPoint, ...]:
+    """Measure one operating point per target.
 
     Parameters
     ----------
-    judged
-        The frames that are reported.
+    scored
+        The reported frames.
     sampler
-        Of their patients.
+        Resamples of their patients.
     targets
-        Pairs of ``specificity`` or ``sensitivity`` and what it has to reach.
+        Pairs of ``specificity`` or ``sensitivity`` and its minimum.
     reference
-        The validation frames that thresholds are chosen on; None where `folds` are given instead.
+        The validation frames that thresholds are chosen on; None if `folds` are given.
     folds
         int64 [F], the fold of each reported frame: its threshold is chosen on the other folds.
-
-    Returns
-    -------
-    list
-        A point each: what was held (``fixed``, ``target``), the ``threshold`` or the ``thresholds`` of the folds,
-        ``sensitivity`` and ``specificity``. Where none can be chosen, these are None.
     """
     points = []
     for kind, target in targets:
-        point: dict[str, Any] = {"fixed": kind, "target": target}
-        positive = None
+        thresholds: tuple[float | None, ...] = ()
         if reference is not None:
-            point["threshold"] = choose_threshold(reference.score, reference.positives, kind, target)
-            if point["threshold"] is not None:
-                positive = judged.score >= point["threshold"]
+            thresholds = (choose_threshold(reference.score, reference.is_positive, kind, target),)
         elif folds is not None:
-            point["thresholds"] = [
-                choose_threshold(judged.score[folds != fold], judged.positives[folds != fold], kind, target)
+            thresholds = tuple(
+                choose_threshold(scored.score[folds != fold], scored.is_positive[folds != fold], kind, target)
                 for fold in range(int(folds.max()) + 1)
-            ]
-            if None not in point["thresholds"]:
-                positive = judged.score >= np.array(point["thresholds"], float)[folds]
-        nothing = {"sensitivity": None, "specificity": None}
-        points.append(point | (nothing if positive is None else rates(positive, judged.positives, sampler)))
-    return points
+            )
+        cross_fitted = reference is None and folds is not None
+        rates: tuple[Estimate | None, Estimate | None] = (None, None)
+        if thresholds and None not in thresholds:
+            values = np.array(thresholds, float)
+            positive = scored.score >= (values[folds] if cross_fitted else values[0])
+            rates = sensitivity_specificity(positive, scored.is_positive, sampler)
+        points.append(OperatingPoint(kind, target, thresholds, cross_fitted, *rates))
+    return tuple(points)

@@ -1,4 +1,4 @@
-"""What was judged of a split, as arrays: the ground that every figure stands on."""
+"""Scored frames: predictions and true classes of a split as arrays, the input of every metric."""
 
 from __future__ import annotations
 
@@ -7,28 +7,25 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from echoquad_runtime.contract import Contract, VoteMethod
-from echoquad_runtime.predict.predictor import Prediction
+from echoquad_runtime.predict.prediction import Prediction
 from echoquad_runtime.voting import aggregate_votes, apply_temperature
-from echoquad_train.evaluation.reliability import Floats
+from echoquad_train.evaluation.arrays import BoolArray, Float64Array, IndexArray
 
 __all__ = ["ScoredFrames", "score_frames"]
-
-Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class ScoredFrames:
-    """Decisions on F frames of C classes, beside the truth.
+    """Predictions and labels of F frames of C classes.
 
     Attributes
     ----------
     names
         F names.
     classes, positive
-        C names, and which of them is the positive one.
+        C class names, and the positive one.
     method, vote_weights
         How quadrants vote.
     labels
@@ -38,9 +35,9 @@ class ScoredFrames:
     decided
         int64 [F], decided classes.
     patients
-        F names: whom each frame is of.
+        The patient of each frame.
     frame_temperature
-        Of the mean, for the confidence; see the contract.
+        Temperature of the mean probability that gives the confidence; see `Contract`.
     """
 
     names: tuple[str, ...]
@@ -48,61 +45,71 @@ class ScoredFrames:
     positive: str
     method: VoteMethod
     vote_weights: tuple[float, float, float, float]
-    labels: Indices
-    quadrants: Floats
-    decided: Indices
+    labels: IndexArray
+    quadrants: Float64Array
+    decided: IndexArray
     patients: tuple[str, ...]
     frame_temperature: float = 1.0
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def positive_index(self) -> int:
+        """Index of the positive class."""
+        return self.classes.index(self.positive)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every class has a frame."""
+        return len(np.unique(self.labels)) == len(self.classes)
+
     @cached_property
-    def probabilities(self) -> Floats:
+    def probabilities(self) -> Float64Array:
         """float64 [F, C], the mean over the quadrants."""
         return np.asarray(self.quadrants.mean(axis=1))
 
     @cached_property
-    def quadrant_labels(self) -> Indices:
-        """int64 [F, 4], what each quadrant was taken for."""
+    def quadrant_labels(self) -> IndexArray:
+        """int64 [F, 4], the most probable class of each quadrant."""
         return np.asarray(self.quadrants.argmax(axis=2), np.int64)
 
     @cached_property
-    def right(self) -> npt.NDArray[np.bool_]:
-        """Bool [F], whether a decision is right."""
+    def correct(self) -> BoolArray:
+        """Bool [F], whether each decision is correct."""
         return np.asarray(self.decided == self.labels)
 
     @cached_property
-    def shares(self) -> Floats:
-        """float64 [F, C], the mean over the quadrants as calibrated."""
+    def calibrated(self) -> Float64Array:
+        """float64 [F, C], the mean over the quadrants under the frame temperature."""
         return apply_temperature(self.probabilities, self.frame_temperature)
 
     @cached_property
-    def confidence(self) -> Floats:
-        """float64 [F], the decided class's calibrated mean probability."""
-        return np.asarray(self.shares[np.arange(len(self)), self.decided])
+    def confidence(self) -> Float64Array:
+        """float64 [F], the calibrated probability of the decided class."""
+        return np.asarray(self.calibrated[np.arange(len(self)), self.decided])
 
     @cached_property
-    def positives(self) -> npt.NDArray[np.bool_]:
-        """Bool [F], whether a frame is of the positive class."""
-        return np.asarray(self.labels == self.classes.index(self.positive))
+    def is_positive(self) -> BoolArray:
+        """Bool [F], whether each frame is of the positive class."""
+        return np.asarray(self.labels == self.positive_index)
 
     @cached_property
-    def score(self) -> Floats:
-        """float64 [F], the positive class's mean probability."""
-        return np.asarray(self.probabilities[:, self.classes.index(self.positive)])
+    def score(self) -> Float64Array:
+        """float64 [F], the mean probability of the positive class."""
+        return np.asarray(self.probabilities[:, self.positive_index])
 
     @cached_property
-    def patient_index(self) -> Indices:
-        """int64 [F], patients by number, in the order in which they first appear."""
+    def patient_index(self) -> IndexArray:
+        """int64 [F], patient numbers in the order of first appearance."""
         number = {name: index for index, name in enumerate(dict.fromkeys(self.patients))}
         return np.array([number[name] for name in self.patients], np.int64)
 
-    def only(self, kept: Sequence[int]) -> ScoredFrames | None:
-        """Give the frames of these indices alone; None where there is no index."""
-        if not len(kept):
+    def subset(self, indices: Sequence[int]) -> ScoredFrames | None:
+        """Return the frames of these indices; None for no index."""
+        if not len(indices):
             return None
-        rows = np.asarray(kept, np.int64)
+        rows = np.asarray(indices, np.int64)
         return replace(
             self,
             names=tuple(self.names[row] for row in rows),
@@ -112,23 +119,28 @@ class ScoredFrames:
             patients=tuple(self.patients[row] for row in rows),
         )
 
-    def under(self, factor: float, frame_temperature: float) -> ScoredFrames:
-        """Give what is decided where all logits are divided by `factor` once more, under another frame temperature."""
+    def rescaled(self, factor: float, frame_temperature: float) -> ScoredFrames:
+        """Return the frames with logits divided by `factor`, voted on again, under another frame temperature."""
         quadrants = apply_temperature(self.quadrants, factor)
         decision = aggregate_votes(quadrants, self.method, self.vote_weights)
         return replace(self, quadrants=quadrants, decided=decision.labels, frame_temperature=frame_temperature)
 
+    def uncalibrated(self, contract: Contract) -> ScoredFrames:
+        """Return the frames without the contract's temperatures: a power of a softmax divides its logits."""
+        return self.rescaled(1 / contract.temperature, 1.0)
+
 
 def score_frames(
     predictions: Sequence[Prediction],
-    labels: Indices,
+    labels: IndexArray,
     positive: str,
     contract: Contract | None = None,
     patients: Sequence[str] | None = None,
 ) -> ScoredFrames:
-    """Make arrays of predictions; without `patients` each frame is somebody by itself.
+    """Convert predictions to arrays.
 
-    A `contract` gives the vote's weights and the frame temperature; without one they are equal, and 1.
+    Without `patients`, each frame counts as a patient of its own. `contract` defines the vote weights and the frame
+    temperature; without it they are 1.
     """
     first = predictions[0]
     index = {name: position for position, name in enumerate(first.classes)}
@@ -141,7 +153,7 @@ def score_frames(
         vote_weights=contract.vote_weights if contract else (1.0, 1.0, 1.0, 1.0),
         labels=np.asarray(labels, np.int64),
         quadrants=np.array([prediction.quadrant_probabilities for prediction in predictions], np.float64),
-        decided=np.array([index[prediction.decided] for prediction in predictions], np.int64),
+        decided=np.array([index[prediction.predicted_class] for prediction in predictions], np.int64),
         patients=tuple(patients) if patients is not None else names,
         frame_temperature=contract.frame_temperature if contract else 1.0,
     )

@@ -1,16 +1,16 @@
-"""Calibration: two temperatures, fitted on validation frames, so that what has 0.8 comes true in eight of ten frames.
+"""Temperature scaling: two temperatures, fitted on validation frames, that calibrate quadrants and frames.
 
-The first, in the graph, is that of C. Guo, G. Pleiss, Y. Sun, K. Q. Weinberger, "On Calibration of Modern Neural
-Networks", ICML 2017, arXiv:1706.04599: it makes each quadrant's softmax reliable. The mean of reliable probabilities is
-not reliable itself, but too timid (R. Ranjan, T. Gneiting, "Combining probability forecasts", JRSS B 72 (2010) 71):
-four quadrants that are right in three of four cases agree on what is right in nine of ten. So a frame's mean has a
-temperature of its own, after the vote, of which its confidence is made. One alone cannot do: what makes the mean of
-the softmax as sure as it should be, makes each quadrant far too sure, and turns decisions at ties.
+The first temperature is inside the graph and calibrates the softmax of each quadrant (C. Guo, G. Pleiss, Y. Sun, K. Q.
+Weinberger, "On Calibration of Modern Neural Networks", ICML 2017, arXiv:1706.04599). The mean of calibrated
+probabilities is underconfident (R. Ranjan, T. Gneiting, "Combining probability forecasts", JRSS B 72 (2010) 71): four
+quadrants that are correct in three of four cases agree on what is correct in nine of ten. The second temperature is
+applied after the vote, to the mean of a frame, and gives its confidence. One temperature for both would make each
+quadrant overconfident and change decisions at ties.
 
-A recipe may give the first. A high one softens the quadrants, and the nearer their means come to the mean of their
-logits: to the logarithmic opinion pool, in which a sure quadrant counts more than a hesitant one (C. Genest, J. V.
-Zidek, "Combining probability distributions", Statistical Science 1 (1986) 114). A quadrant's probability is too timid
-then; the frame's confidence is not, since the second is fitted under it.
+A recipe may set the first temperature. A high one moves the means towards the logarithmic opinion pool, the mean of the
+logits, in which confident quadrants weigh more (C. Genest, J. V. Zidek, "Combining probability distributions",
+Statistical Science 1 (1986) 114). Quadrants are underconfident then; frames are not, because the second temperature is
+fitted under the first.
 """
 
 from __future__ import annotations
@@ -26,65 +26,99 @@ from scipy.special import log_softmax, softmax
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.voting import aggregate_votes, apply_temperature
-from echoquad_train.evaluation.reliability import BINNING, Floats, reliability
+from echoquad_train.evaluation.arrays import Float64Array, IndexArray
+from echoquad_train.evaluation.metrics_record import MetricsRecord
+from echoquad_train.evaluation.reliability import BINNING, Reliability, reliability
 
 __all__ = [
     "FOLDS",
+    "Refit",
     "Temperatures",
+    "calibrated_probabilities",
     "calibration_facts",
     "cross_fit",
     "fit_temperature",
     "fit_temperatures",
+    "log_probabilities",
     "patient_folds",
-    "scores_of",
 ]
 
 FOLDS: Final = 5
-_QUADRANTS: Final = (0.2, 5.0)
-_FRAMES: Final = (0.05, 5.0)
-"""Temperatures that are looked through. A best one at an end is none: see `fit_temperature`."""
+_QUADRANT_BOUNDS: Final = (0.2, 5.0)
+_FRAME_BOUNDS: Final = (0.05, 5.0)
+"""Temperatures that are searched; see `fit_temperature` for an optimum at a bound."""
 _TINY: Final = float(np.finfo(np.float32).tiny)
 
-Indices = npt.NDArray[np.int64]
+Scores = npt.NDArray[np.floating]
 
 
 @dataclass(frozen=True, slots=True)
 class Temperatures:
-    """Temperatures of the quadrants' softmax and of a frame's mean; `note` says which is 1 for want of a fit."""
+    """Temperatures of the quadrants' softmax and of a frame's mean; `note` names any that could not be fitted."""
 
     quadrants: float = 1.0
     frames: float = 1.0
     note: str = ""
 
     def of(self, contract: Contract) -> Contract:
-        """Give a contract these temperatures."""
+        """Return the contract with these temperatures."""
         return replace(contract, temperature=self.quadrants, frame_temperature=self.frames)
 
 
-def scores_of(probabilities: npt.NDArray[np.floating]) -> Floats:
-    """Give what a softmax makes these probabilities of, [..., C], none below what float32 can hold."""
+@dataclass(frozen=True)
+class Refit(MetricsRecord):
+    """Reliability under temperatures fitted on other patients.
+
+    Attributes
+    ----------
+    temperatures
+        One pair, fitted on the validation split, or one pair per fold if `cross_fitted`.
+    cross_fitted
+        Whether the temperatures are those of folds.
+    reliability
+        Of the reported frames.
+    """
+
+    temperatures: tuple[Temperatures, ...]
+    cross_fitted: bool
+    reliability: Reliability
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values: the temperatures, then those of `reliability`."""
+        if self.cross_fitted:
+            values: dict[str, Any] = {
+                "folds": len(self.temperatures),
+                "temperatures": [pair.quadrants for pair in self.temperatures],
+                "frame_temperatures": [pair.frames for pair in self.temperatures],
+            }
+        else:
+            (pair,) = self.temperatures
+            values = {"temperature": pair.quadrants, "frame_temperature": pair.frames, "note": pair.note}
+        return values | self.reliability.to_dict()
+
+
+def log_probabilities(probabilities: Scores) -> Float64Array:
+    """Return the logarithm of probabilities, [..., C], clipped at the smallest float32; a softmax inverts it."""
     return np.asarray(np.log(np.maximum(np.asarray(probabilities, np.float64), _TINY)), np.float64)
 
 
-def fit_temperature(
-    scores: npt.NDArray[np.floating], labels: Indices, bounds: tuple[float, float] = _QUADRANTS
-) -> float | None:
-    """Find the temperature at which softmax(scores / temperature) has the lowest negative log-likelihood.
+def fit_temperature(scores: Scores, labels: IndexArray, bounds: tuple[float, float] = _QUADRANT_BOUNDS) -> float | None:
+    """Return the temperature that minimises the negative log-likelihood of softmax(scores / temperature).
 
     Parameters
     ----------
     scores
-        [N, C], logits, or logarithms of probabilities, which differ from them by a constant a row.
+        [N, C], logits or log probabilities, which differ by a constant per row.
     labels
         int64 [N], true classes.
     bounds
-        What to look through; the loss is convex in 1 / temperature, so there is one minimum.
+        The interval that is searched. The loss is convex in 1 / temperature and has one minimum.
 
     Returns
     -------
     float or None
-        Four decimals. None where the likelihood has no best temperature within the bounds: what is all judged rightly
-        asks for infinite confidence, a model that knows nothing for none at all.
+        Rounded to four decimals. None if the minimum is at a bound: frames that are all correct favour a temperature of
+        zero, a model without skill an infinite one.
     """
     x, rows = np.asarray(scores, np.float64), np.arange(len(labels))
 
@@ -92,45 +126,48 @@ def fit_temperature(
         return float(-log_softmax(x / np.exp(log_temperature), axis=1)[rows, labels].mean())
 
     low, high = np.log(bounds)
-    found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6})
-    if min(loss(low), loss(high)) < found.fun + 1e-9:  # at an end, or level up to it
+    result = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6})
+    if min(loss(low), loss(high)) < result.fun + 1e-9:  # at a bound, or flat up to it
         return None
-    return round(float(np.exp(found.x)), 4)
+    return round(float(np.exp(result.x)), 4)
 
 
-def fit_temperatures(scores: npt.NDArray[np.floating], labels: Indices, quadrants: float | None = None) -> Temperatures:
-    """Fit both temperatures to logits of frames' quadrants, [F, 4, C]; true classes are int64 [F].
+def fit_temperatures(scores: Scores, labels: IndexArray, quadrants: float | None = None) -> Temperatures:
+    """Fit both temperatures to the logits of frames' quadrants, [F, 4, C], and true classes, int64 [F].
 
-    First that of the quadrants, each with its frame's class, unless one is given; then, under it, that of the frames'
-    means.
+    The quadrants' temperature is fitted first, unless it is given; the frames' temperature is fitted under it.
     """
     x = np.asarray(scores, np.float64)
     notes = []
     if quadrants is None:
         quadrants = fit_temperature(x.reshape(-1, x.shape[2]), np.repeat(labels, x.shape[1]))
     if quadrants is None:
-        notes.append(f"no temperature of the quadrants from {_QUADRANTS[0]:g} to {_QUADRANTS[1]:g} is the likeliest")
+        notes.append(_no_optimum("quadrants", _QUADRANT_BOUNDS))
     mean = softmax(x / (quadrants or 1.0), axis=2).mean(axis=1)
-    frames = fit_temperature(scores_of(mean), labels, _FRAMES)
+    frames = fit_temperature(log_probabilities(mean), labels, _FRAME_BOUNDS)
     if frames is None:
-        notes.append(f"no temperature of the frames from {_FRAMES[0]:g} to {_FRAMES[1]:g} is the likeliest")
+        notes.append(_no_optimum("frames", _FRAME_BOUNDS))
     return Temperatures(quadrants or 1.0, frames or 1.0, "; ".join(notes))
 
 
-def patient_folds(patients: Sequence[str], count: int = FOLDS) -> Indices | None:
-    """Deal frames into folds of which none shares a patient with another.
+def _no_optimum(what: str, bounds: tuple[float, float]) -> str:
+    return f"no temperature of the {what} from {bounds[0]:g} to {bounds[1]:g} is the likeliest"
+
+
+def patient_folds(patients: Sequence[str], count: int = FOLDS) -> IndexArray | None:
+    """Assign frames to folds so that the frames of a patient share a fold.
 
     Parameters
     ----------
     patients
-        Whom each of F frames is of.
+        The patient of each of F frames.
     count
-        How many folds, at most; fewer where there are fewer patients.
+        Maximum number of folds; there are at most as many as patients.
 
     Returns
     -------
     int64 [F] or None
-        The fold of each; None where there is one patient alone.
+        The fold of each frame; None for a single patient.
     """
     from sklearn.model_selection import GroupKFold
 
@@ -144,57 +181,48 @@ def patient_folds(patients: Sequence[str], count: int = FOLDS) -> Indices | None
 
 
 def cross_fit(
-    scores: npt.NDArray[np.floating],
-    labels: Indices,
-    folds: Indices,
-    contract: Contract,
-    quadrants: float | None = None,
-) -> tuple[dict[str, Any], list[Temperatures]]:
-    """Measure the reliability of frames under temperatures that were fitted on the other folds' frames.
+    scores: Scores, labels: IndexArray, folds: IndexArray, contract: Contract, quadrants: float | None = None
+) -> Refit:
+    """Measure the reliability of frames under temperatures fitted on the frames of the other folds.
 
     Parameters
     ----------
     scores
         [F, 4, C], logits of the frames' quadrants.
     labels, folds
-        int64 [F], true classes, and which fold a frame is in.
+        int64 [F], true class and fold of each frame.
     contract
-        Says how quadrants vote.
+        Defines how quadrants vote.
     quadrants
-        Their temperature, where it is not fitted.
-
-    Returns
-    -------
-    dict
-        The figures of `echoquad_train.evaluation.reliability.reliability`, over all frames at once.
-    list
-        The temperatures, one pair a fold.
+        The quadrants' temperature; None fits it.
     """
-    fitted = []
-    shares = np.empty((len(labels), np.shape(scores)[2]))
+    pairs = []
+    probabilities = np.empty((len(labels), np.shape(scores)[2]))
     decided = np.empty(len(labels), np.int64)
     for fold in range(int(folds.max()) + 1):
-        held = folds == fold
-        fitted.append(fit_temperatures(scores[~held], labels[~held], quadrants))
-        shares[held], decided[held] = under(fitted[-1], scores[held], contract)
-    return reliability(shares, labels, decided), fitted
+        held_out = folds == fold
+        pairs.append(fit_temperatures(scores[~held_out], labels[~held_out], quadrants))
+        probabilities[held_out], decided[held_out] = calibrated_probabilities(pairs[-1], scores[held_out], contract)
+    return Refit(tuple(pairs), True, reliability(probabilities, labels, decided))
 
 
-def under(temperatures: Temperatures, scores: npt.NDArray[np.floating], contract: Contract) -> tuple[Floats, Indices]:
-    """Give frames' calibrated probabilities, float64 [F, C], and decided classes, int64 [F], under temperatures."""
+def calibrated_probabilities(
+    temperatures: Temperatures, scores: Scores, contract: Contract
+) -> tuple[Float64Array, IndexArray]:
+    """Return the calibrated probabilities, float64 [F, C], and decided classes, int64 [F], of logits [F, 4, C]."""
     quadrants = softmax(np.asarray(scores, np.float64) / temperatures.quadrants, axis=2)
     decision = aggregate_votes(quadrants, contract.vote, contract.vote_weights)
     return apply_temperature(decision.probabilities, temperatures.frames), decision.labels
 
 
 def calibration_facts(
-    scores: npt.NDArray[np.floating],
-    labels: Indices,
+    scores: Scores,
+    labels: IndexArray,
     patients: Sequence[str],
     contract: Contract,
     quadrants: float | None = None,
 ) -> tuple[Temperatures, dict[str, Any]]:
-    """Fit the temperatures, and measure what they are worth.
+    """Fit the temperatures and measure their effect.
 
     Parameters
     ----------
@@ -203,38 +231,38 @@ def calibration_facts(
     labels
         int64 [F], true classes.
     patients
-        Whom each frame is of: cross-fitting keeps a patient's frames together.
+        The patient of each frame; cross-fitting keeps a patient's frames together.
     contract
-        Says how quadrants vote.
+        Defines how quadrants vote.
     quadrants
-        Their temperature, where the recipe gives it; None is fitted.
+        The quadrants' temperature of the recipe; None fits it.
 
     Returns
     -------
     Temperatures
-        What was fitted on all the frames.
+        Fitted on all frames.
     dict
-        What ``run.json`` says: ``temperature``, ``temperature_given`` (by the recipe, and so not fitted),
-        ``frame_temperature``, ``note``, ``frames``, ``patients``, ``binning``;
-        ``before``, ``after`` and ``cross_fitted`` with the figures of
-        `echoquad_train.evaluation.reliability.reliability`, and ``quadrants`` with the same of the quadrants. Those of
-        ``after`` are of the frames that the temperatures were fitted on; ``cross_fitted``, None where there is one
-        patient alone, has each frame under temperatures that were fitted without its patient.
+        The entry of ``run.json``: ``temperature``, ``temperature_given`` (set by the recipe), ``frame_temperature``,
+        ``note``, ``frames``, ``patients``, ``binning``; the reliability of frames ``before`` and ``after`` on the
+        fitted frames, and ``cross_fitted``, under temperatures fitted without their patients (None for a single
+        patient); and ``nll`` and ``ece`` of ``quadrants``, ``before`` and ``after``.
     """
     x = np.asarray(scores, np.float64)
     fitted = fit_temperatures(x, labels, quadrants)
-    before, after = (under(temperatures, x, contract) for temperatures in (Temperatures(), fitted))
-    folds = patient_folds(patients)
-    crossed = None
-    if folds is not None:
-        figures, temperatures = cross_fit(x, labels, folds, contract, quadrants)
-        crossed = {
-            "folds": len(temperatures),
-            "temperatures": [found.quadrants for found in temperatures],
-            "frame_temperatures": [found.frames for found in temperatures],
-            **figures,
-        }
+
+    def frames_under(temperatures: Temperatures) -> dict[str, Any]:
+        probabilities, decided = calibrated_probabilities(temperatures, x, contract)
+        return reliability(probabilities, labels, decided).to_dict()
+
     flat, repeated = x.reshape(-1, x.shape[2]), np.repeat(labels, x.shape[1])
+
+    def quadrants_under(temperature: float) -> dict[str, float]:
+        probabilities = softmax(flat / temperature, axis=1)
+        decided = np.asarray(probabilities.argmax(axis=1), np.int64)
+        measured = reliability(probabilities, repeated, decided, resample=False)
+        return {"nll": measured.nll, "ece": measured.ece}
+
+    folds = patient_folds(patients)
     return fitted, {
         "temperature": fitted.quadrants,
         "temperature_given": quadrants is not None,
@@ -243,16 +271,8 @@ def calibration_facts(
         "frames": len(labels),
         "patients": len(set(patients)),
         "binning": BINNING,
-        "before": reliability(before[0], labels, before[1]),
-        "after": reliability(after[0], labels, after[1]),
-        "cross_fitted": crossed,
-        "quadrants": {
-            name: _of_quadrants(softmax(flat / temperature, axis=1), repeated)
-            for name, temperature in (("before", 1.0), ("after", fitted.quadrants))
-        },
+        "before": frames_under(Temperatures()),
+        "after": frames_under(fitted),
+        "cross_fitted": None if folds is None else cross_fit(x, labels, folds, contract, quadrants).to_dict(),
+        "quadrants": {"before": quadrants_under(1.0), "after": quadrants_under(fitted.quadrants)},
     }
-
-
-def _of_quadrants(probabilities: Floats, labels: Indices) -> dict[str, Any]:
-    found = reliability(probabilities, labels, np.asarray(probabilities.argmax(axis=1), np.int64), floor=False)
-    return {name: found[name] for name in ("nll", "ece")}

@@ -1,1 +1,1 @@
-"""What `echoquad train` runs: gradient training, linear probes, cross-validation, resume."""
+"""The procedures behind `echoquad train`: the training loop, linear probes, cross-validation, resume."""

@@ -1,10 +1,9 @@
-"""Cross-validation: K runs, each validated on the patients that the others learn from, and together an ensemble.
+"""Cross-validation: train K runs, each validated on the patients of one fold, and combine them into an ensemble.
 
-The frames of ``DATA/train`` and ``DATA/validation`` are pooled and dealt into K folds, all of a patient's into one,
-with about equal shares of the classes in each (scikit-learn's StratifiedGroupKFold). Run k learns from all folds but
-the k-th. So every frame is judged once by a run that never saw its patient: these are the out-of-fold figures. Each
-run's epoch was chosen on the very fold it is measured on, so they flatter, as validation figures do; frames of
-``DATA/test`` are not touched.
+The frames of ``DATA/train`` and ``DATA/validation`` are pooled and split into K folds by patient, with similar class
+proportions (scikit-learn's StratifiedGroupKFold). Run k trains on all folds but the k-th, so every frame is classified
+once by a run that never saw its patient: the out-of-fold figures. They are optimistic, as validation figures are,
+because each run's best epoch is chosen on the same fold. Frames of ``DATA/test`` are not used.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ import io
 import re
 import statistics
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -25,31 +25,40 @@ from echoquad_runtime.errors import ConfigError, DatasetError, RunError
 from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict.predictor import Predictor
-from echoquad_runtime.results.row_formats import format_of
+from echoquad_runtime.results.row_formats import format_for
 from echoquad_runtime.storage.atomic import make_folder, write_atomically, write_bytes, write_json
 from echoquad_runtime.storage.row_names import without_formula
 from echoquad_train.data.dataset import Split, read_classes, read_split
 from echoquad_train.data.patients import patient_pattern, patients_of
 from echoquad_train.data.stream import Stream
-from echoquad_train.evaluation.evaluate import SplitPredictions, judge
-from echoquad_train.evaluation.metrics import measure
+from echoquad_train.evaluation.evaluate import SplitPredictions, predict_split
+from echoquad_train.evaluation.frame_metrics import frame_metrics
 from echoquad_train.fitting.loop import Reporter, fit
+from echoquad_train.fitting.resume import refuse_occupied
 from echoquad_train.networks.device import Device, choose_device
 from echoquad_train.networks.torch_engine import TorchEngine
 from echoquad_train.recipe import Recipe
 from echoquad_train.runs.checkpoint import RECIPE, RUN, load_last, load_run, read_info
-from echoquad_train.runs.ensemble_folder import begin_facts, ensemble_facts, is_ensemble
+from echoquad_train.runs.ensemble_folder import ensemble_metadata, is_ensemble, new_ensemble_metadata
 
-__all__ = ["OUT_OF_FOLD", "FoldReporter", "FoldSettings", "Folded", "begun_with", "deal", "fit_folds"]
+__all__ = [
+    "OUT_OF_FOLD",
+    "CrossValidationResult",
+    "FoldReporter",
+    "FoldSettings",
+    "fit_folds",
+    "saved_fold_settings",
+    "split_folds",
+]
 
 OUT_OF_FOLD: Final = "out_of_fold.csv"
 FIGURES: Final = ("accuracy", "balanced_accuracy", "roc_auc", "patch_accuracy")
-"""Of `echoquad_train.evaluation.evaluate.measure`: those of which mean and deviation over the folds are told."""
+"""The frame metrics whose mean and standard deviation over the folds are reported."""
 
 
 @dataclass(frozen=True, slots=True)
 class FoldSettings:
-    """How frames are dealt: the number of folds, and what tells patients apart (None: `patient_of`'s own rule)."""
+    """The number of folds, and the regular expression that extracts the patient (None: the rule of `patient_of`)."""
 
     folds: int
     patient_regex: str | None = None
@@ -60,50 +69,50 @@ class FoldSettings:
 
     @property
     def pattern(self) -> re.Pattern[str] | None:
-        """The expression, compiled."""
+        """The compiled expression."""
         return patient_pattern(self.patient_regex)
 
 
 class FoldReporter(Reporter, Protocol):
-    """Hears of the progress."""
+    """Receives progress events."""
 
     def fold(self, number: int, folds: int, *, finished: bool) -> None:
-        """Hear that a fold is begun, or was finished before."""
+        """Receive the start of a fold, or that it is already finished."""
 
     def judging(self, number: int, done: int, total: int) -> None:
-        """Hear that a frame of a fold was judged by the fold's run."""
+        """Receive the number of frames of a fold that its run has classified."""
 
 
 @dataclass(frozen=True, slots=True)
-class Folded:
-    """Finished folds: the ensemble's folder, the out-of-fold figures, and the frames that could not be read."""
+class CrossValidationResult:
+    """Finished folds: the folder of the ensemble, the out-of-fold figures, and the unreadable frames."""
 
     folder: Path
     out_of_fold: dict[str, Any]
     failures: tuple[Failure, ...]
 
 
-def deal(splits: Sequence[Split], settings: FoldSettings, seed: int) -> list[tuple[Split, Split]]:
-    """Deal pooled frames into folds.
+def split_folds(splits: Sequence[Split], settings: FoldSettings, seed: int) -> list[tuple[Split, Split]]:
+    """Split pooled frames into folds by patient.
 
     Parameters
     ----------
     splits
-        What to pool, of the same classes.
+        The splits to pool, with the same classes.
     settings
-        Number of folds and rule for patients.
+        The number of folds and the rule for patients.
     seed
-        Of the draw.
+        Of the shuffle.
 
     Returns
     -------
     list of tuple of Split and Split
-        For each fold what to train on and what to validate on, named ``train`` and ``validation``, in the pool's order.
+        The training and the validation frames of each fold, named ``train`` and ``validation``, in the pool's order.
 
     Raises
     ------
     DatasetError
-        If a class has fewer patients than there are folds, or a fold would lack a class.
+        If a class has fewer patients than there are folds, or a fold lacks a class.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -112,24 +121,24 @@ def deal(splits: Sequence[Split], settings: FoldSettings, seed: int) -> list[tup
     patients = [patient for split in splits for patient in patients_of(split.frames, settings.pattern)]
     labels = np.array([frame.label for frame in frames])
     for index, name in enumerate(classes):
-        known = {patient for patient, label in zip(patients, labels, strict=True) if label == index}
-        if len(known) < settings.folds:
+        members = {patient for patient, label in zip(patients, labels, strict=True) if label == index}
+        if len(members) < settings.folds:
             raise DatasetError(
-                f"--folds {settings.folds}: class {name} has {len(known)} patients; expected one or more for every "
-                "fold; choose fewer folds, or tell patients apart with --patient-regex"
+                f"--folds {settings.folds}: class {name} has {len(members)} patients; expected one or more for every "
+                "fold; use fewer folds, or distinguish patients with --patient-regex"
             )
-    dealer = StratifiedGroupKFold(settings.folds, shuffle=True, random_state=seed % 2**32)
+    splitter = StratifiedGroupKFold(settings.folds, shuffle=True, random_state=seed % 2**32)
     found = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of classes with few frames, which are checked here
-        parts = list(dealer.split(np.zeros(len(frames)), labels, patients))
+        warnings.simplefilter("ignore", UserWarning)  # about classes with few frames, which are checked below
+        parts = list(splitter.split(np.zeros(len(frames)), labels, patients))
     for number, (inside, outside) in enumerate(parts, 1):
         for chosen, name in ((inside, "training"), (outside, "validation")):
-            lacking = [classes[index] for index in range(len(classes)) if index not in labels[chosen]]
-            if lacking:
+            missing = [classes[index] for index in range(len(classes)) if index not in labels[chosen]]
+            if missing:
                 raise DatasetError(
-                    f"--folds {settings.folds}: fold {number} has no {name} frame of class {lacking[0]}: its patients "
-                    "cannot be shared out evenly; choose fewer folds or another --seed"
+                    f"--folds {settings.folds}: fold {number} has no {name} frame of class {missing[0]}: its patients "
+                    "cannot be split evenly; use fewer folds or another --seed"
                 )
         train, validation = (
             Split(name, classes, tuple(frames[index] for index in chosen))
@@ -139,8 +148,8 @@ def deal(splits: Sequence[Split], settings: FoldSettings, seed: int) -> list[tup
     return found
 
 
-def begun_with(folder: Path) -> FoldSettings | None:
-    """Tell what folds a folder's ensemble was begun with; None where there is none."""
+def saved_fold_settings(folder: Path) -> FoldSettings | None:
+    """Return the settings of the folds in a folder; None if there are none."""
     try:
         info = read_info(folder)
         return FoldSettings(**info["folds"]) if is_ensemble(info) and "folds" in info else None
@@ -161,59 +170,57 @@ def fit_folds(
     workers: int | None = None,
     tensorboard: bool = False,
     reading: ReadOptions = DEFAULT_READ_OPTIONS,
-) -> Folded:
-    """Train a run a fold, and make them an ensemble with soft vote.
+) -> CrossValidationResult:
+    """Train one run for each fold and combine them into an ensemble with soft vote.
 
     Parameters
     ----------
     data
         ``DATA/{train,validation}/CLASS/**``.
     folder
-        The ensemble's folder; run k is ``fold-k`` in it.
+        The folder of the ensemble, with the runs in ``fold-1`` and so on.
     recipe
-        How to train; all folds with the same seed.
+        How to train; all folds use the same seed.
     settings
-        Number of folds and rule for patients.
+        The number of folds and the rule for patients.
     device
         ``auto``, ``cpu`` or ``cuda``.
     resume
-        Go on with the folds that `folder` holds: finished ones are left as they are.
+        Continue the folds in `folder`; finished ones are not changed.
     reporter
-        Hears of the progress.
+        Receives progress events.
     stream, workers, tensorboard, reading
         As `echoquad_train.fitting.loop.fit`.
 
     Raises
     ------
     DatasetError, ConfigError, RunError, DeviceUnavailableError, OutputError
-        As `echoquad_train.fitting.loop.fit`; or if a fold would lack a class.
+        As `echoquad_train.fitting.loop.fit`; or if a fold lacks a class.
     """
-    where = choose_device(device)
-    facts = _begun(folder, recipe, settings, resume=resume)
+    torch_device = choose_device(device)
+    metadata = _open_folder(folder, recipe, settings, resume=resume)
     classes = read_classes(data)
-    recipe.contract(classes)  # what cannot be is refused before anything is written
+    recipe.contract(classes)  # fails before anything is written
     splits = [read_split(data, name, classes, reading) for name in ("train", "validation")]
-    parts = deal(splits, settings, recipe.seed)
-    if facts is None:
-        dealt = {"folds": settings.folds, "patient_regex": settings.patient_regex}
-        facts = begin_facts(folds=dealt, data={"reading": reading.to_dict()})
+    parts = split_folds(splits, settings, recipe.seed)
+    if metadata is None:
+        metadata = new_ensemble_metadata(folds=asdict(settings), data={"reading": reading.to_dict()})
         make_folder(folder)
         write_bytes(folder / RECIPE, recipe.to_toml().encode())
-        write_json(folder / RUN, facts)
+        write_json(folder / RUN, metadata)
     held_out: list[SplitPredictions] = []
     failures: dict[str, Failure] = {}
     for number, (train, validation) in enumerate(parts, 1):
-        place = folder / f"fold-{number}"
-        finished = resume and _is_finished(place, (train, validation))
+        fold_folder = folder / f"fold-{number}"
+        finished = resume and _is_finished(fold_folder, (train, validation))
         reporter.fold(number, settings.folds, finished=finished)
         if not finished:
-            about = {"fold": {"number": number, "of": settings.folds}}
             fitted = fit(
                 data,
-                place,
+                fold_folder,
                 recipe,
                 device=device,
-                resume=resume and (place / RECIPE).is_file(),
+                resume=resume and (fold_folder / RECIPE).is_file(),
                 reporter=reporter,
                 stream=stream,
                 workers=workers,
@@ -221,79 +228,74 @@ def fit_folds(
                 reading=reading,
                 patient_regex=settings.patient_regex,
                 splits=(train, validation),
-                about=about,
+                extra_metadata={"fold": {"number": number, "of": settings.folds}},
             )
             failures |= {failure.file: failure for failure in fitted.failures}
-        run = load_run(place)
-        predictor = Predictor(TorchEngine(run.model, run.contract, where))
-        found = judge(predictor, validation, settings.pattern, progress=_told(reporter, number))
+        run = load_run(fold_folder)
+        predictor = Predictor(TorchEngine(run.model, run.contract, torch_device))
+        found = predict_split(predictor, validation, settings.pattern, progress=partial(reporter.judging, number))
         failures |= {failure.file: failure for failure in found.failures}
         held_out.append(found)
 
     figures = _figures(held_out, recipe.contract(classes).positive)
     _write_predictions(folder / OUT_OF_FOLD, held_out, classes)
     members = [(f"fold-{number}", load_run(folder / f"fold-{number}")) for number in range(1, settings.folds + 1)]
-    made = ensemble_facts(members, "soft", flip=False)
-    write_json(folder / RUN, {**made, "created": facts["created"], "folds": facts["folds"], "out_of_fold": figures})
-    return Folded(folder, figures, tuple(failures.values()))
+    kept = {key: metadata[key] for key in ("created", "folds")}
+    write_json(folder / RUN, {**ensemble_metadata(members, "soft", flip_tta=False), **kept, "out_of_fold": figures})
+    return CrossValidationResult(folder, figures, tuple(failures.values()))
 
 
-def _begun(folder: Path, recipe: Recipe, settings: FoldSettings, *, resume: bool) -> dict[str, Any] | None:
-    """Give the record of folds to go on with, None for new ones; refuse what is in the way, or was begun otherwise."""
+def _open_folder(folder: Path, recipe: Recipe, settings: FoldSettings, *, resume: bool) -> dict[str, Any] | None:
+    """Return the metadata of the folds to resume, None for new ones; refuse a folder that does not match."""
     label = folder.as_posix()
     if not resume:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RunError(f"{label}: is there and not empty; go on with it by --resume, or choose another --out")
+        refuse_occupied(folder)
         return None
-    begun = begun_with(folder)
-    if begun is None:
-        raise RunError(f"{label}: no folds here to go on with; train without --resume, or leave --folds out")
-    if begun != settings:
-        raise RunError(f"{label}: was begun with --folds {begun.folds} and the regex {begun.patient_regex}; resume so")
+    saved = saved_fold_settings(folder)
+    if saved is None:
+        raise RunError(f"{label}: holds no folds to resume; train without --resume, or omit --folds")
+    if saved != settings:
+        raise RunError(
+            f"{label}: began with --folds {saved.folds} and --patient-regex {saved.patient_regex}; resume with the same"
+        )
     if Recipe.load(str(folder / RECIPE)) != recipe:
-        raise RunError(f"{label}: was begun with another recipe; resume it with the options it was begun with")
+        raise RunError(f"{label}: began with another recipe; resume it with the options it began with")
     return read_info(folder)
 
 
-def _is_finished(place: Path, splits: Sequence[Split]) -> bool:
-    """Tell whether a fold's run is finished; refuse one of other frames."""
+def _is_finished(folder: Path, splits: Sequence[Split]) -> bool:
+    """Return whether the run of a fold is finished; refuse one of other frames."""
     try:
-        if read_info(place).get("status") != "finished":
+        if read_info(folder).get("status") != "finished":
             return False
-    except RunError:  # not begun, or killed before it was written
+    except RunError:  # not started, or killed before it was written
         return False
-    if load_last(place)["data"] != [split.fingerprint for split in splits]:
-        raise RunError(
-            f"{place.as_posix()}: the data has changed since the folds were begun; train into another folder"
-        )
+    if load_last(folder)["data"] != [split.fingerprint for split in splits]:
+        raise RunError(f"{folder.as_posix()}: the data has changed since the folds began; train into another folder")
     return True
 
 
-def _told(reporter: FoldReporter, number: int) -> Callable[[int, int], None]:
-    return lambda done, total: reporter.judging(number, done, total)
-
-
 def _figures(held_out: Sequence[SplitPredictions], positive: str) -> dict[str, Any]:
-    """Give each fold's figures, those of all frames together, and the folds' mean and standard deviation.
+    """Return the figures of each fold, those of all frames, and the mean and standard deviation over the folds.
 
-    The deviation is the sample's, with K - 1: how far one fold's figure lies from another's, which is no interval of
-    the mean, since the folds' training frames overlap.
+    The sample standard deviation (K - 1) describes the spread of the folds. It is no confidence interval of the mean,
+    because the training frames of the folds overlap.
     """
     folds = [
         {
             "fold": number,
-            "patients": len(set(found.judged.patients)),
-            **measure(found.predictions, found.judged.labels, positive),
+            "patients": len(set(found.scored.patients)),
+            **frame_metrics(found.predictions, found.scored.labels, positive).to_dict(),
             "unreadable": len(found.failures),
         }
         for number, found in enumerate(held_out, 1)
     ]
     predictions = [prediction for found in held_out for prediction in found.predictions]
-    labels = np.concatenate([found.judged.labels for found in held_out])
+    labels = np.concatenate([found.scored.labels for found in held_out])
     columns = {name: [fold[name] for fold in folds if fold[name] is not None] for name in FIGURES}
     return {
         "folds": folds,
-        "pooled": measure(predictions, labels, positive),
+        "pooled": frame_metrics(predictions, labels, positive).to_dict(),
         "mean": {name: statistics.fmean(column) for name, column in columns.items() if column},
         "standard_deviation": {name: statistics.stdev(column) for name, column in columns.items() if len(column) > 1},
         "caveat": "each fold's epoch was chosen on the frames that it is measured on",
@@ -301,12 +303,12 @@ def _figures(held_out: Sequence[SplitPredictions], positive: str) -> dict[str, A
 
 
 def _write_predictions(path: Path, held_out: Sequence[SplitPredictions], classes: Sequence[str]) -> None:
-    """Write the predictions' table with the fold that a frame was held out in, and its true class, behind it."""
-    layout = format_of(path)
+    """Write the predictions table with two more columns: the fold that held the frame out, and the true class."""
+    layout = format_for(path)
     with write_atomically(path) as stream:
         stream.write(layout.header(classes).rstrip(b"\n") + b",fold,true_class\n")
         for number, found in enumerate(held_out, 1):
-            for prediction, label in zip(found.predictions, found.judged.labels, strict=True):
+            for prediction, label in zip(found.predictions, found.scored.labels, strict=True):
                 cells = io.StringIO()
                 csv.writer(cells, lineterminator="\n").writerow([number, without_formula(classes[label])])
                 stream.write(layout.row(prediction).removesuffix(b"\n") + b"," + cells.getvalue().encode())

@@ -1,14 +1,14 @@
-"""Fitting: from a data folder and a recipe to a run folder. Reads from top to bottom.
+"""Training loop: from a data folder and a recipe to a run folder.
 
-Every epoch seeds its own draws from the run's seed and its number, so a run that was killed and resumed goes through
-the same batches as one that was not, and no generator's state has to be kept.
+Every epoch seeds its random generators from the run's seed and the epoch's number. A run that was killed and resumed
+therefore trains on the same batches as an uninterrupted one, and no generator state has to be saved.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,79 +17,77 @@ from typing import Any, Protocol
 
 import torch
 
-from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import RunError
 from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.storage.atomic import make_folder, write_bytes
 from echoquad_train.curation.leaks import Leaks, leaks_of_stores
-from echoquad_train.data.dataset import Split, read_classes, read_split
+from echoquad_train.data.dataset import Split, Store, read_classes, read_split
 from echoquad_train.data.patients import patient_pattern
 from echoquad_train.data.stream import Storage, Stream
-from echoquad_train.fitting.resume import abandoned_on_failure, begun, open_folder, require_same_teacher
+from echoquad_train.fitting.resume import open_run_folder, remove_folder_on_failure, require_same_teacher, saved_text
+from echoquad_train.fitting.run_temperatures import fit_run_temperatures
 from echoquad_train.networks.classifier import build_model
 from echoquad_train.networks.device import Device, choose_device, make_deterministic, mixed_dtype
 from echoquad_train.parallel.ranks import ALONE, Ranks
 from echoquad_train.recipe import Recipe
-from echoquad_train.runs import checkpoint
-from echoquad_train.runs import run_metadata as record
+from echoquad_train.runs import checkpoint, run_metadata
 from echoquad_train.runs.background_writer import BackgroundWriter
-from echoquad_train.runs.history import Epoch, best_of, out_of_patience
+from echoquad_train.runs.history import Epoch, best_epoch, should_stop_early
 from echoquad_train.runs.tensorboard_writer import TensorboardWriter
-from echoquad_train.training import optimizer_schedule as schedule
 from echoquad_train.training.batches import DeviceFeed, epoch_generator
-from echoquad_train.training.distillation import load_teacher, teacher_quadrants
+from echoquad_train.training.distillation import Teacher, load_teacher, open_teacher_store
 from echoquad_train.training.ema_weights import EmaWeights
-from echoquad_train.training.run_calibration import calibrate_run
-from echoquad_train.training.sampling import class_weights, draw_batches, seed_of
-from echoquad_train.training.train_step import Distillation, Trainer, recorder_of
-from echoquad_train.training.validation import validate
+from echoquad_train.training.optimizer_schedule import (
+    OptimizerSchedule,
+    Phase,
+    phase_of,
+    progressive_epochs,
+    training_size,
+)
+from echoquad_train.training.sampling import class_weights, draw_batches, epoch_seed
+from echoquad_train.training.train_step import Distillation, Trainer, TrainMetrics, step_recorder
+from echoquad_train.training.validation import ValidationMetrics, validate
 
-__all__ = ["Fitted", "Reporter", "fit"]
+__all__ = ["FitResult", "Reporter", "TrainingRun", "fit"]
 
 
 class Reporter(Protocol):
-    """Hears of the progress."""
+    """Receives progress events."""
 
     def decoding(self, split: str, done: int, total: int) -> None:
-        """Hear that a frame was decoded."""
+        """Receive the number of decoded frames."""
 
     def started(self, device: str, precision: str, train: Split, validation: Split) -> None:
-        """Hear what will be trained, on what."""
+        """Receive the device, the precision and the data, before the first epoch."""
 
     def audited(self, leaks: Leaks) -> None:
-        """Hear what is in both splits."""
+        """Receive the patients and frames that are in both splits."""
 
     def batch(self, epoch: int, done: int, total: int) -> None:
-        """Hear that a batch is done."""
+        """Receive the number of finished batches of an epoch."""
 
     def epoch(self, epoch: Epoch, epochs: int, best: bool) -> None:
-        """Hear of a finished epoch."""
+        """Receive the figures of a finished epoch."""
+
+
+class _NoReporter:
+    """Reports nothing: for every rank but the first."""
+
+    def _ignore(self, *_: Any, **__: Any) -> None: ...
+
+    decoding = started = audited = batch = epoch = _ignore
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
-    """A finished run: its folder, its epochs, the best of them, the frames that could not be read, its calibration."""
+class FitResult:
+    """A finished run: its folder, its epochs, the best of them, the unreadable frames, its temperature scaling."""
 
     folder: Path
     history: tuple[Epoch, ...]
     best: Epoch
     failures: tuple[Failure, ...]
     calibration: dict[str, Any] | None = None
-
-
-class _Silent:
-    """Stands for the reporter on the ranks that report nothing."""
-
-    def decoding(self, split: str, done: int, total: int) -> None: ...
-
-    def started(self, device: str, precision: str, train: Split, validation: Split) -> None: ...
-
-    def audited(self, leaks: Leaks) -> None: ...
-
-    def batch(self, epoch: int, done: int, total: int) -> None: ...
-
-    def epoch(self, epoch: Epoch, epochs: int, best: bool) -> None: ...
 
 
 def fit(
@@ -108,8 +106,8 @@ def fit(
     reading: ReadOptions = DEFAULT_READ_OPTIONS,
     patient_regex: str | None = None,
     splits: tuple[Split, Split] | None = None,
-    about: Mapping[str, Any] | None = None,
-) -> Fitted:
+    extra_metadata: Mapping[str, Any] | None = None,
+) -> FitResult:
     """Train a classifier.
 
     Parameters
@@ -117,239 +115,301 @@ def fit(
     data
         ``DATA/{train,validation}/CLASS/**``.
     folder
-        The run folder; made where it is not there.
+        The run folder; created if it is missing.
     recipe
         How to train.
     device
         ``auto``, ``cpu`` or ``cuda``.
     resume
-        Go on with the run that `folder` holds, which must be of the same recipe and data.
+        Continue the run in `folder`, which must have the same recipe and data.
     reporter
-        Hears of the progress.
+        Receives progress events.
     teacher
-        A finished run to distil from; a resumed run needs the one that it was begun with.
+        A finished run to distil from. A resumed run needs the teacher that it was started with.
     stream, workers
-        Where quadrants are kept, and how many processes decode what is not; see `echoquad_train.data.stream.Storage`.
+        Where quadrants are stored, and the number of decoding processes; see `echoquad_train.data.stream.Storage`.
         The result does not depend on them.
     tensorboard
-        Write event files as well; see `echoquad_train.runs.tensorboard_writer`.
+        Also write event files; see `echoquad_train.runs.tensorboard_writer`.
     ranks
-        The processes that train together, from `echoquad_train.parallel.ranks.joined`; each calls this function alike.
+        The processes that train together, from `echoquad_train.parallel.ranks.joined`. Each calls this function with
+        the same arguments.
     reading
-        How the data's files are read.
+        How to read the data's files.
     patient_regex
-        Says whom a frame is of, see `echoquad_train.data.patients.patient_of`; a resumed run knows it where it is
-        not given.
+        Extracts the patient from a frame's name; see `echoquad_train.data.patients.patient_of`. A resumed run defaults
+        to the saved one.
     splits
-        What to train and to validate on instead of `data`'s own splits, of the same classes: a fold.
-    about
-        What else ``run.json`` shall say.
+        Train and validate on these instead of on `data`'s own splits; of the same classes.
+    extra_metadata
+        Additional keys for ``run.json``.
 
     Raises
     ------
     DatasetError, ConfigError, RunError, DeviceUnavailableError, OutputError
-        If the data, the recipe, the run folder, the device or the disk stand in the way.
+        If the data, the recipe, the run folder, the device or the disk cannot be used.
     """
-    where = choose_device(device)
-    make_deterministic(where)
-    with ExitStack() as opened:
-        storage = opened.enter_context(Storage(folder, stream, workers))
-        heard = reporter if ranks.first else _Silent()
-
-        def board(done: int) -> TensorboardWriter | None:
-            return opened.enter_context(TensorboardWriter(folder, done)) if tensorboard and ranks.first else None
-
-        # On CUDA the next epoch trains while the files of this one are written.
-        writer = opened.enter_context(BackgroundWriter(background=where.type == "cuda"))
-        return _fit(
+    torch_device = choose_device(device)
+    make_deterministic(torch_device)
+    with ExitStack() as resources:
+        run = TrainingRun(
             data,
-            reading,
             folder,
             recipe,
-            where,
-            resume,
-            heard,
-            teacher,
-            storage,
-            board,
-            writer,
-            ranks,
-            patient_regex,
-            splits,
-            about,
+            torch_device,
+            storage=resources.enter_context(Storage(folder, stream, workers)),
+            # On CUDA the next epoch trains while the files of this one are written.
+            writer=resources.enter_context(BackgroundWriter(background=torch_device.type == "cuda")),
+            reporter=reporter if ranks.first else _NoReporter(),
+            resume=resume,
+            ranks=ranks,
+            reading=reading,
+            patient_regex=patient_regex,
+            splits=splits,
+            extra_metadata=extra_metadata or {},
         )
+        run.prepare(teacher)
+        if tensorboard and ranks.first:
+            run.tensorboard = resources.enter_context(TensorboardWriter(folder, len(run.history)))
+        for number in range(len(run.history) + 1, recipe.epochs + 1):
+            if should_stop_early(run.history, recipe):
+                break
+            run.epoch(number)
+        return run.finish()
 
 
-def _fit(
-    data: Path,
-    reading: ReadOptions,
-    folder: Path,
-    recipe: Recipe,
-    where: torch.device,
-    resume: bool,
-    reporter: Reporter,
-    teacher_folder: Path | None,
-    storage: Storage,
-    open_board: Callable[[int], TensorboardWriter | None],
-    writer: BackgroundWriter,
-    ranks: Ranks,
-    patient_regex: str | None,
-    splits: tuple[Split, Split] | None,
-    about: Mapping[str, Any] | None,
-) -> Fitted:
-    state = ranks.from_first(lambda: open_folder(folder, recipe, resume))
-    patient_regex = begun(folder, "patient_regex") if resume and patient_regex is None else patient_regex
-    pattern = patient_pattern(patient_regex)
-    classes = read_classes(data)
-    contract = recipe.contract(classes)
-    train, validation = splits or (read_split(data, split, classes, reading) for split in ("train", "validation"))
-    fingerprints = [train.fingerprint, validation.fingerprint]
-    if state and state["data"] != fingerprints:
-        raise RunError(f"{folder.as_posix()}: the data has changed since the run was begun; train into another folder")
-    teacher = load_teacher(teacher_folder, contract, where) if teacher_folder else None
-    ranks.from_first(lambda: require_same_teacher(folder, state, teacher, resume=resume))
-    torch.manual_seed(recipe.seed)
-    # A resumed run has weights of its own: it needs neither the network nor the file that it once began from.
-    begin = recipe.replace(weights="none") if state else recipe
-    model = build_model(begin, contract).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    make_folder(folder)
-    if ranks.first:
-        write_bytes(folder / checkpoint.RECIPE, recipe.to_toml().encode())
+@dataclass
+class TrainingRun:
+    """A run: call `prepare`, then `epoch` for each epoch, then `finish`. The attributes are the parameters of `fit`."""
 
-    # Every frame is decoded once, to 8-bit quadrants, and no epoch opens a file again; but for what is streamed.
-    with abandoned_on_failure(folder, unless=resume or not ranks.first):
-        train_store, validation_store = (
-            storage.open(split, contract, partial(reporter.decoding, split.name)) for split in (train, validation)
+    data: Path
+    folder: Path
+    recipe: Recipe
+    device: torch.device
+    storage: Storage
+    writer: BackgroundWriter
+    reporter: Reporter
+    resume: bool
+    ranks: Ranks
+    reading: ReadOptions
+    patient_regex: str | None
+    splits: tuple[Split, Split] | None
+    extra_metadata: Mapping[str, Any]
+    tensorboard: TensorboardWriter | None = None
+
+    def prepare(self, teacher_folder: Path | None) -> None:
+        """Read the data, build the model, and load the saved state of a resumed run."""
+        recipe, device = self.recipe, self.device
+        state = self.ranks.from_first(lambda: open_run_folder(self.folder, recipe, self.resume))
+        if self.resume and self.patient_regex is None:
+            self.patient_regex = saved_text(self.folder, "patient_regex")
+        pattern = patient_pattern(self.patient_regex)
+        self._read_splits(state)
+        teacher = load_teacher(teacher_folder, self.contract, device) if teacher_folder else None
+        self.teacher_sha256 = teacher.metadata["weights_sha256"] if teacher else None
+        self.ranks.from_first(lambda: require_same_teacher(self.folder, state, self.teacher_sha256, resume=self.resume))
+        torch.manual_seed(recipe.seed)
+        # A resumed run loads its own weights: it needs neither the network nor the file that it started from.
+        initial = recipe.replace(weights="none") if state else recipe
+        model = build_model(initial, self.contract)
+        self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        make_folder(self.folder)
+        if self.ranks.first:
+            write_bytes(self.folder / checkpoint.RECIPE, recipe.to_toml().encode())
+        teacher_store = self._open_stores(teacher)
+
+        dtype = mixed_dtype(recipe, recipe.backbone, recipe.input_size, device)
+        precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+        self._collect_metadata(precision, teacher)
+        self.reporter.started(device.type, precision, self.train, self.validation)
+        if self.ranks.first:
+            leaks = leaks_of_stores((self.train_store, self.validation_store), pattern)
+            self.metadata |= {"patient_regex": self.patient_regex, "audit": leaks.counts}
+            self.reporter.audited(leaks)
+
+        distillation = None
+        if teacher is not None and teacher_store is not None:
+            size = teacher.contract.input_size
+            distillation = Distillation(teacher, teacher_store, mixed_dtype(recipe, teacher.model.name, size, device))
+        self._build_trainer(dtype, distillation, state)
+
+    def _read_splits(self, state: Mapping[str, Any] | None) -> None:
+        """List the frames; refuse to resume with other data."""
+        classes = read_classes(self.data)
+        self.contract = self.recipe.contract(classes)
+        self.train, self.validation = self.splits or (
+            read_split(self.data, split, classes, self.reading) for split in ("train", "validation")
         )
-        progress = partial(reporter.decoding, f"{train.name} for the teacher")
-        taught_store = teacher_quadrants(teacher, train, train_store, storage, progress) if teacher else train_store
-    failures = (*train_store.failures, *validation_store.failures)
+        self.fingerprints = [self.train.fingerprint, self.validation.fingerprint]
+        if state and state["data"] != self.fingerprints:
+            raise RunError(
+                f"{self.folder.as_posix()}: the data has changed since the run began; train into another folder"
+            )
 
-    dtype = mixed_dtype(recipe, recipe.backbone, recipe.input_size, where)
-    precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    teacher_facts = teacher.facts if teacher else None
-    both = train, validation
-    facts = record.facts(data, recipe, contract, both, failures, where.type, precision, teacher_facts, reading)
-    small = schedule.progressive_epochs(recipe)
-    facts |= {**({"small_epochs": small} if small else {}), **(about or {})}
-    if resume:
-        facts["created"] = begun(folder, "created") or facts["created"]
-    reporter.started(where.type, precision, train, validation)
-    if ranks.first:
-        leaks = leaks_of_stores((train_store, validation_store), pattern)
-        facts |= {"patient_regex": patient_regex, "audit": leaks.counts}
-        reporter.audited(leaks)
+    def _open_stores(self, teacher: Teacher | None) -> Store | None:
+        """Decode every frame once, to 8-bit quadrants, unless they are streamed; return the teacher's store."""
+        teacher_store = None
+        with remove_folder_on_failure(self.folder, enabled=self.ranks.first and not self.resume):
+            self.train_store, self.validation_store = (
+                self.storage.open(split, self.contract, partial(self.reporter.decoding, split.name))
+                for split in (self.train, self.validation)
+            )
+            if teacher:
+                progress = partial(self.reporter.decoding, f"{self.train.name} for the teacher")
+                teacher_store = open_teacher_store(teacher, self.train, self.train_store, self.storage, progress)
+        self.failures = (*self.train_store.failures, *self.validation_store.failures)
+        return teacher_store
 
-    # Training state: what a resumed run finds again.
-    history = [Epoch(**row) for row in state["history"]] if state else []
-    scaler = torch.amp.GradScaler(where.type, enabled=dtype is torch.float16)
-    phase: schedule.Phase | None = None
-    optimizer_schedule: schedule.OptimizerSchedule | None = None
-    if state:
-        model.load_state_dict(state["model"])
-        if state["scaler"]:  # empty where the run was not in float16 before
-            scaler.load_state_dict(state["scaler"])
-    if ranks.first:
-        record.write(folder, facts, history, finished=False)
-    board = open_board(len(history))
-    weights = class_weights(train_store.labels, len(classes)) if recipe.class_weights else torch.ones(len(classes))
-    distillation = None
-    if teacher:
-        size = teacher.contract.input_size
-        distillation = Distillation(teacher, taught_store, mixed_dtype(recipe, teacher.model.name, size, where))
-    recorder = recorder_of(where, ranks, scaler)
-    capturable = recorder is not None
-    ema = EmaWeights(model, recipe.weight_average, capturable=capturable) if recipe.weight_average else None
-    if ema and state:
-        ema.load_state_dict(state["average"])
-    kept = ema.model if ema else model  # whose weights are validated and kept
-    trainer = Trainer(
-        model, recipe, train_store, where, dtype, scaler, weights.to(where), distillation, ema, ranks, recorder
-    )
+    def _collect_metadata(self, precision: str, teacher: Teacher | None) -> None:
+        """Collect what ``run.json`` holds before the first epoch."""
+        self.metadata = run_metadata.collect_metadata(
+            self.data,
+            self.recipe,
+            self.contract,
+            (self.train, self.validation),
+            self.failures,
+            self.device.type,
+            precision,
+            teacher.metadata if teacher else None,
+            self.reading,
+        )
+        if small := progressive_epochs(self.recipe):
+            self.metadata["progressive_epochs"] = small
+        self.metadata |= self.extra_metadata
+        if self.resume:
+            self.metadata["created"] = saved_text(self.folder, "created") or self.metadata["created"]
 
-    validation_feed = DeviceFeed(validation_store, where)
+    def _build_trainer(
+        self, dtype: torch.dtype | None, distillation: Distillation | None, state: Mapping[str, Any] | None
+    ) -> None:
+        """Build what an epoch needs, in the saved state of a resumed run."""
+        recipe, device, classes = self.recipe, self.device, len(self.contract.classes)
+        self.history = [Epoch(**row) for row in state["history"]] if state else []
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+        if state:
+            self.model.load_state_dict(state["model"])
+            if state["scaler"]:  # empty if the run was not in float16 before
+                self.scaler.load_state_dict(state["scaler"])
+        if self.ranks.first:
+            run_metadata.write_run(self.folder, self.metadata, self.history, finished=False)
+        weights = class_weights(self.train_store.labels, classes) if recipe.class_weights else torch.ones(classes)
+        recorder = step_recorder(device, self.ranks, self.scaler)
+        self.capturable = recorder is not None
+        self.ema = EmaWeights(self.model, recipe.ema_decay, capturable=self.capturable) if recipe.ema_decay else None
+        if self.ema and state:
+            self.ema.load_state_dict(state["ema"])
+        self.evaluated = self.ema.model if self.ema else self.model  # the model that is validated and saved as best
+        self.trainer = Trainer(
+            self.model,
+            recipe,
+            self.train_store,
+            device,
+            dtype,
+            self.scaler,
+            weights.to(device),
+            distillation,
+            self.ema,
+            self.ranks,
+            recorder,
+        )
+        self.validation_feed = DeviceFeed(self.validation_store, device)
+        self.phase: Phase | None = None
+        self.schedule: OptimizerSchedule | None = None
+        self.saved_schedule = state["optimizer_schedule"] if state and self.history else None
 
-    for number in range(len(history) + 1, recipe.epochs + 1):
-        if out_of_patience(history, recipe):
-            break
+    def epoch(self, number: int) -> None:
+        """Train and validate epoch `number`, counted from 1, and write the run's files."""
         started = time.perf_counter()
-        torch.manual_seed(seed_of(recipe.seed, number, 0))  # dropout's draws
-        generator = torch.Generator().manual_seed(seed_of(recipe.seed, number, 1))
-        batches = list(draw_batches(train_store, recipe, generator))
-        augmenting = epoch_generator(where, generator, seed_of(recipe.seed, number, 2))
-
-        # A phase trains the layers it names with an optimizer of its own.
-        before, phase = phase, schedule.phase_of(recipe, number)
-        groups = trainer.train_layers(phase.layers)
-        if optimizer_schedule is None or phase != before:
-            optimizer_schedule = schedule.OptimizerSchedule(groups, recipe, phase, len(batches), capturable=capturable)
-            if state and history and phase == schedule.phase_of(recipe, len(history)):
-                optimizer_schedule.load_state_dict(state["course"])
-        state = None
-
-        if board and not history:
-            board.batch(trainer.loader.preview(batches, augmenting.clone_state()).cpu())
-        side = schedule.side_of(recipe, number)
-        steps = trainer.epoch(batches, augmenting, optimizer_schedule, partial(reporter.batch, number), side)
-        validated = validate(kept, contract, validation_feed, ranks)
-        epoch = Epoch(
-            epoch=number,
-            phase=phase.name,
-            lr=steps.rate,
-            train_loss=steps.loss,
-            train_patch_accuracy=steps.accuracy,
-            seconds=round(time.perf_counter() - started, 2),
-            validation_loss=validated.loss,
-            validation_patch_accuracy=validated.patch_accuracy,
-            validation_frame_accuracy=validated.frame_accuracy,
-        )
+        trained = self._train(number)
+        validated = validate(self.evaluated, self.contract, self.validation_feed, self.ranks)
+        assert self.phase is not None and self.schedule is not None
+        epoch = make_epoch(number, self.phase.name, trained, validated, started)
         if not math.isfinite(epoch.train_loss + epoch.validation_loss):
             raise RunError(
-                f"{folder.as_posix()}: the loss of epoch {number} is not finite (train {epoch.train_loss}, validation "
-                f"{epoch.validation_loss}); train again with a lower lr, or with --set mixed_precision=false"
+                f"{self.folder.as_posix()}: the loss of epoch {number} is not finite (train {epoch.train_loss}, "
+                f"validation {epoch.validation_loss}); train again with a lower lr, or with --set mixed_precision=false"
             )
-        optimizer_schedule.epoch_ended(epoch.validation_frame_accuracy)
-        best = epoch == best_of([*history, epoch])
-        history.append(epoch)
-        # All is written before the state that says this epoch is done: killed in between, it is run again and the
-        # same is written once more.
-        if board:
-            board.epoch(epoch, validated.quadrants)
-        if ranks.first:
-            best_weights = writer.kept(kept.state_dict()) if best else None
-            last = {
-                "recipe": recipe.to_toml(),
-                "data": fingerprints,
-                "teacher": teacher.facts["weights_sha256"] if teacher else None,
-                "history": [epoch.to_dict() for epoch in history],
-                "model": model.state_dict(),
-                **({"average": ema.state_dict()} if ema else {}),
-                "course": optimizer_schedule.state_dict(),
-                "scaler": scaler.state_dict(),
-            }
-            writer.write(
-                partial(_write_epoch, folder, recipe, contract, best_weights, writer.kept(last), facts, tuple(history))
+        self.schedule.end_epoch(epoch.validation_frame_accuracy)
+        self.history.append(epoch)
+        best = epoch == best_epoch(self.history)
+        # The saved state comes last: a run that is killed before it repeats the epoch and writes the same files again.
+        if self.tensorboard:
+            self.tensorboard.epoch(epoch, validated.quadrant_accuracies)
+        if self.ranks.first:
+            self._write_epoch(best)
+        self.reporter.epoch(epoch, self.recipe.epochs, best)
+
+    def finish(self) -> FitResult:
+        """Fit the temperatures of the best weights, and mark the run as finished."""
+        self.writer.wait()
+        if self.ranks.first:
+            self.metadata = fit_run_temperatures(
+                self.folder, self.metadata, self.recipe, self.validation, self.validation_store, self.device
             )
-        reporter.epoch(epoch, recipe.epochs, best)
+            run_metadata.write_run(self.folder, self.metadata, self.history, finished=True)
+        calibration = self.metadata.get("calibration")
+        return FitResult(self.folder, tuple(self.history), best_epoch(self.history), self.failures, calibration)
 
-    writer.wait()
-    if ranks.first:
-        facts = calibrate_run(folder, facts, recipe, validation, validation_store, where)
-        record.write(folder, facts, history, finished=True)
-    return Fitted(folder, tuple(history), best_of(history), failures, facts.get("calibration"))
+    def _train(self, number: int) -> TrainMetrics:
+        """Train on every batch of an epoch."""
+        recipe, seed = self.recipe, self.recipe.seed
+        torch.manual_seed(epoch_seed(seed, number, 0))  # for dropout
+        generator = torch.Generator().manual_seed(epoch_seed(seed, number, 1))
+        batches = list(draw_batches(self.train_store, recipe, generator))
+        augmentation_generator = epoch_generator(self.device, generator, epoch_seed(seed, number, 2))
+
+        # A new phase trains other layers with a new optimizer.
+        previous, self.phase = self.phase, phase_of(recipe, number)
+        groups = self.trainer.train_layers(self.phase.layers)
+        if self.schedule is None or self.phase != previous:
+            self.schedule = OptimizerSchedule(groups, recipe, self.phase, len(batches), capturable=self.capturable)
+            if self.saved_schedule and self.phase == phase_of(recipe, len(self.history)):
+                self.schedule.load_state_dict(self.saved_schedule)
+            self.saved_schedule = None
+
+        if self.tensorboard and not self.history:
+            self.tensorboard.batch(self.trainer.loader.preview(batches, augmentation_generator.clone_state()).cpu())
+        progress, size = partial(self.reporter.batch, number), training_size(recipe, number)
+        return self.trainer.epoch(batches, augmentation_generator, self.schedule, progress, size)
+
+    def _write_epoch(self, best: bool) -> None:
+        """Write the files of the last epoch, in the background on CUDA."""
+        assert self.schedule is not None
+        state = {
+            "recipe": self.recipe.to_toml(),
+            "data": self.fingerprints,
+            "teacher": self.teacher_sha256,
+            "history": [epoch.to_dict() for epoch in self.history],
+            "model": self.model.state_dict(),
+            **({"ema": self.ema.state_dict()} if self.ema else {}),
+            "optimizer_schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        best_weights = self.writer.snapshot(self.evaluated.state_dict()) if best else None
+        snapshot, history = self.writer.snapshot(state), tuple(self.history)
+
+        def write() -> None:
+            if best_weights is not None:
+                number = history[-1].epoch
+                checkpoint.save_best(self.folder, best_weights, self.recipe, self.contract, number)
+            checkpoint.save_last(self.folder, snapshot)
+            run_metadata.write_run(self.folder, self.metadata, history, finished=False)
+
+        self.writer.write(write)
 
 
-def _write_epoch(
-    folder: Path,
-    recipe: Recipe,
-    contract: Contract,
-    weights: Mapping[str, torch.Tensor] | None,
-    last: Mapping[str, Any],
-    facts: Mapping[str, Any],
-    history: tuple[Epoch, ...],
-) -> None:
-    """Write an epoch's files; `weights` are those of the best epoch, where that is this one."""
-    if weights is not None:
-        checkpoint.save_best(folder, weights, recipe, contract, history[-1].epoch)
-    checkpoint.save_last(folder, last)
-    record.write(folder, facts, history, finished=False)
+def make_epoch(
+    number: int, phase: str, trained: TrainMetrics | ValidationMetrics, validated: ValidationMetrics, started: float
+) -> Epoch:
+    """Combine an epoch's training and validation metrics; `started` is a value of `time.perf_counter`."""
+    return Epoch(
+        epoch=number,
+        phase=phase,
+        lr=trained.learning_rate if isinstance(trained, TrainMetrics) else 0.0,
+        train_loss=trained.loss,
+        train_patch_accuracy=trained.quadrant_accuracy,
+        seconds=round(time.perf_counter() - started, 2),
+        validation_loss=validated.loss,
+        validation_patch_accuracy=validated.quadrant_accuracy,
+        validation_frame_accuracy=validated.frame_accuracy,
+    )

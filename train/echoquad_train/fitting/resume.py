@@ -1,4 +1,4 @@
-"""Run folders at their beginning: a new one, one to go on with, and what stands in the way of either."""
+"""Resume: open a run folder, new or saved, and refuse one that does not match the options."""
 
 from __future__ import annotations
 
@@ -10,65 +10,95 @@ from typing import Any, Literal
 from echoquad_runtime.errors import DatasetError, RunError
 from echoquad_train.recipe import Recipe
 from echoquad_train.runs import checkpoint
-from echoquad_train.training.distillation import Teacher
 
-__all__ = ["abandoned_on_failure", "begun", "open_folder", "require_same_teacher"]
+__all__ = ["open_run_folder", "refuse_occupied", "remove_folder_on_failure", "require_same_teacher", "saved_text"]
 
 
-def open_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
-    """Give the state to resume from, None for a new run; refuse to train over another run."""
-    label = folder.as_posix()
-    held = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+def refuse_occupied(folder: Path) -> None:
+    """Raise `RunError` if there is something at `folder` other than an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(
+            f"{folder.as_posix()}: exists and is not empty; continue it with --resume, or choose another --out"
+        )
+
+
+def open_run_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
+    """Return the state to resume from, None for a new run.
+
+    Raises
+    ------
+    RunError
+        If a new run would overwrite something, or there is no run of this recipe to resume.
+    """
     if not resume:
-        if held:
-            raise RunError(f"{label}: is there and not empty; go on with it by --resume, or choose another --out")
+        refuse_occupied(folder)
         return None
     if not (folder / checkpoint.LAST).exists():
-        # A run that was killed before its first epoch was done begins again; where there is no run, that is refused.
+        # A run that was killed in its first epoch starts again; a folder without a run is refused.
         if not (folder / checkpoint.RECIPE).is_file():
             checkpoint.read_info(folder)
         return None
     state = checkpoint.load_last(folder)
-    if Recipe.from_toml(state["recipe"]) != recipe:  # as text, it may lack fields that have come since
-        raise RunError(f"{label}: the run was begun with another recipe; resume it with the options it was begun with")
+    if Recipe.from_toml(state["recipe"]) != recipe:  # compare values: the saved text may lack newer fields
+        raise RunError(
+            f"{folder.as_posix()}: the run began with another recipe; resume it with the options it began with"
+        )
     return state
 
 
-def require_same_teacher(folder: Path, state: dict[str, Any] | None, teacher: Teacher | None, *, resume: bool) -> None:
-    """Refuse to go on with a run under another teacher than it was begun with, without it, or with a first one."""
+def require_same_teacher(folder: Path, state: dict[str, Any] | None, sha256: str | None, *, resume: bool) -> None:
+    """Refuse to resume a run with another teacher than it began with.
+
+    Parameters
+    ----------
+    folder
+        The run folder.
+    state
+        The saved state, None before the first epoch was saved.
+    sha256
+        Hash of the teacher's weights, None without a teacher.
+    resume
+        Whether the run is resumed; a new run accepts any teacher.
+
+    Raises
+    ------
+    RunError
+        If the teachers differ, or only one of the two is there.
+    """
     if not resume:
         return
     if state:
-        begun = state.get("teacher")  # not there in a run of a release that knew none
+        saved = state.get("teacher")  # missing in runs of releases without distillation
     else:
         try:
-            facts = checkpoint.read_info(folder).get("teacher")
-        except RunError:  # killed before it was written
+            metadata = checkpoint.read_info(folder).get("teacher")
+        except RunError:  # killed before run.json was written
             return
-        begun = facts.get("weights_sha256") if isinstance(facts, dict) else None
+        saved = metadata.get("weights_sha256") if isinstance(metadata, dict) else None
+    if saved == sha256:
+        return
     label = folder.as_posix()
-    if begun and teacher is None:
-        raise RunError(f"{label}: the run was begun with a teacher; resume it with the same --teacher RUN")
-    if teacher and begun != teacher.facts["weights_sha256"]:
-        found = "another teacher" if begun else "no teacher"
-        raise RunError(f"{label}: the run was begun with {found}; resume it with the options it was begun with")
+    if sha256 is None:
+        raise RunError(f"{label}: the run began with a teacher; resume it with the same --teacher RUN")
+    found = "another teacher" if saved else "no teacher"
+    raise RunError(f"{label}: the run began with {found}; resume it with the options it began with")
 
 
 @contextlib.contextmanager
-def abandoned_on_failure(folder: Path, *, unless: bool) -> Iterator[None]:
-    """Take back a run folder that holds no more than its recipe: nothing was trained, so nothing is to be resumed."""
+def remove_folder_on_failure(folder: Path, *, enabled: bool) -> Iterator[None]:
+    """Remove a run folder that holds only its recipe if a `DatasetError` ends the block: nothing was trained."""
     try:
         yield
     except DatasetError:
-        if not unless:
+        if enabled:
             with contextlib.suppress(OSError):
                 (folder / checkpoint.RECIPE).unlink()
                 folder.rmdir()
         raise
 
 
-def begun(folder: Path, key: Literal["created", "patient_regex"]) -> str | None:
-    """Find when a run that is resumed was begun, or by what regular expression it knows its patients."""
+def saved_text(folder: Path, key: Literal["created", "patient_regex"]) -> str | None:
+    """Return a text from the ``run.json`` of a resumed run; None if it is missing."""
     try:
         value = checkpoint.read_info(folder).get(key)
     except RunError:  # killed before it was written

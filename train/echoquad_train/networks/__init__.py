@@ -1,1 +1,1 @@
-"""Networks: backbones, the quadrant classifier, ensembles, and the torch engine that runs them."""
+"""Neural networks: backbones, the quadrant classifier, ensembles, the torch engine, devices."""

@@ -1,9 +1,9 @@
-"""Backbones: what is particular to each of torchvision's networks, a record a network.
+"""Backbones: the properties of each supported torchvision network.
 
-All are fed alike: grey levels on three equal channels, mean 0.5 and standard deviation 0.5, as the document has it.
-GoogLeNet's ImageNet weights were made for that (torchvision transforms its inputs to it; here there is nothing to
-transform). The others' were trained on each colour's own statistics; training makes up for the shift.
-GoogLeNet's auxiliary heads are left out, with their weights: they are of use where there is no batch normalisation.
+All receive grey levels on three equal channels, with mean 0.5 and standard deviation 0.5, as in the reference pipeline.
+GoogLeNet's ImageNet weights expect exactly that. The others were trained with a mean and standard deviation for each
+colour; training compensates for the shift. GoogLeNet's auxiliary heads are removed: they only help without batch
+normalisation.
 """
 
 from __future__ import annotations
@@ -19,49 +19,48 @@ from torch import nn
 
 from echoquad_runtime.errors import ConfigError
 
-__all__ = ["BACKBONES", "Backbone", "build_body", "check_backbone"]
+__all__ = ["BACKBONES", "Backbone", "build_backbone", "check_backbone"]
 
 MOMENTUM: Final = 0.1
-"""Of batch statistics: torch's own and the ResNets'. MobileNet's 0.01 averages over some hundred batches, which suits
-ImageNet's long courses; an epoch here has from ten to some hundred, and is validated with what they left."""
+"""Of batch statistics: the default of torch and the ResNets. MobileNet's 0.01 averages over hundreds of batches, which
+suits ImageNet; an epoch here has ten to a few hundred, and validation uses the statistics that they leave."""
 
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
-    """Where a network's parts are, by torchvision's names.
+    """Parts and limits of a network, by torchvision's names.
 
     Attributes
     ----------
-    end
-        The linear layer that gives ImageNet's classes; what comes before it is the backbone, hidden linear layers and
-        the dropout between them included.
+    classifier
+        The linear layer that outputs ImageNet's classes. Everything before it is the backbone, including hidden linear
+        layers and the dropout between them.
     layer4, layer3
-        What a recipe means by these names: the modules that bring maps of 1/8 of the input's side to 1/16, and those
-        that bring these to 1/32, which in a ResNet are called layer3 and layer4. Layers behind the last map belong to
-        the latter. A transformer has no maps that shrink: they are its last quarter of blocks and the one before.
+        The modules that a recipe calls by these names of a ResNet: layer3 reduces feature maps from 1/8 to 1/16 of the
+        input's side, layer4 from 1/16 to 1/32. Layers behind the last map belong to layer4. In a transformer, layer4 is
+        the last quarter of the blocks and layer3 the quarter before.
     mixed_on_cpu
-        Whether mixed precision makes its training faster on a CPU that computes in bfloat16. Depthwise convolutions
-        take twice as long in it as in float32 (torch 2.14).
-    smallest
-        The least input size, in pixels, of which anything is left to the end.
-    patch
-        The side of the patches that the input is cut into, whose multiple the input size has to be; 0 for none. A
-        network with patches has an embedding for each place, and so is built for one input size.
+        Whether mixed precision speeds up training on a CPU with native bfloat16. Depthwise convolutions take twice as
+        long in bfloat16 as in float32 (torch 2.14).
+    min_input_size
+        Smallest input size in pixels that leaves a feature map at the end.
+    patch_size
+        Side of a vision transformer's patches, which must divide the input size; 0 for other networks. Its position
+        embeddings fix the input size.
     unused
         Parts of an ImageNet checkpoint that the backbone does not have.
     renamed
-        Names of tensors in ImageNet checkpoints that are older than the network's code: regular expressions, and what
-        torchvision makes of them.
+        Regular expressions and replacements for tensor names in ImageNet checkpoints older than the network's code.
     options
-        What torchvision's builder is told.
+        Arguments of torchvision's builder.
     """
 
-    end: str
+    classifier: str
     layer4: tuple[str, ...]
     layer3: tuple[str, ...]
     mixed_on_cpu: bool = True
-    smallest: int = 8
-    patch: int = 0
+    min_input_size: int = 8
+    patch_size: int = 0
     unused: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -83,7 +82,7 @@ BACKBONES: Final[Mapping[str, Backbone]] = {
     "resnet34": _RESNET,
     "resnet50": _RESNET,
     "mobilenet_v2": Backbone("classifier.1", _features(14, 18), _features(7, 13), False),
-    # Its hidden layer stays, with the weights that ImageNet gave it: without, the head would see half the features.
+    # The hidden layer of the classifier stays, with its ImageNet weights: without it the head has half the features.
     "mobilenet_v3_small": Backbone("classifier.3", (*_features(9, 12), "classifier"), _features(4, 8), False),
     "mobilenet_v3_large": Backbone("classifier.3", (*_features(13, 16), "classifier"), _features(7, 12), False),
     "efficientnet_b0": Backbone("classifier.1", _features(6, 8), _features(4, 5), False),
@@ -92,91 +91,93 @@ BACKBONES: Final[Mapping[str, Backbone]] = {
         "classifier",
         ("features.transition3", "features.denseblock4", "features.norm5"),
         ("features.transition2", "features.denseblock3"),
-        smallest=29,
+        min_input_size=29,
         renamed=((r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2"),),
     ),
-    # A stage of these is a block of convolutions with the pooling behind it.
-    "vgg16": Backbone("classifier.6", (*_features(24, 30), "classifier"), _features(17, 23), smallest=32),
-    "alexnet": Backbone("classifier.6", (*_features(6, 12), "classifier"), _features(3, 5), smallest=63),
+    # A stage is a block of convolutions and the pooling after it.
+    "vgg16": Backbone("classifier.6", (*_features(24, 30), "classifier"), _features(17, 23), min_input_size=32),
+    "alexnet": Backbone("classifier.6", (*_features(6, 12), "classifier"), _features(3, 5), min_input_size=63),
     "googlenet": Backbone(
         "fc",
         ("maxpool4", "inception5a", "inception5b"),
         ("maxpool3", *(f"inception4{letter}" for letter in "abcde")),
-        smallest=15,
+        min_input_size=15,
         unused=("aux1", "aux2"),
         options={"aux_logits": False, "init_weights": True},
     ),
-    "convnext_tiny": Backbone("classifier.2", (*_features(6, 7), "classifier"), _features(4, 5), False, smallest=32),
+    "convnext_tiny": Backbone(
+        "classifier.2", (*_features(6, 7), "classifier"), _features(4, 5), False, min_input_size=32
+    ),
     "vit_b_16": Backbone(
         "heads.head",
         (*_blocks(9, 11), "encoder.ln"),
         _blocks(6, 8),
-        smallest=16,
-        patch=16,
+        min_input_size=16,
+        patch_size=16,
         renamed=((r"\.mlp\.linear_1\.", ".mlp.0."), (r"\.mlp\.linear_2\.", ".mlp.3.")),
     ),
 }
 
 
 def check_backbone(name: str, size: int) -> None:
-    """Refuse a network that is unknown, or an input size that it cannot take.
+    """Check the name of a backbone and its input size.
 
     Raises
     ------
     ConfigError
-        If it is so.
+        If the backbone is unknown or does not accept the input size.
     """
     if name not in BACKBONES:
-        near = difflib.get_close_matches(name.lower(), BACKBONES, 1)
-        meant = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"backbone {name!r} found; {meant}expected one of {', '.join(BACKBONES)}")
-    parts = BACKBONES[name]
-    if parts.patch and size % parts.patch:
-        below = max(size // parts.patch, 1) * parts.patch
+        similar = difflib.get_close_matches(name.lower(), BACKBONES, 1)
+        hint = f"did you mean {similar[0]}? " if similar else ""
+        raise ConfigError(f"backbone {name!r} found; {hint}expected one of {', '.join(BACKBONES)}")
+    patch, least = BACKBONES[name].patch_size, BACKBONES[name].min_input_size
+    if patch and size % patch:
+        lower = max(size // patch, 1) * patch
         raise ConfigError(
-            f"backbone {name}: input size {size} found; expected a multiple of {parts.patch}, the side of its patches; "
-            f"do: --input-size {below} or {below + parts.patch}"
+            f"backbone {name}: input size {size} found; expected a multiple of its patch size {patch}; "
+            f"do: --input-size {lower} or {lower + patch}"
         )
-    if size < parts.smallest:
+    if size < least:
         raise ConfigError(
-            f"backbone {name}: input size {size} found; expected at least {parts.smallest}, since below it nothing is "
-            f"left at its end; do: --input-size {parts.smallest} or more, or take another backbone"
+            f"backbone {name}: input size {size} found; expected at least {least}, because smaller inputs leave no "
+            f"feature map; do: --input-size {least} or more, or use another backbone"
         )
 
 
-def build_body(name: str, size: int = 224) -> tuple[nn.Module, int]:
-    """Build a network with random weights, without its end and the dropout before it.
+def build_backbone(name: str, size: int = 224) -> tuple[nn.Module, int]:
+    """Build a network with random weights, without its classifier and the dropout before it.
 
     Parameters
     ----------
     name
         A name from `BACKBONES`.
     size
-        The input size, of which networks with patches have an embedding for each place.
+        The input size, which the position embeddings of vision transformers depend on.
 
     Returns
     -------
     tuple of nn.Module and int
         The network, [N, 3, H, W] to [N, F], and F.
     """
-    options = {**BACKBONES[name].options, **({"image_size": size} if BACKBONES[name].patch else {})}
-    body: nn.Module = torchvision.models.get_model(name, weights=None, **options)
-    end = BACKBONES[name].end
-    linear = body.get_submodule(end)
+    options = {**BACKBONES[name].options, **({"image_size": size} if BACKBONES[name].patch_size else {})}
+    network: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+    classifier = BACKBONES[name].classifier
+    linear = network.get_submodule(classifier)
     assert isinstance(linear, nn.Linear)
     features = linear.in_features
-    parent, _, child = end.rpartition(".")
-    kept = list(body.get_submodule(parent).named_children())
-    del kept[[key for key, _ in kept].index(child) :]
-    dropped = [child]
-    while kept and isinstance(kept[-1][1], nn.Dropout):
-        dropped.append(kept.pop()[0])
+    parent, _, child = classifier.rpartition(".")
+    layers = list(network.get_submodule(parent).named_children())
+    del layers[[key for key, _ in layers].index(child) :]
+    removed = [child]
+    while layers and isinstance(layers[-1][1], nn.Dropout):
+        removed.append(layers.pop()[0])
     if parent:
-        setattr(body, parent, nn.Sequential(OrderedDict(kept)))
+        setattr(network, parent, nn.Sequential(OrderedDict(layers)))
     else:
-        for key in dropped:
-            setattr(body, key, nn.Identity())
-    for module in body.modules():
+        for key in removed:
+            setattr(network, key, nn.Identity())
+    for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = MOMENTUM
-    return body, features
+    return network, features

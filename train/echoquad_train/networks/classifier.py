@@ -1,4 +1,4 @@
-"""The model: a torchvision backbone that judges one quadrant at a time."""
+"""The quadrant classifier: a torchvision backbone with a linear head, and its pretrained weights."""
 
 from __future__ import annotations
 
@@ -24,57 +24,57 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ConfigError
-from echoquad_train.networks.backbones import BACKBONES, build_body, check_backbone
+from echoquad_train.networks.backbones import BACKBONES, build_backbone, check_backbone
 from echoquad_train.recipe import Recipe
 
-__all__ = ["QuadrantClassifier", "build_model", "first_line", "load_pretrained", "set_trained"]
+__all__ = ["QuadrantClassifier", "build_model", "first_line", "load_pretrained", "set_trainable"]
 
-# What torch raises for a file that it cannot read as tensors, besides OSError.
+# Exceptions of torch for a file that it cannot read as tensors, besides OSError.
 _UNREADABLE: Final = (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
 
-_PLACES: Final = "encoder.pos_embedding"  # of a network with patches: an embedding for each, float [1, 1 + patches, F]
+_POSITION_EMBEDDINGS: Final = "encoder.pos_embedding"  # of a vision transformer: float [1, 1 + patches, F]
 
 
 class QuadrantClassifier(nn.Module):
-    """A backbone and a head, fed with grey levels.
+    """A backbone and a linear head, with grey levels as input.
 
     Parameters
     ----------
     backbone
         A name from `echoquad_train.networks.backbones.BACKBONES`.
     contract
-        Gives the number of classes, the input size, the mean and the standard deviation.
+        Defines the number of classes, the input size, the mean and the standard deviation.
     dropout
         Before the head's linear layer.
 
     Raises
     ------
     ConfigError
-        If the backbone is unknown, or cannot take the input size.
+        If the backbone is unknown or does not accept the input size.
     """
 
     def __init__(self, backbone: str, contract: Contract, dropout: float = 0.0) -> None:
         super().__init__()
         check_backbone(backbone, contract.input_size)
-        self.backbone, features = build_body(backbone, contract.input_size)
+        self.backbone, features = build_backbone(backbone, contract.input_size)
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(features, len(contract.classes)))
         self.mean, self.std = contract.mean, contract.std
         self.name, self.parts = backbone, BACKBONES[backbone]
 
     def forward(self, quadrants: Tensor) -> Tensor:
-        """Give logits, float [N, C], for grey levels 0 to 255, uint8 or float [N, 1, S, S]."""
+        """Return logits, float [N, C], for grey levels 0 to 255, uint8 or float [N, 1, S, S]."""
         x = (quadrants.float() / 255 - self.mean) / self.std
         logits: Tensor = self.head(self.backbone(x.expand(-1, 3, -1, -1)))
         return logits
 
 
 def build_model(recipe: Recipe, contract: Contract) -> QuadrantClassifier:
-    """Build the recipe's model and bring in the weights it names.
+    """Build the recipe's model with its initial weights.
 
     Raises
     ------
     ConfigError
-        If the backbone is unknown or cannot take the input size, or the weights cannot be had or do not fit.
+        If the backbone is unknown or does not accept the input size, or the weights cannot be loaded.
     """
     model = QuadrantClassifier(recipe.backbone, contract, recipe.dropout)
     if recipe.weights != "none":
@@ -83,68 +83,69 @@ def build_model(recipe: Recipe, contract: Contract) -> QuadrantClassifier:
 
 
 def load_pretrained(body: nn.Module, backbone: str, weights: str) -> None:
-    """Load ``imagenet`` weights or a file's into a backbone; a classifier at its end is left out.
+    """Load ``imagenet`` weights or those of a file into a backbone, without the classifier.
 
-    A file is ``.safetensors``, a run's ``best.safetensors`` among them, or a ``.pt`` that holds tensors alone. What
-    torchvision's own checkpoints differ in from its networks is evened out: names and heads of former days, counts
-    of batches that were not kept then, and embeddings of another input size, which are interpolated.
+    A file is ``.safetensors``, such as the ``best.safetensors`` of a run, or a ``.pt`` that holds only tensors. Older
+    torchvision checkpoints are converted: former tensor names, auxiliary heads, missing counts of batches, and position
+    embeddings of another input size, which are interpolated.
 
     Raises
     ------
     ConfigError
-        If they cannot be downloaded, read, or do not fit.
+        If the weights cannot be downloaded or read, or do not match the backbone.
     """
     state = _download(backbone) if weights == "imagenet" else _read_weights(Path(weights))
-    # A run's checkpoint names its backbone's tensors so, and brings a head that was made for its own classes.
+    # The checkpoint of a run has this prefix, and a head for its own classes.
     prefix = "backbone."
     if any(name.startswith(prefix) for name in state):
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    own = body.state_dict()
-    state = _as_built(state, own, backbone)
+    expected = body.state_dict()
+    state = _convert(state, expected, backbone)
     wrong = sorted(
-        [name for name in own if name not in state]
-        + [name for name, value in state.items() if name not in own or own[name].shape != value.shape]
+        [name for name in expected if name not in state]
+        + [name for name, value in state.items() if name not in expected or expected[name].shape != value.shape]
     )
     if wrong:
         raise ConfigError(
-            f"weights {weights}: {len(wrong)} of {len(own)} tensors do not fit {backbone} (first: {wrong[0]}); "
+            f"weights {weights}: {len(wrong)} of {len(expected)} tensors do not match {backbone} (first: {wrong[0]}); "
             f"expected weights of a {backbone}"
         )
     body.load_state_dict(state)
 
 
-def _as_built(state: Mapping[str, Tensor], own: Mapping[str, Tensor], backbone: str) -> dict[str, Tensor]:
-    """Bring a checkpoint's tensors to the names and the shapes that torchvision's code has today."""
+def _convert(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], backbone: str) -> dict[str, Tensor]:
+    """Convert the tensors of a checkpoint to the names and shapes of torchvision's current code."""
     parts = BACKBONES[backbone]
-    dropped = tuple(f"{part}." for part in (parts.end, *parts.unused))
-    found: dict[str, Tensor] = {}
-    for old, value in state.items():
-        name = old
-        for pattern, now in parts.renamed:
-            name = re.sub(pattern, now, name)
-        if not name.startswith(dropped):
-            found[name] = value
-    for name, value in own.items():
-        if name.endswith(".num_batches_tracked"):  # of no influence where momentum is a number
-            found.setdefault(name, value)
-    places = found.get(_PLACES)
-    if parts.patch and places is not None and places.ndim == 3 and places.shape[0] == 1:
-        side = math.isqrt(own[_PLACES].shape[1] - 1)  # a place for each patch, and one for the class token
-        if math.isqrt(places.shape[1] - 1) ** 2 == places.shape[1] - 1:
-            found = dict(interpolate_embeddings(side * parts.patch, parts.patch, OrderedDict(found)))
-    return found
+    removed = tuple(f"{part}." for part in (parts.classifier, *parts.unused))
+    converted: dict[str, Tensor] = {}
+    for former_name, value in state.items():
+        name = former_name
+        for pattern, replacement in parts.renamed:
+            name = re.sub(pattern, replacement, name)
+        if not name.startswith(removed):
+            converted[name] = value
+    for name, value in expected.items():
+        if name.endswith(".num_batches_tracked"):  # without effect if momentum is a number
+            converted.setdefault(name, value)
+    embeddings = converted.get(_POSITION_EMBEDDINGS)
+    if parts.patch_size and embeddings is not None and embeddings.ndim == 3 and embeddings.shape[0] == 1:
+        side = math.isqrt(expected[_POSITION_EMBEDDINGS].shape[1] - 1)  # without the class token's embedding
+        if math.isqrt(embeddings.shape[1] - 1) ** 2 == embeddings.shape[1] - 1:
+            size = side * parts.patch_size
+            converted = dict(interpolate_embeddings(size, parts.patch_size, OrderedDict(converted)))
+    return converted
 
 
-def set_trained(model: QuadrantClassifier, layers: Mapping[str, float]) -> list[dict[str, object]]:
-    """Freeze all but the named layers and give the optimizer's parameter groups.
+def set_trainable(model: QuadrantClassifier, layers: Mapping[str, float]) -> list[dict[str, object]]:
+    """Freeze all but the named layers and return the optimizer's parameter groups.
 
     Parameters
     ----------
     model
-        The model; its frozen layers are put in evaluation mode, so that their batch statistics stay as they are.
+        The model. Its frozen layers are set to evaluation mode, so that their batch statistics do not change.
     layers
-        Learning rate by layer: ``head``, ``layer4``, ``layer3``, or ``all``; what the numbered ones are in a network
-        that does not call its stages so, `echoquad_train.networks.backbones` says.
+        Learning rate by layer: ``head``, ``layer4``, ``layer3``, or ``all``; `echoquad_train.networks.backbones`
+        defines the numbered ones for each network.
     """
     model.requires_grad_(False).eval()
     groups: list[dict[str, object]] = []
@@ -161,10 +162,10 @@ def set_trained(model: QuadrantClassifier, layers: Mapping[str, float]) -> list[
 def _download(backbone: str) -> Mapping[str, Tensor]:
     try:
         weights = torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"]
-        with contextlib.redirect_stdout(sys.stderr):  # where torch says what it downloads; stdout is for results
+        with contextlib.redirect_stdout(sys.stderr):  # torch prints the download; stdout is for results
             state: Mapping[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
         return state
-    # No network, one that breaks off, a full disk, a file whose hash is not the promised, a damaged one in the cache.
+    # No network, an interrupted download, a full disk, a wrong hash, a damaged file in the cache.
     except (OSError, HTTPException, *_UNREADABLE) as error:
         reason = getattr(error, "reason", None) or first_line(error)
         raise ConfigError(
@@ -178,24 +179,24 @@ def _read_weights(path: Path) -> Mapping[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles that torch did not write; an error says so here
+            warnings.simplefilter("ignore")  # about pickles of other programs; an error reports them
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConfigError(f"weights {path.as_posix()}: no such file; expected imagenet, none, or a file") from None
     except (OSError, *_UNREADABLE) as error:
-        # torch's own words for a pickle that holds code are advice on how to run it.
+        # torch's message for a pickle with code explains how to run it.
         reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else first_line(error)
         raise ConfigError(
             f"weights {path.as_posix()}: cannot be read as tensors ({reason}); "
-            "expected .safetensors, or a .pt that holds tensors alone"
+            "expected .safetensors, or a .pt that holds only tensors"
         ) from error
     except safetensors.SafetensorError as error:
-        raise ConfigError(f"weights {path.as_posix()}: damaged or no safetensors file ({error})") from error
+        raise ConfigError(f"weights {path.as_posix()}: damaged or not a safetensors file ({error})") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ConfigError(f"weights {path.as_posix()}: no state dict found; expected names and tensors")
+        raise ConfigError(f"weights {path.as_posix()}: no state dict found; expected a mapping of names to tensors")
     return state
 
 
 def first_line(error: Exception) -> str:
-    """Give what an error says, without the pages that torch appends."""
+    """Return the first line of an error's message, without the pages that torch appends."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Where torch computes: the device that was asked for, or a plain refusal."""
+"""Devices of torch: selection, mixed precision, deterministic algorithms."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ __all__ = ["Device", "autocast_dtype", "choose_device", "make_deterministic", "m
 
 Device = Literal["auto", "cpu", "cuda"]
 
-SMALLEST_MIXED = 17
-"""Input size from which mixed precision is used. Below it layer4 begins on a 1x1 map, and oneDNN (torch 2.14, bfloat16)
-leaves whatever was in memory as the gradient of weights that see nothing but padding."""
+MIN_MIXED_SIZE = 17
+"""Smallest input size for mixed precision. Below it layer4 starts on a 1x1 map, and oneDNN (torch 2.14, bfloat16)
+leaves uninitialised memory in the gradient of weights that only see padding."""
 
 
 def choose_device(device: Device) -> torch.device:
-    """Find the device; ``auto`` is CUDA where it works, else the CPU.
+    """Return the torch device; ``auto`` is CUDA if it works, else the CPU.
 
     Raises
     ------
     DeviceUnavailableError
-        If CUDA is asked for and torch cannot compute on it.
+        If `device` is ``cuda`` and torch cannot compute on it.
     """
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -42,23 +42,23 @@ def choose_device(device: Device) -> torch.device:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Choose the type of mixed precision that the device computes natively; None where it has none."""
+    """Return the dtype of mixed precision that the device computes natively; None if there is none."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else None
 
 
-def mixed_dtype(recipe: Recipe, backbone: str, size: int, where: torch.device) -> torch.dtype | None:
-    """Choose a network's type of mixed precision; None where it is not wanted, not had, or of no use."""
-    slower = where.type == "cpu" and not BACKBONES[backbone].mixed_on_cpu
-    return autocast_dtype(where) if recipe.mixed_precision and size >= SMALLEST_MIXED and not slower else None
+def mixed_dtype(recipe: Recipe, backbone: str, size: int, device: torch.device) -> torch.dtype | None:
+    """Return a network's dtype of mixed precision; None if it is disabled, unsupported or slower than float32."""
+    slower = device.type == "cpu" and not BACKBONES[backbone].mixed_on_cpu
+    return autocast_dtype(device) if recipe.mixed_precision and size >= MIN_MIXED_SIZE and not slower else None
 
 
 def make_deterministic(device: torch.device) -> None:
-    """Have equal seeds give equal weights on this machine; float32 stays float32 on CUDA (no TF32)."""
+    """Make equal seeds give equal weights on this machine, and keep float32 exact on CUDA (no TF32)."""
     if device.type == "cuda":
-        # cuBLAS reads it when its first handle is made. https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+        # cuBLAS reads it when it creates its first handle. https://docs.nvidia.com/cuda/cublas/#results-reproducibility
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True

@@ -1,4 +1,4 @@
-"""The training code as an engine: what an exported graph is held against."""
+"""Torch engine: the PyTorch model behind the interface of `OnnxEngine`, as the reference of parity checks."""
 
 from __future__ import annotations
 
@@ -15,27 +15,26 @@ __all__ = ["TorchEngine"]
 
 
 class TorchEngine:
-    """A run's or an ensemble's model in eager PyTorch, float32; the calls of `OnnxEngine`."""
+    """Runs the model of a run or an ensemble in eager PyTorch, float32, with the methods of `OnnxEngine`."""
 
     precision = "fp32"
     note = ""
 
     def __init__(self, model: nn.Module, contract: Contract, device: torch.device | None = None) -> None:
-        where = device or torch.device("cpu")
-        make_deterministic(where)
+        self._device = device or torch.device("cpu")
+        make_deterministic(self._device)
         self.contract = contract
-        self.device = where.type
-        self._where = where
-        self._model = model.to(where).eval()
+        self.device = self._device.type
+        self._model = model.to(self._device).eval()
 
     @torch.inference_mode()
     def infer(self, quadrants: npt.NDArray[np.uint8]) -> tuple[FloatArray, FloatArray]:
-        """Give logits and probabilities, float32 [N, C], for quadrants, uint8 [N, 1, S, S]."""
-        logits, probabilities = self.infer_on_device(torch.from_numpy(quadrants).to(self._where))
+        """Return logits and probabilities, float32 [N, C], for quadrants, uint8 [N, 1, S, S]."""
+        logits, probabilities = self.infer_on_device(torch.from_numpy(quadrants).to(self._device))
         return logits.cpu().numpy(), probabilities.cpu().numpy()
 
     @torch.inference_mode()
     def infer_on_device(self, quadrants: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the same as tensors, for quadrants on the device; does not wait for the device."""
+        """Return the same as tensors, for quadrants on the device, without waiting for the device."""
         logits = self._model(quadrants).float()
         return logits, torch.softmax(logits / self.contract.temperature, dim=1)

@@ -1,1 +1,1 @@
-"""Training in several processes: ranks, gradient sharing, torchrun."""
+"""Data-parallel training in several processes: torchrun, ranks, layers that share batches."""

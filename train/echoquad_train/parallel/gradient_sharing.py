@@ -1,6 +1,7 @@
-"""Layers that see the whole batch though each rank has a share of it, so that ranks compute what one process does.
+"""Layers for data-parallel training whose results equal those of a single process.
 
-Batch statistics are those of the global batch; dropout draws the global batch's mask, and a rank takes its rows of it.
+Batch normalisation uses the statistics of the global batch. Dropout draws the mask of the global batch, of which each
+rank takes its rows.
 """
 
 from __future__ import annotations
@@ -15,38 +16,38 @@ from torchvision.ops import StochasticDepth, stochastic_depth
 
 from echoquad_train.parallel.ranks import Share
 
-__all__ = ["Batch", "share_layers"]
+__all__ = ["BatchShare", "share_layers"]
 
 
-class Batch:
-    """Which rows of how large a batch go through the network now."""
+class BatchShare:
+    """The rows of the current global batch that this rank's network processes."""
 
     share: Share | None = None
 
     def rows_of(self, draw: Any, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Draw a factor for every row of the global batch, from ones of the given shape a row; gives this rank's."""
+        """Apply `draw` to ones for every row of the global batch, `shape` each, and return this rank's rows."""
         assert self.share is not None
         whole = torch.ones((self.share.total, *shape), dtype=x.dtype, device=x.device)
         rows: Tensor = draw(whole)[self.share.rows]
         return rows
 
 
-def share_layers(model: nn.Module, where: torch.device) -> Batch:
-    """Have a model's batch normalisation and its random layers be of the global batch; its weights keep their names.
+def share_layers(model: nn.Module, device: torch.device) -> BatchShare:
+    """Make batch normalisation and random layers work on the global batch; weights keep their names.
 
     Parameters
     ----------
     model
-        Changed in place.
-    where
-        Where it is trained. On CUDA batch statistics are shared by torch's SyncBatchNorm, which has no CPU kernel.
+        Modified in place.
+    device
+        The training device. CUDA uses torch's SyncBatchNorm, which has no CPU kernel.
 
     Returns
     -------
-    Batch
-        Has to be told of each batch before it goes through the model.
+    BatchShare
+        Its `share` must be set before each batch.
     """
-    batch = Batch()
+    batch = BatchShare()
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Dropout):
@@ -54,7 +55,7 @@ def share_layers(model: nn.Module, where: torch.device) -> Batch:
             elif isinstance(layer, StochasticDepth):
                 setattr(parent, name, _StochasticDepth(layer, batch))
             elif isinstance(layer, nn.BatchNorm2d):
-                if where.type == "cuda":
+                if device.type == "cuda":
                     setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(layer))  # type: ignore[no-untyped-call]
                 else:
                     layer.__class__ = _BatchNorm
@@ -62,7 +63,7 @@ def share_layers(model: nn.Module, where: torch.device) -> Batch:
 
 
 class _Dropout(nn.Module):
-    def __init__(self, own: nn.Dropout, batch: Batch) -> None:
+    def __init__(self, own: nn.Dropout, batch: BatchShare) -> None:
         super().__init__()
         self.p, self.batch = own.p, batch
 
@@ -73,7 +74,7 @@ class _Dropout(nn.Module):
 
 
 class _StochasticDepth(nn.Module):
-    def __init__(self, own: StochasticDepth, batch: Batch) -> None:
+    def __init__(self, own: StochasticDepth, batch: BatchShare) -> None:
         super().__init__()
         self.p, self.mode, self.batch = own.p, own.mode, batch
 
@@ -85,7 +86,7 @@ class _StochasticDepth(nn.Module):
 
 
 class _BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation over all ranks' rows, on the CPU. Takes the place of a layer's class, never built."""
+    """Batch normalisation over the rows of all ranks, on the CPU. Replaces the class of existing layers."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -102,15 +103,15 @@ class _BatchNorm(nn.BatchNorm2d):
 
 
 class _Normalise(torch.autograd.Function):
-    """Batch normalisation of a share; S. Ioffe, C. Szegedy, arXiv:1502.03167, with sums over all ranks.
+    """Batch normalisation of a share, with sums over all ranks; S. Ioffe, C. Szegedy, arXiv:1502.03167.
 
-    A rank's sums of squares are about its own mean and are then moved to the common one: about zero they would lose
-    what float32 can tell. T. F. Chan, G. H. Golub, R. J. LeVeque, Am. Stat. 37 (1983) 242.
+    Each rank sums squares about its own mean and shifts them to the common mean: sums about zero lose precision in
+    float32. T. F. Chan, G. H. Golub, R. J. LeVeque, Am. Stat. 37 (1983) 242.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Give the normalised share, [B, C, H, W], and the mean and unbiased variance of the whole, [C]."""
+        """Return the normalised share, [B, C, H, W], and the mean and unbiased variance of the global batch, [C]."""
         values = x.float()
         count = values.numel() // values.shape[1]
         own_mean = values.sum((0, 2, 3)) / max(1, count)
@@ -133,7 +134,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Give the gradients of the share, [B, C, H, W], and this rank's of weight and bias, [C]."""
+        """Return the gradients of the share, [B, C, H, W], and this rank's gradients of weight and bias, [C]."""
         normal, weight, scale, total = ctx.saved_tensors
         wide = gradient.float()
         bias, slope = wide.sum((0, 2, 3)), (wide * normal).sum((0, 2, 3))

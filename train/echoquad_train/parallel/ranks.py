@@ -1,6 +1,6 @@
-"""Ranks: the processes of one run under ``torchrun``, and what they tell each other.
+"""Ranks: the processes of a run under ``torchrun`` and their communication (torch.distributed).
 
-A process that ``torchrun`` did not start is alone: rank 0 of 1, and nothing here costs it anything.
+A process that ``torchrun`` did not start has rank 0 of 1 and communicates with nobody.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ __all__ = ["ALONE", "Ranks", "Share", "joined"]
 
 Value = TypeVar("Value")
 
-PATIENCE: Final = timedelta(days=1)
-"""How long ranks wait for one that decodes or writes; of one that died, torchrun and the connection tell at once."""
+TIMEOUT: Final = timedelta(days=1)
+"""How long ranks wait for one that decodes or writes. The end of a process is noticed at once."""
 
 _FAILED: Final = "echoquad/failed"
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The rows of a batch of `total` that are one rank's: from `first` to before `last`."""
+    """The rows of a batch of `total` that belong to a rank: from `first` to before `last`."""
 
     first: int
     last: int
@@ -38,36 +38,36 @@ class Share:
 
     @property
     def rows(self) -> slice:
-        """Give the rows as a slice."""
+        """The rows as a slice."""
         return slice(self.first, self.last)
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """A process's place: its rank, of how many, and its place among those of its machine."""
+    """The rank of a process, the number of processes, and its rank on its machine."""
 
     rank: int = 0
-    count: int = 1
-    local: int = 0
+    world_size: int = 1
+    local_rank: int = 0
 
     @property
     def first(self) -> bool:
-        """Whether it is the one that writes and reports."""
+        """Whether this is rank 0, which writes files and reports progress."""
         return self.rank == 0
 
     def share(self, total: int) -> Share:
-        """Give this rank's rows of a batch: in one piece, the pieces as equal as can be."""
-        return Share(total * self.rank // self.count, total * (self.rank + 1) // self.count, total)
+        """Return this rank's rows of a batch; they are consecutive, and the ranks' shares nearly equal."""
+        return Share(total * self.rank // self.world_size, total * (self.rank + 1) // self.world_size, total)
 
     def from_first(self, work: Callable[[], Value]) -> Value:
-        """Have rank 0 do the work and every rank get its value, or its error.
+        """Call `work` on rank 0; return its value, or raise its error, on every rank.
 
         Raises
         ------
         EchoQuadError
-            As the work does.
+            If `work` raises it.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return work()
         outcome: list[object] = [None]
         if self.first:
@@ -81,24 +81,24 @@ class Ranks:
         return cast(Value, outcome[0])
 
     def gather(self, value: Value) -> list[Value]:
-        """Give every rank the values of all, in their order."""
-        if self.count == 1:
+        """Return the values of all ranks, in the order of the ranks, on every rank."""
+        if self.world_size == 1:
             return [value]
-        values: list[Value | None] = [None] * self.count
+        values: list[Value | None] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return cast(list[Value], values)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add up a tensor over the ranks, in place."""
-        if self.count > 1:
+        """Sum a tensor over the ranks, in place."""
+        if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
     def fails_first(self) -> bool:
-        """Tell whether this rank is the first to fail: it alone is to tell of it."""
-        if self.count == 1:
+        """Return whether this rank is the first to fail, which alone reports the error."""
+        if self.world_size == 1:
             return True
-        with suppress(Exception):  # the store may have gone with the rank that held it
+        with suppress(Exception):  # the store ends with the rank that holds it
             store = dist.distributed_c10d._get_default_store()
             return bytes(store.compare_set(_FAILED, "", str(self.rank))).decode() == str(self.rank)
         return False
@@ -108,35 +108,36 @@ ALONE: Final = Ranks()
 
 
 @contextmanager
-def joined(where: torch.device) -> Iterator[Ranks]:
-    """Join the other processes that torchrun has started, if it has: over gloo on the CPU, over NCCL on CUDA.
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """Join the process group of torchrun, if there is one: over gloo on the CPU, over NCCL on CUDA.
 
     Raises
     ------
     DeviceUnavailableError
         If the machine has fewer GPUs than processes.
     ConfigError
-        If torchrun's variables cannot be.
+        If torchrun's environment variables are invalid.
     RunError
-        If the processes do not find each other, or lose each other.
+        If the processes cannot connect, or lose their connection.
     """
     ranks = Ranks(*torchrun_rank())
-    if ranks.count == 1:
+    if ranks.world_size == 1:
         yield ranks
         return
-    if where.type == "cuda":
-        if ranks.local >= torch.cuda.device_count():
+    if device.type == "cuda":
+        if ranks.local_rank >= torch.cuda.device_count():
             raise DeviceUnavailableError(
-                f"torchrun: process {ranks.local} of this machine found {torch.cuda.device_count()} GPUs; expected one "
-                "for each process; start it with a lower --nproc-per-node"
+                f"torchrun: process {ranks.local_rank} of this machine found {torch.cuda.device_count()} GPUs; "
+                "expected one for each process; start torchrun with a lower --nproc-per-node"
             )
-        torch.cuda.set_device(ranks.local)
+        torch.cuda.set_device(ranks.local_rank)
     try:
-        # Values go over gloo either way, gradients over what is made for the device.
-        dist.init_process_group("gloo" if where.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=PATIENCE)
+        # Python objects always use gloo, gradients the backend of the device.
+        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
         raise RunError(
-            f"torchrun: the processes cannot reach each other ({_first_line(error)}); check MASTER_ADDR and MASTER_PORT"
+            f"torchrun: the processes cannot reach each other ({reason}); check MASTER_ADDR and MASTER_PORT"
         ) from error
     try:
         yield ranks
@@ -144,13 +145,9 @@ def joined(where: torch.device) -> Iterator[Ranks]:
         if isinstance(error, EchoQuadError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise RunError(
-            f"torchrun: process {ranks.rank} found another gone; expected all to work to the end; it may have said "
-            "why it ended; start all of them again with --resume"
+            f"torchrun: process {ranks.rank} lost the connection to another process, which may have reported why it "
+            "ended; start all processes again with --resume"
         ) from error
     finally:
-        with suppress(Exception):  # another rank may have gone before
+        with suppress(Exception):  # another rank may have ended before
             dist.destroy_process_group()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -1,4 +1,4 @@
-"""What torchrun tells the processes that it starts; read without torch."""
+"""The environment variables that torchrun sets, read without importing torch."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ from typing import Final, NamedTuple
 
 from echoquad_runtime.errors import ConfigError
 
-__all__ = ["Place", "torchrun_rank"]
+__all__ = ["TorchrunRank", "torchrun_rank"]
 
-_TOLD: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-_NEEDED: Final = {*_TOLD, "MASTER_ADDR", "MASTER_PORT"}
+_VARIABLES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_REQUIRED: Final = {*_VARIABLES, "MASTER_ADDR", "MASTER_PORT"}
 
 
-class Place(NamedTuple):
-    """A process's rank, of how many, and its place among those of its machine."""
+class TorchrunRank(NamedTuple):
+    """The rank of a process, the number of processes, and its rank on its machine."""
 
     rank: int = 0
-    ranks: int = 1
-    local: int = 0
+    world_size: int = 1
+    local_rank: int = 0
 
 
-def torchrun_rank() -> Place:
-    """Read this process's place; one that torchrun did not start is alone.
+def torchrun_rank() -> TorchrunRank:
+    """Return the rank of this process; 0 of 1 if torchrun did not start it.
 
     Raises
     ------
     ConfigError
-        If what the environment says cannot be.
+        If the environment variables are invalid.
     """
-    if not os.environ.keys() >= _NEEDED:
-        return Place()
-    told = [os.environ[name] for name in _TOLD]
+    if not os.environ.keys() >= _REQUIRED:
+        return TorchrunRank()
+    values = [os.environ[name] for name in _VARIABLES]
     try:
-        found = Place(*map(int, told))
+        found = TorchrunRank(*map(int, values))
     except ValueError:
-        found = Place(-1)
-    if not (0 <= found.rank < found.ranks and found.local >= 0):
+        found = TorchrunRank(-1)
+    if not (0 <= found.rank < found.world_size and found.local_rank >= 0):
         raise ConfigError(
-            f"torchrun: {', '.join(_TOLD)} are {', '.join(told)}; expected the numbers that torchrun gives; "
-            "start with torchrun, or without these variables"
+            f"torchrun: {', '.join(_VARIABLES)} are {', '.join(values)}; expected the numbers that torchrun sets; "
+            "start with torchrun, or unset these variables"
         )
     return found

@@ -1,9 +1,8 @@
-"""A phantom data set: many patients' frames in the folders that training reads."""
+"""Phantom data set: frames of many synthetic patients in the folders that training reads."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from PIL import Image
 
 from echoquad_runtime.errors import ConfigError
 from echoquad_runtime.storage.atomic_folder import atomic_folder
-from echoquad_train.data.dataset import SPLITS
+from echoquad_train.data.dataset import SPLITS, Progress
 from echoquad_train.phantom.drawing import LABELS, draw_patient, generator_of, render
 
 __all__ = ["MIN_PATIENTS", "write_dataset"]
@@ -20,7 +19,7 @@ MIN_PATIENTS = 6  # one of each class in each of three splits
 
 
 def _shares(total: int, split: tuple[float, float, float]) -> list[int]:
-    """Divide patients by largest remainder; an empty part takes one from the largest."""
+    """Divide patients by largest remainder; an empty split takes one from the largest."""
     exact = [total * part for part in split]
     counts = [math.floor(value) for value in exact]
     order = sorted(range(len(split)), key=lambda k: counts[k] - exact[k])
@@ -33,14 +32,14 @@ def _shares(total: int, split: tuple[float, float, float]) -> list[int]:
 
 
 def _check_numbers(patients: int, frames: int, split: tuple[float, ...]) -> None:
-    """Raise ConfigError for numbers that no dataset can have."""
+    """Raise ConfigError for numbers outside their range."""
     if patients < MIN_PATIENTS:
         need = f"{MIN_PATIENTS} or more (both classes in each of three splits)"
-        raise ConfigError(f"patients is {patients}, expected {need}: ask for more")
+        raise ConfigError(f"patients is {patients}, expected {need}")
     if frames < 1:
-        raise ConfigError(f"frames per patient is {frames}, expected 1 or more: ask for more")
+        raise ConfigError(f"frames per patient is {frames}, expected 1 or more")
     if len(split) != len(SPLITS) or not all(part > 0.0 for part in split) or abs(sum(split) - 1.0) > 1e-6:
-        raise ConfigError(f"split is {tuple(split)}, expected three shares above 0 with sum 1: change them")
+        raise ConfigError(f"split is {tuple(split)}, expected three shares above 0 with sum 1")
 
 
 def write_dataset(
@@ -50,38 +49,35 @@ def write_dataset(
     frames_per_patient: int = 4,
     seed: int = 0,
     split: tuple[float, float, float] = (0.7, 0.15, 0.15),
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, dict[str, int]]:
-    """Write a labelled dataset of phantom frames, ``out/{train,validation,test}/{ASD,NORM}/ASD3-0.png``.
+    """Write a labelled data set of phantom frames, ``out/{train,validation,test}/{ASD,NORM}/ASD3-0.png``.
 
-    Half of the patients are ASD, half NORM (NORM has the odd one). No patient is in two splits, and each
-    split has at least one of each class. Files are written to ``out.partial`` beside the target, which is
-    renamed at the end, or removed.
+    Half of the patients are ASD and half NORM, which has the odd one. No patient is in two splits, and each split has
+    both classes.
 
     Parameters
     ----------
-    out : Path
-        Folder to make; it may exist if it is empty.
-    patients, frames_per_patient : int
+    out
+        New or empty folder.
+    patients, frames_per_patient
         At least 6, and at least 1.
-    seed : int
-        0 or more. A patient's frames depend on it and the patient's number alone.
-    split : three floats
-        Shares of the patients for train, validation and test: each above 0, together 1.
-    progress : callable, optional
-        Called as ``progress(done, total)`` after each frame.
+    seed
+        0 or more. A patient's frames depend on the seed and the patient's number only.
+    split
+        Fractions of the patients for train, validation and test: each above 0, with sum 1.
 
     Returns
     -------
     dict
-        Number of frames, ``{split: {label: frames}}``.
+        Number of frames by split and class.
 
     Raises
     ------
     ConfigError
-        If a number cannot be.
+        If a number is out of range.
     OutputError
-        If ``out`` is in the way or cannot be written.
+        If `out` exists and is not empty, or cannot be written.
     """
     _check_numbers(patients, frames_per_patient, split)
     shuffle = generator_of(seed, 0)
@@ -90,7 +86,7 @@ def write_dataset(
     with atomic_folder(Path(out)) as partial:
         for kind, label in enumerate(LABELS):
             members = patients // 2 if label == "ASD" else patients - patients // 2
-            order = shuffle.permutation(members) + 1  # a series number must not tell its split
+            order = shuffle.permutation(members) + 1  # a series number must not reveal its split
             ends = np.cumsum(_shares(members, split))[:-1]
             for name, series in zip(SPLITS, np.split(order, ends), strict=True):
                 folder = partial / name / label

@@ -1,20 +1,17 @@
-"""A phantom: synthetic apical four-chamber frames for tests and demos.
+"""Phantom frames: synthetic apical four-chamber views for tests and the demo.
 
-No patient's data goes in or comes out, and nothing here is a physiological simulation. A frame is a drawn
-heart seen by a drawn scanner: echo level of the tissue under each beam, speckle, point spread, log
-compression, scan conversion.
+They use no patient data and are no physiological simulation. A frame is a random heart imaged by a random scanner:
+echo level of the tissue under each beam, speckle, point spread, log compression, scan conversion.
 
-The view is shown apex-down, since the project's quadrants put the atria above: the probe is at the bottom
-centre of the frame and the sector opens upwards, with the ventricles near the probe (LV left, RV right) and
-the atria beyond (LA left, RA right).
+The view is apex-down, because the quadrants expect the atria above: the probe is at the bottom centre of the frame and
+the sector opens upwards, with the ventricles near the probe (LV left, RV right) and the atria beyond (LA left, RA
+right).
 
-What tells ``ASD`` from ``NORM`` is a gap in the interatrial septum and a larger right heart, both with a
-spread that overlaps: there are small defects, and normal hearts whose septum drops out. The scanner (frame
-size, gain, depth, angle, tilt, shadows, overlays) is drawn alike for both, so that it cannot stand in for the
-label.
+``ASD`` differs from ``NORM`` by a gap in the interatrial septum and a larger right heart. Both distributions overlap:
+there are small defects, and normal hearts with septal dropout. The scanner (frame size, gain, depth, angle, tilt,
+shadows, overlays) has the same distribution for both labels, so that it is no shortcut feature.
 
-Everything follows from seeds. The same numpy gives the same bytes; another build may round a pixel
-differently by one grey level.
+Everything follows from seeds. The same numpy build gives the same bytes; another may differ by one grey level.
 """
 
 from __future__ import annotations
@@ -31,7 +28,7 @@ from echoquad_runtime.errors import ConfigError
 __all__ = ["LABELS", "Anatomy", "draw_patient", "echo_level", "generator_of", "phantom_frame", "render"]
 
 LABELS = ("ASD", "NORM")
-MIN_SIDE = 32  # below this a chamber is a few pixels, and nothing can be told from it
+MIN_SIDE = 32  # a chamber has only a few pixels below this size
 
 # The beam grid: fine enough for a 420 px frame, coarse enough that a frame costs some 10 ms.
 SAMPLES, BEAMS = 288, 144
@@ -40,8 +37,8 @@ PROBE_FACE = 0.015  # depth at which the sector starts, as a share of its depth
 # Echo levels in dB below the brightest reflector, roughly those of the CAMUS frames after compression.
 BLOOD_DB, TISSUE_DB, WALL_DB, RIM_DB, VALVE_DB = -39.0, -20.0, -13.0, -6.0, -8.0
 EDGE = 0.012  # how softly blood turns into wall, in sector depths: partial volume of a thick slice
-HEADROOM_DB = 6.0  # level that shows as white: the brightest speckle saturates, as on a scanner
-SQUARE = 0.35  # 0 draws chambers as ellipses, 1 nearly as boxes; between them the septa come out even
+HEADROOM_DB = 6.0  # level shown as white: the brightest speckle saturates, as on a scanner
+SQUARE = 0.35  # 0 draws chambers as ellipses, 1 nearly as boxes; values between give septa of even thickness
 
 Plane: TypeAlias = NDArray[np.floating[Any]]  # float32 throughout: float64 would double the time
 
@@ -50,8 +47,8 @@ Plane: TypeAlias = NDArray[np.floating[Any]]  # float32 throughout: float64 woul
 class Anatomy:
     """One patient's heart and the scanner's settings.
 
-    Lengths of the heart are in its own unit, of which ``scale`` sector depths make one; pixels only appear in
-    ``height`` and ``width``. Angles are in radians, levels in dB. A chamber is ``(half width, length)``.
+    Lengths of the heart are in its own unit, which is `scale` sector depths; only `height` and `width` are in pixels.
+    Angles are in radians, levels in dB. A chamber is ``(half width, length)``.
     """
 
     label: str
@@ -62,10 +59,10 @@ class Anatomy:
     septum: float  # thickness of the interatrial septum
     wall: float  # thickness of the left ventricle's wall
     bow: float  # how far the ventricular septum leans to the right at the apex
-    gap: float  # length of the defect; 0.0 where there is none
+    gap: float  # length of the defect; 0 for no defect
     gap_at: float  # middle of the defect, as a share of the septum's length from the crux
     flare: float  # level added at the defect's rims (the "T" sign), dB
-    dropout: float  # level lost at the fossa ovalis though tissue is there, dB
+    dropout: float  # level lost at the fossa ovalis in spite of tissue, dB
     crux: tuple[float, float]  # (right of centre, from the probe), in sector depths
     tilt: float
     scale: float
@@ -80,26 +77,26 @@ class Anatomy:
     width: int
     offset: float  # probe right of the frame's centre, as a share of its width
     overlay: bool
-    texture: int  # seed of what stays the same in all of a patient's frames
+    texture: int  # seed of what all frames of a patient share
 
 
 def draw_patient(rng: np.random.Generator, label: str) -> Anatomy:
-    """Draw a patient and a scanner.
+    """Return a random patient and scanner.
 
     Parameters
     ----------
-    rng : np.random.Generator
+    rng
         Source of all variation; advanced by the same number of draws for either label.
-    label : str
+    label
         ``"ASD"`` or ``"NORM"``.
 
     Raises
     ------
     ConfigError
-        If the label is neither.
+        If the label is unknown.
     """
     if label not in LABELS:
-        raise ConfigError(f"phantom label is {label!r}, expected {' or '.join(LABELS)}: pass one of these")
+        raise ConfigError(f"phantom label is {label!r}, expected {' or '.join(LABELS)}")
 
     def uniform(low: float, high: float) -> float:
         return float(rng.uniform(low, high))
@@ -117,15 +114,15 @@ def draw_patient(rng: np.random.Generator, label: str) -> Anatomy:
     gain, texture = float(np.clip(rng.normal(0.0, 3.5), -7.0, 7.0)), int(rng.integers(2**31))
     left, right, ventricle, atrium = spread(0.05), spread(0.07), spread(0.04), spread(0.05)
     dropout = uniform(5.0, 20.0) if rng.random() < 0.5 else uniform(0.0, 4.0)
-    severity = math.sqrt(uniform(0.02, 1.0))  # small defects are there, but the fewer
+    severity = math.sqrt(uniform(0.02, 1.0))  # favours large defects
     flare, gap_at = uniform(0.0, 6.0), uniform(0.4, 0.62)
 
-    variant = uniform(1.12, 1.22) if rng.random() < 0.2 else 1.0  # a large right heart with nothing wrong
+    variant = uniform(1.12, 1.22) if rng.random() < 0.2 else 1.0  # a large but healthy right heart
 
     ill = label == "ASD"
     if not ill:
         right *= variant
-    else:  # volume overload: the right heart grows, the left is filled less
+    else:  # volume overload: the right heart grows, the left fills less
         right *= 1.0 + 0.6 * severity
         left *= 1.0 - 0.12 * severity
     return Anatomy(
@@ -160,19 +157,19 @@ def draw_patient(rng: np.random.Generator, label: str) -> Anatomy:
 
 
 def _ramp(x: Plane) -> Plane:
-    """Smooth step from 0 at x <= 0 to 1 at x >= 1, without the cost of an exponential."""
+    """Return a smooth step from 0 at x <= 0 to 1 at x >= 1, cheaper than an exponential."""
     t = np.clip(x, 0.0, 1.0)
     return t * t * (3.0 - 2.0 * t)
 
 
 def _chamber(x: Plane, y: Plane, size: float) -> Plane:
-    """Near-distance to a rounded box of half sides 1 x 1 in (x, y): negative inside, ``size`` a unit."""
+    """Return the approximate distance to a rounded box of half sides 1, in units of `size`; negative inside."""
     xx, yy = x * x, y * y
     return (np.sqrt((1.0 - SQUARE) * (xx + yy) + SQUARE * (xx * xx + yy * yy)) - 1.0) * np.float32(0.8 * size)
 
 
 def _leaflet(u: Plane, v: Plane, start: tuple[float, float], end: tuple[float, float]) -> Plane:
-    """Squared distance from each (u, v) to the segment from start to end."""
+    """Return the squared distance from each (u, v) to the segment from start to end."""
     du, dv = end[0] - start[0], end[1] - start[1]
     pu, pv = u - start[0], v - start[1]
     along = np.clip((pu * du + pv * dv) / (du * du + dv * dv), 0.0, 1.0)
@@ -180,7 +177,7 @@ def _leaflet(u: Plane, v: Plane, start: tuple[float, float], end: tuple[float, f
 
 
 def _valves(level: Plane, u: Plane, v: Plane, a: Anatomy, *, opening: float, wide: float) -> None:
-    """Draw two leaflets in each atrioventricular mouth, in place; visits only cells near the valves."""
+    """Draw two leaflets in each atrioventricular valve, in place; only cells near the valves are computed."""
     near = (v > -0.16) & (v < 0.06) & (np.abs(u) < 0.36)
     nu, nv = u[near], v[near]
     valves = level[near]
@@ -195,7 +192,7 @@ def _valves(level: Plane, u: Plane, v: Plane, a: Anatomy, *, opening: float, wid
 
 
 def _cycle(phase: float) -> tuple[float, float]:
-    """Contraction and valve opening, each 0..1; phase 0 is end-diastole, about 0.4 end-systole."""
+    """Return contraction and valve opening, each in [0, 1]; phase 0 is end-diastole, about 0.4 end-systole."""
     contraction = math.sin(math.pi * min(phase / 0.8, 1.0)) ** 2
     early = math.exp(-(((phase - 0.57) / 0.09) ** 2))
     atrial = 0.7 * math.exp(-(((phase - 0.86) / 0.06) ** 2))
@@ -203,17 +200,17 @@ def _cycle(phase: float) -> tuple[float, float]:
 
 
 def echo_level(anatomy: Anatomy, phase: float, u: Plane, v: Plane) -> NDArray[np.float32]:
-    """Noise-free echo level of the heart, before beams, speckle and gain.
+    """Return the noise-free echo level of the heart, before beams, speckle and gain.
 
     Parameters
     ----------
-    anatomy : Anatomy
+    anatomy
         The patient.
-    phase : float
-        Place in the cardiac cycle, 0 <= phase < 1.
-    u, v : float32 arrays of one shape
-        Heart coordinates with the crux at (0, 0): ``u`` grows towards the right heart, ``v`` towards the
-        atria. The interatrial septum is ``u = 0, v > 0``; a chamber is at most 0.5 long.
+    phase
+        Phase of the cardiac cycle, 0 <= phase < 1.
+    u, v
+        float32 arrays of one shape: heart coordinates with the crux at (0, 0). `u` grows towards the right heart, `v`
+        towards the atria. The interatrial septum is ``u = 0, v > 0``; a chamber is at most 0.5 long.
 
     Returns
     -------
@@ -222,13 +219,13 @@ def echo_level(anatomy: Anatomy, phase: float, u: Plane, v: Plane) -> NDArray[np
     """
     a, nought = anatomy, np.float32(0.0)
     squeeze, opening = _cycle(phase)
-    base = -0.03 * squeeze  # the valve plane moves towards the apex, which stays
+    base = -0.03 * squeeze  # the valve plane moves towards the apex, which is fixed
     v = v - np.float32(base)
     u = u - np.where(v < 0.0, np.float32(a.bow / 0.16) * v * v, nought)
 
     side: Plane = np.abs(u)
     is_left = u < 0.0
-    # Each half of the picture holds one ventricle and one atrium, so two evaluations draw four chambers.
+    # Each side holds one ventricle and one atrium, so that two evaluations draw four chambers.
     narrow, wide = 1.0 - 0.20 * squeeze, 1.0 + 0.10 * squeeze
 
     def pick(left: float, right: float) -> Plane:
@@ -239,7 +236,7 @@ def echo_level(anatomy: Anatomy, phase: float, u: Plane, v: Plane) -> NDArray[np
     ivs = np.float32(0.5 * a.wall * (1.0 + 0.25 * squeeze))
 
     y = (v + 0.008 + 0.5 * v_length) / (0.5 * v_length)  # -1 at the apex, 1 at the valve
-    # Ventricles taper towards the apex, the right one more; anchored at the septum: only the free wall leans.
+    # Ventricles taper towards the apex, the right one more; they are anchored at the septum, so the free wall leans.
     half = v_width * (1.0 + pick(0.14, 0.3) * np.clip(y, -1.2, 1.0))
     ventricle = _chamber((side - ivs - half) / half, y, 0.11)
     y = (v - 0.012 - 0.5 * a_length) / (0.5 * a_length)
@@ -256,10 +253,10 @@ def echo_level(anatomy: Anatomy, phase: float, u: Plane, v: Plane) -> NDArray[np
 
     rim = np.float32(RIM_DB) - np.square((wall - 0.008) / 0.011) * 9.0
     level = np.float32(TISSUE_DB) + np.float32(WALL_DB - TISSUE_DB) * _ramp(0.5 - wall / 0.03)
-    # The pericardium and the atrial roof shine where they face the beam; side walls run along it and do not.
+    # The pericardium and the atrial roof are bright where they face the beam; side walls run along it and are not.
     facing = np.clip(0.35 + 1.6 * np.abs(v) / (side + 0.12) - np.where(v < 0.0, nought + 1.2, nought), 0.0, 1.0)
     level = np.maximum(level, np.where(wall > -0.03, TISSUE_DB + (rim - TISSUE_DB) * facing, BLOOD_DB))
-    # The atrial septum is thin and runs along the beam: it may be there and yet hardly echo.
+    # The atrial septum is thin and runs along the beam, so that intact tissue may give hardly any echo.
     fossa = np.square((v - np.float32(at)) / 0.055)
     lost = np.float32(a.dropout) / (1.0 + fossa * fossa)
     level -= np.where((side < a.septum) & (v > 0.0), lost, nought)
@@ -281,20 +278,20 @@ def echo_level(anatomy: Anatomy, phase: float, u: Plane, v: Plane) -> NDArray[np
 
 
 def _hats(knots: int, at: Plane) -> Plane:
-    """Weights [at.size, knots] that interpolate linearly between knots evenly spread over 0..1."""
-    place = at[:, None] * np.float32(knots - 1)
-    return np.clip(1.0 - np.abs(place - np.arange(knots, dtype=np.float32)), 0.0, 1.0)
+    """Return weights [at.size, knots] of linear interpolation between knots spread evenly over [0, 1]."""
+    position = at[:, None] * np.float32(knots - 1)
+    return np.clip(1.0 - np.abs(position - np.arange(knots, dtype=np.float32)), 0.0, 1.0)
 
 
 def _field(rng: np.random.Generator, depths: Plane, beams: Plane, knots: tuple[int, int]) -> Plane:
-    """Draw a smooth random field [samples, beams] with unit variance at its knots."""
+    """Return a smooth random field [samples, beams] with unit variance at its knots."""
     values = rng.standard_normal(knots, dtype=np.float32)
     field: Plane = _hats(knots[0], depths) @ values @ _hats(knots[1], 0.5 + 0.5 * beams).T
     return field
 
 
 def _blur(field: NDArray[Any], sigma: float, axis: int) -> NDArray[Any]:
-    """Blur along one axis with a Gaussian that keeps white noise's variance; the rim's samples wrap."""
+    """Blur along one axis with a Gaussian that keeps the variance of white noise; the edges wrap around."""
     radius = math.ceil(2.2 * sigma)
     taps = np.exp(-0.5 * (np.arange(radius + 1) / sigma) ** 2)
     taps /= math.sqrt(float(taps[0] ** 2 + 2.0 * np.sum(taps[1:] ** 2)))
@@ -305,18 +302,18 @@ def _blur(field: NDArray[Any], sigma: float, axis: int) -> NDArray[Any]:
 
 
 def _beams(a: Anatomy, rng: np.random.Generator, phase: float) -> Plane:
-    """Grey levels 0..255 on the beam grid [SAMPLES, BEAMS], depth first."""
+    """Return grey levels in [0, 255] on the beam grid [SAMPLES, BEAMS], depth first."""
     steady = np.random.Generator(np.random.PCG64(a.texture))
     depths = np.linspace(PROBE_FACE, 1.0, SAMPLES, dtype=np.float32)
     beams = np.linspace(-1.0, 1.0, BEAMS, dtype=np.float32)
-    shift, sway = rng.normal(0.0, 0.004, 2), float(rng.normal(0.0, 0.01))  # the hand on the probe
+    shift, sway = rng.normal(0.0, 0.004, 2), float(rng.normal(0.0, 0.01))  # motion of the probe
 
     angle = beams * np.float32(a.half_angle)
     x = depths[:, None] * np.sin(angle)[None, :] - np.float32(a.crux[0] + shift[0])
     z = depths[:, None] * np.cos(angle)[None, :] - np.float32(a.crux[1] + shift[1])
     cos, sin = np.float32(math.cos(a.tilt + sway) / a.scale), np.float32(math.sin(a.tilt + sway) / a.scale)
     u, v = x * cos - z * sin, x * sin + z * cos
-    # No real outline is a formula's: bend the coordinates a little, alike in all of a patient's frames.
+    # Real outlines are irregular: bend the coordinates a little, in the same way for all frames of a patient.
     u += 0.010 * _field(steady, depths, beams, (8, 8))
     v += 0.010 * _field(steady, depths, beams, (8, 8))
     level = echo_level(a, phase, u, v)
@@ -331,7 +328,7 @@ def _beams(a: Anatomy, rng: np.random.Generator, phase: float) -> Plane:
 
     grains = rng.standard_normal((2, SAMPLES, BEAMS), dtype=np.float32)
     echo = (grains[0] + 1j * grains[1]) * np.exp(level * np.float32(math.log(10.0) / 20.0))
-    # Blur on the beam grid: one beam is wider the deeper it is, and so is the speckle after scan conversion.
+    # Blur on the beam grid: beams widen with depth, and with them the speckle after scan conversion.
     echo = _blur(_blur(echo.astype(np.complex64), a.grain[0], 0), a.grain[1], 1)
     floor = rng.standard_normal((SAMPLES, BEAMS), dtype=np.float32)
     power = np.square(echo.real) + np.square(echo.imag)
@@ -360,32 +357,32 @@ def _overlay(frame: NDArray[np.uint8], a: Anatomy) -> None:
 
 
 def render(anatomy: Anatomy, rng: np.random.Generator, phase: float) -> NDArray[np.uint8]:
-    """Draw one frame of a patient.
+    """Return one frame of a patient.
 
     Parameters
     ----------
-    anatomy : Anatomy
+    anatomy
         The patient and the scanner.
-    rng : np.random.Generator
-        Source of what differs from frame to frame: speckle, noise and the hand's small movements.
-    phase : float
-        Place in the cardiac cycle, 0 <= phase < 1: 0 is end-diastole, about 0.4 end-systole.
+    rng
+        Source of what differs between frames: speckle, noise and small movements of the probe.
+    phase
+        Phase of the cardiac cycle, 0 <= phase < 1: 0 is end-diastole, about 0.4 end-systole.
 
     Returns
     -------
     uint8 [height, width]
-        Grey levels, 0 outside the sector and its overlays.
+        Grey levels, 0 outside the sector and the overlays.
 
     Raises
     ------
     ConfigError
-        If the phase or the frame's size cannot be.
+        If the phase or the frame's size is out of range.
     """
     a = anatomy
     if not 0.0 <= phase < 1.0:
-        raise ConfigError(f"phase is {phase}, expected 0 <= phase < 1: pass a share of the cardiac cycle")
+        raise ConfigError(f"phase is {phase}, expected 0 <= phase < 1")
     if min(a.height, a.width) < MIN_SIDE:
-        raise ConfigError(f"frame is {a.height} x {a.width}, expected {MIN_SIDE} or more a side: ask for more")
+        raise ConfigError(f"frame is {a.height} x {a.width}, expected sides of {MIN_SIDE} or more")
     grid = _beams(a, rng, phase)
 
     depth = min(0.97 * a.height, 0.99 * a.width / (2.0 * math.sin(a.half_angle)))  # of the sector, in pixels
@@ -411,7 +408,7 @@ def render(anatomy: Anatomy, rng: np.random.Generator, phase: float) -> NDArray[
 
 
 def generator_of(seed: int, *key: int) -> np.random.Generator:
-    """Give the generator for one patient or frame, independent of how many others are drawn.
+    """Return the random generator of one patient or frame, independent of the number of others.
 
     Raises
     ------
@@ -419,30 +416,26 @@ def generator_of(seed: int, *key: int) -> np.random.Generator:
         If the seed is negative.
     """
     if seed < 0:
-        raise ConfigError(f"seed is {seed}, expected 0 or more: pass a whole number that is not negative")
+        raise ConfigError(f"seed is {seed}, expected a whole number, 0 or more")
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key)))
 
 
 def phantom_frame(seed: int, label: str = "NORM", size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-    """Draw one frame of one patient.
+    """Return one frame of a random patient, uint8 [height, width].
 
     Parameters
     ----------
-    seed : int
+    seed
         0 or more. The same seed, label and size give the same frame.
-    label : str
+    label
         ``"ASD"`` or ``"NORM"``.
-    size : (height, width), optional
-        In pixels. Drawn with the patient where it is not given.
-
-    Returns
-    -------
-    uint8 [height, width]
+    size
+        Height and width in pixels; None draws them with the patient.
 
     Raises
     ------
     ConfigError
-        If the seed, the label or the size cannot be.
+        If the seed, the label or the size is out of range.
     """
     rng = generator_of(seed)
     anatomy = draw_patient(rng, label)

@@ -1,242 +1,177 @@
-"""Comparison: two models on the same frames, frame by frame, so that what both get wrong does not blur what differs.
+"""Comparison: two models on the same frames, paired frame by frame, so that errors of both cancel.
 
-McNemar's exact test: of the frames that one model alone judges rightly, is it one model's more often than a coin would
-say? (Q. McNemar, Psychometrika 12 (1947) 153; as the binomial test of the discordant pairs.) It takes frames as
-independent; the differences' intervals come from a bootstrap over patients, the same resamples for both models.
+McNemar's exact test asks whether the frames on which only one model is right favour one of them (Q. McNemar,
+Psychometrika 12 (1947) 153; as the binomial test of the discordant pairs). It takes frames as independent. The
+differences have bootstrap intervals by patient, with the same resamples for both models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from scipy.stats import binomtest
-from sklearn.metrics import cohen_kappa_score
+from sklearn.metrics import cohen_kappa_score, confusion_matrix
 
-from echoquad_runtime.bundle.manifest import INTENDED_USE
 from echoquad_runtime.errors import ConfigError, DatasetError
-from echoquad_runtime.storage.atomic import make_folder, write_bytes, write_json
-from echoquad_train import plot_style as figures
+from echoquad_runtime.storage.atomic import make_folder, write_json
 from echoquad_train.evaluation.evaluate import Evaluation
-from echoquad_train.evaluation.intervals import Bootstrap, estimate, weighted_auc
-from echoquad_train.evaluation.metrics import Settings, roc_curves
+from echoquad_train.evaluation.frame_metrics import roc_curves
+from echoquad_train.evaluation.intervals import Bootstrap, Estimate, weighted_auc
+from echoquad_train.evaluation.metrics import EvaluationOptions
+from echoquad_train.evaluation.metrics_record import MetricsRecord
 from echoquad_train.evaluation.scored_frames import ScoredFrames
-from echoquad_train.reporting import score_figures as figures_scores
+from echoquad_train.plot_style import save, short
 from echoquad_train.reporting.evaluation_folder import write_evaluation
-from echoquad_train.reporting.html import figure, page, paragraph, section, table
-from echoquad_train.reporting.html import figures as side_by_side
-from echoquad_train.reporting.report import PRIVACY, figure_row, number
+from echoquad_train.reporting.report import write_report
+from echoquad_train.reporting.score_figures import roc
 
-__all__ = ["LETTERS", "compare", "compare_report", "mcnemar", "write_comparison"]
+__all__ = ["LETTERS", "Comparison", "compare", "mcnemar", "write_comparison"]
 
 LETTERS: Final = ("a", "b")
-"""What the two models' folders are called."""
+"""Names of the two models' folders."""
+
+
+@dataclass(frozen=True)
+class Comparison(MetricsRecord):
+    """The contents of ``compare.json``.
+
+    Attributes
+    ----------
+    models
+        See `echoquad_train.evaluation.evaluate.model_facts`.
+    split, frames, patients, classes, positive
+        The frames that both models read.
+    both_right, first_only, second_only, both_wrong
+        Numbers of frames by which models are right.
+    mcnemar_p
+        See `mcnemar`.
+    decisions
+        Numbers of frames, decisions of the first model in rows and of the second in columns.
+    agreement, kappa
+        Fraction of equal decisions, and Cohen's kappa; kappa is None if all decisions are one class.
+    difference
+        First minus second, of ``accuracy`` and ``roc_auc``.
+    resamples, seed
+        Of the bootstrap.
+    """
+
+    models: tuple[dict[str, str], dict[str, str]]
+    split: str
+    frames: int
+    patients: int
+    classes: tuple[str, ...]
+    positive: str
+    both_right: int
+    first_only: int
+    second_only: int
+    both_wrong: int
+    mcnemar_p: float
+    decisions: list[list[int]]
+    agreement: float
+    kappa: float | None
+    difference: dict[str, Estimate]
+    resamples: int
+    seed: int
 
 
 def mcnemar(first_only: int, second_only: int) -> float:
-    """Give the two-sided p-value of McNemar's exact test; 1 where the models differ on no frame.
+    """Return the two-sided p-value of McNemar's exact test, by the numbers of frames on which only one model is right.
 
-    Parameters
-    ----------
-    first_only, second_only
-        How many frames the first, or the second, model alone judges rightly.
+    It is 1 if there is no such frame.
     """
     differing = first_only + second_only
     return float(binomtest(first_only, differing, 0.5).pvalue) if differing else 1.0
 
 
-def compare(first: Evaluation, second: Evaluation, settings: Settings | None = None) -> dict[str, Any]:
-    """Hold two evaluations of the same split against each other, on the frames that both models read.
-
-    Returns
-    -------
-    dict
-        What ``compare.json`` holds: ``both_right``, ``first_only``, ``second_only``, ``both_wrong``, ``mcnemar_p``;
-        ``decisions``, the first model's classes in rows and the second's in columns, ``agreement`` and Cohen's
-        ``kappa``; and ``difference``, first less second, of ``accuracy`` and ``roc_auc`` with intervals.
+def compare(first: Evaluation, second: Evaluation, options: EvaluationOptions | None = None) -> Comparison:
+    """Compare two evaluations of one split on the frames that both models read.
 
     Raises
     ------
     ConfigError
-        If the models know other classes, or another positive one.
+        If the models differ in classes or positive class.
     DatasetError
-        If there is no frame that both could read.
+        If no frame was read by both.
     """
-    settings = settings or Settings()
-    for name, found, other in (
-        ("classes", ", ".join(first.judged.classes), ", ".join(second.judged.classes)),
-        ("positive class", first.judged.positive, second.judged.positive),
+    options = options or EvaluationOptions()
+    for what, ours, theirs in (
+        ("classes", ", ".join(first.scored.classes), ", ".join(second.scored.classes)),
+        ("positive class", first.scored.positive, second.scored.positive),
     ):
-        if found != other:
-            raise ConfigError(f"evaluate A B: A's {name} is {found}, B's is {other}; compare models of the same")
-    shared = set(first.judged.names) & set(second.judged.names)
-    if not shared:
-        raise DatasetError("evaluate A B: there is no frame that both models could read; see the failures")
-    a, b = (_only(evaluation.judged, shared) for evaluation in (first, second))
-    sampler = Bootstrap(a.patient_index, settings.resamples, settings.seed)
-    first_only, second_only = int((a.right & ~b.right).sum()), int((~a.right & b.right).sum())
-    every = range(len(a.classes))
-    decisions = [[int(((a.decided == i) & (b.decided == j)).sum()) for j in every] for i in every]
-    both = len(np.unique(np.concatenate([a.decided, b.decided]))) > 1
-    return {
-        "models": [evaluation.metrics.get("model", {}) for evaluation in (first, second)],
-        "split": first.metrics["split"],
-        "frames": len(a),
-        "patients": sampler.count,
-        "classes": list(a.classes),
-        "positive": a.positive,
-        "both_right": int((a.right & b.right).sum()),
-        "first_only": first_only,
-        "second_only": second_only,
-        "both_wrong": int((~a.right & ~b.right).sum()),
-        "mcnemar_p": mcnemar(first_only, second_only),
-        "decisions": decisions,
-        "agreement": float((a.decided == b.decided).mean()),
-        "kappa": float(cohen_kappa_score(a.decided, b.decided)) if both else None,
-        "difference": {
-            "accuracy": estimate(
-                float(a.right.mean() - b.right.mean()), sampler.mean(a.right.astype(float) - b.right.astype(float))
-            ),
+        if ours != theirs:
+            raise ConfigError(f"evaluate A B: {what} {ours} in A, {theirs} in B; expected equal ones")
+    shared = set(first.scored.names) & set(second.scored.names)
+    a, b = (
+        evaluation.scored.subset([i for i, name in enumerate(evaluation.scored.names) if name in shared])
+        for evaluation in (first, second)
+    )
+    if a is None or b is None:
+        raise DatasetError("evaluate A B: no frame could be read by both models; see the failures")
+    sampler = Bootstrap(a.patient_index, options.resamples, options.seed)
+    first_only, second_only = int((a.correct & ~b.correct).sum()), int((~a.correct & b.correct).sum())
+    accuracy_gain = a.correct.astype(float) - b.correct.astype(float)
+    one_class = len(np.unique([a.decided, b.decided])) == 1
+    return Comparison(
+        models=(first.metrics.model or {}, second.metrics.model or {}),
+        split=first.metrics.split,
+        frames=len(a),
+        patients=sampler.count,
+        classes=a.classes,
+        positive=a.positive,
+        both_right=int((a.correct & b.correct).sum()),
+        first_only=first_only,
+        second_only=second_only,
+        both_wrong=int((~a.correct & ~b.correct).sum()),
+        mcnemar_p=mcnemar(first_only, second_only),
+        decisions=confusion_matrix(a.decided, b.decided, labels=range(len(a.classes))).tolist(),
+        agreement=float((a.decided == b.decided).mean()),
+        kappa=None if one_class else float(cohen_kappa_score(a.decided, b.decided)),
+        difference={
+            "accuracy": Estimate.bootstrap(float(a.correct.mean() - b.correct.mean()), sampler.mean(accuracy_gain)),
             "roc_auc": _auc_difference(a, b, sampler),
         },
-        "resamples": settings.resamples,
-        "seed": settings.seed,
-    }
+        resamples=options.resamples,
+        seed=options.seed,
+    )
 
 
-def _only(judged: ScoredFrames, names: set[str]) -> ScoredFrames:
-    kept = judged.only([index for index, name in enumerate(judged.names) if name in names])
-    assert kept is not None
-    return kept
-
-
-def _auc_difference(a: ScoredFrames, b: ScoredFrames, sampler: Bootstrap) -> dict[str, Any]:
-    curves = [roc_curves(of.probabilities, of.labels, of.classes, of.positive) for of in (a, b)]
-    if len(np.unique(a.labels)) < len(a.classes):
-        return estimate(None, np.empty(0))
-    means = [float(np.mean([area for *_, area in found])) for found in curves]
-    columns = [a.classes.index(name) for name, *_ in curves[0]]
-    draws = [
-        np.mean([weighted_auc(sampler, of.probabilities[:, at], of.labels == at) for at in columns], axis=0)
-        for of in (a, b)
+def _auc_difference(a: ScoredFrames, b: ScoredFrames, sampler: Bootstrap) -> Estimate:
+    if not a.complete:
+        return Estimate(None)
+    curves = [roc_curves(scored) for scored in (a, b)]
+    means = [float(np.mean([curve.area for curve in found])) for found in curves]
+    columns = [a.classes.index(curve.name) for curve in curves[0]]
+    resampled = [
+        np.mean([weighted_auc(sampler, scored.probabilities[:, c], scored.labels == c) for c in columns], axis=0)
+        for scored in (a, b)
     ]
-    return estimate(means[0] - means[1], draws[0] - draws[1])
+    return Estimate.bootstrap(means[0] - means[1], resampled[0] - resampled[1])
 
 
 def write_comparison(
-    first: Evaluation, second: Evaluation, found: Mapping[str, Any], folder: Path, *, gallery: int = 0
+    first: Evaluation, second: Evaluation, comparison: Comparison, folder: Path, *, gallery: int = 0
 ) -> list[Path]:
-    """Write each evaluation into ``a`` and ``b`` below `folder`, and ``compare.json`` and ``report.html`` beside them.
+    """Write the evaluations to ``a`` and ``b`` below `folder`, and ``compare.json`` and ``report.html`` beside them.
 
     Raises
     ------
     OutputError
-        If the system refuses.
+        If a file cannot be written.
     """
     make_folder(folder)
     paths = []
     for letter, evaluation in zip(LETTERS, (first, second), strict=True):
         paths += write_evaluation(evaluation, folder / letter, gallery=gallery)
-    picture = folder / "roc.png"
-    curves: list[figures_scores.Curve] = []
-    for letter, evaluation in zip("AB", (first, second), strict=True):
-        judged = evaluation.judged
-        for name, false_positive, true_positive, area in roc_curves(
-            judged.probabilities, judged.labels, judged.classes, judged.positive
-        ):
-            curves.append((f"{letter}: {figures.short(name, 20)}", false_positive, true_positive, area))
-    figures.save(figures_scores.roc(curves, f"{found['split']}: {found['frames']} frames, A against B"), picture)
-    report = folder / "report.html"
-    write_json(folder / "compare.json", found)
-    text = compare_report((first.metrics, second.metrics), found, picture)
-    write_bytes(report, text.encode("utf-8", "backslashreplace"))
-    return [*paths, folder / "compare.json", picture, report]
-
-
-def compare_report(
-    metrics: tuple[Mapping[str, Any], Mapping[str, Any]], found: Mapping[str, Any], picture: Path
-) -> str:
-    """Give the page of a comparison; each model has a page of its own."""
-    a, b = (of["intervals"] for of in metrics)
-    names = [
-        f"{letter}: {model.get('name', '')} ({model.get('kind', 'model')})"
-        for letter, model in zip("AB", found["models"], strict=True)
+    record, picture, report = folder / "compare.json", folder / "roc.png", folder / "report.html"
+    curves = [
+        curve._replace(name=f"{letter.upper()}: {short(curve.name, 20)}")
+        for letter, evaluation in zip(LETTERS, (first, second), strict=True)
+        for curve in roc_curves(evaluation.scored)
     ]
-    hashes = [
-        [
-            name,
-            next((model[key] for key in ("manifest_sha256", "weights_sha256") if key in model), "–"),
-            of["contract_sha256"],
-        ]
-        for name, model, of in zip(names, found["models"], metrics, strict=True)
-    ]
-    rows = [
-        [words, *figure_row("", a[key])[1:], *figure_row("", b[key])[1:]]
-        for key, words in (
-            ("accuracy", "accuracy, frames"),
-            ("balanced_accuracy", "balanced accuracy"),
-            ("roc_auc", "area under the ROC curve"),
-            ("sensitivity", f"sensitivity for {found['positive']}"),
-            ("specificity", f"specificity for {found['positive']}"),
-            ("ece", "expected calibration error"),
-        )
-    ]
-    differing = found["first_only"] + found["second_only"]
-    verdict = (
-        f"The models differ in {differing} of {found['frames']} frames in being right: A alone is right on "
-        f"{found['first_only']}, B alone on {found['second_only']}. McNemar's exact test, which takes frames as "
-        f"independent: p = {found['mcnemar_p']:.3g}. A difference whose interval holds 0 is "
-        "none that these frames show."
-    )
-    pairs = [
-        ["A right", str(found["both_right"]), str(found["first_only"])],
-        ["A wrong", str(found["second_only"]), str(found["both_wrong"])],
-    ]
-    classes = found["classes"]
-    kappa = (
-        f"Cohen's kappa {number(found['kappa'])}" if found["kappa"] is not None else "no kappa: both decide one class"
-    )
-    parts = [
-        paragraph(INTENDED_USE, strong=True),
-        paragraph(PRIVACY),
-        section("Models", [table(("model", "SHA-256", "contract"), hashes, words=True)]),
-        section(
-            "Difference, A less B",
-            [
-                table(
-                    ("figure", "difference", "95 % interval"),
-                    [
-                        figure_row("accuracy, frames", found["difference"]["accuracy"]),
-                        figure_row("area under the ROC curve", found["difference"]["roc_auc"]),
-                    ],
-                ),
-                paragraph(
-                    f"Intervals: bootstrap over {found['patients']} patients, {found['resamples']} resamples, the same "
-                    f"for both models, seed {found['seed']}."
-                ),
-                table(("frames", "B right", "B wrong"), pairs),
-                paragraph(verdict),
-            ],
-        ),
-        section(
-            "Side by side",
-            [
-                table(("figure", "A", "95 % interval", "B", "95 % interval"), rows),
-                side_by_side([figure(picture, "ROC", "Both models on the same frames.")]),
-            ],
-        ),
-        section(
-            "Agreement of the decisions",
-            [
-                table(
-                    ("A decides", *(f"B {name}" for name in classes)),
-                    [[name, *map(str, row)] for name, row in zip(classes, found["decisions"], strict=True)],
-                ),
-                paragraph(f"They agree on {found['agreement']:.1%} of the frames; {kappa}."),
-            ],
-        ),
-        paragraph("Each model's own report lies beside this one, in a/report.html and b/report.html."),
-    ]
-    return page(f"Comparison on {found['split']}: {names[0]}; {names[1]}", parts)
+    save(roc(curves, f"{comparison.split}: {comparison.frames} frames, A against B"), picture)
+    write_json(record, comparison.to_dict())
+    write_report(report, "comparison", comparison=comparison, metrics=(first.metrics, second.metrics), picture=picture)
+    return [*paths, record, picture, report]

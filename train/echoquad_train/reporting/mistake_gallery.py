@@ -1,10 +1,10 @@
-"""The gallery: the most confident mistakes as overlays, which teach more than any figure."""
+"""Mistake gallery: overlays of the most confident wrong decisions."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -12,31 +12,28 @@ from echoquad_runtime.errors import FrameError
 from echoquad_runtime.frames.discovery import OVERLAY_SUFFIX
 from echoquad_runtime.overlay.drawing import save_overlay
 from echoquad_runtime.storage.atomic import output_errors
-
-if TYPE_CHECKING:
-    from echoquad_train.evaluation.evaluate import Evaluation
+from echoquad_train.evaluation.evaluate import Evaluation
+from echoquad_train.evaluation.metrics_record import MetricsRecord
 
 __all__ = ["FOLDER", "Mistake", "save_mistakes"]
 
 FOLDER: Final = "mistakes"
 
 
-@dataclass(frozen=True, slots=True)
-class Mistake:
-    """A frame that was judged wrongly.
+@dataclass(frozen=True)
+class Mistake(MetricsRecord):
+    """A frame with a wrong decision.
 
     Attributes
     ----------
-    file
-        The frame's name.
+    file, patient
+        Name of the frame, and its patient.
     true, decided
-        Its class, and what it was taken for.
+        Its class, and the decided class.
     confidence
-        The mean probability of the latter, 0 to 1.
-    patient
-        Whom it is of.
+        Calibrated mean probability of the decided class, in [0, 1].
     picture
-        The overlay's path, relative to the evaluation's folder.
+        Path of the overlay, relative to the evaluation folder.
     """
 
     file: str
@@ -46,44 +43,38 @@ class Mistake:
     patient: str
     picture: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Give it as JSON values."""
-        return asdict(self)
-
 
 def save_mistakes(evaluation: Evaluation, folder: Path, count: int) -> list[Mistake]:
-    """Draw the overlays of the `count` wrong decisions with the highest confidence, the surest first.
+    """Draw the overlays of the `count` wrong decisions with the highest confidence, in descending order.
 
-    Overlays that an earlier evaluation left in the same folder are removed. A frame that cannot be read any more is
-    passed over.
+    Overlays of an earlier evaluation in the folder are removed. Frames that have become unreadable are skipped.
 
     Raises
     ------
     OutputError
-        If the system refuses.
+        If a file cannot be written.
     """
-    judged, place = evaluation.judged, folder / FOLDER
-    with output_errors(place):
-        for old in place.rglob(f"*{OVERLAY_SUFFIX}"):
+    scored, gallery = evaluation.scored, folder / FOLDER
+    with output_errors(gallery):
+        for old in gallery.rglob(f"*{OVERLAY_SUFFIX}"):
             old.unlink()
-    wrong = np.flatnonzero(~judged.right)
-    surest = wrong[np.argsort(-judged.confidence[wrong], kind="stable")]
+    wrong = np.flatnonzero(~scored.correct)
     mistakes: list[Mistake] = []
-    for index in surest:
+    for index in wrong[np.argsort(-scored.confidence[wrong], kind="stable")]:
         if len(mistakes) == count:
             break
         frame, prediction = evaluation.frames[index], evaluation.predictions[index]
         try:
-            picture = save_overlay(place, frame.file, prediction, evaluation.contract)
+            picture = save_overlay(gallery, frame.file, prediction, evaluation.contract)
         except FrameError:
             continue
         mistakes.append(
             Mistake(
                 file=prediction.file,
-                true=judged.classes[judged.labels[index]],
-                decided=judged.classes[judged.decided[index]],
-                confidence=float(judged.confidence[index]),
-                patient=judged.patients[index],
+                true=scored.classes[scored.labels[index]],
+                decided=scored.classes[scored.decided[index]],
+                confidence=float(scored.confidence[index]),
+                patient=scored.patients[index],
                 picture=picture.relative_to(folder).as_posix(),
             )
         )

@@ -1,161 +1,142 @@
-"""The figures of an evaluation, drawn and written, each with what it says in words."""
+"""Saved figures: draw and write the figures of an evaluation, each with its title and caption."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from echoquad_runtime.contract import Contract
-from echoquad_train import plot_style as figures
 from echoquad_train.evaluation.abstention import risk_coverage
-from echoquad_train.evaluation.metrics import plain, roc_curves
+from echoquad_train.evaluation.evaluate import Evaluation
+from echoquad_train.evaluation.frame_metrics import roc_curves
+from echoquad_train.evaluation.metrics import EvaluationMetrics
 from echoquad_train.evaluation.reliability import sweep_bins
-from echoquad_train.evaluation.scored_frames import ScoredFrames
-from echoquad_train.reporting import score_figures as figures_scores
-from echoquad_train.reporting import vote_figures as figures_votes
+from echoquad_train.plot_style import save, short
+from echoquad_train.reporting import score_figures, vote_figures
+from echoquad_train.reporting.score_figures import RocPoint
 
-__all__ = ["Picture", "point_words", "save_figures"]
+__all__ = ["Picture", "save_figures"]
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A figure on the disk, and what it shows."""
+    """A PNG file, and what it shows."""
 
     path: Path
     title: str
     caption: str
 
 
-def point_words(point: Mapping[str, Any]) -> str:
-    """Call an operating point by what it holds."""
-    return f"{point['fixed']} at least {point['target']:g}"
-
-
-def save_figures(judged: ScoredFrames, contract: Contract, metrics: Mapping[str, Any], folder: Path) -> list[Picture]:
-    """Draw and write the figures of an evaluation, in the order in which a report shows them.
+def save_figures(evaluation: Evaluation, folder: Path) -> list[Picture]:
+    """Write the figures of an evaluation as PNG, and return them in the order of the report.
 
     Raises
     ------
     OutputError
-        If the system refuses.
+        If a file cannot be written.
     """
-    split, classes, positive = metrics["split"], judged.classes, judged.positive
-    low, high = metrics["accuracy_ci95"]
-    which = f"{split}: {len(judged)} frames"
-    curves = roc_curves(judged.probabilities, judged.labels, classes, positive)
-    wanted = [positive] if len(classes) == 2 else list(classes)
-    points = [(point_words(point), point) for point in metrics["operating_points"] if _measured(point)]
-    marks = [figures_scores.Point(f"{figures.short(positive)}: {words}", *_rates(point)) for words, point in points]
-    vote = metrics["intervals"]
-    if vote["sensitivity"]["estimate"] is not None and vote["specificity"]["estimate"] is not None:
-        marks.insert(
-            0,
-            figures_scores.Point(
-                f"{figures.short(positive)}: the vote", vote["sensitivity"]["estimate"], vote["specificity"]["estimate"]
-            ),
-        )
-    thresholds = [(words, float(point["threshold"])) for words, point in points if point.get("threshold") is not None]
-    thresholds += [
-        (f"{words} (mean of the groups)", float(np.mean(point["thresholds"])))
-        for words, point in points
-        if point.get("thresholds")
-    ]
-    _, coverage, risk = risk_coverage(judged.confidence, judged.right)
-    at = metrics["abstention"].get("at")
-    marked = None
-    if at and at["accuracy"]["estimate"] is not None:
-        accuracy = at["accuracy"]["estimate"]
-        marked = (
-            f"INDETERMINATE below {at['below']:g}: {at['coverage']['estimate']:.1%} decided, accuracy {accuracy:.3f}",
-            at["coverage"]["estimate"],
-            accuracy,
-        )
-    calibration = metrics["calibration"]
-    uncalibrated = plain(judged, contract) if calibration["uncalibrated"] else None
-    words = f"temperatures {calibration['temperature']:g} and {calibration['frame_temperature']:g}"
-    shares = {name: (share, metrics["quadrant_ci95"][name]) for name, share in metrics["per_quadrant"].items()} | {
-        "vote": (metrics["accuracy"], vote["accuracy"]["ci95"])
-    }
-    drawn: list[tuple[str, Figure, str, str]] = [
+    metrics, scored = evaluation.metrics, evaluation.scored
+    frame, calibration = metrics.frame, metrics.calibration
+    low, high = frame.accuracy_ci95
+    title = f"{metrics.split}: {len(scored)} frames"
+    uncalibrated = scored.uncalibrated(evaluation.contract) if calibration.uncalibrated else None
+    _, coverage, risk = risk_coverage(scored.confidence, scored.correct)
+    figures: list[tuple[str, Figure, str, str]] = [
         (
             "confusion",
-            figures_scores.confusion(
-                np.array(metrics["confusion"]),
-                classes,
-                f"{split}: accuracy {metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}]",
+            score_figures.confusion_matrix(
+                np.array(frame.confusion),
+                scored.classes,
+                f"{metrics.split}: accuracy {frame.accuracy:.3f} [{low:.3f}, {high:.3f}]",
             ),
             "Confusion matrix",
-            "True classes in rows, decided ones in columns: counts, and shares of each true class.",
+            "True classes in rows, decided classes in columns: counts, and fractions of each true class.",
         ),
         (
             "roc",
-            figures_scores.roc(curves, which, marks),
+            score_figures.roc(roc_curves(scored), title, _roc_points(metrics)),
             "ROC",
             "Sensitivity against the false positive rate as the threshold on the mean probability moves. Marked: the "
-            "vote, and operating points with thresholds as stated below; cross-fitted ones need not lie on the curve.",
+            "vote, and the operating points of the table below; cross-fitted points need not lie on the curve.",
         ),
         (
             "precision_recall",
-            figures_scores.precision_recall(judged.probabilities, judged.labels, classes, wanted, which),
+            score_figures.precision_recall(scored, title),
             "Precision and recall",
-            "Precision hangs on how common a class is among these frames; it is another where the class is rarer.",
+            "Precision depends on how common a class is among these frames.",
         ),
         (
             "reliability",
-            figures_scores.reliability_diagram(
-                sweep_bins(judged.confidence, judged.right),
-                judged.confidence,
-                judged.right,
-                f"{which}, {words}",
-                sweep_bins(uncalibrated.confidence, uncalibrated.right) if uncalibrated else None,
+            score_figures.reliability_diagram(
+                sweep_bins(scored.confidence, scored.correct),
+                scored.confidence,
+                scored.correct,
+                f"{title}, temperatures {calibration.temperature:g} and {calibration.frame_temperature:g}",
+                sweep_bins(uncalibrated.confidence, uncalibrated.correct) if uncalibrated else None,
             ),
             "Reliability",
-            "Above: how often decisions of a confidence are right; on the dotted line, as often as they claim. Below: "
-            "how many frames have that confidence.",
+            "Above: accuracy of the decisions by confidence; equal on the dotted line. Below: number of frames by "
+            "confidence.",
         ),
         (
             "probabilities",
-            figures_scores.histograms(judged.score, judged.labels, classes, positive, which, thresholds),
+            score_figures.histograms(scored, title, _thresholds(metrics)),
             "Probabilities",
-            "The mean probability of the positive class in the frames of each true class.",
+            "Mean probability of the positive class, for the frames of each true class.",
         ),
         (
             "quadrants",
-            figures_votes.quadrants(shares, which, len(classes)),
+            vote_figures.quadrant_accuracy(metrics, title),
             "Quadrants",
-            "How often each quadrant alone is right, and the vote of the four.",
+            "Accuracy of each quadrant alone, and of the vote of the four.",
         ),
         (
             "agreement",
-            figures_votes.agreement(metrics["vote_agreement"], which),
+            vote_figures.agreement(metrics.vote_agreement, title),
             "Agreement of the quadrants",
-            "Decisions that fewer quadrants share are right less often, if agreement tells anything.",
+            "Correct and wrong decisions by the number of quadrants that agree with the decision.",
         ),
         (
             "risk_coverage",
-            figures_scores.risk_coverage_curve(
-                coverage, risk, f"{which}, AURC {metrics['abstention']['aurc']:.4f}", marked
+            score_figures.accuracy_coverage(
+                coverage, risk, f"{title}, AURC {metrics.abstention.aurc:.4f}", metrics.abstention.at
             ),
             "Accuracy against coverage",
-            "How accuracy rises where the least sure frames are left undecided.",
+            "Accuracy when the least confident frames stay undecided.",
         ),
     ]
     pictures = []
-    for name, figure, title, caption in drawn:
+    for name, figure, heading, caption in figures:
         path = folder / f"{name}.png"
-        figures.save(figure, path)
-        pictures.append(Picture(path, title, caption))
+        save(figure, path)
+        pictures.append(Picture(path, heading, caption))
     return pictures
 
 
-def _measured(point: Mapping[str, Any]) -> bool:
-    return all(point[name] and point[name]["estimate"] is not None for name in ("sensitivity", "specificity"))
+def _roc_points(metrics: EvaluationMetrics) -> list[RocPoint]:
+    """Return the vote and the operating points whose rates are both measured."""
+    rates = [("the vote", metrics.intervals.sensitivity, metrics.intervals.specificity)]
+    rates += [
+        (f"{point.fixed} at least {point.target:g}", point.sensitivity, point.specificity)
+        for point in metrics.operating_points
+        if point.sensitivity and point.specificity
+    ]
+    return [
+        RocPoint(f"{short(metrics.frame.positive)}: {label}", sensitivity.estimate, specificity.estimate)
+        for label, sensitivity, specificity in rates
+        if sensitivity.estimate is not None and specificity.estimate is not None
+    ]
 
 
-def _rates(point: Mapping[str, Any]) -> tuple[float, float]:
-    return point["sensitivity"]["estimate"], point["specificity"]["estimate"]
+def _thresholds(metrics: EvaluationMetrics) -> list[tuple[str, float]]:
+    """Return label and value of each measured threshold; of cross-fitted thresholds the mean."""
+    thresholds = []
+    for point in metrics.operating_points:
+        values = [value for value in point.thresholds if value is not None]
+        if point.measured and values:
+            label = f"{point.fixed} at least {point.target:g}"
+            label += " (mean of the groups)" if point.cross_fitted else ""
+            thresholds.append((label, float(np.mean(values))))
+    return thresholds

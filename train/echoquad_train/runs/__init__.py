@@ -1,1 +1,1 @@
-"""A training run on disk: checkpoints, metadata, history, ensembles of runs."""
+"""The files of a training run: checkpoints, metadata, history, TensorBoard events, ensembles of runs."""

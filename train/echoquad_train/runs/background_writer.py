@@ -1,4 +1,4 @@
-"""Background writer: an epoch's files are written while the next epoch trains on another device."""
+"""Background writer: write an epoch's files in a thread while the next epoch trains on another device."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["BackgroundWriter"]
 
 
 class BackgroundWriter:
-    """Writes in the background where that is of use, else at once. What is written is written in order.
+    """Calls writing functions in order, in a thread or at once.
 
     Parameters
     ----------
     background
-        Write in a thread. On a CPU that trains, a thread would take from the training what it saves.
+        Use a thread. Where the CPU trains, a thread would slow the training down by what it saves.
     """
 
     def __init__(self, *, background: bool) -> None:
@@ -36,18 +36,12 @@ class BackgroundWriter:
         if error is None:
             self.wait()
 
-    def kept(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the values as `write` may use them after training has gone on: tensors are copied to the CPU."""
-        return {name: _copied(value) for name, value in values.items()} if self._pool else dict(values)
+    def snapshot(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return values that training does not change while they are written: tensors are copied to the CPU."""
+        return {name: _copy(value) for name, value in values.items()} if self._pool else dict(values)
 
     def write(self, function: Callable[[], None]) -> None:
-        """Call the function, which writes, after what was written before.
-
-        Raises
-        ------
-        Exception
-            What the function raises, or the one before it.
-        """
+        """Call `function` after the earlier ones; re-raise the exception of `function` or of an earlier one."""
         self.wait()
         if self._pool is None:
             function()
@@ -55,23 +49,17 @@ class BackgroundWriter:
             self._pending = self._pool.submit(function)
 
     def wait(self) -> None:
-        """Wait until all is written.
-
-        Raises
-        ------
-        Exception
-            What the last function raised.
-        """
+        """Wait until everything is written; re-raise the exception of the last function."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
 
-def _copied(value: Any) -> Any:
+def _copy(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
-        return {name: _copied(item) for name, item in value.items()}
+        return {name: _copy(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_copied(item) for item in value)
+        return type(value)(_copy(item) for item in value)
     return value

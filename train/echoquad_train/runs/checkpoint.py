@@ -1,12 +1,12 @@
-"""Run folders: what training leaves behind, and how it is read again.
+"""Checkpoints: the files of a run folder, written and read.
 
 =====================  =============================================================================
 ``recipe.toml``        every field of the recipe that ran
 ``run.json``           contract, data counts, versions, git commit, seed, best metrics, status
-``metrics.csv``        an epoch a row
+``metrics.csv``        one row for each epoch
 ``curves.png``         loss and accuracy by epoch
-``best.safetensors``   the weights with the best validation frame accuracy, the contract in its metadata
-``last.pt``            what ``--resume`` needs; tensors and plain values alone
+``best.safetensors``   the weights with the best validation frame accuracy, with the contract as metadata
+``last.pt``            the state that ``--resume`` needs; only tensors and plain values
 =====================  =============================================================================
 """
 
@@ -37,7 +37,7 @@ __all__ = [
     "METRICS",
     "RECIPE",
     "RUN",
-    "Best",
+    "BestWeights",
     "Run",
     "load_best",
     "load_last",
@@ -56,12 +56,13 @@ LAST: Final = "last.pt"
 _CONTRACT: Final = "echoquad.contract"
 _BACKBONE: Final = "echoquad.backbone"
 _EPOCH: Final = "echoquad.epoch"
-_STATE: Final = {"recipe", "data", "history", "model", "course", "scaler"}
+_STATE: Final = {"recipe", "data", "history", "model", "optimizer_schedule", "scaler"}
+_RENAMED: Final = {"course": "optimizer_schedule", "average": "ema"}  # former keys of the saved state
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A trained run: its folder, what ``run.json`` says, and the best model in evaluation mode, float32, on the CPU."""
+    """A trained run: its folder, its ``run.json``, and the best model in evaluation mode, float32, on the CPU."""
 
     folder: Path
     info: dict[str, Any]
@@ -71,8 +72,8 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Best:
-    """What ``best.safetensors`` holds: the model in float32, its contract, its epoch; 0 where none is named."""
+class BestWeights:
+    """Content of ``best.safetensors``: the model in float32, its contract, its epoch (0 if it is not recorded)."""
 
     model: QuadrantClassifier
     contract: Contract
@@ -83,11 +84,11 @@ def save_best(folder: Path, weights: Mapping[str, Tensor], recipe: Recipe, contr
     """Write a model's state as ``best.safetensors``, atomically."""
     state = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     metadata = {_CONTRACT: contract.to_json(), _BACKBONE: recipe.backbone, _EPOCH: str(epoch)}
-    write_bytes(folder / BEST, _in_order(safetensors.torch.save(state, metadata)))
+    write_bytes(folder / BEST, _sort_metadata(safetensors.torch.save(state, metadata)))
 
 
-def _in_order(data: bytes) -> bytes:
-    """Sort the metadata in a safetensors file, which are in random order: so equal weights are equal bytes."""
+def _sort_metadata(data: bytes) -> bytes:
+    """Sort the metadata of a safetensors file, whose order is random, so that equal weights give equal bytes."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -102,34 +103,33 @@ def load_run(folder: Path) -> Run:
     Raises
     ------
     RunError
-        If the folder holds no run, no checkpoint yet, or one that is damaged, was trained under another contract, or
-        is of another epoch than ``run.json`` says.
+        If the folder holds no run or no checkpoint, or the checkpoint is damaged or does not match ``run.json``.
     """
     label = folder.as_posix()
     info = read_info(folder)
-    if info.get("kind") == "ensemble":  # where one will do, `echoquad_train.runs.ensemble_folder.load_trained` reads it
-        raise RunError(f"{label}: an ensemble is here; expected a single run, such as one of the folders in it")
+    if info.get("kind") == "ensemble":  # `echoquad_train.runs.ensemble_folder.load_trained` reads both
+        raise RunError(f"{label}: this is an ensemble; expected a single run, such as one of the folders in it")
     try:
         recipe = Recipe.from_toml((folder / RECIPE).read_text("utf-8"), f"{label}/{RECIPE}")
     except FileNotFoundError as error:
         raise RunError(f"{label}: {RECIPE} is missing; let `echoquad train` finish an epoch first") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{label}: {RECIPE} cannot be used ({first_line(error)}); train again") from error
+        raise RunError(f"{label}: {RECIPE} cannot be read ({first_line(error)}); train again") from error
     found = load_best(folder, recipe)
-    cut = "the run was cut off in between; go on with it by `echoquad train --resume`"
+    interrupted = "the run was interrupted in between; continue it with `echoquad train --resume`"
     if info.get("contract_sha256") != found.contract.sha256:
         if info.get("contract_sha256") == replace(found.contract, temperature=1.0, frame_temperature=1.0).sha256:
-            raise RunError(f"{label}: {BEST} is calibrated, {RUN} does not say so yet: {cut}")
-        raise RunError(f"{label}: {BEST} and {RUN} have different contracts; they are of two runs; train again")
+            raise RunError(f"{label}: {BEST} has fitted temperatures, {RUN} has none yet: {interrupted}")
+        raise RunError(f"{label}: {BEST} and {RUN} have different contracts, so they belong to two runs; train again")
     best = info.get("best")
     epoch = best.get("epoch") if isinstance(best, dict) else "none"
     if found.epoch not in (0, epoch):
-        raise RunError(f"{label}: {BEST} is of epoch {found.epoch}, the best epoch of {RUN} is {epoch}: {cut}")
+        raise RunError(f"{label}: {BEST} is of epoch {found.epoch}, {RUN} names epoch {epoch}: {interrupted}")
     return Run(folder, info, recipe, found.contract, found.model)
 
 
-def load_best(folder: Path, recipe: Recipe) -> Best:
-    """Read ``best.safetensors`` alone, whatever ``run.json`` says; the model is in evaluation mode.
+def load_best(folder: Path, recipe: Recipe) -> BestWeights:
+    """Read ``best.safetensors`` without comparing it to ``run.json``; the model is in evaluation mode.
 
     Raises
     ------
@@ -140,15 +140,15 @@ def load_best(folder: Path, recipe: Recipe) -> Best:
     try:
         with safetensors.safe_open(folder / BEST, "pt") as file:
             metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping, it has only keys()
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping: it has only keys()
         contract = Contract.from_json(metadata[_CONTRACT])
         model = QuadrantClassifier(metadata[_BACKBONE], contract, recipe.dropout)
         model.load_state_dict(state)
-        return Best(model.eval(), contract, int(metadata.get(_EPOCH, 0)))
+        return BestWeights(model.eval(), contract, int(metadata.get(_EPOCH, 0)))
     except FileNotFoundError as error:
         raise RunError(f"{label}: {BEST} is missing; let `echoquad train` finish an epoch first") from error
     except (KeyError, OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
-        raise RunError(f"{label}: {BEST} cannot be used ({first_line(error)}); train again") from error
+        raise RunError(f"{label}: {BEST} cannot be read ({first_line(error)}); train again") from error
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     Raises
     ------
     RunError
-        If it is missing or cannot be understood.
+        If it is missing or not a JSON object.
     """
     try:
         info = json.loads((folder / RUN).read_text("utf-8"))
@@ -168,18 +168,18 @@ def read_info(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RunError(f"{folder.as_posix()}: {RUN} cannot be read ({error}); train again") from error
     if not isinstance(info, dict):
-        raise RunError(f"{folder.as_posix()}: {RUN} holds no JSON object; train again")
+        raise RunError(f"{folder.as_posix()}: {RUN} is not a JSON object; train again")
     return info
 
 
 def save_last(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write what a resumed run needs, atomically: a kill at any moment leaves the old file or the new."""
+    """Write the state of a run atomically: a kill at any moment leaves the old file or the new one."""
     with write_atomically(folder / LAST) as stream:
         torch.save(dict(state), stream)
 
 
 def load_last(folder: Path) -> dict[str, Any]:
-    """Read what `save_last` wrote.
+    """Read the state that `save_last` wrote.
 
     Raises
     ------
@@ -187,7 +187,7 @@ def load_last(folder: Path) -> dict[str, Any]:
         If it is missing or damaged.
     """
     try:
-        with zipfile.ZipFile(folder / LAST) as file:  # torch reads on over a flipped bit
+        with zipfile.ZipFile(folder / LAST) as file:  # torch does not check the checksums
             if (damaged := file.testzip()) is not None:
                 raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
         state: dict[str, Any] = torch.load(folder / LAST, map_location="cpu", weights_only=True)
@@ -195,10 +195,12 @@ def load_last(folder: Path) -> dict[str, Any]:
         raise RunError(
             f"{folder.as_posix()}: {LAST} is missing, so there is nothing to resume; train without --resume"
         ) from None
-    except Exception as error:  # torch has no common class for what damage can lead to
+    except Exception as error:  # torch raises many classes for damaged files
         raise RunError(
             f"{folder.as_posix()}: {LAST} is damaged ({first_line(error)}); train again into another folder"
         ) from error
+    if isinstance(state, dict):
+        state = {_RENAMED.get(name, name): value for name, value in state.items()}
     if not isinstance(state, dict) or not set(state) >= _STATE:
-        raise RunError(f"{folder.as_posix()}: {LAST} is no state of a run; train again into another folder")
+        raise RunError(f"{folder.as_posix()}: {LAST} is not the state of a run; train again into another folder")
     return state

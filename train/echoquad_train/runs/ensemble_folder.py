@@ -1,13 +1,13 @@
-"""Ensemble folders: members side by side, and a ``run.json`` that says how they judge together.
+"""Ensemble folders: member runs and a ``run.json`` that states how they vote.
 
 =================================  ===============================================================================
 ``run.json``                       ``kind: ensemble``, vote, views, contract, the members with their weights' hashes
-``members/1`` ... or               the members: of ``echoquad ensemble`` copies of runs without what only a resumed run
-``fold-1`` ...                     needs, of ``echoquad train --folds`` the folds' own runs
+``members/1`` ... or               the members: `echoquad ensemble` copies runs without their resume state,
+``fold-1`` ...                     `echoquad train --folds` uses the runs of the folds
 =================================  ===============================================================================
 
-The contract is the members' own but for its temperatures: those of their softmax are applied before they are joined,
-those of their frames are not used, and the ensemble has its own in ``run.json``, 1 unless it was calibrated.
+The ensemble's contract is that of its members except for the temperatures. A member's temperature divides its own
+logits before the vote; its frame temperature is not used. The ensemble has its own temperatures in ``run.json``.
 """
 
 from __future__ import annotations
@@ -30,20 +30,28 @@ from echoquad_train.networks.ensemble_classifier import VOTES, EnsembleClassifie
 from echoquad_train.runs.checkpoint import BEST, RECIPE, RUN, Run, load_run, read_info
 from echoquad_train.runs.run_metadata import git_commit, versions
 
-__all__ = ["ENSEMBLE", "Ensemble", "begin_facts", "ensemble_facts", "is_ensemble", "load_trained", "write_ensemble"]
+__all__ = [
+    "ENSEMBLE",
+    "Ensemble",
+    "ensemble_metadata",
+    "is_ensemble",
+    "load_trained",
+    "new_ensemble_metadata",
+    "write_ensemble",
+]
 
 ENSEMBLE: Final = "ensemble"
-"""``kind`` in the ``run.json`` of an ensemble; a run's has none."""
+"""``kind`` in the ``run.json`` of an ensemble; that of a single run has none."""
 
 SCHEMA: Final = 1
 VIEWS: Final = ("as it is", "flipped")
 
-_MEMBER: Final = re.compile(r"members/\d{1,4}|fold-\d{1,4}")  # nothing outside the ensemble's folder
+_MEMBER: Final = re.compile(r"members/\d{1,4}|fold-\d{1,4}")  # no path out of the ensemble's folder
 
 
 @dataclass(frozen=True, slots=True)
 class Ensemble:
-    """An ensemble: its folder, what ``run.json`` says, its contract, the model in evaluation mode, and the runs."""
+    """An ensemble: its folder, its ``run.json``, its contract, the model in evaluation mode, and the member runs."""
 
     folder: Path
     info: dict[str, Any]
@@ -53,23 +61,22 @@ class Ensemble:
 
     @property
     def trained_in_folds(self) -> bool:
-        """Whether a member is a fold's: then others have learned from the frames that it was validated on."""
+        """Whether members are runs of folds: each was trained on frames that another was validated on."""
         return any("fold" in member.info for member in self.members)
 
 
 def is_ensemble(info: dict[str, Any]) -> bool:
-    """Tell whether a ``run.json`` is an ensemble's."""
+    """Return whether a ``run.json`` is that of an ensemble."""
     return info.get("kind") == ENSEMBLE
 
 
 def load_trained(folder: Path) -> Run | Ensemble:
-    """Read what training left in a folder: a run, or an ensemble of runs.
+    """Read a run or an ensemble of runs.
 
     Raises
     ------
     RunError
-        As `load_run`; for an ensemble also if it is not finished, or a member is not the one
-        that it was made of.
+        As `load_run`; also if an ensemble is not finished or a member was changed.
     """
     info = read_info(folder)
     return _load_ensemble(folder, info) if is_ensemble(info) else load_run(folder)
@@ -78,63 +85,65 @@ def load_trained(folder: Path) -> Run | Ensemble:
 def _load_ensemble(folder: Path, info: dict[str, Any]) -> Ensemble:
     label = folder.as_posix()
     if info.get("status") != "finished":
-        raise RunError(f"{label}: its folds are not all trained; go on with them by `echoquad train --resume`")
+        raise RunError(f"{label}: its folds are not all trained; continue them with `echoquad train --resume`")
     try:
         entries = [(str(entry["folder"]), str(entry["weights_sha256"])) for entry in info["members"]]
         vote, views = info["vote"], tuple(info["views"])
         contract = Contract.from_dict(info["contract"])
     except (KeyError, TypeError, ContractError) as error:
-        raise RunError(f"{label}: {RUN} is no proper ensemble's ({error}); make it again") from error
-    known = vote in VOTES and views in (VIEWS[:1], VIEWS) and entries
-    if not known or not all(_MEMBER.fullmatch(name) for name, _ in entries):
-        raise RunError(f"{label}: {RUN} names a vote, views or members that this release does not know; make it again")
+        raise RunError(f"{label}: {RUN} does not describe an ensemble ({error}); make it again") from error
+    supported = vote in VOTES and views in (VIEWS[:1], VIEWS) and entries
+    if not supported or not all(_MEMBER.fullmatch(name) for name, _ in entries):
+        raise RunError(f"{label}: {RUN} has a vote, views or members that this release does not support; make it again")
     members = []
     for name, expected in entries:
         member = load_run(folder / name)
         if _weights_hash(member.folder) != expected:
             raise RunError(f"{label}: {name} was changed since the ensemble was made; make it again")
         if (found := _difference(member.contract, contract)) is not None:
-            raise RunError(f"{label}: {found} of {name} and {RUN} differ; they do not belong together; make it again")
+            raise RunError(f"{label}: {found} of {name} and {RUN} differ; make it again")
         members.append(member)
-    return Ensemble(folder, info, contract, _join(members, vote, flip=len(views) > 1), tuple(members))
+    return Ensemble(folder, info, contract, _build_model(members, vote, flip_tta=len(views) > 1), tuple(members))
 
 
-def write_ensemble(folders: Sequence[Path], out: Path, *, vote: EnsembleVote = "soft", flip: bool = False) -> Ensemble:
-    """Join finished runs into an ensemble that holds copies of them.
+def write_ensemble(
+    folders: Sequence[Path], out: Path, *, vote: EnsembleVote = "soft", flip_tta: bool = False
+) -> Ensemble:
+    """Write an ensemble folder that holds copies of finished runs.
 
     Parameters
     ----------
     folders
-        The runs; an ensemble among them stands for its members, whatever its own vote and views.
+        The runs. An ensemble among them stands for its members; its own vote and views are ignored.
     out
-        The folder to make, new or empty; it is there whole or not at all.
+        The folder to write, new or empty. It is written completely or not at all.
     vote
         ``soft`` or ``hard``; see `echoquad_train.networks.ensemble_classifier`.
-    flip
-        Whether every member also judges the flipped quadrant.
+    flip_tta
+        Test-time augmentation: whether every member also classifies the flipped quadrant.
 
     Raises
     ------
     RunError
-        If a folder holds no run, an unfinished or a damaged one, or `out` is in the way.
+        If a folder holds no run, an unfinished or a damaged one, or `out` is not empty.
     ConfigError
-        If the runs do not judge alike: other classes, another crop or input size.
+        If the runs have different contracts, such as other classes, another crop or input size.
     OutputError
-        If the system refuses.
+        If a file cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out.as_posix()}: is there and not empty; choose another --out")
-    runs = [run for folder in folders for run in _runs_of(folder)]
+        raise RunError(f"{out.as_posix()}: exists and is not empty; choose another --out")
+    runs = [run for folder in folders for run in _load_members(folder)]
     if not runs:
-        raise ConfigError("an ensemble of no runs; name one or more")
+        raise ConfigError("an ensemble needs at least one run; none was given")
     for run in runs[1:]:
         if (found := _difference(run.contract, runs[0].contract)) is not None:
             raise ConfigError(
                 f"{run.folder.as_posix()}: its {found} is {_shown(run.contract, found)}; expected that of "
-                f"{runs[0].folder.as_posix()}, {_shown(runs[0].contract, found)}; members must judge alike"
+                f"{runs[0].folder.as_posix()}, {_shown(runs[0].contract, found)}; members need the same contract"
             )
     names = [f"members/{number}" for number in range(1, len(runs) + 1)]
-    facts = ensemble_facts(list(zip(names, runs, strict=True)), vote, flip)
+    metadata = ensemble_metadata(list(zip(names, runs, strict=True)), vote, flip_tta)
     with atomic_folder(out) as partial:
         for name, run in zip(names, runs, strict=True):
             place = make_folder(partial / name)
@@ -142,27 +151,36 @@ def write_ensemble(folders: Sequence[Path], out: Path, *, vote: EnsembleVote = "
                 with output_errors(place / file):
                     data = (run.folder / file).read_bytes()
                 write_bytes(place / file, data)
-        write_json(partial / RUN, facts)
-    contract = Contract.from_dict(facts["contract"])
-    return Ensemble(out, facts, contract, _join(runs, vote, flip=flip), tuple(runs))
+        write_json(partial / RUN, metadata)
+    contract = Contract.from_dict(metadata["contract"])
+    return Ensemble(out, metadata, contract, _build_model(runs, vote, flip_tta=flip_tta), tuple(runs))
 
 
-def ensemble_facts(members: Sequence[tuple[str, Run]], vote: EnsembleVote, flip: bool) -> dict[str, Any]:
-    """Collect what ``run.json`` says of an ensemble of runs, each with its folder's name within the ensemble's.
+def ensemble_metadata(members: Sequence[tuple[str, Run]], vote: EnsembleVote, flip_tta: bool) -> dict[str, Any]:
+    """Return the ``run.json`` of an ensemble.
+
+    Parameters
+    ----------
+    members
+        The name of each member's folder, relative to the ensemble's, and the run.
+    vote
+        ``soft`` or ``hard``.
+    flip_tta
+        Whether every member also classifies the flipped quadrant.
 
     Raises
     ------
     RunError
-        If a run's record lacks what has to be known of it.
+        If a required key is missing in a run's ``run.json``.
     """
     runs = [run for _, run in members]
     frames = _frame_temperature(runs) if vote == "soft" else 1.0
     contract = replace(runs[0].contract, temperature=1.0, frame_temperature=frames)
     backbones = ", ".join(sorted({run.model.name for run in runs}))
     return {
-        **begin_facts(),
+        **new_ensemble_metadata(),
         "vote": vote,
-        "views": list(VIEWS if flip else VIEWS[:1]),
+        "views": list(VIEWS if flip_tta else VIEWS[:1]),
         "contract": contract.to_dict(),
         "contract_sha256": contract.sha256,
         "backbone": f"{vote} vote of {len(runs)} {'network' if len(runs) == 1 else 'networks'} ({backbones})",
@@ -175,23 +193,23 @@ def ensemble_facts(members: Sequence[tuple[str, Run]], vote: EnsembleVote, flip:
 
 
 def _frame_temperature(runs: Sequence[Run]) -> float:
-    """Give the geometric mean of the members' frame temperatures, four decimals.
+    """Return the geometric mean of the members' frame temperatures, to four decimals.
 
-    A member's is fitted on frames that it has not learned from, which of members of folds no frame is for all of them.
-    The mean of several is a little more timid than each, so that it errs on the side of too little confidence.
+    A temperature must be fitted on frames that no member was trained on. With members of folds there are none, so the
+    ensemble takes the mean. An ensemble is slightly less confident than its members, so the mean errs on the safe side.
     """
     logarithms = [math.log(run.contract.frame_temperature) for run in runs]
     return round(math.exp(math.fsum(logarithms) / len(runs)), 4)
 
 
-def begin_facts(**known: Any) -> dict[str, Any]:
-    """Give what ``run.json`` says of an ensemble whose members are not all trained, and `known`."""
+def new_ensemble_metadata(**known: Any) -> dict[str, Any]:
+    """Return the ``run.json`` of an ensemble whose members are not all trained, with the keys `known`."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return {"schema": SCHEMA, "kind": ENSEMBLE, "created": created, **known, "status": "running"}
 
 
 def _entry(name: str, run: Run) -> dict[str, Any]:
-    """Say of a member what tells it from the others."""
+    """Return what ``run.json`` lists of a member."""
     info = run.info
     try:
         return {
@@ -209,19 +227,21 @@ def _entry(name: str, run: Run) -> dict[str, Any]:
 
 
 def _shared_data(runs: Sequence[Run]) -> dict[str, Any]:
-    """Say what the members were trained on, as far as it is the same for all.
+    """Return what the members' descriptions of their data have in common.
 
-    Of folds the frames that each has drawn from, train and validation together, are the same; the parts are not.
+    Folds differ in their training and validation frames, but the sum of both is the same for all.
     """
     try:
         data = [run.info["data"] for run in runs]
         folders = [found["folder"] for found in data]
         folds = any("fold" in run.info for run in runs)
-        frames = [_pooled(found["frames"]) if folds else found["frames"] for found in data]
+        frames = [_pool_counts(found["frames"]) if folds else found["frames"] for found in data]
         readings = [found.get("reading") for found in data]
         unreadable = {failure["file"]: failure for found in data for failure in found["unreadable"]}
     except (KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{runs[0].folder.as_posix()}: {RUN} does not name its data ({error}); train again") from error
+        raise RunError(
+            f"{runs[0].folder.as_posix()}: {RUN} does not describe its data ({error}); train again"
+        ) from error
     return {
         "folder": folders[0] if len(set(folders)) == 1 else None,
         "frames": frames[0] if all(found == frames[0] for found in frames) else {},
@@ -230,27 +250,27 @@ def _shared_data(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _pooled(frames: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+def _pool_counts(frames: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
     names = next(iter(frames.values()))
     return {"train and validation": {name: sum(counts[name] for counts in frames.values()) for name in names}}
 
 
-def _runs_of(folder: Path) -> tuple[Run, ...]:
+def _load_members(folder: Path) -> tuple[Run, ...]:
     found = load_trained(folder)
     if isinstance(found, Ensemble):
         return found.members
     if found.info.get("status") != "finished":
-        raise RunError(f"{folder.as_posix()}: the run is not finished; go on with it by `echoquad train --resume`")
+        raise RunError(f"{folder.as_posix()}: the run is not finished; continue it with `echoquad train --resume`")
     return (found,)
 
 
-def _join(runs: Sequence[Run], vote: EnsembleVote, *, flip: bool) -> EnsembleClassifier:
+def _build_model(runs: Sequence[Run], vote: EnsembleVote, *, flip_tta: bool) -> EnsembleClassifier:
     temperatures = [run.contract.temperature for run in runs]
-    return EnsembleClassifier([run.model for run in runs], temperatures, vote, flip).eval()
+    return EnsembleClassifier([run.model for run in runs], temperatures, vote, flip_tta).eval()
 
 
 def _difference(a: Contract, b: Contract) -> str | None:
-    """Name the first field in which two contracts differ; temperatures may."""
+    """Return the first field in which two contracts differ, ignoring temperatures; None if they match."""
     names = [field.name for field in fields(Contract) if not field.name.endswith("temperature")]
     return next((name for name in names if getattr(a, name) != getattr(b, name)), None)
 

@@ -1,4 +1,4 @@
-"""The history of a run: an epoch's figures, which epoch is the best, and when to stop."""
+"""The history of a run: the figures of each epoch, the best epoch, early stopping."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from echoquad_train.recipe import Recipe
 
-__all__ = ["Epoch", "best_of", "out_of_patience"]
+__all__ = ["Epoch", "best_epoch", "should_stop_early"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,22 +26,22 @@ class Epoch:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the figures as plain values."""
+        """Return the figures as plain values."""
         return asdict(self)
 
 
-def best_of(history: Sequence[Epoch]) -> Epoch:
-    """Find the epoch with the highest validation frame accuracy.
+def best_epoch(history: Sequence[Epoch]) -> Epoch:
+    """Return the epoch with the highest validation frame accuracy.
 
-    Of equal ones that with the lowest loss, then the first: with a hundred validation frames, equal accuracies are
-    common, and the loss sees what they hide.
+    Ties go to the lowest validation loss, then to the first epoch: with a hundred validation frames, equal accuracies
+    are common, and the loss still tells the epochs apart.
     """
     return min(history, key=lambda epoch: (-epoch.validation_frame_accuracy, epoch.validation_loss, epoch.epoch))
 
 
-def out_of_patience(history: Sequence[Epoch], recipe: Recipe) -> bool:
-    """Tell whether the last `stop_patience` epochs after the warm-up brought none better."""
-    if not recipe.stop_patience or not history:
+def should_stop_early(history: Sequence[Epoch], recipe: Recipe) -> bool:
+    """Return whether the last `early_stopping_patience` epochs after the warm-up brought no improvement."""
+    if not recipe.early_stopping_patience or not history:
         return False
-    since = max(best_of(history).epoch, min(recipe.warmup_epochs, recipe.epochs))
-    return history[-1].epoch - since >= recipe.stop_patience
+    since = max(best_epoch(history).epoch, min(recipe.warmup_epochs, recipe.epochs))
+    return history[-1].epoch - since >= recipe.early_stopping_patience

@@ -1,4 +1,4 @@
-"""The record of a run: ``run.json``, ``metrics.csv`` and ``curves.png``, rewritten whole after epochs."""
+"""Run metadata: ``run.json``, ``metrics.csv`` and ``curves.png``, rewritten after each epoch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from echoquad_runtime._version import __version__
 from echoquad_runtime.contract import Contract
@@ -24,30 +24,32 @@ from echoquad_train.data.dataset import Split
 from echoquad_train.plot_style import save
 from echoquad_train.recipe import Recipe
 from echoquad_train.runs import checkpoint
-from echoquad_train.runs.history import Epoch, best_of
+from echoquad_train.runs.history import Epoch, best_epoch
 from echoquad_train.runs.training_curves import training_curves
 
-__all__ = ["facts", "git_commit", "versions", "write"]
+__all__ = ["collect_metadata", "git_commit", "versions", "write_run"]
 
-SCHEMA = 1
+SCHEMA: Final = 1
 
-DRAWN_AGAIN = 20.0
-"""Seconds after which curves are drawn anew, and at the end: drawing takes a fifth of a second."""
+REDRAW_SECONDS: Final = 20.0
+"""Age of ``curves.png`` from which it is drawn again: drawing takes a fifth of a second."""
+
+_PACKAGES: Final = (
+    "numpy",
+    "pillow",
+    "torch",
+    "torchvision",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnx",
+    "onnxscript",
+)
 
 
 def versions() -> dict[str, str]:
-    """Give the versions that a result depends on."""
+    """Return the versions that a result depends on."""
     found = {"python": platform.python_version(), "echoquad": __version__, "platform": platform.platform()}
-    for name in (
-        "numpy",
-        "pillow",
-        "torch",
-        "torchvision",
-        "onnxruntime",
-        "onnxruntime-gpu",
-        "onnx",
-        "onnxscript",
-    ):
+    for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -55,7 +57,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def facts(
+def collect_metadata(
     data: Path,
     recipe: Recipe,
     contract: Contract,
@@ -66,11 +68,11 @@ def facts(
     teacher: Mapping[str, Any] | None = None,
     reading: ReadOptions = DEFAULT_READ_OPTIONS,
 ) -> dict[str, Any]:
-    """Collect what is known of a run before its first epoch. Frames that could not be read are not counted."""
-    unread = {failure.file for failure in failures}
+    """Return what is known of a run before its first epoch. Unreadable frames are not counted."""
+    unreadable = {failure.file for failure in failures}
 
     def readable(split: Split) -> dict[str, int]:
-        return replace(split, frames=tuple(frame for frame in split.frames if frame.name not in unread)).counts
+        return replace(split, frames=tuple(frame for frame in split.frames if frame.name not in unreadable)).counts
 
     return {
         "schema": SCHEMA,
@@ -93,15 +95,15 @@ def facts(
     }
 
 
-def write(folder: Path, known: Mapping[str, Any], history: Sequence[Epoch], *, finished: bool) -> None:
-    """Write the record, each file atomically.
+def write_run(folder: Path, known: Mapping[str, Any], history: Sequence[Epoch], *, finished: bool) -> None:
+    """Write ``run.json``, ``metrics.csv`` and ``curves.png``, each file atomically.
 
     Raises
     ------
     OutputError
-        If the system refuses.
+        If a file cannot be written.
     """
-    best = best_of(history).to_dict() if history else None
+    best = best_epoch(history).to_dict() if history else None
     status = "finished" if finished else "running"
     write_json(folder / checkpoint.RUN, {**known, "status": status, "epochs": len(history), "best": best})
     if history:
@@ -110,12 +112,12 @@ def write(folder: Path, known: Mapping[str, Any], history: Sequence[Epoch], *, f
         table.writeheader()
         table.writerows(epoch.to_dict() for epoch in history)
         write_bytes(folder / checkpoint.METRICS, rows.getvalue().encode())
-        if finished or _age(folder / checkpoint.CURVES) > DRAWN_AGAIN:
-            save(training_curves(history, known.get("small_epochs", 0)), folder / checkpoint.CURVES)
+        if finished or _age(folder / checkpoint.CURVES) > REDRAW_SECONDS:
+            save(training_curves(history, known.get("progressive_epochs", 0)), folder / checkpoint.CURVES)
 
 
 def _age(path: Path) -> float:
-    """Give the seconds since a file was written; infinity where there is none, or its time is to come."""
+    """Return the seconds since a file was written; infinity if it is missing or its time lies in the future."""
     try:
         age = time.time() - path.stat().st_mtime
     except OSError:
@@ -124,11 +126,11 @@ def _age(path: Path) -> float:
 
 
 def git_commit() -> str | None:
-    """Find the commit of EchoQuad's own checkout, ``-dirty`` where files differ; None for an installed wheel."""
-    # Without its optional locks, git does not stand in the way of another git at work.
+    """Return the commit of EchoQuad's own checkout, ``-dirty`` if files differ; None for an installed wheel."""
+    # Optional locks could block another git process in the same checkout.
     git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]
     try:
-        # An environment inside somebody else's checkout must not lend its commit to EchoQuad.
+        # A virtual environment inside another project's checkout must not report that project's commit.
         _run([*git, "ls-files", "--error-unmatch", Path(__file__).name])
         return _run([*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""TensorBoard: a run's figures as event files in ``RUN/tensorboard``, for those who watch several runs at once."""
+"""TensorBoard: write a run's figures as event files in ``RUN/tensorboard``."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from echoquad_runtime.contract import QUADRANTS
 from echoquad_runtime.storage.atomic import output_errors
 from echoquad_train.runs.history import Epoch
 
-__all__ = ["BOARD", "TensorboardWriter"]
+__all__ = ["TENSORBOARD", "TensorboardWriter"]
 
-BOARD: Final = "tensorboard"
+TENSORBOARD: Final = "tensorboard"
 
-_SHOWN: Final = 64  # quadrants in the picture of a batch
+_PREVIEW_QUADRANTS: Final = 64
 
 
 class TensorboardWriter:
@@ -30,18 +30,18 @@ class TensorboardWriter:
     folder
         The run folder.
     done
-        Epochs that a resumed run has behind it: what was written of later ones, before a kill, is taken back.
+        Finished epochs of a resumed run. Events of later epochs, written before a kill, are purged.
 
     Raises
     ------
     OutputError
-        If the system refuses.
+        If the folder cannot be written to.
     """
 
     def __init__(self, folder: Path, done: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._folder = folder / BOARD
+        self._folder = folder / TENSORBOARD
         with output_errors(self._folder):
             self._writer = SummaryWriter(str(self._folder), purge_step=done + 1)
 
@@ -54,17 +54,17 @@ class TensorboardWriter:
         self._writer.close()
 
     def batch(self, images: Tensor) -> None:
-        """Show the first augmented quadrants, float [B, 1, S, S], grey levels 0 to 255, as the network sees them."""
-        grid = make_grid(images[:_SHOWN].clamp(0, 255).to(torch.uint8), nrow=8, pad_value=255)
+        """Write the first augmented quadrants, float [B, 1, S, S], grey levels 0 to 255, as an image."""
+        grid = make_grid(images[:_PREVIEW_QUADRANTS].clamp(0, 255).to(torch.uint8), nrow=8, pad_value=255)
         self._writer.add_image("augmented quadrants", grid, 1)
 
-    def epoch(self, epoch: Epoch, quadrants: Sequence[float]) -> None:
-        """Write an epoch's figures, and the shares of LA RA LV RV judged right.
+    def epoch(self, epoch: Epoch, quadrant_accuracies: Sequence[float]) -> None:
+        """Write an epoch's figures and the accuracies of LA RA LV RV.
 
         Raises
         ------
         OutputError
-            If the system refuses.
+            If the event file cannot be written.
         """
         figures = {
             "loss/train": epoch.train_loss,
@@ -74,7 +74,7 @@ class TensorboardWriter:
             "accuracy/validation frames": epoch.validation_frame_accuracy,
             "learning rate": epoch.lr,
             "seconds": epoch.seconds,
-            **{f"quadrant/{name}": share for name, share in zip(QUADRANTS, quadrants, strict=True)},
+            **{f"quadrant/{name}": value for name, value in zip(QUADRANTS, quadrant_accuracies, strict=True)},
         }
         with output_errors(self._folder):
             for name, value in figures.items():

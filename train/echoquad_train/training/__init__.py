@@ -1,1 +1,1 @@
-"""One training step and what feeds it: batches, augmentation, schedule, EMA weights, distillation."""
+"""Parts of the training loop: batches, augmentation, step, optimizer schedule, EMA, distillation, validation."""

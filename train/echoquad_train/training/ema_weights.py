@@ -1,6 +1,6 @@
-"""EMA weights: an exponential moving average of the trained weights, which is validated and kept in their place.
+"""Exponential moving average (EMA) of the trained weights, which is validated and saved in their place.
 
-The average of the last steps lies nearer the middle of the low loss that the steps of a gradient oscillate around.
+Gradient steps oscillate around the minimum of the loss; their average lies closer to it.
 B. T. Polyak, A. B. Juditsky, SIAM J. Control Optim. 30 (1992) 838; A. Tarvainen, H. Valpola, "Mean teachers are better
 role models", arXiv:1703.01780.
 """
@@ -21,31 +21,31 @@ __all__ = ["EmaWeights", "decay_at"]
 
 _SLOW_START: Final = 10
 
-# The names that torch.optim.swa_utils.AveragedModel gives its state: runs of earlier releases hold them.
+# Names in the state of torch.optim.swa_utils.AveragedModel, which saved runs use.
 _COUNT: Final = "n_averaged"
 _PREFIX: Final = "module."
 
 
 def decay_at(decay: float, steps: int) -> float:
-    """Return the share of the average that a step keeps, after `steps` earlier ones: `decay`, and less at first.
+    """Return the decay of the average after `steps` earlier steps: `decay`, and less at first.
 
-    At first the average is close to the random weights that training begins with: (1 + steps) / (10 + steps) bounds
-    what is kept of them, as in TensorFlow's ExponentialMovingAverage.
+    The first steps would keep too much of the random initial weights. (1 + steps) / (10 + steps) is an upper bound, as
+    in TensorFlow's ExponentialMovingAverage.
     """
     return min(decay, (1 + steps) / (_SLOW_START + steps))
 
 
 class EmaWeights:
-    """A moving average of a model's weights and of its batch statistics.
+    """An exponential moving average of a model's weights and batch statistics.
 
     Parameters
     ----------
     model
-        The trained model. Its tensors are collected once, so they must stay the same objects.
+        The trained model, whose tensors must stay the same objects.
     decay
-        The share of the average that a step keeps, 0 to below 1; about 1 / (1 - decay) steps count.
+        The fraction of the average that a step keeps, 0 to below 1; it averages over about 1 / (1 - decay) steps.
     capturable
-        Keep the share in a tensor on the device, so that a recorded step reads its current value.
+        Keep the factor in a tensor on the device, so that a captured step reads its current value.
 
     Attributes
     ----------
@@ -61,40 +61,40 @@ class EmaWeights:
         counts = [pair for pair in pairs if not pair[0].is_floating_point()]  # of batches
         self._averages, self._weights = [average for average, _ in floating], [weight for _, weight in floating]
         self._average_counts, self._counts = [average for average, _ in counts], [count for _, count in counts]
-        self._taken = 1.0  # the share of the trained weights that the next step takes into the average
-        self.share: Tensor | None = torch.ones((), device=pairs[0][0].device) if capturable else None
+        self._factor = 1.0  # 1 - decay of the next step
+        self.factor: Tensor | None = torch.ones((), device=pairs[0][0].device) if capturable else None
 
     def advance(self) -> None:
-        """Count a step and set the share that `mix` takes of its weights: all of the first."""
-        self._taken = 1 - decay_at(self._decay, self._steps) if self._steps else 1.0
-        if self.share is not None:
-            self.share.fill_(self._taken)
+        """Count a step and set the factor of `update`. The first step replaces the average."""
+        self._factor = 1 - decay_at(self._decay, self._steps) if self._steps else 1.0
+        if self.factor is not None:
+            self.factor.fill_(self._factor)
         self._steps += 1
 
-    def mix(self) -> None:
-        """Take the trained weights into the average. Computes on the device alone, so that it can be recorded."""
-        if self.share is not None:
+    def update(self) -> None:
+        """Update the average with the trained weights; never synchronises with the host, so that it can be captured."""
+        if self.factor is not None:
             differences = torch._foreach_sub(self._weights, self._averages)
-            torch._foreach_mul_(differences, self.share)
+            torch._foreach_mul_(differences, self.factor)
             torch._foreach_add_(self._averages, list(differences))
-        elif self._taken == 1.0:
+        elif self._factor == 1.0:
             torch._foreach_copy_(self._averages, self._weights)
         else:
-            torch._foreach_lerp_(self._averages, self._weights, self._taken)
+            torch._foreach_lerp_(self._averages, self._weights, self._factor)
         if self._counts:
             torch._foreach_copy_(self._average_counts, self._counts)
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors that `mix` changes."""
+        """Return the tensors that `update` changes."""
         return [*self._averages, *self._average_counts]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs."""
+        """Return the state for a resumed run."""
         named = {f"{_PREFIX}{name}": value for name, value in self.model.state_dict().items()}
         return {_COUNT: torch.tensor(self._steps), **named}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned."""
+        """Load the state that `state_dict` returned."""
         weights = {name.removeprefix(_PREFIX): value for name, value in state.items() if name != _COUNT}
         self.model.load_state_dict(weights)
         self._steps = int(state[_COUNT])

@@ -1,18 +1,18 @@
-"""Intensity augmentation: what differs from one ultrasound machine, setting and window to the next, and not the heart.
+"""Intensity augmentation: variation between ultrasound machines, settings and acoustic windows.
 
-Each quadrant of a batch draws its own strengths, up to the recipe's; a recipe's 0 leaves that effect out, and its draws
-with it. In the order of the list:
+Each quadrant of a batch draws its own strengths, up to those of the recipe. A strength of 0 disables an effect and its
+draws. The effects are applied in this order:
 
 ===============  =====================================================================================================
 ``gamma``        the grey map: ``g ** exp(u)``, u uniform within the strength either way, g in [0, 1]
-``gain``         the receiver's: ``g * exp(u)``
-``attenuation``  depth: ``g * exp(u * d)``, d from -1 to 1 across the image in any direction: a misset time gain
-                 compensation; data sets are turned either way, so that depth is not always downwards
-``shadow``       with this probability, a dark band across the image, at any place and in any direction, as behind a rib
-``speckle``      multiplicative normal noise, its grains two pixels wide: ``g * (1 + s n)``, s uniform up to this
+``gain``         receiver gain: ``g * exp(u)``
+``attenuation``  wrong time gain compensation: ``g * exp(u * d)``, d from -1 to 1 across the image; in any direction,
+                 because some data sets have the depth axis upwards
+``shadow``       with this probability, a dark band across the image in any direction, like an acoustic shadow of a rib
+``speckle``      multiplicative normal noise with grains of two pixels: ``g * (1 + s n)``, s uniform up to the strength
 ===============  =====================================================================================================
 
-Black stays black: outside the sector there is nothing to amplify, and the warp's edge is as it was.
+Black stays black: outside the sector there is nothing to amplify.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from torch import Tensor
 
 from echoquad_train.recipe import Recipe
 
-__all__ = ["draw_intensity", "vary"]
+__all__ = ["apply_intensity", "draw_intensity"]
 
-_WIDTH = (0.05, 0.25)  # of a shadow, its profile's standard deviation is this over sqrt(2); coordinates span 2
-_DEPTH = (0.3, 0.9)  # of the light that it takes at its middle
+_SHADOW_WIDTH = (0.05, 0.25)  # sqrt(2) times the standard deviation of the profile, in coordinates that span 2
+_SHADOW_DEPTH = (0.3, 0.9)  # fraction of the intensity that is lost at the centre
 
 
 def draw_intensity(count: int, side: int, recipe: Recipe, generator: torch.Generator) -> dict[str, Tensor]:
-    """Draw what `vary` does to a batch.
+    """Draw the random numbers of `apply_intensity` for a batch.
 
     Parameters
     ----------
     count
-        Quadrants, B.
+        Number of quadrants, B.
     side
-        Pixels a side, which the grains of the speckle depend on; everything else is independent of it.
+        Side of the quadrants in pixels, on which only the speckle's grains depend.
     recipe
-        Says how strongly.
+        The strength of each effect.
     generator
-        Of any device.
+        On any device.
 
     Returns
     -------
     dict of float32 [B, 1, H, W]
-        On the generator's device: scalars, H = W = 1, but for ``grains``. Empty where the recipe varies nothing.
+        On the generator's device; H = W = 1 except for ``grains``. Empty if the recipe has no intensity augmentation.
     """
-    where = generator.device
+    device = generator.device
     draws: dict[str, Tensor] = {}
 
     def uniform(name: str, low: float, high: float) -> None:
-        draws[name] = torch.empty(count, 1, 1, 1, device=where).uniform_(low, high, generator=generator)
+        draws[name] = torch.empty(count, 1, 1, 1, device=device).uniform_(low, high, generator=generator)
 
     if recipe.gamma:
         uniform("gamma", -recipe.gamma, recipe.gamma)
@@ -67,32 +67,32 @@ def draw_intensity(count: int, side: int, recipe: Recipe, generator: torch.Gener
     if recipe.shadow:
         uniform("shadow", 0, 1)
         uniform("shadow_centre", -1, 1)
-        uniform("shadow_width", *_WIDTH)
-        uniform("shadow_depth", *_DEPTH)
+        uniform("shadow_width", *_SHADOW_WIDTH)
+        uniform("shadow_depth", *_SHADOW_DEPTH)
         uniform("shadow_angle", -math.pi, math.pi)
     if recipe.speckle:
         half = (side + 1) // 2
-        draws["grains"] = torch.randn(count, 1, half, half, device=where, generator=generator)
+        draws["grains"] = torch.randn(count, 1, half, half, device=device, generator=generator)
         uniform("speckle", 0, recipe.speckle)
     return draws
 
 
-def vary(images: Tensor, recipe: Recipe, draws: Mapping[str, Tensor]) -> Tensor:
-    """Vary a batch's intensities.
+def apply_intensity(images: Tensor, recipe: Recipe, draws: Mapping[str, Tensor]) -> Tensor:
+    """Apply the intensity augmentation to a batch.
 
     Parameters
     ----------
     images
         float32 [B, 1, S, S], grey levels 0 to 255, on any device.
     recipe
-        Says which effects there are.
+        The enabled effects.
     draws
         From `draw_intensity`, on the device of the images.
 
     Returns
     -------
     float32 [B, 1, S, S]
-        Grey levels 0 to 255 on the same device; `images` itself where the recipe varies nothing.
+        Grey levels 0 to 255 on the same device; `images` itself if the recipe has no intensity augmentation.
     """
     if not any((recipe.gamma, recipe.gain, recipe.attenuation, recipe.shadow, recipe.speckle)):
         return images
@@ -104,7 +104,7 @@ def vary(images: Tensor, recipe: Recipe, draws: Mapping[str, Tensor]) -> Tensor:
         factor = by if factor is None else factor * by
 
     def across(angle: Tensor) -> Tensor:
-        """Return coordinates along each image's direction: 0 in its middle, 1 at the edge."""
+        """Return coordinates along each image's direction: 0 at the centre, 1 at the edge."""
         y = torch.linspace(-1, 1, rows, device=images.device).view(1, 1, rows, 1)
         x = torch.linspace(-1, 1, columns, device=images.device).view(1, 1, 1, columns)
         return x * angle.cos() + y * angle.sin()

@@ -1,4 +1,4 @@
-"""Schedules: which layers train when, and at what rate."""
+"""Optimizer schedule: which layers train in which epochs, and the learning rates (plateau, one-cycle)."""
 
 from __future__ import annotations
 
@@ -14,20 +14,18 @@ from echoquad_runtime.errors import RunError
 from echoquad_train.networks.backbones import BACKBONES
 from echoquad_train.recipe import Recipe
 
-__all__ = ["MOMENTUM", "OptimizerSchedule", "Phase", "one_cycle", "phase_of", "progressive_epochs", "side_of"]
+__all__ = ["MOMENTUM", "OptimizerSchedule", "Phase", "one_cycle", "phase_of", "progressive_epochs", "training_size"]
 
 MOMENTUM: Final = 0.9
-"""Of optimizer ``momentum``: the heavy ball, not Nesterov's."""
+"""Of the optimizer ``momentum``: classical momentum, not Nesterov's."""
 
-_SMALLEST: Final = 64
-"""Pixels a side below which no quadrant is made smaller: less saves little time and leaves little of a heart.
-
-No backbone asks for more."""
+_MIN_TRAINING_SIZE: Final = 64
+"""Smallest side in pixels of progressive resizing: less saves little time and shows little of a heart."""
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Epochs that train the same layers: first and last, and a learning rate by layer."""
+    """Consecutive epochs that train the same layers: the first and the last, and the learning rate of each layer."""
 
     name: str
     first: int
@@ -36,7 +34,7 @@ class Phase:
 
 
 def phase_of(recipe: Recipe, epoch: int) -> Phase:
-    """Find an epoch's phase, epochs counted from 1: head warm-up, then the trained layers, then layer3 as well."""
+    """Return the phase of an epoch, counted from 1: head warm-up, then the trained layers, then layer3 as well."""
     warmup = min(recipe.warmup_epochs, recipe.epochs)
     if epoch <= warmup:
         return Phase("head", 1, warmup, {"head": recipe.warmup_lr})
@@ -52,51 +50,50 @@ def phase_of(recipe: Recipe, epoch: int) -> Phase:
     return Phase(recipe.trained_layers, warmup + 1, last, layers[recipe.trained_layers])
 
 
-def side_of(recipe: Recipe, epoch: int) -> int:
-    """Give the side in pixels that an epoch, counted from 1, is trained at: progressive resizing.
+def training_size(recipe: Recipe, epoch: int) -> int:
+    """Return the side in pixels of the training quadrants in an epoch, counted from 1: progressive resizing.
 
-    A convolutional network learns most of what it needs from smaller pictures, at a third of the cost; its last
-    epochs then see the size that it will judge. M. Tan, Q. V. Le, "EfficientNetV2", arXiv:2104.00298, section 4. A
-    network with an embedding for each place has one size alone.
+    A convolutional network learns most from smaller images, at a third of the cost; the last epochs use the full input
+    size. M. Tan, Q. V. Le, "EfficientNetV2", arXiv:2104.00298, section 4. Vision transformers accept one input size.
     """
     size = recipe.input_size
-    if BACKBONES[recipe.backbone].patch or epoch > int(recipe.small_share * recipe.epochs):
+    if BACKBONES[recipe.backbone].patch_size or epoch > int(recipe.progressive_fraction * recipe.epochs):
         return size
-    return min(size, max(round(recipe.small_scale * size), _SMALLEST))
+    return min(size, max(round(recipe.progressive_scale * size), _MIN_TRAINING_SIZE))
 
 
 def progressive_epochs(recipe: Recipe) -> int:
-    """Give how many epochs, the first, are trained below the input size; validated they are at it."""
-    return sum(side_of(recipe, epoch) < recipe.input_size for epoch in range(1, recipe.epochs + 1))
+    """Return the number of epochs, the first ones, that train below the input size; validation always uses it."""
+    return sum(training_size(recipe, epoch) < recipe.input_size for epoch in range(1, recipe.epochs + 1))
 
 
 def one_cycle(step: int, steps: int) -> float:
-    """Give the share of the peak learning rate at a `step`, counted from 0, of `steps`.
+    """Return the learning rate at a `step` of `steps`, counted from 0, as a fraction of the peak.
 
-    A cosine up over the first 30 % from 1/25, then a cosine down to 1/250000: torch's OneCycleLR with its defaults, but
-    that the momentum stays as it is. L. N. Smith, N. Topin, "Super-Convergence", arXiv:1708.07120.
+    A cosine from 1/25 up over the first 30 %, then a cosine down to 1/250000: the defaults of torch's OneCycleLR, with
+    constant momentum. L. N. Smith, N. Topin, "Super-Convergence", arXiv:1708.07120.
     """
     start, end, peak = 1 / 25, 1 / 250_000, 0.3 * steps - 1
 
-    def between(a: float, b: float, share: float) -> float:
-        return b + (a - b) / 2 * (1 + math.cos(math.pi * share))
+    def anneal(a: float, b: float, progress: float) -> float:
+        return b + (a - b) / 2 * (1 + math.cos(math.pi * progress))
 
     if step <= peak:
-        return between(start, 1.0, step / peak)
-    return between(1.0, end, (step - peak) / (steps - 1 - peak))
+        return anneal(start, 1.0, step / peak)
+    return anneal(1.0, end, (step - peak) / (steps - 1 - peak))
 
 
 def _optimizer(recipe: Recipe, parameters: list[dict[str, Any]], capturable: bool) -> torch.optim.Optimizer:
-    """Build the recipe's optimizer; what is not said here is torch's default."""
+    """Build the recipe's optimizer, with torch's defaults for all other options."""
     optim = torch.optim
-    # Fused, a step over resnet18 takes a third of the time: with small batches that is a tenth of an epoch.
+    # A fused step over resnet18 takes a third of the time: a tenth of an epoch with small batches.
     common: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
     match recipe.optimizer:
         case "adamw":
             return optim.AdamW(parameters, fused=True, capturable=capturable, **common)
         case "adam":
             return optim.Adam(parameters, fused=True, capturable=capturable, **common)
-        case "rmsprop":  # which torch has not fused
+        case "rmsprop":  # torch has no fused implementation
             return optim.RMSprop(parameters, capturable=capturable, **common)
         case "momentum":
             return optim.SGD(parameters, momentum=MOMENTUM, fused=True, **common)
@@ -105,19 +102,19 @@ def _optimizer(recipe: Recipe, parameters: list[dict[str, Any]], capturable: boo
 
 
 class OptimizerSchedule:
-    """A phase's optimizer and its learning rate.
+    """The optimizer of a phase and its learning rate schedule.
 
     Parameters
     ----------
     groups
-        Parameter groups with their rates, as `echoquad_train.networks.classifier.set_trained` gives them.
+        Parameter groups with their learning rates, from `echoquad_train.networks.classifier.set_trainable`.
     recipe, phase
-        What to do, and for which epochs.
+        The optimizer and the schedule, and the epochs.
     steps_per_epoch
         Batches in an epoch.
     capturable
-        Keep the learning rates, and all of the optimizer's state, in tensors on the device, so that a recorded step
-        reads their current values.
+        Keep the learning rates and the optimizer's state in tensors on the device, so that a captured step reads their
+        current values.
     """
 
     def __init__(
@@ -148,33 +145,33 @@ class OptimizerSchedule:
         )
 
     def advance(self) -> float:
-        """Set the learning rates of the next step; returns the highest."""
+        """Set the learning rates of the next step and return the highest."""
         if self._one_cycle:
-            share = one_cycle(self._step, self._steps)
-            self._set_rates([peak * share for peak in self._peaks])
+            fraction = one_cycle(self._step, self._steps)
+            self._set_rates([peak * fraction for peak in self._peaks])
         self._step += 1
         return max(self._rates)
 
-    def descend(self, loss: Tensor, scaler: torch.amp.GradScaler) -> None:
-        """Take the step down the gradient of `loss`. Without float16 it computes on the device alone."""
+    def apply_gradient(self, loss: Tensor, scaler: torch.amp.GradScaler) -> None:
+        """Compute the gradient of `loss` and update the weights. Only float16 synchronises with the host."""
         self._optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         scaler.step(self._optimizer)
         scaler.update()
 
     def step(self, loss: Tensor, scaler: torch.amp.GradScaler) -> float:
-        """Advance and descend; returns the highest learning rate of the step."""
+        """Call `advance` and `apply_gradient`; return the highest learning rate of the step."""
         rate = self.advance()
-        self.descend(loss, scaler)
+        self.apply_gradient(loss, scaler)
         return rate
 
     def rate_tensors(self) -> list[Tensor]:
-        """Return the learning rates' tensors, which a recorded step reads.
+        """Return the tensors of the learning rates, which a captured step reads.
 
         Raises
         ------
         TypeError
-            If the learning rates are numbers, which a recorded step would keep.
+            If the learning rates are numbers, which are constants in a captured step.
         """
         rates = [group["lr"] for group in self._optimizer.param_groups]
         if not all(isinstance(rate, Tensor) for rate in rates):
@@ -184,7 +181,7 @@ class OptimizerSchedule:
         return rates
 
     def state_tensors(self) -> list[Tensor]:
-        """Return the tensors of the optimizer's state, which a step changes; none before the first."""
+        """Return the tensors of the optimizer's state, which a step changes; empty before the first step."""
         states = self._optimizer.state.values()
         return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
@@ -196,14 +193,14 @@ class OptimizerSchedule:
                 group["lr"] = rate
         self._rates = rates
 
-    def epoch_ended(self, accuracy: float) -> None:
-        """Update the rates by the validation frame accuracy, for the plateau schedule."""
+    def end_epoch(self, accuracy: float) -> None:
+        """Update the learning rates of the plateau schedule by the validation frame accuracy."""
         if self._plateau is not None:
             self._plateau.step(accuracy)
             self._rates = [float(group["lr"]) for group in self._optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs: tensors and plain values, the same whether or not it is capturable."""
+        """Return the state for a resumed run, as tensors and plain values; it does not depend on `capturable`."""
         plateau = None
         if self._plateau is not None:
             plateau = {**self._plateau.state_dict()}
@@ -213,22 +210,22 @@ class OptimizerSchedule:
         return {"optimizer": {**optimizer, "param_groups": groups}, "step": self._step, "plateau": plateau}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned.
+        """Load the state that `state_dict` returned.
 
         Raises
         ------
         RunError
-            If it is of a release whose ``sgd`` had the momentum that ``momentum`` has now.
+            If the state is that of an earlier release, whose ``sgd`` is ``momentum`` now.
         """
-        before, now = (
+        saved_momentum, momentum = (
             groups[0].get("momentum") for groups in (state["optimizer"]["param_groups"], self._optimizer.param_groups)
         )
-        if before != now:
+        if saved_momentum != momentum:
             raise RunError(
-                f"the run was begun with an optimizer whose momentum is {before}; this release's has {now}; "
-                "do: train into another folder, with --set optimizer=momentum for what sgd was before"
+                f"the run began with an optimizer whose momentum is {saved_momentum}; this release uses {momentum}; "
+                "train into another folder, with --set optimizer=momentum for the former sgd"
             )
-        # How this device computes a step is not the run's: a run may continue on another device.
+        # Options of the device, not of the run: a run may continue on another device.
         own = [
             {name: group[name] for name in ("lr", "capturable", "foreach", "fused") if name in group}
             for group in self._optimizer.param_groups

@@ -64,7 +64,7 @@ def audit(
         print_status(f"wrote {', '.join(path.as_posix() for path in paths)}")
     if strict and found.leaks.found:
         raise DatasetError(
-            f"{data.as_posix()}: {found.leaks.line.removesuffix('; see `echoquad data audit`')}; --strict allows "
+            f"{data.as_posix()}: {found.leaks.summary.removesuffix('; see `echoquad data audit`')}; --strict allows "
             "none; divide the frames again with `echoquad data split`"
         )
 
@@ -117,11 +117,11 @@ def _findings(found: Audit) -> list[str]:
     lines += _shorten([_duplicates(group) for group in leaks.near])
     if leaks.unchecked:
         lines.append(f"  {leaks.unchecked} more pairs of similar frames were not compared")
-    if found.unknown:
-        lines.append(f"{found.unknown} frames have names without a patient; use --patient-regex")
+    if found.frames_without_patient:
+        lines.append(f"{found.frames_without_patient} frames have names without a patient; use --patient-regex")
     lines.append(f"shortcuts: {len(found.flagged) or 'none'}")
     for shortcut in found.shortcuts:
-        feature = f"{display_name(shortcut.name)} from {KINDS[shortcut.kind]}"
+        feature = f"{display_name(shortcut.class_name)} from {KINDS[shortcut.kind]}"
         if shortcut.auc is None:
             lines.append(f"  {feature}: not measured, too few patients")
         else:
@@ -135,7 +135,7 @@ def _findings(found: Audit) -> list[str]:
 def _duplicates(group: DuplicateGroup) -> str:
     from echoquad_runtime.storage.row_names import display_name
 
-    kind = {"file": "same file", "pixels": "same pixels", "near": f"similarity {group.likeness:.3f}"}[group.kind]
+    kind = {"file": "same file", "pixels": "same pixels", "near": f"similarity {group.similarity:.3f}"}[group.kind]
     patients = "" if len(set(group.patients)) == 1 else ", of different patients"
     conflict = ", IN TWO CLASSES" if group.conflict else ""
     names = " = ".join(map(display_name, group.names[:4]))

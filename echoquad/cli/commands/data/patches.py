@@ -28,10 +28,10 @@ def patches(
     """Write the four quadrants of every frame and a table of them; check that together they equal the frame."""
     require_extra("train")
     from echoquad_runtime.storage.row_names import display_name
-    from echoquad_train.curation.quadrant_files import MAPPING, write_patches
+    from echoquad_train.curation.quadrant_files import MAPPING, write_quadrants
 
     with Progress("cutting") as progress:
-        done = write_patches(data, out, keep, reading=read_options(matrices, flip, every), progress=progress.update)
+        done = write_quadrants(data, out, keep, reading=read_options(matrices, flip, every), progress=progress.update)
     rows = [[f"{part}/{display_name(name)}", str(count), str(4 * count)] for (part, name), count in done.counts.items()]
     print_result(format_table(["split/class", "frames", "quadrants"], rows))
     print_result(f"stitched back: all {done.frames} frames equal their crop, pixel for pixel")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from echoquad_runtime.frames.formats import ReadOptions
     from echoquad_runtime.predict.predictor import Predictor
     from echoquad_train.evaluation.evaluate import Evaluation
-    from echoquad_train.evaluation.metrics import Settings
+    from echoquad_train.evaluation.metrics import EvaluationOptions
 
 __all__ = ["evaluate"]
 
@@ -112,12 +112,12 @@ def evaluate(
         if not folder.is_dir():
             raise RunError(f"{folder.as_posix()}: no such folder; expected a run or a bundle; check the path")
     from echoquad_train.data.patients import patient_pattern
-    from echoquad_train.evaluation.metrics import Settings
+    from echoquad_train.evaluation.metrics import EvaluationOptions
     from echoquad_train.evaluation.operating_points import check_targets
 
     check_targets(at_specificity or (), "--at-specificity")
     check_targets(at_sensitivity or (), "--at-sensitivity")
-    settings = Settings(
+    options = EvaluationOptions(
         bootstrap, seed, tuple(at_specificity or (0.9,)), tuple(at_sensitivity or (0.9,)), abstain_below
     )
     pattern = patient_pattern(patient_regex)
@@ -125,11 +125,11 @@ def evaluate(
     for folder in folders:
         predictor = open_model(folder, device, precision, threads, method, batch_size, abstain_below)
         reading = evaluation_read_options(folder, matrices, flip, every)
-        found.append(_measure(predictor, folder, data, reading, split, threshold_from, settings, pattern))
+        found.append(_measure(predictor, folder, data, reading, split, threshold_from, options, pattern))
     if len(found) > 1:
         from echoquad_train.reporting.comparison import compare, write_comparison
 
-        comparison = compare(found[0], found[1], settings)
+        comparison = compare(found[0], found[1], options)
         written = write_comparison(found[0], found[1], comparison, out, gallery=gallery)
         print_result("\n\n".join([*(summarize(one.metrics) for one in found), summarize_comparison(comparison)]))
     else:
@@ -149,7 +149,7 @@ def _measure(
     reading: ReadOptions,
     split: str,
     threshold_from: Path | None,
-    settings: Settings,
+    options: EvaluationOptions,
     pattern: re.Pattern[str] | None,
 ) -> Evaluation:
     """Evaluate one model; choose its thresholds on validation frames other than those reported, if there are any."""
@@ -172,9 +172,9 @@ def _measure(
     facts = {**evaluation.model_facts(folder), "data": data.as_posix()}
     trained = facts["trained_calibration"]
     given = isinstance(trained, dict) and trained.get("temperature_given") is True
-    settings = replace(settings, temperature_given=given)
+    options = replace(options, temperature_given=given)
     with Progress("evaluating", count) as progress:
         found = evaluation.evaluate(
-            predictor, frames, settings=settings, reference=reference, pattern=pattern, progress=progress.update
+            predictor, frames, options=options, reference=reference, pattern=pattern, progress=progress.update
         )
-    return replace(found, metrics=found.metrics | facts)
+    return replace(found, metrics=replace(found.metrics, **facts))

@@ -175,16 +175,16 @@ def predict(
                 "abstain_below": abstain_below,
             }
             if on_ray:
-                options |= {"public_key": public_key, "address": ray_address, "tell": logger.info}
+                options |= {"public_key": public_key, "address": ray_address}
             else:
                 options |= {
                     "spinning": config.spinning,
                     "cuda_graphs": cuda_graphs or config.cuda_graphs,
                     "nhwc": nhwc or config.nhwc,
-                    "many": not frames.complete,
+                    "concurrent": not frames.complete,
                     "cam": cam,
                     "workers": workers,
-                    "warm": False,  # the user waits for the first frame: an inference before it would delay it
+                    "warm_up": False,  # the user waits for the first frame: an inference before it would delay it
                 }
             predictor = _predictor_class(on_ray=on_ray)(opened, **options)
             if config.note:
@@ -239,13 +239,13 @@ def _check_engine(
 
 
 def _check_output(out: Path | None, *, resume: bool) -> None:
-    from echoquad_runtime.results.result_file import refuse_resume
-    from echoquad_runtime.results.row_formats import check_ending
+    from echoquad_runtime.results.result_file import check_resume
+    from echoquad_runtime.results.row_formats import format_for
 
     if out is not None:
-        check_ending(out)
+        format_for(out)
     if resume:
-        refuse_resume(out)
+        check_resume(out)
 
 
 def _parse_shard(shard: str | None) -> Shard | None:

@@ -37,7 +37,7 @@ class FrameSelection:
 
         self.found = self.selected = self.yielded = 0
         self.complete = False
-        self.kept = rows.kept if rows is not None else 0
+        self.kept = rows.existing_rows if rows is not None else 0
         self._shard, self._rows = shard, rows
         self._peeked: list[FrameFile | Failure] = []
         self._remaining = self._select(find_frames(inputs, reading))
@@ -50,7 +50,7 @@ class FrameSelection:
                 self.found += 1
                 if self._shard is not None and not self._shard.holds(item.name):
                     continue
-                if self._rows is not None and self._rows.take(item.name):
+                if self._rows is not None and self._rows.claim(item.name):
                     continue
                 self.selected += 1
             self.yielded += 1

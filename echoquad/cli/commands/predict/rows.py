@@ -28,17 +28,17 @@ def row_writer(out: Path | None, rows: ResultFile | None, classes: tuple[str, ..
     OutputError
         If a row cannot be written.
     """
-    from echoquad_runtime.results.row_formats import CsvWriter, writer_of
+    from echoquad_runtime.results.row_formats import RowWriter, format_for
     from echoquad_runtime.storage.atomic import output_errors
 
     if rows is not None:
         yield rows
     elif out is not None:
         with output_errors(out), out.open("wb") as stream:
-            yield writer_of(out)(_FlushedStream(stream), classes)
+            yield RowWriter(_FlushedStream(stream), classes, format_for(out))
     elif not sys.stdout.isatty():
         with output_errors(STDOUT):
-            yield CsvWriter(_FlushedStream(sys.stdout.buffer), classes)
+            yield RowWriter(_FlushedStream(sys.stdout.buffer), classes)
     else:
         import shutil
         from tempfile import SpooledTemporaryFile
@@ -46,7 +46,7 @@ def row_writer(out: Path | None, rows: ResultFile | None, classes: tuple[str, ..
         # The progress bar on the same terminal would tear the rows apart: print them after it.
         with output_errors(STDOUT), SpooledTemporaryFile(max_size=_MAX_BUFFERED) as buffer:
             try:
-                yield CsvWriter(buffer, classes)
+                yield RowWriter(buffer, classes)
             finally:
                 buffer.seek(0)
                 shutil.copyfileobj(buffer, sys.stdout.buffer)
@@ -71,6 +71,6 @@ def print_resume_state(rows: ResultFile) -> None:
         print_status(
             f"{rows.path.as_posix()}: its file system has no locks; make sure that no other process writes the file"
         )
-    if rows.kept:
-        torn = f"; {rows.torn} bytes of an incomplete row after them are dropped" if rows.torn else ""
-        print_status(f"{rows.kept} rows are kept from before{torn}")
+    if rows.existing_rows:
+        torn = f"; {rows.torn_bytes} bytes of an incomplete row after them are dropped" if rows.torn_bytes else ""
+        print_status(f"{rows.existing_rows} rows are kept from before{torn}")

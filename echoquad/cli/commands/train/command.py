@@ -165,7 +165,7 @@ def train(
         )
         raise typer.Exit(code)
     with TrainingProgress(chosen) as progress, joined(choose_device(device)) as ranks, _one_error(ranks):
-        if linear and ranks.count > 1:
+        if linear and ranks.world_size > 1:
             raise UsageError(f"--fit {linear} under torchrun: one process fits it; start it without torchrun")
         shared: dict[str, Any] = {
             "device": device,

@@ -39,11 +39,11 @@ def train_folds(
     """
     from echoquad_train.parallel.torchrun import torchrun_rank
 
-    if torchrun_rank().ranks > 1:
+    if torchrun_rank().world_size > 1:
         raise UsageError("--folds under torchrun: one process trains the folds; start it without torchrun")
-    from echoquad_train.fitting.cross_validation import FoldSettings, begun_with, fit_folds
+    from echoquad_train.fitting.cross_validation import FoldSettings, fit_folds, saved_fold_settings
 
-    begun = begun_with(out) if resume else None
+    begun = saved_fold_settings(out) if resume else None
     count = folds or (begun.folds if begun else 0)
     regex = begun.patient_regex if begun and patient_regex is None else patient_regex
     settings = FoldSettings(count, regex)

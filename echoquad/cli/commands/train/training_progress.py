@@ -51,7 +51,7 @@ class TrainingProgress:
 
     def audited(self, leaks: Any) -> None:
         """Print how many patients and frames are in both splits."""
-        print_status(leaks.line)
+        print_status(leaks.summary)
 
     def batch(self, epoch: int, done: int, total: int) -> None:
         """Show how many batches of an epoch are done."""

@@ -21,7 +21,7 @@ def test_invalid_phantom_options_and_folders_are_refused(data: Path, many: Calla
     refusals = [
         ("E_OUTPUT", [data], "new or empty folder"),
         ("E_OUTPUT", [file], "new or empty folder"),
-        ("E_OUTPUT", [file / "below"], "file/below"),
+        ("E_OUTPUT", [file / "below"], file.as_posix()),
         ("E_CONFIG", [tmp_path / "new", "--patients", "5"], "6 or more"),
         ("E_CONFIG", [tmp_path / "new", "--frames", "0"], "1 or more"),
         ("E_CONFIG", [tmp_path / "new", "--seed", "-1"], "seed"),
