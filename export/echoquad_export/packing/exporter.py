@@ -48,8 +48,9 @@ from echoquad_train.runs.ensemble_folder import Ensemble, load_trained
 __all__ = ["Exported", "check_precisions", "export_run"]
 
 REFERENCE_BATCH: Final = 8  # frames per batch of the training code
-_FILE_MANAGERS: Final = (".DS_Store", "Thumbs.db", "desktop.ini")  # files of Finder and Explorer
 CAM_FRAMES: Final = 8  # frames on which class activation maps are compared with logits
+
+_FILE_MANAGERS: Final = (".DS_Store", "Thumbs.db", "desktop.ini")  # files of Finder and Explorer
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,7 +105,7 @@ def test_backbone_trains_exports_and_verifies(name: str, case: Any, tmp_path: Pa
 
 @pytest.mark.parametrize("kind", ["linear-svm", "logistic"])
 def test_graph_of_a_linear_classifier_decides_as_scikit_learn(
-    kind: LinearKind, other_case: Any, tmp_path: Path, thin: None
+    kind: LinearKind, other_case: Any, tmp_path: Path, thin: None, few_golden: None
 ) -> None:
     """The reference is scikit-learn's pipeline on the features of all quadrants of all splits, with three classes."""
     recipe = load_run(other_case.run).recipe.replace(weights=(other_case.run / "best.safetensors").as_posix())
@@ -127,7 +127,7 @@ def test_graph_of_a_linear_classifier_decides_as_scikit_learn(
     assert manifest["training"]["fit"] == run.info["fit"] and manifest["training"]["fit"]["kind"] == kind
 
 
-def test_manifest_describes_the_teacher_without_paths(case: Any, tmp_path: Path, thin: None) -> None:
+def test_manifest_describes_the_teacher_without_paths(case: Any, tmp_path: Path, thin: None, few_golden: None) -> None:
     recipe = load_run(case.run).recipe.replace(input_size=32, epochs=1)
     fit(case.data, tmp_path / "run", recipe, device="cpu", resume=False, reporter=Silent(), teacher=case.run)
     export_run(tmp_path / "run", tmp_path / "bundle")
