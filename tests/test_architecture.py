@@ -1,4 +1,4 @@
-"""The house as a whole: who may import whom, what an import costs, and what the package shows to the outside."""
+"""The packages as a whole: layers, sizes, docstrings, import cost, and the public names."""
 
 from __future__ import annotations
 
@@ -20,6 +20,15 @@ PACKAGES = {
     "echoquad_export": ROOT / "export" / "echoquad_export",
 }
 
+MOST_MODULES = 12
+"""In a folder."""
+
+MOST_LINES = 450
+"""In a module."""
+
+DIALECT = {"Give", "Gives", "Have", "Hear", "Let", "Say", "Tell"}
+"""First words of docstrings for which "Return" or another standard verb stands."""
+
 
 def python(code: str, *options: str) -> str:
     ended = subprocess.run(
@@ -30,9 +39,10 @@ def python(code: str, *options: str) -> str:
     return ended.stdout
 
 
-def test_the_arrows_point_one_way() -> None:
+def test_import_contracts_hold() -> None:
+    """Run the command of `make lint`: layers of every package, no cycle, and no new module outside a layer."""
     pytest.importorskip("importlinter")
-    # The command that `make lint` runs. Its cache is a folder in the checkout, which a test leaves as it is.
+    # --no-cache: the cache is a folder in the checkout, and a test leaves no file behind.
     code = "import sys; from importlinter.cli import lint_imports_command; sys.argv[1:] = ['--no-cache'];"
     ended = subprocess.run(
         [sys.executable, "-c", f"{code} lint_imports_command()"],
@@ -45,15 +55,39 @@ def test_the_arrows_point_one_way() -> None:
     assert "0 broken" in ended.stdout
 
 
+def folders() -> list[Path]:
+    return sorted({path.parent for folder in PACKAGES.values() for path in folder.rglob("*.py")})
+
+
+@pytest.mark.parametrize("folder", folders(), ids=lambda folder: folder.relative_to(ROOT).as_posix())
+def test_folder_is_small_and_says_what_belongs_in_it(folder: Path) -> None:
+    names = {path.name for path in folder.glob("*.py")}
+    assert "__init__.py" in names
+    assert len(names - {"__init__.py", "__main__.py", "_version.py"}) <= MOST_MODULES
+    docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text("utf-8")))
+    assert docstring and docstring.splitlines()[0].endswith(".")
+
+
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_package_alone_imports_nearly_nothing(package: str) -> None:
+def test_modules_are_short_and_their_docstrings_begin_with_standard_verbs(package: str) -> None:
+    for path in PACKAGES[package].rglob("*.py"):
+        text = path.read_text("utf-8")
+        assert text.count("\n") <= MOST_LINES, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                first = (ast.get_docstring(node) or "Return").split(maxsplit=1)[0]
+                assert first not in DIALECT, f"{path}:{node.lineno}: {first}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_package_alone_imports_nearly_nothing(package: str) -> None:
     code = f"import sys; before = set(sys.modules); import {package}; print(*sorted(set(sys.modules) - before))"
     imported = python(code, "-W", "error").split()
     others = {name.partition(".")[0] for name in imported} - set(PACKAGES) - set(sys.stdlib_module_names)
     assert others == set()
 
 
-def test_every_module_of_the_runtime_and_the_command_line_imports_without_a_warning() -> None:
+def test_runtime_and_cli_modules_import_without_warnings_and_without_torch() -> None:
     names = [*modules("echoquad_runtime"), *modules("echoquad")]
     code = f"import importlib, sys; [importlib.import_module(name) for name in {names}]; print(*sys.modules)"
     imported = {name.partition(".")[0] for name in python(code, "-W", "error").split()}
@@ -71,11 +105,11 @@ def modules(package: str) -> list[str]:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_every_package_is_typed(package: str) -> None:
+def test_package_is_typed(package: str) -> None:
     assert (PACKAGES[package] / "py.typed").is_file()
 
 
-def test_the_package_shows_these_names_and_no_other() -> None:
+def test_public_names_are_exactly_these() -> None:
     assert echoquad.__all__ == [
         "Bundle",
         "Contract",
@@ -92,7 +126,7 @@ def test_the_package_shows_these_names_and_no_other() -> None:
     assert not hasattr(echoquad, "Oracle")
 
 
-def test_the_predictor_is_a_line_away() -> None:
+def test_importing_the_predictor_imports_no_training_package() -> None:
     imported = python("import sys; from echoquad import Predictor, verify; print(Predictor.__name__, *sys.modules)")
     assert imported.startswith("Predictor ")
     unwanted = {"torch", "onnx", "matplotlib", "typer", "rich", "ray", "pyarrow", "pandas"}
@@ -100,7 +134,7 @@ def test_the_predictor_is_a_line_away() -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_what_a_module_exports_it_has(package: str) -> None:
+def test_module_defines_what_it_exports(package: str) -> None:
     """Hold every ``__all__`` against its module's text: sorted, and each name defined there (nothing is imported)."""
     for name in modules(package):
         path = PACKAGES[package].joinpath(*name.split(".")[1:])
@@ -122,7 +156,7 @@ def test_what_a_module_exports_it_has(package: str) -> None:
         assert len(set(exported)) == len(exported), file
 
 
-def test_the_version_is_the_distributions() -> None:
+def test_version_is_that_of_the_distribution() -> None:
     from importlib import metadata
 
     assert metadata.version("echoquad") == echoquad.__version__

@@ -50,4 +50,4 @@ def test_batch_size_does_not_change_metrics(
 def test_validation_on_cuda_equals_cpu(trained: Any, thin: None) -> None:
     found, expected = (judged(trained.folder, trained.data, where) for where in (CUDA, CPU))
     assert found.loss == pytest.approx(expected.loss, rel=1e-4)
-    assert found.quadrants == expected.quadrants and found.frame_accuracy == expected.frame_accuracy
+    assert found.quadrant_accuracies == expected.quadrant_accuracies and found.frame_accuracy == expected.frame_accuracy
