@@ -1,13 +1,13 @@
-"""What tests of every package share: synthetic frames, and a real bundle that is small enough to make in a blink."""
+"""Fixtures for the tests of every package: synthetic frames, and a real bundle that takes milliseconds to build."""
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime looks at it when it is imported
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime reads it when it is imported
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # torch takes as many threads as there are cores, in each of the processes that share them: threads that wait for
-    # each other at small networks cost more than they bring. torch looks at it when it is imported.
+    # Each test process would start as many torch threads as there are cores, which is slower for small networks. torch
+    # reads the variable when it is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hashlib
@@ -35,7 +35,7 @@ from echoquad_runtime.bundle.onnx_header import CAM, CONTRACT_HASH_KEY, CONTRACT
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
 
-# The same examples in every run, and no clock: a busy machine is no fault of the code.
+# The same examples in every run, and no deadline: a busy machine must not fail a test.
 settings.register_profile("echoquad", derandomize=True, deadline=None)
 settings.load_profile("echoquad")
 
@@ -50,12 +50,12 @@ FILTERS = 6
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_tuning_of_the_developer(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _isolated_config_and_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["ECHOQUAD_CONFIG_DIR"] = str(tmp_path_factory.mktemp("config"))
     os.environ["ECHOQUAD_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
 
 
-# ---------------------------------------------------------------------------------------------- frames
+# Frames
 
 
 def draw_frame(seed: int, height: int = 60, width: int = 80) -> Grey:
@@ -70,13 +70,13 @@ def draw_frame(seed: int, height: int = 60, width: int = 80) -> Grey:
 
 @pytest.fixture(scope="session")
 def make_frame() -> Callable[..., Grey]:
-    """Give `draw_frame(seed, height=60, width=80)`: a synthetic grey frame, other seeds other decisions."""
+    """Return `draw_frame(seed, height=60, width=80)`, which draws a synthetic grey frame."""
     return draw_frame
 
 
 @pytest.fixture
 def frames_folder(tmp_path: Path) -> Path:
-    """Give a folder of six frames that the tiny bundle can judge, in two subfolders, as PNG, JPEG, BMP and TIFF."""
+    """Return a folder with six readable frames in two subfolders, as PNG, JPEG, BMP and TIFF."""
     folder = tmp_path / "frames"
     for index, name in enumerate(["a/0.png", "a/1.jpg", "a/2.bmp", "b/3.tif", "b/4.PNG", "b/5.png"]):
         path = folder / name
@@ -85,7 +85,7 @@ def frames_folder(tmp_path: Path) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------------------------------- a tiny network
+# A tiny network
 
 
 @dataclass(frozen=True)
@@ -289,17 +289,17 @@ def build_tiny_bundle(
 
 @pytest.fixture(scope="session")
 def make_tiny_bundle() -> MakeTinyBundle:
-    """Give `build_tiny_bundle(folder, **changes)`: a bundle with something other about it, or wrong with it."""
+    """Return `build_tiny_bundle(folder, **changes)`, which builds a bundle with changed or faulty parts."""
     return build_tiny_bundle
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a whole bundle of classes ASD and NORM, input size 32, precision fp32. Shared: a test must not change it."""
+    """Return a valid fp32 bundle with classes ASD and NORM and input size 32. Shared: tests must not change it."""
     return build_tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
 
 
 @pytest.fixture(scope="session")
 def make_tiny_graph() -> Callable[..., bytes]:
-    """Give `tiny_graph(contract, **options)`: the bytes of the bundle's network."""
+    """Return `tiny_graph(contract, **options)`, which returns the bytes of the bundle's network."""
     return tiny_graph
