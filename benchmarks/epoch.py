@@ -137,7 +137,7 @@ def echoquad_batches(split: Split, recipe: Recipe, contract: Contract, where: to
         generator = torch.Generator().manual_seed(round_)
         chosen = list(draw_batches(store, recipe, generator))
         for batch in loader.epoch(chosen, epoch_generator(where, generator, round_)):
-            yield apply_augmentation(batch.quadrants, recipe, batch.draws, batch.places), batch.labels
+            yield apply_augmentation(batch.quadrants, recipe, batch.draws, batch.positions), batch.labels
 
     return batches
 
