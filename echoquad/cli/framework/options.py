@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 import typer
 
 from echoquad_runtime.contract import VoteMethod
+from echoquad_runtime.frames.formats import Flip as FlipName
 
 if TYPE_CHECKING:
     from echoquad_runtime.frames.formats import ReadOptions
@@ -47,7 +48,6 @@ MAX_FRAMES: Final = 256
 DeviceName = Literal["auto", "cpu", "cuda", "openvino"]
 TorchDeviceName = Literal["auto", "cpu", "cuda"]
 MethodName = VoteMethod
-FlipName = Literal["none", "vertical", "horizontal", "both"]
 
 _AUTO = "auto takes CUDA if it works, reports why if it does not"
 _BATCH = "Frames per batch, each of four quadrants"

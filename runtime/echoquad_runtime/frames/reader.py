@@ -135,9 +135,8 @@ def load_grey_and_flags(file: FrameFile) -> tuple[Grey, tuple[str, ...]]:
     FrameError
         A subclass: the file cannot be read, is not a frame, is damaged or too large, or no rule covers its pixels.
     """
-    if (data := _read_image_file(file)) is not None:
-        return decode_grey_and_flags(data)
-    return _grey_and_flags(_decode(file))
+    content = _read(file)
+    return decode_grey_and_flags(content) if isinstance(content, bytes) else _grey_and_flags(content)
 
 
 def load_grey(file: FrameFile) -> Grey:
@@ -148,9 +147,8 @@ def load_grey(file: FrameFile) -> Grey:
     FrameError
         As `load_grey_and_flags`.
     """
-    if (data := _read_image_file(file)) is not None:
-        return decode_grey(data)
-    return _decode(file).grey()
+    content = _read(file)
+    return decode_grey(content) if isinstance(content, bytes) else content.grey()
 
 
 def load_image(file: FrameFile) -> Image.Image:
@@ -161,9 +159,10 @@ def load_image(file: FrameFile) -> Image.Image:
     FrameError
         As `load_grey_and_flags`.
     """
-    if (data := _read_image_file(file)) is not None:
-        return decode_in_memory(data).image() if _is_dicom_or_npy(data) else image_files.decode_image(data)
-    return _decode(file).image()
+    content = _read(file)
+    if not isinstance(content, bytes):
+        return content.image()
+    return decode_in_memory(content).image() if _is_dicom_or_npy(content) else image_files.decode_image(content)
 
 
 def read_grey(path: Path) -> Grey:
@@ -238,23 +237,19 @@ def _grey_and_flags(frame: DecodedFrame) -> tuple[Grey, tuple[str, ...]]:
     return grey, (*frame.flags, COLOUR) if frame.is_coloured() else frame.flags
 
 
-def _read_image_file(file: FrameFile) -> bytes | None:
-    """Return the bytes of an image file; None if it has another format."""
-    if file.frame is not None:
-        return None
-    if file.path.suffix.lower() not in IMAGE_EXTENSIONS and _detect(file.path) != "image":
-        return None
-    return read_bytes(file.path)
-
-
-def _decode(file: FrameFile) -> DecodedFrame:
+def _read(file: FrameFile) -> bytes | DecodedFrame:
+    """Return the bytes of an image file, which is most often recognised by its name alone, or the decoded frame."""
+    if file.frame is None and file.path.suffix.lower() in IMAGE_EXTENSIONS:
+        return read_bytes(file.path)
     file_format = _detect(file.path)
+    if file_format == "image":
+        if file.frame is not None:
+            raise FrameFormatError("'#N' selects a frame of a multi-frame file; this file holds a single image")
+        return read_bytes(file.path)
     if file_format == "matrix" and not _is_npy(file.path):
         from echoquad_runtime.frames.matrix import decode_text
 
         return decode_text(read_bytes(file.path), file.flip)
-    if file_format == "image":
-        raise FrameFormatError("'#N' selects a frame of a multi-frame file; this file holds a single image")
     source = _open_source(file.path, file_format)
     if source.multi_frame and file.frame is None:
         raise FrameFormatError(
