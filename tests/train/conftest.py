@@ -22,6 +22,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from echoquad_runtime.contract import Contract
 from echoquad_train.curation.leaks import Leaks
 from echoquad_train.data.dataset import Split
 from echoquad_train.fitting.loop import FitResult, fit
@@ -188,3 +189,25 @@ def trained(tmp_path_factory: pytest.TempPathFactory, flat_data: Path) -> Traine
     with thin_backbones():
         fitted = fit(flat_data, folder, TINY, device="cpu", resume=False, reporter=reporter)
     return Trained(flat_data, folder, TINY, fitted, reporter)
+
+
+class Brightness:
+    """An engine whose probability of `bright` is the brightness of a quadrant."""
+
+    device, precision = "cpu", "fp32"
+
+    def __init__(self, contract: Contract) -> None:
+        self.contract = contract
+
+    def infer(self, quadrants: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        bright = quadrants.mean(axis=(1, 2, 3), dtype=np.float32)[:, None] / 255
+        p = np.concatenate(
+            [bright, *[(1 - bright) / (len(self.contract.classes) - 1)] * (len(self.contract.classes) - 1)], 1
+        )
+        return np.log(p + 1e-6), p
+
+
+@pytest.fixture
+def brightness_engine() -> type[Brightness]:
+    """Return an engine whose answers are known; call it with a contract."""
+    return Brightness

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from echoquad_runtime.devices import cuda_probe as cuda
 from echoquad_runtime.devices import execution_providers as providers
 from echoquad_runtime.devices import onnxruntime_loader as wheels
 from echoquad_runtime.devices.execution_providers import CPU_PROVIDER, CUDA_PROVIDER, PROBE_MODEL, probe_provider
@@ -16,18 +15,6 @@ if not wheels.installed_wheels():
     pytest.skip("onnxruntime is not installed", allow_module_level=True)
 
 FRAME = np.arange(4, dtype=np.float32).reshape(1, 1, 2, 2)
-
-
-@pytest.fixture(scope="module")
-def unavailable_reason() -> str | None:
-    return cuda.cuda_unavailable_reason()
-
-
-@pytest.fixture
-def no_cuda(unavailable_reason: str | None) -> str:
-    if unavailable_reason is None:
-        pytest.skip("CUDA works here")
-    return unavailable_reason
 
 
 def test_probe_model_computes_a_convolution() -> None:

@@ -22,18 +22,6 @@ FRAME = np.arange(4, dtype=np.float32).reshape(1, 1, 2, 2)
 BROKEN = [b"", b"garbage", PROBE_MODEL[:50]]
 
 
-@pytest.fixture(scope="module")
-def unavailable_reason() -> str | None:
-    return cuda.cuda_unavailable_reason()
-
-
-@pytest.fixture
-def no_cuda(unavailable_reason: str | None) -> str:
-    if unavailable_reason is None:
-        pytest.skip("CUDA works here")
-    return unavailable_reason
-
-
 def pretend_to_list_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the real onnxruntime list CUDA, as the GPU wheel does on every machine."""
     ort = wheels.load_onnxruntime()

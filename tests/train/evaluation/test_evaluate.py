@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 
 from echoquad_runtime.contract import QUADRANTS, Contract
@@ -15,25 +15,9 @@ from echoquad_train.data.dataset import read_split
 from echoquad_train.evaluation.evaluate import evaluate
 
 
-class Brightness:
-    """An engine whose probability of `bright` is the brightness of a quadrant."""
-
-    device, precision = "cpu", "fp32"
-
-    def __init__(self, contract: Contract) -> None:
-        self.contract = contract
-
-    def infer(self, quadrants: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        bright = quadrants.mean(axis=(1, 2, 3), dtype=np.float32)[:, None] / 255
-        p = np.concatenate(
-            [bright, *[(1 - bright) / (len(self.contract.classes) - 1)] * (len(self.contract.classes) - 1)], 1
-        )
-        return np.log(p + 1e-6), p
-
-
 @pytest.fixture
-def predictor() -> Predictor:
-    return Predictor(Brightness(Contract(("bright", "dark"), input_size=16)), batch_size=3)
+def predictor(brightness_engine: Callable[[Contract], Any]) -> Predictor:
+    return Predictor(brightness_engine(Contract(("bright", "dark"), input_size=16)), batch_size=3)
 
 
 KEYS = {

@@ -6,8 +6,8 @@ import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -19,22 +19,6 @@ from echoquad_train.evaluation.evaluate import evaluate
 from echoquad_train.reporting.evaluation_folder import write_evaluation
 
 
-class Brightness:
-    """An engine whose probability of `bright` is the brightness of a quadrant."""
-
-    device, precision = "cpu", "fp32"
-
-    def __init__(self, contract: Contract) -> None:
-        self.contract = contract
-
-    def infer(self, quadrants: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        bright = quadrants.mean(axis=(1, 2, 3), dtype=np.float32)[:, None] / 255
-        p = np.concatenate(
-            [bright, *[(1 - bright) / (len(self.contract.classes) - 1)] * (len(self.contract.classes) - 1)], 1
-        )
-        return np.log(p + 1e-6), p
-
-
 def png_size(path: Path) -> tuple[int, int]:
     with Image.open(path) as image:
         image.load()
@@ -44,11 +28,14 @@ def png_size(path: Path) -> tuple[int, int]:
 
 @pytest.mark.parametrize("classes", [("bright", "dark"), ("bright", "心房", "zz$x_{$")])
 def test_write_evaluation_writes_every_file(
-    tmp_path: Path, make_data: Callable[..., Path], classes: tuple[str, ...]
+    tmp_path: Path,
+    make_data: Callable[..., Path],
+    brightness_engine: Callable[[Contract], Any],
+    classes: tuple[str, ...],
 ) -> None:
     data = make_data(tmp_path / "data", classes, splits=("test",))
     ordered = tuple(sorted(classes))
-    found = evaluate(Predictor(Brightness(Contract(ordered, input_size=16))), read_split(data, "test", ordered))
+    found = evaluate(Predictor(brightness_engine(Contract(ordered, input_size=16))), read_split(data, "test", ordered))
     paths = write_evaluation(found, tmp_path / "new" / "out")
     assert [path.name for path in paths] == [
         *["metrics.json", "predictions.csv", "confusion.png", "roc.png", "precision_recall.png", "reliability.png"],
