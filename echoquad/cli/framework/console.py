@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
     from echoquad_runtime.frames.frame_file import Failure
+    from echoquad_runtime.storage.system_files import SkippedEntries
 
 __all__ = [
     "EXIT_PARTIAL",
@@ -31,6 +32,7 @@ __all__ = [
     "print_failure",
     "print_failures",
     "print_result",
+    "print_skipped",
     "print_status",
     "save_json",
 ]
@@ -102,6 +104,12 @@ def print_failures(failures: Sequence[Failure], done: int) -> int:
     if not failures:
         return 0
     return EXIT_PARTIAL if done else failures[0].error.exit_code
+
+
+def print_skipped(skipped: SkippedEntries) -> None:
+    """Print how many hidden and system entries a walk skipped, if there are any."""
+    if skipped.total:
+        print_status(skipped.summary)
 
 
 def save_json(path: Path | None, content: Any) -> None:

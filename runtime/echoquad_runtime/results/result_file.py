@@ -241,6 +241,11 @@ class ResultFile:
         with source.open("rb") as stream:
             reader = RowReader(stream, self._layout, run=(method, device, precision))
             for row in reader:
+                if ".." in row.name.split("/"):  # as named before `..` was resolved: the frame would get a second row
+                    raise ResultError(
+                        f"{source.as_posix()}: a row has a name with '..', from an earlier version of EchoQuad; names "
+                        "are without it now, so it cannot be resumed; name another --out"
+                    )
                 self._names.add(row.name)
                 self.existing_rows += 1
             self.torn_bytes = os.fstat(stream.fileno()).st_size - reader.complete_bytes

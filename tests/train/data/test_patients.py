@@ -22,7 +22,7 @@ from echoquad_train.data.patients import patient_of, patient_pattern, patients_o
         ("a/NORMS-39.png", "a/NORMS"),
         ("NORM_2_17.png", "NORM_2"),
         ("exam7/001.png", "exam7"),
-        ("exam7/img-001.png", "exam7/img"),
+        ("exam7/img-001.png", "exam7"),
         ("clip.dcm#12", "clip.dcm"),
         ("ASD3-7.avi#12", "ASD3"),
         ("frame.png", None),

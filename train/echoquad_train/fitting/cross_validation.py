@@ -58,7 +58,7 @@ FIGURES: Final = ("accuracy", "balanced_accuracy", "roc_auc", "patch_accuracy")
 
 @dataclass(frozen=True, slots=True)
 class FoldSettings:
-    """The number of folds, and the regular expression that extracts the patient (None: the rule of `patient_of`)."""
+    """The number of folds, and the regular expression that extracts the patient (None: the rule of `read_patient`)."""
 
     folds: int
     patient_regex: str | None = None

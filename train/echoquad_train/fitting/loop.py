@@ -137,8 +137,8 @@ def fit(
     reading
         How to read the data's files.
     patient_regex
-        Extracts the patient from a frame's name; see `echoquad_train.data.patients.patient_of`. A resumed run defaults
-        to the saved one.
+        Extracts the patient from a frame's name; see `echoquad_train.data.patients.read_patient`. A resumed run
+        defaults to the saved one.
     splits
         Train and validate on these instead of on `data`'s own splits; of the same classes.
     extra_metadata
