@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ __all__ = [
     "STDOUT",
     "Progress",
     "describe_failure",
+    "format_command",
     "format_table",
     "log_to_stderr",
     "mute",
@@ -125,6 +127,17 @@ def save_json(path: Path | None, content: Any) -> None:
 
         write_json(path, content)
         print_status(f"wrote {path.as_posix()}")
+
+
+def format_command(*words: str) -> str:
+    """Return ``echoquad WORDS...`` as a line that can be pasted into a shell: words with spaces or signs are quoted."""
+    if os.name == "nt":
+        import subprocess
+
+        return subprocess.list2cmdline(["echoquad", *words])
+    import shlex
+
+    return shlex.join(["echoquad", *words])
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

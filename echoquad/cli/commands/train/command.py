@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from echoquad.cli.commands.train.training_progress import TrainingProgress, describe_calibration
-from echoquad.cli.framework.console import mute, print_failures, print_skipped, print_status
+from echoquad.cli.framework.console import format_command, mute, print_failures, print_skipped, print_status
 from echoquad.cli.framework.extras import missing_extra, require_extra
 from echoquad.cli.framework.options import Every, Flip, FlipName, Matrices, PatientRegex, TorchDevice, read_options
 
@@ -195,7 +195,7 @@ def train(
     )
     if fitted.calibration:
         print_status(describe_calibration(fitted.calibration))
-    print_status(f"next: echoquad export {out.as_posix()} --out BUNDLE")
+    print_status(f"next: {format_command('export', out.as_posix(), '--out', 'BUNDLE')}")
     raise typer.Exit(print_failures(fitted.failures, done=1))
 
 
