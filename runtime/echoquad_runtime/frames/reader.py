@@ -40,6 +40,7 @@ __all__ = [
     "load_grey_and_flags",
     "load_image",
     "load_quadrants",
+    "pixel_format",
     "read_grey",
     "read_grey_and_flags",
 ]
@@ -212,6 +213,18 @@ def decode_quadrants(data: bytes, contract: Contract, out: Grey, *, time_limit: 
         As `read_grey` and `echoquad_runtime.quadrants.frame_quadrants`.
     """
     return _to_quadrants(_open_bytes(data), contract, out, time_limit)
+
+
+def pixel_format(data: bytes) -> str:
+    """Return Pillow's format and mode of the bytes of an image file; ``PNG L`` is an 8-bit grey PNG.
+
+    Raises
+    ------
+    FrameError
+        If a reader process cannot tell.
+    """
+    content = _open_bytes(data)
+    return content.ask("pixel_format").pixel_format if isinstance(content, _Isolated) else sources.pixel_format(content)
 
 
 # ---------------------------------------------------------------------------------------------- where a file is read

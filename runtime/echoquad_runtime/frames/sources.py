@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import FrameFormatError
@@ -27,8 +28,6 @@ from echoquad_runtime.frames.quality_flags import COLOUR, quality_flags
 from echoquad_runtime.quadrants import Grey, frame_quadrants
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from echoquad_runtime.frames.decoded_frame import DecodedFrame
 
 __all__ = [
@@ -41,6 +40,7 @@ __all__ = [
     "cut_quadrants",
     "decode_in_memory",
     "is_single_frame_format",
+    "pixel_format",
     "read_content",
     "to_grey",
     "to_grey_and_flags",
@@ -182,6 +182,15 @@ def decode_in_memory(data: bytes) -> DecodedFrame:
 
 def _is_npy(path: Path) -> bool:
     return path.suffix.lower() == ".npy" or read_head(path).startswith(NPY_SIGNATURE)
+
+
+def pixel_format(data: bytes) -> str:
+    """Return Pillow's format and mode of an image file; ``PNG L`` is an 8-bit grey PNG."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return f"{image.format} {image.mode}"
+    except OSError:  # a format that is read here and that Pillow does not know
+        return "other"
 
 
 # ---------------------------------------------------------------------------------------------- pixels

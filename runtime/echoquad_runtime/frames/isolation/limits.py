@@ -22,13 +22,24 @@ from typing import Final
 
 from echoquad_runtime.errors import FrameTimeoutError
 
-__all__ = ["MEMORY_LIMIT", "TIME_LIMIT", "missing_limits", "renew_cpu_limit", "set_limits", "timeout_error"]
+__all__ = [
+    "MAX_MESSAGE",
+    "MEMORY_LIMIT",
+    "TIME_LIMIT",
+    "missing_limits",
+    "renew_cpu_limit",
+    "set_limits",
+    "timeout_error",
+]
 
 TIME_LIMIT: Final = 60.0
 """Default seconds for reading and decoding a frame."""
 
 MEMORY_LIMIT: Final = 2 << 30
 """Bytes of address space that a reader process may take beyond those that it has when it starts."""
+
+MAX_MESSAGE: Final = 1000
+"""Characters of an error message that a reader process sends."""
 
 _OPEN_FILES: Final = 256
 _TYPICAL_START_BYTES: Final = 512 << 20  # where the system does not tell: the interpreter, numpy and Pillow

@@ -26,15 +26,15 @@ import numpy.typing as npt
 from echoquad_runtime import errors
 from echoquad_runtime.errors import FrameError
 from echoquad_runtime.frames.formats import MAX_FRAMES, MAX_PIXELS, Flip
+from echoquad_runtime.frames.isolation.limits import MAX_MESSAGE
 from echoquad_runtime.frames.sources import Flags, FrameCounts
 
 __all__ = ["Answer", "AnswerStream", "MalformedAnswerError", "Operation", "Request"]
 
-Operation = Literal["count", "grey", "grey_and_flags", "quadrants", "image"]
-"""What to do with a file: count its frames, or decode one: to grey, to quadrants, or to a picture."""
+Operation = Literal["count", "grey", "grey_and_flags", "image", "pixel_format", "quadrants"]
+"""What to do with a file: count its frames; name its pixel format; or decode one to grey, quadrants or a picture."""
 
 _MAX_LINE: Final = 1 << 16
-_MAX_MESSAGE: Final = 1000
 _MAX_LEVELS: Final = 3 * MAX_PIXELS
 _READ_BYTES: Final = 1 << 20
 
@@ -95,6 +95,8 @@ class Answer:
         The frame's flags.
     counts
         The numbers of frames; None if they were not counted.
+    pixel_format
+        The pixel format; empty if it was not asked for.
     error
         The error that the file caused, if any.
     out_of_memory
@@ -104,6 +106,7 @@ class Answer:
     levels: npt.NDArray[np.uint8] | None = None
     flags: Flags = ()
     counts: FrameCounts | None = None
+    pixel_format: str = ""
     error: FrameError | None = None
     out_of_memory: bool = False
 
@@ -178,10 +181,12 @@ class AnswerStream:
         match self._read_line():
             case {"error": MemoryError.__name__}:
                 return Answer(out_of_memory=True)
-            case {"error": str(name), "message": str(text)} if text.isprintable() and len(text) <= _MAX_MESSAGE:
+            case {"error": str(name), "message": str(text)} if text.isprintable() and len(text) <= MAX_MESSAGE:
                 return Answer(error=_ERRORS.get(name, FrameError)(text))
             case {"counts": [bool(several), int(present), int(stated)]} if 0 <= present <= MAX_FRAMES:
                 return Answer(counts=FrameCounts(several, present, stated))
+            case {"pixel_format": str(text)} if text.isprintable() and len(text) <= MAX_MESSAGE:
+                return Answer(pixel_format=text)
             case {"shape": [*shape], "flags": [*flags]} if all(isinstance(flag, str) for flag in flags):
                 return Answer(self._read_levels(shape), tuple(flags))
         raise MalformedAnswerError

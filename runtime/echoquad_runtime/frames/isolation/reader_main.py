@@ -30,6 +30,7 @@ from echoquad_runtime.frames.file_access import read_head
 from echoquad_runtime.frames.formats import detect_format
 from echoquad_runtime.frames.frame_file import FrameFile
 from echoquad_runtime.frames.isolation import limits
+from echoquad_runtime.frames.isolation.limits import MAX_MESSAGE
 
 __all__ = ["main"]
 
@@ -62,7 +63,9 @@ def _answer(request: dict[str, Any], data: bytes | None) -> tuple[dict[str, Any]
     try:
         return _perform(request, data)
     except FrameError as error:
-        return {"error": type(error).__name__, "message": str(error)}, None
+        # The parent refuses other characters, which may be in the name of the file.
+        message = "".join(character if character.isprintable() else "?" for character in str(error))
+        return {"error": type(error).__name__, "message": message[:MAX_MESSAGE]}, None
     except MemoryError:
         return {"error": MemoryError.__name__, "message": ""}, None
     except Exception as error:  # its text may quote a patient's name
@@ -75,6 +78,8 @@ def _perform(request: dict[str, Any], data: bytes | None) -> tuple[dict[str, Any
     if operation == "count":
         path = Path(request["path"])
         return {"counts": sources.count_frames(path, detect_format(read_head(path), path.suffix))}, None
+    if operation == "pixel_format":
+        return {"pixel_format": sources.pixel_format(data or b"")}, None
     content = data if data is not None else _read(request)
     flags: tuple[str, ...] = ()
     if operation == "image":
