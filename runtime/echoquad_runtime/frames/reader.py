@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.errors import FrameDamagedError, FrameError
+from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameTooLargeError
 from echoquad_runtime.frames import sources
 from echoquad_runtime.frames.file_access import read_bytes
 from echoquad_runtime.frames.formats import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Flip, ReadOptions
@@ -48,6 +49,19 @@ __all__ = [
 _USUALLY_LOCAL: Final = IMAGE_EXTENSIONS - {".tif", ".tiff"}
 
 
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Raise a MemoryError of this process as `FrameTooLargeError`: it costs one file, and not the run."""
+    try:
+        yield
+    except MemoryError:
+        short = True
+    else:
+        short = False
+    if short:  # outside of the handler, so that no traceback keeps the memory
+        raise FrameTooLargeError("there is not enough memory to decode the frame; expected a smaller frame")
+
+
 # ---------------------------------------------------------------------------------------------- frames of a file
 
 
@@ -77,6 +91,7 @@ def frames_in(path: Path, name: str, options: ReadOptions) -> Iterator[FrameFile
         )
 
 
+@_memory_errors()
 def _count_frames(path: Path) -> FrameCounts:
     file_format, isolated = route_file(path)
     if sources.is_single_frame_format(path, file_format):
@@ -259,6 +274,7 @@ class _Isolated:
         return answer.levels, answer.flags
 
 
+@_memory_errors()
 def _open_file(file: FrameFile) -> Content | _Isolated:
     if file.frame is None and file.path.suffix.lower() in _USUALLY_LOCAL:  # most often; read in one go
         return _open_bytes(read_bytes(file.path))
@@ -272,16 +288,19 @@ def _open_bytes(data: bytes) -> bytes | _Isolated:
     return _Isolated(data=data) if route_bytes(data).isolated and can_isolate() else data
 
 
+@_memory_errors()
 def _to_grey_and_flags(content: Content | _Isolated) -> tuple[Grey, Flags]:
     if isinstance(content, _Isolated):
         return content.levels("grey_and_flags", (2,))
     return sources.to_grey_and_flags(content)
 
 
+@_memory_errors()
 def _to_grey(content: Content | _Isolated) -> Grey:
     return content.levels("grey", (2,))[0] if isinstance(content, _Isolated) else sources.to_grey(content)
 
 
+@_memory_errors()
 def _to_image(content: Content | _Isolated) -> Image.Image:
     if not isinstance(content, _Isolated):
         return sources.to_image(content)
@@ -290,6 +309,7 @@ def _to_image(content: Content | _Isolated) -> Image.Image:
     return Image.fromarray(content.levels("image", _PICTURE_AXES)[0])
 
 
+@_memory_errors()
 def _to_quadrants(content: Content | _Isolated, contract: Contract, out: Grey, time_limit: float) -> Flags:
     if isinstance(content, _Isolated):
         quadrants, flags = content.levels("quadrants", (4,), _to_json(contract), time_limit)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.errors import FrameError
+from echoquad_runtime.errors import FrameError, FrameTooLargeError
 from echoquad_runtime.frames import reader
 from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
@@ -150,6 +150,22 @@ def test_results_are_those_of_the_calling_thread(name: str, tmp_path: Path, monk
     isolated = read()
     monkeypatch.setattr(reader, "can_isolate", lambda: False)
     assert isolated == read()
+
+
+@pytest.mark.parametrize("function", [name for name in READERS if name not in ("frames_in", "pixel_format")])
+def test_lack_of_memory_in_the_calling_thread_costs_one_file(
+    function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(image("PNG"))
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.Image.open", fail)
+    monkeypatch.setattr("echoquad_runtime.frames.image._open", fail)
+    with pytest.raises(FrameTooLargeError, match="memory"):
+        READERS[function](path)
 
 
 def test_program_without_interpreter_warns_once_and_reads(
