@@ -31,7 +31,8 @@ NAME = "PlantedDoe"
 with contextlib.suppress(ImportError):  # Windows
     import resource
 
-    resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+    # Of this process alone: a larger allocation fails. Reader processes have limits of their own.
+    resource.setrlimit(resource.RLIMIT_AS, (1500 << 20, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 SHIPPED = (
     *("ExplVR_BigEnd.dcm", "examples_palette.dcm", "MR_small_RLE.dcm", "MR_small_implicit.dcm", "SC_rgb_jpeg_gdcm.dcm"),

@@ -25,6 +25,7 @@ __all__ = [
     "MAX_FRAMES",
     "MAX_PIXELS",
     "NPY_SIGNATURE",
+    "TIFF_SIGNATURES",
     "VIDEO_EXTENSIONS",
     "FileFormat",
     "Flip",
@@ -54,6 +55,7 @@ HEAD_BYTES: Final = 132
 
 NPY_SIGNATURE: Final = b"\x93NUMPY"
 MATROSKA_SIGNATURE: Final = b"\x1aE\xdf\xa3"
+TIFF_SIGNATURES: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _MP4_BOXES: Final = (b"ftyp", b"moov", b"mdat", b"wide")
 
 Flip = Literal["none", "vertical", "horizontal", "both"]
