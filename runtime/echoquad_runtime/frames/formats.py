@@ -54,9 +54,11 @@ HEAD_BYTES: Final = 132
 
 NPY_SIGNATURE: Final = b"\x93NUMPY"
 MATROSKA_SIGNATURE: Final = b"\x1aE\xdf\xa3"
+_FIRST_VRS: Final = rb"(?:AE|CS|DA|LO|OB|PN|SH|ST|TM|UI|UL|UN).."
 _DICOM_ELEMENT: Final = re.compile(
-    rb"(?s:[\x02\x08]\0[\0-\x7f]\0(?:(?:AE|CS|DA|LO|OB|PN|SH|ST|TM|UI|UL|UN)..|[\x02-\x40]\0\0\0))"
-)  # tag, VR and length; or tag and a length of 32 bits
+    rb"(?s)[\x02\x08]\0.\0(?:%s|[\x02-\x40]\0\0\0)"  # little-endian: a tag, then a VR and a length, or a length alone
+    rb"|\0\x08\0.%s" % (_FIRST_VRS, _FIRST_VRS)  # big-endian
+)
 _MP4_BOXES: Final = (b"ftyp", b"moov", b"mdat", b"wide")
 
 Flip = Literal["none", "vertical", "horizontal", "both"]

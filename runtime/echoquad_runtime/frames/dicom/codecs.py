@@ -32,7 +32,7 @@ from PIL import Image
 from echoquad_runtime.errors import FrameDamagedError, FrameExtraError, FrameFormatError
 from echoquad_runtime.frames.dicom.header import Header
 from echoquad_runtime.frames.dicom.jpeg_2000 import CODESTREAM_START, check_codestream
-from echoquad_runtime.frames.dicom.jpeg_markers import SIZE_MISMATCH, check_jpeg_segments
+from echoquad_runtime.frames.dicom.jpeg_markers import SIZE_MISMATCH, checked_jpeg
 from echoquad_runtime.frames.dicom.transfer_syntaxes import (
     JPEG_2000,
     JPEG_BASELINE,
@@ -209,7 +209,7 @@ def _load_openjpeg() -> Any:
 
 def _decode_gdcm(header: Header, data: bytes) -> Samples:
     """Decode a JPEG or JPEG-LS frame, after checking its segments."""
-    precision = check_jpeg_segments(header, data)
+    precision, data = checked_jpeg(header, data)
     bits_allocated, bits_stored, planar = header.bits_allocated, header.bits_stored, header.planar_configuration == 1
     if header.syntax in JPEG_LS:  # GDCM returns as many bits as the frame has, and colours by pixel
         bits_allocated, bits_stored, planar = 8 if precision <= 8 else 16, precision, False
@@ -231,7 +231,9 @@ def _decode_gdcm(header: Header, data: bytes) -> Samples:
     if header.samples_per_pixel > 1:
         image.SetPlanarConfiguration(header.planar_configuration)
     image.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.GetTSType(header.syntax)))
-    bits = bits_allocated, bits_stored, bits_stored - 1
+    # With 16 bits allocated, GDCM would try a decoder of 8 bits first, which complains on stderr.
+    container = bits_allocated if header.syntax not in JPEG_BASELINE else precision
+    bits = container, bits_stored, bits_stored - 1
     image.SetPixelFormat(gdcm.PixelFormat(header.samples_per_pixel, *bits, int(header.signed)))
     # GDCM returns bytes as text.
     decoded = image.GetBuffer().encode("utf-8", "surrogateescape")

@@ -1,8 +1,8 @@
 """Marker segments of JPEG and JPEG-LS frames, checked before GDCM decodes them.
 
-GDCM trusts what it reads: a frame without Huffman tables, or of another size than its header states, ends the process.
-So every segment of a frame is walked, from its start to its end, and whatever contradicts the standards or the DICOM
-header is refused (ITU-T T.81, annex B; ISO/IEC 14495-1, annex C).
+GDCM trusts what it reads: a frame without Huffman tables, or with an odd version of JFIF, ends the process. So every
+segment of a frame is walked, from its start to its end, whatever contradicts the standards or the DICOM header is
+refused (ITU-T T.81, annex B; ISO/IEC 14495-1, annex C), and what decoding does not need is left out.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameFormatEr
 from echoquad_runtime.frames.dicom.header import Header
 from echoquad_runtime.frames.dicom.transfer_syntaxes import JPEG_LOSSLESS, JPEG_LS
 
-__all__ = ["SIZE_MISMATCH", "check_jpeg_segments"]
+__all__ = ["SIZE_MISMATCH", "checked_jpeg"]
 
 SIZE_MISMATCH: Final = "the DICOM frame's size differs from its header's; the file is damaged: copy it again"
 
 _MAX_SEGMENTS: Final = 2_000  # a colour profile may have 255
-_DHT, _SOI, _EOI, _SOS, _DQT, _DNL, _LSE = 0xC4, 0xD8, 0xD9, 0xDA, 0xDB, 0xDC, 0xF8
+_DHT, _SOI, _EOI, _SOS, _DQT, _DNL, _DRI, _LSE = 0xC4, 0xD8, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 0xF8
+_QUANTIZATION: Final = 0x20  # marks the number of a quantization table among those of Huffman tables
 _SOF_EXTENDED, _SOF_LOSSLESS, _SOF_LS = (0xC0, 0xC1), (0xC3,), (0xF7,)
 _START_OF_FRAME: Final = frozenset({*range(0xC0, 0xD0), 0xF7}) - {0xC4, 0xC8, 0xCC}
 _WITHOUT_LENGTH: Final = frozenset({0x01, *range(0xD0, 0xD9)})
@@ -29,8 +30,13 @@ _MARKER_IN_SCAN: Final = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
 _MARKER_IN_LS_SCAN: Final = re.compile(rb"\xff+([\x80-\xfe])")
 
 
-def check_jpeg_segments(header: Header, data: bytes) -> int:
-    """Check all marker segments of a JPEG or JPEG-LS frame, and return its bits per sample.
+def checked_jpeg(header: Header, data: bytes) -> tuple[int, bytes]:
+    """Check all marker segments of a JPEG or JPEG-LS frame.
+
+    Returns
+    -------
+    precision, data
+        Its bits per sample, and the frame without comments and application data, such as thumbnails.
 
     Raises
     ------
@@ -42,7 +48,8 @@ def check_jpeg_segments(header: Header, data: bytes) -> int:
     frame: _Frame | None = None
     tables: set[int] = set()
     sent: list[int] = []
-    for marker, body in _segments(data, lossless_scan=header.syntax in JPEG_LS):
+    kept = [b"\xff\xd8"]
+    for marker, body, segment in _segments(data, ls=header.syntax in JPEG_LS):
         if marker in _START_OF_FRAME:
             if frame is not None:
                 raise _malformed()
@@ -50,18 +57,27 @@ def check_jpeg_segments(header: Header, data: bytes) -> int:
         elif marker == _DHT:
             tables.update(_huffman_tables(body, lossless=header.syntax in JPEG_LOSSLESS))
         elif marker == _DQT:
-            _check_quantization_tables(body)
-        elif marker == _DNL:
-            raise _malformed()
+            tables.update(_quantization_tables(body))
         elif marker == _LSE:
             _check_ls_parameters(header, frame, body)
         elif marker == _SOS:
             if frame is None:
                 raise _malformed()
             sent += frame.scan_components(body, tables)
+        elif marker == _DNL or (marker == _DRI and len(body) != 2):
+            raise _malformed()
+        elif marker != _DRI and not _is_colour_transformation(marker, body):
+            continue
+        kept.append(segment)
     if frame is None or sorted(sent) != sorted(frame.components):
         raise _malformed()
-    return frame.precision
+    return frame.precision, b"".join([*kept, b"\xff\xd9"])
+
+
+def _is_colour_transformation(marker: int, body: bytes) -> bool:
+    """Return whether application data are those of Adobe, or of HP for JPEG-LS, which name a colour space."""
+    adobe = marker == 0xEE and len(body) == 12 and body[:5] == b"Adobe" and body[-1] <= 2
+    return adobe or (marker == 0xE8 and len(body) == 5 and body[:4] == b"mrfx" and body[-1] <= 3)
 
 
 class _Frame:
@@ -84,11 +100,13 @@ class _Frame:
                 "the DICOM frame's bits per sample differ from its header's; the file is damaged: copy it again"
             )
         self.components = list(body[6::3])
+        self.quantization = set(body[8::3])
         sampling = body[7::3]
         if len(body) != 6 + 3 * body[5] or len(set(self.components)) != len(self.components):
             raise _malformed()
         # Without loss, components are not subsampled. Factors go to 4 (T.81, B.2.2).
-        if not all(factor == 0x11 if lossless or ls else factor & 0x0F in (1, 2, 4) for factor in sampling):
+        factors = (1,) if lossless or ls else (1, 2, 3, 4)
+        if not all(factor >> 4 in factors and factor & 0x0F in factors for factor in sampling):
             raise _malformed()
 
     def scan_components(self, body: bytes, tables: set[int]) -> list[int]:
@@ -111,6 +129,7 @@ class _Frame:
         else:
             # Some writers leave the spectral selection of a sequential scan zero; libjpeg ignores it.
             valid = all(selector >> 4 in tables and 0x10 | selector & 0x0F in tables for selector in selectors)
+            valid = valid and {_QUANTIZATION | number for number in self.quantization} <= tables
         if not valid:
             raise _malformed()
         return components
@@ -136,11 +155,13 @@ def _huffman_tables(body: bytes, *, lossless: bool) -> Iterator[int]:
         at += 17 + used
 
 
-def _check_quantization_tables(body: bytes) -> None:
+def _quantization_tables(body: bytes) -> Iterator[int]:
+    """Yield the number of each quantization table, marked as `_QUANTIZATION`."""
     at = 0
     while at < len(body):
         if body[at] >> 4 > 1 or body[at] & 0x0F > 3:
             raise _malformed()
+        yield _QUANTIZATION | body[at] & 0x0F
         at += 1 + 64 * (1 + (body[at] >> 4))
     if at != len(body):
         raise _malformed()
@@ -164,11 +185,11 @@ def _check_ls_parameters(header: Header, frame: _Frame | None, body: bytes) -> N
         raise _malformed()
 
 
-def _segments(data: bytes, *, lossless_scan: bool) -> Iterator[tuple[int, bytes]]:
-    """Yield each segment's marker and content, to the end of the image."""
+def _segments(data: bytes, *, ls: bool) -> Iterator[tuple[int, bytes, bytes]]:
+    """Yield each segment's marker, its content, and all of it, with the scan that follows; to the end of the image."""
     if data[:2] != b"\xff\xd8":
         raise _malformed()
-    in_scan = _MARKER_IN_LS_SCAN if lossless_scan else _MARKER_IN_SCAN
+    in_scan = _MARKER_IN_LS_SCAN if ls else _MARKER_IN_SCAN
     position = 2
     for _ in range(_MAX_SEGMENTS):
         start = position
@@ -185,15 +206,16 @@ def _segments(data: bytes, *, lossless_scan: bool) -> Iterator[tuple[int, bytes]
         end = position + int.from_bytes(data[position : position + 2], "big")
         if not position + 2 <= end <= len(data):
             break
-        yield marker, data[position + 2 : end]
-        position = end
+        body = data[position + 2 : end]
         if marker == _SOS:
-            match = in_scan.search(data, position)
+            match = in_scan.search(data, end)
             if match is None:
                 raise FrameDamagedError(
                     "the DICOM frame's JPEG has no end marker: the file is truncated; copy it again"
                 )
-            position = match.start()
+            end = match.start()
+        yield marker, body, data[position - 2 : end]
+        position = end
     raise _malformed()
 
 
