@@ -96,8 +96,8 @@ def _undefined_length(
     else:
         length = frames * _frame_bytes(header, frames, -1)
         length += length % 2
-        _, ended = _walk_fragments(stream, begin + length, size, "<>"[header.big_endian])
-        if ended and begin + length <= size:
+        stream.seek(begin + length)
+        if stream.read(8) == struct.pack(f"{'<>'[header.big_endian]}HHI", *_SEQUENCE_DELIMITER, 0):
             return _consecutive(header, frames, begin, length)
     raise FrameDamagedError("the DICOM file's uncompressed pixels have no length; save it again")
 
@@ -153,11 +153,11 @@ def _encapsulated(stream: IO[bytes], size: int, parsed: ParsedHeader) -> tuple[l
     groups = _group_by_markers(stream, parsed.header, fragments)
     if len(groups) > frames:
         raise _excess()
-    if len(groups) < frames < len(fragments):
+    if not groups and frames < len(fragments):
         raise FrameFormatError("nothing assigns the DICOM file's fragments to frames; save it again")
     if len(groups) < frames and len(offsets) == frames and ended:
         raise FrameDamagedError("the DICOM file's offset table contradicts its fragments; save it again")
-    return groups, ended
+    return groups or [[fragment] for fragment in fragments], ended
 
 
 def _group_by_offsets(fragments: Ranges, offsets: tuple[int, ...], ended: bool) -> list[Ranges] | None:
@@ -182,6 +182,7 @@ def _group_by_markers(stream: IO[bytes], header: Header, fragments: Ranges) -> l
     """Group fragments by the markers of their codec, as DCMTK and pydicom do without an offset table.
 
     Compressed data contain no such markers. A fragment begins a frame if it looks so and the one before it ends one.
+    The result is empty if the first fragment has no such marker.
     """
     if len(fragments) <= 1:
         return [[fragment] for fragment in fragments]
@@ -189,8 +190,10 @@ def _group_by_markers(stream: IO[bytes], header: Header, fragments: Ranges) -> l
     previous_ends = True
     for offset, length in fragments:
         stream.seek(offset)
-        if not groups or (previous_ends and _begins_frame(header, stream.read(min(length, 8)))):
+        if previous_ends and _begins_frame(header, stream.read(min(length, 8))):
             groups.append([])
+        if not groups:
+            return []
         groups[-1].append((offset, length))
         tail = min(length, _MAX_PADDING)
         stream.seek(offset + length - tail)
