@@ -27,11 +27,12 @@ from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.frames.reader import load_grey_and_flags, load_image
 
 NAME = "PlantedDoe"
+FLAGS = {"colour", "nan", "uncropped", "region-clamped"}
 
 with contextlib.suppress(ImportError):  # Windows
     import resource
 
-    resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+    resource.setrlimit(resource.RLIMIT_AS, (3 << 29, 3 << 29))
 
 SHIPPED = (
     *("ExplVR_BigEnd.dcm", "examples_palette.dcm", "MR_small_RLE.dcm", "MR_small_implicit.dcm", "SC_rgb_jpeg_gdcm.dcm"),
@@ -148,7 +149,7 @@ def read(path: Path) -> tuple[list[str], list[str]]:
             grey, flags = load_grey_and_flags(item)
             load_image(item).load()
             outcomes.append("frame")
-            if grey.dtype != np.uint8 or grey.ndim != 2 or not set(flags) <= {"colour", "nan"}:
+            if grey.dtype != np.uint8 or grey.ndim != 2 or not set(flags) <= FLAGS:
                 faults.append(f"{grey.dtype} {grey.shape} {flags}")
             continue
         except EchoQuadError as found:

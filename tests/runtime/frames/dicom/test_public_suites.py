@@ -98,7 +98,8 @@ def outcomes(path: Path) -> Iterator[tuple[int, np.ndarray | FrameError, tuple[s
 def reference(path: Path, index: int, *, cropped: bool) -> np.ndarray:
     """Return the grey levels that pydicom reads, as floats [H, W]."""
     header = pydicom.dcmread(path, force=True)
-    syntax = header.file_meta.setdefault("TransferSyntaxUID", pydicom.uid.ExplicitVRLittleEndian)
+    syntax = header.file_meta.get("TransferSyntaxUID") or pydicom.uid.ExplicitVRLittleEndian
+    header.file_meta.TransferSyntaxUID = syntax
     if syntax in JPEG_FAMILY:
         pytest.importorskip("libjpeg", reason="pylibjpeg-libjpeg is not installed")
     plugin = "pylibjpeg" if syntax in JPEG_FAMILY else "gdcm" if syntax in JPEG_2000 else ""
