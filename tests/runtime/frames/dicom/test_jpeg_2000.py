@@ -121,6 +121,7 @@ def test_what_passes_the_bounds_costs_little(data: bytes, write_dicom: Write) ->
     assert time.process_time() - began < 10  # half a second
 
 
+@pytest.mark.usefixtures("without_isolation")
 def test_usual_codestreams_pass(write_dicom: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from echoquad_runtime.errors import FrameDamagedError, FrameFormatError
 from echoquad_runtime.frames.decoded_frame import ColourFrame
-from echoquad_runtime.frames.reader import decode_grey, decode_in_memory
+from echoquad_runtime.frames.reader import decode_grey
+from echoquad_runtime.frames.sources import decode_in_memory
 
 Write = Callable[..., bytes]
 

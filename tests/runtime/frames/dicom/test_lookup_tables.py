@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from echoquad_runtime.errors import FrameDamagedError, FrameFormatError
-from echoquad_runtime.frames.reader import decode_grey, decode_in_memory
+from echoquad_runtime.frames.reader import decode_grey
+from echoquad_runtime.frames.sources import decode_in_memory
 
 Write = Callable[..., bytes]
 
