@@ -57,7 +57,7 @@ def draw_overlay(image: Image.Image, prediction: Prediction, contract: Contract)
     deep = image.mode.startswith("I") or image.mode == "F"
     frame = (Image.fromarray(to_grey(image)) if deep else composite_over_black(image)).convert("RGB")
     factor = _enlargement(*frame.size)
-    unscaled = quadrant_boxes(*frame.size, contract.keep)
+    unscaled = quadrant_boxes(*frame.size, contract.keep, contract.quadrants)
     frame = frame.resize((frame.width * factor, frame.height * factor), Image.Resampling.NEAREST)
     boxes = [(left * factor, top * factor, end * factor, bottom * factor) for left, top, end, bottom in unscaled]
     if prediction.cam is not None:
