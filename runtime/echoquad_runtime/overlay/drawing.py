@@ -257,8 +257,7 @@ def _fit_caption(draw: ImageDraw.ImageDraw, reasons: str, name: str, font: Image
 
 
 def _printable(text: str) -> str:
-    # The width of a line break is undefined. The font has accented letters, but no combining accents.
-    text = unicodedata.normalize("NFC", text)
+    # The width of a line break is undefined.
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
