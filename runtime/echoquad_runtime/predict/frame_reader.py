@@ -40,7 +40,7 @@ def read_quadrants(file: FrameFile, contract: Contract, out: Grey) -> Flags:
 
 
 def cut_quadrants(grey: Grey, contract: Contract, out: Grey) -> Flags:
-    """Cut a decoded frame, uint8 [H, W], into quadrants and return the flags that its quadrants show.
+    """Cut a decoded frame, uint8 [H, W], into quadrants and return the flags that its pixels show.
 
     `out` is as in `read_quadrants`.
 
@@ -50,4 +50,4 @@ def cut_quadrants(grey: Grey, contract: Contract, out: Grey) -> Flags:
         If the frame is less than 2 pixels wide or high.
     """
     frame_quadrants(grey, contract, out=out)
-    return quality_flags(out)
+    return quality_flags(out, grey)
