@@ -169,6 +169,22 @@ def test_boxes_carry_the_names_of_the_quadrant_layout(layout: str, monkeypatch: 
         assert (inside[:4, inside.shape[1] // 2] == colour).all(axis=1).any()
 
 
+@pytest.mark.parametrize("layout", ["reference", "apex-up", "RV,RA,LV,LA"])
+def test_activation_maps_cover_the_quadrant_of_their_name(layout: str) -> None:
+    contract = dataclasses.replace(CONTRACT, quadrants=parse_layout(layout))
+    maps = np.zeros((4, 2, 3, 3), np.float32)
+    maps[QUADRANTS.index("LV"), 1] = 1  # evidence for NORM in LV alone
+    plain = np.asarray(draw_overlay(Image.new("L", (640, 480), 90), prediction(), contract))
+    mapped = np.asarray(draw_overlay(Image.new("L", (640, 480), 90), prediction(cam=maps), contract))
+    factor, band = scale(plain, (640, 480))
+    changed = (plain[band:] != mapped[band:]).any(axis=2)
+    boxes = quadrant_boxes(640, 480, contract.keep, contract.quadrants)
+    shares = {}
+    for name, (left, top, right, bottom) in zip(QUADRANTS, boxes, strict=True):
+        shares[name] = changed[top * factor : bottom * factor, left * factor : right * factor].mean()
+    assert shares["LV"] > 0.9 and shares["LA"] == shares["RA"] == shares["RV"] == 0
+
+
 def test_headline_has_colour_of_the_decision() -> None:
     for label, colour in (("ASD", ASD), ("NORM", NORM)):
         picture = draw((320, 240), label=label)

@@ -8,6 +8,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_accepts_folder_bundle_and_engine(tiny_bundle: Path, make_frame: Frame) 
 
 
 @pytest.mark.parametrize("method", ["majority", "average", "weighted"])
-@pytest.mark.parametrize("layout", ["reference", "apex-up", "LV,RV,LA,RA", "RV,RA,LV,LA"])
+@pytest.mark.parametrize("layout", [",".join(names) for names in permutations(QUADRANTS)])
 def test_columns_follow_the_quadrant_layout(layout: str, method: VoteMethod) -> None:
     """The values of LA are those of the pixels at the position that the layout calls LA."""
     means = dict(zip(parse_layout(layout), (68, 85, 102, 187), strict=True))
