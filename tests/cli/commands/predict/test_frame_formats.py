@@ -109,7 +109,11 @@ def test_missing_extra_fails_its_formats_only(
     exam: Path, tiny_bundle: Path, tmp_path: Path, echoquad: Callable[..., Any]
 ) -> None:
     out = tmp_path / "rows.csv"
-    hidden = "sys.modules['openjpeg'] = None; sys.modules['av'] = None"
+    for module in ("openjpeg", "av"):
+        stub = tmp_path / "hidden" / f"{module}.py"
+        stub.parent.mkdir(exist_ok=True)
+        stub.write_text("raise ImportError")
+    hidden = f"sys.path.insert(0, {str(stub.parent)!r})"  # the path of reader processes too
     folder = shutil.copytree(exam, tmp_path / "exam")
     shutil.copy(shipped("examples_jpeg2k.dcm"), folder / "jpeg2000.dcm")
     ran = echoquad("predict", tiny_bundle, folder, "--out", out, "--device", "cpu", code=5, driver=hidden)
