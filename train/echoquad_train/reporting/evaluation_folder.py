@@ -6,6 +6,7 @@ import csv
 import io
 from pathlib import Path
 
+from echoquad_runtime.contract import describe_layout
 from echoquad_runtime.results.row_formats import format_for
 from echoquad_runtime.storage.atomic import make_folder, write_atomically, write_json
 from echoquad_runtime.storage.row_names import escape_formula
@@ -37,6 +38,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path, *, gallery: int = 0) 
         report,
         "evaluation",
         metrics=evaluation.metrics,
+        layout=describe_layout(evaluation.contract.quadrants),
         pictures=pictures,
         mistakes=mistakes,
         wrong=int((~evaluation.scored.correct).sum()),
