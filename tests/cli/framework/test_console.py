@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +30,18 @@ def test_errors_are_printed_with_their_code(capsys: pytest.CaptureFixture[str]) 
     out, err = capsys.readouterr()
     line = "error[E_FRAME_DAMAGED]: exam/3.png: the image is cut after row 7"
     assert (out, err.splitlines()) == ("", ["error[E_GATE]: p99 is 9 ms", line, line])
+
+
+@posix_only
+def test_commands_to_paste_are_quoted() -> None:
+    assert console.format_command("export", "run", "--out", "BUNDLE") == "echoquad export run --out BUNDLE"
+    command = console.format_command("export", "my run/$(x)'1", "--out", "BUNDLE")
+    assert shlex.split(command) == ["echoquad", "export", "my run/$(x)'1", "--out", "BUNDLE"]
+
+
+def test_commands_to_paste_are_quoted_for_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console.os, "name", "nt")
+    assert console.format_command("export", "C:/my run") == 'echoquad export "C:/my run"'
 
 
 def test_log_records_of_the_packages_are_status_lines(

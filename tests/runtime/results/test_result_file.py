@@ -200,6 +200,13 @@ def test_resume_refuses_rows_of_another_run(
     assert {entry: entry.read_bytes() for entry in tmp_path.iterdir()} == before
 
 
+def test_resume_refuses_names_with_parent_folders(tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    run(out, ["a/0.png", "../b/1.png"])
+    with pytest.raises(ResultError, match=r"'\.\.'"):
+        run(out, ["a/0.png", "b/1.png"], resume=True)
+
+
 def test_resume_refuses_other_columns(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     run(path, NAMES, stop=2)

@@ -25,7 +25,8 @@ def split(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="SOURCE", help="Folder with CLASS/**, or with {train,validation,test}/CLASS/** to divide again."
+            metavar="SOURCE",
+            help="Folder with CLASS/** or PATIENT/CLASS/**, or with {train,validation,test}/CLASS/** to divide again.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; new or empty.")],
