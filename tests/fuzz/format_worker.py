@@ -149,8 +149,10 @@ def make_seeds() -> dict[str, bytes]:
 
 
 def damage(data: bytes, rng: random.Random) -> bytes:
-    """Damage a file, more often at its beginning, where the header is."""
+    """Damage a file, more often at its beginning, where the header is, or in the header of a JPEG in it."""
     at = rng.randrange(len(data)) if rng.random() < 0.4 else rng.randrange(min(len(data), 1500))
+    if (jpeg := data.find(b"\xff\xd8\xff")) >= 0 and rng.random() < 0.5:
+        at = jpeg + rng.randrange(min(len(data) - jpeg, 200))
     length = rng.choice([1, 1, 2, 4, 8, 40])
     operation = rng.randrange(7)
     if operation == 0:
