@@ -30,22 +30,26 @@ def decoders(tmp_path: Path) -> str:
 
 @pytest.fixture
 def hostile(tmp_path: Path) -> Path:
-    """Return a folder of good frames, and between them clips that crash and a matrix that takes 2.5 GB of memory."""
+    """Return a folder of good frames, and between them clips that crash."""
     folder = tmp_path / "hostile"
     folder.mkdir()
     for number in range(CRASHES):
         levels = np.random.default_rng(number).integers(0, 256, (60, 80), np.uint8)
         Image.fromarray(levels).save(folder / f"{number:02}-good.{'tif' if number % 3 else 'png'}")
         (folder / f"{number:02}-crash.avi").write_bytes(b"RIFF\0\0\0\0AVI ")
-    with (folder / "03-memory.npy").open("wb") as stream:
-        shape = (6000, 6000, 3)
-        np.lib.format.write_array_header_1_0(stream, {"descr": "<f8", "fortran_order": False, "shape": shape})
-        stream.truncate(stream.tell() + 8 * 6000 * 6000 * 3)  # sparse
     return folder
 
 
 def files_of(out: Path) -> list[str]:
     return [row["file"] for row in csv.DictReader(io.StringIO(out.read_text("utf-8")))]
+
+
+def add_matrix(folder: Path) -> None:
+    """Add a matrix that takes 2.5 GB of memory."""
+    with (folder / "03-memory.npy").open("wb") as stream:
+        shape = (6000, 6000, 3)
+        np.lib.format.write_array_header_1_0(stream, {"descr": "<f8", "fortran_order": False, "shape": shape})
+        stream.truncate(stream.tell() + 8 * 6000 * 6000 * 3)  # sparse
 
 
 @pytest.mark.parametrize("options", [(), pytest.param(("--workers", "2"), marks=pytest.mark.slow)])
@@ -57,12 +61,14 @@ def test_each_is_one_failure_and_resume_goes_on(
     tmp_path: Path,
     echoquad: Callable[..., Any],
 ) -> None:
-    out = tmp_path / "rows.csv"
+    out, large = tmp_path / "rows.csv", int(bool(options))
+    if large:  # which takes seconds
+        add_matrix(hostile)
     command = ("predict", tiny_bundle, hostile, "--out", out, "--device", "cpu", "--matrices", *options)
     ran = echoquad(*command, code=5, driver=decoders)
     good = sorted(path.name for path in hostile.iterdir() if "good" in path.name)
     assert files_of(out) == good
-    assert ran.err.count("error[E_FRAME_CRASH]") == CRASHES and ran.err.count("error[E_FRAME_TOO_LARGE]") == 1
+    assert ran.err.count("error[E_FRAME_CRASH]") == CRASHES and ran.err.count("error[E_FRAME_TOO_LARGE]") == large
 
     # As if the run had been killed after five rows.
     lines = out.read_bytes().splitlines(keepends=True)
@@ -71,7 +77,7 @@ def test_each_is_one_failure_and_resume_goes_on(
     out.unlink()
     again = echoquad(*command, "--resume", code=5, driver=decoders)
     assert out.read_bytes().splitlines(keepends=True) == lines
-    assert again.err.count("error[") == CRASHES + 1
+    assert again.err.count("error[") == CRASHES + large
 
 
 def test_audit_and_overlays_survive_them(
