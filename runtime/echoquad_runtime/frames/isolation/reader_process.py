@@ -113,23 +113,21 @@ class ReaderProcess:
         self._running()
 
     def ask(self, request: Request, time_limit: float) -> Answer:
-        """Perform a request and return its answer, which has no error.
+        """Perform a request and return its answer, in which the file's own error may be.
 
         A process that has read other files may die because of them. It is replaced, and the file is tried once more. So
         is a file whose process the system kills: the kernel picks the process with the most memory, whatever it reads.
 
         Raises
         ------
-        FrameError
-            If the file cannot be read or decoded.
         FrameTooLargeError
-            Also if its decoder takes more memory than the limit.
+            If the decoder takes more memory than the limit.
         FrameTimeoutError
             If it takes longer than `time_limit` seconds.
         FrameCrashError
-            If a decoder crashes on it.
+            If the decoder crashes.
         FrameReadError
-            Also if the system kills its process twice, or `kill` or `close` stops it meanwhile.
+            If the system kills the process twice, or `kill` or `close` stops it meanwhile.
         ConfigError
             If no process can be started.
         """
@@ -139,15 +137,11 @@ class ReaderProcess:
                 child = self._running()
                 fresh = not child.has_answered
                 try:
-                    answer = child.ask(request, time_limit)
+                    return child.ask(request, time_limit)
                 except _EndedError as ended:
                     ends.append(ended)
                     if ended.cause in ("time", "stopped") or (fresh and ended.cause in ("crash", "memory")):
                         break
-                    continue
-                if answer.error is not None:
-                    raise answer.error
-                return answer
         raise _error(ends, time_limit)
 
     def kill(self) -> None:
