@@ -15,7 +15,6 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from echoquad_runtime.errors import FrameCrashError, FrameError, FrameTimeoutError, FrameTooLargeError

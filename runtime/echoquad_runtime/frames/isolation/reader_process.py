@@ -341,7 +341,7 @@ def _error(ends: list[_EndedError], time_limit: float) -> FrameError | ConfigErr
     twice = "" if len(ends) == 1 else " twice" if ends[0].how == last.how else f", then {last.how}"
     message = f"its reader process {ends[0].how}{twice}"
     if {ended.cause for ended in ends} == {"start"}:
-        return ConfigError(f"a reader process {last.how} before it was ready; free memory, or install EchoQuad again")
+        return ConfigError(f"a reader process {last.how} before it was ready; free memory; check sys.executable")
     if last.cause == "stopped":
         return FrameReadError(_STOPPED)
     if last.cause == "time":
