@@ -13,12 +13,28 @@ import numpy as np
 from echoquad_runtime.contract import QUADRANTS
 from echoquad_runtime.quadrants import Grey
 
-__all__ = ["BLANK", "COLOUR", "COLOUR_SAMPLE", "NO_SIGNAL", "SATURATED", "is_coloured", "quality_flags"]
+__all__ = [
+    "BLANK",
+    "COLOUR",
+    "COLOUR_SAMPLE",
+    "NO_SIGNAL",
+    "REGION_CLAMPED",
+    "SATURATED",
+    "UNCROPPED",
+    "is_coloured",
+    "quality_flags",
+]
 
 BLANK: Final = "blank"
 NO_SIGNAL: Final = tuple(f"no-signal-{name}" for name in QUADRANTS)
 SATURATED: Final = "saturated"
 COLOUR: Final = "colour"
+
+UNCROPPED: Final = "uncropped"
+"""The frame may be a whole screen: nothing says where its image is, so captions and toolbars count as image."""
+
+REGION_CLAMPED: Final = "region-clamped"
+"""The ultrasound region in the DICOM header leaves the frame by a few pixels, and was cut at the frame's edge."""
 
 MIN_CONTRAST: Final = 20
 """Grey levels that the middle 96 % of a quadrant's pixels must span; noise of 8 levels spans 17, real quadrants 47."""
