@@ -12,7 +12,7 @@ with alpha                composited over black, the background of an ultrasound
                           maximum
 32-bit integers           as 16-bit grey if all are in 0..65535, else refused
 float                     ``round(255 * value)`` if all are in [0, 1]; ``round(value)`` if all are in [0, 255];
-                          else refused, as is NaN
+                          else refused, as is NaN; a range may be left by a millionth of the largest value
 ========================  ==========================================================================================
 
 The EXIF orientation is applied. A file is refused rather than guessed at: only known formats are accepted, the pixel
@@ -32,6 +32,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameFormatError, FrameTooLargeError
+from echoquad_runtime.frames.decoded_frame import ROUNDING
 from echoquad_runtime.frames.formats import MAX_PIXELS
 from echoquad_runtime.frames.headers.signatures import unsupported_format
 from echoquad_runtime.frames.headers.tiff import TIFF_SIGNATURES, TiffFile
@@ -341,7 +342,7 @@ def _numeric_conversion(image: Image.Image) -> Callable[[Image.Image], Grey]:
         return lambda band: np.asarray((np.asarray(band).astype(np.uint32) + 128) // 257, np.uint8)
     if not (np.isfinite(low) and np.isfinite(high)):
         raise FrameFormatError("the pixels include NaN or infinity; expected floats in [0, 1] or in [0, 255]")
-    if low < 0 or high > 255:
+    if low < -ROUNDING * max(high, 0) or high > 255 * (1 + ROUNDING):
         raise FrameFormatError(f"the pixels range from {low:g} to {high:g}; expected floats in [0, 1] or in [0, 255]")
-    scale = 255.0 if high <= 1 else 1.0
+    scale = 255.0 if high <= 1 + ROUNDING else 1.0
     return lambda band: np.asarray(np.floor(np.asarray(band).astype(np.float64) * scale + 0.5), np.uint8)
