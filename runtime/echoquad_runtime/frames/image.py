@@ -57,7 +57,14 @@ from echoquad_runtime.frames.images.tiff_samples import (
 from echoquad_runtime.frames.quality_flags import COLOUR, COLOUR_SAMPLE, is_coloured
 from echoquad_runtime.quadrants import Grey
 
-__all__ = ["composite_over_black", "decode_grey", "decode_grey_and_flags", "decode_image", "to_grey"]
+__all__ = [
+    "composite_over_black",
+    "decode_grey",
+    "decode_grey_and_flags",
+    "decode_image",
+    "decode_layer",
+    "to_grey",
+]
 
 _EXIF_ORIENTATION: Final = 0x0112
 _TRANSPOSITIONS: Final = {
@@ -149,9 +156,7 @@ def _decode(data: bytes, *, luma_only: bool) -> Image.Image:
     if image.format == "PNG":
         if (count := getattr(image, "n_frames", 1)) > 1:
             raise FrameFormatError(f"the file holds {count} images; expected one; name one, as in file.png#1")
-        last_row = PngLastRowCheck(image)
-        image.load()
-        last_row.check(image, data)
+        _load_png(image, data)
         blacken_transparent_colour(image, data)
     elif image.format in ("JPEG", "MPO"):  # MPO is a stereo camera's JPEG, whose first image is the frame
         _load_jpeg(image, luma_only)
@@ -233,6 +238,32 @@ def _decode_by_pillow(data: bytes, layout: TiffLayout | None) -> Image.Image:
     if layout:
         check_tiff_sign(image, layout)
     return image
+
+
+def decode_layer(data: bytes) -> Image.Image:
+    """Decode a PNG file that is drawn over others, to RGBA.
+
+    Raises
+    ------
+    FrameError
+        As `decode_grey_and_flags`.
+    """
+    with _frame_errors(data):
+        image = _open_image(data)
+        _load_png(image, data)
+        if image.mode != "I;16":
+            return image.convert("RGBA")
+        key = image.info.get("transparency")
+        layer = Image.fromarray(to_grey(image)).convert("RGBA")
+        if key is not None:
+            layer.putalpha(Image.fromarray(np.where(np.asarray(image) == key, 0, 255).astype(np.uint8)))
+        return layer
+
+
+def _load_png(image: ImageFile.ImageFile, data: bytes) -> None:
+    last_row = PngLastRowCheck(image)
+    image.load()
+    last_row.check(image, data)
 
 
 def _load_jpeg(image: ImageFile.ImageFile, luma_only: bool) -> ImageFile.ImageFile:

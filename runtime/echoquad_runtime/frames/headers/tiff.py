@@ -130,6 +130,26 @@ class TiffFile:
             if not kind & (_REDUCED | _MASK) and self.value(page, SUBFILE_TYPE, 1) != 2:
                 yield page
 
+    def has_next_page(self) -> bool:
+        """Return whether the first page refers to another one; reads a few bytes.
+
+        Raises
+        ------
+        FrameError
+            If the first directory is damaged or announces more than a limit.
+        """
+        return self._read_page(self._first)[1] != 0
+
+    def extract_at(self, position: int) -> bytes:
+        """Return the page whose directory begins at a position as a TIFF file of its own; see `extract`.
+
+        Raises
+        ------
+        FrameError
+            As `extract`.
+        """
+        return self.extract(self._read_page(position)[0])
+
     def is_first(self, page: TiffPage) -> bool:
         """Return whether a page is the one that the header refers to."""
         return page.position == self._first
