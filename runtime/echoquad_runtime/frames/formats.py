@@ -25,6 +25,7 @@ __all__ = [
     "MAX_FRAMES",
     "MAX_PIXELS",
     "NPY_SIGNATURE",
+    "TIFF_SIGNATURES",
     "VIDEO_EXTENSIONS",
     "FileFormat",
     "Flip",
@@ -55,6 +56,7 @@ HEAD_BYTES: Final = 132
 
 NPY_SIGNATURE: Final = b"\x93NUMPY"
 MATROSKA_SIGNATURE: Final = b"\x1aE\xdf\xa3"
+TIFF_SIGNATURES: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _MP4_BOXES: Final = (b"ftyp", b"moov", b"mdat", b"wide")
 
 # Brands of files of boxes (ISO/IEC 14496-12) that hold no video: the registered ones of HEIF, AVIF and MPEG-4 sound.

@@ -33,9 +33,9 @@ from PIL import Image, ImageFile
 
 from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameFormatError, FrameTooLargeError
 from echoquad_runtime.frames.decoded_frame import ROUNDING
-from echoquad_runtime.frames.formats import MAX_PIXELS
+from echoquad_runtime.frames.formats import MAX_PIXELS, TIFF_SIGNATURES
 from echoquad_runtime.frames.headers.signatures import unsupported_format
-from echoquad_runtime.frames.headers.tiff import TIFF_SIGNATURES, TiffFile
+from echoquad_runtime.frames.headers.tiff import TiffFile
 from echoquad_runtime.frames.image_integrity import (
     PNG_SIGNATURE,
     PngLastRowCheck,

@@ -28,11 +28,11 @@ from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.frames.reader import (
     decode_grey,
     decode_grey_and_flags,
-    decode_in_memory,
     load_grey,
     load_grey_and_flags,
     load_image,
 )
+from echoquad_runtime.frames.sources import decode_in_memory
 
 pydicom = pytest.importorskip("pydicom")
 pytest.importorskip("openjpeg")
@@ -543,6 +543,7 @@ def test_refusal_is_one_line_without_patient_name(what: str) -> None:
     assert NAME not in repr(caught.value)
 
 
+@pytest.mark.usefixtures("without_isolation")
 @pytest.mark.parametrize("limit", [1 << 20, pytest.param(MAX_FILE_BYTES, marks=pytest.mark.slow)])
 def test_deflated_bomb_is_not_inflated_beyond_limit(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elements, "MAX_FILE_BYTES", limit)
@@ -557,6 +558,7 @@ def test_multi_frame_bytes_are_refused() -> None:
         decode_grey(clip(3))
 
 
+@pytest.mark.usefixtures("without_isolation")
 @pytest.mark.parametrize(("module", "words"), [("pydicom.filereader", "pydicom"), ("openjpeg", "pylibjpeg-openjpeg")])
 def test_missing_package_is_named_with_its_extra(
     module: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -27,7 +27,6 @@ from echoquad_runtime.errors import (
     VerificationError,
 )
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
-from echoquad_runtime.predict import frame_reader
 from echoquad_runtime.predict import predictor as module
 from echoquad_runtime.predict.prediction import Prediction
 from echoquad_runtime.predict.predictor import Predictor
@@ -399,10 +398,12 @@ def test_on_decision_is_called_and_its_error_becomes_failure(tiny_bundle: Path, 
 def test_file_over_time_limit_becomes_failure(
     tiny_bundle: Path, frames_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    release, read = threading.Event(), frame_reader.load_grey_and_flags
-    monkeypatch.setattr(
-        frame_reader, "load_grey_and_flags", lambda file: release.wait() if file.path.name == "1.jpg" else read(file)
-    )
+    release, read = threading.Event(), module.load_quadrants
+
+    def load(file: FrameFile, *rest: Any, **options: Any) -> Any:
+        return release.wait() if file.path.name == "1.jpg" else read(file, *rest, **options)
+
+    monkeypatch.setattr(module, "load_quadrants", load)
     found = list(Predictor(tiny_bundle, device="cpu", time_limit=0.2).predict(frames_folder))
     release.set()
     assert [one.file for one in found if isinstance(one, Failure)] == ["a/1.jpg"]

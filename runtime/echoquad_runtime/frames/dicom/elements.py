@@ -93,13 +93,13 @@ def call_anonymized(
     ------
     FrameError
         Instead of any other exception, with `message` in place of its text and no reference to it.
+    MemoryError
+        If there is not enough memory.
     """
     try:
         return function(*args, **kwargs)
-    except FrameError:
+    except (FrameError, MemoryError):
         raise
-    except MemoryError:
-        cause = "MemoryError"
     except Exception as error:
         cause = type(error).__name__
     # Raised outside the handler: inside it, Python would attach the original exception as context.

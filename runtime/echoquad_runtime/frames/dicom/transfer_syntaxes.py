@@ -12,6 +12,7 @@ __all__ = [
     "JPEG_BASELINE",
     "JPEG_LOSSLESS",
     "JPEG_LS",
+    "NATIVE",
     "RLE",
     "SUPPORTED",
     "UNCOMPRESSED",
@@ -21,7 +22,10 @@ IMPLICIT: Final = "1.2.840.10008.1.2"
 EXPLICIT: Final = "1.2.840.10008.1.2.1"
 DEFLATED: Final = "1.2.840.10008.1.2.1.99"
 BIG_ENDIAN: Final = "1.2.840.10008.1.2.2"
-UNCOMPRESSED: Final = frozenset({IMPLICIT, EXPLICIT, DEFLATED, BIG_ENDIAN})
+NATIVE: Final = frozenset({IMPLICIT, EXPLICIT, BIG_ENDIAN})
+"""Transfer syntaxes of pixels that are neither compressed nor deflated."""
+
+UNCOMPRESSED: Final = NATIVE | {DEFLATED}
 
 _JPEG: Final = "1.2.840.10008.1.2.4"
 JPEG_BASELINE: Final = frozenset(f"{_JPEG}.{end}" for end in (50, 51))

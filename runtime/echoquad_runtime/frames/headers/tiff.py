@@ -15,9 +15,7 @@ from typing import IO, Final
 from echoquad_runtime.errors import FrameDamagedError, FrameTooLargeError
 from echoquad_runtime.frames.formats import MAX_FILE_BYTES, MAX_FRAMES
 
-__all__ = ["TIFF_SIGNATURES", "TiffFile", "TiffPage"]
-
-TIFF_SIGNATURES: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+__all__ = ["TiffFile", "TiffPage"]
 
 MAX_ENTRIES: Final = 1_000  # the standard and its extensions define under 200
 MAX_BLOCKS: Final = 200_000  # strips and tiles: 36 million pixels in tiles of 16 x 16 take 140 000
@@ -89,7 +87,7 @@ class TiffFile:
     Parameters
     ----------
     stream
-        The open file, which has one of `TIFF_SIGNATURES`.
+        The open file, which has one of `formats.TIFF_SIGNATURES`.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:

@@ -13,7 +13,8 @@ from PIL import Image
 from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameFormatError
 from echoquad_runtime.frames.decoded_frame import ColourFrame, DecodedFrame
 from echoquad_runtime.frames.file_access import OpenStream
-from echoquad_runtime.frames.headers.tiff import TIFF_SIGNATURES, TiffFile
+from echoquad_runtime.frames.formats import TIFF_SIGNATURES
+from echoquad_runtime.frames.headers.tiff import TiffFile
 from echoquad_runtime.frames.image import decode_grey_and_flags, decode_image
 from echoquad_runtime.frames.image_integrity import PNG_SIGNATURE
 from echoquad_runtime.frames.quality_flags import COLOUR

@@ -109,7 +109,11 @@ def test_missing_extra_fails_its_formats_only(
     exam: Path, tiny_bundle: Path, tmp_path: Path, echoquad: Callable[..., Any]
 ) -> None:
     out = tmp_path / "rows.csv"
-    hidden = "sys.modules['pydicom'] = None; sys.modules['av'] = None"
+    for module in ("pydicom", "av"):
+        stub = tmp_path / "hidden" / f"{module}.py"
+        stub.parent.mkdir(exist_ok=True)
+        stub.write_text("raise ImportError")
+    hidden = f"sys.path.insert(0, {str(stub.parent)!r})"  # the path of reader processes too
     ran = echoquad("predict", tiny_bundle, exam, "--out", out, "--device", "cpu", code=5, driver=hidden)
     assert [row["file"] for row in rows_of(out)] == ["d.png"]
     assert ran.error_codes == ["E_FRAME_EXTRA_MISSING"] * 3
