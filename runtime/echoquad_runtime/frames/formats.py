@@ -25,6 +25,7 @@ __all__ = [
     "MAX_FRAMES",
     "MAX_PIXELS",
     "NPY_SIGNATURE",
+    "STACK_EXTENSIONS",
     "TIFF_SIGNATURES",
     "VIDEO_EXTENSIONS",
     "FileFormat",
@@ -39,6 +40,7 @@ __all__ = [
 FileFormat = Literal["image", "dicom", "video", "matrix"]
 
 IMAGE_EXTENSIONS: Final = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
+STACK_EXTENSIONS: Final = frozenset({".png", ".tif", ".tiff"})  # images that may hold several frames
 DICOM_EXTENSIONS: Final = frozenset({".dcm", ".dicom", ".ima"})
 VIDEO_EXTENSIONS: Final = frozenset({".avi", ".mp4", ".m4v", ".mov", ".mkv", ".webm"})
 MATRIX_EXTENSIONS: Final = frozenset({".txt", ".csv", ".tsv", ".npy"})

@@ -16,19 +16,14 @@ last frames are cached, for late threads and for overlays.
 from __future__ import annotations
 
 import contextlib
-import functools
-import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, Final, Literal
 
-import numpy as np
-import numpy.typing as npt
-from PIL import Image
-
-from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameExtraError, FrameFormatError, FrameTooLargeError
+from echoquad_runtime.errors import FrameDamagedError, FrameExtraError, FrameFormatError, FrameTooLargeError
+from echoquad_runtime.frames.clips.video_frame import UPRIGHT, Matrix, display_matrix, to_frame
 from echoquad_runtime.frames.decoded_frame import DecodedFrame
 from echoquad_runtime.frames.file_access import OpenStream
 from echoquad_runtime.frames.formats import (
@@ -42,20 +37,13 @@ from echoquad_runtime.frames.formats import (
 from echoquad_runtime.frames.headers.avi import read_avi_chunks
 from echoquad_runtime.frames.headers.matroska import is_matroska_complete
 from echoquad_runtime.frames.headers.mp4 import check_mp4
-from echoquad_runtime.frames.quality_flags import COLOUR_SAMPLE, UNCROPPED, is_coloured
-from echoquad_runtime.quadrants import Grey
 
-__all__ = ["VideoFile", "stretch_limited_range"]
+__all__ = ["VideoFile"]
 
 _Container = Literal["avi", "matroska", "mov"]
 """FFmpeg's name of a container; that of MP4 is ``mov``."""
 
 _CACHE_BYTES: Final = 32 << 20  # of decoded frames
-_FULL_RANGE, _UNSPECIFIED_RANGE = 2, 0  # of AVColorRange
-_FULL_RANGE_FORMATS: Final = ("yuvj", "gray")  # of full range unless they state otherwise
-_HIGH_BIT_FORMATS: Final = ("p0", "p2", "p4")  # P010 and its like hold samples in the upper bits of 16
-_MAX_SAMPLE_BITS: Final = 16
-
 _FRAME_PER_PACKET: Final = frozenset({"h264", "hevc", "vp9", "av1"})
 """Codecs of which MP4 and Matroska hold one packet for each shown frame, with its time of presentation."""
 
@@ -103,6 +91,7 @@ class VideoFile:
         self._cache: OrderedDict[int, Any] = OrderedDict()
         self._cached_bytes = 0
         self._numbers: dict[int, int] | None = None  # of frames, by presentation time
+        self._matrix: Matrix | None = None  # of the first frame: reading one ties a frame to the garbage collector
         self.frame_count, self.stated_frame_count = self._count_frames()
 
     def decode(self, number: int, flip: Flip) -> DecodedFrame:
@@ -117,7 +106,7 @@ class VideoFile:
             frame = self._find(number)
             if number == self.frame_count:
                 self._close()
-        return _to_frame(frame)
+        return to_frame(frame, self._matrix or UPRIGHT)
 
     def __del__(self) -> None:
         try:  # noqa: SIM105 - contextlib may be gone at interpreter exit
@@ -280,6 +269,7 @@ class VideoFile:
                     yield shown, None
                 continue
             for frame in frames:
+                self._matrix = self._matrix or display_matrix(frame)
                 shown += 1
                 number = shown if self._numbers is None else self._numbers.get(frame.pts, 0)
                 if number:
@@ -336,111 +326,3 @@ def _open_options(av: Any) -> dict[str, Any]:
 
 def _buffer_bytes(frame: Any) -> int:
     return sum(plane.buffer_size for plane in frame.planes)
-
-
-# ---------------------------------------------------------------------------------------------- pixels
-
-
-def _to_frame(frame: Any) -> DecodedFrame:
-    if frame.width * frame.height > MAX_PIXELS:
-        raise FrameTooLargeError(
-            f"the frame is {frame.width}x{frame.height} pixels; expected at most {MAX_PIXELS // 1_000_000} million"
-        )
-    try:
-        return _convert(frame)
-    except FrameError:
-        raise
-    except Exception as error:
-        fault = type(error).__name__
-    raise FrameFormatError(f"the frame's pixels cannot be converted ({fault}); convert the clip")
-
-
-def _convert(frame: Any) -> DecodedFrame:
-    pixel_format = frame.format
-    bits = max(component.bits for component in pixel_format.components)
-    if bits > _MAX_SAMPLE_BITS:
-        raise FrameFormatError(f"not supported: clips of {bits} bits per sample; convert the clip to 8")
-    if pixel_format.is_rgb or pixel_format.has_palette or pixel_format.name in ("monow", "monob"):
-        return _VideoFrame(frame, np.asarray(Image.fromarray(_to_rgb(frame)).convert("L")))
-    if len(pixel_format.components) > 1 and not pixel_format.is_planar:  # YUYV and the like
-        frame, bits = (frame.reformat(format="yuv422p"), 8) if bits <= 8 else (frame.reformat(format="yuv444p16le"), 16)
-    limited = frame.color_range != _FULL_RANGE and not (
-        frame.color_range == _UNSPECIFIED_RANGE and pixel_format.name.startswith(_FULL_RANGE_FORMATS)
-    )
-    luma = frame.planes[0]
-    rows = np.frombuffer(luma, np.uint8)[: luma.line_size * luma.height].reshape(luma.height, luma.line_size)
-    if bits <= 8:
-        levels = rows[:, : luma.width]
-        return _VideoFrame(frame, stretch_limited_range(levels) if limited else levels)
-    samples = rows[:, : 2 * luma.width].view(">u2" if frame.format.name.endswith("be") else "<u2")
-    if frame.format.name.startswith(_HIGH_BIT_FORMATS):
-        samples = samples >> (16 - bits)
-    return _VideoFrame(frame, _deep_levels(bits, limited)[np.minimum(samples, (1 << bits) - 1)])
-
-
-def _to_rgb(frame: Any) -> npt.NDArray[np.uint8]:
-    """Return a frame in colour, uint8 [H, W, 3]."""
-    if frame.format.is_rgb and max(component.bits for component in frame.format.components) > 8:
-        deep = frame.to_ndarray(format="rgb48le").astype(np.uint32)
-        return np.asarray((deep + 128) // 257, np.uint8)
-    return np.asarray(frame.to_ndarray(format="rgb24"))
-
-
-def stretch_limited_range(luma: Grey) -> Grey:
-    """Stretch limited-range luma to grey levels: 16 is black, 235 is white (ITU-R BT.601, 2.5.3)."""
-    return np.asarray(_deep_levels(8, True)[luma])
-
-
-@functools.cache
-def _deep_levels(bits: int, limited: bool) -> npt.NDArray[np.uint8]:
-    """Return the grey level of each value of samples of `bits` bits, uint8 [2^bits]."""
-    values = np.arange(1 << bits, dtype=np.int64)
-    black, white = (16 << bits - 8, 235 << bits - 8) if limited else (0, (1 << bits) - 1)
-    span = white - black
-    return np.clip(((values - black) * 510 + span) // (2 * span), 0, 255).astype(np.uint8)
-
-
-def _upright(pixels: npt.NDArray[np.uint8], frame: Any) -> npt.NDArray[np.uint8]:
-    """Apply a frame's display matrix to [H, W] or [H, W, 3]; an angle between is taken as the nearest right angle.
-
-    The matrix maps a point (p, q) of the frame to (a p + c q, b p + d q) on the display (ISO/IEC 14496-12, 6.2.2).
-    """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return np.ascontiguousarray(pixels)
-    a, b, _, c, d = struct.unpack_from("=5i", bytes(matrix))
-    if abs(a) + abs(d) >= abs(b) + abs(c):
-        x, y = a, d
-    else:
-        pixels, x, y = pixels.swapaxes(0, 1), c, b
-    return np.ascontiguousarray(pixels[:: -1 if y < 0 else 1, :: -1 if x < 0 else 1])
-
-
-class _VideoFrame:
-    """A decoded video frame: its grey levels, and PyAV's frame for its colours.
-
-    No header states where in the frame the ultrasound image is.
-    """
-
-    flags: tuple[str, ...] = (UNCROPPED,)
-
-    def __init__(self, frame: Any, levels: Grey) -> None:
-        self._frame = frame
-        self._levels = _upright(levels, frame)
-
-    def grey(self) -> Grey:
-        """Return the grey levels, uint8 [H, W]."""
-        return self._levels
-
-    def is_coloured(self) -> bool:
-        """Return whether a substantial part of a small sample is coloured."""
-        frame = self._frame
-        if len(frame.format.components) == 1 and not frame.format.has_palette:
-            return False
-        width, height = min(COLOUR_SAMPLE, frame.width), min(COLOUR_SAMPLE, frame.height)
-        sample = frame.reformat(width=width, height=height, format="rgb24", interpolation="POINT")
-        return is_coloured(sample.to_ndarray())
-
-    def image(self) -> Image.Image:
-        """Return an RGB picture."""
-        return Image.fromarray(_upright(_to_rgb(self._frame), self._frame))

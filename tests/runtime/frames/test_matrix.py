@@ -322,8 +322,6 @@ def test_lack_of_memory_is_a_frame_error(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("echoquad_runtime.frames.matrix.value_range", fail)
     with pytest.raises(FrameTooLargeError, match="memory"):
         decode_text(b"1 2\n3 4\n", "none")
-    with pytest.raises(FrameTooLargeError, match="memory"):
-        decode_grey(npy(RAMP))
 
 
 def test_stated_header_length_of_an_array_allocates_no_memory() -> None:

@@ -21,7 +21,7 @@ from echoquad_runtime.frames.reader import clear_file_cache, load_grey, load_gre
 
 av = pytest.importorskip("av")
 
-from echoquad_runtime.frames.video import stretch_limited_range  # noqa: E402
+from echoquad_runtime.frames.clips.video_frame import stretch_limited_range  # noqa: E402
 
 
 def level(number: int) -> int:

@@ -19,7 +19,7 @@ from echoquad_runtime.frames.formats import MAX_FILE_BYTES, MAX_FRAMES, MAX_PIXE
 from echoquad_runtime.frames.image import decode_layer
 from echoquad_runtime.frames.image_integrity import MAX_PNG_CHUNKS, PNG_SIGNATURE
 
-__all__ = ["AnimatedPng", "compose", "has_animation", "read_animation"]
+__all__ = ["AnimatedPng", "compose", "read_animation"]
 
 _PIECE_BYTES: Final = 1 << 20
 _KEPT: Final = (b"PLTE", b"tRNS", b"gAMA", b"sBIT")  # chunks of the file that concern each frame
@@ -95,20 +95,6 @@ def _chunks(stream: IO[bytes]) -> Iterator[tuple[bytes, int, int, bytes]]:
         yield kind, position + 8, length, content
         position = stream.seek(position + 12 + length)
     raise FrameDamagedError(f"the PNG has more than {MAX_PNG_CHUNKS} chunks; expected a few; save it again")
-
-
-def has_animation(stream: IO[bytes]) -> bool:
-    """Return whether a PNG states that it is animated, which it does before its pixels."""
-    stream.seek(len(PNG_SIGNATURE))
-    for _ in range(MAX_PNG_CHUNKS):
-        head = stream.read(8)
-        length, kind = struct.unpack(">I4s", head) if len(head) == 8 else (0, b"IDAT")
-        if kind == b"acTL" and length == 8:  # an invalid number of frames stands for no animation, as players take it
-            return 0 < int.from_bytes(stream.read(4), "big") < 1 << 31
-        if kind == b"IDAT":
-            return False
-        stream.seek(length + 4, 1)
-    return False
 
 
 def read_animation(stream: IO[bytes]) -> AnimatedPng:

@@ -10,33 +10,21 @@ from typing import IO, Final
 import numpy as np
 from PIL import Image
 
-from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameFormatError
+from echoquad_runtime.errors import FrameDamagedError, FrameFormatError
 from echoquad_runtime.frames.decoded_frame import ColourFrame, DecodedFrame
 from echoquad_runtime.frames.file_access import OpenStream
 from echoquad_runtime.frames.formats import TIFF_SIGNATURES
+from echoquad_runtime.frames.headers.several_images import has_animation
 from echoquad_runtime.frames.headers.tiff import TiffFile
 from echoquad_runtime.frames.image import decode_grey_and_flags, decode_image
 from echoquad_runtime.frames.image_integrity import PNG_SIGNATURE
 from echoquad_runtime.frames.quality_flags import COLOUR
-from echoquad_runtime.frames.stacks.animated_png import AnimatedPng, compose, has_animation, read_animation
+from echoquad_runtime.frames.stacks.animated_png import AnimatedPng, compose, read_animation
 from echoquad_runtime.quadrants import Grey
 
-__all__ = ["ImageStack", "may_be_stack"]
+__all__ = ["ImageStack"]
 
 _CACHE_BYTES: Final = 32 << 20  # of composed frames
-
-
-def may_be_stack(stream: IO[bytes]) -> bool:
-    """Return whether an image file announces several images, of which one may be a thumbnail; a few bytes tell."""
-    head = stream.read(len(PNG_SIGNATURE))
-    if head == PNG_SIGNATURE:
-        return has_animation(stream)
-    if head.startswith(TIFF_SIGNATURES):
-        try:
-            return TiffFile(stream).has_next_page()
-        except FrameError:  # reported when the file is decoded
-            return False
-    return False
 
 
 class ImageStack:

@@ -8,6 +8,7 @@ import struct
 import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,13 @@ import pytest
 from PIL import Image
 
 from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameFormatError, FrameTooLargeError
+from echoquad_runtime.frames.discovery import find_frames
+from echoquad_runtime.frames.formats import ReadOptions
+from echoquad_runtime.frames.frame_file import Failure, FrameFile
+from echoquad_runtime.frames.headers.several_images import may_be_stack
 from echoquad_runtime.frames.image import decode_grey, decode_image
-from echoquad_runtime.frames.stacks.image_stack import ImageStack, may_be_stack
+from echoquad_runtime.frames.reader import load_grey, load_image
+from echoquad_runtime.frames.stacks.image_stack import ImageStack
 
 RNG = np.random.default_rng(0)
 GREYS = [RNG.integers(0, 256, (23, 31), np.uint8) for _ in range(4)]
@@ -265,3 +271,43 @@ def test_animations_that_announce_too_much_are_refused() -> None:
     assert not may_be_stack(io.BytesIO(animation(frames[:1], (6, 4), stated=1 << 31)))
     with pytest.raises(FrameTooLargeError):
         stack(animation(frames[:1], (60_000, 60_000)))
+
+
+# ---------------------------------------------------------------------------------------------- names and inputs
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PNG"])
+def test_frames_are_named_and_read_like_those_of_clips(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{kind.lower()}"
+    path.write_bytes(save(GREYS, kind))
+    frames = list(find_frames([tmp_path]))
+    assert [frame.name for frame in frames if isinstance(frame, FrameFile)] == [f"{path.name}#{n}" for n in range(1, 5)]
+    for frame, grey in zip(frames, GREYS, strict=True):
+        assert isinstance(frame, FrameFile)
+        np.testing.assert_array_equal(load_grey(frame), grey)
+        np.testing.assert_array_equal(np.asarray(load_image(frame).convert("L")), grey)
+    (third,) = find_frames([f"{path}#3"])
+    assert isinstance(third, FrameFile)
+    np.testing.assert_array_equal(load_grey(third), GREYS[2])
+    assert len(list(find_frames([path], ReadOptions(every=3)))) == 2
+    with pytest.raises(FrameFormatError, match="name one"):
+        load_grey(FrameFile(path, path.name))
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PNG"])
+def test_single_images_keep_their_plain_names(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{kind.lower()}"
+    data = save(GREYS[:1], kind) if kind == "PNG" else tiff([(SMALL, 1), (GREYS[0], 0)])
+    path.write_bytes(data)
+    (frame,) = find_frames([path])
+    assert isinstance(frame, FrameFile) and (frame.name, frame.frame) == (path.name, None)
+    np.testing.assert_array_equal(load_grey(frame), GREYS[0])
+    with pytest.raises(FrameFormatError, match="single image"):
+        load_grey(FrameFile(path, f"{path.name}#1", 1))
+
+
+def test_missing_pages_are_one_failure(tmp_path: Path) -> None:
+    data = tiff([(grey, 0) for grey in GREYS])
+    (tmp_path / "a.tif").write_bytes(data[: len(data) * 6 // 10])
+    *frames, last = find_frames([tmp_path / "a.tif"])
+    assert len(frames) == 2 and isinstance(last, Failure) and isinstance(last.error, FrameDamagedError)
