@@ -34,7 +34,7 @@ from PIL import Image, ImageFile
 from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameFormatError, FrameTooLargeError
 from echoquad_runtime.frames.decoded_frame import ROUNDING
 from echoquad_runtime.frames.formats import MAX_PIXELS, TIFF_SIGNATURES
-from echoquad_runtime.frames.headers.signatures import unsupported_format
+from echoquad_runtime.frames.headers.signatures import SOUND, unsupported_format
 from echoquad_runtime.frames.headers.tiff import TiffFile
 from echoquad_runtime.frames.image_integrity import (
     PNG_SIGNATURE,
@@ -192,7 +192,8 @@ def _open(data: bytes) -> Image.Image:
     except SyntaxError as error:  # Pillow raises it for an invalid header
         raise FrameFormatError(f"the image's header is damaged; {_EXPECTED}") from error
     if name := unsupported_format(data):
-        raise FrameFormatError(f"not supported: {name}; {_EXPECTED}; convert it to PNG")
+        remedy = "" if name == SOUND else "; convert it to PNG"
+        raise FrameFormatError(f"not supported: {name}; {_EXPECTED}{remedy}")
     is_text = all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in data[:64])
     content = "text" if is_text else "an unknown format"
     raise FrameFormatError(f"the file holds {content}; {_EXPECTED}")

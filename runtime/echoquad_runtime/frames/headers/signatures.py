@@ -7,12 +7,14 @@ from typing import Final
 
 from echoquad_runtime.frames.formats import picture_or_sound_brand
 
-__all__ = ["unsupported_format"]
+__all__ = ["SOUND", "unsupported_format"]
+
+SOUND: Final = "a sound file"
 
 _SIGNATURES: Final = (
     (rb"GIF8[79]a", "GIF"),
     (rb"RIFF.{4}WEBP", "WebP"),
-    (rb"RIFF.{4}WAVE|fLaC|OggS|ID3|MThd|FORM.{4}AIF", "a sound file"),
+    (rb"RIFF.{4}WAVE|fLaC|OggS|ID3|MThd|FORM.{4}AIF", SOUND),
     (rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51", "JPEG 2000"),
     (rb"\x00\x00\x00\x0cJXL |\xff\x0a", "JPEG XL"),
     (rb"8BPS", "Photoshop"),
