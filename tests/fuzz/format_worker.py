@@ -180,7 +180,7 @@ def read(path: Path) -> tuple[list[str], list[str]]:
             grey, flags = load_grey_and_flags(item)
             load_image(item).load()
             outcomes.append("frame")
-            if grey.dtype != np.uint8 or grey.ndim != 2 or not set(flags) <= {"colour", "nan"}:
+            if grey.dtype != np.uint8 or grey.ndim != 2 or not set(flags) <= {"colour", "nan", "uncropped"}:
                 faults.append(f"{grey.dtype} {grey.shape} {flags}")
             continue
         except EchoQuadError as found:

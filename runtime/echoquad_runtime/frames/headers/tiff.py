@@ -117,9 +117,7 @@ class TiffFile:
             If a directory is damaged or announces more than a limit, or there are too many.
         """
         position, seen = self._first, set[int]()
-        while position:
-            if position in seen:
-                raise FrameDamagedError("the TIFF's pages form a loop: it is damaged; save it again")
+        while position and position not in seen:  # libtiff too ends at a page that it has read
             if len(seen) >= MAX_FRAMES:
                 raise FrameTooLargeError(f"the TIFF has more than {MAX_FRAMES} pages; split it")
             seen.add(position)
