@@ -29,6 +29,7 @@ from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.frames.reader import load_grey_and_flags, load_image
 
 NAME = "PlantedDoe"
+FLAGS = {"colour", "nan", "uncropped", "region-clamped"}
 
 with contextlib.suppress(ImportError):  # Windows
     import resource
@@ -180,7 +181,7 @@ def read(path: Path) -> tuple[list[str], list[str]]:
             grey, flags = load_grey_and_flags(item)
             load_image(item).load()
             outcomes.append("frame")
-            if grey.dtype != np.uint8 or grey.ndim != 2 or not set(flags) <= {"colour", "nan", "uncropped"}:
+            if grey.dtype != np.uint8 or grey.ndim != 2 or not set(flags) <= FLAGS:
                 faults.append(f"{grey.dtype} {grey.shape} {flags}")
             continue
         except EchoQuadError as found:

@@ -279,7 +279,7 @@ def cut_quadrants(grey: Grey, contract: Contract, out: Grey) -> Flags:
         If the frame is less than 2 pixels wide or high.
     """
     frame_quadrants(grey, contract, out=out)
-    return quality_flags(out)
+    return quality_flags(out, grey)
 
 
 def _is_dicom_or_npy(data: bytes) -> bool:

@@ -7,6 +7,8 @@ from typing import Final
 __all__ = [
     "BIG_ENDIAN",
     "DEFLATED",
+    "EXPLICIT",
+    "EXTENDED",
     "IMPLICIT",
     "JPEG_2000",
     "JPEG_BASELINE",
@@ -28,7 +30,8 @@ NATIVE: Final = frozenset({IMPLICIT, EXPLICIT, BIG_ENDIAN})
 UNCOMPRESSED: Final = NATIVE | {DEFLATED}
 
 _JPEG: Final = "1.2.840.10008.1.2.4"
-JPEG_BASELINE: Final = frozenset(f"{_JPEG}.{end}" for end in (50, 51))
+EXTENDED: Final = f"{_JPEG}.51"
+JPEG_BASELINE: Final = frozenset({f"{_JPEG}.50", EXTENDED})
 JPEG_LOSSLESS: Final = frozenset(f"{_JPEG}.{end}" for end in (57, 70))
 JPEG_LS: Final = frozenset(f"{_JPEG}.{end}" for end in (80, 81))
 JPEG_2000: Final = frozenset(f"{_JPEG}.{end}" for end in (90, 91, 201, 202, 203))

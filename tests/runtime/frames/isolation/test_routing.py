@@ -64,7 +64,7 @@ FILES = {
     "jpeg 2000.dcm": (meta(f"{UID}.4.90"), True),
     "rle.dcm": (meta(f"{UID}.5"), True),
     "unknown.dcm": (meta("1.2.3"), True),
-    "cut.dcm": (meta(UID)[:140], True),
+    "cut.dcm": (meta(UID)[:140], False),  # read as uncompressed
     "empty.dcm": (b"", True),
     "jpeg dicom.png": (meta(f"{UID}.4.50"), True),
     "empty.png": (b"", False),
