@@ -163,7 +163,8 @@ def decode_samples(
 ) -> Image.Image:
     """Decode a page of which `TiffLayout.is_misread`, to 8 bits per sample: grey, RGB or CMYK, with its alpha.
 
-    Grey of n bits is ``round(255 * value / (2^n - 1))``. Colours and alpha are the upper 8 bits, as Pillow reads them.
+    Grey of n bits is ``round(255 * value / (2^n - 1))``. Colours, and grey with alpha, are the upper 8 bits, as Pillow
+    reads them from other files.
 
     Parameters
     ----------
@@ -233,7 +234,7 @@ def _decode_plane(
     for top, values in _unpack_bands(packed, layout, samples, file.order, tile):
         if layout.photometric == _WHITE_IS_ZERO:
             values[..., 0] = (1 << depth) - 1 - values[..., 0]
-        grey = _COLOURS[layout.photometric] == 1
+        grey = _COLOURS[layout.photometric] == 1 and not _alpha(layout)
         for channel in range(samples):
             band = values[..., channel]
             found[channel, top : top + len(band)] = _to_8_bits(band, depth) if grey else band >> (depth - 8)
