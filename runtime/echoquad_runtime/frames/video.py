@@ -185,11 +185,14 @@ class VideoFile:
         return packets, times if known else None
 
     def _count_decoded(self) -> int:
+        """Count the frames by decoding them; those of a short clip stay in the cache and are decoded once."""
         with ExitStack() as stack:
             count = 0
-            for count, _ in self._decode_all(*self._open_container(stack)):
+            for count, frame in self._decode_all(*self._open_container(stack)):
                 if count > MAX_FRAMES:
                     raise FrameTooLargeError(f"the clip has more than {MAX_FRAMES} frames; cut it")
+                if frame is not None and self._cached_bytes + _buffer_bytes(frame) <= _CACHE_BYTES:
+                    self._add_to_cache(count, frame)
         if not count:
             raise FrameDamagedError("no frame of the clip can be decoded; it is damaged: copy it again")
         return count

@@ -239,6 +239,11 @@ def test_each_frame_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         load_grey(frame)
         load_image(frame)
     assert len(opened) == 2  # once to count the frames, once to decode them
+    path.write_bytes(video("avi", "mpeg4", "yuv420p"))
+    opened.clear()
+    for frame in find_in_file(path):
+        load_grey(frame)
+    assert len(opened) == 2  # once to count the packets, once to decode and count the frames
 
 
 def test_every_nth_frame_is_taken(tmp_path: Path) -> None:
