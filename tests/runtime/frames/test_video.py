@@ -388,6 +388,18 @@ def test_sound_alone_is_not_supported(container: str, tmp_path: Path) -> None:
     assert str(failure.error).startswith("not supported: ")
 
 
+@pytest.mark.parametrize(
+    ("container", "old", "new"),
+    [("matroska", b"V_FFV1", b"V_NONE"), ("avi", b"MJPG", b"ZZZZ"), ("matroska", b"V_FFV1", b"A_FLAC")],
+)
+def test_codec_without_decoder_is_not_supported(container: str, old: bytes, new: bytes, tmp_path: Path) -> None:
+    codec, pixels = ("mjpeg", "yuvj420p") if container == "avi" else ("ffv1", "yuv420p")
+    (tmp_path / "clip").write_bytes(video(container, codec, pixels, 3).replace(old, new))
+    (failure,) = find_frames([tmp_path / "clip"])
+    assert isinstance(failure, Failure) and type(failure.error) is FrameFormatError
+    assert str(failure.error).startswith("not supported: ")
+
+
 def test_clip_with_image_extension_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(video("avi", "mjpeg", "yuvj420p", 2))
     (frame,) = find_frames([tmp_path / "a.png"])
