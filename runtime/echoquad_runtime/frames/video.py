@@ -78,6 +78,8 @@ class VideoFile:
     ------
     FrameError
         If it cannot be read, has no video stream, is of an unsupported kind, or exceeds a limit.
+    MemoryError
+        If there is not enough memory, which is no damage.
     """
 
     multi_frame, in_memory = True, False
@@ -101,9 +103,15 @@ class VideoFile:
         ------
         FrameError
             If it cannot be decoded or its pixel format is not supported.
+        MemoryError
+            If there is not enough memory, which is no damage.
         """
         with self._lock:
-            frame = self._find(number)
+            try:
+                frame = self._find(number)
+            except MemoryError:
+                self._close()  # so that a later call does not take the rest of the clip for damaged
+                raise
             if number == self.frame_count:
                 self._close()
         return to_frame(frame, self._matrix or UPRIGHT)
@@ -211,7 +219,7 @@ class VideoFile:
                 stream.codec_context.thread_count = 1  # several frames are read in threads already
                 stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         except MemoryError:
-            fault = "MemoryError"
+            raise
         except Exception as error:
             fault = type(error).__name__
         if fault:
@@ -266,6 +274,8 @@ class VideoFile:
                 continue
             try:
                 frames = packet.decode()
+            except MemoryError:  # says nothing about the packet
+                raise
             except Exception:
                 if self._numbers is None and packet.size and not packet.is_discard:
                     shown += 1
@@ -286,13 +296,19 @@ class VideoFile:
 
 def _until_damaged(packets: Iterator[Any]) -> Iterator[Any]:
     """Yield packets until damage ends the file."""
-    with contextlib.suppress(Exception):
+    try:
         yield from packets
+    except MemoryError:
+        raise
+    except Exception:
+        return
 
 
 def _count_output(decode: Callable[[], list[Any]]) -> int:
     try:
         return len(decode())
+    except MemoryError:
+        raise
     except Exception:
         return 0
 

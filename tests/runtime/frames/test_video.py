@@ -185,6 +185,27 @@ def test_damaged_clip_gives_the_same_frames_in_any_order(tmp_path: Path) -> None
             assert list(threads.map(lambda index: read(frames[index]), order)) == [expected[index] for index in order]
 
 
+def test_lack_of_memory_is_not_taken_for_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    from echoquad_runtime.frames import video as clips
+
+    data = video("avi", "mpeg4", "yuv420p", 6)
+    clip = clips.VideoFile(lambda: io.BytesIO(data))
+    clip._cache.clear()
+    found = clips._until_damaged
+
+    def fail(packets: Any) -> Any:
+        yield next(packets)
+        raise MemoryError
+
+    monkeypatch.setattr(clips, "_until_damaged", lambda packets: found(fail(packets)))
+    with pytest.raises(MemoryError):
+        clip.decode(3, "none")
+    with pytest.raises(MemoryError):
+        clips.VideoFile(lambda: io.BytesIO(data))
+    monkeypatch.undo()
+    assert clip.decode(3, "none").grey().shape == (48, 64)
+
+
 def test_limited_range_luma_is_stretched() -> None:
     luma = np.arange(256, dtype=np.uint8)
     np.testing.assert_array_equal(

@@ -43,7 +43,7 @@ def to_frame(frame: Any, matrix: Matrix) -> DecodedFrame:
         )
     try:
         return _convert(frame, matrix)
-    except FrameError:
+    except (FrameError, MemoryError):
         raise
     except Exception as error:
         fault = type(error).__name__
