@@ -44,6 +44,9 @@ _Container = Literal["avi", "matroska", "mov"]
 """FFmpeg's name of a container; that of MP4 is ``mov``."""
 
 _CACHE_BYTES: Final = 32 << 20  # of decoded frames
+_MAX_DECODED_PIXELS: Final = 2 * MAX_PIXELS
+"""FFmpeg's own limit, which holds before a size is known here; it counts rows rounded up to 64 pixels."""
+
 _FRAME_PER_PACKET: Final = frozenset({"h264", "hevc", "vp9", "av1"})
 """Codecs of which MP4 and Matroska hold one packet for each shown frame, with its time of presentation."""
 
@@ -217,7 +220,7 @@ class VideoFile:
             stream = next(iter(track for track in container.streams.video if not _is_cover(track)), None)
             if stream is not None and stream.codec_context is not None:
                 stream.codec_context.thread_count = 1  # several frames are read in threads already
-                stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+                stream.codec_context.options = {"max_pixels": str(_MAX_DECODED_PIXELS)}
         except MemoryError:
             raise
         except Exception as error:
@@ -337,7 +340,7 @@ def _load_av() -> Any:
 
 def _open_options(av: Any) -> dict[str, Any]:
     """Return the options of `av.open`: a limit for its look at the first frames, and how to read names."""
-    options: dict[str, Any] = {"options": {"max_pixels": str(MAX_PIXELS)}}
+    options: dict[str, Any] = {"options": {"max_pixels": str(_MAX_DECODED_PIXELS)}}
     if int(av.__version__.partition(".")[0]) < 19:  # PyAV 19 removed it
         options["metadata_errors"] = "replace"
     return options
