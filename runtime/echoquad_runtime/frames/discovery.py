@@ -26,7 +26,7 @@ from echoquad_runtime.frames.formats import (
     is_dicom,
 )
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
-from echoquad_runtime.frames.headers.several_images import may_be_stack
+from echoquad_runtime.frames.images.several_images import may_be_stack
 from echoquad_runtime.frames.reader import frames_in
 from echoquad_runtime.storage.directory_walk import WalkRule, expand_pattern, walk_directory
 from echoquad_runtime.storage.system_files import SkippedEntries, is_system_name
