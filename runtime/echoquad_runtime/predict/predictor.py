@@ -19,7 +19,7 @@ from echoquad_runtime.engine.io_binding import FloatArray, InferenceOutput
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.self_test import PASSED, SelfTest
 from echoquad_runtime.engine.slot_pool import Engine, SlotPool
-from echoquad_runtime.errors import ConfigError, FrameError
+from echoquad_runtime.errors import BundleError, ConfigError, FrameError
 from echoquad_runtime.frames.discovery import find_frames
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.frames.reader import decode_grey_and_flags
@@ -87,6 +87,8 @@ class Predictor:
     abstain_below
         If given, a frame whose `Prediction.confidence` is lower is ``INDETERMINATE``.
 
+    A predictor of a bundle can be pickled and copied: the copy opens the bundle again. One of an engine cannot.
+
     Attributes
     ----------
     engine
@@ -132,6 +134,9 @@ class Predictor:
         cam: bool = False,
         abstain_below: float | None = None,
     ) -> None:
+        self._arguments = {name: value for name, value in locals().items() if name not in ("self", "model")}
+        if public_key is not None:
+            self._arguments["public_key"] = Path(public_key).resolve()
         if isinstance(model, str | Path):
             model = Bundle(model, public_key=public_key)
         elif public_key is not None:  # too late to check the signature, and wrong to ignore the key
@@ -167,6 +172,19 @@ class Predictor:
         if warm_up and not concurrent and self._bundle is not None:
             slots = self.slots(concurrent=False)
             slots.run(slots.new_batch(), 1)
+
+    def __reduce__(self) -> tuple[Callable[..., Predictor], tuple[Path, str, dict[str, Any]]]:
+        """Pickle the bundle's folder and the options: the copy opens the bundle again, and compares its manifest.
+
+        Raises
+        ------
+        ConfigError
+            If the predictor was built from an engine, or from an open signed bundle, whose key is not known here.
+        """
+        if self._bundle is None or (self._bundle.signed_by is not None and self._arguments["public_key"] is None):
+            source = "an engine" if self._bundle is None else "an open signed bundle"
+            raise ConfigError(f"a predictor of {source} cannot be pickled or copied; build it from a bundle's folder")
+        return _reopen, (self._bundle.folder.resolve(), self._bundle.manifest["manifest_sha256"], self._arguments)
 
     @property
     def contract(self) -> Contract:
@@ -442,3 +460,13 @@ def _discover(inputs: Iterable[str | Path | FrameFile | Failure]) -> Iterator[Fr
         else:
             paths.append(item)
     yield from find_frames(paths)
+
+
+def _reopen(folder: Path, manifest_sha256: str, arguments: dict[str, Any]) -> Predictor:
+    """Build a predictor from its pickle."""
+    predictor = Predictor(folder, **arguments)
+    if cast("Bundle", predictor._bundle).manifest["manifest_sha256"] != manifest_sha256:
+        raise BundleError(
+            f"{folder.as_posix()}: the bundle was replaced since the predictor was pickled; build the predictor again"
+        )
+    return predictor

@@ -181,7 +181,7 @@ def read_info(folder: Path) -> dict[str, Any]:
         If it is missing or not a JSON object.
     """
     try:
-        info = json.loads(_read_text(folder / RUN))
+        info = json.loads(_read_text(folder / RUN), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise RunError(
             f"{folder.as_posix()}: no run here ({RUN} is missing); expected a folder that `echoquad train` wrote"
@@ -191,6 +191,10 @@ def read_info(folder: Path) -> dict[str, Any]:
     if not isinstance(info, dict):
         raise RunError(f"{folder.as_posix()}: {RUN} is not a JSON object; train again")
     return info
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is no JSON")
 
 
 def _read_text(path: Path) -> str:
