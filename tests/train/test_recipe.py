@@ -75,6 +75,7 @@ DISABLED = dict.fromkeys(
 def test_transfer_recipe_and_defaults_equal_reference_pipeline() -> None:
     # Temperature scaling changes no quadrant's class.
     others = {"progressive_scale": 0.5, "temperature_scaling": True, "context_padding": False}
+    others |= {"quadrant_layout": "reference"}
     assert dataclasses.asdict(Recipe.load("transfer")) == REFERENCE | DISABLED | others
     assert Recipe() == Recipe.load("transfer")
 
@@ -306,3 +307,20 @@ def test_any_bytes_in_a_shipped_recipe_are_read_or_refused(data: bytes) -> None:
         changed = (text[:place] + data + text[place:]).decode("utf-8", "replace")
         with contextlib.suppress(ConfigError):
             Recipe.from_toml(changed)
+
+
+def test_quadrant_layout_reaches_the_contract() -> None:
+    assert Recipe().contract(("A", "B")).quadrants == ("LA", "RA", "LV", "RV")
+    for text in ("apex-up", "RV,LV,RA,LA", "rv, lv, ra, la"):
+        recipe = Recipe().replace([f"quadrant_layout={text}"])
+        assert recipe.quadrant_layout == "apex-up"  # one spelling, so that a run resumes with either
+        assert recipe.contract(("A", "B")).quadrants == ("RV", "LV", "RA", "LA")
+        assert Recipe.from_toml(recipe.to_toml()) == recipe
+    old = "".join(line for line in Recipe().to_toml().splitlines(True) if "quadrant_layout" not in line)
+    assert Recipe.from_toml(old) == Recipe()
+
+
+@pytest.mark.parametrize("value", ["apex", "LA,RA,LV", "LA,LA,LV,RV", ""])
+def test_unknown_quadrant_layout_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match="recipe: quadrant_layout is"):
+        Recipe(quadrant_layout=value)

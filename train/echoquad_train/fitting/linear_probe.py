@@ -127,7 +127,7 @@ def fit_linear(
         _require_patients(train_store.labels, groups, classes)
         failures = (*train_store.failures, *validation_store.failures)
         reporter.started(torch_device.type, "fp32", train, validation)
-        leaks = leaks_of_stores((train_store, validation_store), pattern)
+        leaks = leaks_of_stores((train_store, validation_store), pattern, contract.quadrants)
         reporter.audited(leaks)
         started = time.perf_counter()
         features = quadrant_features(model, train_store, partial(reporter.batch, 1))
@@ -148,9 +148,8 @@ def fit_linear(
             data, recipe, contract, (train, validation), failures, torch_device.type, "fp32", reading=reading
         )
         metadata |= {"fit": probe.metadata, "patient_regex": patient_regex, "audit": leaks.counts}
-        run_metadata.write_run(
-            folder, metadata, [], finished=False
-        )  # before the recipe, with which --resume would train
+        # Before the recipe: with a recipe alone, --resume would train a network.
+        run_metadata.write_run(folder, metadata, [], finished=False)
         write_bytes(folder / checkpoint.RECIPE, recipe.to_toml().encode())
         metadata["best_sha256"] = checkpoint.save_best(folder, model.state_dict(), recipe, contract, epoch.epoch)
         metadata = fit_run_temperatures(folder, metadata, recipe, validation, validation_store, torch_device)
