@@ -421,6 +421,21 @@ def test_path_that_cannot_be_written_raises(tmp_path: Path) -> None:
     assert left(tmp_path) == ["file", "folder.csv"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("planted", ["out.csv.partial", "out.csv.partial.json"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_planted_link_is_not_followed(planted: str, resume: bool, exists: bool, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    if exists:
+        victim.write_text("mine")
+    (tmp_path / planted).symlink_to(victim)
+    with pytest.raises(OutputError, match=f"{planted} is a symbolic link"):
+        run(tmp_path / "out.csv", NAMES, resume=resume)
+    assert victim.exists() == exists and (not exists or victim.read_text() == "mine")
+    assert not (tmp_path / "out.csv").exists()
+
+
 def test_check_resume_refuses_stdout_and_pipes(tmp_path: Path) -> None:
     check_resume(tmp_path / "out.csv")
     with pytest.raises(UsageError, match="--resume needs a result file; name it with --out"):
