@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import multiprocessing
 import os
@@ -140,6 +141,52 @@ def test_killed_worker_raises_run_error(data: Path) -> None:
         list(fed)
     store.close()
     assert "\n" not in str(error.value) and "--workers" in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["on", "auto"])
+def test_missing_shared_memory_raises_run_error_before_anything_is_written(
+    tmp_path: Path, trained: Any, quiet: Any, monkeypatch: pytest.MonkeyPatch, mode: stream.Stream
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(dataset, "MEMORY_BYTES", 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, 0))
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+    run = tmp_path / "run"
+    with pytest.raises(RunError) as error:
+        fit(trained.data, run, trained.recipe, device="cpu", resume=False, reporter=quiet(), stream=mode, workers=3)
+    assert all(word in str(error.value) for word in ("3 ", "/dev/shm", "--shm-size", "--workers", "--stream off"))
+    assert mode == "auto" or not run.exists()
+
+
+def test_worker_that_cannot_start_raises_run_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = stream_quadrants(read(data), CONTRACT, 1)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr("multiprocessing.context.SpawnProcess._Popen", refuse)
+    with pytest.raises(RunError, match="--workers"):
+        list(store.feed([np.array([0])]))
+    store.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a file system")
+def test_train_with_a_full_dev_shm_is_one_line(tmp_path: Path, trained: Any) -> None:
+    mounted = 'mount -t tmpfs -o size=8k none /dev/shm && echo mounted && exec "$@"'
+    train = ["train", str(trained.data), "--out", str(tmp_path / "run"), "--recipe", "scratch", "--stream", "on"]
+    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", mounted, "sh", sys.executable, "-m", "echoquad"]
+    try:
+        ended = subprocess.run([*command, *train, "--workers", "2"], check=False, capture_output=True, encoding="utf-8")
+    except FileNotFoundError:
+        pytest.skip("unshare is not installed")
+    if "mounted" not in ended.stdout:
+        pytest.skip("this process must not mount")
+    assert ended.returncode == 1 and len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert ended.stderr.startswith("error[E_RUN]: ") and "--shm-size" in ended.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_class_without_readable_frame_raises_dataset_error(tmp_path: Path, data: Path) -> None:

@@ -7,6 +7,7 @@ Windows: forking a process with running threads may deadlock.
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 import signal
 import warnings
@@ -98,6 +99,35 @@ def _ignore_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous or signal.SIG_DFL)
 
 
+def _check_shared_memory(workers: int) -> None:
+    """Check that the system has room for the semaphores of the decoding processes.
+
+    Linux keeps semaphores in ``/dev/shm``, which containers may lack, limit or share. DataLoader fails halfway through
+    its constructor without them, after all frames were decoded.
+
+    Raises
+    ------
+    RunError
+        If the system refuses.
+    """
+    context = multiprocessing.get_context("spawn")
+    try:
+        # As many as DataLoader opens: a queue to and from the workers, for training and validation each.
+        queues, _events = [context.Queue() for _ in range(2 * (workers + 1))], [context.Event() for _ in range(2)]
+        for queue in queues:
+            queue.close()
+    except (OSError, ImportError) as error:  # ImportError: a system without semaphores
+        raise _shared_memory_error(workers, error) from error
+
+
+def _shared_memory_error(workers: int, error: Exception) -> RunError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return RunError(
+        f"streaming cannot start {workers} decoding processes, which need shared memory, /dev/shm on Linux ({reason}); "
+        "make it larger or writable (docker run --shm-size=1g), use fewer --workers, or train with --stream off"
+    )
+
+
 class StreamedStore:
     """A `Store` that decodes frames whenever they are needed.
 
@@ -145,15 +175,18 @@ class StreamedStore:
         DatasetError
             If a frame has become unreadable.
         RunError
-            If a worker has ended.
+            If a worker cannot start or has ended.
         """
         self._sampler.batches = (
             [(self._frames[i // 4], None if whole else int(i % 4)) for i in chosen] for chosen in batches
         )
         empty = np.empty((0, 4 if whole else 1, self.size, self.size), np.uint8)
         try:
-            with _ignore_interrupts():
-                decoded = iter(self._loader)
+            try:
+                with _ignore_interrupts():
+                    decoded = iter(self._loader)
+            except OSError as error:
+                raise _shared_memory_error(self._loader.num_workers, error) from error
             for batch in decoded:
                 if isinstance(batch, str):
                     raise DatasetError(f"{batch}; restore the file and continue with `echoquad train --resume`")
@@ -196,12 +229,19 @@ class Storage:
         ``on`` always streams, ``off`` never, ``auto`` if neither memory nor disk has room.
     workers
         Number of decoding processes per streamed store; None is the number of available CPUs, at most 8.
+
+    Raises
+    ------
+    RunError
+        If `stream` is ``on`` and the system lacks the shared memory that decoding processes need.
     """
 
     def __init__(self, folder: Path, stream: Stream = "auto", workers: int | None = None) -> None:
         self._folder, self._stream = folder, stream
         self._workers = workers or min(8, available_cpus())
         self._opened: list[StreamedStore] = []
+        if stream == "on":  # before anything is written
+            _check_shared_memory(self._workers)
 
     def __enter__(self) -> Self:
         return self
@@ -221,9 +261,12 @@ class Storage:
             If no frame of some class can be read.
         OutputError
             If the disk is full or not writable.
+        RunError
+            If the split must be streamed, and the system lacks shared memory.
         """
         if not self._must_stream(stored_bytes(split, contract)):
             return load_quadrants(split, contract, overflow=self._folder, progress=progress)
+        _check_shared_memory(self._workers)
         store = stream_quadrants(split, contract, self._workers, progress)
         self._opened.append(store)
         return store
