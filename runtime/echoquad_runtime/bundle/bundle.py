@@ -59,7 +59,7 @@ class Bundle:
 
     def __init__(self, folder: str | Path, *, public_key: str | Path | None = None) -> None:
         self.folder = Path(folder)
-        data = read_manifest(self.folder)
+        self._manifest_bytes = data = read_manifest(self.folder)
         self.signed_by: str | None = None
         if public_key is not None:  # verify the bytes before parsing them; these bytes are parsed below
             from echoquad_runtime.bundle.signature import verify_signature
@@ -156,7 +156,7 @@ class Bundle:
         Raises
         ------
         BundleError
-            If the manifest does not list it, or it is missing.
+            If the manifest does not list it, if it is missing, or if the bundle was replaced since it was opened.
         BundleTamperedError
             If its bytes are not those that were exported.
         """
@@ -166,6 +166,7 @@ class Bundle:
         try:
             data = read_regular(self.folder / name, entry["bytes"])
         except OSError as error:
+            self._refuse_replaced()
             raise BundleError(
                 f"{self._label}: {name} cannot be read ({error.strerror or error}); copy the whole bundle again"
             ) from error
@@ -177,10 +178,23 @@ class Bundle:
             difference = f"SHA-256 {digest[:12]}..., expected {entry['sha256'][:12]}..."
         else:
             return data
+        self._refuse_replaced()
         raise BundleTamperedError(
             f"{self._label}: {name} has {difference}: it was damaged or changed after the export; "
             "copy the whole bundle again"
         )
+
+    def _refuse_replaced(self) -> None:
+        """Raise a `BundleError` if the folder holds another bundle than it did: an export may replace it in use."""
+        try:
+            replaced = read_manifest(self.folder) != self._manifest_bytes
+        except BundleError:  # the rest of the bundle is missing or damaged as well
+            return
+        if replaced:
+            raise BundleError(
+                f"{self._label}: the bundle was replaced since it was opened; open it again, or restart the program "
+                "that uses it"
+            )
 
     def read_model(self, precision: str) -> bytes:
         """Read the graph of a precision; raises as `read`."""

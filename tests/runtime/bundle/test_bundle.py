@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -337,3 +338,22 @@ def test_manifest_has_one_encoding() -> None:
     assert data.endswith(b"}\n")
     with pytest.raises(ValueError, match="not JSON compliant"):
         encode_manifest({"a": float("inf")})
+
+
+@pytest.mark.parametrize("classes", [("A", "B", "C"), ("ASD", "NORM")], ids=["another contract", "the same bundle"])
+def test_bundle_replaced_since_it_was_opened_is_named_as_such(
+    tmp_path: Path, make_tiny_bundle: Make, classes: tuple[str, ...]
+) -> None:
+    folder = make_tiny_bundle(tmp_path / "bundle")
+    opened = Bundle(folder)
+    graph = opened.read_model("fp32")
+    shutil.rmtree(folder)
+    with pytest.raises(BundleError, match="cannot be read") as missing:
+        opened.read_model("fp32")
+    make_tiny_bundle(folder, classes=classes)
+    if classes == opened.contract.classes:
+        assert opened.read_model("fp32") == graph
+    else:
+        with pytest.raises(BundleError, match="was replaced since it was opened") as replaced:
+            opened.read_model("fp32")
+        assert missing.value.code == replaced.value.code == "E_BUNDLE"
