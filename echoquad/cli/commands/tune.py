@@ -9,6 +9,7 @@ import typer
 
 from echoquad.cli.framework.console import Progress, format_table, print_failures, print_result, print_status, save_json
 from echoquad.cli.framework.options import (
+    MAX_COUNT,
     MAX_FRAMES,
     BundleFolder,
     DeviceName,
@@ -50,7 +51,8 @@ def tune(
         str | None, typer.Option("--precision", metavar="NAME", help="Precision to try. Default: all.")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads to try. Default: 1, 2, 4, ...")
+        int | None,
+        typer.Option("--threads", metavar="N", min=1, max=MAX_COUNT, help="CPU threads to try. Default: 1, 2, 4, ..."),
     ] = None,
     batch_size: Annotated[
         int | None,
@@ -58,6 +60,7 @@ def tune(
             "--batch-size",
             metavar="N",
             min=1,
+            max=MAX_COUNT,
             help="Frames per batch to try. Default: 1; with --goal throughput 1, 2, 4, 8 and 16.",
         ),
     ] = None,

@@ -16,7 +16,7 @@ import typer
 from echoquad.cli.framework import signals
 from echoquad.cli.framework.console import log_to_stderr, print_error, print_result, print_status
 from echoquad_runtime._version import __version__
-from echoquad_runtime.errors import EchoQuadError, UsageError
+from echoquad_runtime.errors import EchoQuadError, InputNotFoundError, UsageError
 
 __all__ = ["COMMANDS", "load_command", "main"]
 
@@ -197,6 +197,13 @@ def _unexpected(error: Exception) -> int:
             return print_error(missing_extra(package, EXTRAS[package]))
     if os.environ.get("ECHOQUAD_TRACEBACK"):
         raise error
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        # No command checks each path for all that a system may refuse, such as a name that is too long.
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+        name = name if len(name) <= 100 else f"{name[:97]}..."
+        return print_error(
+            InputNotFoundError(f"{name}: cannot be used ({error.strerror}); check the path and its permissions")
+        )
     return print_error(
         EchoQuadError(
             f"unexpected {type(error).__name__}: {error}; this is a fault in EchoQuad: please report it with the "

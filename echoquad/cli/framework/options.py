@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from echoquad_runtime.frames.formats import ReadOptions
 
 __all__ = [
+    "MAX_COUNT",
     "MAX_FRAMES",
     "BatchSize",
     "BundleFolder",
@@ -43,6 +44,7 @@ __all__ = [
     "read_options",
 ]
 
+MAX_COUNT: Final = 1 << 16  # of threads, and of frames in a batch
 MAX_FRAMES: Final = 256
 """Frames that bench and tune keep in memory, as file bytes; more would only repeat them."""
 
@@ -86,7 +88,7 @@ CudaGraphs = Annotated[
 Nhwc = Annotated[
     bool, typer.Option("--nhwc", help="On CUDA, compute convolutions with channels last in memory; see echoquad tune.")
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help=f"{_BATCH}.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", min=1, max=MAX_COUNT, help=f"{_BATCH}.")]
 # For the commands that use the settings of `echoquad tune`: None differs from giving the default explicitly.
 TunedDevice = Annotated[
     DeviceName | None,
@@ -97,7 +99,11 @@ TunedDevice = Annotated[
 TunedBatchSize = Annotated[
     int | None,
     typer.Option(
-        "--batch-size", metavar="N", min=1, help=f"{_BATCH}. Default: the tuned size, or one that suits the device."
+        "--batch-size",
+        metavar="N",
+        min=1,
+        max=MAX_COUNT,
+        help=f"{_BATCH}. Default: the tuned size, or one that suits the device.",
     ),
 ]
 Untuned = Annotated[
@@ -107,7 +113,11 @@ Untuned = Annotated[
 Threads = Annotated[
     int | None,
     typer.Option(
-        "--threads", metavar="N", min=1, help="CPU threads. Default: the CPUs that affinity and cgroup allow."
+        "--threads",
+        metavar="N",
+        min=1,
+        max=MAX_COUNT,
+        help="CPU threads. Default: the CPUs that affinity and cgroup allow.",
     ),
 ]
 Matrices = Annotated[

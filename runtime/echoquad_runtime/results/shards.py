@@ -163,7 +163,7 @@ def _read_part(path: Path, layout: Format) -> _Part:
         reader = RowReader(stream, layout)
         header = begin = end = reader.complete_bytes
         for row in reader:
-            if record is not None and record["shard"] and not Shard.parse(record["shard"]).holds_row(row.name):
+            if record is not None and record.get("shard") and not Shard.parse(record["shard"]).holds_row(row.name):
                 raise ResultError(
                     f"{label}: {display_name(row.name)} is not in shard {record['shard']}; run the shard again"
                 )
@@ -199,7 +199,7 @@ def _check_parts(parts: Sequence[_Part]) -> bool:
                     f"{label}: its {IDENTITY[name]} is {here}, that of {known[0][0].path.as_posix()} is {other}; "
                     "expected shards of one run"
                 )
-        if record["shard"] is None:
+        if record.get("shard") is None:
             raise ResultError(f"{label}: it is a run without --shard; expected files of predict --shard")
         shard = Shard.parse(record["shard"])
         if shard in seen:

@@ -61,6 +61,8 @@ def read_safetensors(path: Path) -> TensorFile:
         if _MAX_HEADER < length < len(data):  # beyond the end, it is no safetensors file
             raise TensorFileError(f"its header has {length} bytes; expected at most {_MAX_HEADER}")
         tensors = safetensors.torch.load(data)  # checks the header
+        if any(tensor.is_complex() for tensor in tensors.values()):  # torch would only warn, and drop a part of them
+            raise TensorFileError("it holds complex numbers; expected real weights")
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
         return TensorFile(metadata, tensors, hashlib.sha256(data[8 + length :]).hexdigest())
 
