@@ -84,3 +84,19 @@ main()
         assert ended.stderr.startswith("error[E_UNEXPECTED]: ")
         assert "ZeroDivisionError: two lines" in ended.stderr and "ECHOQUAD_TRACEBACK=1" in ended.stderr
         assert len(ended.stderr.splitlines()) == 1
+
+
+def test_path_that_the_system_refuses_is_one_line_with_a_shortened_name() -> None:
+    for line in (["data", "audit", "x" * 300], ["ensemble", "x" * 5000, "y" * 300, "--out", "z"]):
+        command = [sys.executable, "-m", "echoquad", *line]
+        env = {**os.environ, "ECHOQUAD_TRACEBACK": ""}
+        ended = subprocess.run(command, check=False, capture_output=True, env=env, encoding="utf-8")
+        assert (ended.returncode, ended.stdout) == (1, "")
+        assert ended.stderr.startswith("error[E_INPUT_NOT_FOUND]: xxx") and len(ended.stderr) < 300
+
+
+@pytest.mark.parametrize("option", ["--threads", "--batch-size"])
+def test_absurd_counts_are_usage_errors(option: str) -> None:
+    command = [sys.executable, "-m", "echoquad", "predict", "bundle", "data", option, "9" * 30]
+    ended = subprocess.run(command, check=False, capture_output=True, encoding="utf-8")
+    assert ended.returncode == 2 and ended.stderr.startswith("error[E_USAGE]: ") and option in ended.stderr

@@ -282,3 +282,12 @@ def test_merge_refuses_too_many_sorted_runs(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(shards, "_MAX_RUNS", 39)
     with pytest.raises(ResultError, match="form 40 sorted runs; expected at most 39"):
         merge([tmp_path / "part1.csv"], tmp_path / "all.csv")
+
+
+def test_merge_accepts_no_record_without_its_shard(tmp_path: Path) -> None:
+    parts = run_shards(tmp_path, 2)
+    record = json.loads(run_record_path(parts[1]).read_text("utf-8"))
+    del record["shard"]
+    run_record_path(parts[1]).write_text(json.dumps(record), "utf-8")
+    with pytest.raises(ResultError, match="without --shard"):
+        merge(parts, tmp_path / "all.csv")

@@ -120,3 +120,10 @@ def test_pipe_and_folder_are_refused(tmp_path: Path) -> None:
 def test_first_line_of_error_message() -> None:
     assert first_line(ValueError("one\ntwo")) == "one"
     assert first_line(EOFError()) == "EOFError"
+
+
+def test_complex_tensors_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(safetensors.torch.save({"a": torch.zeros(2, dtype=torch.complex64)}))
+    with pytest.raises(TensorFileError, match="complex"):
+        read_safetensors(path)
