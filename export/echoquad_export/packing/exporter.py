@@ -191,12 +191,8 @@ def export_run(
             draft.manifest["precisions"][precision] |= details
             if maps := check_activation_maps(graph, store.quadrants[:CAM_FRAMES]):
                 draft.manifest["precisions"][precision]["cam"] = maps
-            if parity.typicality is not None:
-                typicality["thresholds"][precision] = typicality_thresholds(parity.typicality)
 
-        if typicality:
-            typicality["validation_frames"] = len(store.names)
-            draft.manifest["typicality"] = typicality
+        draft.manifest |= _typicality_entry(typicality, parities)
         progress("choosing golden frames")
         reduced = [draft.open_graph(precision) for precision in wanted if precision != "fp32"]
         packed, draft.manifest["golden"] = pack_golden(reference_engine, source, reduced)
