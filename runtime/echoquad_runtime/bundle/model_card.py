@@ -322,10 +322,10 @@ def _graph_details(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def _typicality(manifest: Mapping[str, Any]) -> tuple[Section, ...]:
     text = (
-        "A frame's typicality says how near its features lie to those of {frames:d} training frames: about 1 for a frame "
-        "like them, near 0 for a picture of another thing. Of {validation_frames:d} validation frames 99 % exceed the "
-        "threshold 99; below it a row has the flag `unlike-training`. Thresholds: {thresholds}. The score does not detect "
-        "wrong decisions, and may miss changes within the picture such as colour Doppler."
+        "The typicality of a frame says how near its features lie to those of {frames:d} training frames: about 1 for "
+        "a frame like them, near 0 for a picture of another thing. Of {validation_frames:d} validation frames 99 % "
+        "exceed the threshold 99; below it a row has the flag `unlike-training`. Thresholds: {thresholds}. The score "
+        "does not detect wrong decisions, and may miss changes within the picture such as colour Doppler."
     )
     found = _at(manifest, "typicality")
     return () if found is None else (Section("Frames unlike the training frames", (Paragraph(_fill(text, found)),)),)

@@ -17,7 +17,7 @@ from PIL import Image
 
 HEADER = (
     "file,method,pred_image,prob_ASD,prob_NORM,pred_LA,p_LA_ASD,p_LA_NORM,pred_RA,p_RA_ASD,p_RA_NORM,"
-    "pred_LV,p_LV_ASD,p_LV_NORM,pred_RV,p_RV_ASD,p_RV_NORM,flags,device,precision"
+    "pred_LV,p_LV_ASD,p_LV_NORM,pred_RV,p_RV_ASD,p_RV_NORM,flags,device,precision,typicality"
 )
 NAMES = ["a/0.png", "a/1.jpg", "a/2.bmp", "b/3.tif", "b/4.PNG", "b/5.png"]
 BAD = ["a/cut.png", "a/text.png", "b/cut.jpg", "b/empty.jpg", "b/small.png"]
@@ -102,7 +102,7 @@ def test_jsonl_rows_equal_csv_rows(
             if isinstance(value, float):
                 assert f"{value:.4f}" == row[key]
             else:
-                assert (";".join(value) if isinstance(value, list) else value) == row[key]
+                assert (";".join(value) if isinstance(value, list) else value or "") == row[key]
 
 
 def test_method_changes_only_the_decision(tiny_bundle: Path, frames_folder: Path, many: Callable[..., Any]) -> None:
