@@ -74,7 +74,7 @@ class PngQuadrants(Dataset[tuple[torch.Tensor, int]]):
         frame = self.frames[index // 4]
         with Image.open(frame.path) as image:
             grey = image.convert("L")
-        quadrant = grey.crop(quadrant_boxes(*grey.size, self.contract.keep)[index % 4])
+        quadrant = grey.crop(quadrant_boxes(*grey.size, self.contract.keep, self.contract.quadrants)[index % 4])
         return 255 * self.transform(quadrant), frame.label
 
 

@@ -98,6 +98,12 @@ class TinyWeights:
     bias: np.ndarray  # [C]
 
 
+@pytest.fixture
+def without_isolation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode every file in the calling thread, as a frozen program does, so that a test can replace decoders."""
+    monkeypatch.setattr("echoquad_runtime.frames.reader.can_isolate", lambda: False)
+
+
 def tiny_weights(classes: int) -> TinyWeights:
     """Draw seeded weights whose classes are about equally likely on `draw_frame`'s frames."""
     rng = np.random.default_rng(7)

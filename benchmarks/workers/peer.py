@@ -76,7 +76,7 @@ def cut(path: Path, contract: Contract) -> list[Image.Image]:
     """Read a frame as grey levels and return its four quadrants."""
     with Image.open(path) as image:
         grey = image.convert("L")
-    return [grey.crop(box) for box in quadrant_boxes(*grey.size, contract.keep)]
+    return [grey.crop(box) for box in quadrant_boxes(*grey.size, contract.keep, contract.quadrants)]
 
 
 def cut_small(path: Path, contract: Contract) -> np.ndarray:

@@ -9,16 +9,41 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal, get_args
 
-from echoquad_runtime.errors import ContractError
+from echoquad_runtime.errors import ConfigError, ContractError
 
-__all__ = ["INDETERMINATE", "QUADRANTS", "VOTE_METHODS", "Contract", "VoteMethod", "canonical_json"]
+__all__ = [
+    "INDETERMINATE",
+    "QUADRANTS",
+    "QUADRANT_LAYOUTS",
+    "QUADRANT_POSITIONS",
+    "VOTE_METHODS",
+    "Contract",
+    "VoteMethod",
+    "canonical_json",
+    "describe_layout",
+    "layout_name",
+    "parse_layout",
+]
 
 QUADRANTS: Final = ("LA", "RA", "LV", "RV")
-"""Names of the quadrants in their fixed order: top-left, top-right, bottom-left, bottom-right of the cropped frame."""
+"""Names of the quadrants in the order of every array, column and vote weight, whatever the quadrant layout."""
+
+QUADRANT_POSITIONS: Final = ("top left", "top right", "bottom left", "bottom right")
+"""The positions of the quadrants in the cropped frame, in the order of a quadrant layout's names."""
+
+QUADRANT_LAYOUTS: Final[Mapping[str, tuple[str, ...]]] = {
+    "reference": QUADRANTS,
+    "apex-up": ("RV", "LV", "RA", "LA"),
+}
+"""Quadrant layouts that have a name: the name of the quadrant at each of `QUADRANT_POSITIONS`.
+
+``reference`` is the layout of the reference pipeline. ``apex-up`` is the usual display of the apical four-chamber view:
+the apex is up and the left heart is at the right of the picture. C. Mitchell et al., doi:10.1016/j.echo.2018.06.004.
+"""
 
 INDETERMINATE: Final = "INDETERMINATE"
 """Replaces the class of a frame when the model abstains; no class may have this name."""
@@ -67,7 +92,10 @@ class Contract:
         Temperature of the quadrants' mean after the vote: the frame's confidence is the decided class's share of the
         mean probabilities to the power of 1 / frame_temperature. Positive; 1 changes nothing and is omitted from the
         JSON, so that contracts older than this field keep their hash.
-    interpolation, quadrants
+    quadrants
+        The quadrant layout: the names at `QUADRANT_POSITIONS`, a permutation of `QUADRANTS`. It decides where a
+        quadrant is cut, see `echoquad_runtime.quadrants`. It does not change the order of arrays and columns.
+    interpolation
         Fixed in this schema; stored for readers in other languages.
 
     Raises
@@ -138,12 +166,21 @@ class Contract:
             "four numbers of 0 or more, not all 0",
         )
         require(self.interpolation == "bilinear", "interpolation", "'bilinear'")
-        require(self.quadrants == QUADRANTS, "quadrants", f"{QUADRANTS}")
+        require(
+            len(self.quadrants) == len(QUADRANTS) and all(name in self.quadrants for name in QUADRANTS),
+            "quadrants",
+            f"{', '.join(QUADRANTS)}, each once, in the order of their positions",
+        )
 
     @property
     def positive_index(self) -> int:
         """Index of the positive class."""
         return self.classes.index(self.positive)
+
+    @property
+    def quadrant_layout(self) -> str:
+        """Name of the quadrant layout, or its four names with commas between them."""
+        return layout_name(self.quadrants)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contract as JSON values."""
@@ -197,6 +234,37 @@ class Contract:
         if not isinstance(values, dict):
             raise ContractError(f"contract: {type(values).__name__} found; expected a JSON object")
         return cls.from_dict(values)
+
+
+def parse_layout(text: str) -> tuple[str, ...]:
+    """Return the quadrant names at `QUADRANT_POSITIONS` of a layout, given by its name or by four names with commas.
+
+    Raises
+    ------
+    ConfigError
+        If the text is neither a key of `QUADRANT_LAYOUTS` nor a permutation of `QUADRANTS`.
+    """
+    if text in QUADRANT_LAYOUTS:
+        return QUADRANT_LAYOUTS[text]
+    names = tuple(name.strip().upper() for name in text.split(","))
+    if sorted(names) != sorted(QUADRANTS):
+        raise ConfigError(
+            f"quadrant_layout is {repr(text)[:80]}; expected {', '.join(QUADRANT_LAYOUTS)}, or the names "
+            f"{', '.join(QUADRANTS)} in the order {', '.join(QUADRANT_POSITIONS)}, such as RV,LV,RA,LA"
+        )
+    return names
+
+
+def layout_name(names: Sequence[str]) -> str:
+    """Return the name of a quadrant layout, or its names with commas if it has none; `parse_layout` reads both."""
+    known = {layout: name for name, layout in QUADRANT_LAYOUTS.items()}
+    return known.get(tuple(names), ",".join(names))
+
+
+def describe_layout(names: Sequence[str]) -> str:
+    """Return a quadrant layout in words: ``apex-up (RV top left, LV top right, RA bottom left, LA bottom right)``."""
+    where = ", ".join(f"{name} {position}" for name, position in zip(names, QUADRANT_POSITIONS, strict=True))
+    return f"{layout_name(names)} ({where})"
 
 
 def _finite(name: str, value: object) -> float:

@@ -10,8 +10,10 @@ the process.
     EchoQuadError                       1
     ├── FrameError (ValueError)         1
     │   ├── FrameReadError (OSError)
+    │   │   └── FrameTimeoutError (TimeoutError)
     │   ├── FrameFormatError
     │   ├── FrameDamagedError
+    │   │   └── FrameCrashError
     │   ├── FrameTooLargeError
     │   ├── FrameTooSmallError
     │   └── FrameExtraError (ImportError)
@@ -50,11 +52,13 @@ __all__ = [
     "DatasetError",
     "DeviceUnavailableError",
     "EchoQuadError",
+    "FrameCrashError",
     "FrameDamagedError",
     "FrameError",
     "FrameExtraError",
     "FrameFormatError",
     "FrameReadError",
+    "FrameTimeoutError",
     "FrameTooLargeError",
     "FrameTooSmallError",
     "GateError",
@@ -90,6 +94,12 @@ class FrameReadError(FrameError, OSError):
     code = "E_FRAME_UNREADABLE"
 
 
+class FrameTimeoutError(FrameReadError, TimeoutError):
+    """Reading and decoding the frame takes longer than the time limit."""
+
+    code = "E_FRAME_TIMEOUT"
+
+
 class FrameFormatError(FrameError):
     """The file is not a frame of a supported format."""
 
@@ -102,8 +112,14 @@ class FrameDamagedError(FrameError):
     code = "E_FRAME_DAMAGED"
 
 
+class FrameCrashError(FrameDamagedError):
+    """A decoder crashes on the file. Its process is replaced, and the other files are read."""
+
+    code = "E_FRAME_CRASH"
+
+
 class FrameTooLargeError(FrameError):
-    """The header states more pixels, or the file has more bytes, than the limit."""
+    """The frame has more pixels, the file more bytes, or its decoder takes more memory than the limit."""
 
     code = "E_FRAME_TOO_LARGE"
 

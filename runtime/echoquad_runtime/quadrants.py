@@ -6,13 +6,14 @@ Training, export and inference share this implementation; there is no other.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from echoquad_runtime.contract import Contract
+from echoquad_runtime.contract import QUADRANTS, Contract
 from echoquad_runtime.errors import FrameTooSmallError
 
 __all__ = ["Box", "Grey", "crop_box", "frame_quadrants", "quadrant_boxes", "resize", "split", "stitch"]
@@ -46,10 +47,14 @@ def crop_box(width: int, height: int, keep: float) -> Box:
     return left, top, left + kept_width, top + kept_height
 
 
-def quadrant_boxes(width: int, height: int, keep: float) -> tuple[Box, Box, Box, Box]:
+def quadrant_boxes(
+    width: int, height: int, keep: float, layout: Sequence[str] = QUADRANTS
+) -> tuple[Box, Box, Box, Box]:
     """Return the boxes of LA, RA, LV, RV in pixels of the uncropped frame.
 
     The crop is split at half its width and height, rounded down: the right and lower quadrants get an odd pixel.
+    `layout` is the contract's field ``quadrants``: the names of the top left, top right, bottom left and bottom right
+    quadrant. This is the only place that turns positions into names; all that follows is in the order LA, RA, LV, RV.
 
     Raises
     ------
@@ -58,11 +63,13 @@ def quadrant_boxes(width: int, height: int, keep: float) -> tuple[Box, Box, Box,
     """
     left, top, right, bottom = crop_box(width, height, keep)
     x, y = left + (right - left) // 2, top + (bottom - top) // 2
-    return (left, top, x, y), (x, top, right, y), (left, y, x, bottom), (x, y, right, bottom)
+    boxes = (left, top, x, y), (x, top, right, y), (left, y, x, bottom), (x, y, right, bottom)
+    la, ra, lv, rv = (boxes[layout.index(name)] for name in QUADRANTS)
+    return la, ra, lv, rv
 
 
-def split(frame: Grey, keep: float) -> tuple[Grey, Grey, Grey, Grey]:
-    """Split a frame, uint8 [H, W], into views of its quadrants LA, RA, LV, RV.
+def split(frame: Grey, keep: float, layout: Sequence[str] = QUADRANTS) -> tuple[Grey, Grey, Grey, Grey]:
+    """Split a frame, uint8 [H, W], into views of its quadrants LA, RA, LV, RV; `layout` is as in `quadrant_boxes`.
 
     Raises
     ------
@@ -70,13 +77,18 @@ def split(frame: Grey, keep: float) -> tuple[Grey, Grey, Grey, Grey]:
         As `crop_box`.
     """
     height, width = frame.shape
-    la, ra, lv, rv = quadrant_boxes(width, height, keep)
+    la, ra, lv, rv = quadrant_boxes(width, height, keep, layout)
     return _cut(frame, la), _cut(frame, ra), _cut(frame, lv), _cut(frame, rv)
 
 
-def stitch(la: Grey, ra: Grey, lv: Grey, rv: Grey) -> Grey:
-    """Return the cropped frame that four quadrants, uint8 [h, w] each, came from, pixel for pixel."""
-    return np.block([[la, ra], [lv, rv]])
+def stitch(la: Grey, ra: Grey, lv: Grey, rv: Grey, *, layout: Sequence[str] = QUADRANTS) -> Grey:
+    """Return the cropped frame that four quadrants, uint8 [h, w] each, came from, pixel for pixel.
+
+    `layout` is as in `quadrant_boxes`.
+    """
+    named = dict(zip(QUADRANTS, (la, ra, lv, rv), strict=True))
+    top_left, top_right, bottom_left, bottom_right = (named[name] for name in layout)
+    return np.block([[top_left, top_right], [bottom_left, bottom_right]])
 
 
 def resize(quadrant: Grey, size: int) -> Grey:
@@ -98,7 +110,7 @@ def frame_quadrants(frame: Grey, contract: Contract, out: npt.NDArray[np.uint8] 
     frame
         uint8 [H, W], grey levels 0 to 255.
     contract
-        Defines the kept fraction and the input size S.
+        Defines the kept fraction, the quadrant layout and the input size S.
     out
         uint8 [4, 1, S, S] to write into; allocated if None.
 
@@ -115,8 +127,9 @@ def frame_quadrants(frame: Grey, contract: Contract, out: npt.NDArray[np.uint8] 
     size = contract.input_size
     if out is None:
         out = np.empty((4, 1, size, size), np.uint8)
-    quadrants = split(frame, contract.keep)
-    if quadrants[0].shape == quadrants[3].shape != (size, size):
+    quadrants = split(frame, contract.keep, contract.quadrants)
+    shapes = {quadrant.shape for quadrant in quadrants}
+    if len(shapes) == 1 and shapes != {(size, size)}:
         # Resizing four channels at once takes three quarters of the time. CMYK has four channels without alpha, which
         # would weight the others.
         merged = _filter(Image.merge("CMYK", [_to_image(quadrant) for quadrant in quadrants]), size)

@@ -1,4 +1,4 @@
-"""Worker of the format fuzzing: damages DICOM, matrix and video files and reads them in its own process.
+"""Worker of the format fuzzing: damages DICOM, matrix, TIFF and video files and reads them in its own process.
 
 ``test_format_fuzzing.py`` runs it as ``format_worker.py SCRATCH FIRST LAST``. It prints a JSON line before and after
 each file.
@@ -11,6 +11,7 @@ import io
 import json
 import random
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pydicom
+from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
 
@@ -27,11 +29,13 @@ from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.frames.reader import load_grey_and_flags, load_image
 
 NAME = "PlantedDoe"
+FLAGS = {"colour", "nan", "uncropped", "region-clamped"}
 
 with contextlib.suppress(ImportError):  # Windows
     import resource
 
-    resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+    # Of this process alone: a larger allocation fails. Reader processes have limits of their own.
+    resource.setrlimit(resource.RLIMIT_AS, (1500 << 20, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 SHIPPED = (
     *("ExplVR_BigEnd.dcm", "examples_palette.dcm", "MR_small_RLE.dcm", "MR_small_implicit.dcm", "SC_rgb_jpeg_gdcm.dcm"),
@@ -75,6 +79,33 @@ def dicom_clip() -> bytes:
     return stream.getvalue()
 
 
+def lossless_16_bits() -> bytes:
+    """Return a DICOM file with a lossless JPEG of 16 bits; GDCM aborts on some of its damaged variants."""
+    import gdcm
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = gdcm.ImageReader(), Path(folder, "lossless.dcm")
+        source.SetFileName(str(get_testdata_file("MR_small.dcm", download=False)))
+        change = gdcm.ImageChangeTransferSyntax()
+        change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
+        assert source.Read()
+        change.SetInput(source.GetImage())
+        assert change.Change()
+        writer = gdcm.ImageWriter()
+        writer.SetFileName(str(target))
+        writer.SetFile(source.GetFile())
+        writer.SetImage(change.GetOutput())
+        assert writer.Write()
+        return target.read_bytes()
+
+
+def tiff(compression: str) -> bytes:
+    stream = io.BytesIO()
+    levels = np.add.outer(np.arange(40), np.arange(60)).astype(np.uint8)
+    Image.fromarray(np.stack([levels, levels // 2, levels], 2)).save(stream, "TIFF", compression=compression)
+    return stream.getvalue()
+
+
 def video(container: str, codec: str, pixels: str) -> bytes:
     """Return a clip of six frames."""
     import av
@@ -108,6 +139,8 @@ def make_seeds() -> dict[str, bytes]:
         name: with_planted_name(Path(str(get_testdata_file(name, download=False))).read_bytes()) for name in SHIPPED
     }
     seeds["clip.dcm"] = dicom_clip()
+    seeds["lossless.dcm"] = with_planted_name(lossless_16_bits())
+    seeds |= {"lzw.tif": tiff("tiff_lzw"), "deflate.tif": tiff("tiff_adobe_deflate"), "plain.tif": tiff("raw")}
     seeds |= {"comma.csv": text(","), "blank.txt": text(" "), "mixed.txt": text(" ;\t")}
     seeds |= {"grey.npy": array(np.arange(600, dtype=np.uint16).reshape(20, 30)), "clip.npy": array(np.ones((3, 8, 9)))}
     with contextlib.suppress(ImportError):
@@ -148,7 +181,7 @@ def read(path: Path) -> tuple[list[str], list[str]]:
             grey, flags = load_grey_and_flags(item)
             load_image(item).load()
             outcomes.append("frame")
-            if grey.dtype != np.uint8 or grey.ndim != 2 or not set(flags) <= {"colour", "nan"}:
+            if grey.dtype != np.uint8 or grey.ndim != 2 or not set(flags) <= FLAGS:
                 faults.append(f"{grey.dtype} {grey.shape} {flags}")
             continue
         except EchoQuadError as found:

@@ -23,8 +23,8 @@ from echoquad_runtime.frames.reader import decode_grey, read_grey_and_flags
 with contextlib.suppress(ImportError):  # Windows
     import resource
 
-    # A larger allocation fails, instead of exhausting the machine.
-    resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+    # Of this process alone: a larger allocation fails. Reader processes have limits of their own.
+    resource.setrlimit(resource.RLIMIT_AS, (1500 << 20, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 warnings.filterwarnings("ignore", module="PIL")  # as the command line does
 

@@ -11,8 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echoquad_runtime.contract import MAX_INPUT_SIZE, QUADRANTS, VOTE_METHODS, Contract, canonical_json
-from echoquad_runtime.errors import ContractError
+from echoquad_runtime.contract import (
+    MAX_INPUT_SIZE,
+    QUADRANT_LAYOUTS,
+    QUADRANTS,
+    VOTE_METHODS,
+    Contract,
+    canonical_json,
+    describe_layout,
+    layout_name,
+    parse_layout,
+)
+from echoquad_runtime.errors import ConfigError, ContractError
 
 CONTRACT = Contract(classes=("ASD", "NORM"), keep=0.85, mean=0.5, std=0.25, temperature=1.5)
 GOLDEN_JSON = (
@@ -35,6 +45,7 @@ contracts = st.builds(
     vote=st.sampled_from(VOTE_METHODS),
     vote_weights=st.tuples(*[st.floats(0, 100)] * 4).filter(lambda weights: sum(weights) > 0),
     temperature=positive,
+    quadrants=st.permutations(QUADRANTS).map(tuple),
 )
 
 
@@ -76,7 +87,9 @@ def test_json_round_trip_keeps_contract_and_hash(contract: Contract) -> None:
 @given(contracts, contracts, st.data())
 @settings(max_examples=100)
 def test_hashes_are_equal_exactly_if_contracts_are(first: Contract, second: Contract, data: st.DataObject) -> None:
-    name = data.draw(st.sampled_from(["keep", "mean", "std", "temperature", "vote", "vote_weights", "input_size"]))
+    name = data.draw(
+        st.sampled_from(["keep", "mean", "std", "temperature", "vote", "vote_weights", "input_size", "quadrants"])
+    )
     mixed = dataclasses.replace(first, **{name: getattr(second, name)})
     assert (mixed.sha256 == first.sha256) == (mixed == first)
     assert (second.sha256 == first.sha256) == (second == first)
@@ -113,7 +126,8 @@ NUMBERS = [float("nan"), float("inf"), float("-inf"), "0.5", None, True, [0.5], 
         *(("vote_weights", value) for value in ((1, 1, 1), (1,) * 5, (0,) * 4, (1, 1, 1, -1), (1, 1, 1, float("nan")))),
         *(("vote_weights", value) for value in ("1111", None, ("1",) * 4, 4)),
         *(("interpolation", value) for value in ("bicubic", None)),
-        *(("quadrants", value) for value in (("RA", "LA", "LV", "RV"), (), "LARALVRV", None)),
+        *(("quadrants", value) for value in (("LA", "LA", "LV", "RV"), ("LA", "RA", "LV"), (*QUADRANTS, "LA"))),
+        *(("quadrants", value) for value in ((), "LARALVRV", None, ("la", "ra", "lv", "rv"), (1, 2, 3, 4))),
         *(("schema", value) for value in (0, 2, "1", None, True, 1.0)),
     ],
 )
@@ -174,3 +188,38 @@ def test_long_invalid_value_is_abbreviated(name: str, value: object) -> None:
     with pytest.raises(ContractError) as caught:
         Contract.from_dict({**CONTRACT.to_dict(), name: value})
     assert len(str(caught.value)) < 400
+
+
+# ---------------------------------------------------------------------------------------------- quadrant layout
+
+
+def test_reference_layout_keeps_the_hash_and_others_change_it() -> None:
+    assert dataclasses.replace(CONTRACT, quadrants=parse_layout("reference")).sha256 == GOLDEN_SHA256
+    apex_up = dataclasses.replace(CONTRACT, quadrants=parse_layout("apex-up"))
+    assert '"quadrants":["RV","LV","RA","LA"]' in apex_up.to_json()
+    assert (apex_up.quadrant_layout, CONTRACT.quadrant_layout) == ("apex-up", "reference")
+    assert apex_up.sha256 != GOLDEN_SHA256 and apex_up != CONTRACT
+
+
+def test_apex_up_has_the_ventricles_above_and_the_left_heart_at_the_right() -> None:
+    top_left, top_right, bottom_left, bottom_right = QUADRANT_LAYOUTS["apex-up"]
+    assert (top_left, top_right, bottom_left, bottom_right) == ("RV", "LV", "RA", "LA")
+
+
+@given(st.permutations(QUADRANTS))
+def test_every_layout_has_a_name_that_is_read_back(names: list[str]) -> None:
+    assert parse_layout(layout_name(names)) == tuple(names)
+    assert parse_layout(" , ".join(names).lower()) == tuple(names)
+
+
+@pytest.mark.parametrize("text", ["", "apex", "LA", "LA,RA,LV", "LA,LA,LV,RV", "LA,RA,LV,RV,", "LA RA LV RV"])
+def test_unknown_layout_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="apex-up") as error:
+        parse_layout(text)
+    assert "\n" not in str(error.value)
+
+
+def test_layout_is_described_by_position() -> None:
+    assert describe_layout(("RV", "LV", "RA", "LA")) == (
+        "apex-up (RV top left, LV top right, RA bottom left, LA bottom right)"
+    )

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from echoquad_runtime.contract import Contract
+from echoquad_runtime.contract import QUADRANTS, Contract
 from echoquad_runtime.errors import FrameError, FrameTooSmallError
 from echoquad_runtime.quadrants import crop_box, frame_quadrants, quadrant_boxes, resize, split, stitch
 
@@ -219,3 +219,31 @@ def test_frame_is_not_modified() -> None:
     found = frame_quadrants(NOISE, Contract(classes=("A", "B"), input_size=16))
     found[:] = 0
     np.testing.assert_array_equal(NOISE, before)
+
+
+# ---------------------------------------------------------------------------------------------- quadrant layout
+
+layouts = st.permutations(QUADRANTS).map(tuple)
+
+
+@given(sides, sides, keeps, layouts)
+def test_quadrant_has_the_pixels_of_its_position(width: int, height: int, keep: float, layout: tuple[str, ...]) -> None:
+    frame = counted(width, height)
+    left, top, right, bottom = crop_box(width, height, keep)
+    x, y = left + (right - left) // 2, top + (bottom - top) // 2
+    at = (frame[top:y, left:x], frame[top:y, x:right], frame[y:bottom, left:x], frame[y:bottom, x:right])
+    for name, quadrant in zip(QUADRANTS, split(frame, keep, layout), strict=True):
+        np.testing.assert_array_equal(quadrant, at[layout.index(name)])
+    np.testing.assert_array_equal(stitch(*split(frame, keep, layout), layout=layout), frame[top:bottom, left:right])
+
+
+@given(st.integers(2, 60), st.integers(2, 60), keeps, layouts)
+def test_layout_permutes_the_input_and_nothing_else(
+    width: int, height: int, keep: float, layout: tuple[str, ...]
+) -> None:
+    """Odd sides matter: quadrants of several sizes are resized one by one, and those of one size together."""
+    frame = counted(width, height)
+    reference = Contract(("a", "b"), keep=keep, input_size=16)
+    changed = Contract(("a", "b"), keep=keep, input_size=16, quadrants=layout)
+    order = [layout.index(name) for name in QUADRANTS]
+    np.testing.assert_array_equal(frame_quadrants(frame, changed), frame_quadrants(frame, reference)[order])

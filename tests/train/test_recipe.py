@@ -74,6 +74,7 @@ DISABLED = dict.fromkeys(
 def test_transfer_recipe_and_defaults_equal_reference_pipeline() -> None:
     # Temperature scaling changes no quadrant's class.
     others = {"progressive_scale": 0.5, "temperature_scaling": True, "context_padding": False}
+    others |= {"quadrant_layout": "reference"}
     assert dataclasses.asdict(Recipe.load("transfer")) == REFERENCE | DISABLED | others
     assert Recipe() == Recipe.load("transfer")
 
@@ -262,3 +263,20 @@ def test_bad_recipe_file_is_refused(tmp_path: Path) -> None:
     for name in (str(path), str(tmp_path), str(tmp_path / "none.toml"), "transfr", ""):
         with pytest.raises(ConfigError, match=r"neither transfer nor scratch nor a readable TOML file \("):
             Recipe.load(name)
+
+
+def test_quadrant_layout_reaches_the_contract() -> None:
+    assert Recipe().contract(("A", "B")).quadrants == ("LA", "RA", "LV", "RV")
+    for text in ("apex-up", "RV,LV,RA,LA", "rv, lv, ra, la"):
+        recipe = Recipe().replace([f"quadrant_layout={text}"])
+        assert recipe.quadrant_layout == "apex-up"  # one spelling, so that a run resumes with either
+        assert recipe.contract(("A", "B")).quadrants == ("RV", "LV", "RA", "LA")
+        assert Recipe.from_toml(recipe.to_toml()) == recipe
+    old = "".join(line for line in Recipe().to_toml().splitlines(True) if "quadrant_layout" not in line)
+    assert Recipe.from_toml(old) == Recipe()
+
+
+@pytest.mark.parametrize("value", ["apex", "LA,RA,LV", "LA,LA,LV,RV", ""])
+def test_unknown_quadrant_layout_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match="recipe: quadrant_layout is"):
+        Recipe(quadrant_layout=value)

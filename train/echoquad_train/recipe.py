@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from echoquad_runtime.contract import Contract, VoteMethod
+from echoquad_runtime.contract import Contract, VoteMethod, layout_name, parse_layout
 from echoquad_runtime.errors import ConfigError, ContractError
 
 __all__ = ["SHIPPED", "Recipe"]
@@ -52,6 +52,7 @@ class Recipe:
     # Fields of the contract; see echoquad_runtime.contract
     input_size: int = 224
     center_crop: float = 0.9  # fraction of each side; the contract's field `keep`
+    quadrant_layout: str = "reference"  # a name of QUADRANT_LAYOUTS, or four names with commas: the field `quadrants`
     mean: float = 0.5
     std: float = 0.5
     temperature: float = 0.0  # of each quadrant's softmax; 0 fits it, see evaluation.temperature_scaling
@@ -114,6 +115,10 @@ class Recipe:
         for field in dataclasses.fields(self):
             value = _coerce(field.name, getattr(self, field.name), hints[field.name])
             object.__setattr__(self, field.name, value)
+        try:
+            object.__setattr__(self, "quadrant_layout", layout_name(parse_layout(self.quadrant_layout)))
+        except ConfigError as error:
+            raise ConfigError(f"recipe: {error}") from error
         self._require(self.epochs >= 1, "at least 1", "epochs")
         self._require(self.batch_size >= 2, "at least 2, for batch normalisation", "batch_size")
         self._require(0 <= self.seed < 2**63, "0 or more, below 2**63", "seed")
@@ -158,6 +163,7 @@ class Recipe:
             classes=tuple(classes),
             positive=self.positive,
             keep=self.center_crop,
+            quadrants=parse_layout(self.quadrant_layout),
             input_size=self.input_size,
             mean=self.mean,
             std=self.std,

@@ -20,7 +20,8 @@ def doctor(device: Device = "auto", json_file: JsonFile = None) -> None:
     from echoquad_runtime.errors import DeviceUnavailableError, HostError
 
     has_torch = util.find_spec("torch") is not None
-    report = run_diagnostics(device, extra_checks=[_check_torch] if has_torch else [])
+    extra_checks = [_check_isolation, *([_check_torch] if has_torch else [])]
+    report = run_diagnostics(device, extra_checks=extra_checks)
     for name, value in report.facts.items():
         print_result(f"{name}: {value}")
     print_result("")
@@ -34,6 +35,31 @@ def doctor(device: Device = "auto", json_file: JsonFile = None) -> None:
         raise (DeviceUnavailableError if unavailable else HostError)(
             f"failed: {', '.join(failed)}; see the report on stdout"
         )
+
+
+def _check_isolation() -> DiagnosticCheck:
+    """Decode a frame in a reader process, and name the limits that this system does not enforce."""
+    import io
+
+    from PIL import Image
+
+    from echoquad_runtime.engine.diagnostics import DiagnosticCheck
+    from echoquad_runtime.frames.isolation.limits import MEMORY_LIMIT, TIME_LIMIT, missing_limits
+    from echoquad_runtime.frames.isolation.reader_pool import can_isolate
+    from echoquad_runtime.frames.reader import decode_grey
+
+    name = "isolation"
+    if not can_isolate():
+        detail = "this program has no Python interpreter for reader processes: a damaged file may end it"
+        return DiagnosticCheck(name, "warning", f"{detail}; do: run EchoQuad from a Python environment")
+    stream = io.BytesIO()
+    Image.new("L", (4, 4), 200).save(stream, "TIFF")
+    if decode_grey(stream.getvalue()).mean() != 200:
+        return DiagnosticCheck(name, "failed", "a reader process returned other pixels; do: install EchoQuad again")
+    detail = f"a reader process decodes; it may take {MEMORY_LIMIT >> 20} MiB and {TIME_LIMIT:g} seconds for a file"
+    if missing := missing_limits():
+        return DiagnosticCheck(name, "warning", f"{detail}; this system does not limit {' and '.join(missing)}")
+    return DiagnosticCheck(name, "ok", detail)
 
 
 def _check_torch() -> DiagnosticCheck:

@@ -33,6 +33,7 @@ __all__ = [
     "PatientRegex",
     "Precision",
     "PublicKey",
+    "QuadrantLayout",
     "Threads",
     "TorchDevice",
     "TorchDeviceName",
@@ -131,6 +132,15 @@ PatientRegex = Annotated[
         metavar="REGEX",
         help="Regular expression that finds the patient in a frame's path below its class: the first group, or the "
         "whole match. Default: names such as patient0001_4CH, ASD3-101 and NORMS-39.",
+    ),
+]
+QuadrantLayout = Annotated[
+    str | None,
+    typer.Option(
+        "--quadrant-layout",
+        metavar="NAME|NAMES",
+        help="Which quadrant is where: reference (LA RA above LV RV), apex-up (RV LV above RA LA), or four names in "
+        "the order top left, top right, bottom left, bottom right, such as LV,RV,LA,RA. Default: reference.",
     ),
 ]
 PublicKey = Annotated[

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from echoquad_runtime.contract import Contract
+from echoquad_runtime.contract import QUADRANTS, Contract
 from echoquad_runtime.quadrants import MIN_SIDE
 
 __all__ = ["FRAMES", "Nodes", "add_quadrants"]
@@ -93,7 +93,7 @@ def add_quadrants(nodes: Nodes, contract: Contract, output: str) -> None:
         Receives the operators. Their input is `FRAMES`, uint8 [N, H, W], with H and W at least 2; for smaller frames
         the inference fails in ``Split``.
     contract
-        Supplies the kept fraction and the input size S.
+        Supplies the kept fraction, the quadrant layout and the input size S.
     output
         Name of the output: uint8 [4 N, 1, S, S], LA, RA, LV, RV of the first frame, then of the next.
     """
@@ -111,7 +111,11 @@ def add_quadrants(nodes: Nodes, contract: Contract, output: str) -> None:
     halves = nodes.split(kept, nodes("Concat", top, bottom, axis=0), 2, axis=1)
     small = [_resize(nodes, half, side, size) for half, side in zip(halves, (top, bottom), strict=True)]
     mosaic = nodes("Reshape", nodes("Concat", *small, axis=1), [0, 2, size, 2, size])
-    nodes("Reshape", nodes("Transpose", mosaic, perm=[0, 1, 3, 2, 4]), [-1, 1, size, size], output=output)
+    mosaic = nodes("Transpose", mosaic, perm=[0, 1, 3, 2, 4])
+    if contract.quadrants != QUADRANTS:  # from the order of the positions to that of the names
+        order = [contract.quadrants.index(name) for name in QUADRANTS]
+        mosaic = nodes("Gather", nodes("Reshape", mosaic, [0, len(QUADRANTS), size, size]), order, axis=1)
+    nodes("Reshape", mosaic, [-1, 1, size, size], output=output)
 
 
 def _cuts(nodes: Nodes, axis: int, keep: float) -> tuple[str, str, str, str]:

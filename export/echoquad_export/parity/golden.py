@@ -281,7 +281,7 @@ def _stitched(pool: Sequence[_Candidate], contract: Contract) -> Iterator[tuple[
     }
     for pattern, indices in _spread(list(possible.items()), STITCHED):
         frame = pool[indices[0]].frame.copy()
-        boxes = quadrant_boxes(frame.shape[1], frame.shape[0], contract.keep)
+        boxes = quadrant_boxes(frame.shape[1], frame.shape[0], contract.keep, contract.quadrants)
         for index, (left, top, right, bottom) in zip(indices, boxes, strict=True):
             frame[top:bottom, left:right] = pool[index].frame[top:bottom, left:right]
         yield f"phantom-stitched-{''.join(map(str, pattern))}", frame

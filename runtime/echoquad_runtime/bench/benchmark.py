@@ -337,7 +337,7 @@ def time_stages(slots: SlotPool, encoded: Sequence[bytes], batch: Grey) -> list[
         grey, _ = decode_grey_and_flags(data)
         decoded = clock()
         frame_quadrants(grey, contract, out=slot)
-        quality_flags(slot)
+        quality_flags(slot, grey)
         cutting += clock() - decoded
         decoding += decoded - begin
     begin = clock()

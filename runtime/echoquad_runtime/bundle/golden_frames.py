@@ -34,7 +34,7 @@ class GoldenFrames:
     frames
         G grey frames, uint8 [H, W], of different sizes.
     logits, probabilities
-        float32 [G, 4, C], quadrants in the contract's order, computed by PyTorch in float32.
+        float32 [G, 4, C], quadrants LA, RA, LV, RV, computed by PyTorch in float32.
     reasons
         G tuples of phrases that say what each frame tests; empty if they were not recorded.
     exported

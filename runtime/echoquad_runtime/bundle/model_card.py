@@ -15,25 +15,24 @@ from typing import Any, Final
 
 from echoquad_runtime.bundle.document import Block, BulletList, Document, Paragraph, Section, Table
 from echoquad_runtime.bundle.manifest import INTENDED_USE
-from echoquad_runtime.contract import QUADRANTS
+from echoquad_runtime.contract import QUADRANT_POSITIONS, QUADRANTS, layout_name
 
 __all__ = ["format_value", "model_card"]
 
 _NOT_STATED: Final = "not stated"
 _MAX_DEPTH: Final = 5  # of nested values; deeper ones are unreadable in a line
 
-_POSITIONS: Final = ("top left", "top right", "bottom left", "bottom right")
 _CONTRACT: Final[Mapping[str, str]] = {
     "classes": "classes, in the order of the outputs",
     "positive": "positive class of ROC curves",
     "keep": "fraction of each side that the centre crop keeps",
     "input_size": "side of a quadrant at the network, pixels",
     "interpolation": "resize, Pillow's antialiased filter",
-    "quadrants": "quadrants, in order",
+    "quadrants": "quadrants, from the top left to the bottom right",
     "mean": "mean, of grey levels as 0 to 1",
     "std": "standard deviation, of the same",
     "vote": "vote rule",
-    "vote_weights": "weights of the quadrants, for the weighted rule",
+    "vote_weights": "weights of LA, RA, LV, RV, for the weighted rule",
     "temperature": "temperature of the softmax",
     "frame_temperature": "temperature of the frame's mean, for its confidence",
     "schema": "schema",
@@ -124,10 +123,17 @@ def _contract(manifest: Mapping[str, Any]) -> Section:
         (
             Paragraph(f"Training, export and inference share this contract, SHA-256 {digest}:"),
             _table("field | value", rows),
-            _table("quadrant | part of the frame", zip(QUADRANTS, _POSITIONS, strict=True)),
+            *_quadrant_layout(fields.get("quadrants")),
             Paragraph("The names are a heuristic: nothing checks that a quadrant shows the chamber of its name."),
         ),
     )
+
+
+def _quadrant_layout(names: Any) -> tuple[Block, ...]:
+    if not isinstance(names, list) or sorted(map(str, names)) != sorted(QUADRANTS):
+        return (Paragraph(f"Quadrant layout: {_NOT_STATED}."),)
+    table = _table("quadrant | part of the frame", zip(names, QUADRANT_POSITIONS, strict=True))
+    return Paragraph(f"Quadrant layout: {layout_name(names)}."), table
 
 
 def _training(manifest: Mapping[str, Any]) -> Section:

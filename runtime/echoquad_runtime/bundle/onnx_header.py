@@ -38,8 +38,8 @@ CAM: Final = "cam"
 """An optional output, float32 [N, C, h, w]: class activation maps of a network that ends in a global average pooling
 and one linear layer. The mean of a class's map plus the layer's bias is the logit of that class."""
 TYPICALITY: Final = "typicality"
-"""An optional output, float32 [N, 4]: how near a quadrant's features lie to those of the training frames at each of the
-four positions, in the contract's order. Positive, without a unit; higher is more typical."""
+"""An optional output, float32 [N, 4]: how near a quadrant's features lie to those of the quadrants LA, RA, LV and RV of
+the training frames. Positive, without a unit; higher is more typical."""
 CONTRACT_KEY: Final = "echoquad.contract"
 CONTRACT_HASH_KEY: Final = "echoquad.contract_sha256"
 

@@ -52,7 +52,7 @@ class InferenceOutput(NamedTuple):
     Attributes
     ----------
     logits, probabilities
-        float32 [N, 4, C], quadrants in the contract's order; each row of probabilities sums to 1.
+        float32 [N, 4, C], quadrants LA, RA, LV, RV; each row of probabilities sums to 1.
     maps
         float32 [N, 4, C, h, w], class activation maps; None unless requested.
     typicality

@@ -25,6 +25,7 @@ __all__ = [
     "MAX_FRAMES",
     "MAX_PIXELS",
     "NPY_SIGNATURE",
+    "TIFF_SIGNATURES",
     "VIDEO_EXTENSIONS",
     "FileFormat",
     "Flip",
@@ -54,6 +55,12 @@ HEAD_BYTES: Final = 132
 
 NPY_SIGNATURE: Final = b"\x93NUMPY"
 MATROSKA_SIGNATURE: Final = b"\x1aE\xdf\xa3"
+TIFF_SIGNATURES: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_FIRST_VRS: Final = rb"(?:AE|CS|DA|LO|OB|PN|SH|ST|TM|UI|UL|UN).."
+_DICOM_ELEMENT: Final = re.compile(
+    rb"(?s)[\x02\x08]\0.\0(?:%s|[\x02-\x40]\0\0\0)"  # little-endian: a tag, then a VR and a length, or a length alone
+    rb"|\0\x08\0.%s" % (_FIRST_VRS, _FIRST_VRS)  # big-endian
+)
 _MP4_BOXES: Final = (b"ftyp", b"moov", b"mdat", b"wide")
 
 Flip = Literal["none", "vertical", "horizontal", "both"]
@@ -137,8 +144,11 @@ def detect_format(head: bytes, extension: str) -> FileFormat:
 
 
 def is_dicom(head: bytes) -> bool:
-    """Return whether a file begins as DICOM files do: a preamble of 128 bytes, then ``DICM`` (DICOM PS3.10, 7.1)."""
-    return head[128:132] == b"DICM"
+    """Return whether a file begins as DICOM files do: a preamble of 128 bytes, then ``DICM`` (DICOM PS3.10, 7.1).
+
+    Old archives omit the preamble. Their files begin with an element of group 2 or 8.
+    """
+    return head[128:132] == b"DICM" or _DICOM_ELEMENT.match(head) is not None
 
 
 def could_be_dicom(name: str) -> bool:

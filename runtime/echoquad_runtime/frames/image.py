@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameFormatError, FrameTooLargeError
-from echoquad_runtime.frames.formats import MAX_PIXELS
+from echoquad_runtime.frames.formats import MAX_PIXELS, TIFF_SIGNATURES
 from echoquad_runtime.frames.image_integrity import (
     PNG_SIGNATURE,
     PngLastRowCheck,
@@ -59,7 +59,6 @@ _TRANSPOSITIONS: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 _JPEG_SIGNATURE: Final = b"\xff\xd8\xff"
-_TIFF_SIGNATURES: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _EXPECTED: Final = "expected a PNG, JPEG, BMP or TIFF image"
 _BAND_PIXELS: Final = 1 << 20  # converted to grey at a time
 
@@ -163,7 +162,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
             from PIL.BmpImagePlugin import BmpImageFile
 
             return BmpImageFile(stream)
-        if data.startswith(_TIFF_SIGNATURES):
+        if data.startswith(TIFF_SIGNATURES):
             from PIL.TiffImagePlugin import TiffImageFile
 
             return TiffImageFile(stream)

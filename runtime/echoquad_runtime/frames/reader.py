@@ -1,86 +1,65 @@
-"""Reading frames of any file format: dispatch to the decoder, and enumeration of multi-frame files.
+"""Reading frames of any file format, each where it is safe: in the calling thread, or in a reader process.
 
-Images and text matrices are read completely, by `image` and `matrix`. Of DICOM, video and numpy files the header is
-read once and cached for a while, and frames are read one at a time.
+`isolation.routing` decides where. `sources` is the code that reads, in both cases, so the results are the same.
 """
 
 from __future__ import annotations
 
-import io
-import os
-import threading
-from collections import OrderedDict
+import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
-from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameFormatError
-from echoquad_runtime.frames import image as image_files
-from echoquad_runtime.frames.file_access import OpenStream, open_frame_file, read_bytes, read_errors, read_head
-from echoquad_runtime.frames.formats import (
-    HEAD_BYTES,
-    IMAGE_EXTENSIONS,
-    NPY_SIGNATURE,
-    FileFormat,
-    Flip,
-    ReadOptions,
-    detect_format,
-)
+from echoquad_runtime.contract import Contract
+from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameTooLargeError
+from echoquad_runtime.frames import sources
+from echoquad_runtime.frames.file_access import read_bytes
+from echoquad_runtime.frames.formats import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Flip, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
-from echoquad_runtime.frames.quality_flags import COLOUR
+from echoquad_runtime.frames.isolation.limits import TIME_LIMIT
+from echoquad_runtime.frames.isolation.reader_pool import can_isolate, reader_pool
+from echoquad_runtime.frames.isolation.routing import route_bytes, route_file
+from echoquad_runtime.frames.sources import Content, Flags, FrameCounts
 from echoquad_runtime.quadrants import Grey
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from PIL import Image
 
-    from echoquad_runtime.frames.decoded_frame import DecodedFrame
+    from echoquad_runtime.frames.isolation.messages import Answer, Operation
 
 __all__ = [
     "clear_file_cache",
     "decode_grey",
     "decode_grey_and_flags",
-    "decode_in_memory",
+    "decode_quadrants",
     "frames_in",
     "load_grey",
     "load_grey_and_flags",
     "load_image",
+    "load_quadrants",
+    "pixel_format",
     "read_grey",
     "read_grey_and_flags",
 ]
 
-_CACHED_FILES: Final = 32
-_CACHED_VIDEOS: Final = 4  # among them; a video is open and caches frames, and the walk is a few short ones ahead
+_USUALLY_LOCAL: Final = IMAGE_EXTENSIONS - {".tif", ".tiff"}
 
 
-class _FrameSource(Protocol):
-    """An open file of one frame or several.
-
-    Attributes
-    ----------
-    frame_count, stated_frame_count
-        Number of frames in the file, and the number that it states.
-    multi_frame
-        Whether a frame's name has the suffix ``#N``.
-    in_memory
-        Whether it holds the bytes of the file in memory, and so must not be cached.
-    """
-
-    frame_count: int
-    stated_frame_count: int
-
-    @property
-    def multi_frame(self) -> bool:
-        """See the class."""
-        ...
-
-    @property
-    def in_memory(self) -> bool:
-        """See the class."""
-        ...
-
-    def decode(self, number: int, flip: Flip) -> DecodedFrame:
-        """Decode a frame, counted from 1."""
-        ...
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Raise a MemoryError of this process as `FrameTooLargeError`: it costs one file, and not the run."""
+    try:
+        yield
+    except MemoryError:
+        short = True
+    else:
+        short = False
+    if short:  # outside of the handler, so that no traceback keeps the memory
+        raise FrameTooLargeError("there is not enough memory to decode the frame; expected a smaller frame")
 
 
 # ---------------------------------------------------------------------------------------------- frames of a file
@@ -95,20 +74,16 @@ def frames_in(path: Path, name: str, options: ReadOptions) -> Iterator[FrameFile
         A failure if the header cannot be read, and one after the frames that are present if others are missing.
     """
     try:
-        file_format = _detect(path)
-        if file_format == "image" or (file_format == "matrix" and not _is_npy(path)):
-            yield FrameFile(path, name, flip=options.flip)
-            return
-        source = _open_source(path, file_format)
+        counts = _count_frames(path)
     except FrameError as error:
         yield Failure(name, _without_traceback(error))
         return
-    if not source.multi_frame:
+    if not counts.multi_frame:
         yield FrameFile(path, name, flip=options.flip)
         return
-    for number in range(1, source.frame_count + 1, options.every):
+    for number in range(1, counts.present + 1, options.every):
         yield FrameFile(path, f"{name}#{number}", number, options.flip)
-    first, last = source.frame_count + 1, source.stated_frame_count
+    first, last = counts.present + 1, counts.stated
     if first <= last:
         missing = f"frames {first} to {last}" if first < last else "the last frame"
         yield Failure(
@@ -116,27 +91,32 @@ def frames_in(path: Path, name: str, options: ReadOptions) -> Iterator[FrameFile
         )
 
 
-def _detect(path: Path) -> FileFormat:
-    return detect_format(read_head(path), path.suffix)
+@_memory_errors()
+def _count_frames(path: Path) -> FrameCounts:
+    file_format, isolated = route_file(path)
+    if sources.is_single_frame_format(path, file_format):
+        return sources.SINGLE_FRAME
+    if not isolated or not can_isolate():
+        return sources.count_frames(path, file_format)
+    answer = _Isolated(path=path, clip=file_format == "video").ask("count")
+    if answer.counts is None:
+        raise FrameError(_UNEXPECTED)
+    return answer.counts
 
 
-def _is_npy(path: Path) -> bool:
-    return path.suffix.lower() == ".npy" or read_head(path).startswith(NPY_SIGNATURE)
+# ---------------------------------------------------------------------------------------------- files
 
 
-# ---------------------------------------------------------------------------------------------- one frame
-
-
-def load_grey_and_flags(file: FrameFile) -> tuple[Grey, tuple[str, ...]]:
+def load_grey_and_flags(file: FrameFile) -> tuple[Grey, Flags]:
     """Read a frame as grey, uint8 [H, W], with the quality flags that only its file shows.
 
     Raises
     ------
     FrameError
-        A subclass: the file cannot be read, is not a frame, is damaged or too large, or no rule covers its pixels.
+        A subclass: the file cannot be read, is not a frame, is damaged or too large, or no rule covers its pixels; its
+        decoder crashes, or exceeds a limit of memory or time.
     """
-    content = _read(file)
-    return decode_grey_and_flags(content) if isinstance(content, bytes) else _grey_and_flags(content)
+    return _to_grey_and_flags(_open_file(file))
 
 
 def load_grey(file: FrameFile) -> Grey:
@@ -147,8 +127,7 @@ def load_grey(file: FrameFile) -> Grey:
     FrameError
         As `load_grey_and_flags`.
     """
-    content = _read(file)
-    return decode_grey(content) if isinstance(content, bytes) else content.grey()
+    return _to_grey(_open_file(file))
 
 
 def load_image(file: FrameFile) -> Image.Image:
@@ -159,10 +138,38 @@ def load_image(file: FrameFile) -> Image.Image:
     FrameError
         As `load_grey_and_flags`.
     """
-    content = _read(file)
-    if not isinstance(content, bytes):
-        return content.image()
-    return decode_in_memory(content).image() if _is_dicom_or_npy(content) else image_files.decode_image(content)
+    return _to_image(_open_file(file))
+
+
+def load_quadrants(
+    file: FrameFile, contract: Contract, out: Grey, *, isolated: bool = False, time_limit: float = TIME_LIMIT
+) -> Flags:
+    """Read a frame, cut it into quadrants and return its flags.
+
+    Parameters
+    ----------
+    file
+        The file, and the frame in it.
+    contract
+        Defines the kept fraction and the input size S.
+    out
+        uint8 [4, 1, S, S] to write LA, RA, LV, RV to, grey levels 0 to 255.
+    isolated
+        Whether a reader process reads every file, so that threads do not share an interpreter lock.
+    time_limit
+        Seconds for a reader process.
+
+    Raises
+    ------
+    FrameError
+        As `load_grey_and_flags` and `echoquad_runtime.quadrants.frame_quadrants`.
+    """
+    if isolated:
+        clip = file.path.suffix.lower() in VIDEO_EXTENSIONS
+        return _to_quadrants(
+            _Isolated(file.path, frame=file.frame, flip=file.flip, clip=clip), contract, out, time_limit
+        )
+    return _to_quadrants(_open_file(file), contract, out, time_limit)
 
 
 def read_grey(path: Path) -> Grey:
@@ -173,10 +180,10 @@ def read_grey(path: Path) -> Grey:
     FrameError
         As `load_grey_and_flags`, or if the file holds several frames.
     """
-    return decode_grey(read_bytes(path))
+    return load_grey(FrameFile(path, path.name))
 
 
-def read_grey_and_flags(path: Path) -> tuple[Grey, tuple[str, ...]]:
+def read_grey_and_flags(path: Path) -> tuple[Grey, Flags]:
     """Read a single-frame file as grey, uint8 [H, W], with the quality flags that only its file shows.
 
     Raises
@@ -184,10 +191,13 @@ def read_grey_and_flags(path: Path) -> tuple[Grey, tuple[str, ...]]:
     FrameError
         As `read_grey`.
     """
-    return decode_grey_and_flags(read_bytes(path))
+    return load_grey_and_flags(FrameFile(path, path.name))
 
 
-def decode_grey_and_flags(data: bytes) -> tuple[Grey, tuple[str, ...]]:
+# ---------------------------------------------------------------------------------------------- files in memory
+
+
+def decode_grey_and_flags(data: bytes) -> tuple[Grey, Flags]:
     """Decode the bytes of a single-frame file (image, DICOM or numpy) as `read_grey_and_flags` does.
 
     Raises
@@ -195,9 +205,7 @@ def decode_grey_and_flags(data: bytes) -> tuple[Grey, tuple[str, ...]]:
     FrameError
         As `read_grey`.
     """
-    if _is_dicom_or_npy(data):
-        return _grey_and_flags(decode_in_memory(data))
-    return image_files.decode_grey_and_flags(data)
+    return _to_grey_and_flags(_open_bytes(data))
 
 
 def decode_grey(data: bytes) -> Grey:
@@ -208,104 +216,120 @@ def decode_grey(data: bytes) -> Grey:
     FrameError
         As `read_grey`.
     """
-    return decode_in_memory(data).grey() if _is_dicom_or_npy(data) else image_files.decode_grey(data)
+    return _to_grey(_open_bytes(data))
 
 
-def decode_in_memory(data: bytes) -> DecodedFrame:
-    """Decode the bytes of a single-frame DICOM or numpy file.
+def decode_quadrants(data: bytes, contract: Contract, out: Grey, *, time_limit: float = TIME_LIMIT) -> Flags:
+    """Decode the bytes of a single-frame file, cut the frame into quadrants and return its flags, as `load_quadrants`.
 
     Raises
     ------
     FrameError
-        As `load_grey_and_flags`, or if the file holds several frames.
+        As `read_grey` and `echoquad_runtime.quadrants.frame_quadrants`.
     """
-    source = _make_source(detect_format(data[:HEAD_BYTES], ""), lambda: io.BytesIO(data))
-    if source.multi_frame:
-        raise FrameFormatError(
-            f"the file holds {source.stated_frame_count} frames; expected one; pass its path instead"
-        )
-    return source.decode(1, "none")
+    return _to_quadrants(_open_bytes(data), contract, out, time_limit)
 
 
-def _is_dicom_or_npy(data: bytes) -> bool:
-    """Return whether bytes are DICOM or numpy; video in memory is not supported and refused as an unknown image."""
-    return detect_format(data[:HEAD_BYTES], "") in ("dicom", "matrix")
+def pixel_format(data: bytes) -> str:
+    """Return Pillow's format and mode of the bytes of an image file; ``PNG L`` is an 8-bit grey PNG.
+
+    Raises
+    ------
+    FrameError
+        If a reader process cannot tell.
+    """
+    content = _open_bytes(data)
+    return content.ask("pixel_format").pixel_format if isinstance(content, _Isolated) else sources.pixel_format(content)
 
 
-def _grey_and_flags(frame: DecodedFrame) -> tuple[Grey, tuple[str, ...]]:
-    grey = frame.grey()
-    return grey, (*frame.flags, COLOUR) if frame.is_coloured() else frame.flags
+# ---------------------------------------------------------------------------------------------- where a file is read
+
+_UNEXPECTED: Final = "its reader process sent an unexpected answer; please report it"
+_PICTURE_AXES: Final = (2, 3)
 
 
-def _read(file: FrameFile) -> bytes | DecodedFrame:
-    """Return the bytes of an image file, which is most often recognised by its name alone, or the decoded frame."""
-    if file.frame is None and file.path.suffix.lower() in IMAGE_EXTENSIONS:
-        return read_bytes(file.path)
-    file_format = _detect(file.path)
-    if file_format == "image":
-        if file.frame is not None:
-            raise FrameFormatError("'#N' selects a frame of a multi-frame file; this file holds a single image")
-        return read_bytes(file.path)
-    if file_format == "matrix" and not _is_npy(file.path):
-        from echoquad_runtime.frames.matrix import decode_text
+@dataclass(frozen=True, slots=True)
+class _Isolated:
+    """A frame that a reader process decodes: that of a file, or of bytes in memory."""
 
-        return decode_text(read_bytes(file.path), file.flip)
-    source = _open_source(file.path, file_format)
-    if source.multi_frame and file.frame is None:
-        raise FrameFormatError(
-            f"the file holds {source.stated_frame_count} frames; name one, as in {file.path.name[-40:]}#1"
-        )
-    return source.decode(file.frame or 1, file.flip)
+    path: Path | None = None
+    data: bytes | None = None
+    frame: int | None = None
+    flip: Flip = "none"
+    clip: bool = False
 
+    def ask(self, operation: Operation, contract: str | None = None, time_limit: float = TIME_LIMIT) -> Answer:
+        from echoquad_runtime.frames.isolation.messages import Request
 
-# ---------------------------------------------------------------------------------------------- cache of open files
+        request = Request(operation, self.path, self.data, self.frame, self.flip, contract)
+        return reader_pool().ask(request, clip=self.clip, time_limit=time_limit)
 
-
-def _make_source(file_format: FileFormat, open_stream: OpenStream) -> _FrameSource:
-    if file_format == "dicom":
-        from echoquad_runtime.frames.dicom.file import DicomFile
-
-        return DicomFile(open_stream)
-    if file_format == "video":
-        from echoquad_runtime.frames.video import VideoFile
-
-        return VideoFile(open_stream)
-    from echoquad_runtime.frames.matrix import NpyFile
-
-    return NpyFile(open_stream)
+    def levels(
+        self, operation: Operation, axes: tuple[int, ...], contract: str | None = None, time_limit: float = TIME_LIMIT
+    ) -> tuple[npt.NDArray[np.uint8], Flags]:
+        """Return levels with one of several numbers of axes, and flags."""
+        answer = self.ask(operation, contract, time_limit)
+        if answer.levels is None or answer.levels.ndim not in axes:
+            raise FrameError(_UNEXPECTED)
+        return answer.levels, answer.flags
 
 
-_cache: OrderedDict[tuple[object, ...], _FrameSource] = OrderedDict()
-_lock = threading.Lock()
+@_memory_errors()
+def _open_file(file: FrameFile) -> Content | _Isolated:
+    if file.frame is None and file.path.suffix.lower() in _USUALLY_LOCAL:  # most often; read in one go
+        return _open_bytes(read_bytes(file.path))
+    file_format, isolated = route_file(file.path)
+    if isolated and can_isolate():
+        return _Isolated(file.path, frame=file.frame, flip=file.flip, clip=file_format == "video")
+    return sources.read_content(file, file_format)
 
 
-def _open_source(path: Path, file_format: FileFormat) -> _FrameSource:
-    """Open a file, or return it from the cache if it has not changed since."""
-    with read_errors():
-        status = path.stat()
-    key = file_format, os.fspath(path.absolute()), status.st_size, status.st_mtime_ns
-    with _lock:
-        if (cached := _cache.get(key)) is not None:
-            _cache.move_to_end(key)
-            return cached
-    # Opened outside the lock, so that an unresponsive disk blocks only its own readers.
-    opened = _make_source(file_format, lambda: open_frame_file(path))
-    if opened.in_memory:
-        return opened
-    with _lock:
-        source = _cache.setdefault(key, opened)
-        while len(_cache) > _CACHED_FILES:
-            _cache.popitem(last=False)
-        videos = [other for other in _cache if other[0] == "video"]
-        for oldest in videos[:-_CACHED_VIDEOS]:
-            del _cache[oldest]
-    return source
+def _open_bytes(data: bytes) -> bytes | _Isolated:
+    return _Isolated(data=data) if route_bytes(data).isolated and can_isolate() else data
+
+
+@_memory_errors()
+def _to_grey_and_flags(content: Content | _Isolated) -> tuple[Grey, Flags]:
+    if isinstance(content, _Isolated):
+        return content.levels("grey_and_flags", (2,))
+    return sources.to_grey_and_flags(content)
+
+
+@_memory_errors()
+def _to_grey(content: Content | _Isolated) -> Grey:
+    return content.levels("grey", (2,))[0] if isinstance(content, _Isolated) else sources.to_grey(content)
+
+
+@_memory_errors()
+def _to_image(content: Content | _Isolated) -> Image.Image:
+    if not isinstance(content, _Isolated):
+        return sources.to_image(content)
+    from PIL import Image
+
+    return Image.fromarray(content.levels("image", _PICTURE_AXES)[0])
+
+
+@_memory_errors()
+def _to_quadrants(content: Content | _Isolated, contract: Contract, out: Grey, time_limit: float) -> Flags:
+    if isinstance(content, _Isolated):
+        quadrants, flags = content.levels("quadrants", (4,), _to_json(contract), time_limit)
+        if quadrants.shape != out.shape:
+            raise FrameError(_UNEXPECTED)
+        out[...] = quadrants
+        return flags
+    grey, flags = sources.to_grey_and_flags(content)
+    return (*sources.cut_quadrants(grey, contract, out), *flags)
+
+
+@functools.lru_cache(maxsize=4)
+def _to_json(contract: Contract) -> str:
+    return contract.to_json()
 
 
 def clear_file_cache() -> None:
-    """Close all cached files."""
-    with _lock:
-        _cache.clear()
+    """Close all cached files, and end the reader processes that read none at present."""
+    sources.clear_cache()
+    reader_pool().trim()
 
 
 def _without_traceback(error: FrameError) -> FrameError:

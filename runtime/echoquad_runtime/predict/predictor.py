@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 
@@ -23,27 +23,22 @@ from echoquad_runtime.engine.slot_pool import Engine, SlotPool
 from echoquad_runtime.errors import ConfigError, FrameError
 from echoquad_runtime.frames.discovery import find_frames
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
-from echoquad_runtime.frames.reader import decode_grey_and_flags
-from echoquad_runtime.predict.frame_reader import Flags, cut_quadrants, read_quadrants
+from echoquad_runtime.frames.isolation.limits import TIME_LIMIT
+from echoquad_runtime.frames.isolation.reader_pool import reader_pool
+from echoquad_runtime.frames.reader import decode_quadrants, load_quadrants
+from echoquad_runtime.frames.sources import Flags, cut_quadrants
 from echoquad_runtime.predict.prediction import Prediction, check_abstain_below, check_abstain_unlike, decide
+from echoquad_runtime.predict.reader_count import MAX_WORKERS, choose_readers
 from echoquad_runtime.predict.worker_pool import FrameTask, WorkerPool
 from echoquad_runtime.quadrants import Grey
 
-if TYPE_CHECKING:
-    from echoquad_runtime.predict.reader_process import ReaderProcess
-
 __all__ = ["TIME_LIMIT", "Predictor"]
-
-TIME_LIMIT: Final = 60.0
-"""Default seconds for reading and decoding one file."""
-
-MAX_WORKERS: Final = 512
-FILES_PER_READER: Final = 8
-"""Files per reader process from which on the default starts them: a start takes about as long as reading so many."""
 
 # Default batch sizes for concurrent frames. On the CPU more than two only costs memory; a GPU needs full batches.
 _BATCH_SIZES: Final = {"cpu": 2, "openvino": 4, "cuda": 16}
 _ENGINE_BATCH_SIZE: Final = 8  # for an engine that does not come from a bundle
+
+_KEPT_READERS: Final = 2  # after a run that had one for each worker
 
 _Result = TypeVar("_Result")
 _Postprocess = Callable[[Sequence[FrameTask], Sequence[Flags], InferenceOutput], Sequence[_Result | Failure]]
@@ -78,8 +73,8 @@ class Predictor:
     self_test
         Whether to test a bundle before the first prediction. `verify` disables it, since it compares all golden frames.
     workers
-        Processes that read and cut files, each with a thread that predicts; 0 reads in threads. None is 0 for up to
-        four threads, and one per thread beyond that if there are enough files.
+        Processes that read and cut all files, each with a thread that predicts; 0 reads PNG, JPEG, BMP and uncompressed
+        DICOM in threads. None is 0 for up to four threads, and one per thread beyond that if there are enough files.
     time_limit
         Seconds for reading and decoding one file; a file that takes longer is a failure.
     cam
@@ -221,7 +216,7 @@ class Predictor:
         """
         if isinstance(inputs, str | Path | FrameFile | Failure):  # iterating over a string would yield its letters
             inputs = [inputs]
-        return self._run(self._file_task(item, on_decision) for item in _discover(inputs))
+        return self._run_files(_discover(inputs), on_decision)
 
     def predict_encoded(self, items: Iterable[tuple[str, bytes]]) -> Iterator[Prediction | Failure]:
         """Predict files in memory: names and bytes of images, DICOM or numpy files with one frame. As `predict`."""
@@ -300,16 +295,20 @@ class Predictor:
     # ------------------------------------------------------------------------------------------ loading
 
     def _file_task(
-        self, item: FrameFile | Failure, on_decision: Callable[[FrameFile, Prediction], object] | None
+        self,
+        item: FrameFile | Failure,
+        on_decision: Callable[[FrameFile, Prediction], object] | None,
+        *,
+        isolated: bool,
     ) -> FrameTask | Failure:
         if isinstance(item, Failure):
             return item
         callback = partial(on_decision, item) if on_decision else None
-        return FrameTask(item.name, partial(read_quadrants, item, self.contract), callback, item)
+        load = partial(load_quadrants, item, self.contract, isolated=isolated, time_limit=self.time_limit)
+        return FrameTask(item.name, load, callback)
 
     def _load_bytes(self, data: bytes, out: Grey) -> Flags:
-        grey, flags = decode_grey_and_flags(data)
-        return (*cut_quadrants(grey, self.contract, out), *flags)
+        return decode_quadrants(data, self.contract, out, time_limit=self.time_limit)
 
     def _load_grey(self, frame: Grey, out: Grey) -> Flags:
         if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 2:
@@ -319,21 +318,27 @@ class Predictor:
 
     # ------------------------------------------------------------------------------------------ many frames
 
-    def _run(self, tasks: Iterable[FrameTask | Failure]) -> Iterator[Prediction | Failure]:
+    def _run_files(
+        self,
+        items: Iterator[FrameFile | Failure],
+        on_decision: Callable[[FrameFile, Prediction], object] | None,
+    ) -> Iterator[Prediction | Failure]:
+        readers, items = choose_readers(items, 0 if self._bundle is None else self._requested_workers, self._threads)
+        tasks = (self._file_task(item, on_decision, isolated=readers > 0) for item in items)
+        if not readers:
+            yield from self._run(tasks)
+            return
+        reader_pool().start(readers)
+        try:
+            yield from self._run(tasks, readers)
+        finally:
+            reader_pool().trim(_KEPT_READERS)
+
+    def _run(self, tasks: Iterable[FrameTask | Failure], readers: int = 0) -> Iterator[Prediction | Failure]:
         tasks = iter(tasks)
         first = list(islice(tasks, self._threads + 1))
-        concurrent = len(first) > self._threads
-        files = any(isinstance(item, FrameTask) and item.file for item in first)
-        readers = self._reader_processes() if concurrent and files else 0
-        if readers and self._requested_workers is None:  # starting them only pays for enough files
-            first += islice(tasks, FILES_PER_READER * readers - len(first))
-            readers = readers if len(first) == FILES_PER_READER * readers else 0
-        yield from self._worker_pool(self._classify, concurrent=concurrent, readers=readers).run(chain(first, tasks))
-
-    def _reader_processes(self) -> int:
-        from echoquad_runtime.predict.reader_process import reader_processes
-
-        return 0 if self._bundle is None else reader_processes(self._requested_workers, self._threads)
+        pool = self._worker_pool(self._classify, concurrent=len(first) > self._threads, readers=readers)
+        yield from pool.run(chain(first, tasks))
 
     def _worker_pool(
         self,
@@ -343,19 +348,12 @@ class Predictor:
         batch_size: int | None = None,
         readers: int = 0,
     ) -> WorkerPool[_Result]:
-        slots = self.slots(concurrent=concurrent)
-        open_reader: Callable[[], ReaderProcess] | None = None
-        if readers:
-            from echoquad_runtime.predict.reader_process import ReaderProcess
-
-            open_reader = partial(ReaderProcess, self.contract, slots.frames)
         return WorkerPool(
-            slots,
+            self.slots(concurrent=concurrent),
             postprocess,
             workers=readers or (self.workers if concurrent else 1),
             time_limit=self.time_limit,
             frames=batch_size,
-            open_reader=open_reader,
         )
 
     def replay(self, frames: Sequence[Grey], *, concurrent: bool, batch_size: int | None = None) -> InferenceOutput:

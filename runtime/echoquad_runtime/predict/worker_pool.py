@@ -5,9 +5,10 @@ onnxruntime release Python's interpreter lock, so workers run in parallel: while
 computes, and no core waits for a hand-over between stages. Measured with a ResNet-18 at 224 pixels on two cores, two
 workers with single-threaded inference take 0.93 of the time of one inference on two threads, without decoding.
 
-Back-pressure: at most two chunks per worker are in flight. A read that hangs, on a dead network disk for example,
-cannot be interrupted from Python. After the time limit its worker is abandoned, another worker takes its place, and
-the frame becomes a failure.
+Back-pressure: at most two chunks per worker are in flight. A worker may read in its own thread or wait for a reader
+process, which has a time limit of its own. A read that hangs in the thread, on a dead network disk for example, cannot
+be interrupted from Python. After the time limit its worker is abandoned, another worker takes its place, and the frame
+becomes a failure.
 """
 
 from __future__ import annotations
@@ -18,20 +19,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from echoquad_runtime.engine.io_binding import InferenceOutput
 from echoquad_runtime.engine.slot_pool import SlotPool
-from echoquad_runtime.errors import FrameError, FrameReadError
-from echoquad_runtime.frames.formats import VIDEO_EXTENSIONS
-from echoquad_runtime.frames.frame_file import Failure, FrameFile
-from echoquad_runtime.predict.frame_reader import Flags
-
-if TYPE_CHECKING:
-    from echoquad_runtime.predict.reader_process import ReaderProcess
+from echoquad_runtime.errors import FrameError
+from echoquad_runtime.frames.frame_file import Failure
+from echoquad_runtime.frames.isolation.limits import timeout_error
+from echoquad_runtime.frames.isolation.reader_pool import reader_pool
+from echoquad_runtime.frames.sources import Flags
 
 __all__ = ["FrameTask", "WorkerPool"]
 
@@ -54,14 +53,11 @@ class FrameTask:
         Writes the frame's quadrants to uint8 [4, 1, S, S] and returns its flags; raises a FrameError if it cannot.
     on_decision
         Called with the frame's prediction.
-    file
-        The file that `load` reads, so that a reader process can read it instead; None if there is no such file.
     """
 
     name: str
     load: Callable[[npt.NDArray[np.uint8]], Flags]
     on_decision: Callable[[Any], object] | None = None
-    file: FrameFile | None = None
 
 
 @dataclass(eq=False)
@@ -72,7 +68,6 @@ class _Chunk(Generic[_Result]):
     done: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     worker: threading.Thread = field(default_factory=threading.current_thread)
-    reader: ReaderProcess | None = None
     loading: tuple[int, float] | None = None  # index of the item that is read, and since when
     abandoned: bool = False
 
@@ -92,8 +87,6 @@ class WorkerPool(Generic[_Result]):
         Seconds for reading and decoding one file.
     frames
         Frames per chunk, at most the batch size of `slots`; None is that batch size.
-    open_reader
-        Returns a worker's reader, with memory for a batch of `slots`; None reads in the worker's thread.
     """
 
     def __init__(
@@ -104,9 +97,8 @@ class WorkerPool(Generic[_Result]):
         workers: int,
         time_limit: float,
         frames: int | None = None,
-        open_reader: Callable[[], ReaderProcess] | None = None,
     ) -> None:
-        self._slots, self._postprocess, self._open_reader = slots, postprocess, open_reader
+        self._slots, self._postprocess = slots, postprocess
         self._workers, self._frames, self._time_limit = workers, frames or slots.frames, time_limit
 
     def run(self, items: Iterable[FrameTask | Failure]) -> Iterator[_Result | Failure]:
@@ -122,18 +114,12 @@ class WorkerPool(Generic[_Result]):
         queue: SimpleQueue[_Chunk[_Result] | None] = SimpleQueue()
         closing = threading.Event()
         workers: list[threading.Thread] = []
-        readers: list[ReaderProcess] = []
         chunks: deque[_Chunk[_Result]] = deque()
         items = iter(items)
 
         def start_worker() -> None:
-            reader = self._open_reader() if self._open_reader else None
-            if reader is not None:
-                reader.start()
-                readers.append(reader)
             # A daemon thread: a worker that hangs on a dead disk must not keep the process from exiting.
-            arguments = (queue, closing, reader)
-            worker = threading.Thread(target=self._work, args=arguments, name="echoquad-worker", daemon=True)
+            worker = threading.Thread(target=self._work, args=(queue, closing), name="echoquad-worker", daemon=True)
             worker.start()
             workers.append(worker)
 
@@ -160,8 +146,7 @@ class WorkerPool(Generic[_Result]):
             closing.set()
             for _ in workers:
                 queue.put(None)
-            for reader in readers:
-                reader.kill()  # nobody needs what it reads
+            reader_pool().stop(workers)  # nobody needs what they read
             deadline = time.monotonic() + _JOIN_SECONDS
             for worker in workers:
                 worker.join(max(0.0, deadline - time.monotonic()))
@@ -183,47 +168,34 @@ class WorkerPool(Generic[_Result]):
 
     def _abandon_if_late(self, chunk: _Chunk[_Result]) -> bool:
         with chunk.lock:
-            late = chunk.loading is not None and time.monotonic() - chunk.loading[1] >= self._time_limit
-            chunk.abandoned = late
-            if late and chunk.reader is not None:
-                chunk.reader.kill()
-        return late
+            if chunk.loading is None or time.monotonic() - chunk.loading[1] < self._time_limit:
+                return False
+            if reader_pool().is_reading(chunk.worker):  # it will return: look again after another time limit
+                chunk.loading = chunk.loading[0], time.monotonic()
+                return False
+            chunk.abandoned = True
+        return True
 
     def _without_late_item(self, chunk: _Chunk[_Result]) -> _Chunk[_Result]:
         """Return a chunk of the same items, with a failure for the one that exceeded the time limit."""
         assert chunk.loading is not None
         items, late = list(chunk.items), chunk.loading[0]
         item = items[late]
-        error = FrameReadError(
-            f"reading and decoding takes longer than {self._time_limit:g} seconds; check the disk that holds the file"
-        )
-        items[late] = Failure(item.name if isinstance(item, FrameTask) else item.file, error)
+        items[late] = Failure(item.name if isinstance(item, FrameTask) else item.file, timeout_error(self._time_limit))
         return _Chunk(items)
 
-    def _work(
-        self, queue: SimpleQueue[_Chunk[_Result] | None], closing: threading.Event, reader: ReaderProcess | None
-    ) -> None:
-        batch = self._slots.new_batch() if reader is None else reader.quadrants
-        try:
-            while (chunk := queue.get()) is not None and not closing.is_set():
-                try:
-                    self._process(chunk, batch, closing, reader)
-                except BaseException as error:  # raised again in the thread that waits for the results
-                    chunk.error = error
-                if chunk.abandoned:  # another worker has replaced this one
-                    return
-                chunk.done.set()
-        finally:
-            if reader is not None:
-                reader.close()
+    def _work(self, queue: SimpleQueue[_Chunk[_Result] | None], closing: threading.Event) -> None:
+        batch = self._slots.new_batch()
+        while (chunk := queue.get()) is not None and not closing.is_set():
+            try:
+                self._process(chunk, batch, closing)
+            except BaseException as error:  # raised again in the thread that waits for the results
+                chunk.error = error
+            if chunk.abandoned:  # another worker has replaced this one
+                return
+            chunk.done.set()
 
-    def _process(
-        self,
-        chunk: _Chunk[_Result],
-        batch: npt.NDArray[np.uint8],
-        closing: threading.Event,
-        reader: ReaderProcess | None,
-    ) -> None:
+    def _process(self, chunk: _Chunk[_Result], batch: npt.NDArray[np.uint8], closing: threading.Event) -> None:
         """Process a chunk, unless it is abandoned or the pool closes meanwhile."""
         loaded: list[FrameTask] = []
         flags: list[Flags] = []
@@ -234,13 +206,8 @@ class WorkerPool(Generic[_Result]):
                 continue
             with chunk.lock:
                 chunk.worker, chunk.loading = threading.current_thread(), (index, time.monotonic())
-                chunk.reader = reader if _suits_reader_process(item) else None
             try:
-                flags.append(
-                    item.load(batch[len(loaded)])
-                    if chunk.reader is None or item.file is None
-                    else chunk.reader.read(item.file, len(loaded))
-                )
+                flags.append(item.load(batch[len(loaded)]))
                 loaded.append(item)
                 results.append(None)
             except FrameError as error:
@@ -253,12 +220,3 @@ class WorkerPool(Generic[_Result]):
                 chunk.loading = None
         predicted = iter(self._postprocess(loaded, flags, self._slots.run(batch, len(loaded))) if loaded else ())
         chunk.results = [next(predicted) if result is None else result for result in results]
-
-
-def _suits_reader_process(task: FrameTask) -> bool:
-    """Return whether a reader process reads a task: if it is a file, and not a video.
-
-    The frames of a video are decoded in sequence, once for all threads of this process. Every reader process that gets
-    some of them would decode the video from its start.
-    """
-    return task.file is not None and task.file.path.suffix.lower() not in VIDEO_EXTENSIONS

@@ -21,12 +21,19 @@ def test_doctor_reports_each_check_and_writes_json(echoquad: Callable[..., Any],
     ran = echoquad("doctor", "--device", "cpu", "--json", report)
     for line in ("[ok] python: ", "[ok] onnxruntime: ", "[ok] cpu: computed the expected numbers", "[ok] torch: "):
         assert line in ran.out
+    assert "] isolation: a reader process decodes; it may take 2048 MiB and 60 seconds for a file" in ran.out
     assert "matmul mean 256, expected 256" in ran.out
     assert ran.err == f"wrote {report.as_posix()}\n"
     found = json.loads(report.read_text("utf-8"))
     assert found.keys() == {"device", "healthy", "exit_code", "checks", "facts"}
     assert (found["device"], found["healthy"], found["exit_code"]) == ("cpu", True, 0)
     assert {"python", "onnxruntime", "cpu", "torch"} <= {check["name"] for check in found["checks"]}
+
+
+def test_doctor_of_a_frozen_program_warns_that_decoders_are_not_isolated(echoquad: Callable[..., Any]) -> None:
+    frozen = f"{WITHOUT_TORCH}; from echoquad_runtime.frames.isolation import reader_pool as pools"
+    ran = echoquad("doctor", "--device", "cpu", driver=f"{frozen}; pools.can_isolate = lambda: False")
+    assert "[warning] isolation: this program has no Python interpreter" in ran.out
 
 
 def test_doctor_without_torch_exits_0(echoquad: Callable[..., Any]) -> None:

@@ -14,6 +14,7 @@ COMMANDS = {
     (): ["--version"],
     ("train",): [
         *["DATA", "--out", "--recipe", "--set", "--weights", "--input-size", "--epochs", "--batch-size", "--teacher"],
+        *["--quadrant-layout"],
         *["--folds", "--fit", "--matrices", "--flip", "--every", "--patient-regex", "--device", "--seed", "--stream"],
         *["--workers", "--tensorboard", "--resume"],
     ],
@@ -50,7 +51,7 @@ COMMANDS = {
     ("data", "split"): [
         *["SOURCE", "--out", "--fractions", "--mode", "--patient-regex", "--seed", "--matrices", "--every"]
     ],
-    ("data", "patches"): ["DATA", "--out", "--keep", "--matrices", "--flip", "--every"],
+    ("data", "patches"): ["DATA", "--out", "--keep", "--quadrant-layout", "--matrices", "--flip", "--every"],
     ("data", "phantom"): ["DIR", "--patients", "--frames", "--seed"],
     ("demo",): ["--out", "--patients", "--epochs"],
 }

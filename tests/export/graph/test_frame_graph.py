@@ -34,7 +34,7 @@ from echoquad_export.packing.exporter import export_run
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.bundle.manifest import frame_graph_file
 from echoquad_runtime.bundle.onnx_header import CONTRACT_KEY, INPUT, OUTPUTS
-from echoquad_runtime.contract import Contract, VoteMethod
+from echoquad_runtime.contract import QUADRANTS, Contract, VoteMethod, parse_layout
 from echoquad_runtime.devices.session_factory import open_session
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.errors import BundleError, BundleTamperedError, ParityError
@@ -44,6 +44,7 @@ from echoquad_runtime.voting import aggregate_votes
 from echoquad_train.data.dataset import read_split
 
 TINY = Contract(classes=("ASD", "NORM"), input_size=32)
+APEX_UP = replace(TINY, quadrants=parse_layout("apex-up"))
 
 
 class Graph:
@@ -144,6 +145,25 @@ def test_quadrants_equal_those_of_the_runtime(keep: float) -> None:
     for shape in [(60, 80), (61, 79), (240, 320), (241, 319), (480, 640), (97, 133), (9, 40)]:
         frame = noise(1, shape)
         np.testing.assert_array_equal(graph.quadrants(frame[None]), frame_quadrants(frame, contract))
+
+
+@pytest.mark.parametrize("layout", ["apex-up", "LV,RV,LA,RA", "RV,RA,LV,LA"])
+@pytest.mark.parametrize("shape", [(60, 80), (61, 79), (62, 79)])
+def test_quadrant_layout_decides_where_a_quadrant_is_cut(layout: str, shape: tuple[int, int]) -> None:
+    contract = replace(TINY, quadrants=parse_layout(layout))
+    reference, graph = Graph(pixel_model(TINY), TINY), Graph(pixel_model(contract), contract)
+    frame = noise(2, shape)
+    np.testing.assert_array_equal(graph.quadrants(frame[None]), frame_quadrants(frame, contract))
+    order = [contract.quadrants.index(name) for name in QUADRANTS]
+    frames = np.stack([noise(4, shape), frame])
+    found, expected = graph(frames), reference(frames)
+    for name in ("quadrant_probabilities", "votes"):
+        np.testing.assert_array_equal(found[name], expected[name][:, order])
+
+
+def test_reference_layout_adds_no_operator() -> None:
+    operators = [len(onnx.load_from_string(build_frame_graph(pixel_model(c), c)).graph.node) for c in (TINY, APEX_UP)]
+    assert operators[1] == operators[0] + 2
 
 
 @pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1), (0, 9)])

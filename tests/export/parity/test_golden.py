@@ -174,7 +174,11 @@ def test_golden_frames_include_the_smallest_margins_of_the_pool(made: tuple[Brig
     assert facts["smallest_margin"] <= margins.min() and facts["smallest_quadrant_margin"] <= leads.min()
 
 
-@pytest.mark.parametrize("contract", [CONTRACTS["majority"], CONTRACTS["average"]], ids=["crop", "no crop"])
+@pytest.mark.parametrize(
+    "contract",
+    [CONTRACTS["majority"], CONTRACTS["average"], replace(CONTRACTS["majority"], quadrants=("RV", "LV", "RA", "LA"))],
+    ids=["crop", "no crop", "apex-up"],
+)
 def test_missing_vote_patterns_are_stitched(contract: Contract) -> None:
     golden = make_golden(Brightness(contract))
     assert len(patterns(golden)) == 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from echoquad_runtime.bundle.document import BulletList, Document, Paragraph, Section, Table
 from echoquad_runtime.bundle.manifest import INTENDED_USE
 from echoquad_runtime.bundle.model_card import format_value, model_card
-from echoquad_runtime.contract import Contract
+from echoquad_runtime.contract import Contract, parse_layout
 
 EXPECTED = Path(__file__).with_name("model_card.md")
 SHA = "0123456789abcdef" * 4
@@ -187,7 +188,20 @@ def test_card_lists_every_field_of_the_contract() -> None:
     rows = dict(table(model_card(MANIFEST), "Contract").rows)
     assert len(rows) == len(CONTRACT.to_dict())
     assert rows["vote rule"] == "majority" and rows["side of a quadrant at the network, pixels"] == "224"
-    assert rows["weights of the quadrants, for the weighted rule"] == "1, 1, 1.5, 1.5"
+    assert rows["weights of LA, RA, LV, RV, for the weighted rule"] == "1, 1, 1.5, 1.5"
+
+
+def test_card_shows_the_quadrant_layout() -> None:
+    contract = replace(CONTRACT, quadrants=parse_layout("apex-up"))
+    card = model_card({**MANIFEST, "contract": contract.to_dict()}).markdown()
+    assert "Quadrant layout: apex-up." in card
+    assert "| RV | top left |\n| LV | top right |\n| RA | bottom left |\n| LA | bottom right |" in card
+
+
+@pytest.mark.parametrize("names", [None, 5, "LALVRARV", [], ["LA"], ["LA", "LA", "LV", "RV"], [["LA"], {}, None, 1]])
+def test_card_of_a_malformed_layout_says_that_it_is_not_stated(names: object) -> None:
+    card = model_card({**MANIFEST, "contract": {**CONTRACT.to_dict(), "quadrants": names}}).markdown()
+    assert "Quadrant layout: not stated." in card
 
 
 def table(card: Document, title: str) -> Table:

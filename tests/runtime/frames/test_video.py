@@ -125,6 +125,7 @@ def test_frames_are_equal_in_any_order_and_from_threads(tmp_path: Path) -> None:
     clear_file_cache()
 
 
+@pytest.mark.usefixtures("without_isolation")
 def test_each_frame_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from echoquad_runtime.frames import video as clips
 
@@ -223,6 +224,7 @@ def test_clip_with_image_extension_is_refused(tmp_path: Path) -> None:
         load_grey(frame)
 
 
+@pytest.mark.usefixtures("without_isolation")
 @pytest.mark.parametrize(("version", "options"), [("14.0.0", {"metadata_errors"}), ("19.0.2", set())])
 def test_metadata_option_is_omitted_for_pyav_19(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, options: set[str]
@@ -240,6 +242,7 @@ def test_metadata_option_is_omitted_for_pyav_19(
     assert given == options
 
 
+@pytest.mark.usefixtures("without_isolation")
 def test_missing_pyav_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
+import re
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageDraw
 
-from echoquad_runtime.contract import Contract
+from echoquad_runtime.contract import QUADRANTS, Contract, parse_layout
 from echoquad_runtime.errors import FrameReadError, OutputError
 from echoquad_runtime.frames.discovery import OVERLAY_SUFFIX
 from echoquad_runtime.overlay import drawing as overlay
@@ -102,11 +105,84 @@ def test_boxes_have_label_colour_and_quadrant_position(size: tuple[int, int]) ->
 def test_flags_come_first_in_the_detail_line(
     flags: tuple[str, ...], begin: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert f"{begin}test/ASD/ASD3-0.png" in written_on(monkeypatch, (640, 480), flags=flags)
+
+
+def written_on(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], **changes: Any) -> list[str]:
+    """Draw an overlay; return the texts on it: footnote (if any), headline, caption and the four quadrants."""
     written: list[str] = []
-    fit = overlay._fit
-    monkeypatch.setattr(overlay, "_fit", lambda draw, words, *rest: written.append(words) or fit(draw, words, *rest))
-    draw((640, 480), flags=flags)
-    assert f"{begin}test/ASD/ASD3-0.png" in written
+    with monkeypatch.context() as patch:
+        real = ImageDraw.ImageDraw.text
+        patch.setattr(
+            ImageDraw.ImageDraw, "text", lambda *given, **rest: written.append(given[2]) or real(*given, **rest)
+        )
+        draw(size, **changes)
+    return written
+
+
+LONG = "archive/" * 40 + "patient0001/4CH/1.2.840.113619.2.5.1762583153.dcm#127"
+
+
+@pytest.mark.parametrize("size", [(320, 240), (1920, 1080), (120, 90), (17, 400), (400, 17), (60, 60)])
+@pytest.mark.parametrize("flags", [(), ("blank", "saturated", "colour", "uncropped", "tie")])
+def test_caption_keeps_the_end_of_a_long_path(
+    size: tuple[int, int], flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caption = written_on(monkeypatch, size, file=LONG, flags=flags)[-5]
+    assert caption.endswith("#127")
+    assert size == (17, 400) or caption.endswith("2583153.dcm#127")
+    assert caption.startswith("flagged bl" if flags else "2 of 4") or size == (17, 400)
+
+
+def test_caption_of_a_wide_picture_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert written_on(monkeypatch, (1920, 1080), file="a/b.dcm#12", flags=())[-5] == "2 of 4 quadrants  ·  a/b.dcm#12"
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "name", ["", "#1", "漢字/心臟" * 60 + "#7", "❤️🫀👩‍⚕️" * 50, "e\u0301" * 200, "\u202e" * 90, "\0\ud800"]
+)
+def test_caption_takes_any_name(size: tuple[int, int], name: str) -> None:
+    scale(draw(size, file=name), size)
+
+
+@pytest.mark.parametrize("layout", ["reference", "apex-up", "RV,RA,LV,LA"])
+def test_boxes_carry_the_names_of_the_quadrant_layout(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    contract = dataclasses.replace(CONTRACT, quadrants=parse_layout(layout))
+    places: dict[str, tuple[bool, bool]] = {}
+    real = ImageDraw.ImageDraw.text
+
+    def text(canvas: ImageDraw.ImageDraw, xy: tuple[float, float], words: str, **rest: Any) -> None:
+        if words[:2] in QUADRANTS:
+            places[words[:2]] = (xy[1] > 300, xy[0] > 320)  # below the middle, right of the middle
+        real(canvas, xy, words, **rest)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    picture = draw((640, 480), contract=contract)
+    expected = [(False, False), (False, True), (True, False), (True, True)]
+    assert places == dict(zip(parse_layout(layout), expected, strict=True))
+    # The box of a quadrant has the colour of that quadrant's vote: NORM, ASD, ASD, NORM for LA, RA, LV, RV.
+    factor, band = scale(picture, (640, 480))
+    boxes = quadrant_boxes(640, 480, contract.keep, contract.quadrants)
+    for (left, top, right, bottom), colour in zip(boxes, (NORM, ASD, ASD, NORM), strict=True):
+        inside = picture[top * factor + band : bottom * factor + band, left * factor : right * factor]
+        assert (inside[:4, inside.shape[1] // 2] == colour).all(axis=1).any()
+
+
+@pytest.mark.parametrize("layout", ["reference", "apex-up", "RV,RA,LV,LA"])
+def test_activation_maps_cover_the_quadrant_of_their_name(layout: str) -> None:
+    contract = dataclasses.replace(CONTRACT, quadrants=parse_layout(layout))
+    maps = np.zeros((4, 2, 3, 3), np.float32)
+    maps[QUADRANTS.index("LV"), 1] = 1  # evidence for NORM in LV alone
+    plain = np.asarray(draw_overlay(Image.new("L", (640, 480), 90), prediction(), contract))
+    mapped = np.asarray(draw_overlay(Image.new("L", (640, 480), 90), prediction(cam=maps), contract))
+    factor, band = scale(plain, (640, 480))
+    changed = (plain[band:] != mapped[band:]).any(axis=2)
+    boxes = quadrant_boxes(640, 480, contract.keep, contract.quadrants)
+    shares = {}
+    for name, (left, top, right, bottom) in zip(QUADRANTS, boxes, strict=True):
+        shares[name] = changed[top * factor : bottom * factor, left * factor : right * factor].mean()
+    assert shares["LV"] > 0.9 and shares["LA"] == shares["RA"] == shares["RV"] == 0
 
 
 def test_headline_has_colour_of_the_decision() -> None:
@@ -231,21 +307,93 @@ def test_colour_frame_stays_in_colour_and_is_not_modified() -> None:
 @pytest.mark.parametrize(
     ("name", "path"),
     [
-        ("a.png", "a.png.overlay.png"),
-        ("a.jpg", "a.jpg.overlay.png"),
-        ("test/ASD/1.png", "test/ASD/1.png.overlay.png"),
-        ("../../x.png", "x.png.overlay.png"),
-        ("a/../x.png", "a/x.png.overlay.png"),
-        ("/data/x.png", "data/x.png.overlay.png"),
-        ("C:/data/x.png", "C_/data/x.png.overlay.png"),
-        ("..\\x.png", ".._x.png.overlay.png"),
-        ("", "frame.overlay.png"),
-        ("..", "frame.overlay.png"),
-        ("//", "frame.overlay.png"),
+        ("a.png", "a.png"),
+        ("a.jpg", "a.jpg"),
+        ("test/ASD/1.png", "test/ASD/1.png"),
+        ("Ä 漢 (1).PNG", "Ä 漢 (1).PNG"),
+        ("../../x.png", "x.png-HASH"),
+        ("a/../x.png", "a/x.png-HASH"),
+        ("./a.png", "a.png-HASH"),
+        ("/data/x.png", "data/x.png-HASH"),
+        ("C:/data/x.png", "C_/data/x.png-HASH"),
+        ("..\\x.png", ".._x.png-HASH"),
+        ("a.png.overlay.png/b.png", "a.png.overlay.png_/b.png-HASH"),
+        ("a-0123456789abcdef", "a-0123456789abcdef-HASH"),
+        ("clip#1", "clip#1-HASH"),
+        ("", "frame-HASH"),
+        ("..", "frame-HASH"),
+        ("//", "frame-HASH"),
     ],
 )
 def test_overlay_path_follows_frame_name(name: str, path: str) -> None:
-    assert overlay_path(Path("out"), name).as_posix() == f"out/{path}"
+    found = overlay_path(Path("out"), name).as_posix()
+    assert re.fullmatch(re.escape(f"out/{path}.overlay.png").replace("HASH", "[0-9a-f]{16}"), found)
+
+
+def test_frame_of_a_clip_and_a_file_of_that_name_have_two_overlays() -> None:
+    assert overlay_path(Path("out"), "clip.dcm#1", 1).as_posix() == "out/clip.dcm#1.overlay.png"
+    for name in ("clip.dcm#1", "a:clip.dcm#1", "x" * 300 + "#1"):
+        assert overlay_path(Path("out"), name, 1) != overlay_path(Path("out"), name)
+
+
+names = st.text(st.sampled_from("ab./\\:#1 ~-_\0"), max_size=10) | st.sampled_from(
+    ["a.png", "a.jpg", "x/a.png", "x_a.png", "x:a.png", "x\\a.png", "a#1", "a.overlay.png", "a.overlay.png/a"]
+)
+
+
+@given(st.lists(names, min_size=2, max_size=8, unique=True))
+def test_frames_with_different_names_have_different_overlays(frames: list[str]) -> None:
+    paths = [overlay_path(Path("out"), name) for name in frames]
+    assert len(set(paths)) == len(paths)
+    assert not any(one in other.parents for one in paths for other in paths)  # no picture is another's folder
+    hashed = overlay_path(Path("out"), frames[0], hashed=True)
+    assert hashed not in paths[1:]
+
+
+def row_on(path: Path) -> str:
+    with Image.open(path) as image:
+        return str(image.text["EchoQuad row"])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("first", "second"), [("A.png", "a.png"), ("e\u0301.png", "é.png"), ("A/x.png", "a/x.png")])
+def test_names_that_a_file_system_does_not_distinguish_keep_two_overlays(
+    first: str, second: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = overlay.overlay_path
+
+    def folded(folder: Path, name: str, frame: int | None = None, *, hashed: bool = False) -> Path:
+        path = real(folder, name, frame, hashed=hashed)
+        return folder / unicodedata.normalize("NFC", path.relative_to(folder).as_posix()).casefold()
+
+    monkeypatch.setattr(overlay, "overlay_path", folded)
+    Image.new("L", (64, 48), 90).save(tmp_path / "in.png")
+
+    def save(name: str) -> Path:
+        return save_overlay(tmp_path / "out", tmp_path / "in.png", prediction(file=name), CONTRACT)
+
+    paths = [save(first), save(second)]
+    assert paths[0] != paths[1]
+    assert [row_on(path) for path in paths] == [first, second]
+    assert [save(second), save(first)] == paths[::-1]  # as in the first run
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "row"), [("a.png", "a.png"), ("=1.png", "./=1.png"), ("漢#2", "漢#2"), ("\udcff.png", "\\udcff.png")]
+)
+def test_overlay_states_its_row(name: str, row: str, tmp_path: Path) -> None:
+    Image.new("L", (64, 48), 90).save(tmp_path / "in.png")
+    path = save_overlay(tmp_path / "out", tmp_path / "in.png", prediction(file=name), CONTRACT)
+    assert row_on(path) == row
+    assert overlay._row_of(path) == row
+
+
+@pytest.mark.parametrize("data", [b"", b"\x89PNG", b"iTXtEchoQuad row\0\0\0\0\0", b"x" * 70000])
+def test_picture_of_an_earlier_release_is_overwritten(data: bytes, tmp_path: Path) -> None:
+    Image.new("L", (64, 48), 90).save(tmp_path / "in.png")
+    write_bytes(make_folder(tmp_path / "out") / "a.png.overlay.png", data)
+    path = save_overlay(tmp_path / "out", tmp_path / "in.png", prediction(file="a.png"), CONTRACT)
+    assert path == tmp_path / "out" / "a.png.overlay.png" and row_on(path) == "a.png"
 
 
 @given(st.text(st.sampled_from("ab./\\: ~-"), max_size=12))

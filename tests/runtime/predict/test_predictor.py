@@ -8,6 +8,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from PIL import Image
 
 from echoquad_runtime.bundle.bundle import Bundle
-from echoquad_runtime.contract import Contract
+from echoquad_runtime.contract import QUADRANTS, Contract, VoteMethod, parse_layout
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.errors import (
     BundleNotFoundError,
@@ -27,7 +28,6 @@ from echoquad_runtime.errors import (
     VerificationError,
 )
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
-from echoquad_runtime.predict import frame_reader
 from echoquad_runtime.predict import predictor as module
 from echoquad_runtime.predict.prediction import Prediction
 from echoquad_runtime.predict.predictor import Predictor
@@ -101,6 +101,26 @@ def test_accepts_folder_bundle_and_engine(tiny_bundle: Path, make_frame: Frame) 
     assert len(found) == 1
     with pytest.raises(BundleNotFoundError):
         Predictor(tiny_bundle / "absent")
+
+
+@pytest.mark.parametrize("method", ["majority", "average", "weighted"])
+@pytest.mark.parametrize("layout", [",".join(names) for names in permutations(QUADRANTS)])
+def test_columns_follow_the_quadrant_layout(layout: str, method: VoteMethod) -> None:
+    """The values of LA are those of the pixels at the position that the layout calls LA."""
+    means = dict(zip(parse_layout(layout), (68, 85, 102, 187), strict=True))
+    weights = (0.0, 0.0, 0.0, 1.0)  # RV alone decides
+    engine = MeanEngine(vote=method, vote_weights=weights, quadrants=parse_layout(layout))
+    found = Predictor(engine)(striped(68, 85, 102, 187))
+    assert [round(row[1] * 255) for row in found.quadrant_probabilities] == [means[name] for name in QUADRANTS]
+    assert round(found.probabilities[1] * 255, 3) == 110.5
+    assert found.label == ("light" if method == "weighted" and means["RV"] == 187 else "dark")
+
+
+@pytest.mark.parametrize(("layout", "flag"), [("reference", "no-signal-RA"), ("apex-up", "no-signal-LV")])
+def test_flag_names_the_quadrant_without_signal(layout: str, flag: str) -> None:
+    frame = striped(100, 100, 100, 100)
+    frame[:8, 8:] = 100
+    assert Predictor(MeanEngine(quadrants=parse_layout(layout)))(frame).flags == (flag,)
 
 
 def test_quadrants_are_in_fixed_order() -> None:
@@ -399,10 +419,12 @@ def test_on_decision_is_called_and_its_error_becomes_failure(tiny_bundle: Path, 
 def test_file_over_time_limit_becomes_failure(
     tiny_bundle: Path, frames_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    release, read = threading.Event(), frame_reader.load_grey_and_flags
-    monkeypatch.setattr(
-        frame_reader, "load_grey_and_flags", lambda file: release.wait() if file.path.name == "1.jpg" else read(file)
-    )
+    release, read = threading.Event(), module.load_quadrants
+
+    def load(file: FrameFile, *rest: Any, **options: Any) -> Any:
+        return release.wait() if file.path.name == "1.jpg" else read(file, *rest, **options)
+
+    monkeypatch.setattr(module, "load_quadrants", load)
     found = list(Predictor(tiny_bundle, device="cpu", time_limit=0.2).predict(frames_folder))
     release.set()
     assert [one.file for one in found if isinstance(one, Failure)] == ["a/1.jpg"]

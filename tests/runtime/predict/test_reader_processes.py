@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from echoquad_runtime.errors import ConfigError, FrameReadError
+from echoquad_runtime.errors import ConfigError, FrameCrashError, FrameTimeoutError, FrameTooLargeError
 from echoquad_runtime.frames.frame_file import Failure
-from echoquad_runtime.predict import predictor as module
-from echoquad_runtime.predict import reader_process
+from echoquad_runtime.frames.isolation import reader_process
+from echoquad_runtime.frames.isolation.reader_pool import reader_pool
+from echoquad_runtime.frames.isolation.reader_process import ReaderProcess
+from echoquad_runtime.predict import reader_count as module
 from echoquad_runtime.predict.prediction import Prediction
 from echoquad_runtime.predict.predictor import Predictor
-from echoquad_runtime.predict.reader_process import ReaderProcess
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="uses POSIX signals")
 
@@ -42,7 +43,8 @@ def folder(tmp_path: Path, make_frame: Callable[..., np.ndarray]) -> Path:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ReaderProcess]]:
-    """Return the reader processes that are opened; each must have ended when the test ends."""
+    """Return the reader processes that the pool starts; it has none when the test begins and when it ends."""
+    reader_pool().trim()
     found: list[ReaderProcess] = []
     init = ReaderProcess.__init__
 
@@ -52,6 +54,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ReaderProcess]]:
 
     monkeypatch.setattr(ReaderProcess, "__init__", record)
     yield found
+    reader_pool().trim()
     for reader in found:
         assert reader._child is None or reader._child.process.poll() is not None
 
@@ -71,6 +74,7 @@ def test_processes_give_same_rows_as_threads(
     assert started == []
     found = rows(Predictor(tiny_bundle, device="cpu", threads=2, workers=workers).predict(folder))
     assert len(started) == workers
+    assert reader_pool().idle <= 2
     assert found == expected
     assert sum(isinstance(one, Prediction) for one in found) == 34
 
@@ -89,6 +93,7 @@ def test_default_starts_processes_for_more_than_four_threads_and_many_files(
     tiny_bundle: Path, folder: Path, started: list[ReaderProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def opened(**options: Any) -> int:
+        reader_pool().trim()
         started.clear()
         assert len(list(Predictor(tiny_bundle, device="cpu", **options).predict(folder))) == 40
         return len(started)
@@ -130,27 +135,65 @@ def test_killed_process_loses_no_row(tiny_bundle: Path, folder: Path, started: l
     assert rows(found) == expected
 
 
+# Faults of the process, by the name of the file.
+FAULTS = """
+import os, time
+from echoquad_runtime.frames.isolation import reader_main
+perform = reader_main._perform
+
+def replaced(request, data):
+    name = os.path.basename(request["path"])
+    if "abort" in name:
+        os.abort()
+    if "hang" in name:
+        time.sleep(600)
+    if "memory" in name:
+        raise MemoryError
+    return perform(request, data)
+
+reader_main._perform = replaced
+main(settings)
+"""
+
+
 @posix
-def test_hanging_file_is_killed_with_its_process(
-    tiny_bundle: Path, folder: Path, started: list[ReaderProcess], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("workers", [None, 2])
+def test_each_file_that_ends_its_process_is_one_failure_among_good_rows(
+    tiny_bundle: Path, folder: Path, started: list[ReaderProcess], monkeypatch: pytest.MonkeyPatch, workers: int | None
 ) -> None:
-    hang = reader_process._PROGRAM.replace(
-        "main(settings)",
-        "import time; from echoquad_runtime.predict import reader_main as m; read = m.read_quadrants\n"
-        "m.read_quadrants = lambda file, *more: time.sleep(60) if '011' in file.name else read(file, *more)\n"
-        "main(settings)",
-    )
-    monkeypatch.setattr(reader_process, "_PROGRAM", hang)
-    expected = rows(Predictor(tiny_bundle, device="cpu", threads=2).predict(folder))
-    found = list(Predictor(tiny_bundle, device="cpu", threads=2, workers=2, time_limit=3.0).predict(folder))
-    late = found.pop(11)
-    assert isinstance(late, Failure) and isinstance(late.error, FrameReadError)
-    assert "takes longer than 3 seconds" in str(late.error)
-    assert rows(found) == expected[:11] + expected[12:]
-    for thread in threading.enumerate():  # unlike with threads, no worker stays with the file
+    monkeypatch.setattr(reader_process, "_PROGRAM", reader_process._PROGRAM.replace("main(settings)\n", FAULTS))
+    picture = Image.open(folder / "000.png")
+    for number in range(0, 40, 4):
+        for fault in ("abort", "memory", *(["hang"] if number % 8 == 0 else [])):
+            picture.save(folder / f"{number:03d}-{fault}.tif")
+    failed = {"abort": FrameCrashError, "memory": FrameTooLargeError, "hang": FrameTimeoutError}
+    begin = time.monotonic()
+    found = list(Predictor(tiny_bundle, device="cpu", threads=2, workers=workers, time_limit=1.0).predict(folder))
+    assert time.monotonic() - begin < 40
+    assert [Path(one.file).name for one in found] == sorted(path.name for path in folder.iterdir())
+    for one in found:
+        fault = one.file.partition("-")[2].removesuffix(".tif")
+        assert isinstance(one, Failure if fault or int(one.file[:3]) % 7 == 3 else Prediction), one
+        if fault:
+            assert isinstance(one, Failure) and type(one.error) is failed[fault]
+    for thread in threading.enumerate():  # no worker stays with a file that hangs
         if thread.name == "echoquad-worker":
             thread.join(5)
             assert not thread.is_alive()
+
+
+@posix
+def test_interrupted_run_does_not_wait_for_a_hanging_file(
+    tiny_bundle: Path, folder: Path, started: list[ReaderProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_process, "_PROGRAM", reader_process._PROGRAM.replace("main(settings)\n", FAULTS))
+    Image.open(folder / "000.png").save(folder / "030-hang.tif")
+    results = Predictor(tiny_bundle, device="cpu", threads=2).predict(folder)
+    for _ in range(28):
+        next(results)
+    begin = time.monotonic()
+    results.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - begin < 3
 
 
 def test_closing_the_iterator_ends_all_processes(tiny_bundle: Path, folder: Path, started: list[ReaderProcess]) -> None:

@@ -7,17 +7,17 @@ from pathlib import Path
 
 from PIL import Image
 
-from echoquad_runtime.contract import Contract
+from echoquad_runtime.contract import Contract, parse_layout
 from echoquad_train.curation.leaks import Leaks, leaks_of_stores
 from echoquad_train.data.dataset import load_quadrants, read_classes, read_split
 from echoquad_train.data.patients import patient_pattern
 
 
-def leaks_of(data: Path, regex: str | None = None) -> Leaks:
+def leaks_of(data: Path, regex: str | None = None, layout: str = "reference") -> Leaks:
     classes = read_classes(data)
-    contract = Contract(classes=classes, input_size=48)
+    contract = Contract(classes=classes, input_size=48, quadrants=parse_layout(layout))
     stores = [load_quadrants(read_split(data, split, classes), contract) for split in ("train", "validation")]
-    return leaks_of_stores(stores, patient_pattern(regex))
+    return leaks_of_stores(stores, patient_pattern(regex), contract.quadrants)
 
 
 def test_clean_splits_have_no_leak(flat_data: Path) -> None:
@@ -53,6 +53,14 @@ def test_shared_patient_exact_and_near_duplicate_are_found(flat_data: Path, tmp_
     assert found.exact[0].kind == "pixels"
     assert found.near[0].names == ("train/dark/train1.png", "validation/dark/near.jpg")
     assert found.summary.startswith("LEAK: 1 patient, 1 exact duplicate and 1 near duplicate in more than one split")
+
+
+def test_pictures_are_compared_alike_in_every_quadrant_layout(flat_data: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(flat_data, tmp_path / "data"))
+    with Image.open(data / "train" / "dark" / "train1.png") as image:
+        image.point(lambda level: min(255, level + 10)).save(data / "validation" / "dark" / "near.jpg", quality=90)
+    found = [leaks_of(data, layout=layout) for layout in ("reference", "apex-up", "RV,RA,LV,LA")]
+    assert found[0].near and found[0].near == found[1].near == found[2].near
 
 
 def test_patient_regex_defines_the_patients(flat_data: Path) -> None:

@@ -35,6 +35,15 @@ def test_stitched_quadrants_equal_the_cropped_frame(make_data, tmp_path: Path, k
     assert rows[0]["LA"] == "train/bright/train0_LA.png"
 
 
+def test_quadrant_layout_names_the_files(make_data, tmp_path: Path) -> None:
+    data, layout = make_data(tmp_path / "data", frames=1), ("RV", "LV", "RA", "LA")
+    write_quadrants(data, tmp_path / "reference", 0.9)
+    write_quadrants(data, tmp_path / "out", 0.9, layout=layout)
+    for name, position in zip(layout, ("LA", "RA", "LV", "RV"), strict=True):
+        found = (tmp_path / "out" / "train" / "dark" / f"train0_{name}.png").read_bytes()
+        assert found == (tmp_path / "reference" / "train" / "dark" / f"train0_{position}.png").read_bytes()
+
+
 def test_unreadable_frames_are_listed_as_failures(make_data, tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     (data / "train" / "dark" / "text.png").write_text("text")

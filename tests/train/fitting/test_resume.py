@@ -337,7 +337,7 @@ def test_resume_without_run_is_refused(tmp_path: Path, trained: Any, quiet: Any)
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("change", [{"lr": 1e-3}, {"seed": 1}, {"epochs": 9}])
+@pytest.mark.parametrize("change", [{"lr": 1e-3}, {"seed": 1}, {"epochs": 9}, {"quadrant_layout": "apex-up"}])
 def test_resume_with_other_recipe_is_refused(tmp_path: Path, trained: Any, quiet: Any, change: dict[str, Any]) -> None:
     folder = Path(shutil.copytree(trained.folder, tmp_path / "run"))
     message = refused(trained.data, folder, trained.recipe.replace(**change), quiet())

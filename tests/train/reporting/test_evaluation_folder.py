@@ -35,13 +35,15 @@ def test_write_evaluation_writes_every_file(
 ) -> None:
     data = make_data(tmp_path / "data", classes, splits=("test",))
     ordered = tuple(sorted(classes))
-    found = evaluate(Predictor(brightness_engine(Contract(ordered, input_size=16))), read_split(data, "test", ordered))
+    contract = Contract(ordered, input_size=16, quadrants=("RV", "LV", "RA", "LA"))
+    found = evaluate(Predictor(brightness_engine(contract)), read_split(data, "test", ordered))
     paths = write_evaluation(found, tmp_path / "new" / "out")
     assert [path.name for path in paths] == [
         *["metrics.json", "predictions.csv", "confusion.png", "roc.png", "precision_recall.png", "reliability.png"],
         *["probabilities.png", "quadrants.png", "agreement.png", "risk_coverage.png", "report.html"],
     ]
     assert json.loads(paths[0].read_text("utf-8")) == found.metrics.to_dict() | {"mistakes": []}
+    assert "apex-up (RV top left, LV top right, RA bottom left, LA bottom right)" in paths[-1].read_text("utf-8")
     with paths[1].open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == [prediction.file for prediction in found.predictions]

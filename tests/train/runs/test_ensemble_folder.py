@@ -163,6 +163,7 @@ def others(
         "input_size": {"input_size": 24},
         "positive": {"positive": "dark"},
         "keep": {"center_crop": 0.8},
+        "quadrants": {"quadrant_layout": "apex-up"},
     }
     with thin_session():
         for name, change in changes.items():
@@ -252,6 +253,7 @@ def test_incompatible_runs_are_refused(tmp_path: Path, trained: Any, others: dic
         ("input_size", f"its input_size is 24; expected that of {first}, 16; members need the same contract"),
         ("positive", f"its positive is dark; expected that of {first}, bright"),
         ("keep", f"its keep is 0.8; expected that of {first}, 1.0"),
+        ("quadrants", f"its quadrants is RV, LV, RA, LA; expected that of {first}, LA, RA, LV, RV"),
     ):
         assert words in refused(ConfigError, [trained.folder, others[name]], out)
     running = Path(shutil.copytree(trained.folder, tmp_path / "running"))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms import RandomErasing, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
+from echoquad_runtime.contract import QUADRANTS
 from echoquad_train.parallel.ranks import Share
 from echoquad_train.recipe import Recipe
 from echoquad_train.training.augmentation import (
@@ -285,6 +286,16 @@ def test_context_padding_shows_rest_of_frame() -> None:
         columns, rows = ((at + 1) * side - 1) / 2 + np.array([[place % 2], [place // 2]]) * side
         expected = map_coordinates(np.pad(whole, 1), [rows + 1, columns + 1], order=1, mode="constant")
         np.testing.assert_allclose(found[row, 0].numpy(), expected.reshape(side, side), atol=GREY_LEVELS)
+
+
+def test_context_padding_follows_the_quadrant_layout() -> None:
+    """With its quadrants and positions in the order of another layout, a frame has the same views."""
+    recipe = with_only(translate=0.4, rotate=40)
+    frames, positions = noisy_frames(12, SIZE)
+    layout = ("RV", "LV", "RA", "LA")
+    named = frames[:, [layout.index(name) for name in QUADRANTS]]
+    found = augment(named, recipe.replace(quadrant_layout="apex-up"), seeded(5), positions=positions)
+    torch.testing.assert_close(found, augment(frames, recipe, seeded(5), positions=positions), atol=0, rtol=0)
 
 
 def test_context_padding_changes_only_black_pixels() -> None:

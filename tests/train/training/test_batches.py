@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from echoquad_runtime.contract import QUADRANTS
 from echoquad_train.data.dataset import QuadrantStore
 from echoquad_train.fitting.loop import fit
 from echoquad_train.parallel.ranks import Ranks
@@ -99,6 +100,16 @@ def test_epoch_yields_batches_with_labels_weights_and_draws(
         else:
             assert batch.positions.tolist() == (chosen % 4).tolist()
             assert batch.quadrants[:, 0, 0, 0].tolist() == (chosen // 4 * 4).tolist()
+
+
+def test_positions_follow_the_quadrant_layout(frames: QuadrantStore) -> None:
+    recipe = RECIPE.replace(context_padding=True)
+    layout = ("RV", "LV", "RA", "LA")
+    for one, other in zip(
+        loaded(frames, recipe), loaded(frames, recipe.replace(quadrant_layout=",".join(layout))), strict=True
+    ):
+        assert one.positions is not None and other.positions is not None
+        assert [QUADRANTS[index] for index in one.positions] == [layout[index] for index in other.positions]
 
 
 @pytest.mark.parametrize("limit", [0, 7, 12, 1000])

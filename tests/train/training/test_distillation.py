@@ -271,6 +271,9 @@ def test_unsuitable_teacher_is_refused(tmp_path: Path, trained: Any, make_data: 
     assert message == f"{label}its classes is bright, dark; expected the student's, bright, dim"
     message = refused(ConfigError, trained.data, out, recipe.replace(center_crop=0.8), quiet(), teacher=teacher)
     assert message == f"{label}its center_crop is 1.0; expected the student's, 0.8"
+    turned = recipe.replace(quadrant_layout="apex-up")
+    message = refused(ConfigError, trained.data, out, turned, quiet(), teacher=teacher)
+    assert message == f"{label}its quadrant_layout is reference; expected the student's, apex-up"
     assert "no run here (run.json is missing)" in refused(
         RunError, trained.data, out, recipe, quiet(), teacher=tmp_path / "none"
     )

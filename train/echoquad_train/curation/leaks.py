@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from echoquad_runtime.contract import QUADRANTS
 from echoquad_runtime.quadrants import Grey, stitch
 from echoquad_train.curation.similarity import (
     CENTRED,
@@ -211,30 +212,32 @@ def find_leaks(
     )
 
 
-def leaks_of_stores(stores: Sequence[Store], pattern: re.Pattern[str] | None = None) -> Leaks:
+def leaks_of_stores(
+    stores: Sequence[Store], pattern: re.Pattern[str] | None = None, layout: Sequence[str] = QUADRANTS
+) -> Leaks:
     """Find the patients and pictures in more than one of several decoded or streamed splits.
 
     Pictures are compared as the network receives them, cropped and resized. Cropped copies are found only if all sides
-    were cropped equally.
+    were cropped equally. `layout` is the contract's field ``quadrants``.
     """
     names = [name for store in stores for name in store.names]
     positions = [(store, index) for store in stores for index in range(len(store.names))]
 
     def thumb(index: int) -> Grey:
         store, position = positions[index]
-        return thumbnail(next(_stitched_frames(store, [position])))
+        return thumbnail(next(_stitched_frames(store, [position], layout)))
 
     pixels: list[bytes] = []
     bits: list[HashBits] = []
     for store in stores:
-        for frame in _stitched_frames(store, range(len(store.names))):
+        for frame in _stitched_frames(store, range(len(store.names)), layout):
             pixels.append(hashlib.blake2b(frame.tobytes(), digest_size=16).digest())
             bits.append(perceptual_hashes(thumbnail(frame), CENTRED))
     people = [patient_id(name, pattern) for name in names]
     return find_leaks(names, people, None, pixels, bits, thumb, CENTRED, across_only=True)
 
 
-def _stitched_frames(store: Store, frames: Sequence[int]) -> Iterator[Grey]:
+def _stitched_frames(store: Store, frames: Sequence[int], layout: Sequence[str]) -> Iterator[Grey]:
     """Yield frames of a store, stitched from their quadrants: uint8 [2 S, 2 S]."""
     batches = (
         np.concatenate([np.arange(4 * frame, 4 * frame + 4) for frame in frames[start : start + _BATCH]])
@@ -242,7 +245,7 @@ def _stitched_frames(store: Store, frames: Sequence[int]) -> Iterator[Grey]:
     )
     for batch in store.feed(batches):
         for quadrants in batch.reshape(-1, 4, store.size, store.size):
-            yield stitch(*quadrants)
+            yield stitch(*quadrants, layout=layout)
 
 
 def _plural(count: int, what: str) -> str:

@@ -52,13 +52,15 @@ def write_quadrants(
     out: Path,
     keep: float,
     *,
+    layout: Sequence[str] = QUADRANTS,
     reading: ReadOptions = DEFAULT_READ_OPTIONS,
     progress: Progress | None = None,
 ) -> QuadrantFiles:
     """Write ``out/SPLIT/CLASS/*_{LA,RA,LV,RV}.png`` and ``out/patch_mapping.csv``.
 
-    The frames are those of ``DATA/SPLIT/CLASS/**``; `keep` is the fraction of each side that the crop keeps. The
-    quadrants of each frame are read back, stitched, and compared to the cropped frame pixel by pixel.
+    The frames are those of ``DATA/SPLIT/CLASS/**``; `keep` is the fraction of each side that the crop keeps, and
+    `layout` has the names of the top left, top right, bottom left and bottom right quadrant. The quadrants of each
+    frame are read back, stitched, and compared to the cropped frame pixel by pixel.
 
     Raises
     ------
@@ -83,7 +85,7 @@ def write_quadrants(
                     raise content
                 height, width = content.grey.shape
                 box = left, top, right, bottom = crop_box(width, height, keep)
-                quadrants = split(content.grey, keep)
+                quadrants = split(content.grey, keep, layout)
             except EchoQuadError as error:
                 failures.append(Failure(frame.name, error))
             else:
@@ -91,7 +93,7 @@ def write_quadrants(
                 for name, quadrant in zip(names, quadrants, strict=True):
                     (partial / name).parent.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(quadrant).save(partial / name)
-                _check(partial, names, content.grey[top:bottom, left:right], frame)
+                _check(partial, names, content.grey[top:bottom, left:right], frame, layout)
                 rows.writerow([*map(to_row_name, (frame.name, frame.split, frame.class_name, *names)), *box])
                 counts[frame.split, frame.class_name] += 1
             if progress is not None:
@@ -102,8 +104,8 @@ def write_quadrants(
     return QuadrantFiles(dict(counts), tuple(failures))
 
 
-def _check(folder: Path, names: Sequence[str], cropped: Grey, frame: LabelledFrame) -> None:
-    stitched = stitch(*(read_grey(folder / name) for name in names))
+def _check(folder: Path, names: Sequence[str], cropped: Grey, frame: LabelledFrame, layout: Sequence[str]) -> None:
+    stitched = stitch(*(read_grey(folder / name) for name in names), layout=layout)
     if not np.array_equal(stitched, cropped):
         raise VerificationError(
             f"{frame.name}: its four stitched quadrants differ from the cropped frame; expected equal pixels; "

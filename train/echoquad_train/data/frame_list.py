@@ -7,18 +7,15 @@ Training requires complete splits (`echoquad_train.data.dataset`). The audit rep
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
-
-from PIL import Image
 
 from echoquad_runtime.errors import DatasetError, EchoQuadError, FrameReadError
 from echoquad_runtime.frames.discovery import EXPECTED_FILES, matrices_hint
 from echoquad_runtime.frames.file_access import read_bytes
 from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, IMAGE_EXTENSIONS, ReadOptions
-from echoquad_runtime.frames.reader import decode_grey, load_grey
+from echoquad_runtime.frames.reader import decode_grey, load_grey, pixel_format
 from echoquad_runtime.quadrants import Grey
 from echoquad_train.data.dataset import EXPECTED_FOLDERS, SPLITS, LabelledFrame, class_folders, frames_below
 from echoquad_train.data.prefetch import prefetch
@@ -86,7 +83,7 @@ def _read(frame: LabelledFrame) -> DecodedFile | EchoQuadError:
     try:
         if extension in IMAGE_EXTENSIONS:  # read the bytes once, for pixels and digest
             data = read_bytes(frame.path)
-            return DecodedFile(decode_grey(data), hashlib.sha256(data).digest(), len(data), _pixel_format(data))
+            return DecodedFile(decode_grey(data), hashlib.sha256(data).digest(), len(data), pixel_format(data))
         grey, mode = load_grey(frame.file), extension.removeprefix(".") or "other"
         if frame.frame is not None:
             return DecodedFile(grey, b"", frame.path.stat().st_size, mode)
@@ -96,12 +93,3 @@ def _read(frame: LabelledFrame) -> DecodedFile | EchoQuadError:
         return error
     except OSError as error:  # removed since it was listed
         return FrameReadError(f"it cannot be read ({error.strerror}); expected an image file")
-
-
-def _pixel_format(data: bytes) -> str:
-    """Return Pillow's format and mode of an image file; ``PNG L`` is an 8-bit grey PNG."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return f"{image.format} {image.mode}"
-    except OSError:  # a format that the runtime reads and Pillow does not
-        return "other"

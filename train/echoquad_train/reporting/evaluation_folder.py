@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from echoquad_runtime.contract import describe_layout
 from echoquad_runtime.results.row_formats import open_writer
 from echoquad_runtime.storage.atomic import make_folder, write_json
 from echoquad_train.evaluation.evaluate import Evaluation
@@ -36,6 +37,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path, *, gallery: int = 0) 
         report,
         "evaluation",
         metrics=evaluation.metrics,
+        layout=describe_layout(evaluation.contract.quadrants),
         pictures=pictures,
         mistakes=mistakes,
         wrong=int((~evaluation.scored.correct).sum()),

@@ -9,13 +9,14 @@ order. The module `intensity_augmentation` changes the grey levels before the er
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from echoquad_runtime.contract import QUADRANTS, parse_layout
 from echoquad_train.recipe import Recipe
 from echoquad_train.training.intensity_augmentation import apply_intensity, draw_intensity
 
@@ -68,8 +69,9 @@ def apply_augmentation(
     draws
         From `draw_augmentation`, on the device of the quadrants. The same draws give the same view at any size S.
     positions
-        int64 [B], the index of each quadrant within its frame, 0 to 3. With it, a warp that leaves the quadrant at an
-        inner edge samples the rest of the frame. None pads with black.
+        int64 [B], the position of each quadrant in its frame: 0 to 3 for top left, top right, bottom left and bottom
+        right. With it, a warp that leaves the quadrant at an inner edge samples the rest of the frame. None pads with
+        black.
 
     Returns
     -------
@@ -80,7 +82,7 @@ def apply_augmentation(
     size = [len(quadrants), 1, *quadrants.shape[2:]]
     images = quadrants.float()
     if positions is not None:
-        images, warp = _stitch(images), _to_frame_coordinates(warp, positions)
+        images, warp = _stitch(images, parse_layout(recipe.quadrant_layout)), _to_frame_coordinates(warp, positions)
     # A rank's part of a batch may be empty, which affine_grid does not accept.
     warped = _sample(images, warp, size) if len(quadrants) else images.reshape(size)
     return erase(apply_intensity(warped, recipe, draws), recipe.erase, 255.0 * recipe.mean, draws)
@@ -120,9 +122,10 @@ def _sample(images: Tensor, warp: Tensor, size: list[int]) -> Tensor:
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def _stitch(quadrants: Tensor) -> Tensor:
+def _stitch(quadrants: Tensor, layout: Sequence[str]) -> Tensor:
     """Stitch the quadrants of frames, [B, 4, S, S], to [B, 1, 2 S, 2 S]."""
-    rows = [torch.cat([quadrants[:, left], quadrants[:, left + 1]], dim=2) for left in (0, 2)]
+    placed = [quadrants[:, QUADRANTS.index(name)] for name in layout]
+    rows = [torch.cat(placed[left : left + 2], dim=2) for left in (0, 2)]
     return torch.cat(rows, dim=1)[:, None]
 
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from echoquad_runtime.contract import QUADRANTS, parse_layout
 from echoquad_train.data.dataset import QuadrantStore, Store
 from echoquad_train.parallel.ranks import ALONE, Ranks, Share
 from echoquad_train.recipe import Recipe
@@ -52,7 +53,8 @@ class TrainingBatch:
     share
         Which rows of the batch these are.
     positions
-        int64 [B], the index of each quadrant within its frame, 0 to 3; None without context padding.
+        int64 [B], the position of each quadrant in its frame, 0 to 3, as `apply_augmentation` takes it; None without
+        context padding.
     teacher_quadrants
         As `quadrants`, at the teacher's input size; None if it equals the student's, or there is no teacher.
     """
@@ -194,7 +196,7 @@ class BatchLoader:
         rows = np.concatenate(own) if own else np.empty(0, np.int64)
         # One copy for the whole epoch: a copy for each batch would block.
         labels = torch.split(_to_device(self._labels[rows // 4], device), sizes)
-        positions = iter(torch.split(_to_device(rows % 4, device), sizes)) if whole else repeat(None)
+        positions = iter(torch.split(_to_device(self._positions(rows), device), sizes)) if whole else repeat(None)
         weights = torch.tensor([self._weight(chosen) for chosen in batches], dtype=torch.float32, device=device)
         quadrants = self._feed.feed(own, whole=whole)
         teacher_quadrants = self._teacher_feed.feed(own, whole=whole) if self._teacher_feed else repeat(None)
@@ -215,8 +217,13 @@ class BatchLoader:
         shares = [Share(0, len(chosen), len(chosen)) for chosen in batches]
         draws = next(self._draws(shares, self._size, generator))
         quadrants = next(self._feed.feed(batches[:1], whole=self._recipe.context_padding))
-        positions = _to_device(batches[0] % 4, self._device) if self._recipe.context_padding else None
+        positions = _to_device(self._positions(batches[0]), self._device) if self._recipe.context_padding else None
         return apply_augmentation(quadrants, self._recipe, draws, positions)
+
+    def _positions(self, rows: Indices) -> Indices:
+        """Return the position in its frame, 0 to 3, of each quadrant of indices into [F * 4]."""
+        layout = parse_layout(self._recipe.quadrant_layout)
+        return np.array([layout.index(name) for name in QUADRANTS])[rows % len(QUADRANTS)]
 
     def _weight(self, chosen: Indices) -> float:
         """Return what divides a rank's sum of the loss: its mean share of the batch's class weights.

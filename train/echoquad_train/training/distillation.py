@@ -55,7 +55,7 @@ def load_teacher(folder: Path, contract: Contract, device: torch.device) -> Teac
     RunError
         If the folder holds no run or a damaged one.
     ConfigError
-        If the run is not finished, or has other classes or another centre crop.
+        If the run is not finished, or has other classes, another centre crop or another quadrant layout.
     """
     run = load_trained(folder)
     label = f"--teacher {folder.as_posix()}"
@@ -64,6 +64,7 @@ def load_teacher(folder: Path, contract: Contract, device: torch.device) -> Teac
     for name, found, expected in (
         ("classes", ", ".join(run.contract.classes), ", ".join(contract.classes)),
         ("center_crop", run.contract.keep, contract.keep),
+        ("quadrant_layout", run.contract.quadrant_layout, contract.quadrant_layout),
     ):
         if found != expected:
             raise ConfigError(f"{label}: its {name} is {found}; expected the student's, {expected}")

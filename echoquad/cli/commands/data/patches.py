@@ -9,7 +9,7 @@ import typer
 
 from echoquad.cli.framework.console import Progress, format_table, print_failures, print_result, print_status
 from echoquad.cli.framework.extras import require_extra
-from echoquad.cli.framework.options import Every, Flip, Matrices, read_options
+from echoquad.cli.framework.options import Every, Flip, Matrices, QuadrantLayout, read_options
 
 __all__ = ["patches"]
 
@@ -21,17 +21,20 @@ def patches(
         float,
         typer.Option("--keep", metavar="SHARE", min=0.01, max=1.0, help="Centre crop: share of each side; 1 is all."),
     ] = 0.9,
+    quadrant_layout: QuadrantLayout = None,
     matrices: Matrices = False,
     flip: Flip = None,
     every: Every = 1,
 ) -> None:
     """Write the four quadrants of every frame and a table of them; check that together they equal the frame."""
     require_extra("train")
+    from echoquad_runtime.contract import parse_layout
     from echoquad_runtime.storage.row_names import display_name
     from echoquad_train.curation.quadrant_files import MAPPING, write_quadrants
 
+    layout, reading = parse_layout(quadrant_layout or "reference"), read_options(matrices, flip, every)
     with Progress("cutting") as progress:
-        done = write_quadrants(data, out, keep, reading=read_options(matrices, flip, every), progress=progress.update)
+        done = write_quadrants(data, out, keep, layout=layout, reading=reading, progress=progress.update)
     rows = [[f"{part}/{display_name(name)}", str(count), str(4 * count)] for (part, name), count in done.counts.items()]
     print_result(format_table(["split/class", "frames", "quadrants"], rows))
     print_result(f"stitched back: all {done.frames} frames equal their crop, pixel for pixel")

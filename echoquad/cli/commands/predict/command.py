@@ -110,8 +110,8 @@ def predict(
             metavar="N",
             min=0,
             max=512,
-            help="Processes that read and crop frames if there are many; 0 reads in threads. Default: none for up to "
-            "four threads, otherwise one per thread.",
+            help="Processes that read and crop all frames if there are many; 0 reads PNG, JPEG, BMP and uncompressed "
+            "DICOM in threads. Default: 0 for up to four threads, otherwise one per thread.",
         ),
     ] = None,
     untuned: Untuned = False,

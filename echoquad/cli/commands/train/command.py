@@ -13,7 +13,16 @@ import typer
 from echoquad.cli.commands.train.training_progress import TrainingProgress, describe_calibration
 from echoquad.cli.framework.console import mute, print_failures, print_status
 from echoquad.cli.framework.extras import missing_extra, require_extra
-from echoquad.cli.framework.options import Every, Flip, FlipName, Matrices, PatientRegex, TorchDevice, read_options
+from echoquad.cli.framework.options import (
+    Every,
+    Flip,
+    FlipName,
+    Matrices,
+    PatientRegex,
+    QuadrantLayout,
+    TorchDevice,
+    read_options,
+)
 
 if TYPE_CHECKING:
     from echoquad_runtime.frames.formats import ReadOptions
@@ -44,6 +53,7 @@ def train(
         int | None,
         typer.Option("--input-size", metavar="N", help="Width and height in pixels that quadrants are resized to."),
     ] = None,
+    quadrant_layout: QuadrantLayout = None,
     epochs: Annotated[int | None, typer.Option("--epochs", metavar="N", help="Maximum number of epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", metavar="N", help="Quadrants per batch.")] = None,
     teacher: Annotated[
@@ -125,6 +135,7 @@ def train(
     changes: dict[str, Any] = {
         "weights": weights,
         "input_size": input_size,
+        "quadrant_layout": quadrant_layout,
         "epochs": epochs,
         "batch_size": batch_size,
         "seed": seed,

@@ -39,12 +39,15 @@ class TrainingProgress:
 
     def started(self, device: str, precision: str, train: Any, validation: Any) -> None:
         """Print the size of the data set, the device and the precision."""
+        from echoquad_runtime.contract import describe_layout, parse_layout
         from echoquad_train.training.optimizer_schedule import progressive_epochs
 
         self._close()
         for split in (train, validation):
             counts = ", ".join(f"{name} {count}" for name, count in split.counts.items())
             print_status(f"{split.name}: {len(split.frames)} frames ({counts})")
+        if self._recipe and self._recipe.quadrant_layout != "reference":
+            print_status(f"quadrant layout: {describe_layout(parse_layout(self._recipe.quadrant_layout))}")
         small = progressive_epochs(self._recipe) if self._recipe else 0
         sizes = f"; the first {small} epochs on smaller quadrants, validated at full size" if small else ""
         print_status(f"training on {device} in {precision}{sizes}")

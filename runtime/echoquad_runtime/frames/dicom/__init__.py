@@ -1,1 +1,1 @@
-"""DICOM files: transfer syntaxes, data elements, header, codecs, pixels and frames of a file."""
+"""DICOM files: data set, header, frame ranges, codecs and the bounds on what they announce, lookup tables, pixels."""

@@ -1,36 +1,22 @@
 """Data elements of a DICOM header: only those that describe pixels.
 
 Patient, study and date elements are skipped unread. No error message quotes a value from the file, except image sizes:
-in a damaged file a patient's name can be anywhere. For the same reason pydicom's own warnings and errors, which quote
-values, are suppressed.
+in a damaged file a patient's name can be anywhere.
 """
 
 from __future__ import annotations
 
-import io
-import logging
 import struct
-import warnings
 import zlib
-from collections.abc import Callable
-from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Callable, Mapping
+from typing import IO, Final, NamedTuple, ParamSpec, TypeVar
 
-from echoquad_runtime.errors import (
-    FrameDamagedError,
-    FrameError,
-    FrameExtraError,
-    FrameFormatError,
-    FrameTooLargeError,
-)
-from echoquad_runtime.frames.dicom.transfer_syntaxes import BIG_ENDIAN, IMPLICIT
+from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameFormatError, FrameTooLargeError
+from echoquad_runtime.frames.dicom.data_set import LONG_VRS, DataSetWalker, detect_encoding
+from echoquad_runtime.frames.dicom.transfer_syntaxes import BIG_ENDIAN, EXPLICIT, IMPLICIT
 from echoquad_runtime.frames.formats import MAX_FILE_BYTES, is_dicom
 
-if TYPE_CHECKING:
-    from pydicom.dataset import Dataset
-
 __all__ = [
-    "MAX_VALUE_BYTES",
-    "UNDEFINED_LENGTH",
     "Elements",
     "PixelDataElement",
     "call_anonymized",
@@ -70,17 +56,25 @@ _TAGS: Final = {
     "green_segments": 0x00281222,
     "blue_segments": 0x00281223,
     "offsets": 0x7FE00001,
+    # Of an ultrasound region (DICOM PS3.3, C.8.5.5).
+    "spatial_format": 0x00186012,
+    "data_type": 0x00186014,
+    "region_left": 0x00186018,
+    "region_top": 0x0018601A,
+    "region_right": 0x0018601C,
+    "region_bottom": 0x0018601E,
+    # Of a Modality LUT or a VOI LUT.
+    "lut_descriptor": 0x00283002,
+    "lut_data": 0x00283006,
 }
+_SEQUENCES: Final = frozenset(_TAGS[name] for name in ("regions", "modality_lut", "voi_lut"))
+_ITEM_TAGS: Final = frozenset(
+    tag for name, tag in _TAGS.items() if name.startswith(("spatial_", "data_", "region_", "lut_"))
+)
+_VALUES: Final = frozenset(_TAGS.values()) - _SEQUENCES - _ITEM_TAGS
 _PIXEL_DATA: Final = 0x7FE00010
 _FLOAT_PIXEL_DATA: Final = frozenset({0x7FE00008, 0x7FE00009})
 
-_LONG_VRS: Final = frozenset({"OB", "OD", "OF", "OL", "OV", "OW", "SQ", "SV", "UC", "UN", "UR", "UT", "UV"})
-"""Value representations whose length field has 32 bits."""
-
-UNDEFINED_LENGTH: Final = 0xFFFFFFFF
-
-_MAX_ELEMENTS: Final = 100_000  # a header has some hundreds
-MAX_VALUE_BYTES: Final = 4 << 20  # of a value that is read: an offset table of half a million frames
 _MAX_META_BYTES: Final = 1 << 16
 
 
@@ -93,13 +87,13 @@ def call_anonymized(
     ------
     FrameError
         Instead of any other exception, with `message` in place of its text and no reference to it.
+    MemoryError
+        If there is not enough memory.
     """
     try:
         return function(*args, **kwargs)
-    except FrameError:
+    except (FrameError, MemoryError):
         raise
-    except MemoryError:
-        cause = "MemoryError"
     except Exception as error:
         cause = type(error).__name__
     # Raised outside the handler: inside it, Python would attach the original exception as context.
@@ -109,30 +103,34 @@ def call_anonymized(
 def read_transfer_syntax(stream: IO[bytes]) -> tuple[str, int]:
     """Return the transfer syntax UID and the offset of the data set, in bytes.
 
-    Both come from group 2, which is always explicit VR, little-endian (DICOM PS3.10, 7.1).
+    Both come from group 2, which is always explicit VR, little-endian (DICOM PS3.10, 7.1). Without a transfer syntax,
+    as in files without the preamble, the first element shows how an uncompressed data set is encoded.
 
     Raises
     ------
     FrameFormatError
-        If the file is not DICOM or states no transfer syntax.
+        If the file is not DICOM.
     """
     head = stream.read(132 + _MAX_META_BYTES)
     if not is_dicom(head):
-        raise FrameFormatError("not a DICOM file: the preamble of 128 bytes and 'DICM' is missing; save it again")
-    offset, syntax = 132, ""
+        raise FrameFormatError(
+            "not a DICOM file: neither 'DICM' nor a DICOM element is at its beginning; save it again"
+        )
+    offset, syntax = 132 if head[128:132] == b"DICM" else 0, ""
     while offset + 8 <= len(head):
         group, element, vr, length = struct.unpack_from("<HH2sH", head, offset)
         if group != 2:
             break
         offset += 8
-        if vr.decode("latin-1") in _LONG_VRS:
+        if vr in LONG_VRS:
             (length,) = struct.unpack_from("<I", head, offset)
             offset += 4
         if element == 0x10:
             syntax = head[offset : offset + length].decode("latin-1").rstrip("\0 ")
         offset += length
     if not syntax:
-        raise FrameFormatError("the DICOM file states no transfer syntax; save it again")
+        implicit, big_endian = detect_encoding(stream, offset)
+        syntax = BIG_ENDIAN if big_endian else IMPLICIT if implicit else EXPLICIT
     return syntax, offset
 
 
@@ -157,32 +155,6 @@ def inflate(stream: IO[bytes]) -> bytes:
     return data
 
 
-class _BoundedStream(io.BytesIO):
-    """A stream that refuses to read a value of more than `MAX_VALUE_BYTES`, whatever length the header states.
-
-    It blanks the character set, which pydicom looks up while it reads, quoting an unknown one. No text is needed here.
-    """
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        super().__init__()
-        self._stream, self._blank = stream, False
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= MAX_VALUE_BYTES:
-            raise FrameDamagedError("a value of the DICOM header is too long; the file is damaged: copy it again")
-        data = self._stream.read(size)
-        if self._blank:
-            data = b" " * len(data)
-        self._blank = size == 8 and data[:4] in (b"\x08\0\x05\0", b"\0\x08\0\x05")  # the value follows its header
-        return data
-
-    def seek(self, offset: int, whence: int = 0, /) -> int:
-        return self._stream.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._stream.tell()
-
-
 class PixelDataElement(NamedTuple):
     """The Pixel Data element: value representation, length field, and offset of its value in the stream, in bytes."""
 
@@ -196,86 +168,55 @@ def read_elements(stream: IO[bytes], syntax: str, begin: int) -> tuple[Elements,
 
     Raises
     ------
-    Exception
-        Whatever pydicom raises for a damaged header: call this through `call_anonymized`.
+    FrameFormatError
+        If there are no pixels, or those of a kind that is not supported.
+    FrameDamagedError
+        If the header is truncated, malformed, or beyond all bounds.
     """
-    read_dataset = _load_pydicom()
-    pixel_data: list[tuple[int, str | None, int]] = []
-    passed = 0
-
-    def stop(tag: int, vr: str | None, length: int) -> bool:
-        nonlocal passed
-        passed += 1
-        if passed > _MAX_ELEMENTS:
-            raise FrameDamagedError(f"the DICOM header has more than {_MAX_ELEMENTS} elements; save it again")
-        if tag == _PIXEL_DATA or tag in _FLOAT_PIXEL_DATA:
-            pixel_data.append((tag, vr, length))
-            return True
-        return False
-
-    stream.seek(begin)
-    implicit = syntax == IMPLICIT
-    dataset = read_dataset(
-        _BoundedStream(stream), implicit, syntax != BIG_ENDIAN, stop_when=stop, specific_tags=list(_TAGS.values())
+    implicit, big_endian = detect_encoding(stream, begin)[0], syntax == BIG_ENDIAN
+    walker = DataSetWalker(stream, implicit=implicit, big_endian=big_endian)
+    values: dict[int, bytes] = {}
+    sequences: dict[int, list[Elements]] = {}
+    for header in walker.elements(begin, _SEQUENCES):
+        if header.tag == _PIXEL_DATA:
+            pixel_data = PixelDataElement(header.vr, header.length, header.offset)
+            return Elements(values, sequences, big_endian), pixel_data
+        if header.tag in _FLOAT_PIXEL_DATA:
+            raise FrameFormatError(
+                "not supported: the DICOM file's pixels are floating-point numbers; expected 8 or 16 bits; convert it"
+            )
+        if header.tag in _SEQUENCES:
+            items = walker.items(header, _ITEM_TAGS)
+            sequences[header.tag] = [Elements(item, {}, big_endian) for item in items]
+        elif header.tag in _VALUES:
+            values[header.tag] = walker.value(header)
+    if walker.truncated:
+        raise FrameDamagedError("the DICOM file is truncated: it ends within its header; copy it again")
+    raise FrameFormatError(
+        "not supported: the DICOM file has no pixels (a report, a waveform, a document?); expected images"
     )
-    if not pixel_data:
-        raise FrameFormatError("the DICOM file has no pixels (a report or a directory?); expected images")
-    tag, vr, length = pixel_data[-1]
-    if tag != _PIXEL_DATA:
-        raise FrameFormatError("the DICOM file's pixels are floating-point numbers; expected 8 or 16 bits")
-    header_bytes = 12 if not implicit and vr in _LONG_VRS else 8
-    return (
-        Elements(dataset, "<>"[syntax == BIG_ENDIAN]),
-        PixelDataElement(vr or "", length, stream.tell() + header_bytes),
-    )
-
-
-def _load_pydicom() -> Any:
-    try:
-        from pydicom.filereader import read_dataset
-    except ImportError:
-        read_dataset = None
-    if read_dataset is None:
-        raise FrameExtraError(
-            'DICOM files need pydicom, which is not installed; install it: pip install "echoquad[dicom]"'
-        )
-    # pydicom's log records and warnings quote values, and those may be names.
-    logging.getLogger("pydicom").propagate = False
-    warnings.filterwarnings("ignore", module=r"(pydicom|openjpeg|echoquad_runtime\.frames\.dicom)")
-    return read_dataset
 
 
 class Elements:
-    """Values of a data set, converted from their raw bytes.
+    """Values of a data set or of a sequence item, converted from their raw bytes."""
 
-    pydicom's own conversion warns about malformed values and quotes them.
-    """
-
-    def __init__(self, dataset: Dataset, byte_order: str) -> None:
-        self._dataset, self._byte_order = dataset, byte_order
-
-    def __contains__(self, name: str) -> bool:
-        return _TAGS[name] in self._dataset
+    def __init__(self, values: Mapping[int, bytes], sequences: Mapping[int, list[Elements]], big_endian: bool) -> None:
+        self._values, self._sequences, self._byte_order = values, sequences, "<>"[big_endian]
 
     def sequence(self, name: str) -> list[Elements]:
         """Return the items of a sequence."""
-        items = self._dataset[_TAGS[name]].value if name in self else []
-        return [Elements(item, self._byte_order) for item in items]
+        return self._sequences.get(_TAGS[name], [])
 
-    def integer(self, tag: int) -> int:
-        """Return the 16- or 32-bit integer at `tag` of a sequence item; -1 if there is none."""
-        item = self._dataset.get_item(tag) if tag in self._dataset else None
-        data = item.value if item is not None else b""
-        if isinstance(data, int):
-            return data
-        if not isinstance(data, bytes) or len(data) not in (2, 4):
+    def integer(self, name: str) -> int:
+        """Return a 16- or 32-bit integer; -1 if there is none."""
+        data = self.raw(name)
+        if len(data) not in (2, 4):
             return -1
         return int(struct.unpack(self._byte_order + ("H" if len(data) == 2 else "I"), data)[0])
 
     def raw(self, name: str) -> bytes:
         """Return the bytes of a value; empty if it is absent."""
-        value = self._dataset.get_item(_TAGS[name]).value if name in self else b""
-        return value if isinstance(value, bytes) else b""
+        return self._values.get(_TAGS[name], b"")
 
     def text(self, name: str) -> str:
         """Return a value as text, without padding."""

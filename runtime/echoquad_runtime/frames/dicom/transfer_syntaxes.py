@@ -7,11 +7,14 @@ from typing import Final
 __all__ = [
     "BIG_ENDIAN",
     "DEFLATED",
+    "EXPLICIT",
+    "EXTENDED",
     "IMPLICIT",
     "JPEG_2000",
     "JPEG_BASELINE",
     "JPEG_LOSSLESS",
     "JPEG_LS",
+    "NATIVE",
     "RLE",
     "SUPPORTED",
     "UNCOMPRESSED",
@@ -21,10 +24,14 @@ IMPLICIT: Final = "1.2.840.10008.1.2"
 EXPLICIT: Final = "1.2.840.10008.1.2.1"
 DEFLATED: Final = "1.2.840.10008.1.2.1.99"
 BIG_ENDIAN: Final = "1.2.840.10008.1.2.2"
-UNCOMPRESSED: Final = frozenset({IMPLICIT, EXPLICIT, DEFLATED, BIG_ENDIAN})
+NATIVE: Final = frozenset({IMPLICIT, EXPLICIT, BIG_ENDIAN})
+"""Transfer syntaxes of pixels that are neither compressed nor deflated."""
+
+UNCOMPRESSED: Final = NATIVE | {DEFLATED}
 
 _JPEG: Final = "1.2.840.10008.1.2.4"
-JPEG_BASELINE: Final = frozenset(f"{_JPEG}.{end}" for end in (50, 51))
+EXTENDED: Final = f"{_JPEG}.51"
+JPEG_BASELINE: Final = frozenset({f"{_JPEG}.50", EXTENDED})
 JPEG_LOSSLESS: Final = frozenset(f"{_JPEG}.{end}" for end in (57, 70))
 JPEG_LS: Final = frozenset(f"{_JPEG}.{end}" for end in (80, 81))
 JPEG_2000: Final = frozenset(f"{_JPEG}.{end}" for end in (90, 91, 201, 202, 203))

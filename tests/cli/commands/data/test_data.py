@@ -152,6 +152,7 @@ def test_invalid_data_commands_are_refused_without_torch(data: Path, many: Calla
         ("E_USAGE", ["data", "split", data, *new, "--mode", "move"], "'copy', 'link', 'manifest'"),
         ("E_DATASET", ["data", "patches", tmp_path / "full", *new], "train, validation, test"),
         ("E_USAGE", ["data", "patches", data, *new, "--keep", "2"], "'--keep'"),
+        ("E_CONFIG", ["data", "patches", data, *new, "--quadrant-layout", "LA,RA"], "apex-up"),
     ]
     found, modules = many([line for _, line, _ in refusals])
     for (code, line, words), ran in zip(refusals, found, strict=True):

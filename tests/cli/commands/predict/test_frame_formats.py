@@ -109,11 +109,17 @@ def test_missing_extra_fails_its_formats_only(
     exam: Path, tiny_bundle: Path, tmp_path: Path, echoquad: Callable[..., Any]
 ) -> None:
     out = tmp_path / "rows.csv"
-    hidden = "sys.modules['pydicom'] = None; sys.modules['av'] = None"
-    ran = echoquad("predict", tiny_bundle, exam, "--out", out, "--device", "cpu", code=5, driver=hidden)
-    assert [row["file"] for row in rows_of(out)] == ["d.png"]
-    assert ran.error_codes == ["E_FRAME_EXTRA_MISSING"] * 3
-    assert sum('pip install "echoquad[dicom]"' in line for line in ran.errors) == 2
+    for module in ("openjpeg", "av"):
+        stub = tmp_path / "hidden" / f"{module}.py"
+        stub.parent.mkdir(exist_ok=True)
+        stub.write_text("raise ImportError")
+    hidden = f"sys.path.insert(0, {str(stub.parent)!r})"  # the path of reader processes too
+    folder = shutil.copytree(exam, tmp_path / "exam")
+    shutil.copy(shipped("examples_jpeg2k.dcm"), folder / "jpeg2000.dcm")
+    ran = echoquad("predict", tiny_bundle, folder, "--out", out, "--device", "cpu", code=5, driver=hidden)
+    assert sorted(row["file"] for row in rows_of(out)) == sorted(name for name in NAMES if "b.avi" not in name)
+    assert ran.error_codes == ["E_FRAME_EXTRA_MISSING"] * 2
+    assert sum('pip install "echoquad[dicom]"' in line for line in ran.errors) == 1
     assert sum('pip install "echoquad[video]"' in line for line in ran.errors) == 1
 
 

@@ -37,6 +37,26 @@ def test_train_prints_its_progress_and_writes_a_run(trained: tuple[Path, Any], l
     assert left_in(folder.parent) == []
 
 
+def test_quadrant_layout_is_chosen_printed_and_kept(
+    data: Path, warm: Callable[..., Any], tmp_path: Path, tiny: tuple[str, ...]
+) -> None:
+    run = tmp_path / "run"
+    train = ["train", data, "--out", run]
+    made, other, bad = warm(
+        [
+            [*train, *tiny, "--quadrant-layout", "RV,LV,RA,LA"],
+            [*train, "--resume", "--quadrant-layout", "reference"],
+            ["train", data, "--out", tmp_path / "none", *tiny, "--quadrant-layout", "upside-down"],
+        ]
+    )
+    assert made.code == 0
+    assert "quadrant layout: apex-up (RV top left, LV top right, RA bottom left, LA bottom right)" in made.err
+    assert json.loads((run / "run.json").read_text("utf-8"))["contract"]["quadrants"] == ["RV", "LV", "RA", "LA"]
+    assert 'quadrant_layout = "apex-up"' in (run / "recipe.toml").read_text("utf-8")
+    assert other.code == 1 and "recipe" in other.errors[0]
+    assert (bad.code, bad.error_codes) == (1, ["E_CONFIG"]) and "apex-up" in bad.errors[0]
+
+
 def test_resume_continues_and_another_recipe_is_refused(
     trained: tuple[Path, Any], data: Path, warm: Callable[..., Any], tmp_path: Path, tiny: tuple[str, ...]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Tests of reader processes: same results as in the thread, crashes, hangs, shutdown and isolation."""
+"""Tests of a reader process: same results as in the thread, crashes, limits, hangs, shutdown and isolation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -22,33 +21,43 @@ import pytest
 from PIL import Image
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.errors import ConfigError, FrameDamagedError, FrameError, FrameReadError, FrameTooLargeError
+from echoquad_runtime.errors import (
+    ConfigError,
+    FrameCrashError,
+    FrameDamagedError,
+    FrameError,
+    FrameReadError,
+    FrameTimeoutError,
+    FrameTooLargeError,
+)
+from echoquad_runtime.frames import sources
 from echoquad_runtime.frames.frame_file import FrameFile
-from echoquad_runtime.predict import reader_process
-from echoquad_runtime.predict.frame_reader import read_quadrants
-from echoquad_runtime.predict.reader_process import ReaderProcess, reader_processes
+from echoquad_runtime.frames.isolation import reader_process
+from echoquad_runtime.frames.isolation.limits import MEMORY_LIMIT
+from echoquad_runtime.frames.isolation.messages import Request
+from echoquad_runtime.frames.isolation.reader_process import ReaderProcess
 
 CONTRACT = Contract(classes=("ASD", "NORM"), input_size=32)
-ROOT = Path(reader_process.__file__).parents[2]
+ROOT = Path(reader_process.__file__).parents[3]
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="uses /proc")
 posix = pytest.mark.skipif(sys.platform == "win32", reason="uses POSIX signals")
 
-# The program of a reader process, with a reading function that fails in a way that the frame's name selects.
+# The program of a reader process, with a reading function that fails in a way that the file's name selects.
 FAULTS = """
 import os, re, signal, sys, time
-from pathlib import Path
 from echoquad_runtime.errors import FrameFormatError
-from echoquad_runtime.predict import reader_main
-read_quadrants = reader_main.read_quadrants
+from echoquad_runtime.frames.isolation import reader_main
+perform = reader_main._perform
 
-def read(file, *rest):
-    if file.name.startswith("once:"):
-        marker = file.path.with_suffix(".met")
-        if marker.exists():
-            return read_quadrants(file, *rest)
-        marker.touch()
-    match file.name.removeprefix("once:"):
+def replaced(request, data):
+    name = os.path.basename(request["path"])
+    if name.startswith("once "):
+        marker = request["path"] + ".met"
+        if os.path.exists(marker):
+            return perform(request, data)
+        open(marker, "x").close()
+    match name.removeprefix("once "):
         case "abort":
             os.abort()
         case "kill":
@@ -57,25 +66,36 @@ def read(file, *rest):
             os._exit(3)
         case "hang":
             time.sleep(60)
+        case "spin":
+            while True:
+                pass
         case "slow":
             time.sleep(0.3)
         case "hang with the lock":  # backtracks in C for a long time, holding the interpreter lock
             re.match("(a+)+$", "a" * 60 + "b")
         case "garbage":
-            reader_main._send = lambda answers, answer: (answers.write(b"[" * 100_000), answers.flush())
+            reader_main._send = lambda answers, *_: (answers.write(b"[" * 100_000), answers.flush())
+        case "forged":
+            return {"error": "FrameError", "message": "\\x1b[2J"}, None
+        case "huge":
+            return {"shape": [1 << 40, 1 << 40], "flags": []}, None
         case "print":
-            os.write(1, b'{"flags": ["forged"]}\\n')
-            print('{"flags": ["forged"]}', flush=True)
+            os.write(1, b'{"shape": [2, 2], "flags": ["forged"]}\\n')
+            print('{"shape": [2, 2], "flags": ["forged"]}', flush=True)
             os.write(2, b"libpng warning: it prints this")
         case "memory":
             raise MemoryError
+        case "allocate":
+            kept = [reader_main.np.empty(64 << 20, "u1") for _ in range(64)]  # not touched, which would take seconds
         case "fault":
             raise RuntimeError("PlantedDoe")
         case "modules":
-            raise FrameFormatError(" ".join([reader_main.__file__, *sys.modules]))
-    return read_quadrants(file, *rest)
+            raise FrameFormatError(" ".join([name for name in sys.modules if "." not in name]))
+        case "home":
+            raise FrameFormatError(reader_main.__file__)
+    return perform(request, data)
 
-reader_main.read_quadrants = read
+reader_main._perform = replaced
 reader_main.main(settings)
 """
 FAULTY_PROGRAM = reader_process._PROGRAM.replace("main(settings)\n", FAULTS)
@@ -88,7 +108,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def reader() -> Iterator[ReaderProcess]:
-    with contextlib.closing(ReaderProcess(CONTRACT, 2)) as opened:
+    with contextlib.closing(ReaderProcess()) as opened:
         yield opened
 
 
@@ -98,34 +118,39 @@ def frame(frames_folder: Path) -> FrameFile:
 
 
 def named(frame: FrameFile, name: str) -> FrameFile:
-    return FrameFile(frame.path, name)
+    """Return a copy of a frame whose name selects a fault."""
+    path = frame.path.with_name(name)
+    path.write_bytes(frame.path.read_bytes())
+    return FrameFile(path, name)
 
 
-class InThread:
-    """A reader in the caller's thread."""
-
-    def __init__(self) -> None:
-        self.quadrants = np.zeros((2, 4, 1, 32, 32), np.uint8)
-
-    def read(self, file: FrameFile, index: int) -> tuple[str, ...]:
-        return read_quadrants(file, CONTRACT, self.quadrants[index])
+def read(reader: ReaderProcess, file: FrameFile, time_limit: float = 60) -> tuple[tuple[str, ...], bytes]:
+    """Return the flags and the quadrants of a file."""
+    request = Request("quadrants", file.path, frame=file.frame, flip=file.flip, contract=CONTRACT.to_json())
+    answer = reader.ask(request, time_limit)
+    assert answer.levels is not None and answer.levels.shape == (4, 1, 32, 32) and answer.levels.dtype == np.uint8
+    return answer.flags, answer.levels.tobytes()
 
 
-def outcome(reader: ReaderProcess | InThread, file: FrameFile) -> Any:
-    """Return the flags and quadrants of a file, or the class and message of its error."""
+def read_here(file: FrameFile) -> tuple[tuple[str, ...], bytes]:
+    grey, flags = sources.to_grey_and_flags(sources.read_content(file))
+    quadrants = np.zeros((4, 1, 32, 32), np.uint8)
+    return (*sources.cut_quadrants(grey, CONTRACT, quadrants), *flags), quadrants.tobytes()
+
+
+def outcome(reader: ReaderProcess | None, file: FrameFile) -> Any:
+    """Return the flags and quadrants of a file, or the class and message of its error; None reads in the thread."""
     try:
-        flags = reader.read(file, 1)
+        return read_here(file) if reader is None else read(reader, file)
     except FrameError as error:
         return type(error), str(error)
-    return flags, reader.quadrants[1].tobytes()
 
 
 def assert_same(reader: ReaderProcess, files: list[FrameFile]) -> list[Any]:
     outcomes = []
     for file in files:
-        outcomes.append(outcome(InThread(), file))
+        outcomes.append(outcome(None, file))
         assert outcome(reader, file) == outcomes[-1], file
-    assert not reader.quadrants[0].any(), "another index was written to"
     return outcomes
 
 
@@ -238,26 +263,19 @@ def test_relative_path_after_working_directory_changed(
     assert outcome(reader, FrameFile(Path(frame.path.name), "")) == expected
 
 
-def test_memory_is_page_aligned_and_outlives_reader(reader: ReaderProcess, frame: FrameFile) -> None:
-    assert reader.quadrants.shape == (2, 4, 1, 32, 32) and reader.quadrants.dtype == np.uint8
-    assert reader.quadrants.ctypes.data % 4096 == 0 and reader.quadrants.flags.c_contiguous
-    reader.read(frame, 0)
-    kept = reader.quadrants[0].copy()
-    assert kept.any()
-    reader.close()
-    assert np.array_equal(reader.quadrants[0], kept), "the memory was released before its array"
-
-
 # ---------------------------------------------------------------------------------------------- crashes
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "ending"),
     [
-        ("abort", FrameDamagedError, "ended with SIGABRT twice"),
+        ("abort", FrameCrashError, "ended with SIGABRT twice"),
         ("kill", FrameReadError, "ended with SIGKILL twice"),
-        ("exit", FrameDamagedError, "ended with exit status 3 twice"),
-        ("garbage", FrameDamagedError, "sent a malformed answer twice"),
+        ("exit", FrameCrashError, "ended with exit status 3 twice"),
+        ("garbage", FrameCrashError, "sent a malformed answer twice"),
+        ("forged", FrameCrashError, "sent a malformed answer twice"),
+        ("huge", FrameCrashError, "sent a malformed answer twice"),
+        ("allocate", FrameTooLargeError, f"limit of {MEMORY_LIMIT >> 20} MiB"),
     ],
 )
 @posix
@@ -268,7 +286,7 @@ def test_crash_fails_one_file_and_starts_new_process(
     expected = outcome(reader, frame)
     first = reader.pid
     with pytest.raises(FrameError, match=ending) as raised:
-        reader.read(named(frame, name), 0)
+        read(reader, named(frame, name))
     assert type(raised.value) is kind
     assert reader.pid != first
     assert outcome(reader, frame) == expected
@@ -276,7 +294,7 @@ def test_crash_fails_one_file_and_starts_new_process(
 
 @posix
 @pytest.mark.usefixtures("faulty")
-@pytest.mark.parametrize("name", ["once:abort", "once:kill"])
+@pytest.mark.parametrize("name", ["once abort", "once kill", "once memory"])
 def test_file_is_retried_once(name: str, reader: ReaderProcess, frame: FrameFile) -> None:
     expected = outcome(reader, frame)
     first = reader.pid
@@ -305,10 +323,10 @@ def test_decoder_output_on_stdout_is_ignored(reader: ReaderProcess, frame: Frame
 @pytest.mark.usefixtures("faulty")
 def test_unexpected_exception_does_not_leak_its_text(reader: ReaderProcess, frame: FrameFile) -> None:
     with pytest.raises(FrameError, match="RuntimeError") as raised:
-        reader.read(named(frame, "fault"), 0)
+        read(reader, named(frame, "fault"))
     assert "Doe" not in str(raised.value) and type(raised.value) is FrameError
-    with pytest.raises(FrameTooLargeError, match="not enough memory"):
-        reader.read(named(frame, "memory"), 0)
+    with pytest.raises(FrameTooLargeError, match="more memory"):
+        read(reader, named(frame, "memory"))
 
 
 def test_process_that_cannot_start_raises_config_error(
@@ -316,10 +334,10 @@ def test_process_that_cannot_start_raises_config_error(
 ) -> None:
     monkeypatch.setattr(reader_process, "_PROGRAM", "raise SystemExit(7)")
     with pytest.raises(ConfigError, match="exit status 7"):
-        reader.read(frame, 0)
+        read(reader, frame)
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    with pytest.raises(ConfigError, match="--workers 0"):
-        reader.read(frame, 0)
+    with pytest.raises(ConfigError, match="cannot be started"):
+        read(reader, frame)
 
 
 @posix
@@ -327,12 +345,12 @@ def test_process_that_cannot_start_raises_config_error(
 def test_replacement_process_that_cannot_start(
     reader: ReaderProcess, frame: FrameFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader.read(frame, 0)
+    read(reader, frame)
     monkeypatch.setattr(reader_process, "_PROGRAM", "raise SystemExit(7)")
     with pytest.raises(FrameDamagedError, match="ended with SIGABRT, then ended with exit status 7"):
-        reader.read(named(frame, "abort"), 0)
+        read(reader, named(frame, "abort"))
     with pytest.raises(ConfigError):
-        reader.read(frame, 0)
+        read(reader, frame)
 
 
 @pytest.mark.parametrize("end", ["kill", "close"])
@@ -356,7 +374,7 @@ def test_kill_and_close_stop_a_hanging_read(end: str, reader: ReaderProcess, fra
         assert outcome(reader, frame) == expected
     else:
         with pytest.raises(FrameReadError, match="stopped"):
-            reader.read(frame, 0)
+            read(reader, frame)
 
 
 @posix
@@ -369,12 +387,49 @@ def test_interrupted_read_does_not_leave_stale_answer(reader: ReaderProcess, fra
     timer.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            reader.read(named(frame, "slow"), 0)
+            read(reader, named(frame, "slow"))
     finally:
         timer.join()
         signal.signal(signal.SIGUSR1, before)
     time.sleep(0.4)  # until the stale answer has arrived
     assert outcome(reader, missing) == expected
+
+
+@pytest.mark.parametrize("name", ["hang", "spin", "hang with the lock"])
+@pytest.mark.usefixtures("faulty")
+def test_time_limit_ends_the_process(name: str, reader: ReaderProcess, frame: FrameFile) -> None:
+    expected = outcome(reader, frame)
+    pid = reader.pid
+    assert pid is not None
+    begin = time.monotonic()
+    with pytest.raises(FrameTimeoutError, match=r"longer than 0\.4 seconds"):
+        read(reader, named(frame, name), time_limit=0.4)
+    assert time.monotonic() - begin < 3
+    assert not is_running(pid)
+    assert outcome(reader, frame) == expected
+
+
+@posix
+@pytest.mark.usefixtures("faulty")
+def test_crash_of_a_fresh_process_is_not_retried(reader: ReaderProcess, frame: FrameFile) -> None:
+    """Hundreds of such files in a row then start one process each."""
+    with pytest.raises(FrameCrashError, match="ended with SIGABRT;"):
+        read(reader, named(frame, "abort"))
+
+
+@linux
+def test_processor_time_is_limited_for_each_file(reader: ReaderProcess, frame: FrameFile) -> None:
+    def limits() -> dict[str, str]:
+        lines = Path(f"/proc/{reader.pid}/limits").read_text().splitlines()
+        return {line[:26].strip(): line[26:].split()[0] for line in lines}
+
+    read(reader, frame, time_limit=40)
+    found = limits()
+    assert 40 < int(found["Max cpu time"]) < 50
+    assert found["Max core file size"] == "0" and int(found["Max open files"]) <= 256
+    assert MEMORY_LIMIT < int(found["Max address space"]) < MEMORY_LIMIT + (1 << 30)
+    read(reader, frame, time_limit=100)
+    assert 100 < int(limits()["Max cpu time"]) < 110
 
 
 # ---------------------------------------------------------------------------------------------- isolation
@@ -383,15 +438,15 @@ def test_interrupted_read_does_not_leave_stale_answer(reader: ReaderProcess, fra
 @pytest.mark.usefixtures("faulty")
 def test_process_imports_only_what_it_needs(reader: ReaderProcess, frame: FrameFile) -> None:
     with pytest.raises(FrameError) as raised:
-        reader.read(named(frame, "modules"), 0)
+        read(reader, named(frame, "modules"))
     modules = set(str(raised.value).split())
-    assert {"numpy", "PIL.Image"} <= modules
+    assert {"numpy", "PIL"} <= modules
     assert {"onnxruntime", "pydicom", "av", "subprocess", "multiprocessing", "tempfile"}.isdisjoint(modules)
 
 
 @linux
 def test_process_has_one_thread(reader: ReaderProcess, frame: FrameFile) -> None:
-    reader.read(frame, 0)
+    read(reader, frame)
     assert len(names(f"/proc/{reader.pid}/task")) == 1
 
 
@@ -402,7 +457,7 @@ def test_start_launches_process_before_first_frame(reader: ReaderProcess, frame:
     first = reader.pid
     wait_until(lambda: "numpy" in Path(f"/proc/{first}/maps").read_text())
     reader.start()
-    reader.read(frame, 0)
+    read(reader, frame)
     assert reader.pid == first
 
 
@@ -411,47 +466,39 @@ def test_readers_leak_no_descriptors(frame: FrameFile) -> None:
     gc.collect()  # garbage of earlier tests
     before = names("/proc/self/fd")
     for number in range(50):
-        with contextlib.closing(ReaderProcess(CONTRACT, 1)) as reader:
+        with contextlib.closing(ReaderProcess()) as reader:
             if number < 5:
-                reader.read(frame, 0)
+                read(reader, frame)
     del reader
     assert len(names("/proc/self/fd")) == len(before)
-
-
-@posix
-def test_memory_without_memfd(frame: FrameFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(os, "memfd_create", raising=False)  # as on macOS
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    with contextlib.closing(ReaderProcess(CONTRACT, 2)) as reader:
-        assert_same(reader, [frame])
-        assert not names(str(tmp_path / "temporary"))
 
 
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-from echoquad_runtime.contract import Contract
-from echoquad_runtime.frames.frame_file import FrameFile
-from echoquad_runtime.predict import reader_process
+from echoquad_runtime.frames.isolation import reader_process
+from echoquad_runtime.frames.isolation.messages import Request
 if faulty := os.environ.get("FAULTY_PROGRAM"):
     reader_process._PROGRAM = faulty
 signal.signal(signal.SIGINT, lambda *_: None)
 print("once", flush=True)
-reader = reader_process.ReaderProcess(Contract(classes=("ASD", "NORM"), input_size=32), 2)
+reader = reader_process.ReaderProcess()
 for line in sys.stdin:
     try:
-        print(*reader.read(FrameFile(Path(sys.argv[1]), line.strip()), 0), reader.pid, flush=True)
+        path = Path(sys.argv[1]).with_name(line.strip())
+        print(*reader.ask(Request("grey_and_flags", path), 60).flags, reader.pid, flush=True)
     except Exception as error:
         print(error, flush=True)
 """
 
 
 def start_script(tmp_path: Path, frame: FrameFile, **environment: str) -> subprocess.Popen[str]:
-    """Start a script without a main guard, which reads a frame for every line on its standard input."""
+    """Start a script without a main guard, which reads the file that each line on its standard input names."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     (tmp_path / "temporary").mkdir()
+    for name in ("frame", "hang with the lock", "home"):
+        named(frame, name)
     return subprocess.Popen(
         [sys.executable, script, frame.path],
         stdin=subprocess.PIPE,
@@ -481,7 +528,7 @@ def test_script_without_main_guard_runs_once(tmp_path: Path, frame: FrameFile) -
 @posix
 def test_works_without_standard_streams(tmp_path: Path, frame: FrameFile) -> None:
     script = tmp_path / "script.py"
-    answer = "Path(sys.argv[2]).write_text(str(reader.read(FrameFile(Path(sys.argv[1]), ''), 0)))"
+    answer = "Path(sys.argv[2]).write_text(str(reader.ask(Request('grey_and_flags', Path(sys.argv[1])), 60).flags))"
     script.write_text(SCRIPT.replace('print("once", flush=True)', "").partition("for line")[0] + answer)
     done = subprocess.run(
         ["/bin/sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "sh", sys.executable, script, frame.path, tmp_path / "answer"],
@@ -513,12 +560,12 @@ def test_process_ends_with_its_parent(busy: bool, tmp_path: Path, frame: FrameFi
 @linux
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_process_ignores_group_signals(sent: signal.Signals, reader: ReaderProcess, frame: FrameFile) -> None:
-    reader.read(frame, 0)
+    read(reader, frame)
     pid = reader.pid
     assert pid is not None
     os.kill(pid, sent)
     time.sleep(0.05)
-    reader.read(frame, 0)
+    read(reader, frame)
     assert reader.pid == pid and is_running(pid)
 
 
@@ -549,19 +596,13 @@ def test_process_imports_package_of_its_parent(
     with start_script(tmp_path, frame, FAULTY_PROGRAM=FAULTY_PROGRAM, PYTHONPATH=str(packages)) as script:
         assert script.stdin is not None and script.stdout is not None
         script.stdout.readline()
-        assert ask(script, "modules").startswith(str(packages))
+        assert ask(script, "home").startswith(str(packages))
         script.stdin.close()
-
-
-def test_default_number_of_processes() -> None:
-    assert [reader_processes(None, threads) for threads in (1, 2, 4, 5, 16)] == [0, 0, 0, 5, 16]
-    assert [reader_processes(workers, 16) for workers in (0, 1, 20)] == [0, 1, 20]
 
 
 def test_frozen_program_starts_no_process(
     monkeypatch: pytest.MonkeyPatch, reader: ReaderProcess, frame: FrameFile
 ) -> None:
     monkeypatch.setattr(sys, "frozen", True, raising=False)
-    assert reader_processes(None, 16) == 0
-    with pytest.raises(ConfigError, match="--workers 0"):
-        reader.read(frame, 0)
+    with pytest.raises(ConfigError, match="not a Python interpreter"):
+        read(reader, frame)
