@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from collections.abc import Sequence
 from typing import Final
 
 import onnx
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from echoquad_export.graph.activation_map import add_activation_maps
 from echoquad_export.graph.channel_folding import fold_first_convolution
-from echoquad_export.graph.typicality import Typicality
+from echoquad_export.graph.typicality import FeatureTap, Typicality
 from echoquad_runtime._version import __version__
 from echoquad_runtime.bundle.onnx_header import CONTRACT_HASH_KEY, CONTRACT_KEY, INPUT, OUTPUTS, TYPICALITY
 from echoquad_runtime.contract import Contract
@@ -44,19 +45,21 @@ class DeployedClassifier(nn.Module):
         super().__init__()
         self.typicality = typicality
         self.backbone = fold_first_convolution(copy.deepcopy(model.backbone))
+        self.parts = model.parts
         self.head = copy.deepcopy(model.head)
         self.mean, self.std, self.temperature = contract.mean, contract.std, contract.temperature
         self.eval()
 
-    def features(self, quadrants: Tensor) -> Tensor:
-        """Return the features that the head reads, float32 [N, D], for quadrants uint8 [N, 1, S, S]."""
-        features: Tensor = self.backbone((quadrants.float() / 255 - self.mean) / self.std)
-        return features
+    def answer(self, quadrants: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits, float32 [N, C], and the features that the typicality reads, [N, D]."""
+        with FeatureTap(self.backbone, self.parts) as tap:
+            logits = self.head(self.backbone((quadrants.float() / 255 - self.mean) / self.std))
+        return logits, tap.features
 
     def forward(self, quadrants: Tensor) -> tuple[Tensor, ...]:
         """Return logits and probabilities, float32 [N, C], and typicality [N, 4], for quadrants uint8 [N, 1, S, S]."""
-        features = self.features(quadrants)
-        return _outputs(self.head(features), self.temperature, self.typicality, [features])
+        logits, features = self.answer(quadrants)
+        return _outputs(logits, self.temperature, self.typicality, [features])
 
 
 class DeployedEnsemble(nn.Module):
@@ -84,14 +87,13 @@ class DeployedEnsemble(nn.Module):
         """Return logits and probabilities, float32 [N, C], and typicality [N, 4], for quadrants uint8 [N, 1, S, S]."""
         seen = views_of(quadrants, self.flip)
         members = [member for member in self.members if isinstance(member, DeployedClassifier)]
-        features = [member.features(seen) for member in members]
-        logits = self.join([member.head(part) for member, part in zip(members, features, strict=True)])
-        own = [part[: quadrants.shape[0]] for part in features] if self.flip else features  # without flipped views
-        return _outputs(logits, self.temperature, self.typicality, own)
+        logits, features = zip(*(member.answer(seen) for member in members), strict=True)
+        own = [part[: quadrants.shape[0]] for part in features]  # without flipped views
+        return _outputs(self.join(logits), self.temperature, self.typicality, own)
 
 
 def _outputs(
-    logits: Tensor, temperature: float, typicality: Typicality | None, features: list[Tensor]
+    logits: Tensor, temperature: float, typicality: Typicality | None, features: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     scaled = logits if temperature == 1 else logits / temperature
     answers = logits, torch.softmax(scaled, dim=1)

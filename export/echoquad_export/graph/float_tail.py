@@ -2,8 +2,7 @@
 
 They cost next to nothing, and decisions depend on small differences there. The tail begins at the pooling after the
 last feature map, or at the head's linear layer if there is no such pooling. In an ensemble it begins there in each
-member and includes the nodes that combine the members. The typicality score, which reads the input of the head, is part
-of it.
+member and includes the nodes that combine the members. The typicality score is part of it.
 """
 
 from __future__ import annotations

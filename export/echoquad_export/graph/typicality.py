@@ -1,29 +1,32 @@
 """The typicality score: how near a quadrant's features lie to those of the training frames, as an output of the graph.
 
-The features are the input of the head, the penultimate layer. For each quadrant position, LA, RA, LV and RV, export
-fits one Gaussian to the features of the training frames, without the classes. The score of a quadrant at a position is
+The features are the mean over the feature map at 1/16 of the input's side (of a transformer, over its patches three
+quarters through the blocks), scaled to length 1. For each quadrant, LA, RA, LV and RV, export fits one Gaussian to the
+features of the training frames, without the classes. The score of a quadrant is
 
     typicality = 1 / d2,    d2 = (f - m)' C^-1 (f - m) / D
 
 with the features f, their mean m and covariance C, and their number D. It is positive and has no unit; higher is more
-typical. It is 1 on average (harmonic) over the training frames and about 0 for a picture of anything else. The score of
-a frame is the harmonic mean of its four quadrants, each at its own position: one over the mean distance.
+typical. It is about 1 for training frames and about 0 for a picture of another thing. The score of a frame is the
+harmonic mean of its four quadrants, each under its own Gaussian: one over the mean distance.
 
 K. Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks",
-arXiv:1807.03888, use the distance, with one Gaussian per class. Gaussians per position separate mirrored and rotated
-frames and other ultrasound too, which hardly differ from *some* quadrant of the training frames.
-``benchmarks/typicality.py`` compares.
+arXiv:1807.03888, use the distance, with one Gaussian per class, in several layers. M. Mueller and M. Hein, "Mahalanobis++",
+arXiv:2505.18032, scale the features to length 1. Gaussians per quadrant separate mirrored and turned frames and other
+ultrasound, which resemble *some* quadrant of the training frames. ``docs/explanation/typicality.md`` compares layers
+and scores; the last layer of a small network does not separate other views.
 
 The covariance is shrunk to a multiple of the identity (O. Ledoit and M. Wolf, "A well-conditioned estimator for
 large-dimensional covariance matrices", 2004). Then its `RANK` largest eigenvalues are kept and the others replaced by
-their mean, as in probabilistic principal component analysis (M. E. Tipping and C. M. Bishop, 1999): a full matrix for
-each position would be larger than some int8 networks.
+their mean, as in probabilistic principal component analysis (M. E. Tipping and C. M. Bishop, 1999), so that the score
+adds little to the size of the graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final
+from contextlib import ExitStack
+from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -35,11 +38,20 @@ from torch import Tensor, nn
 from echoquad_runtime.bundle.onnx_header import OUTPUTS, TYPICALITY
 from echoquad_runtime.contract import QUADRANTS, Contract
 from echoquad_runtime.engine.io_binding import FloatArray, InferenceOutput, own_position
+from echoquad_train.networks.backbones import Backbone
 from echoquad_train.networks.classifier import QuadrantClassifier
 from echoquad_train.networks.ensemble_classifier import EnsembleClassifier
 from echoquad_train.networks.torch_engine import TorchEngine
 
-__all__ = ["RANK", "QuadrantGaussians", "ReferenceEngine", "Typicality", "fit_typicality", "typicality_branch"]
+__all__ = [
+    "RANK",
+    "FeatureTap",
+    "QuadrantGaussians",
+    "ReferenceEngine",
+    "Typicality",
+    "fit_typicality",
+    "typicality_branch",
+]
 
 RANK: Final = 32
 """Principal components of each Gaussian; 16 to 512 give the same figures on CAMUS."""
@@ -49,7 +61,7 @@ _FLOOR: Final = 1e-4  # smallest variance, as a share of the mean: below it roun
 
 
 class QuadrantGaussians(nn.Module):
-    """One Gaussian of a network's features per quadrant position.
+    """One Gaussian of a network's features for each of LA, RA, LV and RV.
 
     Parameters
     ----------
@@ -64,6 +76,7 @@ class QuadrantGaussians(nn.Module):
 
     def __init__(self, features: npt.NDArray[np.floating]) -> None:
         super().__init__()
+        features = features / np.maximum(np.linalg.norm(features, axis=2, keepdims=True), _SMALLEST)
         fits = [_principal_components(features[:, position].astype(np.float64)) for position in range(len(QUADRANTS))]
         mean, axes, scale, rest = (torch.from_numpy(np.stack(part)).float() for part in zip(*fits, strict=True))
         self.register_buffer("mean", mean[:, None])  # [4, 1, D]
@@ -72,8 +85,10 @@ class QuadrantGaussians(nn.Module):
         self.register_buffer("rest", rest[:, None])  # [4, 1]
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return d2, float32 [N, 4], the squared distance per feature to each position, for features [N, D]."""
-        centred = features.float() - self.mean
+        """Return d2, float32 [N, 4], the squared distance per feature to each Gaussian, for features [N, D]."""
+        features = features.float()
+        features = features / features.square().sum(1, keepdim=True).sqrt().clamp(min=_SMALLEST)
+        centred = features - self.mean
         along = centred @ self.axes
         across = centred - along @ self.axes.transpose(1, 2)
         squares = (along * self.scale).square().sum(2) + across.square().sum(2) * self.rest
@@ -109,13 +124,46 @@ class Typicality(nn.Module):
         self.members = nn.ModuleList(QuadrantGaussians(of_member) for of_member in features)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Return the typicality at each position, float32 [N, 4], for each member's features [N, D]."""
+        """Return the typicality as LA, RA, LV and RV, float32 [N, 4], for each member's features [N, D]."""
         distances: Tensor = sum(member(part) for member, part in zip(self.members, features, strict=True))
         return len(self.members) / distances.clamp(min=_SMALLEST)
 
 
+class FeatureTap:
+    """Collects a network's features whenever it runs, as a context manager.
+
+    Parameters
+    ----------
+    backbone
+        The network.
+    parts
+        Names its stages; the features are those of the last module of ``layer3``.
+
+    Attributes
+    ----------
+    features
+        The features of the last run, float [N, D].
+    """
+
+    features: Tensor
+
+    def __init__(self, backbone: nn.Module, parts: Backbone) -> None:
+        self._module = backbone.get_submodule(parts.layer3[-1])
+
+    def __enter__(self) -> Self:
+        self._handle = self._module.register_forward_hook(self._collect)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def _collect(self, _: nn.Module, __: object, output: Tensor) -> None:
+        # Feature maps [N, D, h, w], or the patches of a transformer [N, T, D].
+        self.features = output.float().mean((2, 3) if output.ndim == 4 else 1)
+
+
 class ReferenceEngine(TorchEngine):
-    """The training code in float32, with the features that its head reads, and their typicality once it is fitted.
+    """The training code in float32, with the features of its networks, and their typicality once it is fitted.
 
     Attributes
     ----------
@@ -157,17 +205,11 @@ class ReferenceEngine(TorchEngine):
 
     def _infer(self, quadrants: npt.NDArray[np.uint8]) -> tuple[tuple[FloatArray, FloatArray], list[Tensor]]:
         """Return the answers, and each member's features, [N, D]; of flipped views there are none."""
-        found: list[Tensor] = []
+        with ExitStack() as stack:
+            taps = [stack.enter_context(FeatureTap(member.backbone, member.parts)) for member in self._members]
+            answers = self.infer(quadrants)
         # The first rows are the views as they are; see `echoquad_train.networks.ensemble_classifier.views_of`.
-        handles = [
-            member.head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0][: len(quadrants)]))
-            for member in self._members
-        ]
-        try:
-            return self.infer(quadrants), found
-        finally:
-            for handle in handles:
-                handle.remove()
+        return answers, [tap.features[: len(quadrants)] for tap in taps]
 
 
 def fit_typicality(engine: ReferenceEngine, quadrants: npt.NDArray[np.uint8], batch_size: int) -> None:

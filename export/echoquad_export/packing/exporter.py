@@ -328,7 +328,7 @@ def _fit_typicality(
         return {}
     progress(f"fitting the typicality score to {len(frames.quadrants)} training frames")
     fit_typicality(engine, frames.quadrants, REFERENCE_BATCH)
-    return {"features": "penultimate layer", "rank": RANK, **frames.to_dict()}
+    return {"features": "mean of the map at 1/16 of the side", "rank": RANK, **frames.to_dict()}
 
 
 def _typicality_entry(facts: dict[str, Any], parities: Sequence[Parity]) -> dict[str, Any]:

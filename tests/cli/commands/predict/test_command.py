@@ -105,6 +105,35 @@ def test_jsonl_rows_equal_csv_rows(
                 assert (";".join(value) if isinstance(value, list) else value or "") == row[key]
 
 
+def test_frames_unlike_the_training_frames_are_counted_and_undecided_on_request(
+    scored: Any, tiny_bundle: Path, many: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "frames", tmp_path / "rows.csv"
+    folder.mkdir()
+    for index, frame in enumerate(scored.frames):
+        Image.fromarray(frame).save(folder / f"{index}.png")
+    predict = ["predict", scored.bundle, folder, "--device", "cpu"]
+    (plain, abstaining, other, without), _ = many(
+        [
+            predict,
+            [*predict, "--abstain-unlike", "--out", out],
+            [*predict, "--out", out, "--resume"],
+            ["predict", tiny_bundle, folder, "--abstain-unlike"],
+        ]
+    )
+    rows, undecided = table(plain.out), table(out.read_text("utf-8"))
+    assert sum("unlike-training" in row["flags"] for row in rows) == 5
+    assert (plain.code, abstaining.code) == (0, 0)
+    assert "5 unlike the training frames" in plain.err and "INDETERMINATE" not in plain.err
+    assert "5 INDETERMINATE" in abstaining.err
+    for before, row in zip(rows, undecided, strict=True):
+        unlike = float(before["typicality"]) < scored.threshold
+        assert row == {**before, "pred_image": "INDETERMINATE" if unlike else before["pred_image"]}
+    assert json.loads((tmp_path / "rows.csv.run.json").read_text("utf-8"))["abstain_unlike"] == "yes"
+    assert (other.code, other.error[0]) == (1, "E_RESULT")
+    assert (without.code, without.error[0]) == (1, "E_CONFIG")
+
+
 def test_method_changes_only_the_decision(tiny_bundle: Path, frames_folder: Path, many: Callable[..., Any]) -> None:
     methods = ("majority", "average", "weighted")
     found, _ = many([["predict", tiny_bundle, frames_folder, "--method", name] for name in methods])
