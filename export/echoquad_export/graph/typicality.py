@@ -11,10 +11,10 @@ typical. It is about 1 for training frames and about 0 for a picture of another 
 harmonic mean of its four quadrants, each under its own Gaussian: one over the mean distance.
 
 K. Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks",
-arXiv:1807.03888, use the distance, with one Gaussian per class, in several layers. M. Mueller and M. Hein, "Mahalanobis++",
-arXiv:2505.18032, scale the features to length 1. Gaussians per quadrant separate mirrored and turned frames and other
-ultrasound, which resemble *some* quadrant of the training frames. ``docs/explanation/typicality.md`` compares layers
-and scores; the last layer of a small network does not separate other views.
+arXiv:1807.03888, use the distance, with one Gaussian per class, in several layers. M. Mueller and M. Hein,
+"Mahalanobis++", arXiv:2505.18032, scale the features to length 1. Gaussians per quadrant separate mirrored and turned
+frames and other ultrasound, which resemble *some* quadrant of the training frames. The last layer of a small network
+does not separate other views. ``docs/explanation/typicality.md`` compares layers and scores.
 
 The covariance is shrunk to a multiple of the identity (O. Ledoit and M. Wolf, "A well-conditioned estimator for
 large-dimensional covariance matrices", 2004). Then its `RANK` largest eigenvalues are kept and the others replaced by
