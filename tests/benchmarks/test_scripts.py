@@ -145,3 +145,12 @@ def test_startup_script(bundle: Path, trained: Path) -> None:
             assert record["ratio"][f"{precision}: echoquad predict, {state}"] > 0
     assert record["median_ms"]["interpreter"] < record["median_ms"]["imports of numpy, Pillow, onnxruntime"]
     assert len(lines) == len(record["median_ms"]) + 2
+
+
+def test_isolation_script(bundle: Path) -> None:
+    pytest.importorskip("gdcm")
+    record, lines = record_of("isolation", bundle, "--count", "6", "--rounds", "2", "--precision", "fp32")
+    for name in ("uncompressed", "JPEG baseline", "JPEG lossless"):
+        found = record[f"fp32, {name}"]
+        assert found["threads_fps"] > 0 and found["isolated_fps"] > 0 and 0 < found["share"] < 3
+        assert any(line.startswith(f"fp32, {name}") for line in lines)

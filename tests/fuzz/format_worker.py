@@ -106,6 +106,14 @@ def tiff(compression: str) -> bytes:
     return stream.getvalue()
 
 
+def stack(file_format: str) -> bytes:
+    """Return an image file of three frames."""
+    stream = io.BytesIO()
+    first, *others = [Image.fromarray(np.full((16, 24), 60 * index, np.uint8)) for index in (1, 2, 3)]
+    first.save(stream, file_format, save_all=True, append_images=others)
+    return stream.getvalue()
+
+
 def video(container: str, codec: str, pixels: str) -> bytes:
     """Return a clip of six frames."""
     import av
@@ -141,17 +149,21 @@ def make_seeds() -> dict[str, bytes]:
     seeds["clip.dcm"] = dicom_clip()
     seeds["lossless.dcm"] = with_planted_name(lossless_16_bits())
     seeds |= {"lzw.tif": tiff("tiff_lzw"), "deflate.tif": tiff("tiff_adobe_deflate"), "plain.tif": tiff("raw")}
+    seeds |= {"pages.tif": stack("TIFF"), "animated.png": stack("PNG")}
     seeds |= {"comma.csv": text(","), "blank.txt": text(" "), "mixed.txt": text(" ;\t")}
     seeds |= {"grey.npy": array(np.arange(600, dtype=np.uint16).reshape(20, 30)), "clip.npy": array(np.ones((3, 8, 9)))}
     with contextlib.suppress(ImportError):
         seeds |= {"mjpeg.avi": video("avi", "mjpeg", "yuvj420p"), "mpeg4.mp4": video("mp4", "mpeg4", "yuv420p")}
+        seeds |= {"mpeg4.avi": video("avi", "mpeg4", "yuv420p"), "deep.mkv": video("matroska", "ffv1", "yuv420p10le")}
         seeds |= {"raw.avi": video("avi", "rawvideo", "bgr24"), "ffv1.mkv": video("matroska", "ffv1", "yuv420p")}
     return seeds
 
 
 def damage(data: bytes, rng: random.Random) -> bytes:
-    """Damage a file, more often at its beginning, where the header is."""
+    """Damage a file, more often at its beginning, where the header is, or in the header of a JPEG in it."""
     at = rng.randrange(len(data)) if rng.random() < 0.4 else rng.randrange(min(len(data), 1500))
+    if (jpeg := data.find(b"\xff\xd8\xff")) >= 0 and rng.random() < 0.5:
+        at = jpeg + rng.randrange(min(len(data) - jpeg, 200))
     length = rng.choice([1, 1, 2, 4, 8, 40])
     operation = rng.randrange(7)
     if operation == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,12 @@ from echoquad_runtime.errors import FrameFormatError
 from echoquad_runtime.frames.quality_flags import COLOUR_SAMPLE, is_coloured
 from echoquad_runtime.quadrants import Box, Grey
 
-__all__ = ["ColourFrame", "DecodedFrame", "GreyFrame", "crop", "grey_scale_factor", "value_range"]
+__all__ = ["ROUNDING", "ColourFrame", "DecodedFrame", "GreyFrame", "crop", "grey_scale_factor", "value_range"]
+
+ROUNDING: Final = 1e-6
+"""Share of the largest value by which values may leave a range: programs write -5.6e-17 for 0 and 1 + 2.2e-16 for 1."""
+
+_BAND_VALUES: Final = 1 << 20
 
 
 class DecodedFrame(Protocol):
@@ -111,31 +116,34 @@ def value_range(values: npt.NDArray[Any]) -> tuple[float, float, bool]:
     FrameFormatError
         If a value is infinite.
     """
-    if values.dtype.kind == "f":
-        values = values[~np.isnan(values)]
-    if not values.size:
+    if values.dtype.kind != "f":
+        return (float(values.min()), float(values.max()), True) if values.size else (0.0, 0.0, True)
+    # fmin and fmax ignore NaN. In bands, because a copy of the largest matrix takes 288 MB.
+    low, high = float(np.fmin.reduce(values, axis=None)), float(np.fmax.reduce(values, axis=None))
+    if np.isnan(low):
         return 0.0, 0.0, True
-    low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
         raise FrameFormatError("the numbers include infinity; expected values in [0, 1], [0, 255] or [0, 65535]")
-    return low, high, values.dtype.kind != "f" or bool((values == np.floor(values)).all())
+    rows = max(1, _BAND_VALUES // max(1, values[0].size))
+    bands = (values[top : top + rows] for top in range(0, len(values), rows))
+    return low, high, all(bool(((band == np.floor(band)) | np.isnan(band)).all()) for band in bands)
 
 
 def grey_scale_factor(low: float, high: float, integers: bool) -> float:
     """Return the factor that maps the values of a file to grey levels in [0, 255].
 
     Values up to 1 are fractions of white. Values up to 255 are grey levels. Integers up to 65535 are 16-bit grey
-    levels: 65535 is white, whatever the frame's own maximum.
+    levels: 65535 is white, whatever the frame's own maximum. A limit may be exceeded by `ROUNDING`.
 
     Raises
     ------
     FrameFormatError
         If no rule covers the range.
     """
-    if low >= 0:
-        if high <= 1:
+    if low >= -ROUNDING * max(high, 0):
+        if high <= 1 + ROUNDING:
             return 255.0
-        if high <= 255:
+        if high <= 255 * (1 + ROUNDING):
             return 1.0
         if high <= 65535 and integers:
             return 1 / 257

@@ -14,17 +14,19 @@ from pathlib import Path, PurePath
 from typing import Final
 
 from echoquad_runtime.errors import FrameError, InputNotFoundError
-from echoquad_runtime.frames.file_access import read_head
+from echoquad_runtime.frames.file_access import open_frame_file, read_head
 from echoquad_runtime.frames.formats import (
     DEFAULT_READ_OPTIONS,
     FRAME_EXTENSIONS,
     IMAGE_EXTENSIONS,
     MATRIX_EXTENSIONS,
+    STACK_EXTENSIONS,
     ReadOptions,
     could_be_dicom,
     is_dicom,
 )
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
+from echoquad_runtime.frames.headers.several_images import may_be_stack
 from echoquad_runtime.frames.reader import frames_in
 from echoquad_runtime.storage.directory_walk import expand_pattern, walk_directory
 
@@ -129,10 +131,22 @@ def find_in_folder(
 
 
 def _find_in_file(path: str, name: str, options: ReadOptions) -> Iterator[FrameFile | Failure]:
-    if _extension(path) in IMAGE_EXTENSIONS:  # most files, which need not be opened here
+    if _is_single_image(path):
         yield FrameFile(Path(path), name)
     else:
         yield from frames_in(Path(path), name, options)
+
+
+def _is_single_image(path: str) -> bool:
+    """Return whether a file is named as an image and announces one image; most files."""
+    extension = _extension(path)
+    if extension not in STACK_EXTENSIONS:
+        return extension in IMAGE_EXTENSIONS
+    try:
+        with open_frame_file(Path(path)) as stream:
+            return not may_be_stack(stream)
+    except FrameError:  # reported when the frame is read
+        return True
 
 
 def matrices_hint(folder: str, options: ReadOptions) -> str:

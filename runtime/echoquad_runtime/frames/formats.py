@@ -25,6 +25,7 @@ __all__ = [
     "MAX_FRAMES",
     "MAX_PIXELS",
     "NPY_SIGNATURE",
+    "STACK_EXTENSIONS",
     "TIFF_SIGNATURES",
     "VIDEO_EXTENSIONS",
     "FileFormat",
@@ -33,11 +34,13 @@ __all__ = [
     "could_be_dicom",
     "detect_format",
     "is_dicom",
+    "picture_or_sound_brand",
 ]
 
 FileFormat = Literal["image", "dicom", "video", "matrix"]
 
 IMAGE_EXTENSIONS: Final = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
+STACK_EXTENSIONS: Final = frozenset({".png", ".tif", ".tiff"})  # images that may hold several frames
 DICOM_EXTENSIONS: Final = frozenset({".dcm", ".dicom", ".ima"})
 VIDEO_EXTENSIONS: Final = frozenset({".avi", ".mp4", ".m4v", ".mov", ".mkv", ".webm"})
 MATRIX_EXTENSIONS: Final = frozenset({".txt", ".csv", ".tsv", ".npy"})
@@ -62,6 +65,15 @@ _DICOM_ELEMENT: Final = re.compile(
     rb"|\0\x08\0.%s" % (_FIRST_VRS, _FIRST_VRS)  # big-endian
 )
 _MP4_BOXES: Final = (b"ftyp", b"moov", b"mdat", b"wide")
+
+# Brands of files of boxes (ISO/IEC 14496-12) that hold no video: the registered ones of HEIF, AVIF and MPEG-4 sound.
+_PICTURE_BRANDS: Final = {
+    "AVIF": frozenset({b"avif", b"avis", b"avio", b"MA1A", b"MA1B"}),
+    "HEIC": frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}),
+    "HEIF": frozenset({b"mif1", b"mif2", b"msf1", b"miaf", b"avci", b"avcs", b"jpeg", b"jpgs", b"j2ki", b"j2is"}),
+    "a camera's raw file": frozenset({b"crx "}),
+}
+_SOUND_BRANDS: Final = frozenset({b"M4A ", b"M4B ", b"M4P ", b"F4A ", b"F4B ", b"aax "})
 
 Flip = Literal["none", "vertical", "horizontal", "both"]
 FLIPS: Final[tuple[Flip, ...]] = get_args(Flip)
@@ -131,16 +143,31 @@ def detect_format(head: bytes, extension: str) -> FileFormat:
     """
     if is_dicom(head):
         return "dicom"
-    if head.startswith(NPY_SIGNATURE):
-        return "matrix"
+    if picture_or_sound_brand(head):
+        return "image"  # whose decoder refuses it by its name
     if (head[:4], head[8:12]) == (b"RIFF", b"AVI ") or head.startswith(MATROSKA_SIGNATURE) or head[4:8] in _MP4_BOXES:
         return "video"
     extension = extension.lower()
-    if extension in MATRIX_EXTENSIONS:
+    if head.startswith(NPY_SIGNATURE) or extension in MATRIX_EXTENSIONS:
         return "matrix"
     if extension in DICOM_EXTENSIONS:
         return "dicom"
     return "video" if extension in VIDEO_EXTENSIONS else "image"
+
+
+def picture_or_sound_brand(head: bytes) -> str | None:
+    """Return what a file of boxes holds that is like MP4 and no clip: ``HEIC``, ``a sound file`` and others, or None.
+
+    A picture has a brand of pictures among its compatible brands. Sound counts by its major brand alone, because clips
+    of iTunes are compatible with that of its sound.
+    """
+    if head[4:8] != b"ftyp":
+        return None
+    end = min(len(head), int.from_bytes(head[:4], "big"))
+    brands = {head[8:12], *(head[at : at + 4] for at in range(16, end, 4))}
+    if head[8:12] in _SOUND_BRANDS:
+        return "a sound file"
+    return next((name for name, known in _PICTURE_BRANDS.items() if brands & known), None)
 
 
 def is_dicom(head: bytes) -> bool:

@@ -6,11 +6,13 @@ pixels                    grey level
 8-bit grey                unchanged
 1-bit                     0 or 255
 colour, palette           ITU-R 601-2 luma, Pillow's ``L``; a JPEG's own luma channel is read straight from the file
-with alpha                composited over black, the background of an ultrasound image
-16-bit grey               ``round(value / 257)``: 65535 is white, whatever the frame's own maximum
+with alpha                composited over black, the background of an ultrasound image; so is the transparent colour
+                          of a PNG
+9- to 16-bit grey         ``round(255 * value / (2^bits - 1))``: of 16 bits 65535 is white, whatever the frame's own
+                          maximum
 32-bit integers           as 16-bit grey if all are in 0..65535, else refused
 float                     ``round(255 * value)`` if all are in [0, 1]; ``round(value)`` if all are in [0, 255];
-                          else refused, as is NaN
+                          else refused, as is NaN; a range may be left by a millionth of the largest value
 ========================  ==========================================================================================
 
 The EXIF orientation is applied. A file is refused rather than guessed at: only known formats are accepted, the pixel
@@ -20,33 +22,49 @@ Pillow alone accepts files whose end is missing. ``docs/reference/frames.md`` ha
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, cast
+from typing import Final, cast
 
 import numpy as np
 from PIL import Image, ImageFile
 
 from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameFormatError, FrameTooLargeError
+from echoquad_runtime.frames.decoded_frame import ROUNDING
 from echoquad_runtime.frames.formats import MAX_PIXELS, TIFF_SIGNATURES
+from echoquad_runtime.frames.headers.signatures import SOUND, unsupported_format
+from echoquad_runtime.frames.headers.tiff import TiffFile
 from echoquad_runtime.frames.image_integrity import (
     PNG_SIGNATURE,
     PngLastRowCheck,
+    check_jpeg_kind,
     check_jpeg_last_block,
     check_jpeg_markers,
     check_png_chunks,
     check_tiff_strips,
 )
+from echoquad_runtime.frames.images.bmp import decode_bit_masks, without_empty_alpha
+from echoquad_runtime.frames.images.png_transparency import blacken_transparent_colour
+from echoquad_runtime.frames.images.tiff_samples import (
+    TiffLayout,
+    adjust_tiff,
+    check_tiff_sign,
+    decode_samples,
+    read_layout,
+)
 from echoquad_runtime.frames.quality_flags import COLOUR, COLOUR_SAMPLE, is_coloured
 from echoquad_runtime.quadrants import Grey
 
-if TYPE_CHECKING:
-    from PIL.TiffImagePlugin import TiffImageFile
-
-__all__ = ["composite_over_black", "decode_grey", "decode_grey_and_flags", "decode_image", "to_grey"]
+__all__ = [
+    "composite_over_black",
+    "decode_grey",
+    "decode_grey_and_flags",
+    "decode_image",
+    "decode_layer",
+    "to_grey",
+]
 
 _EXIF_ORIENTATION: Final = 0x0112
 _TRANSPOSITIONS: Final = {
@@ -119,33 +137,37 @@ def decode_image(data: bytes, *, luma_only: bool = False) -> Image.Image:
         return image if transposition is None else image.transpose(transposition)
 
 
-def _decode(data: bytes, *, luma_only: bool) -> ImageFile.ImageFile:
+def _decode(data: bytes, *, luma_only: bool) -> Image.Image:
+    if data.startswith(TIFF_SIGNATURES):
+        return _decode_tiff(data)
     if data.startswith(PNG_SIGNATURE):
         check_png_chunks(data)
     elif data.startswith(_JPEG_SIGNATURE):
+        check_jpeg_kind(data)
         check_jpeg_markers(data)
     image = _open(data)
+    if not isinstance(image, ImageFile.ImageFile):
+        return image
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise FrameTooLargeError(
             f"the header states {width}x{height} pixels; expected at most {MAX_PIXELS // 1_000_000} million"
         )
-    _check_single_image(image)
     if image.format == "PNG":
-        last_row = PngLastRowCheck(image)
-        image.load()
-        last_row.check(image, data)
-    elif image.format in ("JPEG", "MPO"):
+        if (count := getattr(image, "n_frames", 1)) > 1:
+            raise FrameFormatError(f"the file holds {count} images; expected one; name one, as in file.png#1")
+        _load_png(image, data)
+        blacken_transparent_colour(image, data)
+    elif image.format in ("JPEG", "MPO"):  # MPO is a stereo camera's JPEG, whose first image is the frame
         _load_jpeg(image, luma_only)
-        check_jpeg_last_block(image, data, lambda other: _load_jpeg(_open(other), luma_only))
+        check_jpeg_last_block(image, data, lambda other: _load_jpeg(_open_image(other), luma_only))
     else:
-        if image.format == "TIFF":
-            check_tiff_strips(cast("TiffImageFile", image))
         image.load()
+        return without_empty_alpha(image)
     return image
 
 
-def _open(data: bytes) -> ImageFile.ImageFile:
+def _open(data: bytes) -> Image.Image:
     """Read the header of an image; the first bytes decide its format, not the file's name."""
     stream = io.BytesIO(data)
     # Image.open would import every plugin to try one after the other, and emit its own warnings about sizes.
@@ -161,29 +183,88 @@ def _open(data: bytes) -> ImageFile.ImageFile:
         if data.startswith(b"BM"):
             from PIL.BmpImagePlugin import BmpImageFile
 
-            return BmpImageFile(stream)
-        if data.startswith(TIFF_SIGNATURES):
-            from PIL.TiffImagePlugin import TiffImageFile
-
-            return TiffImageFile(stream)
+            try:
+                return BmpImageFile(stream)
+            except OSError as error:
+                if not str(error).startswith("Unsupported BMP"):
+                    raise
+            return decode_bit_masks(data)
     except SyntaxError as error:  # Pillow raises it for an invalid header
         raise FrameFormatError(f"the image's header is damaged; {_EXPECTED}") from error
+    if name := unsupported_format(data):
+        remedy = "" if name == SOUND else "; convert it to PNG"
+        raise FrameFormatError(f"not supported: {name}; {_EXPECTED}{remedy}")
     is_text = all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in data[:64])
     content = "text" if is_text else "an unknown format"
     raise FrameFormatError(f"the file holds {content}; {_EXPECTED}")
 
 
-def _check_single_image(image: ImageFile.ImageFile) -> None:
-    count = 1
-    if image.format == "TIFF":  # n_frames would read the header of every page
-        with contextlib.suppress(EOFError):
-            image.seek(1)
-            raise FrameFormatError("the file holds several images; expected one still frame; split it first")
-        image.seek(0)
-    elif image.format != "MPO":  # a stereo camera's JPEG, whose first image is the frame
-        count = getattr(image, "n_frames", 1)
-    if count > 1:
-        raise FrameFormatError(f"the file holds {count} images; expected one still frame; split it first")
+def _open_image(data: bytes) -> ImageFile.ImageFile:
+    return cast("ImageFile.ImageFile", _open(data))
+
+
+# ---------------------------------------------------------------------------------------------- TIFF
+
+
+def _decode_tiff(data: bytes) -> Image.Image:
+    file = TiffFile(io.BytesIO(data))
+    pages = list(file.pages())
+    if len(pages) > 1:
+        raise FrameFormatError(f"the file holds {len(pages)} images; expected one; name one, as in file.tif#1")
+    if not pages:
+        raise FrameFormatError("not supported: a TIFF of thumbnails or masks alone; expected an image")
+    page = pages[0]
+    layout = read_layout(file, page)
+    if layout.is_misread:
+        image = decode_samples(file, page, layout, lambda plane: _decode_by_pillow(plane, None))
+        image.getexif()[_EXIF_ORIENTATION] = layout.orientation
+        return image
+    return _decode_by_pillow(data if file.is_first(page) else file.extract(page), layout)
+
+
+def _decode_by_pillow(data: bytes, layout: TiffLayout | None) -> Image.Image:
+    """Decode the first page of a TIFF."""
+    from PIL.TiffImagePlugin import TiffImageFile
+
+    try:
+        image = TiffImageFile(io.BytesIO(data))
+    except SyntaxError as error:
+        if layout and str(error) == "unknown pixel mode":  # a combination of tags that Pillow does not know
+            raise FrameFormatError(f"not supported: a TIFF of {layout.description}; save it as PNG") from error
+        raise FrameFormatError(f"the image's header is damaged; {_EXPECTED}") from error
+    check_tiff_strips(image)
+    if layout:
+        adjust_tiff(image, layout)
+    image.load()
+    if layout:
+        check_tiff_sign(image, layout)
+    return image
+
+
+def decode_layer(data: bytes) -> Image.Image:
+    """Decode a PNG file that is drawn over others, to RGBA.
+
+    Raises
+    ------
+    FrameError
+        As `decode_grey_and_flags`.
+    """
+    with _frame_errors(data):
+        image = _open_image(data)
+        _load_png(image, data)
+        if image.mode != "I;16":
+            return image.convert("RGBA")
+        key = image.info.get("transparency")
+        layer = Image.fromarray(to_grey(image)).convert("RGBA")
+        if key is not None:
+            layer.putalpha(Image.fromarray(np.where(np.asarray(image) == key, 0, 255).astype(np.uint8)))
+        return layer
+
+
+def _load_png(image: ImageFile.ImageFile, data: bytes) -> None:
+    last_row = PngLastRowCheck(image)
+    image.load()
+    last_row.check(image, data)
 
 
 def _load_jpeg(image: ImageFile.ImageFile, luma_only: bool) -> ImageFile.ImageFile:
@@ -203,11 +284,11 @@ def _upright_grey(image: Image.Image) -> Grey:
     return grey if transposition is None else np.asarray(Image.fromarray(grey).transpose(transposition))
 
 
-def _colour_sample(image: ImageFile.ImageFile, data: bytes) -> Grey | None:
+def _colour_sample(image: Image.Image, data: bytes) -> Grey | None:
     """Return RGB pixels of a decoded image, uint8 [h, w, 3], at most 64 x 64; None if its mode has no colour."""
     small: Image.Image = image
     if getattr(image, "layers", 0) == 3 and image.mode == "L":  # a JPEG of which only the luma was decoded
-        other = _open(data)
+        other = _open_image(data)
         # At an eighth of the size only the mean of each block is computed, in three quarters of the luma's time.
         other.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
         other.load()
@@ -293,7 +374,7 @@ def _numeric_conversion(image: Image.Image) -> Callable[[Image.Image], Grey]:
         return lambda band: np.asarray((np.asarray(band).astype(np.uint32) + 128) // 257, np.uint8)
     if not (np.isfinite(low) and np.isfinite(high)):
         raise FrameFormatError("the pixels include NaN or infinity; expected floats in [0, 1] or in [0, 255]")
-    if low < 0 or high > 255:
+    if low < -ROUNDING * max(high, 0) or high > 255 * (1 + ROUNDING):
         raise FrameFormatError(f"the pixels range from {low:g} to {high:g}; expected floats in [0, 1] or in [0, 255]")
-    scale = 255.0 if high <= 1 else 1.0
+    scale = 255.0 if high <= 1 + ROUNDING else 1.0
     return lambda band: np.asarray(np.floor(np.asarray(band).astype(np.float64) * scale + 0.5), np.uint8)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PNG_SIGNATURE",
     "PngLastRowCheck",
+    "check_jpeg_kind",
     "check_jpeg_last_block",
     "check_jpeg_markers",
     "check_png_chunks",
@@ -51,6 +52,8 @@ _SOS, _EOI = 0xDA, 0xD9
 _WITHOUT_LENGTH: Final = frozenset({0x01, *range(0xD0, 0xD9)})
 _START_OF_FRAME: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE: Final = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
+_DECODED: Final = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xC9, 0xCA})  # by libjpeg: sequential, progressive, lossless
+_JPEG_LS: Final = 0xF7
 _ARITHMETIC: Final = frozenset(range(0xC9, 0xD0)) - {0xCC}
 _EOI_BYTES: Final = b"\xff\xd9"
 _MARKER: Final = re.compile(rb"\xff([^\x00\xff])")
@@ -166,6 +169,32 @@ def _inflated_size(data: bytes, enough: int) -> int:
 # ---------------------------------------------------------------------------------------------- JPEG
 
 
+def check_jpeg_kind(data: bytes) -> None:
+    """Check that libjpeg decodes this kind of JPEG: not hierarchical, of 8 bits per sample, with 1, 3 or 4 components.
+
+    Raises
+    ------
+    FrameFormatError
+        If it does not.
+    """
+    for marker, body, _ in _segments(data):
+        if marker == _SOS:
+            return
+        if marker in _START_OF_FRAME or marker == _JPEG_LS:
+            bits, components = (body[0], body[5]) if len(body) > 5 else (8, 3)
+            if marker == _JPEG_LS:
+                kind = "JPEG-LS"
+            elif marker not in _DECODED:
+                kind = "a hierarchical or arithmetic lossless JPEG"
+            elif bits != 8:
+                kind = f"a JPEG of {bits} bits per sample"
+            elif components not in (1, 3, 4):
+                kind = f"a JPEG of {components} components"
+            else:
+                return
+            raise FrameFormatError(f"not supported: {kind}; convert it to PNG")
+
+
 def check_jpeg_markers(data: bytes) -> None:
     """Check that a JPEG has all scans and an end marker; libjpeg accepts missing scans, and any number of them.
 
@@ -260,7 +289,8 @@ def check_tiff_strips(image: TiffImageFile) -> None:
     compression = image.info.get("compression", "raw")
     if compression not in TIFF_COMPRESSIONS:
         raise FrameFormatError(
-            f"the TIFF is compressed as {compression}; expected none, LZW, Deflate, PackBits or JPEG; save it as PNG"
+            f"not supported: a TIFF compressed as {compression}; expected none, LZW, Deflate, PackBits or JPEG; "
+            "save it as PNG"
         )
     width, height = image.size
     # Each colour has strips of its own, except where libtiff joins the planes: it detects missing strips itself.

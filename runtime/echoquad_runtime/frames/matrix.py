@@ -8,6 +8,10 @@ digits, at most one per number. NaN, ``NA`` and an empty cell are black, and fla
 
 `decoded_frame.grey_scale_factor` maps numbers to grey levels. numpy's ``uint8`` are grey levels, ``uint16`` are 16-bit
 grey levels, and ``bool`` is black and white, whatever their range.
+
+A text is read line by line, so that its lines and numbers are counted before there are lists of them. The largest
+matrix that is accepted, 36 million numbers in 256 MB, takes 0.9 GB: the bytes of the file and twice 8 bytes per number.
+A frame of a numpy file takes at most 0.4 GB.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import IO, Any, Final
 
 import numpy as np
@@ -33,9 +39,25 @@ NAN: Final = "nan"
 MAX_NAN: Final = 0.75
 """Share of NaN from which a matrix is refused: a sector of 75 degrees covers 54 % of its bounding box."""
 
-_MAX_HEADER_LINES: Final = 50
+MAX_LINES: Final = 200_000
+"""Lines of a text: those of 36 million numbers in rows of 180, and as few for the tallest frame ever seen."""
 
-_NUMBER: Final = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+MAX_LINE_CHARACTERS: Final = 4 << 20
+"""Of a row: 160 000 numbers of 25 characters."""
+
+MAX_NPY_HEADER_BYTES: Final = 10_000
+"""The limit of numpy itself, which reads a longer header before it refuses it."""
+
+MAX_FRAME_BYTES: Final = 8 * MAX_PIXELS
+"""Of a frame of a numpy file: MAX_PIXELS of float64."""
+
+_MAX_HEADER_LINES: Final = 50
+_BAND_VALUES: Final = 1 << 20
+
+_MAX_CELL_CHARACTERS: Final = 400  # the smallest float64 without an exponent takes 330
+
+# One way to match each number: otherwise a cell of many digits takes time by the square of their number.
+_NUMBER: Final = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
 _CELL: Final = re.compile(rf"{_NUMBER}|[+-]?(?:nan|na|n/a|null|inf|infinity)|", re.IGNORECASE)
 _MISSING: Final = frozenset({"", "na", "n/a", "null"})
 _COMMENT: Final = ("#", "%", "//")
@@ -59,15 +81,13 @@ def parse_text(data: bytes) -> npt.NDArray[np.float64]:
     FrameFormatError
         If it is not a matrix; the message states the number of the offending line.
     FrameTooLargeError
-        If it has too many numbers.
+        If it has too many numbers or lines, or too long a line.
     """
-    lines = [(number, line.strip()) for number, line in enumerate(_decode_text(data).splitlines(), 1)]
-    lines = [(number, line) for number, line in lines if line and not line.startswith(_COMMENT)]
-    decimal_comma = _has_decimal_commas(lines)
+    decimal_comma = _has_decimal_commas(_lines(data))
     rows: list[_Row] = []
     numbers: list[int] = []
     count = 0
-    for position, (number, line) in enumerate(lines):
+    for position, (number, line) in enumerate(_lines(data)):
         values = _parse_row(line, decimal_comma=decimal_comma)
         if values is None:
             if rows:
@@ -91,16 +111,28 @@ def parse_text(data: bytes) -> npt.NDArray[np.float64]:
     return _remove_labels(np.stack(rows))
 
 
-def _decode_text(data: bytes) -> str:
-    for mark, codec in ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"), (b"\xef\xbb\xbf", "utf-8-sig")):
-        if data.startswith(mark):
-            return data.decode(codec, "replace")
-    if b"\0" in data:
+def _lines(data: bytes) -> Iterator[_Line]:
+    """Yield the lines of a text that are neither blank nor comments, without white space around them."""
+    marks = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}
+    codec = next((codec for mark, codec in marks.items() if data.startswith(mark)), "utf-8")
+    if codec == "utf-8" and b"\0" in data:
         raise FrameFormatError("the file is not text; expected rows of numbers")
-    return data.decode("utf-8", "replace")
+    number = 0
+    with io.TextIOWrapper(io.BytesIO(data), codec, "replace") as stream:
+        while text := stream.readline(MAX_LINE_CHARACTERS + 1):
+            if len(text) > MAX_LINE_CHARACTERS:
+                raise FrameTooLargeError(
+                    f"line {number + 1} has more than {MAX_LINE_CHARACTERS} characters; expected one row per line"
+                )
+            for line in text.splitlines():  # also at the rarer characters that end a line
+                number += 1
+                if number > MAX_LINES:
+                    raise FrameTooLargeError(f"the file has more than {MAX_LINES} lines; expected one row per line")
+                if (line := line.strip()) and not line.startswith(_COMMENT):
+                    yield number, line
 
 
-def _has_decimal_commas(lines: list[_Line]) -> bool:
+def _has_decimal_commas(lines: Iterable[_Line]) -> bool:
     """Return whether commas are decimal separators in all rows of numbers."""
     found = False
     for _, line in lines:
@@ -126,7 +158,7 @@ def _parse_row(line: str, *, decimal_comma: bool) -> _Row | None:
         cells.pop()
     if decimal_comma:
         cells = [cell.replace(",", ".", 1) for cell in cells]
-    if not cells or not all(map(_CELL.fullmatch, cells)) or not any(cells):
+    if not any(cells) or max(map(len, cells)) > _MAX_CELL_CHARACTERS or not all(map(_CELL.fullmatch, cells)):
         return None
     return np.array(["nan" if cell.lower() in _MISSING else cell for cell in cells], np.float64)
 
@@ -200,6 +232,11 @@ class NpyFile:
                 f"the array is {shown_shape}; expected at most {MAX_PIXELS // 1_000_000} million pixels and "
                 f"{MAX_FRAMES} frames"
             )
+        if math.prod(self._frame_shape) * self._dtype.itemsize > MAX_FRAME_BYTES:
+            raise FrameTooLargeError(
+                f"the array is {shown_shape} of {self._dtype}; expected at most {MAX_FRAME_BYTES // 1_000_000} million "
+                "bytes per frame; save it as uint8"
+            )
         expected = math.prod(shape) * self._dtype.itemsize
         if size != expected:
             raise FrameDamagedError(
@@ -217,9 +254,10 @@ class NpyFile:
         FrameError
             If it cannot be read, or no rule covers its numbers.
         """
-        if self._conversion is None:
-            self._conversion = self._choose_conversion()
-        return _to_frame(_flip(self._read(number), flip), *self._conversion)
+        with _memory_errors():
+            if self._conversion is None:
+                self._conversion = self._choose_conversion()
+            return _to_frame(_flip(self._read(number), flip), *self._conversion)
 
     def _read(self, number: int) -> npt.NDArray[Any]:
         items = math.prod(self._frame_shape)
@@ -256,6 +294,12 @@ class NpyFile:
 def _read_npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     if stream.read(len(NPY_SIGNATURE)) != NPY_SIGNATURE:
         raise FrameFormatError("the file is named .npy but is not a numpy file; expected an array saved by numpy")
+    begin = stream.read(6)  # the version, and the length of the header in 2 bytes, or in 4 from version 2 on
+    length = int.from_bytes(begin[2:4] if begin[:1] == b"\1" else begin[2:6], "little")
+    if length > MAX_NPY_HEADER_BYTES:
+        raise FrameDamagedError(
+            f"the numpy file's header has {length} bytes; expected at most {MAX_NPY_HEADER_BYTES}; save it again"
+        )
     stream.seek(0)
     fault = ""
     try:
@@ -282,27 +326,48 @@ def decode_text(data: bytes, flip: Flip) -> DecodedFrame:
     FrameError
         As `parse_text`, or if no rule covers its numbers.
     """
-    matrix = parse_text(data)
-    if min(matrix.shape) < 2:
-        raise FrameFormatError(
-            f"the file holds {matrix.shape[0]} rows of {matrix.shape[1]} numbers; expected a matrix, one row per line"
-        )
-    return _to_frame(_flip(matrix, flip), grey_scale_factor(*value_range(matrix)), may_be_nan=True)
+    with _memory_errors():
+        matrix = parse_text(data)
+        if min(matrix.shape) < 2:
+            raise FrameFormatError(
+                f"the file holds {matrix.shape[0]} rows of {matrix.shape[1]} numbers; expected a matrix, one row per "
+                "line"
+            )
+        return _to_frame(_flip(matrix, flip), grey_scale_factor(*value_range(matrix)), may_be_nan=True)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise FrameTooLargeError(
+            "not enough memory for the matrix; expected a smaller one; save it as uint8"
+        ) from error
 
 
 def _to_frame(values: npt.NDArray[Any], factor: float, may_be_nan: bool) -> DecodedFrame:
     flags: tuple[str, ...] = ()
-    if may_be_nan:
-        missing = np.isnan(values)
-        if share := float(missing.mean()):
-            if share >= MAX_NAN:
+    levels = values
+    if may_be_nan or values.dtype != np.uint8 or factor != 1:
+        levels = np.empty(values.shape, np.uint8)
+        missing = 0
+        rows = max(1, _BAND_VALUES // values[0].size)  # in bands: copies of all numbers would take gigabytes
+        for top in range(0, len(values), rows):
+            band = values[top : top + rows].astype(np.float64)
+            if may_be_nan:
+                absent = np.isnan(band)
+                missing += int(np.count_nonzero(absent))
+                band[absent] = 0
+            levels[top : top + rows] = np.floor(band * factor + 0.5)
+        if missing:
+            if missing >= MAX_NAN * values.size:
+                share = missing / values.size
                 raise FrameFormatError(f"{share:.0%} of the numbers are NaN; expected less than {MAX_NAN:.0%}")
-            values, flags = np.where(missing, 0, values), (NAN,)
-    if values.dtype != np.uint8 or factor != 1:
-        values = np.floor(values.astype(np.float64) * factor + 0.5).astype(np.uint8)
-    if values.ndim == 3 and values.shape[2] == 3:
-        return ColourFrame(np.ascontiguousarray(values), flags=flags)
-    return GreyFrame(np.ascontiguousarray(values.reshape(values.shape[:2])), flags)
+            flags = (NAN,)
+    if levels.ndim == 3 and levels.shape[2] == 3:
+        return ColourFrame(np.ascontiguousarray(levels), flags=flags)
+    return GreyFrame(np.ascontiguousarray(levels.reshape(levels.shape[:2])), flags)
 
 
 def _flip(values: npt.NDArray[Any], flip: Flip) -> npt.NDArray[Any]:

@@ -1,8 +1,8 @@
 """Frames of any file format, read and decoded in this process: dispatch to the decoder, and a cache of open files.
 
 `echoquad_runtime.frames.reader` decides which files are read here and which in a reader process, whose program is this
-module too. Images and text matrices are read completely, by `image` and `matrix`. Of DICOM, video and numpy files the
-header is read once and cached for a while, and frames are read one at a time.
+module too. Images and text matrices are read completely, by `image` and `matrix`. Of DICOM, video and numpy files, and
+images of several frames, the header is read once and cached for a while, and frames are read one at a time.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from echoquad_runtime.frames import image as image_files
 from echoquad_runtime.frames.file_access import OpenStream, open_frame_file, read_bytes, read_errors, read_head
 from echoquad_runtime.frames.formats import HEAD_BYTES, IMAGE_EXTENSIONS, NPY_SIGNATURE, FileFormat, Flip, detect_format
 from echoquad_runtime.frames.frame_file import FrameFile
+from echoquad_runtime.frames.headers.several_images import may_be_stack
 from echoquad_runtime.frames.quality_flags import COLOUR, quality_flags
 from echoquad_runtime.quadrants import Grey, frame_quadrants
 
@@ -112,8 +113,10 @@ Content: TypeAlias = "bytes | DecodedFrame"
 
 
 def is_single_frame_format(path: Path, file_format: FileFormat) -> bool:
-    """Return whether files of a format hold one frame, so that nobody needs to count: images and text matrices."""
-    return file_format == "image" or (file_format == "matrix" and not _is_npy(path))
+    """Return whether a file holds one frame, so that nobody needs to count: most images, and text matrices."""
+    if file_format == "image":
+        return not _may_be_stack(path)
+    return file_format == "matrix" and not _is_npy(path)
 
 
 def count_frames(path: Path, file_format: FileFormat) -> FrameCounts:
@@ -149,9 +152,11 @@ def read_content(file: FrameFile, file_format: FileFormat | None = None) -> Cont
         return read_bytes(file.path)  # most often; its name alone is enough
     file_format = file_format or detect_format(read_head(file.path), file.path.suffix)
     if file_format == "image":
-        if file.frame is not None:
-            raise FrameFormatError("'#N' selects a frame of a multi-frame file; this file holds a single image")
-        return read_bytes(file.path)
+        if file.frame is None:
+            return read_bytes(file.path)
+        if _may_be_stack(file.path) and (stack := _open_source(file.path, file_format)).multi_frame:
+            return stack.decode(file.frame, file.flip)
+        raise FrameFormatError("'#N' selects a frame of a multi-frame file; this file holds a single image")
     if file_format == "matrix" and not _is_npy(file.path):
         from echoquad_runtime.frames.matrix import decode_text
 
@@ -182,6 +187,11 @@ def decode_in_memory(data: bytes) -> DecodedFrame:
 
 def _is_npy(path: Path) -> bool:
     return path.suffix.lower() == ".npy" or read_head(path).startswith(NPY_SIGNATURE)
+
+
+def _may_be_stack(path: Path) -> bool:
+    with read_errors(), open_frame_file(path) as stream:
+        return may_be_stack(stream)
 
 
 def pixel_format(data: bytes) -> str:
@@ -289,6 +299,10 @@ def _make_source(file_format: FileFormat, open_stream: OpenStream) -> _FrameSour
         from echoquad_runtime.frames.video import VideoFile
 
         return VideoFile(open_stream)
+    if file_format == "image":
+        from echoquad_runtime.frames.stacks.image_stack import ImageStack
+
+        return ImageStack(open_stream)
     from echoquad_runtime.frames.matrix import NpyFile
 
     return NpyFile(open_stream)

@@ -39,6 +39,7 @@ _Result = TypeVar("_Result")
 _CHUNKS_PER_WORKER: Final = 2  # in flight: one that is processed, one that waits
 _MAX_FAILURES: Final = 64  # in a chunk, if input after input fails
 _JOIN_SECONDS: Final = 5.0  # time for workers to finish their inference at the end
+_STOP_SECONDS: Final = 0.2  # between two attempts to end what they read
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +147,11 @@ class WorkerPool(Generic[_Result]):
             closing.set()
             for _ in workers:
                 queue.put(None)
-            reader_pool().stop(workers)  # nobody needs what they read
             deadline = time.monotonic() + _JOIN_SECONDS
             for worker in workers:
-                worker.join(max(0.0, deadline - time.monotonic()))
+                while worker.is_alive() and (left := deadline - time.monotonic()) > 0:
+                    reader_pool().stop(workers)  # nobody needs what they read, or begin to read when another one stops
+                    worker.join(min(left, _STOP_SECONDS))
 
     def _next_items(self, items: Iterator[FrameTask | Failure]) -> list[FrameTask | Failure]:
         """Take the next items, with as many tasks among them as a chunk has frames."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +264,90 @@ def test_matrices_in_a_folder_are_frames_only_on_request(tmp_path: Path) -> None
         load_grey(second)
     (named,) = find_frames([str(tmp_path / "*.txt")])
     assert isinstance(named, FrameFile) and load_grey(named).tolist() == [[1, 2], [3, 4]]
+
+
+# ---------------------------------------------------------------------------------------------- tolerance and bounds
+
+
+@pytest.mark.parametrize(
+    ("rows", "grey"),
+    [
+        ([[-5.5511e-17, 0.5], [1, 0.25]], [[0, 128], [255, 64]]),
+        ([[0, 0.5], [1 + 2.3e-16 * 2, 0.25]], [[0, 128], [255, 64]]),  # not 0 to 255, which would be black
+        ([[-1e-5, 100], [255.0001, 3]], [[0, 100], [255, 3]]),
+    ],
+)
+def test_rounding_errors_do_not_leave_a_range(rows: list[list[float]], grey: list[list[int]]) -> None:
+    text = "\n".join(" ".join(map(repr, row)) for row in rows)
+    np.testing.assert_array_equal(decode_text(text.encode(), "none").grey(), grey)
+    np.testing.assert_array_equal(decode_grey(npy(np.array(rows))), grey)
+
+
+@pytest.mark.parametrize("rows", [[[-1e-5, 0.5], [1, 0]], [[-1e-3, 100], [255, 0]], [[-1e-17, -1], [-2, -3]]])
+def test_negative_numbers_beyond_rounding_are_refused(rows: list[list[float]]) -> None:
+    with pytest.raises(FrameFormatError, match="range from"):
+        decode_grey(npy(np.array(rows)))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\n" * 5_000_000,
+        b"1\n" * 2_000_000,
+        b"1 2\r" * 1_000_000,
+        b"1 " * 3_000_000,
+        b"1\x0c" * 3_000_000,
+        "1 2\n".encode("utf-16") * 300_000,
+    ],
+    ids=["newlines", "one number a line", "carriage returns", "one line", "form feeds", "UTF-16"],
+)
+def test_lines_and_numbers_are_bounded_before_there_are_lists_of_them(data: bytes) -> None:
+    tracemalloc.start()
+    with pytest.raises(FrameTooLargeError):
+        decode_text(data, "none")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60 << 20
+
+
+def test_cell_of_many_digits_takes_no_time() -> None:
+    with pytest.raises(FrameFormatError):
+        decode_text(b"1" * 2_000_000 + b"x", "none")
+
+
+def test_lack_of_memory_is_a_frame_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("echoquad_runtime.frames.matrix.value_range", fail)
+    with pytest.raises(FrameTooLargeError, match="memory"):
+        decode_text(b"1 2\n3 4\n", "none")
+
+
+def test_stated_header_length_of_an_array_allocates_no_memory() -> None:
+    data = bytearray(npy(RAMP))
+    data[6:12] = b"\2\0" + (3_900_000_000).to_bytes(4, "little")
+    tracemalloc.start()
+    with pytest.raises(FrameDamagedError, match="header"):
+        decode_grey(bytes(data))
+    assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    tracemalloc.stop()
+
+
+def test_frame_of_an_array_is_bounded_in_bytes() -> None:
+    stream = io.BytesIO()
+    header = {"descr": "<f8", "fortran_order": False, "shape": (6000, 6000, 3)}
+    np.lib.format.write_array_header_1_0(stream, header)
+    with pytest.raises(FrameTooLargeError, match="bytes per frame"):
+        decode_grey(stream.getvalue())
+
+
+def test_conversion_in_bands_equals_conversion_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).random((50, 40))
+    values[3, 4:9] = np.nan
+    expected = decode_grey_and_flags(npy(values))
+    monkeypatch.setattr("echoquad_runtime.frames.matrix._BAND_VALUES", 100)
+    monkeypatch.setattr("echoquad_runtime.frames.decoded_frame._BAND_VALUES", 100)
+    found = decode_grey_and_flags(npy(values))
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert found[1] == expected[1] == ("nan",)

@@ -81,7 +81,7 @@ def _read(frame: LabelledFrame) -> DecodedFile | EchoQuadError:
         return frame.error
     extension = frame.path.suffix.lower()
     try:
-        if extension in IMAGE_EXTENSIONS:  # read the bytes once, for pixels and digest
+        if extension in IMAGE_EXTENSIONS and frame.frame is None:  # read the bytes once, for pixels and digest
             data = read_bytes(frame.path)
             return DecodedFile(decode_grey(data), hashlib.sha256(data).digest(), len(data), pixel_format(data))
         grey, mode = load_grey(frame.file), extension.removeprefix(".") or "other"

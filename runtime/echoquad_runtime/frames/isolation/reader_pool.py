@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
+from echoquad_runtime.errors import FrameCrashError, FrameError, FrameTimeoutError, FrameTooLargeError
 from echoquad_runtime.frames.isolation.limits import TIME_LIMIT
 
 if TYPE_CHECKING:
@@ -29,6 +30,11 @@ logger = logging.getLogger(__name__)
 
 _MAX_IDLE: Final = 64
 _MAX_CLIPS: Final = 32  # of which the pool remembers the process
+
+_MAX_LOSSES: Final = 3
+"""Frames of a file that may end their process; with thousands of frames, such a file would otherwise take days."""
+
+_MAX_FILES: Final = 1000  # of which the pool remembers the losses
 
 
 def can_isolate() -> bool:
@@ -63,6 +69,7 @@ class ReaderPool:
         self._idle: list[ReaderProcess] = []  # the one that was used last is at the end
         self._lent: dict[int, ReaderProcess | None] = {}  # by thread; None while it waits for one
         self._clips: OrderedDict[str, ReaderProcess] = OrderedDict()  # by path; the most recently read is at the end
+        self._losses: OrderedDict[tuple[object, ...], list[FrameError]] = OrderedDict()  # by file
 
     @property
     def idle(self) -> int:
@@ -83,11 +90,38 @@ class ReaderPool:
 
         Raises
         ------
-        FrameError, ConfigError
+        FrameError
+            If the file cannot be read or decoded, or as `ReaderProcess.ask`. Once three frames of a file have ended
+            their process, its other frames are not tried.
+        ConfigError
             As `ReaderProcess.ask`.
         """
-        with self._lend(os.fspath(request.path) if clip and request.path is not None else None) as process:
-            return process.ask(request, time_limit)
+        self._check_losses(request)
+        try:
+            with self._lend(os.fspath(request.path) if clip and request.path is not None else None) as process:
+                answer = process.ask(request, time_limit)
+        except (FrameCrashError, FrameTimeoutError, FrameTooLargeError) as error:
+            self._record_loss(request, error)
+            raise
+        if answer.error is not None:
+            raise answer.error
+        return answer
+
+    def _check_losses(self, request: Request) -> None:
+        if not self._losses or (key := _file_key(request)) is None:
+            return
+        with self._condition:
+            losses = self._losses.get(key, [])
+            if len(losses) >= _MAX_LOSSES:
+                raise type(losses[-1])(f"{losses[-1]}; after {_MAX_LOSSES} such frames of a file, others are not tried")
+
+    def _record_loss(self, request: Request, error: FrameError) -> None:
+        if (key := _file_key(request)) is not None:
+            with self._condition:
+                self._losses.setdefault(key, []).append(type(error)(str(error)))
+                self._losses.move_to_end(key)
+                while len(self._losses) > _MAX_FILES:
+                    self._losses.popitem(last=False)
 
     def start(self, processes: int) -> None:
         """Start processes until there are as many, without waiting until they are ready.
@@ -118,8 +152,9 @@ class ReaderPool:
                 process.kill()
 
     def trim(self, idle: int = 0) -> None:
-        """End all processes that wait for a file but the `idle` most recently used ones."""
+        """End all processes that wait for a file but the `idle` most recently used ones, and forget lost frames."""
         with self._condition:
+            self._losses.clear()
             surplus = self._idle[: max(0, len(self._idle) - idle)]
             self._remove_idle(surplus)
         for process in surplus:
@@ -188,6 +223,17 @@ class ReaderPool:
         for clip in [clip for clip, process in self._clips.items() if process in processes]:
             del self._clips[clip]
         self._condition.notify_all()
+
+
+def _file_key(request: Request) -> tuple[object, ...] | None:
+    """Return what identifies a multi-frame file until it changes; None for any other."""
+    if request.path is None or request.frame is None:
+        return None
+    try:
+        status = request.path.stat()
+    except (OSError, ValueError):
+        return (request.path,)
+    return request.path, status.st_size, status.st_mtime_ns
 
 
 def _last_index(clips: list[ReaderProcess], process: ReaderProcess) -> int:

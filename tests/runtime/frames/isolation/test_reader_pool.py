@@ -135,6 +135,22 @@ def zombies() -> list[str]:
     return found
 
 
+@posix
+def test_file_whose_frames_keep_ending_their_process_is_given_up(pool: ReaderPool) -> None:
+    def outcome(name: str, frame: int | None) -> str:
+        try:
+            pool.ask(Request("pixel_format", Path("/nowhere", name), frame=frame))
+        except FrameCrashError as error:
+            return "not tried" if "not tried" in str(error) else "crash"
+        return "read"
+
+    assert [outcome("abort", number) for number in range(1, 7)] == ["crash"] * 3 + ["not tried"] * 3
+    assert outcome("other", 1) == "read"
+    assert outcome("abort", None) == "crash"
+    pool.trim()
+    assert outcome("abort", 9) == "crash"
+
+
 def test_stop_ends_what_a_thread_reads(pool: ReaderPool) -> None:
     errors: list[Exception] = []
 

@@ -128,6 +128,8 @@ def read(reader: ReaderProcess, file: FrameFile, time_limit: float = 60) -> tupl
     """Return the flags and the quadrants of a file."""
     request = Request("quadrants", file.path, frame=file.frame, flip=file.flip, contract=CONTRACT.to_json())
     answer = reader.ask(request, time_limit)
+    if answer.error is not None:
+        raise answer.error
     assert answer.levels is not None and answer.levels.shape == (4, 1, 32, 32) and answer.levels.dtype == np.uint8
     return answer.flags, answer.levels.tobytes()
 
@@ -486,7 +488,8 @@ reader = reader_process.ReaderProcess()
 for line in sys.stdin:
     try:
         path = Path(sys.argv[1]).with_name(line.strip())
-        print(*reader.ask(Request("grey_and_flags", path), 60).flags, reader.pid, flush=True)
+        answer = reader.ask(Request("grey_and_flags", path), 60)
+        print(answer.error or reader.pid, flush=True)
     except Exception as error:
         print(error, flush=True)
 """

@@ -1,0 +1,1 @@
+"""Clips: their decoded frames."""

@@ -1,0 +1,1 @@
+"""Image files of several frames: TIFF of several pages, and animated PNG."""
