@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Sequence
 from typing import Final
 
 import onnx
@@ -50,16 +49,23 @@ class DeployedClassifier(nn.Module):
         self.mean, self.std, self.temperature = contract.mean, contract.std, contract.temperature
         self.eval()
 
-    def answer(self, quadrants: Tensor) -> tuple[Tensor, Tensor]:
+    def logits(self, quadrants: Tensor) -> Tensor:
+        """Return logits, float32 [N, C], for quadrants uint8 [N, 1, S, S]."""
+        logits: Tensor = self.head(self.backbone((quadrants.float() / 255 - self.mean) / self.std))
+        return logits
+
+    def logits_and_features(self, quadrants: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits, float32 [N, C], and the features that the typicality reads, [N, D]."""
         with FeatureTap(self.backbone, self.parts) as tap:
-            logits = self.head(self.backbone((quadrants.float() / 255 - self.mean) / self.std))
+            logits = self.logits(quadrants)
         return logits, tap.features
 
     def forward(self, quadrants: Tensor) -> tuple[Tensor, ...]:
         """Return logits and probabilities, float32 [N, C], and typicality [N, 4], for quadrants uint8 [N, 1, S, S]."""
-        logits, features = self.answer(quadrants)
-        return _outputs(logits, self.temperature, self.typicality, [features])
+        if self.typicality is None:
+            return _answers(self.logits(quadrants), self.temperature)
+        logits, features = self.logits_and_features(quadrants)
+        return (*_answers(logits, self.temperature), self.typicality([features]))
 
 
 class DeployedEnsemble(nn.Module):
@@ -87,17 +93,16 @@ class DeployedEnsemble(nn.Module):
         """Return logits and probabilities, float32 [N, C], and typicality [N, 4], for quadrants uint8 [N, 1, S, S]."""
         seen = views_of(quadrants, self.flip)
         members = [member for member in self.members if isinstance(member, DeployedClassifier)]
-        logits, features = zip(*(member.answer(seen) for member in members), strict=True)
+        if self.typicality is None:
+            return _answers(self.join([member.logits(seen) for member in members]), self.temperature)
+        logits, features = zip(*(member.logits_and_features(seen) for member in members), strict=True)
         own = [part[: quadrants.shape[0]] for part in features]  # without flipped views
-        return _outputs(self.join(logits), self.temperature, self.typicality, own)
+        return (*_answers(self.join(logits), self.temperature), self.typicality(own))
 
 
-def _outputs(
-    logits: Tensor, temperature: float, typicality: Typicality | None, features: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    scaled = logits if temperature == 1 else logits / temperature
-    answers = logits, torch.softmax(scaled, dim=1)
-    return answers if typicality is None else (*answers, typicality(features))
+def _answers(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return logits and probabilities."""
+    return logits, torch.softmax(logits if temperature == 1 else logits / temperature, dim=1)
 
 
 def build_graph(
