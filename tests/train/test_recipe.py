@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -263,6 +264,49 @@ def test_bad_recipe_file_is_refused(tmp_path: Path) -> None:
     for name in (str(path), str(tmp_path), str(tmp_path / "none.toml"), "transfr", ""):
         with pytest.raises(ConfigError, match=r"neither transfer nor scratch nor a readable TOML file \("):
             Recipe.load(name)
+
+
+HOSTILE = {
+    "deep list": b"lr = " + b"[" * 100_000,
+    "deep table": b"a={" * 3000,
+    "thousands of digits": b"epochs = " + b"9" * 5000,
+    "beyond a float": b"lr = " + b"9" * 400,
+    "hexadecimal": b"seed = 0x" + b"f" * 10_000,
+    "long text": b'vote = "' + b"x" * 100_000 + b'"',
+    "long name": b"x" * 100_000 + b" = 1",
+    "list for a name": b"optimizer = [1]",
+    "table for a name": b"optimizer = {a = 1}",
+    "date": b"schedule = 2020-01-01",
+    "twice": b"epochs = 1\nepochs = 2",
+    "not a number": b"lr = nan",
+    "not UTF-8": b"\xff\xfe",
+    "null": b"\0",
+    "large": b"#" * (1 << 21),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_malformed_recipe_is_one_short_line(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(HOSTILE[case])
+    with pytest.raises(ConfigError) as error:
+        Recipe.load(str(path))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 2500
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\udcff", ""])
+def test_name_that_is_no_path_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError):
+        Recipe.load(name)
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_in_a_shipped_recipe_are_read_or_refused(data: bytes) -> None:
+    text = Recipe().to_toml().encode()
+    for place in (0, len(text) // 3, len(text)):
+        changed = (text[:place] + data + text[place:]).decode("utf-8", "replace")
+        with contextlib.suppress(ConfigError):
+            Recipe.from_toml(changed)
 
 
 def test_quadrant_layout_reaches_the_contract() -> None:

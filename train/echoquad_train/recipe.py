@@ -15,11 +15,14 @@ from typing import Any, Final, Literal
 
 from echoquad_runtime.contract import Contract, VoteMethod, layout_name, parse_layout
 from echoquad_runtime.errors import ConfigError, ContractError
+from echoquad_runtime.storage.regular_file import read_regular
 
 __all__ = ["SHIPPED", "Recipe"]
 
 SHIPPED: Final = ("transfer", "scratch")
 """Names of the recipes that come with EchoQuad, as ``--recipe`` takes them."""
+
+_MAX_BYTES: Final = 1 << 20  # of a recipe file
 
 _RENAMED: Final = {
     "keep": "center_crop",
@@ -149,7 +152,7 @@ class Recipe:
 
     def _require(self, holds: bool, expected: str, name: str) -> None:
         if not holds:
-            raise ConfigError(f"recipe: {name} is {getattr(self, name)!r}; expected {expected}")
+            raise ConfigError(f"recipe: {name} is {_shown(getattr(self, name))}; expected {expected}")
 
     def contract(self, classes: Sequence[str]) -> Contract:
         """Return the contract of a model that this recipe trains.
@@ -186,12 +189,16 @@ class Recipe:
             return cls.from_toml(text, name)
         path = Path(name)
         try:
-            return cls.from_toml(path.read_text("utf-8-sig"), path.as_posix())  # Notepad may write a byte order mark
-        except (OSError, UnicodeDecodeError) as error:
+            data = read_regular(path, _MAX_BYTES)
+            if len(data) > _MAX_BYTES:
+                raise ValueError(f"it has more than {_MAX_BYTES} bytes")
+            text = data.decode("utf-8-sig")  # Notepad may write a byte order mark
+        except (OSError, ValueError) as error:
             raise ConfigError(
-                f"recipe {name!r}: neither {' nor '.join(SHIPPED)} nor a readable TOML file "
+                f"recipe {_shown(name)}: neither {' nor '.join(SHIPPED)} nor a readable TOML file "
                 f"({getattr(error, 'strerror', None) or error})"
             ) from error
+        return cls.from_toml(text, path.as_posix())
 
     @classmethod
     def from_toml(cls, text: str, label: str = "recipe") -> Recipe:
@@ -204,7 +211,7 @@ class Recipe:
         """
         try:
             values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and deep nesting
             raise ConfigError(f"{label}: not TOML ({error})") from error
         for old, new in _RENAMED.items():
             if old in values and new not in values:
@@ -234,11 +241,11 @@ class Recipe:
             name, equals, text = setting.partition("=")
             name, text = name.strip(), text.strip()
             if not equals:
-                raise ConfigError(f"--set {setting}: no '=' found; expected name=value")
+                raise ConfigError(f"--set {setting[:100]}: no '=' found; expected name=value")
             _refuse_unknown({name: text}, "--set")
             try:
                 values[name] = tomllib.loads(f"value = {text}")["value"]
-            except tomllib.TOMLDecodeError:
+            except (ValueError, RecursionError):
                 values[name] = text  # a bare word, as in --set schedule=onecycle
         return dataclasses.replace(self, **values)
 
@@ -246,17 +253,18 @@ class Recipe:
 def _refuse_unknown(values: dict[str, Any], label: str) -> None:
     names = [field.name for field in dataclasses.fields(Recipe)]
     if unknown := sorted(set(values) - set(names)):
-        raise ConfigError(f"{label}: unknown name {', '.join(unknown)}; expected some of {', '.join(names)}")
+        listed = ", ".join(name[:60] for name in unknown[:6])
+        raise ConfigError(f"{label}: unknown name {listed}; expected some of {', '.join(names)}")
 
 
 def _coerce(name: str, value: Any, annotation: Any) -> Any:
     """Check a value against its annotation. An integer may stand for a float, a list for a tuple."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Literal and value in arguments:
+    if origin is Literal and isinstance(value, str) and value in arguments:
         return value
     if origin is tuple and isinstance(value, list | tuple) and len(value) == len(arguments):
         return tuple(_coerce(name, item, argument) for item, argument in zip(value, arguments, strict=True))
-    if annotation is float and type(value) is int:
+    if annotation is float and type(value) is int and abs(value) < 1 << 1023:  # the range of a float
         return float(value)
     if type(value) is annotation and not (annotation is float and not math.isfinite(value)):
         return value
@@ -268,4 +276,13 @@ def _coerce(name: str, value: Any, annotation: Any) -> Any:
         expected = "a finite number"
     else:
         expected = {float: "a number", int: "an integer", bool: "true or false", str: "a string"}[annotation]
-    raise ConfigError(f"recipe: {name} is {value!r}; expected {expected}")
+    raise ConfigError(f"recipe: {name} is {_shown(value)}; expected {expected}")
+
+
+def _shown(value: object) -> str:
+    """Return the repr of a value for a message, at most 100 characters of it."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or deep nesting
+        return f"an {type(value).__name__} that is too long"
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from echoquad.cli.framework.console import print_status
+from echoquad.cli.framework.console import format_command, print_status
 from echoquad.cli.framework.extras import require_extra
 
 __all__ = ["demo"]
@@ -70,7 +69,7 @@ def demo(
 
 def _run(arguments: list[str]) -> None:
     """Print a command and run it in a process of its own, as a user would."""
-    print_status(f"\n$ echoquad {shlex.join(arguments)}")
+    print_status(f"\n$ {format_command(*arguments)}")
     code = subprocess.run([sys.executable, "-m", "echoquad", *arguments], check=False).returncode
     if code:
         raise typer.Exit(code)

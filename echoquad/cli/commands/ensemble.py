@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from echoquad.cli.framework.console import format_table, print_result, print_status
+from echoquad.cli.framework.console import format_command, format_table, print_result, print_status
 from echoquad.cli.framework.extras import require_extra
 
 __all__ = ["ensemble"]
@@ -87,4 +87,4 @@ def ensemble(
         print_status(
             "members from folds were trained on each other's validation frames: measure the ensemble on a test split"
         )
-    print_status(f"wrote {out.as_posix()}/; next: echoquad export {out.as_posix()} --out BUNDLE")
+    print_status(f"wrote {out.as_posix()}/; next: {format_command('export', out.as_posix(), '--out', 'BUNDLE')}")

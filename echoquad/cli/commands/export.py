@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from echoquad.cli.framework.console import format_table, print_result, print_status
+from echoquad.cli.framework.console import format_command, format_table, print_result, print_status
 from echoquad.cli.framework.extras import require_extra
 
 __all__ = ["export"]
@@ -113,4 +113,4 @@ def export(
         print_status("the golden frames are not phantoms: their pixels, with any burnt-in names, are in the bundle")
     if exported.unreadable:
         print_status(f"{exported.unreadable} validation frames could not be read and were left out")
-    print_status(f"wrote {out.as_posix()}/; next: echoquad predict {out.as_posix()} INPUT")
+    print_status(f"wrote {out.as_posix()}/; next: {format_command('predict', out.as_posix(), 'INPUT')}")

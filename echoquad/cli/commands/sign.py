@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from echoquad.cli.framework.console import print_result
+from echoquad.cli.framework.console import format_command, print_result
 from echoquad.cli.framework.options import BundleFolder
 
 __all__ = ["sign"]
@@ -32,5 +32,5 @@ def sign(
     fingerprint = sign_bundle(bundle, key)
     print_result(
         f"signed {bundle.as_posix()} with key {fingerprint[:12]}; wrote {SIGNATURE}; "
-        f"next: echoquad verify {bundle.as_posix()} --public-key PEM"
+        f"next: {format_command('verify', bundle.as_posix(), '--public-key', 'PEM')}"
     )

@@ -1,9 +1,15 @@
-"""Console output: results to stdout; status lines, errors and progress to stderr."""
+"""Console output: results to stdout; status lines, errors and progress to stderr.
+
+Text that a file, a bundle or a file name provides may hold control characters, with which it could move the cursor,
+rename the terminal or reorder a line. Every function here escapes them, so that none reaches a terminal. Files keep
+the exact text.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -13,17 +19,20 @@ from typing import TYPE_CHECKING, Any, Final, Self, TextIO
 
 from echoquad_runtime.errors import EchoQuadError
 from echoquad_runtime.storage.atomic import output_errors
+from echoquad_runtime.storage.row_names import display_name
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
     from echoquad_runtime.frames.frame_file import Failure
+    from echoquad_runtime.storage.system_files import SkippedEntries
 
 __all__ = [
     "EXIT_PARTIAL",
     "STDOUT",
     "Progress",
     "describe_failure",
+    "format_command",
     "format_table",
     "log_to_stderr",
     "mute",
@@ -31,6 +40,7 @@ __all__ = [
     "print_failure",
     "print_failures",
     "print_result",
+    "print_skipped",
     "print_status",
     "save_json",
 ]
@@ -55,7 +65,7 @@ def mute(muted: bool = True) -> None:
 
 
 def print_result(text: str) -> None:
-    """Print a result to stdout.
+    """Print a result to stdout: one or more lines, with escapes for all other characters that are not printable.
 
     Raises
     ------
@@ -63,16 +73,18 @@ def print_result(text: str) -> None:
         If it cannot be written, for example because the disk behind ``>`` is full.
     """
     with output_errors(STDOUT):
-        _print(text, sys.stdout)
+        _print("\n".join(map(display_name, text.split("\n"))), sys.stdout)
 
 
 def print_status(line: str) -> None:
-    """Print a line to stderr, above the progress bar if there is one. A line that cannot be written is dropped."""
+    """Print one line to stderr, above the progress bar if there is one. A line that cannot be written is dropped."""
     if _muted:
         return
+    line = display_name(line)
     with contextlib.suppress(OSError):
         if _bar is not None:
-            _bar.console.print(_printable(line, sys.stderr), markup=False, highlight=False, soft_wrap=True)
+            text = _printable(line, sys.stderr)
+            _bar.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
         else:
             _print(line, sys.stderr)
 
@@ -85,8 +97,6 @@ def print_error(error: EchoQuadError) -> int:
 
 def describe_failure(failure: Failure) -> str:
     """Return ``FILE: MESSAGE`` in printable characters, whatever the file name contains."""
-    from echoquad_runtime.storage.row_names import display_name
-
     return f"{display_name(failure.file)}: {display_name(_one_line(failure.error))}"
 
 
@@ -104,6 +114,12 @@ def print_failures(failures: Sequence[Failure], done: int) -> int:
     return EXIT_PARTIAL if done else failures[0].error.exit_code
 
 
+def print_skipped(skipped: SkippedEntries) -> None:
+    """Print how many hidden and system entries a walk skipped, if there are any."""
+    if skipped.total:
+        print_status(skipped.summary)
+
+
 def save_json(path: Path | None, content: Any) -> None:
     """Write a JSON file and report it; do nothing without a path.
 
@@ -119,8 +135,20 @@ def save_json(path: Path | None, content: Any) -> None:
         print_status(f"wrote {path.as_posix()}")
 
 
+def format_command(*words: str) -> str:
+    """Return ``echoquad WORDS...`` as a line that can be pasted into a shell: words with spaces or signs are quoted."""
+    if os.name == "nt":
+        import subprocess
+
+        return subprocess.list2cmdline(["echoquad", *words])
+    import shlex
+
+    return shlex.join(["echoquad", *words])
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out a table as text: the first column to the left, the others to the right."""
+    """Lay out a table as text, one line per row: the first column to the left, the others to the right."""
+    rows = [[display_name(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = []
     for row in [header, ["-" * width for width in widths], *rows]:
@@ -158,7 +186,7 @@ class Progress:
     """
 
     def __init__(self, label: str, total: int | None = None) -> None:
-        self._label, self._total = label, total
+        self._label, self._total = display_name(label), total
         self._bar: Bar | None = None
         self._printed = time.monotonic()
 
@@ -168,7 +196,8 @@ class Progress:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            description = TextColumn("{task.description}", markup=False)
+            columns = (description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             # stdout carries results, which must not be redirected into the stream of the bar.
             self._bar = Progress(*columns, console=Console(stderr=True), redirect_stdout=False, redirect_stderr=False)
             self._task = self._bar.add_task(self._label, total=self._total)

@@ -131,7 +131,8 @@ PatientRegex = Annotated[
         "--patient-regex",
         metavar="REGEX",
         help="Regular expression that finds the patient in a frame's path below its class: the first group, or the "
-        "whole match. Default: names such as patient0001_4CH, ASD3-101 and NORMS-39.",
+        "whole match. Default: names such as patient0001_4CH, ASD3-101 and NORMS-39, and folders such as P001/clip1; "
+        "echoquad data audit shows what was read.",
     ),
 ]
 QuadrantLayout = Annotated[

@@ -78,7 +78,7 @@ def _in_training(run: Run) -> dict[str, Any]:
         best, count = run.info["best"], sum(run.info["data"]["frames"]["validation"].values())
         reached = _share(round(best["validation_frame_accuracy"] * count), count)
         return {"split": "validation", "epoch": best["epoch"], "frame_accuracy": reached}
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise RunError(
             f"{run.folder.as_posix()}: run.json lacks the training metrics ({error}); train again"
         ) from error

@@ -26,9 +26,10 @@ from echoquad_runtime.frames.formats import (
     is_dicom,
 )
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
-from echoquad_runtime.frames.headers.several_images import may_be_stack
+from echoquad_runtime.frames.images.several_images import may_be_stack
 from echoquad_runtime.frames.reader import frames_in
-from echoquad_runtime.storage.directory_walk import expand_pattern, walk_directory
+from echoquad_runtime.storage.directory_walk import WalkRule, expand_pattern, walk_directory
+from echoquad_runtime.storage.system_files import SkippedEntries, is_system_name
 
 __all__ = [
     "EXPECTED_FILES",
@@ -52,30 +53,34 @@ _FRAME_NUMBER: Final = re.compile(r"(.+)#([1-9][0-9]{0,5})")
 
 
 def find_frames(
-    inputs: Sequence[str | Path], options: ReadOptions = DEFAULT_READ_OPTIONS
+    inputs: Sequence[str | Path],
+    options: ReadOptions = DEFAULT_READ_OPTIONS,
+    skipped: SkippedEntries | None = None,
 ) -> Iterator[FrameFile | Failure]:
     """Find the frames that `inputs` name, one after the other, lazily.
 
     A folder is walked in sorted order for images, DICOM files (with or without an extension), clips, and, if `options`
     includes them, matrices. A file is taken whatever its name. A pattern (``*``, ``?``, ``[...]``, ``**``) that the
     shell did not expand is expanded in the same order, completely, at the beginning. ``clip.dcm#12`` is the twelfth
-    frame of a clip. Names are relative to the folder if one folder is given, else to the deepest folder that contains
-    all inputs.
+    frame of a clip.
+
+    Names are relative to the folder if one folder is given, else to the deepest folder that contains all inputs, with
+    forward slashes. ``..`` is resolved first; links are not, so two links to one file are two frames. Inputs on two
+    drives have absolute names.
+
+    Hidden files, and files and folders of the system (`echoquad_runtime.storage.system_files`), are skipped and counted
+    in `skipped`. One that is the only input is taken; beside other inputs a system file is skipped, since the shell
+    expands ``folder/*`` to it.
 
     Yields
     ------
     FrameFile or Failure
         A failure for an input that names nothing, instead of an exception: the other inputs are still processed.
     """
-    expanded: list[tuple[str, list[str | OSError]]] = []
     root = _CommonRoot()
-    for given in inputs:
-        text = os.fspath(given)
-        if not os.path.exists(text) and glob.has_magic(text):  # noqa: PTH110 - Path.exists raises for too long a name
-            expanded.append((text, list(expand_pattern(text))))
-        else:
-            expanded.append((text, [text]))
-        for path in expanded[-1][1]:
+    expanded = list(_expand_inputs(inputs, skipped))
+    for _, paths in expanded:
+        for path in paths:
             if isinstance(path, str):
                 root.add(path)
     for text, paths in expanded:
@@ -85,9 +90,25 @@ def find_frames(
             if isinstance(path, OSError):
                 yield _unreadable_folder(path)
             elif os.path.isdir(path):  # noqa: PTH112 - as above
-                yield from _find_in_input_folder(path, root, options, may_be_empty=len(paths) > 1)
+                yield from _find_in_input_folder(path, root, options, skipped, may_be_empty=len(paths) > 1)
             else:
                 yield from _find_in_input_file(path, root, options)
+
+
+def _expand_inputs(
+    inputs: Sequence[str | Path], skipped: SkippedEntries | None
+) -> Iterator[tuple[str, list[str | OSError]]]:
+    """Yield each input with its paths: itself, or those that match if it is a pattern."""
+    for given in inputs:
+        text = os.fspath(given)
+        name = os.path.basename(text)  # noqa: PTH119 - os.path here for names that pathlib rejects
+        if not os.path.exists(text) and glob.has_magic(text):  # noqa: PTH110 - Path.exists raises for too long a name
+            yield text, list(expand_pattern(text, skipped))
+        elif len(inputs) > 1 and is_system_name(name) and not name.startswith("."):
+            if skipped is not None:
+                skipped.add(name)
+        else:
+            yield text, [text]
 
 
 def _find_in_input_file(path: str, root: _CommonRoot, options: ReadOptions) -> Iterator[FrameFile | Failure]:
@@ -100,12 +121,12 @@ def _find_in_input_file(path: str, root: _CommonRoot, options: ReadOptions) -> I
 
 
 def _find_in_input_folder(
-    folder: str, root: _CommonRoot, options: ReadOptions, *, may_be_empty: bool
+    folder: str, root: _CommonRoot, options: ReadOptions, skipped: SkippedEntries | None, *, may_be_empty: bool
 ) -> Iterator[FrameFile | Failure]:
     prefix = root.relative_name(folder)
     prefix = "" if prefix == "." else prefix if prefix.endswith("/") else f"{prefix}/"
     empty = True
-    for found in find_in_folder(Path(folder), prefix, options):
+    for found in find_in_folder(Path(folder), prefix, options, skipped):
         empty = False
         yield found
     if empty and not may_be_empty:
@@ -113,7 +134,10 @@ def _find_in_input_folder(
 
 
 def find_in_folder(
-    folder: Path, prefix: str = "", options: ReadOptions = DEFAULT_READ_OPTIONS
+    folder: Path,
+    prefix: str = "",
+    options: ReadOptions = DEFAULT_READ_OPTIONS,
+    skipped: SkippedEntries | None = None,
 ) -> Iterator[FrameFile | Failure]:
     """Find the frames in a folder, as `find_frames` does; `prefix` is put before their names.
 
@@ -122,7 +146,7 @@ def find_in_folder(
     FrameFile or Failure
         Nothing if the folder holds none.
     """
-    for found in _frame_paths(os.fspath(folder), matrices=options.matrices):
+    for found in _frame_paths(os.fspath(folder), matrices=options.matrices, skipped=skipped):
         if isinstance(found, OSError):
             yield _unreadable_folder(found)
         else:
@@ -157,7 +181,7 @@ def matrices_hint(folder: str, options: ReadOptions) -> str:
 
 
 def walk(folder: Path, on_error: Callable[[OSError], object] | None = None) -> Iterator[Path]:
-    """Walk a folder for files with frames, depth first, in sorted order, without hidden files and overlays.
+    """Walk a folder for files with frames, depth first, in sorted order, without hidden or system files and overlays.
 
     Symbolic links to folders are followed, since data sets are often laid out with links, but not to a folder above
     the link. An unreadable folder is skipped and passed to `on_error`.
@@ -169,20 +193,25 @@ def walk(folder: Path, on_error: Callable[[OSError], object] | None = None) -> I
             on_error(found)
 
 
-def _frame_paths(folder: str, *, matrices: bool) -> Iterator[str | OSError]:
-    for found in walk_directory(folder, matrices, _walk_rule):
+def _frame_paths(folder: str, *, matrices: bool, skipped: SkippedEntries | None = None) -> Iterator[str | OSError]:
+    for found in walk_directory(folder, matrices, _walk_rule(skipped)):
         if isinstance(found, OSError) or _extension(found) in _KNOWN_EXTENSIONS or _is_dicom_file(Path(folder, found)):
             yield found
 
 
-def _walk_rule(matrices: bool, name: str, is_folder: bool) -> tuple[bool, bool | None]:
-    if name.startswith("."):  # among them the "._name.png" files that macOS leaves on foreign disks
-        return False, None
-    if is_folder:
-        return False, matrices
-    extension = _extension(name)
-    wanted = extension in FRAME_EXTENSIONS or (matrices and extension in MATRIX_EXTENSIONS) or could_be_dicom(name)
-    return wanted and not name.endswith(OVERLAY_SUFFIX), None
+def _walk_rule(skipped: SkippedEntries | None) -> WalkRule[bool]:
+    def rule(matrices: bool, name: str, is_folder: bool) -> tuple[bool, bool | None]:
+        if is_system_name(name):
+            if skipped is not None:
+                skipped.add(name)
+            return False, None
+        if is_folder:
+            return False, matrices
+        extension = _extension(name)
+        wanted = extension in FRAME_EXTENSIONS or (matrices and extension in MATRIX_EXTENSIONS) or could_be_dicom(name)
+        return wanted and not name.endswith(OVERLAY_SUFFIX), None
+
+    return rule
 
 
 def _extension(name: str) -> str:
@@ -212,7 +241,7 @@ class _CommonRoot:
         self._none = False
 
     def add(self, path: str) -> None:
-        absolute = Path(path).absolute()
+        absolute = Path(_without_parents(path))
         parent = str(absolute if os.path.isdir(path) else absolute.parent)  # noqa: PTH112
         if self._none or parent == self._path:
             return
@@ -222,7 +251,22 @@ class _CommonRoot:
             self._none = True
 
     def relative_name(self, path: str) -> str:
-        absolute: PurePath = Path(path).absolute()
+        absolute: PurePath = Path(_without_parents(path))
         if self._path is not None and not self._none and absolute.is_relative_to(self._path):
             absolute = absolute.relative_to(self._path)
         return absolute.as_posix()
+
+
+def _without_parents(path: str) -> str:
+    """Return an absolute path without ``..``. A link is resolved only where ``..`` follows it."""
+    absolute = Path(path).absolute()
+    if os.pardir not in absolute.parts:
+        return str(absolute)
+    try:
+        resolved = Path(absolute.anchor)
+        for part in absolute.parts[1:]:
+            # "link/.." is the folder above the link's target, as the system opens it.
+            resolved = Path(os.path.realpath(resolved)).parent if part == os.pardir else resolved / part
+        return str(resolved)
+    except ValueError:  # a null character: the input names nothing
+        return os.path.normpath(absolute)

@@ -20,11 +20,11 @@ from PIL import Image
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import FrameFormatError
-from echoquad_runtime.frames import image as image_files
 from echoquad_runtime.frames.file_access import OpenStream, open_frame_file, read_bytes, read_errors, read_head
 from echoquad_runtime.frames.formats import HEAD_BYTES, IMAGE_EXTENSIONS, NPY_SIGNATURE, FileFormat, Flip, detect_format
 from echoquad_runtime.frames.frame_file import FrameFile
-from echoquad_runtime.frames.headers.several_images import may_be_stack
+from echoquad_runtime.frames.images import image as image_files
+from echoquad_runtime.frames.images.several_images import may_be_stack
 from echoquad_runtime.frames.quality_flags import COLOUR, quality_flags
 from echoquad_runtime.quadrants import Grey, frame_quadrants
 
@@ -296,11 +296,11 @@ def _make_source(file_format: FileFormat, open_stream: OpenStream) -> _FrameSour
 
         return DicomFile(open_stream)
     if file_format == "video":
-        from echoquad_runtime.frames.video import VideoFile
+        from echoquad_runtime.frames.clips.video import VideoFile
 
         return VideoFile(open_stream)
     if file_format == "image":
-        from echoquad_runtime.frames.stacks.image_stack import ImageStack
+        from echoquad_runtime.frames.images.image_stack import ImageStack
 
         return ImageStack(open_stream)
     from echoquad_runtime.frames.matrix import NpyFile

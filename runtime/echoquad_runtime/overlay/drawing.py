@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from echoquad_runtime.contract import INDETERMINATE, QUADRANTS, Contract
 from echoquad_runtime.frames.discovery import OVERLAY_SUFFIX
 from echoquad_runtime.frames.frame_file import FrameFile
-from echoquad_runtime.frames.image import composite_over_black, to_grey
+from echoquad_runtime.frames.images.image import composite_over_black, to_grey
 from echoquad_runtime.frames.reader import load_image
 from echoquad_runtime.overlay.activation_map import draw_activation_maps
 from echoquad_runtime.overlay.fonts import load_font

@@ -27,6 +27,7 @@ from echoquad_runtime.frames.isolation.limits import TIME_LIMIT
 from echoquad_runtime.frames.isolation.reader_pool import reader_pool
 from echoquad_runtime.frames.reader import decode_quadrants, load_quadrants
 from echoquad_runtime.frames.sources import Flags, cut_quadrants
+from echoquad_runtime.predict.pickling import reopening
 from echoquad_runtime.predict.prediction import Prediction, check_abstain_below, check_abstain_unlike, decide
 from echoquad_runtime.predict.reader_count import MAX_WORKERS, choose_readers
 from echoquad_runtime.predict.worker_pool import FrameTask, WorkerPool
@@ -84,6 +85,8 @@ class Predictor:
     abstain_unlike
         Whether a frame unlike the training frames is ``INDETERMINATE``: one with the flag ``unlike-training``.
 
+    A predictor of a bundle can be pickled and copied: the copy opens the bundle again. One of an engine cannot.
+
     Attributes
     ----------
     engine
@@ -131,6 +134,7 @@ class Predictor:
         abstain_below: float | None = None,
         abstain_unlike: bool = False,
     ) -> None:
+        self._arguments = {name: value for name, value in locals().items() if name not in ("self", "model")}
         if isinstance(model, str | Path):
             model = Bundle(model, public_key=public_key)
         elif public_key is not None:  # too late to check the signature, and wrong to ignore the key
@@ -169,6 +173,10 @@ class Predictor:
         if warm_up and not concurrent and self._bundle is not None:
             slots = self.slots(concurrent=False)
             slots.run(slots.new_batch(), 1)
+
+    def __reduce__(self) -> tuple[Callable[..., Predictor], tuple[object, ...]]:
+        """Return how to open the bundle again; raise ConfigError for an engine."""
+        return reopening(type(self), self._bundle, self._arguments)
 
     @property
     def contract(self) -> Contract:

@@ -26,6 +26,7 @@ from echoquad_runtime.errors import OutputError, ResultError, UsageError
 from echoquad_runtime.results.row_formats import RowReader, columns, format_for
 from echoquad_runtime.storage.atomic import output_errors, sync_folder, write_all, write_json
 from echoquad_runtime.storage.file_lock import FileLock, LockedError
+from echoquad_runtime.storage.regular_file import open_nofollow, open_regular, refuse_link
 from echoquad_runtime.storage.row_names import DIGEST_BYTES, name_digest, to_row_name
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ SCHEMA: Final = 1
 """Schema of the run record."""
 
 _SYNC_SECONDS: Final = 1.0
+_COPY_BYTES: Final = 1 << 20  # at a time
 _SYNC_SHARE: Final = 20  # a slow disk is synced less often: at most this fraction (1/20) of the time
 IDENTITY: Final[Mapping[str, str]] = {
     "schema": "record",
@@ -230,7 +232,8 @@ class ResultFile:
 
     def _has_rows(self) -> bool:
         try:
-            with self.partial.open("rb") as stream:
+            refuse_link(self.partial)
+            with open_regular(self.partial) as stream:
                 return next(iter(RowReader(stream, self._layout)), None) is not None
         except FileNotFoundError:
             return False
@@ -239,9 +242,14 @@ class ResultFile:
         """Read the existing rows, up to the first that is incomplete or belongs to another run."""
         assert self._earlier is not None
         method, device, precision = (str(self._earlier[name]) for name in ("method", "device", "precision"))
-        with source.open("rb") as stream:
+        with open_regular(source) as stream:
             reader = RowReader(stream, self._layout, run=(method, device, precision))
             for row in reader:
+                if ".." in row.name.split("/"):  # as named before `..` was resolved: the frame would get a second row
+                    raise ResultError(
+                        f"{source.as_posix()}: a row has a name with '..', from an earlier version of EchoQuad; names "
+                        "are without it now, so it cannot be resumed; name another --out"
+                    )
                 self._names.add(row.name)
                 self.existing_rows += 1
             self.torn_bytes = os.fstat(stream.fileno()).st_size - reader.complete_bytes
@@ -278,13 +286,12 @@ class ResultFile:
         with output_errors(self.path):
             if self._resumed_from != self.partial:
                 self._lock.write(json.dumps(record, indent=2).encode())
-                if self._resumed_from is None:
-                    self.partial.write_bytes(b"")
-                else:
-                    import shutil  # slow to import, and rarely needed
-
-                    shutil.copyfile(self._resumed_from, self.partial)
-            self._stream = FileIO(self.partial, "r+")
+                self.partial.unlink(missing_ok=True)
+            self._stream = open_nofollow(self.partial, new=self._resumed_from != self.partial)
+            if self._resumed_from == self.path:
+                with open_regular(self.path) as finished:
+                    while block := finished.read(_COPY_BYTES):
+                        write_all(self._stream, block)
             self._stream.truncate(self._size)
             self._stream.seek(self._size)
             if self._resumed_from is None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import FileIO
+from io import BufferedWriter, FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Final
 
 from echoquad_runtime.errors import EchoQuadError, OutputError
+from echoquad_runtime.storage.regular_file import open_nofollow
 
 __all__ = [
+    "TEMPORARY_SUFFIX",
     "make_folder",
     "output_errors",
     "sync_folder",
@@ -23,8 +24,8 @@ __all__ = [
     "write_bytes",
     "write_json",
 ]
-
-_counter = itertools.count()
+TEMPORARY_SUFFIX: Final = ".partial"
+"""The end of the name of a temporary file, which begins with a dot; a killed process leaves it behind."""
 
 
 @contextmanager
@@ -52,8 +53,8 @@ def write_atomically(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for an atomic write: it takes its name only if the block succeeds.
 
     The bytes go to a hidden temporary file in the same folder, are flushed to the disk, then renamed over `path`. If
-    the block fails, the temporary file is removed and `path` is unchanged. A target that is not a regular file (a pipe)
-    is written directly.
+    the block fails, the temporary file is removed and `path` is unchanged. A symbolic link at `path` is replaced, not
+    followed. A target that is not a regular file (a pipe) is written directly.
 
     Raises
     ------
@@ -67,10 +68,10 @@ def write_atomically(path: Path) -> Iterator[IO[bytes]]:
             with path.open("wb") as stream:
                 yield stream
             return
-        # The counter separates threads that write the same file; the name is cut since it may have the maximum length.
-        temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}-{next(_counter)}.partial")
+        # No other writer has the same name, and nobody can guess it. It is cut since it may have the maximum length.
+        temporary = path.with_name(f".{path.name[:40]}.{os.urandom(6).hex()}{TEMPORARY_SUFFIX}")
         try:
-            with temporary.open("wb") as stream:
+            with BufferedWriter(open_nofollow(temporary, new=True)) as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from echoquad_runtime.errors import OutputError
 from echoquad_runtime.storage.atomic import make_folder, output_errors
 from echoquad_runtime.storage.file_lock import FileLock, LockedError
+from echoquad_runtime.storage.regular_file import refuse_link
 
 __all__ = ["atomic_folder"]
 
@@ -22,12 +24,16 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
     The yielded folder is ``NAME.partial/NAME`` beside the target: it has the target's name, since the signature of a
     bundle records that name. If the block fails, it is removed and `target` is unchanged. A file lock excludes other
-    writers; what a killed process left behind is replaced.
+    writers; what a killed process left behind is removed.
+
+    Where the system can exchange two folders (Linux, macOS), there is no moment without a folder at `target`: it is the
+    old one or the new one, also if the process is killed. Elsewhere two renames follow each other. If the process is
+    killed between them, the next writer restores the old folder first.
 
     Parameters
     ----------
     target
-        The folder to create. A symbolic link to a folder stays a link.
+        The folder to create. A symbolic link to a folder stays a link. A link at the name ``NAME.partial`` is refused.
     replace
         Whether a target that is not empty is replaced. It stays in place until the new folder is complete.
 
@@ -43,22 +49,23 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         make_folder(target.parent)
         partial = target.with_name(f"{target.name}.partial")
         folder = partial / target.name
-        lock = _claim(partial, folder)
+        lock = _claim(partial, target)
         try:
             folder.mkdir()
             yield folder
             if not replace and target.is_dir():
                 target.rmdir()  # it is empty, or this fails; Windows does not rename onto an existing folder
-            _move(folder, target)
+            _move(folder, target, partial)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            _empty(partial, target)
             lock.release(remove=True)
             with contextlib.suppress(OSError):  # another writer has claimed it
                 partial.rmdir()
 
 
-def _claim(partial: Path, folder: Path) -> FileLock:
-    """Create `partial` and lock it; empty one that a killed process left behind."""
+def _claim(partial: Path, target: Path) -> FileLock:
+    """Create `partial` and lock it; remove what a killed process left in it."""
+    refuse_link(partial)
     existed = partial.is_dir()
     partial.mkdir(exist_ok=True)
     try:
@@ -68,8 +75,21 @@ def _claim(partial: Path, folder: Path) -> FileLock:
     if existed and not lock.certain:
         lock.release()
         raise OutputError(f"{partial} exists, and its file system has no locks: remove it if its writer has ended")
-    shutil.rmtree(folder, ignore_errors=True)
+    replaced = _replaced(partial, target)
+    if replaced.is_dir() and not target.exists():  # killed between two renames
+        replaced.rename(target)
+    _empty(partial, target)
     return lock
+
+
+def _replaced(partial: Path, target: Path) -> Path:
+    """Return the name of the older folder between two renames."""
+    return partial / f"{target.name}.replaced"
+
+
+def _empty(partial: Path, target: Path) -> None:
+    for folder in (partial / target.name, _replaced(partial, target)):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_empty(target: Path) -> None:
@@ -80,17 +100,34 @@ def _check_empty(target: Path) -> None:
         raise OutputError(f"{target} is a file, expected a new or empty folder: name another")
 
 
-def _move(folder: Path, target: Path) -> None:
-    """Rename a folder to `target`; an older one is moved away first, since no system renames over a full folder."""
+def _move(folder: Path, target: Path, partial: Path) -> None:
+    """Put a folder in the place of `target`; an older one goes to `partial`."""
     if not target.exists():
         folder.rename(target)
-        return
-    older = target.with_name(f".{target.name}.{os.getpid()}.replaced")
-    target.rename(older)
+    elif not _exchange(folder, target):
+        replaced = _replaced(partial, target)
+        target.rename(replaced)
+        try:
+            folder.rename(target)
+        except BaseException:
+            if not target.exists():
+                replaced.rename(target)
+            raise
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two folders in one step; return False, with no effect, if the system or the file system cannot."""
+    if sys.platform not in ("linux", "darwin"):
+        return False
+    import ctypes
+
     try:
-        folder.rename(target)
-    except BaseException:
-        if not target.exists():
-            older.rename(target)
-        raise
-    shutil.rmtree(older, ignore_errors=True)
+        library = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "linux":
+            at, exchange = ctypes.c_int(-100), ctypes.c_uint(2)  # AT_FDCWD, RENAME_EXCHANGE
+            status = library.renameat2(at, os.fsencode(a), at, os.fsencode(b), exchange)
+        else:
+            status = library.renamex_np(os.fsencode(a), os.fsencode(b), ctypes.c_uint(2))  # RENAME_SWAP
+    except (OSError, AttributeError):  # an older C library
+        return False
+    return bool(status == 0)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from glob import has_magic
 from typing import Final, Generic, TypeVar
 
+from echoquad_runtime.storage.system_files import SkippedEntries, is_system_name
+
 __all__ = ["WalkRule", "expand_pattern", "walk_directory"]
 
 _State = TypeVar("_State")
@@ -97,11 +99,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def expand_pattern(pattern: str) -> Iterator[str | OSError]:
+def expand_pattern(pattern: str, skipped: SkippedEntries | None = None) -> Iterator[str | OSError]:
     """Find the paths that match a glob pattern, each once, in the order of `walk_directory`.
 
     ``*``, ``?`` and ``[...]`` match characters of one name, ``**`` any number of folders. Hidden names match only a
-    part of the pattern that begins with a dot. A folder that matches is not searched.
+    part of the pattern that begins with a dot, and other system names (`echoquad_runtime.storage.system_files`) only a
+    part that is exactly that name; the others are counted in `skipped`. A folder that matches is not searched.
 
     Yields
     ------
@@ -116,6 +119,7 @@ def expand_pattern(pattern: str) -> Iterator[str | OSError]:
         return
     wanted = [part for part in parts[plain:] if part not in ("", os.curdir)]
     matchers = [None if part == _RECURSIVE else _matcher(part) for part in wanted]
+    literal = {part for part in wanted if not has_magic(part)}
     folders_only = parts[-1] == ""  # "exam*/"
 
     def closure(position: int) -> set[int]:
@@ -125,6 +129,10 @@ def expand_pattern(pattern: str) -> Iterator[str | OSError]:
 
     def rule(state: frozenset[int], name: str, is_folder: bool) -> tuple[bool, frozenset[int] | None]:
         reached: set[int] = set()
+        if not name.startswith(".") and is_system_name(name) and name not in literal:
+            if skipped is not None:
+                skipped.add(name)
+            return False, None
         for position in state:
             matches = matchers[position]
             if matches is None and not name.startswith("."):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from io import FileIO
 from pathlib import Path
 from typing import Final
 
 from echoquad_runtime.storage.atomic import write_all
+from echoquad_runtime.storage.regular_file import open_nofollow
 
 __all__ = ["FileLock", "LockedError"]
 
@@ -29,7 +29,7 @@ class FileLock:
     Parameters
     ----------
     path
-        The file. Removing it while the lock is held gives the lock up.
+        The file; a symbolic link is refused. Removing it while the lock is held gives the lock up.
 
     Attributes
     ----------
@@ -47,8 +47,7 @@ class FileLock:
     def __init__(self, path: Path) -> None:
         self.path, self.certain = path, True
         while True:
-            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
-            self._stream = FileIO(os.open(path, flags, 0o666), "r+")
+            self._stream = open_nofollow(path)
             try:
                 _lock(self._stream.fileno())
             except OSError as error:

@@ -21,6 +21,7 @@ from echoquad_runtime.devices.host_facts import host_facts
 from echoquad_runtime.devices.session_factory import Device, probe_devices
 from echoquad_runtime.errors import OutputError
 from echoquad_runtime.storage.atomic import make_folder, output_errors, write_json
+from echoquad_runtime.storage.regular_file import read_regular
 from echoquad_runtime.storage.user_folders import user_folder
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
 Goal = Literal["latency", "throughput", "power"]
 
 _SCHEMA: Final = 1
+_MAX_BYTES: Final = 1 << 24  # of a settings file; more is cut, and then no JSON
 _MAX_COUNT: Final = 4096  # of threads, and of frames in a batch: `save` never writes more
 
 
@@ -201,7 +203,7 @@ def load(bundle: Bundle) -> tuple[SavedSettings | None, str]:
     """
     try:
         path = settings_file(bundle)
-        data = path.read_bytes()
+        data = read_regular(path, _MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError, OutputError):
         return None, ""
     except OSError as error:

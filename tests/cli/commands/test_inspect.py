@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -89,3 +90,18 @@ def test_narrow_terminal_has_one_line_for_each_cell(tiny_bundle: Path, echoquad:
     lines = echoquad("inspect", tiny_bundle, env={"COLUMNS": "50"}).out.splitlines()
     assert [line for line in lines if line.startswith("largest probability difference: 0.00e+00")] != []
     assert [line for line in lines if len(line) > 50 and " " in line] == []  # hashes are not broken
+
+
+@pytest.mark.parametrize("options", [(), ("--markdown",), ("--json",)])
+def test_control_characters_of_a_bundle_are_escaped(
+    options: tuple[str, ...], make_tiny_bundle: Callable[..., Path], echoquad: Callable[..., Any], tmp_path: Path
+) -> None:
+    hostile = "\x1b]0;title\x07\x9b2J\u202egpj.\u2066\r"
+    bundle = make_tiny_bundle(
+        tmp_path / "bundle",
+        classes=(f"A{hostile}\nforged", "B"),
+        manifest={"training": {"backbone": hostile, "seed": 7}, "versions": {"onnxruntime": hostile}},
+    )
+    ran = echoquad("inspect", bundle, *options, env={"COLUMNS": "100"})
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]", ran.out)
+    assert "\nforged" not in ran.out

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from echoquad.cli.framework import console
 from echoquad_runtime.errors import FrameDamagedError, GateError
@@ -29,6 +32,18 @@ def test_errors_are_printed_with_their_code(capsys: pytest.CaptureFixture[str]) 
     out, err = capsys.readouterr()
     line = "error[E_FRAME_DAMAGED]: exam/3.png: the image is cut after row 7"
     assert (out, err.splitlines()) == ("", ["error[E_GATE]: p99 is 9 ms", line, line])
+
+
+@posix_only
+def test_commands_to_paste_are_quoted() -> None:
+    assert console.format_command("export", "run", "--out", "BUNDLE") == "echoquad export run --out BUNDLE"
+    command = console.format_command("export", "my run/$(x)'1", "--out", "BUNDLE")
+    assert shlex.split(command) == ["echoquad", "export", "my run/$(x)'1", "--out", "BUNDLE"]
+
+
+def test_commands_to_paste_are_quoted_for_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console.os, "name", "nt")
+    assert console.format_command("export", "C:/my run") == 'echoquad export "C:/my run"'
 
 
 def test_log_records_of_the_packages_are_status_lines(
@@ -53,6 +68,61 @@ def test_muted_console_prints_nothing_to_stderr(
     console.mute(False)
     console.print_status("shown")
     assert capsys.readouterr().err == "shown\n"
+
+
+HOSTILE = "\x1b]0;title\x07\x9b2J\r\b\u202egpj.\u2066exe\u2028[red]:smile:\udcff"
+CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def test_no_control_character_reaches_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failure = Failure(f"a\n{HOSTILE}.png", FrameDamagedError(f"{HOSTILE}\nerror[E_X]: forged"))
+    console.print_result(f"two\nlines {HOSTILE}")
+    console.print_result(console.format_table(["class"], [[f"A\nforged {HOSTILE}"]]))
+    console.print_status(f"wrote a\nforged {HOSTILE}")
+    console.print_error(GateError(HOSTILE))
+    console.print_failure(failure)
+    with console.Progress(f"decoding a\n{HOSTILE}", 2) as progress:
+        monkeypatch.setattr(console, "_PLAIN_SECONDS", 0)
+        progress.update(1)
+    out, err = capsys.readouterr()
+    assert CONTROL.findall(out + err) == []
+    assert len(out.splitlines()) == 5 and len(err.splitlines()) == 4
+    assert "\\x1b]0;title" in out and "[red]:smile:" in err and "\\u202e" in err
+
+
+def test_progress_bar_interprets_no_markup_of_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    with console.Progress("[red]:smile:", 2):
+        console.print_status("wrote [bold]:smile:\x1b[2J/\x9b")
+    shown = terminal.getvalue()
+    assert "[red]:smile:" in shown and "wrote [bold]:smile:\\x1b[2J/\\x9b" in shown
+
+
+@posix_only
+def test_rows_on_a_terminal_are_escaped_and_rows_in_a_file_are_exact(tiny_bundle: Path, tmp_path: Path) -> None:
+    import pty
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    name = 'a\x1b[2J"b\n\u202ec;.png'
+    Image.new("L", (40, 30), 99).save(folder / name)
+    terminal, shell = pty.openpty()
+    command = [sys.executable, "-m", "echoquad", "predict", tiny_bundle, folder]
+    ended = subprocess.run(command, check=True, stdout=shell, stderr=subprocess.PIPE)
+    os.close(shell)
+    shown = os.read(terminal, 1 << 16).decode()
+    os.close(terminal)
+    assert len(shown.splitlines()) == 2
+    assert '"a\\x1b[2J""b\\n\\u202ec;.png"' in shown
+    assert CONTROL.findall(shown.replace("\r\n", "\n") + ended.stderr.decode()) == []
+    exact = subprocess.run(command, check=True, capture_output=True).stdout
+    assert f'"{name}"'.replace('"b', '""b').encode() in exact
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])

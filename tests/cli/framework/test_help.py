@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +70,21 @@ def pages(many: Callable[..., Any]) -> dict[tuple[str, ...], str]:
     heavy = {"numpy", "PIL", "torch", "onnxruntime", "onnx", "sklearn", "scipy", "matplotlib", "safetensors"}
     assert heavy & modules == set(), "a help page imports a package that it does not need"
     return {command: ran.out for command, ran in zip(COMMANDS, found, strict=True)}
+
+
+@pytest.mark.parametrize(
+    "env",
+    [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252"}, {"PYTHONIOENCODING": "cp437"}, {"LC_ALL": "C"}],
+    ids=str,
+)
+def test_help_prints_in_every_encoding(env: dict[str, str]) -> None:
+    driver = "import sys\nfrom echoquad.cli.framework.main import main\n"
+    driver += f"for line in {[[*command, '--help'] for command in COMMANDS]!r}:\n    sys.argv[1:] = line\n"
+    driver += "    try:\n        main()\n    except SystemExit as error:\n        assert error.code == 0, line\n"
+    kept = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", **env}
+    ended = subprocess.run([sys.executable, "-c", driver], check=False, capture_output=True, env=kept)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert ended.stdout.count(b"Usage: echoquad") == len(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

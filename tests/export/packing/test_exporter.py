@@ -390,6 +390,7 @@ def test_failed_rename_restores_the_older_bundle(
             raise error
         return real(path, target)
 
+    monkeypatch.setattr("echoquad_runtime.storage.atomic_folder._exchange", lambda a, b: False)
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises((OutputError, Stop)):
         export_run(run, out)

@@ -13,6 +13,7 @@ from echoquad_runtime.errors import InputNotFoundError
 from echoquad_runtime.frames.discovery import find_frames, walk
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.storage import directory_walk
+from echoquad_runtime.storage.system_files import SkippedEntries
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
 
@@ -63,6 +64,37 @@ def test_relative_input_has_the_same_names(tmp_path: Path, monkeypatch: pytest.M
     assert found_names(["in"]) == found_names([tmp_path / "in"]) == ["2.png", "a/1.png"]
     assert found_names(["."]) == ["in/2.png", "in/a/1.png"]
     assert found_names(["in/2.png", "in/a"]) == ["2.png", "a/1.png"]
+
+
+@posix_only
+def test_parent_folders_in_inputs_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lay(tmp_path, "a/x.png", "b/x.png", "deep/er/y.png", "deep/z.png")
+    monkeypatch.chdir(tmp_path / "b")
+    assert found_names(["../a/x.png", "x.png"]) == ["a/x.png", "b/x.png"]
+    assert found_names(["../a/../b", tmp_path / "a" / "x.png"]) == ["b/x.png", "a/x.png"]
+    assert found_names(["../a"]) == ["x.png"]
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
+    # As the system opens it, "link/.." is the folder above the target.
+    assert found_names(["../link/../z.png", "../a/x.png"]) == ["deep/z.png", "a/x.png"]
+    assert found_names(["../link/y.png", "../a/x.png"]) == ["link/y.png", "a/x.png"]
+
+
+def test_system_files_are_skipped_and_counted(tmp_path: Path) -> None:
+    names = ["@eaDir/1.png", "b/__MACOSX/2.png", "b/.thumbnails/3.png", "System Volume Information/4.png"]
+    lay(tmp_path, "b/x.png", "Thumbs.db", ".DS_Store", "._x.png", "$RECYCLE.BIN/5.png", ".git/6.png", *names)
+    skipped = SkippedEntries()
+    assert [item.name for item in find_frames([tmp_path], skipped=skipped) if isinstance(item, FrameFile)] == [
+        "b/x.png"
+    ]
+    assert skipped.total == 9
+    assert found_names([f"{tmp_path}/**/*.png"]) == ["x.png"]
+    assert found_names([f"{tmp_path}/*/x.png", f"{tmp_path}/@eaDir/*.png"]) == ["b/x.png", "@eaDir/1.png"]
+    assert found_names([tmp_path / "@eaDir"]) == ["1.png"]  # the only input is meant
+    skipped = SkippedEntries()
+    given = [tmp_path / name for name in ("@eaDir", "Thumbs.db", "b")]  # as the shell expands folder/*
+    (frame,) = find_frames(given, skipped=skipped)
+    assert isinstance(frame, FrameFile) and frame.name == "x.png"
+    assert skipped.counts == {"@eaDir": 1, "Thumbs.db": 1, "__MACOSX": 1, ".thumbnails": 1}
 
 
 def test_input_given_twice_is_found_twice(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from echoquad_runtime.errors import FrameError
-from echoquad_runtime.frames.image import decode_grey
+from echoquad_runtime.frames.images.image import decode_grey
 from echoquad_runtime.quadrants import Grey
 
 pytestmark = pytest.mark.slow
@@ -68,7 +68,7 @@ CLIPS = {
 
 def compare_clip(path: Path) -> None:
     pytest.importorskip("av")
-    from echoquad_runtime.frames.video import VideoFile
+    from echoquad_runtime.frames.clips.video import VideoFile
 
     clip = VideoFile(lambda: path.open("rb"))
     greys = [clip.decode(number, "none").grey() for number in range(1, clip.frame_count + 1)]

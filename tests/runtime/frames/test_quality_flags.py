@@ -242,7 +242,7 @@ def test_colour_is_detected_in_rotated_picture() -> None:
 def test_grey_modes_are_not_sampled_for_colour(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     image = Image.fromarray(sector()).convert("L").convert(mode if mode != "I;16" else "I")
     data = encode(image.convert(mode), "PNG" if mode in ("1", "L", "LA", "I;16") else "TIFF")
-    monkeypatch.setattr("echoquad_runtime.frames.image.is_coloured", lambda _: pytest.fail("sampled"))
+    monkeypatch.setattr("echoquad_runtime.frames.images.image.is_coloured", lambda _: pytest.fail("sampled"))
     monkeypatch.setattr(Image.Image, "resize", lambda *_: pytest.fail("sampled"))
     assert decode_grey_and_flags(data)[1] == ()
 

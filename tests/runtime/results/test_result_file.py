@@ -201,6 +201,13 @@ def test_resume_refuses_rows_of_another_run(
     assert {entry: entry.read_bytes() for entry in tmp_path.iterdir()} == before
 
 
+def test_resume_refuses_names_with_parent_folders(tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    run(out, ["a/0.png", "../b/1.png"])
+    with pytest.raises(ResultError, match=r"'\.\.'"):
+        run(out, ["a/0.png", "b/1.png"], resume=True)
+
+
 def test_resume_refuses_other_columns(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     run(path, NAMES, stop=2)
@@ -413,6 +420,21 @@ def test_path_that_cannot_be_written_raises(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"expected \.csv or \.jsonl"):
         ResultFile(tmp_path / "out.txt")
     assert left(tmp_path) == ["file", "folder.csv"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("planted", ["out.csv.partial", "out.csv.partial.json"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_planted_link_is_not_followed(planted: str, resume: bool, exists: bool, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    if exists:
+        victim.write_text("mine")
+    (tmp_path / planted).symlink_to(victim)
+    with pytest.raises(OutputError, match=f"{planted} is a symbolic link"):
+        run(tmp_path / "out.csv", NAMES, resume=resume)
+    assert victim.exists() == exists and (not exists or victim.read_text() == "mine")
+    assert not (tmp_path / "out.csv").exists()
 
 
 def test_check_resume_refuses_stdout_and_pipes(tmp_path: Path) -> None:

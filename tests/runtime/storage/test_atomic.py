@@ -211,3 +211,28 @@ def test_write_all_continues_after_partial_writes(tmp_path: Path) -> None:
 def test_sync_folder_raises_nothing(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
         sync_folder(folder)
+
+
+@posix_only
+def test_temporary_file_has_an_unpredictable_name_and_follows_no_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, victim = tmp_path / "out.csv", tmp_path / "victim"
+    victim.write_text("mine")
+    with write_atomically(target), write_atomically(target):
+        temporary = [name for name in names(tmp_path) if name.startswith(".")]
+    assert len(set(temporary)) == 2 and not any(str(os.getpid()) in name.split(".")[3:] for name in temporary)
+    monkeypatch.setattr(os, "urandom", bytes)  # as if it had been guessed
+    (tmp_path / f".out.csv.{bytes(6).hex()}.partial").symlink_to(victim)
+    with pytest.raises(OutputError, match="is a symbolic link"):
+        write_bytes(target, b"data")
+    assert victim.read_text() == "mine"
+
+
+@posix_only
+def test_link_at_the_target_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    target, victim = tmp_path / "out.csv", tmp_path / "victim"
+    victim.write_text("mine")
+    target.symlink_to(victim)
+    write_bytes(target, b"data")
+    assert (target.is_symlink(), target.read_bytes(), victim.read_text()) == (False, b"data", "mine")

@@ -94,3 +94,22 @@ def test_file_system_without_locks_is_used_and_reported(
 def test_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         FileLock(tmp_path / "absent" / "x.json")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+@pytest.mark.parametrize("exists", [True, False])
+def test_planted_link_is_not_followed(exists: bool, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    if exists:
+        victim.write_text("mine")
+    (tmp_path / "lock").symlink_to(victim)
+    with pytest.raises(OSError, match="lock is a symbolic link"):
+        FileLock(tmp_path / "lock")
+    assert victim.exists() == exists
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
+def test_pipe_under_the_name_of_the_lock_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lock")
+    with pytest.raises(OSError, match="no regular file"):
+        FileLock(tmp_path / "lock")

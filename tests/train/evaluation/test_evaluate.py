@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,8 @@ from echoquad_runtime.errors import DatasetError
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_train.data.dataset import read_split
 from echoquad_train.evaluation.evaluate import evaluate
+from echoquad_train.evaluation.metrics import EvaluationOptions
+from echoquad_train.reporting.evaluation_folder import write_evaluation
 
 
 @pytest.fixture
@@ -51,3 +57,38 @@ def test_unreadable_frames_shift_no_label(tmp_path: Path, make_data: Callable[..
         frame.path.write_bytes(b"")
     with pytest.raises(DatasetError, match=r"^test: .*test/bright/test0\.png: "):
         evaluate(predictor, split)
+
+
+@pytest.mark.parametrize("absent", ["bright", "dark"], ids=["positive", "negative"])
+@pytest.mark.parametrize(("split", "reference"), [("test", "validation"), ("test", None), ("validation", None)])
+def test_split_without_a_class_is_measured_on_those_present(
+    tmp_path: Path, flat_data: Path, predictor: Predictor, absent: str, split: str, reference: str | None
+) -> None:
+    data = Path(shutil.copytree(flat_data, tmp_path / "data"))
+    for folder in {split, reference or split}:
+        shutil.rmtree(data / folder / absent)
+    with pytest.raises(DatasetError, match=absent):
+        read_split(data, split, ("bright", "dark"))
+    frames = read_split(data, split, ("bright", "dark"), complete=False)
+    chosen = read_split(data, reference, ("bright", "dark"), complete=False) if reference else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = evaluate(predictor, frames, options=EvaluationOptions(20, abstain_below=0.5), reference=chosen)
+        write_evaluation(found, tmp_path / "out", gallery=2)
+    record = json.loads((tmp_path / "out" / "metrics.json").read_text("utf-8"))
+    assert (record["frames"], record["accuracy"], record["absent_classes"]) == (4, 1.0, [absent])
+    assert record["roc_auc"] is None and record["intervals"]["roc_auc"] == {"estimate": None, "ci95": None}
+    assert (record["per_class"][absent]["recall"], record["per_class"][absent]["f1"]) == (None, None)
+    missing, there = ("sensitivity", "specificity") if absent == "bright" else ("specificity", "sensitivity")
+    assert record["intervals"][missing]["estimate"] is None and record["intervals"][there]["estimate"] == 1.0
+    assert (record["intervals"]["f1"]["estimate"] is None) == (absent == "bright")
+    assert record["intervals"]["macro_f1"]["estimate"] == record["intervals"]["balanced_accuracy"]["estimate"] == 1.0
+    assert f"no frame of {absent}" in (tmp_path / "out" / "report.html").read_text("utf-8")
+    rows = list(csv.DictReader((tmp_path / "out" / "predictions.csv").read_text("utf-8-sig").splitlines()))
+    assert [row["true_class"] for row in rows] == [name for name in ("bright", "dark") if name != absent] * 4
+
+
+def test_split_without_any_frame_is_refused(tmp_path: Path, flat_data: Path) -> None:
+    (tmp_path / "test" / "bright").mkdir(parents=True)
+    with pytest.raises(DatasetError, match="no frame found"):
+        read_split(tmp_path, "test", ("bright", "dark"), complete=False)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ConfigError, DeviceUnavailableError
 from echoquad_train.networks.backbones import BACKBONES
-from echoquad_train.networks.classifier import QuadrantClassifier, build_model, first_line, load_pretrained
+from echoquad_train.networks.classifier import QuadrantClassifier, build_model, load_pretrained
 from echoquad_train.networks.device import autocast_dtype, choose_device
 from echoquad_train.networks.torch_engine import TorchEngine
 from echoquad_train.recipe import Recipe
@@ -300,11 +300,6 @@ def test_code_in_cached_weights_is_not_run(hub: Path, tmp_path: Path, thin: None
     with pytest.raises(ConfigError):
         build_model(Recipe(), TWO)
     assert not (tmp_path / "code-was-run").exists()
-
-
-def test_first_line_of_error_message() -> None:
-    assert first_line(ValueError("one\ntwo")) == "one"
-    assert first_line(EOFError()) == "EOFError"
 
 
 # Devices

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from echoquad_runtime._version import __version__
 from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.quadrants import Grey
+from echoquad_runtime.storage.system_files import SkippedEntries
 from echoquad_train.curation.frame_scan import scan_frames
 from echoquad_train.curation.leaks import Leaks, find_leaks
 from echoquad_train.curation.shortcut_features import (
@@ -29,9 +30,11 @@ from echoquad_train.curation.shortcut_features import (
     shortcut_features,
 )
 from echoquad_train.curation.similarity import MAX_HASH_DISTANCE, MIN_SIMILARITY
-from echoquad_train.data.dataset import SPLITS, LabelledFrame, Progress, no_readable_frame
+from echoquad_train.data.dataset import LabelledFrame, Progress, no_readable_frame
 from echoquad_train.data.frame_list import DecodedFile, list_frames
-from echoquad_train.data.patients import patient_id, patient_of
+from echoquad_train.data.patient_summary import PatientSummary, summarize_patients
+from echoquad_train.data.patients import patient_id
+from echoquad_train.data.split_folders import SPLITS
 
 __all__ = ["Audit", "audit"]
 
@@ -51,18 +54,20 @@ class Audit:
         All frames, and the unreadable ones.
     readable, thumbnails, patients
         The readable frames, and for each its thumbnail, uint8 [128, 128], and its patient.
-    frames_without_patient
-        Number of frames whose name contains no patient.
+    patient_reading
+        How the patients of all frames were read from their names.
     leaks, shortcuts
         See `Leaks` and `Shortcut`.
     classes
         Figures of the frames of each class: ``width``, ``height``, ``brightness``, ``file_bytes``, ``kinds``.
     notes
-        Sentences about missing splits and classes.
+        Sentences about missing splits and classes, and about names of folders.
     views
         Number of views per frame that were hashed to find near duplicates.
     patient_regex, seed, reading
         The options of the audit.
+    skipped
+        The hidden and system entries that were skipped.
     """
 
     data: Path
@@ -71,7 +76,7 @@ class Audit:
     readable: tuple[LabelledFrame, ...]
     thumbnails: tuple[Grey, ...]
     patients: tuple[str, ...]
-    frames_without_patient: int
+    patient_reading: PatientSummary
     leaks: Leaks
     shortcuts: tuple[Shortcut, ...]
     classes: dict[str, dict[str, Any]]
@@ -80,6 +85,12 @@ class Audit:
     patient_regex: str | None
     seed: int
     reading: ReadOptions = DEFAULT_READ_OPTIONS
+    skipped: SkippedEntries = field(default_factory=SkippedEntries)
+
+    @property
+    def frames_without_patient(self) -> int:
+        """Number of frames whose name contains no patient."""
+        return self.patient_reading.without
 
     @property
     def class_names(self) -> list[str]:
@@ -124,11 +135,13 @@ class Audit:
             "frames": len(self.frames),
             "counts": self.counts,
             "notes": list(self.notes),
+            **({"skipped": dict(self.skipped.counts)} if self.skipped.total else {}),
             "unreadable": [{"file": failure.file, "error": str(failure.error)} for failure in self.failures],
             "patients": {
                 "by_split": leaks.patients_by_split,
                 "frames_without": self.frames_without_patient,
                 "across_splits": {patient: list(splits) for patient, splits in leaks.patients.items()},
+                **self.patient_reading.to_dict(),
             },
             "duplicates": {
                 "exact": [group.to_dict() for group in leaks.exact],
@@ -158,15 +171,15 @@ def audit(
 ) -> Audit:
     """Audit a data set, ``DATA/{train,validation,test}/CLASS/**``.
 
-    Splits and classes may be missing. `pattern` defines patients, see `echoquad_train.data.patients.patient_of`; `seed`
-    is that of the folds and permutations that measure shortcut features.
+    Splits and classes may be missing. `pattern` defines patients, see `echoquad_train.data.patients.read_patient`;
+    `seed` is that of the folds and permutations that measure shortcut features.
 
     Raises
     ------
     DatasetError
         If there is no frame, or no readable one.
     """
-    frames = list_frames(data, reading)
+    frames, notes, skipped = list_frames(data, reading)
     features: list[ShortcutFeatures] = []
     file_digests: list[bytes] = []
     modes: list[str] = []
@@ -196,15 +209,16 @@ def audit(
         readable=tuple(scan.frames),
         thumbnails=tuple(scan.thumbnails),
         patients=patients,
-        frames_without_patient=sum(patient_of(frame.name.split("/", 2)[2], pattern) is None for frame in frames),
+        patient_reading=summarize_patients((frame.name.split("/", 2)[2] for frame in frames), pattern),
         leaks=leaks,
         shortcuts=tuple(find_shortcuts(features, [frame.class_name for frame in scan.frames], patients, seed)),
         classes=_class_figures(scan.frames, features, modes),
-        notes=tuple(_notes(frames)),
+        notes=(*_notes(frames), *notes),
         views=len(scan.views),
         patient_regex=pattern.pattern if pattern else None,
         seed=seed,
         reading=reading,
+        skipped=skipped,
     )
 
 

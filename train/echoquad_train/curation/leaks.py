@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -27,7 +27,9 @@ from echoquad_train.curation.similarity import (
     thumbnail,
 )
 from echoquad_train.data.dataset import Store
+from echoquad_train.data.patient_summary import PatientSummary, summarize_patients
 from echoquad_train.data.patients import patient_id
+from echoquad_train.data.split_folders import canonical_split, normalize_name
 
 __all__ = ["DuplicateGroup", "Leaks", "find_leaks", "leaks_of_stores", "split_of"]
 
@@ -64,7 +66,7 @@ class DuplicateGroup:
     @property
     def conflict(self) -> bool:
         """Whether the picture is in two classes."""
-        return len({name.split("/")[1] for name in self.names}) > 1
+        return len({normalize_name(name.split("/")[1]) for name in self.names}) > 1
 
     @property
     def leak(self) -> bool:
@@ -99,6 +101,8 @@ class Leaks:
         Exact and near duplicates, within a split or across splits.
     unchecked
         Number of candidate pairs that were not aligned; see `ALIGNMENT_LIMIT`.
+    reading
+        How the patients were read from the names, if that was summarized.
     """
 
     patients_by_split: dict[str, int]
@@ -106,6 +110,7 @@ class Leaks:
     exact: tuple[DuplicateGroup, ...]
     near: tuple[DuplicateGroup, ...]
     unchecked: int
+    reading: PatientSummary | None = None
 
     @property
     def counts(self) -> dict[str, Any]:
@@ -139,8 +144,9 @@ class Leaks:
 
 
 def split_of(name: str) -> str:
-    """Return the split of a frame called ``SPLIT/CLASS/...``."""
-    return name.partition("/")[0]
+    """Return the split of a frame called ``SPLIT/CLASS/...``, by its canonical name."""
+    folder = name.partition("/")[0]
+    return canonical_split(folder) or folder
 
 
 def find_leaks(
@@ -234,7 +240,8 @@ def leaks_of_stores(
             pixels.append(hashlib.blake2b(frame.tobytes(), digest_size=16).digest())
             bits.append(perceptual_hashes(thumbnail(frame), CENTRED))
     people = [patient_id(name, pattern) for name in names]
-    return find_leaks(names, people, None, pixels, bits, thumb, CENTRED, across_only=True)
+    leaks = find_leaks(names, people, None, pixels, bits, thumb, CENTRED, across_only=True)
+    return replace(leaks, reading=summarize_patients((name.split("/", 2)[2] for name in names), pattern))
 
 
 def _stitched_frames(store: Store, frames: Sequence[int], layout: Sequence[str]) -> Iterator[Grey]:

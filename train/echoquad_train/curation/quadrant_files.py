@@ -26,6 +26,7 @@ from echoquad_runtime.quadrants import Grey, crop_box, split, stitch
 from echoquad_runtime.storage.atomic import write_bytes
 from echoquad_runtime.storage.atomic_folder import atomic_folder
 from echoquad_runtime.storage.row_names import encode_text, to_row_name
+from echoquad_runtime.storage.system_files import SkippedEntries
 from echoquad_train.data.dataset import LabelledFrame, Progress, no_readable_frame
 from echoquad_train.data.frame_list import list_frames, read_all
 
@@ -36,10 +37,12 @@ MAPPING: Final = "patch_mapping.csv"
 
 @dataclass(frozen=True, slots=True)
 class QuadrantFiles:
-    """The result of `write_quadrants`: frames by split and class, and the unreadable frames."""
+    """The result of `write_quadrants`: frames by split and class, the unreadable frames, and what was not listed."""
 
     counts: dict[tuple[str, str], int]
     failures: tuple[Failure, ...]
+    notes: tuple[str, ...]
+    skipped: SkippedEntries
 
     @property
     def frames(self) -> int:
@@ -71,7 +74,7 @@ def write_quadrants(
     OutputError
         If `out` exists and is not empty, or cannot be written.
     """
-    frames = list_frames(data, reading)
+    frames, notes, skipped = list_frames(data, reading)
     stems = _stems(frames)
     counts: Counter[tuple[str, str]] = Counter()
     failures: list[Failure] = []
@@ -101,7 +104,7 @@ def write_quadrants(
         if not counts:
             raise no_readable_frame(data.as_posix(), failures)
         write_bytes(partial / MAPPING, encode_text(text.getvalue()))
-    return QuadrantFiles(dict(counts), tuple(failures))
+    return QuadrantFiles(dict(counts), tuple(failures), notes, skipped)
 
 
 def _check(folder: Path, names: Sequence[str], cropped: Grey, frame: LabelledFrame, layout: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -29,11 +29,20 @@ from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.storage.atomic import write_bytes
 from echoquad_runtime.storage.atomic_folder import atomic_folder
 from echoquad_runtime.storage.row_names import encode_text, to_row_name
+from echoquad_runtime.storage.system_files import SkippedEntries
 from echoquad_train.curation.frame_scan import scan_frames
 from echoquad_train.curation.leaks import find_leaks
-from echoquad_train.data.dataset import SPLITS, LabelledFrame, Progress, class_folders
+from echoquad_train.data.dataset import LabelledFrame, Progress
 from echoquad_train.data.frame_list import list_splits
+from echoquad_train.data.patient_summary import PatientSummary, summarize_patients
 from echoquad_train.data.patients import patient_of
+from echoquad_train.data.split_folders import (
+    SPLITS,
+    class_folders,
+    class_name_warnings,
+    listed_splits,
+    patient_class_folders,
+)
 
 __all__ = ["FRACTIONS", "MANIFEST", "Mode", "Partition", "assign", "parse_fractions", "partition", "write_partition"]
 
@@ -56,6 +65,10 @@ class Partition:
         The unreadable frames, which are in no split.
     joined
         Groups of patients who share a picture.
+    reading
+        How the patients were read from the names.
+    notes, skipped
+        Sentences about the folders; the hidden and system entries that were skipped.
     """
 
     source: Path
@@ -64,6 +77,9 @@ class Partition:
     splits: tuple[str, ...]
     failures: tuple[Failure, ...]
     joined: tuple[tuple[str, ...], ...]
+    reading: PatientSummary
+    notes: tuple[str, ...]
+    skipped: SkippedEntries
 
     @property
     def counts(self) -> dict[str, dict[str, tuple[int, int]]]:
@@ -114,13 +130,15 @@ def partition(
 ) -> Partition:
     """Assign the frames of ``SOURCE/CLASS/**``, or of ``SOURCE/{train,validation,test}/CLASS/**``, to new splits.
 
+    Folders may also be nested as ``PATIENT/CLASS/**``; the result has ``CLASS/PATIENT/**``.
+
     Raises
     ------
     DatasetError
-        If there are fewer than two classes, a class has too few patients for the splits, or two frames would have the
-        same name.
+        If there are fewer than two classes, a class has too few patients for the splits, two frames would have the
+        same name, or some folders are named as splits are and others are not.
     """
-    frames = _list_pool(source, reading)
+    frames, notes, skipped = _list_pool(source, reading)
     scan = scan_frames(frames, progress=progress)
     names = [frame.name_in_pool for frame in scan.frames]
     patients = [patient_of(name.partition("/")[2], pattern) or name for name in names]
@@ -145,7 +163,17 @@ def partition(
     chosen = assign(sizes, fractions, classes, seed)
     splits = tuple(SPLITS[chosen[unit_of[patient]]] for patient in patients)
     joined = tuple(group for group in groups if len(group) > 1)
-    return Partition(source, tuple(scan.frames), tuple(patients), splits, tuple(scan.failures), joined)
+    return Partition(
+        source,
+        tuple(scan.frames),
+        tuple(patients),
+        splits,
+        tuple(scan.failures),
+        joined,
+        summarize_patients((name.partition("/")[2] for name in names), pattern),
+        notes,
+        skipped,
+    )
 
 
 def assign(
@@ -238,7 +266,7 @@ def write_partition(parts: Partition, out: Path, mode: Mode = "copy") -> int:
         if mode != "manifest":
             done: set[Path] = set()
             for frame, split in zip(parts.frames, parts.splits, strict=True):
-                target = partial / split / frame.path.relative_to(parts.source / frame.split)
+                target = partial / split / _name_of_file(frame.name_in_pool, frame)
                 if target not in done:
                     done.add(target)
                     target.parent.mkdir(parents=True, exist_ok=True)
@@ -265,20 +293,37 @@ def _manifest(parts: Partition) -> bytes:
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["file", "class", "patient", "split"])
     for frame, patient, split in zip(parts.frames, parts.patients, parts.splits, strict=True):
-        rows.writerow([to_row_name(frame.name), to_row_name(frame.class_name), to_row_name(patient), split])
+        file = frame.path.relative_to(parts.source).as_posix() + ("" if frame.frame is None else f"#{frame.frame}")
+        rows.writerow([to_row_name(file), to_row_name(frame.class_name), to_row_name(patient), split])
     return encode_text(text.getvalue())
 
 
-def _list_pool(source: Path, reading: ReadOptions) -> list[LabelledFrame]:
+def _name_of_file(name: str, frame: LabelledFrame) -> str:
+    """Return a frame's name without the number of a frame in a clip."""
+    return name if frame.frame is None else name.removesuffix(f"#{frame.frame}")
+
+
+def _list_pool(source: Path, reading: ReadOptions) -> tuple[list[LabelledFrame], tuple[str, ...], SkippedEntries]:
+    """Return the frames of the source, sentences about its folders, and what was skipped."""
     if not source.is_dir():
         raise DatasetError(f"{source.as_posix()}: no such folder; expected one folder per class")
-    frames = list_splits(source, [split for split in SPLITS if (source / split).is_dir()] or [""], reading)
+    folders = [*listed_splits(source, strict=True)[0].values()] or [""]
+    skipped = SkippedEntries()
+    notes = []
+    frames = []
+    for folder in folders:
+        patients = [name for names in class_folders(source / folder).values() for name in names]
+        if inner := patient_class_folders(source / folder, patients):
+            notes.append(f"{folder or '.'}: read as PATIENT/CLASS, with classes {', '.join(inner)}")
+            frames += _class_first(list_splits(source, [folder], reading, skipped), folder)
+        else:
+            frames += list_splits(source, [folder], reading, skipped)
     classes = sorted({frame.class_name for frame in frames})
     if len(classes) < 2:
         found = f"frames of the single class {classes[0]}" if classes else "no frame"
-        folders = ", ".join(class_folders(source)[:6]) or "none"
+        shown = ", ".join([*class_folders(source)][:6]) or "none"
         raise DatasetError(
-            f"{source.as_posix()}: {found} found (folders: {folders}); expected frames in two or more folders named "
+            f"{source.as_posix()}: {found} found (folders: {shown}); expected frames in two or more folders named "
             f"after classes{matrices_hint(str(source), reading) if not classes else ''}"
         )
     seen: dict[str, str] = {}
@@ -288,7 +333,23 @@ def _list_pool(source: Path, reading: ReadOptions) -> list[LabelledFrame]:
                 f"{source.as_posix()}: {other} and {frame.name} would both become {frame.name_in_pool}; "
                 "expected different names within a class; rename one"
             )
-    return frames
+    return frames, (*notes, *class_name_warnings(classes)), skipped
+
+
+def _class_first(frames: Sequence[LabelledFrame], folder: str) -> list[LabelledFrame]:
+    """Rename frames from ``PATIENT/CLASS/...`` to ``CLASS/PATIENT/...``; frames beside the classes have none."""
+    prefix = f"{folder}/" if folder else ""
+    renamed = []
+    for frame in frames:
+        patient, _, rest = frame.name.removeprefix(prefix).partition("/")
+        kind, _, file = rest.partition("/")
+        if not file:
+            raise DatasetError(
+                f"{frame.name}: lies beside the class folders of its patient; expected PATIENT/CLASS/**; move it into "
+                "one of them"
+            )
+        renamed.append(replace(frame, name=f"{prefix}{kind}/{patient}/{file}"))
+    return renamed
 
 
 def _join(patients: Sequence[str], shared: Sequence[set[str]]) -> list[tuple[str, ...]]:

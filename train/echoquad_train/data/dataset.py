@@ -23,28 +23,31 @@ from echoquad_runtime.frames.frame_file import Failure, FrameFile
 from echoquad_runtime.frames.reader import load_grey
 from echoquad_runtime.quadrants import frame_quadrants
 from echoquad_runtime.storage.atomic import output_errors
+from echoquad_runtime.storage.system_files import SkippedEntries
 from echoquad_train.data.prefetch import prefetch
+from echoquad_train.data.split_folders import (
+    canonical_split,
+    class_folders,
+    normalize_name,
+    patient_class_folders,
+    split_folder,
+)
 
 __all__ = [
-    "EXPECTED_FOLDERS",
-    "SPLITS",
     "LabelledFrame",
     "QuadrantStore",
     "Split",
     "Store",
-    "class_folders",
     "decode",
     "decode_split",
     "frames_below",
     "load_quadrants",
     "no_readable_frame",
+    "patient_class_error",
     "read_classes",
     "read_split",
     "stored_bytes",
 ]
-
-SPLITS: Final = ("train", "validation", "test")
-EXPECTED_FOLDERS: Final = f"expected {'/, '.join(SPLITS)}/ with one folder per class"
 
 MEMORY_BYTES: Final = 4 * 1024**3
 """Size above which quadrants go to a memory-mapped file beside the run instead of memory. If the disk has no room for
@@ -63,7 +66,7 @@ class LabelledFrame:
     path, frame, flip
         See `FrameFile`.
     name
-        Path below the data folder, ``SPLIT/CLASS/...``, or ``CLASS/...`` if the folder has no splits.
+        Path below the data folder as it is on disk, ``SPLIT/CLASS/...``, or ``CLASS/...`` if the folder has no splits.
     label
         Index of the class.
     error
@@ -84,19 +87,20 @@ class LabelledFrame:
 
     @property
     def split(self) -> str:
-        """The split in the name; empty if there is none."""
-        first = self.name.partition("/")[0]
-        return first if first in SPLITS else ""
+        """The canonical name of the split in the name; empty if there is none."""
+        return canonical_split(self.name.partition("/")[0]) or ""
 
     @property
     def class_name(self) -> str:
-        """The class in the name."""
+        """The class in the name, in composed form."""
         return self.name_in_pool.partition("/")[0]
 
     @property
     def name_in_pool(self) -> str:
-        """The name without the split: ``CLASS/...``."""
-        return self.name.removeprefix(f"{self.split}/") if self.split else self.name
+        """The name without the split, and with the class in composed form: ``CLASS/...``."""
+        name = self.name.partition("/")[2] if self.split else self.name
+        folder, slash, rest = name.partition("/")
+        return f"{normalize_name(folder)}{slash}{rest}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,71 +194,109 @@ class QuadrantStore:
         return (self.quadrants[chosen // 4, chosen % 4][:, None] for chosen in batches)
 
 
-def class_folders(folder: Path) -> list[str]:
-    """Return the names of the folders that count as classes, sorted."""
-    return sorted(e.name for e in folder.iterdir() if e.is_dir() and not e.name.startswith((".", "__")))
-
-
 def read_classes(data: Path) -> tuple[str, ...]:
-    """Return the class names: the folders of ``DATA/train``, sorted.
+    """Return the class names: the folders of the training split, in composed form, sorted.
 
     Raises
     ------
     DatasetError
-        If the folder is missing, or holds fewer than two classes.
+        If the folder is missing, holds fewer than two classes, or holds splits or patients in place of classes.
     """
-    folder = _split_folder(data, "train")
-    classes = tuple(class_folders(folder))
+    folder = split_folder(data, "train")
+    found = class_folders(folder)
+    classes = tuple(found)
+    if classes and all(map(canonical_split, classes)):
+        raise DatasetError(
+            f"{folder.as_posix()}: {', '.join(classes)} found, which are names of splits; expected two or more folders "
+            f"named after classes; the data folder may be {folder.as_posix()}"
+        )
     if len(classes) < 2:
-        found = f"the single class {classes[0]!r}" if classes else "no class folder"
-        raise DatasetError(f"{folder.as_posix()}: {found} found; expected two or more folders named after classes")
+        shown = f"the single class {classes[0]!r}" if classes else "no class folder"
+        raise DatasetError(f"{folder.as_posix()}: {shown} found; expected two or more folders named after classes")
+    if inner := patient_class_folders(folder, [name for names in found.values() for name in names]):
+        raise patient_class_error(folder, classes, inner)
     return classes
 
 
-def read_split(data: Path, split: str, classes: Sequence[str], reading: ReadOptions = DEFAULT_READ_OPTIONS) -> Split:
+def patient_class_error(folder: Path, patients: Sequence[str], classes: Sequence[str]) -> DatasetError:
+    """Return the error for patients that have class folders where classes have patient folders."""
+    return DatasetError(
+        f"{folder.as_posix()}: {', '.join(patients[:3])} are named as patients are and hold {', '.join(classes[:6])}; "
+        "expected folders named after classes, with the patients inside; `echoquad data split` writes them so"
+    )
+
+
+def read_split(
+    data: Path,
+    split: str,
+    classes: Sequence[str],
+    reading: ReadOptions = DEFAULT_READ_OPTIONS,
+    *,
+    complete: bool = True,
+    skipped: SkippedEntries | None = None,
+) -> Split:
     """List the frames of ``DATA/SPLIT/CLASS/**``, class by class.
 
     Each frame of a clip counts as a frame.
+
+    Parameters
+    ----------
+    data, split
+        The data folder, and a split in any spelling of `echoquad_train.data.split_folders.canonical_split`; another
+        name is that of a folder.
+    classes
+        The expected classes.
+    reading
+        How to read the files.
+    complete
+        Whether each class has to have a frame; otherwise one class is enough.
+    skipped
+        Counts the hidden and system entries.
 
     Raises
     ------
     DatasetError
         If the split or a class in it is missing or empty, or has a class that is not in `classes`.
     """
-    folder = _split_folder(data, split)
-    present = set(class_folders(folder))
-    if missing := sorted(set(classes) - present):
+    folder = split_folder(data, split)
+    present = class_folders(folder, skipped)
+    expected = {normalize_name(name) for name in classes}
+    if complete and (missing := sorted(expected - present.keys())):
         raise DatasetError(
             f"{folder.as_posix()}: class {', '.join(missing)} is missing; "
             f"expected a folder for each of {', '.join(classes)}"
         )
-    if unknown := sorted(present - set(classes)):
+    if unknown := sorted(present.keys() - expected):
         raise DatasetError(
             f"{folder.as_posix()}: class {', '.join(unknown)} is unknown; expected only {', '.join(classes)}"
         )
-    frames = tuple(frames_below(data, split, classes, reading))
+    frames = tuple(frames_below(data, folder.name, classes, reading, skipped))
     labels = {frame.label for frame in frames}
     for label, name in enumerate(classes):
-        if label not in labels:
-            hint = matrices_hint(str(folder / name), reading)
-            raise DatasetError(f"{(folder / name).as_posix()}: no frame found; {EXPECTED_FILES}{hint}")
-    return Split(split, tuple(classes), frames)
+        if label not in labels and (complete or not labels):
+            where = folder / name if complete else folder
+            hint = matrices_hint(str(where), reading)
+            raise DatasetError(f"{where.as_posix()}: no frame found; {EXPECTED_FILES}{hint}")
+    return Split(canonical_split(split) or split, tuple(classes), frames)
 
 
 def frames_below(
-    data: Path, split: str, classes: Sequence[str], reading: ReadOptions = DEFAULT_READ_OPTIONS
+    data: Path,
+    folder: str,
+    classes: Sequence[str],
+    reading: ReadOptions = DEFAULT_READ_OPTIONS,
+    skipped: SkippedEntries | None = None,
 ) -> Iterator[LabelledFrame]:
-    """List the frames of ``DATA/SPLIT/CLASS/**`` for the classes that have a folder; an empty split is ``DATA``."""
-    prefix = f"{split}/" if split else ""
+    """List the frames of ``DATA/FOLDER/CLASS/**`` for the classes that have a folder; an empty folder is ``DATA``."""
+    prefix = f"{folder}/" if folder else ""
+    present = class_folders(data / folder)
     for label, name in enumerate(classes):
-        folder = data / split / name
-        if not folder.is_dir():
-            continue
-        for item in find_in_folder(folder, f"{prefix}{name}/", reading):
-            if isinstance(item, Failure):
-                yield LabelledFrame(data / item.file, item.file, label, error=item.error)
-            else:
-                yield LabelledFrame(item.path, item.name, label, item.frame, item.flip)
+        for on_disk in present.get(normalize_name(name), ()):
+            for item in find_in_folder(data / folder / on_disk, f"{prefix}{on_disk}/", reading, skipped):
+                if isinstance(item, Failure):
+                    yield LabelledFrame(data / item.file, item.file, label, error=item.error)
+                else:
+                    yield LabelledFrame(item.path, item.name, label, item.frame, item.flip)
 
 
 def load_quadrants(
@@ -357,13 +399,3 @@ def decode(frame: LabelledFrame, contract: Contract) -> npt.NDArray[np.uint8] | 
         return frame_quadrants(load_grey(frame.file), contract)
     except FrameError as error:
         return error
-
-
-def _split_folder(data: Path, split: str) -> Path:
-    folder = data / split
-    if not data.is_dir():
-        raise DatasetError(f"{data.as_posix()}: no such folder; {EXPECTED_FOLDERS}")
-    if not folder.is_dir():
-        found = ", ".join(sorted(entry.name for entry in data.iterdir())[:6]) or "nothing"
-        raise DatasetError(f"{data.as_posix()}: no {split}/ folder, only {found}; {EXPECTED_FOLDERS}")
-    return folder

@@ -17,10 +17,27 @@ from echoquad_runtime.frames.file_access import read_bytes
 from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, IMAGE_EXTENSIONS, ReadOptions
 from echoquad_runtime.frames.reader import decode_grey, load_grey, pixel_format
 from echoquad_runtime.quadrants import Grey
-from echoquad_train.data.dataset import EXPECTED_FOLDERS, SPLITS, LabelledFrame, class_folders, frames_below
+from echoquad_runtime.storage.system_files import SkippedEntries
+from echoquad_train.data.dataset import LabelledFrame, frames_below, patient_class_error
 from echoquad_train.data.prefetch import prefetch
+from echoquad_train.data.split_folders import (
+    EXPECTED_FOLDERS,
+    SPLITS,
+    class_folders,
+    class_name_warnings,
+    listed_splits,
+    patient_class_folders,
+)
 
-__all__ = ["DecodedFile", "list_frames", "list_splits", "read_all"]
+__all__ = ["DecodedFile", "FrameListing", "list_frames", "list_splits", "read_all"]
+
+
+class FrameListing(NamedTuple):
+    """The frames of a data set; sentences about its folders; the hidden and system entries that were skipped."""
+
+    frames: list[LabelledFrame]
+    notes: tuple[str, ...]
+    skipped: SkippedEntries
 
 
 class DecodedFile(NamedTuple):
@@ -40,35 +57,43 @@ class DecodedFile(NamedTuple):
         return hashlib.sha256(repr(self.grey.shape).encode() + self.grey.tobytes()).digest()
 
 
-def list_frames(data: Path, reading: ReadOptions = DEFAULT_READ_OPTIONS) -> list[LabelledFrame]:
+def list_frames(data: Path, reading: ReadOptions = DEFAULT_READ_OPTIONS) -> FrameListing:
     """List the frames of ``DATA/SPLIT/CLASS/**``; splits and classes may be missing.
 
     Raises
     ------
     DatasetError
-        If `data` is not a folder, has none of the three splits, or contains no frame.
+        If `data` is not a folder, has none of the three splits, or contains no frame; or if a split holds patients in
+        place of classes.
     """
-    if not data.is_dir():
-        raise DatasetError(f"{data.as_posix()}: no such folder; {EXPECTED_FOLDERS}")
-    splits = [split for split in SPLITS if (data / split).is_dir()]
+    splits, others = listed_splits(data)
     if not splits:
-        found = ", ".join(sorted(entry.name for entry in data.iterdir())[:6]) or "nothing"
+        found = ", ".join([name for names in class_folders(data).values() for name in names][:6]) or "nothing"
         raise DatasetError(
             f"{data.as_posix()}: none of {', '.join(SPLITS)} found, only {found}; {EXPECTED_FOLDERS}; "
             "make them with `echoquad data split`"
         )
-    frames = list_splits(data, splits, reading)
+    for folder in splits.values():
+        patients = [name for names in class_folders(data / folder).values() for name in names]
+        if inner := patient_class_folders(data / folder, patients):
+            raise patient_class_error(data / folder, patients, inner)
+    skipped = SkippedEntries()
+    frames = list_splits(data, splits.values(), reading, skipped)
     if not frames:
-        hints = (matrices_hint(str(data / split), reading) for split in splits)
+        hints = (matrices_hint(str(data / folder), reading) for folder in splits.values())
         raise DatasetError(f"{data.as_posix()}: no frame found; {EXPECTED_FILES}{next(filter(None, hints), '')}")
-    return frames
+    notes = [f"{name}: not a split; its frames are not read" for name in others]
+    notes += class_name_warnings(sorted({frame.class_name for frame in frames}))
+    return FrameListing(frames, tuple(notes), skipped)
 
 
-def list_splits(data: Path, splits: Iterable[str], reading: ReadOptions) -> list[LabelledFrame]:
-    """List the frames of the class folders below each split; the split ``""`` is the data folder itself."""
-    splits = list(splits)
-    classes = sorted({name for split in splits for name in class_folders(data / split)})
-    return [frame for split in splits for frame in frames_below(data, split, classes, reading)]
+def list_splits(
+    data: Path, folders: Iterable[str], reading: ReadOptions, skipped: SkippedEntries | None = None
+) -> list[LabelledFrame]:
+    """List the frames of the class folders below each split folder; the folder ``""`` is the data folder itself."""
+    folders = list(folders)
+    classes = sorted({name for folder in folders for name in class_folders(data / folder, skipped)})
+    return [frame for folder in folders for frame in frames_below(data, folder, classes, reading, skipped)]
 
 
 def read_all(frames: Iterable[LabelledFrame]) -> Iterator[tuple[LabelledFrame, DecodedFile | EchoQuadError]]:

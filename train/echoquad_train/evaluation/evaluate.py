@@ -86,7 +86,7 @@ def evaluate(
         Validation frames on which thresholds and temperatures are chosen. None if there are none, or if `split` is the
         validation split: they are cross-fitted by patient then.
     pattern
-        See `echoquad_train.data.patients.patient_of`.
+        See `echoquad_train.data.patients.read_patient`.
 
     Raises
     ------

@@ -30,11 +30,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ClassMetrics(MetricsRecord):
-    """Metrics of one class; `support` is its number of frames."""
+    """Metrics of one class; `support` is its number of frames. Without frames, recall and F1 are None."""
 
     precision: float
-    recall: float
-    f1: float
+    recall: float | None
+    f1: float | None
     support: int
 
 
@@ -74,6 +74,11 @@ class FrameMetrics(MetricsRecord):
     confusion: list[list[int]]
     per_class: dict[str, ClassMetrics]
     per_quadrant: dict[str, float]
+
+    @property
+    def absent_classes(self) -> tuple[str, ...]:
+        """The classes without frames; what needs them is None."""
+        return tuple(name for name, metrics_of in self.per_class.items() if not metrics_of.support)
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,12 @@ def metrics_of_frames(scored: ScoredFrames) -> FrameMetrics:
         classes=scored.classes,
         confusion=metrics.confusion_matrix(labels, scored.decided, labels=indices).tolist(),
         per_class={
-            name: ClassMetrics(float(precision[i]), float(recall[i]), float(f1[i]), int(support[i]))
+            name: ClassMetrics(
+                float(precision[i]),
+                float(recall[i]) if support[i] else None,
+                float(f1[i]) if support[i] else None,
+                int(support[i]),
+            )
             for i, name in enumerate(scored.classes)
         },
         per_quadrant={name: float(hits[:, i].mean()) for i, name in enumerate(QUADRANTS)},

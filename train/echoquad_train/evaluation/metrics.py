@@ -219,6 +219,8 @@ class EvaluationMetrics(MetricsRecord):
         values: dict[str, Any] = {}
         for name, value in super().to_dict().items():
             values |= value if name == "frame" else {name: value}
+        if absent := self.frame.absent_classes:
+            values["absent_classes"] = list(absent)
         if self.model is None:
             for name in ("model", "trained_calibration", "data"):
                 del values[name]
@@ -316,8 +318,11 @@ def _bootstrap_metrics(scored: ScoredFrames, sampler: Bootstrap, options: Evalua
 
 
 def _confusion_metrics(counts: Float64Array, scored: ScoredFrames) -> dict[str, Float64Array]:
-    """Return metrics of confusion matrices, float64 [B, C, C], each float64 [B]; NaN where undefined."""
-    at = scored.positive_index
+    """Return metrics of confusion matrices, float64 [B, C, C], each float64 [B]; NaN where undefined.
+
+    A class without frames among `scored` has no F1, and the mean F1 leaves it out.
+    """
+    at, occurring = scored.positive_index, np.unique(scored.labels)
     total, diagonal = counts.sum(axis=(1, 2)), np.diagonal(counts, axis1=1, axis2=2)
     rows, columns = counts.sum(axis=2), counts.sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -330,8 +335,8 @@ def _confusion_metrics(counts: Float64Array, scored: ScoredFrames) -> dict[str, 
             "balanced_accuracy": np.where(present, recall, 0).sum(axis=1) / present.sum(axis=1),
             "sensitivity": recall[:, at],
             "specificity": (negatives - (columns[:, at] - diagonal[:, at])) / negatives,
-            "f1": f1[:, at],
-            "macro_f1": np.nan_to_num(f1).mean(axis=1),
+            "f1": f1[:, at] if at in occurring else np.full(len(f1), np.nan),
+            "macro_f1": np.nan_to_num(f1[:, occurring]).mean(axis=1),
         }
 
 

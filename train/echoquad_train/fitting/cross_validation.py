@@ -26,7 +26,7 @@ from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.results.row_formats import format_for
-from echoquad_runtime.storage.atomic import make_folder, write_atomically, write_bytes, write_json
+from echoquad_runtime.storage.atomic import write_atomically, write_bytes, write_json
 from echoquad_runtime.storage.row_names import escape_formula
 from echoquad_train.data.dataset import Split, read_classes, read_split
 from echoquad_train.data.patients import patient_pattern, patients_of
@@ -34,7 +34,7 @@ from echoquad_train.data.stream import Stream
 from echoquad_train.evaluation.evaluate import SplitPredictions, predict_split
 from echoquad_train.evaluation.frame_metrics import frame_metrics
 from echoquad_train.fitting.loop import Reporter, fit
-from echoquad_train.fitting.resume import refuse_occupied
+from echoquad_train.fitting.resume import locked_run_folder, refuse_occupied
 from echoquad_train.networks.device import Device, choose_device
 from echoquad_train.networks.torch_engine import TorchEngine
 from echoquad_train.recipe import Recipe
@@ -58,7 +58,7 @@ FIGURES: Final = ("accuracy", "balanced_accuracy", "roc_auc", "patch_accuracy")
 
 @dataclass(frozen=True, slots=True)
 class FoldSettings:
-    """The number of folds, and the regular expression that extracts the patient (None: the rule of `patient_of`)."""
+    """The number of folds, and the regular expression that extracts the patient (None: the rule of `read_patient`)."""
 
     folds: int
     patient_regex: str | None = None
@@ -198,51 +198,51 @@ def fit_folds(
         As `echoquad_train.fitting.loop.fit`; or if a fold lacks a class.
     """
     torch_device = choose_device(device)
-    metadata = _open_folder(folder, recipe, settings, resume=resume)
-    classes = read_classes(data)
-    recipe.contract(classes)  # fails before anything is written
-    splits = [read_split(data, name, classes, reading) for name in ("train", "validation")]
-    parts = split_folds(splits, settings, recipe.seed)
-    if metadata is None:
-        metadata = new_ensemble_metadata(folds=asdict(settings), data={"reading": reading.to_dict()})
-        make_folder(folder)
-        write_bytes(folder / RECIPE, recipe.to_toml().encode())
-        write_json(folder / RUN, metadata)
-    held_out: list[SplitPredictions] = []
-    failures: dict[str, Failure] = {}
-    for number, (train, validation) in enumerate(parts, 1):
-        fold_folder = folder / f"fold-{number}"
-        finished = resume and _is_finished(fold_folder, (train, validation))
-        reporter.fold(number, settings.folds, finished=finished)
-        if not finished:
-            fitted = fit(
-                data,
-                fold_folder,
-                recipe,
-                device=device,
-                resume=resume and (fold_folder / RECIPE).is_file(),
-                reporter=reporter,
-                stream=stream,
-                workers=workers,
-                tensorboard=tensorboard,
-                reading=reading,
-                patient_regex=settings.patient_regex,
-                splits=(train, validation),
-                extra_metadata={"fold": {"number": number, "of": settings.folds}},
-            )
-            failures |= {failure.file: failure for failure in fitted.failures}
-        run = load_run(fold_folder)
-        predictor = Predictor(TorchEngine(run.model, run.contract, torch_device))
-        found = predict_split(predictor, validation, settings.pattern, progress=partial(reporter.judging, number))
-        failures |= {failure.file: failure for failure in found.failures}
-        held_out.append(found)
+    with locked_run_folder(folder):
+        metadata = _open_folder(folder, recipe, settings, resume=resume)
+        classes = read_classes(data)
+        recipe.contract(classes)  # fails before anything is written
+        splits = [read_split(data, name, classes, reading) for name in ("train", "validation")]
+        parts = split_folds(splits, settings, recipe.seed)
+        if metadata is None:
+            metadata = new_ensemble_metadata(folds=asdict(settings), data={"reading": reading.to_dict()})
+            write_json(folder / RUN, metadata)  # before the recipe, with which --resume would train a single run
+            write_bytes(folder / RECIPE, recipe.to_toml().encode())
+        held_out: list[SplitPredictions] = []
+        failures: dict[str, Failure] = {}
+        for number, (train, validation) in enumerate(parts, 1):
+            fold_folder = folder / f"fold-{number}"
+            finished = resume and _is_finished(fold_folder, (train, validation))
+            reporter.fold(number, settings.folds, finished=finished)
+            if not finished:
+                fitted = fit(
+                    data,
+                    fold_folder,
+                    recipe,
+                    device=device,
+                    resume=resume and (fold_folder / RECIPE).is_file(),
+                    reporter=reporter,
+                    stream=stream,
+                    workers=workers,
+                    tensorboard=tensorboard,
+                    reading=reading,
+                    patient_regex=settings.patient_regex,
+                    splits=(train, validation),
+                    extra_metadata={"fold": {"number": number, "of": settings.folds}},
+                )
+                failures |= {failure.file: failure for failure in fitted.failures}
+            run = load_run(fold_folder)
+            predictor = Predictor(TorchEngine(run.model, run.contract, torch_device))
+            found = predict_split(predictor, validation, settings.pattern, progress=partial(reporter.judging, number))
+            failures |= {failure.file: failure for failure in found.failures}
+            held_out.append(found)
 
-    figures = _figures(held_out, recipe.contract(classes).positive)
-    _write_predictions(folder / OUT_OF_FOLD, held_out, classes)
-    members = [(f"fold-{number}", load_run(folder / f"fold-{number}")) for number in range(1, settings.folds + 1)]
-    kept = {key: metadata[key] for key in ("created", "folds")}
-    write_json(folder / RUN, {**ensemble_metadata(members, "soft", flip_tta=False), **kept, "out_of_fold": figures})
-    return CrossValidationResult(folder, figures, tuple(failures.values()))
+        figures = _figures(held_out, recipe.contract(classes).positive)
+        _write_predictions(folder / OUT_OF_FOLD, held_out, classes)
+        members = [(f"fold-{number}", load_run(folder / f"fold-{number}")) for number in range(1, settings.folds + 1)]
+        kept = {key: metadata[key] for key in ("created", "folds")}
+        write_json(folder / RUN, {**ensemble_metadata(members, "soft", flip_tta=False), **kept, "out_of_fold": figures})
+        return CrossValidationResult(folder, figures, tuple(failures.values()))
 
 
 def _open_folder(folder: Path, recipe: Recipe, settings: FoldSettings, *, resume: bool) -> dict[str, Any] | None:
@@ -257,6 +257,11 @@ def _open_folder(folder: Path, recipe: Recipe, settings: FoldSettings, *, resume
     if saved != settings:
         raise RunError(
             f"{label}: began with --folds {saved.folds} and --patient-regex {saved.patient_regex}; resume with the same"
+        )
+    if not (folder / RECIPE).is_file():
+        raise RunError(
+            f"{label}: {RECIPE} is missing, so the folds cannot be resumed; remove the folder and train without "
+            "--resume"
         )
     if Recipe.load(str(folder / RECIPE)) != recipe:
         raise RunError(f"{label}: began with another recipe; resume it with the options it began with")

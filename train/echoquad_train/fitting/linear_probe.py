@@ -33,12 +33,12 @@ from torch import nn
 
 from echoquad_runtime.errors import DatasetError, RunError
 from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
-from echoquad_runtime.storage.atomic import make_folder, write_bytes
+from echoquad_runtime.storage.atomic import write_bytes
 from echoquad_train.curation.leaks import leaks_of_stores
 from echoquad_train.data.dataset import LabelledFrame, QuadrantStore, Split, load_quadrants, read_classes, read_split
 from echoquad_train.data.patients import patient_pattern, patients_of
 from echoquad_train.fitting.loop import FitResult, Reporter, make_epoch
-from echoquad_train.fitting.resume import open_run_folder, remove_folder_on_failure
+from echoquad_train.fitting.resume import locked_run_folder, open_run_folder
 from echoquad_train.fitting.run_temperatures import fit_run_temperatures
 from echoquad_train.networks.classifier import QuadrantClassifier, build_model
 from echoquad_train.networks.device import Device, choose_device, make_deterministic
@@ -111,48 +111,51 @@ def fit_linear(
     """
     torch_device = choose_device(device)
     make_deterministic(torch_device)
-    open_run_folder(folder, recipe, resume=False)
-    pattern = patient_pattern(patient_regex)
-    classes = read_classes(data)
-    contract = recipe.contract(classes)
-    train, validation = (read_split(data, split, classes, reading) for split in ("train", "validation"))
-    torch.manual_seed(recipe.seed)
-    model = build_model(recipe, contract).to(torch_device).eval()
-    make_folder(folder)
-    write_bytes(folder / checkpoint.RECIPE, recipe.to_toml().encode())
-    with remove_folder_on_failure(folder, enabled=True):
+    with locked_run_folder(folder):
+        open_run_folder(folder, recipe, resume=False)
+        pattern = patient_pattern(patient_regex)
+        classes = read_classes(data)
+        contract = recipe.contract(classes)
+        train, validation = (read_split(data, split, classes, reading) for split in ("train", "validation"))
+        torch.manual_seed(recipe.seed)
+        model = build_model(recipe, contract).to(torch_device).eval()
         train_store, validation_store = (
             load_quadrants(split, contract, overflow=folder, progress=partial(reporter.decoding, split.name))
             for split in (train, validation)
         )
         groups = _patients_of_store(train, train_store, pattern)
         _require_patients(train_store.labels, groups, classes)
-    failures = (*train_store.failures, *validation_store.failures)
-    reporter.started(torch_device.type, "fp32", train, validation)
-    leaks = leaks_of_stores((train_store, validation_store), pattern, contract.quadrants)
-    reporter.audited(leaks)
-    started = time.perf_counter()
-    features = quadrant_features(model, train_store, partial(reporter.batch, 1))
-    labels = np.repeat(train_store.labels, 4)
-    probe = select_probe(kind, features, labels, np.repeat(groups, 4), balanced=recipe.class_weights, seed=recipe.seed)
-    set_head(model, probe)
-    feeds = (DeviceFeed(store, torch_device) for store in (train_store, validation_store))
-    trained, validated = (validate(model, contract, feed) for feed in feeds)
-    epoch = make_epoch(1, kind, trained, validated, started)
-    if not math.isfinite(epoch.train_loss + epoch.validation_loss):
-        raise RunError(
-            f"{folder.as_posix()}: the backbone's features are not finite; expected weights of a trained network; "
-            "use others with --weights"
+        failures = (*train_store.failures, *validation_store.failures)
+        reporter.started(torch_device.type, "fp32", train, validation)
+        leaks = leaks_of_stores((train_store, validation_store), pattern, contract.quadrants)
+        reporter.audited(leaks)
+        started = time.perf_counter()
+        features = quadrant_features(model, train_store, partial(reporter.batch, 1))
+        labels = np.repeat(train_store.labels, 4)
+        probe = select_probe(
+            kind, features, labels, np.repeat(groups, 4), balanced=recipe.class_weights, seed=recipe.seed
         )
-    metadata = run_metadata.collect_metadata(
-        data, recipe, contract, (train, validation), failures, torch_device.type, "fp32", reading=reading
-    )
-    metadata |= {"fit": probe.metadata, "patient_regex": patient_regex, "audit": leaks.counts}
-    checkpoint.save_best(folder, model.state_dict(), recipe, contract, epoch.epoch)
-    metadata = fit_run_temperatures(folder, metadata, recipe, validation, validation_store, torch_device)
-    run_metadata.write_run(folder, metadata, [epoch], finished=True)
-    reporter.epoch(epoch, 1, True)
-    return FitResult(folder, (epoch,), epoch, failures, metadata.get("calibration"))
+        set_head(model, probe)
+        feeds = (DeviceFeed(store, torch_device) for store in (train_store, validation_store))
+        trained, validated = (validate(model, contract, feed) for feed in feeds)
+        epoch = make_epoch(1, kind, trained, validated, started)
+        if not math.isfinite(epoch.train_loss + epoch.validation_loss):
+            raise RunError(
+                f"{folder.as_posix()}: the backbone's features are not finite; expected weights of a trained network; "
+                "use others with --weights"
+            )
+        metadata = run_metadata.collect_metadata(
+            data, recipe, contract, (train, validation), failures, torch_device.type, "fp32", reading=reading
+        )
+        metadata |= {"fit": probe.metadata, "patient_regex": patient_regex, "audit": leaks.counts}
+        # Before the recipe: with a recipe alone, --resume would train a network.
+        run_metadata.write_run(folder, metadata, [], finished=False)
+        write_bytes(folder / checkpoint.RECIPE, recipe.to_toml().encode())
+        metadata["best_sha256"] = checkpoint.save_best(folder, model.state_dict(), recipe, contract, epoch.epoch)
+        metadata = fit_run_temperatures(folder, metadata, recipe, validation, validation_store, torch_device)
+        run_metadata.write_run(folder, metadata, [epoch], finished=True)
+        reporter.epoch(epoch, 1, True)
+        return FitResult(folder, (epoch,), epoch, failures, metadata.get("calibration"))
 
 
 @torch.inference_mode()

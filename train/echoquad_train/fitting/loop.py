@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from echoquad_runtime.errors import RunError
+from echoquad_runtime.errors import OutputError, RunError
 from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.storage.atomic import make_folder, write_bytes
@@ -25,7 +25,14 @@ from echoquad_train.curation.leaks import Leaks, leaks_of_stores
 from echoquad_train.data.dataset import Split, Store, read_classes, read_split
 from echoquad_train.data.patients import patient_pattern
 from echoquad_train.data.stream import Storage, Stream
-from echoquad_train.fitting.resume import open_run_folder, remove_folder_on_failure, require_same_teacher, saved_text
+from echoquad_train.fitting.resume import (
+    locked_run_folder,
+    open_run_folder,
+    remove_recipe_on_failure,
+    require_same_teacher,
+    saved_text,
+    state_errors,
+)
 from echoquad_train.fitting.run_temperatures import fit_run_temperatures
 from echoquad_train.networks.classifier import build_model
 from echoquad_train.networks.device import Device, choose_device, make_deterministic, mixed_dtype
@@ -137,8 +144,8 @@ def fit(
     reading
         How to read the data's files.
     patient_regex
-        Extracts the patient from a frame's name; see `echoquad_train.data.patients.patient_of`. A resumed run defaults
-        to the saved one.
+        Extracts the patient from a frame's name; see `echoquad_train.data.patients.read_patient`. A resumed run
+        defaults to the saved one.
     splits
         Train and validate on these instead of on `data`'s own splits; of the same classes.
     extra_metadata
@@ -152,6 +159,7 @@ def fit(
     torch_device = choose_device(device)
     make_deterministic(torch_device)
     with ExitStack() as resources:
+        ranks.from_first(lambda: resources.enter_context(locked_run_folder(folder)))
         run = TrainingRun(
             data,
             folder,
@@ -171,11 +179,17 @@ def fit(
         run.prepare(teacher)
         if tensorboard and ranks.first:
             run.tensorboard = resources.enter_context(TensorboardWriter(folder, len(run.history)))
-        for number in range(len(run.history) + 1, recipe.epochs + 1):
-            if should_stop_early(run.history, recipe):
-                break
-            run.epoch(number)
-        return run.finish()
+        try:
+            for number in range(len(run.history) + 1, recipe.epochs + 1):
+                if should_stop_early(run.history, recipe):
+                    break
+                run.epoch(number)
+            return run.finish()
+        except OutputError as error:
+            kept = (
+                "no epoch is" if not run.saved_epochs else f"the first {run.saved_epochs} of {recipe.epochs} epochs are"
+            )
+            raise OutputError(f"{error}; {kept} saved; then continue with `echoquad train --resume`") from error
 
 
 @dataclass
@@ -196,6 +210,7 @@ class TrainingRun:
     splits: tuple[Split, Split] | None
     extra_metadata: Mapping[str, Any]
     tensorboard: TensorboardWriter | None = None
+    saved_epochs: int = 0
 
     def prepare(self, teacher_folder: Path | None) -> None:
         """Read the data, build the model, and load the saved state of a resumed run."""
@@ -249,7 +264,7 @@ class TrainingRun:
     def _open_stores(self, teacher: Teacher | None) -> Store | None:
         """Decode every frame once, to 8-bit quadrants, unless they are streamed; return the teacher's store."""
         teacher_store = None
-        with remove_folder_on_failure(self.folder, enabled=self.ranks.first and not self.resume):
+        with remove_recipe_on_failure(self.folder, enabled=self.ranks.first and not self.resume):
             self.train_store, self.validation_store = (
                 self.storage.open(split, self.contract, partial(self.reporter.decoding, split.name))
                 for split in (self.train, self.validation)
@@ -285,11 +300,15 @@ class TrainingRun:
         """Build what an epoch needs, in the saved state of a resumed run."""
         recipe, device, classes = self.recipe, self.device, len(self.contract.classes)
         self.history = [Epoch(**row) for row in state["history"]] if state else []
+        self.saved_epochs = len(self.history)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         if state:
-            self.model.load_state_dict(state["model"])
-            if state["scaler"]:  # empty if the run was not in float16 before
-                self.scaler.load_state_dict(state["scaler"])
+            with state_errors(self.folder):
+                self.model.load_state_dict(state["model"])
+                if state["scaler"]:  # empty if the run was not in float16 before
+                    self.scaler.load_state_dict(state["scaler"])
+            if "best_sha256" in state:
+                self.metadata["best_sha256"] = state["best_sha256"]
         if self.ranks.first:
             run_metadata.write_run(self.folder, self.metadata, self.history, finished=False)
         weights = class_weights(self.train_store.labels, classes) if recipe.class_weights else torch.ones(classes)
@@ -297,7 +316,8 @@ class TrainingRun:
         self.capturable = recorder is not None
         self.ema = EmaWeights(self.model, recipe.ema_decay, capturable=self.capturable) if recipe.ema_decay else None
         if self.ema and state:
-            self.ema.load_state_dict(state["ema"])
+            with state_errors(self.folder):
+                self.ema.load_state_dict(state["ema"])
         self.evaluated = self.ema.model if self.ema else self.model  # the model that is validated and saved as best
         self.trainer = Trainer(
             self.model,
@@ -364,7 +384,8 @@ class TrainingRun:
         if self.schedule is None or self.phase != previous:
             self.schedule = OptimizerSchedule(groups, recipe, self.phase, len(batches), capturable=self.capturable)
             if self.saved_schedule and self.phase == phase_of(recipe, len(self.history)):
-                self.schedule.load_state_dict(self.saved_schedule)
+                with state_errors(self.folder):
+                    self.schedule.load_state_dict(self.saved_schedule)
             self.saved_schedule = None
 
         if self.tensorboard and not self.history:
@@ -391,8 +412,10 @@ class TrainingRun:
         def write() -> None:
             if best_weights is not None:
                 number = history[-1].epoch
-                checkpoint.save_best(self.folder, best_weights, self.recipe, self.contract, number)
-            checkpoint.save_last(self.folder, snapshot)
+                digest = checkpoint.save_best(self.folder, best_weights, self.recipe, self.contract, number)
+                self.metadata["best_sha256"] = digest
+            checkpoint.save_last(self.folder, {**snapshot, "best_sha256": self.metadata.get("best_sha256")})
+            self.saved_epochs = len(history)
             run_metadata.write_run(self.folder, self.metadata, history, finished=False)
 
         self.writer.write(write)

@@ -80,7 +80,7 @@ def fit_ensemble_temperatures(ensemble: Ensemble, data: Path, patient_regex: str
     data
         The data folder, read with the same options as for the members.
     patient_regex
-        Extracts the patient from a frame's name, for cross-fitting; see `echoquad_train.data.patients.patient_of`.
+        Extracts the patient from a frame's name, for cross-fitting; see `echoquad_train.data.patients.read_patient`.
 
     Raises
     ------

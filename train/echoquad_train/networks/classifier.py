@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import pickle
 import re
 import sys
-import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
-from http.client import HTTPException
 from pathlib import Path
 from typing import Final
 
-import safetensors
-import safetensors.torch
-import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
@@ -25,12 +18,10 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ConfigError
 from echoquad_train.networks.backbones import BACKBONES, build_backbone, check_backbone
+from echoquad_train.networks.weight_files import TensorFileError, first_line, read_archive, read_safetensors
 from echoquad_train.recipe import Recipe
 
-__all__ = ["QuadrantClassifier", "build_model", "first_line", "load_pretrained", "set_trainable"]
-
-# Exceptions of torch for a file that it cannot read as tensors, besides OSError.
-_UNREADABLE: Final = (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
+__all__ = ["QuadrantClassifier", "build_model", "load_pretrained", "set_trainable"]
 
 _POSITION_EMBEDDINGS: Final = "encoder.pos_embedding"  # of a vision transformer: float [1, 1 + patches, F]
 
@@ -110,7 +101,10 @@ def load_pretrained(body: nn.Module, backbone: str, weights: str) -> None:
             f"weights {weights}: {len(wrong)} of {len(expected)} tensors do not match {backbone} (first: {wrong[0]}); "
             f"expected weights of a {backbone}"
         )
-    body.load_state_dict(state)
+    try:
+        body.load_state_dict(state)
+    except (RuntimeError, NotImplementedError) as error:  # a tensor of another kind, such as a sparse one
+        raise ConfigError(f"weights {weights}: cannot be loaded ({first_line(error)})") from error
 
 
 def _convert(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], backbone: str) -> dict[str, Tensor]:
@@ -165,8 +159,7 @@ def _download(backbone: str) -> Mapping[str, Tensor]:
         with contextlib.redirect_stdout(sys.stderr):  # torch prints the download; stdout is for results
             state: Mapping[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
         return state
-    # No network, an interrupted download, a full disk, a wrong hash, a damaged file in the cache.
-    except (OSError, HTTPException, *_UNREADABLE) as error:
+    except Exception as error:  # no network, an interrupted download, a full disk, a wrong hash, a damaged cache
         reason = getattr(error, "reason", None) or first_line(error)
         raise ConfigError(
             f"weights imagenet: the {backbone} weights cannot be downloaded ({reason}); connect once, "
@@ -175,28 +168,19 @@ def _download(backbone: str) -> Mapping[str, Tensor]:
 
 
 def _read_weights(path: Path) -> Mapping[str, Tensor]:
+    label = f"weights {path.as_posix()}"
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles of other programs; an error reports them
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_safetensors(path).tensors if path.suffix == ".safetensors" else read_archive(path)
     except FileNotFoundError:
-        raise ConfigError(f"weights {path.as_posix()}: no such file; expected imagenet, none, or a file") from None
-    except (OSError, *_UNREADABLE) as error:
-        # torch's message for a pickle with code explains how to run it.
-        reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else first_line(error)
+        raise ConfigError(f"{label}: no such file; expected imagenet, none, or a file") from None
+    except TensorFileError as error:
+        if path.suffix == ".safetensors":
+            raise ConfigError(f"{label}: damaged or not a safetensors file ({error})") from error
         raise ConfigError(
-            f"weights {path.as_posix()}: cannot be read as tensors ({reason}); "
-            "expected .safetensors, or a .pt that holds only tensors"
+            f"{label}: cannot be read as tensors ({error}); expected .safetensors, or a .pt that holds only tensors"
         ) from error
-    except safetensors.SafetensorError as error:
-        raise ConfigError(f"weights {path.as_posix()}: damaged or not a safetensors file ({error})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ConfigError(f"weights {path.as_posix()}: no state dict found; expected a mapping of names to tensors")
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise ConfigError(f"{label}: no state dict found; expected a mapping of names to tensors")
     return state
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, without the pages that torch appends."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -10,7 +10,8 @@ from PIL import Image
 
 from echoquad_runtime.errors import ConfigError
 from echoquad_runtime.storage.atomic_folder import atomic_folder
-from echoquad_train.data.dataset import SPLITS, Progress
+from echoquad_train.data.dataset import Progress
+from echoquad_train.data.split_folders import SPLITS
 from echoquad_train.phantom.drawing import LABELS, draw_patient, generator_of, render
 
 __all__ = ["MIN_PATIENTS", "write_dataset"]

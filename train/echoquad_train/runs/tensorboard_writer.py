@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -51,12 +52,18 @@ class TensorboardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._writer.close()
+        if error is None:
+            with output_errors(self._folder):
+                self._writer.close()
+        else:
+            with contextlib.suppress(OSError):  # the first error says more, such as that the disk is full
+                self._writer.close()
 
     def batch(self, images: Tensor) -> None:
         """Write the first augmented quadrants, float [B, 1, S, S], grey levels 0 to 255, as an image."""
         grid = make_grid(images[:_PREVIEW_QUADRANTS].clamp(0, 255).to(torch.uint8), nrow=8, pad_value=255)
-        self._writer.add_image("augmented quadrants", grid, 1)
+        with output_errors(self._folder):
+            self._writer.add_image("augmented quadrants", grid, 1)
 
     def epoch(self, epoch: Epoch, quadrant_accuracies: Sequence[float]) -> None:
         """Write an epoch's figures and the accuracies of LA RA LV RV.

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from echoquad.cli.framework.console import Progress, describe_failure, format_table, print_result, print_status
+from echoquad.cli.framework.console import (
+    Progress,
+    describe_failure,
+    format_table,
+    print_result,
+    print_skipped,
+    print_status,
+)
 from echoquad.cli.framework.extras import require_extra
 from echoquad.cli.framework.options import Every, Flip, Matrices, PatientRegex, read_options
 
@@ -53,6 +60,7 @@ def audit(
             data, pattern, reading=read_options(matrices, flip, every), seed=seed, progress=progress.update
         )
     print_result(_summarize(found))
+    print_skipped(found.skipped)
     for failure in found.failures:
         print_status(describe_failure(failure))
     if out is not None:
@@ -107,7 +115,8 @@ def _findings(found: Audit) -> list[str]:
     from echoquad_train.curation.shortcut_features import KINDS
 
     leaks = found.leaks
-    lines = [f"note: {text}" for text in found.notes]
+    lines = [f"note: {display_name(text)}" for text in found.notes]
+    lines += _patients(found)
     lines.append(f"unreadable files: {len(found.failures) or 'none'}")
     lines.append(f"patients in more than one split: {len(leaks.patients) or 'none'}")
     lines += _shorten([f"  LEAK {display_name(who)}: {', '.join(splits)}" for who, splits in leaks.patients.items()])
@@ -117,8 +126,6 @@ def _findings(found: Audit) -> list[str]:
     lines += _shorten([_duplicates(group) for group in leaks.near])
     if leaks.unchecked:
         lines.append(f"  {leaks.unchecked} more pairs of similar frames were not compared")
-    if found.frames_without_patient:
-        lines.append(f"{found.frames_without_patient} frames have names without a patient; use --patient-regex")
     lines.append(f"shortcuts: {len(found.flagged) or 'none'}")
     for shortcut in found.shortcuts:
         feature = f"{display_name(shortcut.class_name)} from {KINDS[shortcut.kind]}"
@@ -130,6 +137,20 @@ def _findings(found: Audit) -> list[str]:
                 f"(chance is below {shortcut.chance:.3f} in 99 of 100)"
             )
     return lines
+
+
+def _patients(found: Audit) -> list[str]:
+    """Return how patients were read, so that a person can say whether it is right."""
+    from echoquad_runtime.storage.row_names import display_name
+
+    reading = found.patient_reading
+    lines = [f"patients in the names: {f'{reading.patients}, {reading.frames_each}' if reading.patients else 'none'}"]
+    lines += [f"  {frames} frames name it by {rule}" for rule, frames in reading.rules.items()]
+    lines += [f"  {display_name(patient)} from {display_name(name)}" for name, patient in reading.examples]
+    lines += [f"  DOUBT {display_name(text)}" for text in reading.doubts]
+    if reading.without:
+        lines.append(f"  {reading.without} frames have names without a patient; each counts as one")
+    return [*lines, "  is this right? if not, use --patient-regex"]
 
 
 def _duplicates(group: DuplicateGroup) -> str:

@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from echoquad.cli.framework.console import Progress, format_table, print_failures, print_result, print_status
+from echoquad.cli.framework.console import (
+    Progress,
+    format_table,
+    print_failures,
+    print_result,
+    print_skipped,
+    print_status,
+)
 from echoquad.cli.framework.extras import require_extra
 from echoquad.cli.framework.options import Every, Flip, Matrices, QuadrantLayout, read_options
 
@@ -38,5 +45,8 @@ def patches(
     rows = [[f"{part}/{display_name(name)}", str(count), str(4 * count)] for (part, name), count in done.counts.items()]
     print_result(format_table(["split/class", "frames", "quadrants"], rows))
     print_result(f"stitched back: all {done.frames} frames equal their crop, pixel for pixel")
+    for note in done.notes:
+        print_status(f"note: {display_name(note)}")
+    print_skipped(done.skipped)
     print_status(f"wrote {out.as_posix()}/ with {MAPPING}")
     raise typer.Exit(print_failures(done.failures, done=done.frames))

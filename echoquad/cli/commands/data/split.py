@@ -7,7 +7,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from echoquad.cli.framework.console import Progress, format_table, print_failures, print_result, print_status
+from echoquad.cli.framework.console import (
+    Progress,
+    format_table,
+    print_failures,
+    print_result,
+    print_skipped,
+    print_status,
+)
 from echoquad.cli.framework.extras import require_extra
 from echoquad.cli.framework.options import Every, Matrices, PatientRegex, read_options
 
@@ -18,7 +25,8 @@ def split(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="SOURCE", help="Folder with CLASS/**, or with {train,validation,test}/CLASS/** to divide again."
+            metavar="SOURCE",
+            help="Folder with CLASS/** or PATIENT/CLASS/**, or with {train,validation,test}/CLASS/** to divide again.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; new or empty.")],
@@ -57,6 +65,12 @@ def split(
         for name, (frames, patients) in by_class.items()
     ]
     print_result(format_table(["split/class", "frames", "patients"], rows))
+    for note in parts.notes:
+        print_status(f"note: {display_name(note)}")
+    print_skipped(parts.skipped)
+    print_status(display_name(parts.reading.line))
+    for doubt in parts.reading.doubts:
+        print_status(f"doubt: {display_name(doubt)}; use --patient-regex if it is wrong")
     for group in parts.joined:
         print_status(f"kept together, because they share a picture: {', '.join(map(display_name, group))}")
     if copied:

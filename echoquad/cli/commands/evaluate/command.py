@@ -9,7 +9,7 @@ import typer
 
 from echoquad.cli.commands.evaluate.models import evaluation_read_options, open_model
 from echoquad.cli.commands.evaluate.summary import summarize, summarize_comparison
-from echoquad.cli.framework.console import Progress, print_failures, print_result, print_status
+from echoquad.cli.framework.console import Progress, print_failures, print_result, print_skipped, print_status
 from echoquad.cli.framework.options import (
     BatchSize,
     Device,
@@ -49,7 +49,7 @@ def evaluate(
         Path, typer.Option("--out", metavar="DIR", help="Folder for metrics, predictions, figures and report.")
     ],
     split: Annotated[
-        str, typer.Option("--split", metavar="NAME", help="Folder of DATA: train, validation or test.")
+        str, typer.Option("--split", metavar="NAME", help="Split of DATA: train, validation or test.")
     ] = "test",
     threshold_from: Annotated[
         Path | None,
@@ -155,19 +155,32 @@ def _measure(
     """Evaluate one model; choose its thresholds on validation frames other than those reported, if there are any."""
     from dataclasses import replace
 
+    from echoquad_runtime.storage.row_names import display_name
+    from echoquad_runtime.storage.system_files import SkippedEntries
     from echoquad_train.data.dataset import read_split
+    from echoquad_train.data.split_folders import split_folders
     from echoquad_train.evaluation import evaluate as evaluation
 
     classes = predictor.contract.classes
-    frames = read_split(data, split, classes, reading)
+    skipped = SkippedEntries()
+    frames = read_split(data, split, classes, reading, complete=False, skipped=skipped)
     source = threshold_from or data
-    same = split == "validation" and source.resolve() == data.resolve()
-    separate = not same and (threshold_from is not None or (source / "validation").is_dir())
-    reference = read_split(source, "validation", classes, reading) if separate else None
+    same = frames.name == "validation" and source.resolve() == data.resolve()
+    separate = not same and (threshold_from is not None or "validation" in split_folders(source))
+    reference = (
+        read_split(source, "validation", classes, reading, complete=False, skipped=skipped) if separate else None
+    )
+    print_skipped(skipped)
+    for part in (frames, reference):
+        if part is not None and (absent := [name for name, count in part.counts.items() if not count]):
+            print_status(
+                f"{part.name}: no frame of class {', '.join(map(display_name, absent))}; what needs "
+                f"{'it' if len(absent) == 1 else 'them'} is not measured"
+            )
     count = len(frames.frames) + (len(reference.frames) if reference else 0)
     also = f" and {len(reference.frames)} of validation for the thresholds" if reference else ""
     print_status(
-        f"{split}: {len(frames.frames)} frames{also} on {predictor.engine.device} in {predictor.engine.precision}"
+        f"{frames.name}: {len(frames.frames)} frames{also} on {predictor.engine.device} in {predictor.engine.precision}"
     )
     facts = {**evaluation.model_facts(folder), "data": data.as_posix()}
     trained = facts["trained_calibration"]

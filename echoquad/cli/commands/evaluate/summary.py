@@ -23,7 +23,7 @@ def summarize(metrics: EvaluationMetrics) -> str:
     rows = [
         [
             name,
-            *(f"{value:.4f}" for value in (of.precision, of.recall, of.f1)),
+            *("none" if value is None else f"{value:.4f}" for value in (of.precision, of.recall, of.f1)),
             str(of.support),
             *map(str, frame.confusion[index]),
         ]

@@ -13,7 +13,7 @@ import typer
 from echoquad.cli.commands.predict.frames import FrameSelection
 from echoquad.cli.commands.predict.rows import print_resume_state, row_writer
 from echoquad.cli.commands.predict.tally import Tally
-from echoquad.cli.framework.console import Progress, print_status
+from echoquad.cli.framework.console import Progress, print_skipped, print_status
 from echoquad.cli.framework.options import (
     BundleFolder,
     CudaGraphs,
@@ -54,7 +54,8 @@ def predict(
         typer.Argument(
             metavar="INPUT",
             help="Images, DICOM files, clips, matrices; folders; patterns such as 'exam/*.png'; any number of them. "
-            "clip.dcm#12 is the twelfth frame of a clip.",
+            "clip.dcm#12 is the twelfth frame of a clip. Rows name frames relative to the folder, or to the deepest "
+            "folder that contains all inputs. Hidden and system files in folders are skipped and counted.",
         ),
     ],
     out: Annotated[
@@ -169,6 +170,7 @@ def predict(
             if frames.complete and not frames.selected and not frames.has_result:
                 for failure in first:
                     tally.fail(cast("Failure", failure))
+                print_skipped(frames.skipped)
                 raise typer.Exit(tally.exit_code(0))
             options: dict[str, Any] = {
                 "device": config.device,
@@ -222,6 +224,7 @@ def predict(
                 f"{rows.rows} rows are kept in {rows.partial.as_posix()}; run the same command with --resume to "
                 "continue"
             )
+    print_skipped(frames.skipped)
     if tally.frames or frames.has_result:
         outputs = [f"{'wrote' if written else 'unchanged:'} {out.as_posix()}"] if out is not None else []
         outputs += [f"overlays in {overlay.as_posix()}/"] if overlay is not None else []

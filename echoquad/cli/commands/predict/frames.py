@@ -28,19 +28,23 @@ class FrameSelection:
         Whether all inputs are listed.
     kept
         Number of rows of an interrupted run.
+    skipped
+        The hidden and system entries skipped so far.
     """
 
     def __init__(
         self, inputs: Sequence[str], reading: ReadOptions, shard: Shard | None, rows: ResultFile | None
     ) -> None:
         from echoquad_runtime.frames.discovery import find_frames
+        from echoquad_runtime.storage.system_files import SkippedEntries
 
         self.found = self.selected = self.yielded = 0
         self.complete = False
         self.kept = rows.existing_rows if rows is not None else 0
         self._shard, self._rows = shard, rows
         self._peeked: list[FrameFile | Failure] = []
-        self._remaining = self._select(find_frames(inputs, reading))
+        self.skipped = SkippedEntries()
+        self._remaining = self._select(find_frames(inputs, reading, self.skipped))
 
     def _select(self, items: Iterator[FrameFile | Failure]) -> Iterator[FrameFile | Failure]:
         from echoquad_runtime.frames.frame_file import FrameFile

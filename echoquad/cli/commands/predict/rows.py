@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from echoquad.cli.framework.console import STDOUT, print_status
+from echoquad_runtime.storage.row_names import display_name
 
 if TYPE_CHECKING:
     from echoquad_runtime.results.result_file import ResultFile
@@ -40,7 +41,6 @@ def row_writer(out: Path | None, rows: ResultFile | None, classes: tuple[str, ..
         with output_errors(STDOUT):
             yield RowWriter(_FlushedStream(sys.stdout.buffer), classes)
     else:
-        import shutil
         from tempfile import SpooledTemporaryFile
 
         # The progress bar on the same terminal would tear the rows apart: print them after it.
@@ -49,8 +49,22 @@ def row_writer(out: Path | None, rows: ResultFile | None, classes: tuple[str, ..
                 yield RowWriter(buffer, classes)
             finally:
                 buffer.seek(0)
-                shutil.copyfileobj(buffer, sys.stdout.buffer)
-                sys.stdout.buffer.flush()
+                _print_rows(buffer)
+
+
+def _print_rows(rows: IO[bytes]) -> None:
+    """Print the rows of a CSV file to a terminal, with escapes for characters that are not printable."""
+    import io
+
+    text = io.TextIOWrapper(rows, encoding="utf-8", newline="\n")
+    row = ""
+    for line in text:
+        row += line
+        if row.count('"') % 2 == 0:  # else the line ends inside of a quoted name
+            sys.stdout.buffer.write(display_name(row.removesuffix("\n")).encode() + b"\n")
+            row = ""
+    text.detach()
+    sys.stdout.buffer.flush()
 
 
 class _FlushedStream:

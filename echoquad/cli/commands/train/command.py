@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from echoquad.cli.commands.train.training_progress import TrainingProgress, describe_calibration
-from echoquad.cli.framework.console import mute, print_failures, print_status
+from echoquad.cli.framework.console import format_command, mute, print_failures, print_skipped, print_status
 from echoquad.cli.framework.extras import missing_extra, require_extra
 from echoquad.cli.framework.options import (
     Every,
@@ -123,7 +123,6 @@ def train(
     """
     from echoquad.cli.commands.train.folds import is_cross_validation, train_folds
     from echoquad_runtime.errors import UsageError
-    from echoquad_train.data.dataset import read_classes, read_split
     from echoquad_train.data.patients import patient_pattern
     from echoquad_train.parallel.torchrun import torchrun_rank
     from echoquad_train.recipe import Recipe
@@ -144,8 +143,7 @@ def train(
     chosen = Recipe.load(recipe or "transfer").replace(settings or (), **changes)
     reading = _read_options(out, resume, matrices, flip, every)
     patient_pattern(patient_regex)
-    for split in ("train", "validation"):  # reject a wrong path before torch is imported
-        read_split(data, split, read_classes(data), reading)
+    _check_data(data, reading)  # reject a wrong path before torch is imported
     _check_teacher(teacher, settings or ())
     _check_linear(linear, resume=resume, epochs=epochs, teacher=teacher)
     _check_folds(folds, teacher, linear)
@@ -208,7 +206,7 @@ def train(
     )
     if fitted.calibration:
         print_status(describe_calibration(fitted.calibration))
-    print_status(f"next: echoquad export {out.as_posix()} --out BUNDLE")
+    print_status(f"next: {format_command('export', out.as_posix(), '--out', 'BUNDLE')}")
     raise typer.Exit(print_failures(fitted.failures, done=1))
 
 
@@ -220,6 +218,21 @@ def _one_error(ranks: Ranks) -> Iterator[None]:
     except (Exception, KeyboardInterrupt):
         mute(not ranks.fails_first())
         raise
+
+
+def _check_data(data: Path, reading: ReadOptions) -> None:
+    """List the frames that training will read; print what is skipped and which names of classes are unsuitable."""
+    from echoquad_runtime.storage.row_names import display_name
+    from echoquad_runtime.storage.system_files import SkippedEntries
+    from echoquad_train.data.dataset import read_classes, read_split
+    from echoquad_train.data.split_folders import class_name_warnings
+
+    skipped, classes = SkippedEntries(), read_classes(data)
+    for split in ("train", "validation"):
+        read_split(data, split, classes, reading, skipped=skipped)
+    print_skipped(skipped)
+    for warning in class_name_warnings(classes):
+        print_status(f"warning: {display_name(warning)}")
 
 
 def _check_teacher(teacher: Path | None, settings: list[str] | tuple[()]) -> None:

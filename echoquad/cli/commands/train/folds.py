@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echoquad.cli.commands.train.training_progress import TrainingProgress
-from echoquad.cli.framework.console import format_table, print_failures, print_result, print_status
+from echoquad.cli.framework.console import format_command, format_table, print_failures, print_result, print_status
 from echoquad_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def train_folds(
     print_status(
         f"out of fold: {folded.out_of_fold['caveat']}, so figures are optimistic; {out.as_posix()}/ is an ensemble now"
     )
-    print_status(f"next: echoquad export {out.as_posix()} --out BUNDLE")
+    print_status(f"next: {format_command('export', out.as_posix(), '--out', 'BUNDLE')}")
     return print_failures(folded.failures, done=1)
 
 

@@ -4,7 +4,7 @@
 transfer syntax                 decoder
 ==============================  ==================================================================================
 uncompressed, deflated          numpy
-JPEG baseline, extended 8-bit   Pillow, as for JPEG files: `echoquad_runtime.frames.image` checks for truncation
+JPEG baseline, extended 8-bit   Pillow, as for JPEG files: `echoquad_runtime.frames.images.image` checks for truncation
 JPEG lossless, 8-bit            the same: Pillow's wheels have libjpeg-turbo 3, which decodes it
 RLE                             Pillow's PackBits: it stops at the frame's size, some hundred times pydicom's speed
 JPEG 2000, HTJ2K                pylibjpeg-openjpeg: Pillow reduces colours of more than 8 bits to 8
@@ -41,8 +41,8 @@ from echoquad_runtime.frames.dicom.transfer_syntaxes import (
     RLE,
     UNCOMPRESSED,
 )
-from echoquad_runtime.frames.image import decode_image
-from echoquad_runtime.frames.image_integrity import check_jpeg_markers
+from echoquad_runtime.frames.images.image import decode_image
+from echoquad_runtime.frames.images.image_integrity import check_jpeg_markers
 
 __all__ = ["Samples", "decode_samples", "open_jpeg", "uncompressed_frame_bytes"]
 

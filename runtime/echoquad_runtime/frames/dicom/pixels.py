@@ -18,7 +18,7 @@ from echoquad_runtime.frames.dicom.header import COLOUR, MONOCHROME, PALETTE_COL
 from echoquad_runtime.frames.dicom.jpeg_markers import SIZE_MISMATCH
 from echoquad_runtime.frames.dicom.lookup_tables import full_scale_levels, grey_levels, palette_rgb
 from echoquad_runtime.frames.dicom.transfer_syntaxes import JPEG_BASELINE
-from echoquad_runtime.frames.image import decode_grey_and_flags, decode_image
+from echoquad_runtime.frames.images.image import decode_grey_and_flags, decode_image
 from echoquad_runtime.quadrants import Box, Grey
 
 __all__ = ["decode_pixels"]

@@ -1,1 +1,1 @@
-"""Kinds of image files that Pillow does not read, or reads otherwise than libtiff and libpng do."""
+"""Image files: decoding to grey, integrity, files of several images, and kinds that Pillow does not read correctly."""

@@ -16,8 +16,8 @@ from PIL import Image, ImagePalette
 
 from echoquad_runtime.errors import FrameDamagedError, FrameFormatError, FrameTooLargeError
 from echoquad_runtime.frames.formats import MAX_PIXELS
-from echoquad_runtime.frames.headers import tiff
-from echoquad_runtime.frames.headers.tiff import TiffFile, TiffPage
+from echoquad_runtime.frames.images import tiff_file as tiff
+from echoquad_runtime.frames.images.tiff_file import TiffFile, TiffPage
 
 __all__ = ["TiffLayout", "adjust_tiff", "check_tiff_sign", "decode_samples", "read_layout"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def test_run_bundle_and_predict_decide_alike(
     assert predicted.keys() == bundle.keys() == run.keys()
     assert len(run) == 4
     for name, row in run.items():
-        assert {**predicted[name], "file": name} == bundle[name]
+        assert {**predicted[name], "file": name, "true_class": name.split("/")[1]} == bundle[name]
         assert [row[column] for column in DECISIONS] == [bundle[name][column] for column in DECISIONS]
         for column in [column for column in row if column.startswith(("prob_", "p_"))]:
             assert float(row[column]) == pytest.approx(float(bundle[name][column]), abs=1.01e-4)
@@ -166,3 +167,30 @@ def test_predict_abstains_below_the_given_confidence(
     )
     assert (again.code, other.code) == (0, 1)
     assert other.error[0] == "E_RESULT" and "0.5" in other.errors[0]
+
+
+def test_split_in_another_spelling_without_a_class_is_evaluated(
+    trained: tuple[Path, Any], data_copy: Path, warm: Callable[..., Any], tmp_path: Path
+) -> None:
+    for split, name in (("train", "Train"), ("validation", "val"), ("test", "Testing")):
+        (data_copy / split).rename(data_copy / f"renamed-{name}")
+        (data_copy / f"renamed-{name}").rename(data_copy / name)
+    shutil.rmtree(data_copy / "Testing" / "ASD")
+    ran, named, audited, split = warm(
+        [
+            ["evaluate", trained[0], data_copy, "--out", tmp_path / "out"],
+            ["evaluate", trained[0], data_copy, "--split", "val", "--out", tmp_path / "val"],
+            ["data", "audit", data_copy],
+            ["data", "split", data_copy, "--out", tmp_path / "new", "--fractions", "50-50-0"],
+        ]
+    )
+    assert [one.code for one in (ran, named, audited, split)] == [0] * 4
+    assert "test: no frame of class ASD" in ran.err and "frames and" in ran.err
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text("utf-8"))
+    assert (metrics["split"], metrics["absent_classes"], metrics["roc_auc"]) == ("test", ["ASD"], None)
+    rows = rows_of(tmp_path / "out" / "predictions.csv")
+    assert {row["true_class"] for row in rows.values()} == {"NORM"}
+    assert all(name.startswith("Testing/NORM/") for name in rows)
+    assert json.loads((tmp_path / "val" / "metrics.json").read_text("utf-8"))["split"] == "validation"
+    assert "test: no frame of class ASD" in audited.out and "is this right?" in audited.out
+    assert "train/ASD" in split.out and "Train" not in split.out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -198,3 +199,19 @@ def test_merge_refuses_missing_files_and_wrong_extensions(many: Callable[..., An
     assert (wrong.code, unnamed.code) == (2, 2)
     assert wrong.error[0] == unnamed.error[0] == "E_USAGE"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_system_files_are_counted_in_one_line(
+    tiny_bundle: Path, frames_folder: Path, many: Callable[..., Any], tmp_path: Path
+) -> None:
+    clean = ["predict", tiny_bundle, frames_folder]
+    (plain,), _ = many([clean])
+    for name in ("@eaDir", "a/.thumbnails"):
+        (frames_folder / name).mkdir()
+        shutil.copy(frames_folder / "a" / "0.png", frames_folder / name / "0.png")
+    (frames_folder / ".DS_Store").write_bytes(b"")
+    (found,), _ = many([clean])
+    assert found.out == plain.out and found.code == 0
+    lines = [line for line in found.err.splitlines() if line.startswith("skipped ")]
+    assert lines == ["skipped 3 hidden or system entries (.DS_Store 1, .thumbnails 1, @eaDir 1)"]
+    assert "skipped" not in plain.err

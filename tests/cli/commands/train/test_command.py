@@ -25,9 +25,10 @@ def test_train_prints_its_progress_and_writes_a_run(trained: tuple[Path, Any], l
     assert lines[0].startswith("train: 4 frames (ASD 2, NORM 2)")
     assert lines[1].startswith("validation: 4 frames (ASD 2, NORM 2)")
     assert lines[2].startswith("training on cpu in ")
-    assert lines[3].startswith("leaks: 0 patients, 0 exact duplicates and 0 near duplicates")
-    assert lines[4].startswith("Epoch 01/1 [all] train loss ")
-    assert lines[4].endswith("| best")
+    assert lines[3].startswith("patients: 4, 2 frames each, read from the file name, as ASD")
+    assert lines[4].startswith("leaks: 0 patients, 0 exact duplicates and 0 near duplicates")
+    assert lines[5].startswith("Epoch 01/1 [all] train loss ")
+    assert lines[5].endswith("| best")
     assert "validation frame accuracy" in lines[-2]
     assert lines[-1] == f"next: echoquad export {folder.as_posix()} --out BUNDLE"
     wanted = {"recipe.toml", "run.json", "metrics.csv", "curves.png", "best.safetensors", "last.pt"}

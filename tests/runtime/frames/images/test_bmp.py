@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from echoquad_runtime.errors import FrameDamagedError, FrameFormatError
-from echoquad_runtime.frames.image import decode_grey, decode_image
+from echoquad_runtime.frames.images.image import decode_grey, decode_image
 
 HEIGHT, WIDTH = 5, 7
 SHARES = np.random.default_rng(1).random((HEIGHT, WIDTH, 4))

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 
-from echoquad_runtime.frames.image import decode_grey
+from echoquad_runtime.frames.images.image import decode_grey
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from echoquad_runtime.errors import FrameDamagedError, FrameFormatError
-from echoquad_runtime.frames.image import decode_grey, decode_image
+from echoquad_runtime.frames.images.image import decode_grey, decode_image
 
 HEIGHT, WIDTH = 21, 34
 Y, X = np.mgrid[:HEIGHT, :WIDTH]

@@ -163,7 +163,7 @@ def test_lack_of_memory_in_the_calling_thread_costs_one_file(
         raise MemoryError
 
     monkeypatch.setattr("PIL.Image.open", fail)
-    monkeypatch.setattr("echoquad_runtime.frames.image._open", fail)
+    monkeypatch.setattr("echoquad_runtime.frames.images.image._open", fail)
     with pytest.raises(FrameTooLargeError, match="memory"):
         READERS[function](path)
 

@@ -14,12 +14,12 @@ from echoquad_runtime.errors import FrameDamagedError, FrameFormatError
 from echoquad_runtime.frames.decoded_frame import ColourFrame, DecodedFrame
 from echoquad_runtime.frames.file_access import OpenStream
 from echoquad_runtime.frames.formats import TIFF_SIGNATURES
-from echoquad_runtime.frames.headers.several_images import has_animation
-from echoquad_runtime.frames.headers.tiff import TiffFile
-from echoquad_runtime.frames.image import decode_grey_and_flags, decode_image
-from echoquad_runtime.frames.image_integrity import PNG_SIGNATURE
+from echoquad_runtime.frames.images.animated_png import AnimatedPng, compose, read_animation
+from echoquad_runtime.frames.images.image import decode_grey_and_flags, decode_image
+from echoquad_runtime.frames.images.image_integrity import PNG_SIGNATURE
+from echoquad_runtime.frames.images.several_images import has_animation
+from echoquad_runtime.frames.images.tiff_file import TiffFile
 from echoquad_runtime.frames.quality_flags import COLOUR
-from echoquad_runtime.frames.stacks.animated_png import AnimatedPng, compose, read_animation
 from echoquad_runtime.quadrants import Grey
 
 __all__ = ["ImageStack"]

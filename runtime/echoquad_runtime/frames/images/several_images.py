@@ -7,8 +7,8 @@ from typing import IO
 
 from echoquad_runtime.errors import FrameError
 from echoquad_runtime.frames.formats import TIFF_SIGNATURES
-from echoquad_runtime.frames.headers.tiff import TiffFile
-from echoquad_runtime.frames.image_integrity import MAX_PNG_CHUNKS, PNG_SIGNATURE
+from echoquad_runtime.frames.images.image_integrity import MAX_PNG_CHUNKS, PNG_SIGNATURE
+from echoquad_runtime.frames.images.tiff_file import TiffFile
 
 __all__ = ["has_animation", "may_be_stack"]
 

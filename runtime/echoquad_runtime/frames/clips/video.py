@@ -23,6 +23,9 @@ from contextlib import ExitStack
 from typing import Any, Final, Literal
 
 from echoquad_runtime.errors import FrameDamagedError, FrameExtraError, FrameFormatError, FrameTooLargeError
+from echoquad_runtime.frames.clips.avi import read_avi_chunks
+from echoquad_runtime.frames.clips.matroska import is_matroska_complete
+from echoquad_runtime.frames.clips.mp4 import check_mp4
 from echoquad_runtime.frames.clips.video_frame import UPRIGHT, Matrix, display_matrix, to_frame
 from echoquad_runtime.frames.decoded_frame import DecodedFrame
 from echoquad_runtime.frames.file_access import OpenStream
@@ -34,9 +37,6 @@ from echoquad_runtime.frames.formats import (
     Flip,
     detect_format,
 )
-from echoquad_runtime.frames.headers.avi import read_avi_chunks
-from echoquad_runtime.frames.headers.matroska import is_matroska_complete
-from echoquad_runtime.frames.headers.mp4 import check_mp4
 
 __all__ = ["VideoFile"]
 

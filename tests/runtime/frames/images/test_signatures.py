@@ -11,7 +11,7 @@ from echoquad_runtime.errors import FrameFormatError
 from echoquad_runtime.frames.discovery import find_frames
 from echoquad_runtime.frames.formats import detect_format
 from echoquad_runtime.frames.frame_file import FrameFile
-from echoquad_runtime.frames.headers.signatures import unsupported_format
+from echoquad_runtime.frames.images.signatures import unsupported_format
 from echoquad_runtime.frames.reader import load_grey
 
 

@@ -16,8 +16,8 @@ from PIL import Image
 from echoquad_runtime.errors import FrameDamagedError, FrameTooLargeError
 from echoquad_runtime.frames.file_access import OpenStream
 from echoquad_runtime.frames.formats import MAX_FILE_BYTES, MAX_FRAMES, MAX_PIXELS
-from echoquad_runtime.frames.image import decode_layer
-from echoquad_runtime.frames.image_integrity import MAX_PNG_CHUNKS, PNG_SIGNATURE
+from echoquad_runtime.frames.images.image import decode_layer
+from echoquad_runtime.frames.images.image_integrity import MAX_PNG_CHUNKS, PNG_SIGNATURE
 
 __all__ = ["AnimatedPng", "compose", "read_animation"]
 

@@ -19,10 +19,10 @@ from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameFormatEr
 from echoquad_runtime.frames.discovery import find_frames
 from echoquad_runtime.frames.formats import ReadOptions
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
-from echoquad_runtime.frames.headers.several_images import may_be_stack
-from echoquad_runtime.frames.image import decode_grey, decode_image
+from echoquad_runtime.frames.images.image import decode_grey, decode_image
+from echoquad_runtime.frames.images.image_stack import ImageStack
+from echoquad_runtime.frames.images.several_images import may_be_stack
 from echoquad_runtime.frames.reader import load_grey, load_image
-from echoquad_runtime.frames.stacks.image_stack import ImageStack
 
 RNG = np.random.default_rng(0)
 GREYS = [RNG.integers(0, 256, (23, 31), np.uint8) for _ in range(4)]

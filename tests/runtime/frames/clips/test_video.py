@@ -186,7 +186,7 @@ def test_damaged_clip_gives_the_same_frames_in_any_order(tmp_path: Path) -> None
 
 
 def test_lack_of_memory_is_not_taken_for_damage(monkeypatch: pytest.MonkeyPatch) -> None:
-    from echoquad_runtime.frames import video as clips
+    from echoquad_runtime.frames.clips import video as clips
 
     data = video("avi", "mpeg4", "yuv420p", 6)
     clip = clips.VideoFile(lambda: io.BytesIO(data))
@@ -249,7 +249,7 @@ def test_frames_are_equal_in_any_order_and_from_threads(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("without_isolation")
 def test_each_frame_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from echoquad_runtime.frames import video as clips
+    from echoquad_runtime.frames.clips import video as clips
 
     opened = []
     keep = clips.VideoFile._open_container

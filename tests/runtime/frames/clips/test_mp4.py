@@ -9,7 +9,7 @@ import tracemalloc
 import pytest
 
 from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameFormatError, FrameTooLargeError
-from echoquad_runtime.frames.headers.mp4 import check_mp4
+from echoquad_runtime.frames.clips.mp4 import check_mp4
 
 MANY = 4_000_000_000
 

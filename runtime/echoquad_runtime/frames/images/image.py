@@ -34,9 +34,8 @@ from PIL import Image, ImageFile
 from echoquad_runtime.errors import FrameDamagedError, FrameError, FrameFormatError, FrameTooLargeError
 from echoquad_runtime.frames.decoded_frame import ROUNDING
 from echoquad_runtime.frames.formats import MAX_PIXELS, TIFF_SIGNATURES
-from echoquad_runtime.frames.headers.signatures import SOUND, unsupported_format
-from echoquad_runtime.frames.headers.tiff import TiffFile
-from echoquad_runtime.frames.image_integrity import (
+from echoquad_runtime.frames.images.bmp import decode_bit_masks, without_empty_alpha
+from echoquad_runtime.frames.images.image_integrity import (
     PNG_SIGNATURE,
     PngLastRowCheck,
     check_jpeg_kind,
@@ -45,8 +44,9 @@ from echoquad_runtime.frames.image_integrity import (
     check_png_chunks,
     check_tiff_strips,
 )
-from echoquad_runtime.frames.images.bmp import decode_bit_masks, without_empty_alpha
 from echoquad_runtime.frames.images.png_transparency import blacken_transparent_colour
+from echoquad_runtime.frames.images.signatures import SOUND, unsupported_format
+from echoquad_runtime.frames.images.tiff_file import TiffFile
 from echoquad_runtime.frames.images.tiff_samples import (
     TiffLayout,
     adjust_tiff,

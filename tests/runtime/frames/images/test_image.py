@@ -27,10 +27,10 @@ from echoquad_runtime.errors import (
     FrameTooLargeError,
     FrameTooSmallError,
 )
-from echoquad_runtime.frames import image as image_files
-from echoquad_runtime.frames import image_integrity
 from echoquad_runtime.frames.formats import MAX_PIXELS
-from echoquad_runtime.frames.image import decode_image, to_grey
+from echoquad_runtime.frames.images import image as image_files
+from echoquad_runtime.frames.images import image_integrity
+from echoquad_runtime.frames.images.image import decode_image, to_grey
 from echoquad_runtime.frames.reader import decode_grey, read_grey
 from echoquad_runtime.quadrants import split
 

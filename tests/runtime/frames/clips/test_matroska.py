@@ -7,7 +7,7 @@ import io
 import pytest
 
 from echoquad_runtime.errors import FrameTooLargeError
-from echoquad_runtime.frames.headers.matroska import is_matroska_complete
+from echoquad_runtime.frames.clips.matroska import is_matroska_complete
 
 EBML, SEGMENT, CLUSTER, CUES, INFO = (
     bytes.fromhex(text) for text in ["1a45dfa3", "18538067", "1f43b675", "1c53bb6b", "1549a966"]

@@ -8,7 +8,7 @@ import struct
 import pytest
 
 from echoquad_runtime.errors import FrameDamagedError, FrameTooLargeError
-from echoquad_runtime.frames.headers.avi import AviChunks, read_avi_chunks
+from echoquad_runtime.frames.clips.avi import AviChunks, read_avi_chunks
 
 
 def chunk(name: bytes, content: bytes = b"") -> bytes:

@@ -1,1 +1,0 @@
-"""Image files of several frames: TIFF of several pages, and animated PNG."""
