@@ -31,7 +31,7 @@ from echoquad_runtime.bundle.manifest import (
     encode_manifest,
     model_file,
 )
-from echoquad_runtime.bundle.onnx_header import CAM, CONTRACT_HASH_KEY, CONTRACT_KEY, INPUT, OUTPUTS
+from echoquad_runtime.bundle.onnx_header import CAM, CONTRACT_HASH_KEY, CONTRACT_KEY, INPUT, OUTPUTS, TYPICALITY
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
 
@@ -47,6 +47,7 @@ GATE = {
     "max_patch_flip_fraction": 0.0,
 }
 FILTERS = 6
+TYPICAL = np.array([[1.0, 1.5, 2.0, 2.5]])  # brightness of a typical quadrant at each position, for the tiny network
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -125,6 +126,13 @@ def tiny_answers(quadrants: np.ndarray, contract: Contract, weights: TinyWeights
     return logits, exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
+def tiny_typicality(quadrants: np.ndarray, contract: Contract) -> np.ndarray:
+    """Compute in numpy what the graph should give: the typicality of quadrants at each position, [N, 4]."""
+    one = TinyWeights(tiny_weights(2).convolution, np.ones((1, FILTERS)), np.zeros(1))
+    brightness, _ = tiny_answers(quadrants, contract, one)
+    return 1 / (1 + (brightness - TYPICAL) ** 2)
+
+
 def tiny_graph(
     contract: Contract,
     *,
@@ -133,9 +141,12 @@ def tiny_graph(
     input_shape: Sequence[int | str] | None = None,
     output_names: Sequence[str] = OUTPUTS,
     logit_scale: float = 1.0,
+    typicality: bool = False,
     cam: bool = False,
 ) -> bytes:
     """Build the network as the bytes of an ONNX file; with class activation maps where `cam`.
+
+    With `typicality` it also computes the scores of `tiny_typicality`.
 
     `carried` is the contract's JSON in its metadata ("" is none; None is the right one); the other options make
     graphs that a session must refuse, and `logit_scale` one that computes something else (NaN among the choices).
@@ -178,6 +189,16 @@ def tiny_graph(
             constant("temperature", contract.temperature),
         ],
     )
+    if typicality:
+        graph.initializer.append(constant("typical", TYPICAL))
+        graph.node.append(helper.make_node("ReduceSum", ["vector", "features_axis"], ["brightness"]))
+        graph.node.append(helper.make_node("Sub", ["brightness", "typical"], ["difference"]))
+        graph.node.append(helper.make_node("Mul", ["difference", "difference"], ["distance"]))
+        graph.initializer.append(constant("one", 1))
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), "features_axis"))
+        graph.node.append(helper.make_node("Add", ["distance", "one"], ["divisor"]))
+        graph.node.append(helper.make_node("Reciprocal", ["divisor"], [TYPICALITY]))
+        graph.output.append(helper.make_tensor_value_info(TYPICALITY, kinds.FLOAT, ["N", 4]))
     if cam:
         graph.initializer.append(constant("cam.weight", (weights.matrix * logit_scale)[:, :, None, None]))
         graph.node.insert(6, helper.make_node("Conv", ["rectified", "cam.weight"], [CAM]))
@@ -194,8 +215,8 @@ def tiny_graph(
 # ---------------------------------------------------------------------------------------------- a tiny bundle
 
 
-def tiny_golden(contract: Contract) -> GoldenFrames:
-    """Make golden frames and answer them in numpy."""
+def tiny_golden(contract: Contract, *, typicality: bool = False) -> GoldenFrames:
+    """Make golden frames and answer them in numpy, with `tiny_typicality` if wanted."""
     frames = {f"phantom-{i}": draw_frame(i, *size) for i, size in enumerate([(60, 80), (61, 79), (97, 33), (48, 48)])}
     frames |= {
         "ramp": (np.add.outer(np.arange(50), np.arange(71)) * 2).astype(np.uint8),
@@ -208,6 +229,11 @@ def tiny_golden(contract: Contract) -> GoldenFrames:
         frames=tuple(frames.values()),
         logits=np.stack([logits for logits, _ in answers]).astype(np.float32),
         probabilities=np.stack([probabilities for _, probabilities in answers]).astype(np.float32),
+        typicality=np.stack(
+            [tiny_typicality(frame_quadrants(frame, contract), contract).diagonal() for frame in frames.values()]
+        ).astype(np.float32)
+        if typicality
+        else None,
     )
 
 
@@ -309,3 +335,38 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_tiny_graph() -> Callable[..., bytes]:
     """Return `tiny_graph(contract, **options)`, which returns the bytes of the bundle's network."""
     return tiny_graph
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A tiny bundle with the typicality score, and what it should answer on `draw_frame`'s frames.
+
+    The median frame of `frames` has a typicality of `threshold`, the bundle's threshold; `quadrants` and `scores` are
+    those of the frames, uint8 [F, 4, 1, 32, 32] and float [F, 4], and `golden` the bundle's golden frames.
+    """
+
+    bundle: Path
+    frames: list[Grey]
+    quadrants: np.ndarray
+    scores: np.ndarray
+    threshold: float
+    golden: GoldenFrames
+    manifest: dict[str, Any]
+
+
+@pytest.fixture
+def scored(tmp_path: Path) -> Scored:
+    """Return a tiny bundle whose graph, golden frames and manifest have the typicality score."""
+    frames = [draw_frame(seed) for seed in range(10)]
+    quadrants = np.stack([frame_quadrants(frame, TINY_CONTRACT) for frame in frames])
+    scores = np.stack([tiny_typicality(four, TINY_CONTRACT).diagonal() for four in quadrants])
+    threshold = float(np.median(1 / (1 / scores).mean(axis=1)))
+    manifest = {
+        "typicality": {"thresholds": {"fp32": {"95": 2 * threshold, "99": threshold}}},
+        "parity": {"fp32": {"gate": {**GATE, "max_rel_dtypicality": 1e-3}}},
+    }
+    golden = tiny_golden(TINY_CONTRACT, typicality=True)
+    folder = build_tiny_bundle(
+        tmp_path / "scored", graph={"typicality": True, "cam": True}, golden=golden, manifest=manifest
+    )
+    return Scored(folder, frames, quadrants, scores, threshold, golden, manifest)

@@ -20,7 +20,7 @@ export class FrameError extends Error {}
  * @throws {FrameError} if it is not a PNG, damaged, too large, or carries an orientation
  */
 export function readGrey(file) {
-  const kept = plainChunks(file);
+  const { kept, transparent } = plainChunks(file);
   let image;
   try {
     image = PNG.sync.read(kept, { skipRescale: true });
@@ -30,7 +30,9 @@ export function readGrey(file) {
   const { width, height, depth, colorType, data } = image;
   const level = levelOf(depth, colorType);
   const grey = new Uint8Array(width * height);
+  const key = transparentSamples(transparent, depth);
   for (let pixel = 0, at = 0; pixel < grey.length; pixel += 1, at += 4) {
+    if (key?.every((sample, channel) => data[at + channel] === sample)) continue; // laid over black
     let [r, g, b] = [level(data[at]), level(data[at + 1]), level(data[at + 2])];
     if (WITH_ALPHA.includes(colorType)) {
       const alpha = level(data[at + 3]);
@@ -55,17 +57,20 @@ function overBlack(value, alpha) {
   return Math.floor((value * alpha) / 255 + 0.5);
 }
 
-/**
- * Check a file's chunks and keep those that hold the pixels.
- *
- * The transparent colour of a grey or RGB image is dropped and drawn like any other, as EchoQuad does.
- */
+/** Return the samples of the transparent colour of a grey or RGB image, of which the lower bits count. */
+function transparentSamples(content, depth) {
+  if (content === undefined) return undefined;
+  return Array.from({ length: content.length >> 1 }, (_, channel) => content.readUInt16BE(2 * channel) & (2 ** depth - 1));
+}
+
+/** Check a file's chunks; return those that hold the pixels, and the transparent colour of a grey or RGB image. */
 function plainChunks(file) {
   if (!file.subarray(0, 8).equals(SIGNATURE)) {
     throw new FrameError("the file is not a PNG; expected a PNG image; use echoquad predict for other formats");
   }
   const kept = [SIGNATURE];
   let colorType;
+  let transparent;
   for (let start = 8; start + 12 <= file.length; ) {
     const end = start + 12 + file.readUInt32BE(start);
     if (end > file.length) break;
@@ -85,10 +90,11 @@ function plainChunks(file) {
     if (name === "eXIf" || /^(Raw profile type exif|XML:com\.adobe\.xmp)\0/.test(content.toString("latin1", 0, 32))) {
       throw new FrameError("the file contains EXIF or XMP, which can rotate it; expected none; save it without metadata");
     }
-    if (["IHDR", "PLTE", "IDAT", "IEND"].includes(name) || (name === "tRNS" && colorType === PALETTE)) {
+    if (name === "tRNS" && colorType !== PALETTE) transparent = content;
+    else if (["IHDR", "PLTE", "tRNS", "IDAT", "IEND"].includes(name)) {
       kept.push(file.subarray(start, end));
     }
-    if (name === "IEND") return Buffer.concat(kept);
+    if (name === "IEND") return { kept: Buffer.concat(kept), transparent };
     start = end;
   }
   throw new FrameError("the PNG ends before its last chunk: the file is truncated; copy it again");

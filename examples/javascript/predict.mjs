@@ -112,7 +112,7 @@ async function integersOverflow(ort, options) {
   return Array.from(y.data, Number).some((value) => value !== 8 * 255 * 127);
 }
 
-/** Run the graph; return its four outputs by name, as flat arrays of numbers. */
+/** Run the graph; return its outputs by name, as flat arrays of numbers. */
 async function infer(graph, { width, height, grey }) {
   const ort = await loadOnnxruntime();
   try {
@@ -135,7 +135,7 @@ function tied(votes, classes) {
 }
 
 /** Return the header and the row of a decision. */
-function table(file, { contract, default_precision: precision }, found) {
+function table(file, { contract, default_precision: precision, typicality: stated }, found) {
   const { classes, vote } = contract;
   const header = ["file", "method", "pred_image", ...classes.map((name) => `prob_${name}`)];
   const row = [file, vote, classes[found.label[0]], ...found.probabilities.map((value) => value.toFixed(4))];
@@ -145,8 +145,11 @@ function table(file, { contract, default_precision: precision }, found) {
     header.push(`pred_${quadrant}`, ...classes.map((name) => `p_${quadrant}_${name}`));
     row.push(classes[found.votes[index]], ...probabilities.map((value) => value.toFixed(4)));
   });
-  header.push("flags", "device", "precision");
-  row.push(vote === "majority" && tied(found.votes, classes) ? "tie" : "", "cpu", precision);
+  const flags = vote === "majority" && tied(found.votes, classes) ? ["tie"] : [];
+  const typicality = found.typicality?.[0]; // missing if the bundle has no such score
+  if (typicality < stated?.thresholds?.[precision]?.["99"]) flags.push("unlike-training");
+  header.push("flags", "device", "precision", "typicality");
+  row.push(flags.join(";"), "cpu", precision, typicality?.toFixed(4) ?? "");
   return [header, row];
 }
 

@@ -235,6 +235,20 @@ def test_client_prints_the_rows_of_predict(
         assert {"tie" in row["flags"] for row in expected} == {True, False}  # otherwise the flag is not tested
 
 
+def test_client_scores_the_typicality_and_flags_frames_unlike_training(
+    client: Client, scored: Any, tmp_path: Path
+) -> None:
+    bundle, path = add_frame_graph(scored.bundle), tmp_path / "frame.png"
+    flags = set()
+    for frame, typicality in zip(scored.frames[:4], 1 / (1 / scored.scores).mean(axis=1), strict=False):
+        Image.fromarray(frame).save(path)
+        (row,) = rows(client(bundle, path).stdout)
+        assert abs(float(row["typicality"]) - typicality) < 1e-3
+        assert ("unlike-training" in row["flags"]) == (typicality < scored.threshold)
+        flags.add(row["flags"])
+    assert len(flags) > 1
+
+
 def test_client_prints_the_row_of_predict_for_an_int8_graph(
     client: Client,
     tiny_bundle: Path,

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 FRAMES = 48
 MAX_SECONDS = 60.0  # per run on a busy machine
 
-ROW_ENDS = (b",cpu,fp32\n", b'"precision": "fp32"}\n', b"flags,device,precision\n")
+ROW_ENDS = (b",cpu,fp32,\n", b'"typicality": null}\n', b"device,precision,typicality\n")
 """Ends of complete rows and of the header."""
 
 

@@ -25,7 +25,7 @@ def test_wheel_contains_only_the_packages(wheel: Path) -> None:
     endings = {Path(name).suffix for name in names if not name.startswith(info)}
     assert endings == {".css", ".j2", ".py", ".toml", ".typed"}
     assert not [name for name in names if re.search(r"\btest|conftest|\.pyc|\.partial", name)]
-    assert wheel.stat().st_size < 550_000  # code only: 508 kB in November 2026
+    assert wheel.stat().st_size < 680_000  # code only: 622 kB in November 2026
 
 
 def test_wheel_contains_each_file_of_the_packages(wheel: Path) -> None:

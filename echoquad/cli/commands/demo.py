@@ -53,7 +53,8 @@ def demo(
     ):
         _run(arguments)
     overlay = min((out / "overlays").rglob("*.png"), default=out / "overlays")
-    print_status(f"\ndone in {time.perf_counter() - begin:.0f} s. What to look at:")
+    print_status("")
+    print_status(f"done in {time.perf_counter() - begin:.0f} s. What to look at:")
     for path, description in (
         (f"{root}/data/", "the phantoms: synthetic frames of two classes, no patient in two splits"),
         (f"{root}/run/curves.png", "the training curves; run.json and metrics.csv are beside it"),
@@ -63,13 +64,15 @@ def demo(
         (overlay.as_posix(), "the decisions drawn over the frame, one picture for each test frame"),
         (f"{root}/bench.json", "latency on this machine, by stage"),
     ):
-        print_status(f"  {path}\n      {description}")
+        print_status(f"  {path}")
+        print_status(f"      {description}")
     print_status("Phantoms are easy to classify and prove nothing about patients. Research use only.")
 
 
 def _run(arguments: list[str]) -> None:
     """Print a command and run it in a process of its own, as a user would."""
-    print_status(f"\n$ {format_command(*arguments)}")
+    print_status("")
+    print_status(f"$ {format_command(*arguments)}")
     code = subprocess.run([sys.executable, "-m", "echoquad", *arguments], check=False).returncode
     if code:
         raise typer.Exit(code)

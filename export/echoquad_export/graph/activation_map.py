@@ -20,6 +20,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from echoquad_export.graph.onnx_graph import attributes, constants, is_spatial_mean, open_in_memory
+from echoquad_export.graph.typicality import typicality_branch
 from echoquad_runtime.bundle.onnx_header import CAM, INPUT, OUTPUTS
 from echoquad_runtime.errors import ParityError
 
@@ -34,7 +35,7 @@ _TRANSPARENT: Final = ("Flatten", "Reshape", "Squeeze", "Identity", "Dropout")
 
 
 def last_pooling(graph: onnx.GraphProto, output: str = OUTPUTS[0]) -> onnx.NodeProto | None:
-    """Return the mean over the last feature map, or None if anything but the head's linear layer reads it.
+    """Return the mean over the last feature map, or None if anything but the head and the typicality reads it.
 
     `output` is the tensor that the linear layer computes: the logits, or those of one member of an ensemble.
     """
@@ -108,8 +109,9 @@ def _pooling_and_head(graph: onnx.GraphProto, output: str = OUTPUTS[0]) -> tuple
     """Return the last pooling and the linear layer that computes `output`, or None if the graph does not end so."""
     producers = {name: node for node in graph.node for name in node.output}
     readers: dict[str, list[onnx.NodeProto]] = {}
+    typicality = typicality_branch(graph)  # it does not change the logits
     for node in graph.node:
-        for name in node.input:
+        for name in node.input if typicality.isdisjoint(node.output) else ():
             readers.setdefault(name, []).append(node)
     head = producers.get(output)
     if head is None or head.op_type != "Gemm" or head.input[1] not in {item.name for item in graph.initializer}:

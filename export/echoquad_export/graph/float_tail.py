@@ -2,7 +2,7 @@
 
 They cost next to nothing, and decisions depend on small differences there. The tail begins at the pooling after the
 last feature map, or at the head's linear layer if there is no such pooling. In an ensemble it begins there in each
-member and includes the nodes that combine the members.
+member and includes the nodes that combine the members. The typicality score is part of it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import onnx
 
 from echoquad_export.graph.activation_map import last_pooling
+from echoquad_export.graph.typicality import typicality_branch
 from echoquad_runtime.bundle.onnx_header import CAM, OUTPUTS
 
 __all__ = ["float_tail"]
@@ -20,7 +21,7 @@ _HEAD = "Gemm"
 def float_tail(graph: onnx.GraphProto) -> set[str]:
     """Return the names of the tensors that the tail computes; the nodes must be sorted topologically."""
     producers = {name: node for node in graph.node for name in node.output}
-    found: set[str] = {CAM}
+    found: set[str] = {CAM, *typicality_branch(graph)}
     waiting = [OUTPUTS[0]]
     while waiting:
         node = producers.get(waiting.pop())

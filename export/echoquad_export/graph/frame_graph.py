@@ -9,6 +9,7 @@ quadrant_probabilities    float32 [N, 4, C]   LA, RA, LV, RV; columns in the ord
 probabilities             float32 [N, C]      mean over the quadrants, for every vote rule
 votes                     int64 [N, 4]        class of each quadrant
 label                     int64 [N]           class of the frame by the vote rule
+typicality                float32 [N]         how near the frame lies to the training frames, if the network computes it
 ========================  ==================  ==========================================================================
 """
 
@@ -28,7 +29,8 @@ from echoquad_export.graph.onnx_graph import open_in_memory, replace_nodes
 from echoquad_export.graph.resize_graph import FRAMES, Nodes, add_quadrants
 from echoquad_runtime._version import __version__
 from echoquad_runtime.bundle.bundle import Bundle
-from echoquad_runtime.bundle.onnx_header import CONTRACT_KEY, INPUT, OUTPUTS
+from echoquad_runtime.bundle.onnx_header import CONTRACT_KEY, INPUT, OUTPUTS, TYPICALITY
+from echoquad_runtime.bundle.typicality import frame_typicality
 from echoquad_runtime.contract import QUADRANTS, Contract
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.slot_pool import Engine, SlotPool
@@ -52,12 +54,14 @@ __all__ = [
 ]
 
 FRAME_OUTPUTS: Final = ("quadrant_probabilities", "probabilities", "votes", "label")
+_TYPES: Final = (TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT64)
 CLASSES_KEY: Final = "echoquad.classes"
 """Metadata key of the class names, a JSON list."""
 
 MAX_GREY_DIFFERENCE: Final = 1
 """Allowed difference of a resized pixel in grey levels; it is 0 where Pillow and the graph round alike."""
 MAX_DPROBABILITY: Final = 0.05
+MAX_DTYPICALITY: Final = 0.5  # as a share of the runtime's, as in the gate of int8: one grey level may move activations
 
 _NETWORK: Final = "network/"  # prefix of the network's names
 _QUADRANTS: Final = f"{_NETWORK}{INPUT}"
@@ -94,21 +98,22 @@ def build_frame_graph(model: bytes, contract: Contract) -> bytes:
         raise BundleError(f"frame graph: the model's graph has opset {opsets.get('', 0)}; expected {_OPSET} or later")
 
     network = compose.add_prefix(network, _NETWORK)
-    graph = network.graph
+    graph, classes = network.graph, len(contract.classes)
     _rename_batch(graph)
     before, after = Nodes("frame/"), Nodes("vote/")
     add_quadrants(before, contract, _QUADRANTS)
     _add_decision(after, contract, f"{_NETWORK}{OUTPUTS[1]}")
+    names, shapes, types = list(FRAME_OUTPUTS), [(4, classes), (classes,), (4,), ()], [*_TYPES]
+    if f"{_NETWORK}{TYPICALITY}" in [output.name for output in graph.output]:
+        _add_typicality(after, f"{_NETWORK}{TYPICALITY}")
+        names, shapes, types = [*names, TYPICALITY], [*shapes, ()], [*types, TensorProto.FLOAT]
 
     nodes = [*before.nodes, *graph.node, *after.nodes]
     constants = [*before.constants, *graph.initializer, *after.constants]
     inner = [*graph.input, *graph.value_info, *graph.output]
-    classes = len(contract.classes)
-    shapes = ((4, classes), (classes,), (4,), ())
-    types = (TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT64)
     outputs = [
         helper.make_tensor_value_info(name, dtype, ["N", *shape])
-        for name, dtype, shape in zip(FRAME_OUTPUTS, types, shapes, strict=True)
+        for name, dtype, shape in zip(names, types, shapes, strict=True)
     ]
     frames = helper.make_tensor_value_info(FRAMES, TensorProto.UINT8, ["N", "H", "W"])
     combined = helper.make_model(
@@ -153,6 +158,15 @@ def _add_decision(nodes: Nodes, contract: Contract, probabilities: str) -> None:
     nodes("ArgMax", score, output=label, axis=1, keepdims=0)
 
 
+def _add_typicality(nodes: Nodes, scores: str) -> None:
+    """Add `echoquad_runtime.bundle.typicality.frame_typicality` of scores at every position, float32 [4 N, 4]."""
+    count = len(QUADRANTS)
+    distances = nodes("Reciprocal", nodes("Reshape", scores, [-1, count, count]))
+    own = nodes("Mul", distances, np.eye(count, dtype=np.float32))
+    mean = nodes("Mul", nodes("ReduceSum", own, [1, 2], keepdims=0), np.array(1 / count, np.float32))
+    nodes("Reciprocal", mean, output=TYPICALITY)
+
+
 def _sum(nodes: Nodes, terms: list[str]) -> str:
     """Add from left to right, as numpy does, so that a tie stays a tie."""
     total = terms[0]
@@ -177,6 +191,8 @@ class FrameParity:
         Largest |difference| of a probability of a quadrant or a frame.
     flips
         Number of frames with a changed decision or a changed quadrant vote.
+    max_rel_dtypicality
+        Largest |difference| of a frame's typicality, as a share of the runtime's; None if there is no such score.
     """
 
     precision: str
@@ -184,6 +200,7 @@ class FrameParity:
     max_grey_difference: int
     max_abs_dprobability: float
     flips: int
+    max_rel_dtypicality: float | None = None
 
     def require(self) -> None:
         """Raise ParityError if a figure exceeds its bound; no decision may change."""
@@ -191,6 +208,7 @@ class FrameParity:
             ("grey levels", self.max_grey_difference, MAX_GREY_DIFFERENCE),
             ("|dprobability|", self.max_abs_dprobability, MAX_DPROBABILITY),
             ("changed decisions", self.flips, 0),
+            ("relative |dtypicality|", self.max_rel_dtypicality or 0, MAX_DTYPICALITY),
         ]
         violations = [f"{name} {value:.3g} > {limit:.3g}" for name, value, limit in limits if not value <= limit]
         if violations:
@@ -201,7 +219,7 @@ class FrameParity:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the manifest's entry."""
-        return {key: value for key, value in asdict(self).items() if key != "precision"}
+        return {key: value for key, value in asdict(self).items() if key != "precision" and value is not None}
 
 
 def measure_frame_parity(frame_graph: bytes, engine: Engine, frames: Iterable[Grey]) -> FrameParity:
@@ -219,20 +237,25 @@ def measure_frame_parity(frame_graph: bytes, engine: Engine, frames: Iterable[Gr
     contract, slots = engine.contract, SlotPool(engine, 1)
     session, resizing = open_in_memory(frame_graph), open_in_memory(quadrants_part(frame_graph))
     count = grey = flips = 0
-    dprobability = 0.0
+    dprobability, dtypicality = 0.0, None
     for frame in frames:
         quadrants = frame_quadrants(frame, contract)
-        (expected,) = slots.run(quadrants[None], 1).probabilities
+        output = slots.run(quadrants[None], 1)
+        (expected,) = output.probabilities
         decision = aggregate_votes(expected[None], contract.vote, contract.vote_weights)
         (resized,) = resizing.run([_QUADRANTS], {FRAMES: frame[None]})
         each, mean, votes, label = session.run(FRAME_OUTPUTS, {FRAMES: frame[None]})
+        if output.typicality is not None:
+            (found,) = session.run([TYPICALITY], {FRAMES: frame[None]})
+            ratio = np.nan_to_num(np.abs(found / frame_typicality(output.typicality) - 1), nan=1e30, posinf=1e30)
+            dtypicality = max(dtypicality or 0.0, float(ratio.max()))
         count += 1
         grey = max(grey, int(np.abs(resized.astype(np.int16) - quadrants).max()))
         for found, wanted in ((each, expected), (mean, decision.probabilities)):
             # NaN must not count as no difference, and JSON has no infinity.
             dprobability = max(dprobability, float(np.nan_to_num(np.abs(found - wanted), nan=1e30, posinf=1e30).max()))
         flips += bool((votes != decision.quadrant_labels).any() or (label != decision.labels).any())
-    return FrameParity(engine.precision, count, grey, dprobability, flips)
+    return FrameParity(engine.precision, count, grey, dprobability, flips, dtypicality)
 
 
 def make_frame_graph(bundle: Bundle, precision: str, frames: Iterable[Grey]) -> tuple[bytes, FrameParity]:

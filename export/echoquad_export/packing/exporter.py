@@ -12,6 +12,7 @@ from typing import Any, Final
 from echoquad_export.graph.activation_map import check_activation_maps
 from echoquad_export.graph.build import IR_VERSION, OPSET, build_graph
 from echoquad_export.graph.frame_graph import load_frames, make_frame_graph
+from echoquad_export.graph.typicality import RANK, ReferenceEngine, fit_typicality
 from echoquad_export.packing.manifest import new_manifest
 from echoquad_export.parity.golden import PHANTOM, golden_source, pack_golden
 from echoquad_export.parity.metrics import measure_run
@@ -32,16 +33,16 @@ from echoquad_runtime.bundle.manifest import (
 )
 from echoquad_runtime.bundle.model_card import model_card
 from echoquad_runtime.bundle.signing import check_private_key, sign_bundle
+from echoquad_runtime.bundle.typicality import typicality_thresholds
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
-from echoquad_runtime.engine.slot_pool import infer_in_batches
+from echoquad_runtime.engine.slot_pool import flatten, run_in_batches
 from echoquad_runtime.errors import DatasetError, OutputError, RunError, UsageError, VerificationError
 from echoquad_runtime.frames.formats import ReadOptions
 from echoquad_runtime.storage.atomic import write_bytes
 from echoquad_runtime.storage.atomic_folder import atomic_folder
 from echoquad_runtime.verify.verify import Verification, verify
 from echoquad_train.data.dataset import Split, load_quadrants, read_split
-from echoquad_train.networks.torch_engine import TorchEngine
 from echoquad_train.runs.checkpoint import Run
 from echoquad_train.runs.ensemble_folder import Ensemble, load_trained
 
@@ -49,6 +50,7 @@ __all__ = ["Exported", "check_precisions", "export_run"]
 
 REFERENCE_BATCH: Final = 8  # frames per batch of the training code
 CAM_FRAMES: Final = 8  # frames on which class activation maps are compared with logits
+TYPICAL_FRAMES: Final = 1000  # training frames that the typicality score is fitted to, at most
 
 _FILE_MANAGERS: Final = (".DS_Store", "Thumbs.db", "desktop.ini")  # files of Finder and Explorer
 
@@ -119,7 +121,8 @@ def export_run(
     precisions
         Graphs to build; the first is the bundle's default.
     calibrate_data
-        Data folder whose training frames calibrate int8; None is the run's own.
+        Data folder whose training frames calibrate int8 and the typicality score; None is the run's own. Without
+        training frames the bundle has no such score.
     calibration_frames
         Number of calibration frames.
     parity_data
@@ -155,23 +158,29 @@ def export_run(
     source = golden_source(golden, split.files())
     store = load_quadrants(split, run.contract)
 
+    reference_engine = ReferenceEngine(run.model, run.contract)
+    typicality = _fit_typicality(run, reference_engine, calibrate_data, parity_data, progress)
     progress(f"running {len(store.names)} validation frames through the training code")
-    reference_engine = TorchEngine(run.model, run.contract)
-    reference = infer_in_batches(reference_engine, store.quadrants, REFERENCE_BATCH)
+    expected = run_in_batches(reference_engine, store.quadrants, REFERENCE_BATCH)
 
     with atomic_folder(out, replace=True) as unfinished:
         draft = _Draft(unfinished, new_manifest(run, wanted[0]))
-        draft.manifest["metrics"] = measure_run(run, reference[1], store.labels, f"{split.name} split")
+        draft.manifest["metrics"] = measure_run(run, flatten(expected)[1], store.labels, f"{split.name} split")
 
         def measure(precision: str, graph: bytes) -> Parity:
             """Measure parity through the bundle, from the bytes on disk, as deployment loads them."""
             draft.add_graph(precision, graph)
             return measure_parity(
-                reference, draft.open_graph(precision), store.quadrants, f"{split.name} split", gate=gate
+                flatten(expected),
+                draft.open_graph(precision),
+                store.quadrants,
+                f"{split.name} split",
+                gate=gate,
+                typicality=expected.typicality,
             )
 
         parities: list[Parity] = []
-        single = build_graph(run.model, run.contract)
+        single = build_graph(run.model, run.contract, reference_engine.typicality)
         for precision in wanted:
             progress(f"building the {precision} graph and measuring its parity")
             graph, parity, details = _convert(
@@ -183,6 +192,7 @@ def export_run(
             if maps := check_activation_maps(graph, store.quadrants[:CAM_FRAMES]):
                 draft.manifest["precisions"][precision]["cam"] = maps
 
+        draft.manifest |= _typicality_entry(typicality, parities)
         progress("choosing golden frames")
         reduced = [draft.open_graph(precision) for precision in wanted if precision != "fp32"]
         packed, draft.manifest["golden"] = pack_golden(reference_engine, source, reduced)
@@ -287,6 +297,48 @@ def _calibration_set(run: Run | Ensemble, data: Path | None, frames: int) -> Cal
             f"{run.folder.as_posix()}: its training frames cannot calibrate int8 ({error}); name a data folder with "
             "--calibrate DATA"
         ) from error
+
+
+def _fit_typicality(
+    run: Run | Ensemble,
+    engine: ReferenceEngine,
+    calibrate_data: Path | None,
+    parity_data: Path | None,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Fit the typicality score to training frames: of `calibrate_data`, else of the run's data, else of `parity_data`.
+
+    Returns
+    -------
+    dict
+        Facts for the manifest; empty if there are no training frames.
+    """
+    own = run.info.get("data", {}).get("folder")
+    candidates = [calibrate_data] if calibrate_data else [*([Path(own)] if own else []), parity_data]
+    data = next((folder for folder in candidates if folder is not None and (folder / "train").is_dir()), None)
+    try:
+        if data is None:
+            raise DatasetError("its training frames are not available; name a data folder with --parity DATA")
+        reading = ReadOptions.from_record(run.info.get("data"))
+        frames = draw_calibration_set(data, run.contract, frames=TYPICAL_FRAMES, reading=reading)
+        if len(frames.quadrants) < 2:
+            raise DatasetError("there is one training frame; expected two or more")
+    except DatasetError as error:
+        progress(f"the bundle gets no typicality score: {error}")
+        return {}
+    progress(f"fitting the typicality score to {len(frames.quadrants)} training frames")
+    fit_typicality(engine, frames.quadrants, REFERENCE_BATCH)
+    return {"features": "mean of the map at 1/16 of the side", "rank": RANK, **frames.to_dict()}
+
+
+def _typicality_entry(facts: dict[str, Any], parities: Sequence[Parity]) -> dict[str, Any]:
+    """Return the manifest's entry, with the thresholds of each precision; empty without the score."""
+    found = {parity.precision: parity.typicality for parity in parities if parity.typicality is not None}
+    if not facts or not found:
+        return {}
+    thresholds = {precision: typicality_thresholds(scores) for precision, scores in found.items()}
+    frames = len(next(iter(found.values())))
+    return {"typicality": {**facts, "validation_frames": frames, "thresholds": thresholds}}
 
 
 def _data_folder(run: Run | Ensemble, option: str) -> Path:

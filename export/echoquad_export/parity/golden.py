@@ -28,8 +28,8 @@ import numpy as np
 
 from echoquad_runtime.bundle.golden_frames import GoldenFrames, encode_golden
 from echoquad_runtime.contract import QUADRANTS, Contract
-from echoquad_runtime.engine.io_binding import FloatArray
-from echoquad_runtime.engine.slot_pool import Engine, infer_in_batches
+from echoquad_runtime.engine.io_binding import FloatArray, InferenceOutput
+from echoquad_runtime.engine.slot_pool import Engine, SlotPool, run_in_batches
 from echoquad_runtime.errors import FrameError, InputNotFoundError
 from echoquad_runtime.frames.discovery import find_frames
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
@@ -85,12 +85,16 @@ PHANTOM: Final = GoldenSource("phantom")
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """A frame with its logits and probabilities, float32 [4, C], and its `cost` in bytes of the golden file."""
+    """A frame with its logits and probabilities, float32 [4, C], and its `cost` in bytes of the golden file.
+
+    The typicality of its quadrants, float32 [4], is None if the engine does not compute it.
+    """
 
     name: str
     frame: Grey
     logits: FloatArray
     probabilities: FloatArray
+    typicality: FloatArray | None
     cost: int
 
 
@@ -149,12 +153,14 @@ def make_golden(engine: Engine, source: GoldenSource = PHANTOM) -> GoldenFrames:
     InputNotFoundError
         If the source has files, but none can be read.
     """
-    contract = engine.contract
+    contract, slots = engine.contract, SlotPool(engine, 1)
 
     def infer(name: str, frame: Grey) -> _Candidate:
-        logits, probabilities = engine.infer(frame_quadrants(frame, contract))
+        output = slots.run(frame_quadrants(frame, contract)[None], 1)
+        logits, probabilities = output.logits[0], output.probabilities[0]
         cost = len(zlib.compress(frame.tobytes())) + _OVERHEAD + logits.nbytes + probabilities.nbytes
-        return _Candidate(name, frame, logits, probabilities, cost)
+        scores = None if output.typicality is None else output.typicality[0]
+        return _Candidate(name, frame, logits, probabilities, scores, cost)
 
     fixed = {name: (infer(name, frame), (why,)) for name, (frame, why) in fixed_frames(contract).items()}
     pool = [infer(name, frame) for name, frame in (_phantoms() if source == PHANTOM else _read(source))]
@@ -170,12 +176,14 @@ def make_golden(engine: Engine, source: GoldenSource = PHANTOM) -> GoldenFrames:
         *((pool[index], reasons) for index, reasons in _choose(pool, contract, budget, MAX_FRAMES - len(fixed))),
         *fixed.values(),
     ]
+    scores = [candidate.typicality for candidate, _ in chosen if candidate.typicality is not None]
     return GoldenFrames(
         names=tuple(candidate.name for candidate, _ in chosen),
         frames=tuple(candidate.frame for candidate, _ in chosen),
         logits=np.stack([candidate.logits for candidate, _ in chosen]),
         probabilities=np.stack([candidate.probabilities for candidate, _ in chosen]),
         reasons=tuple(reasons for _, reasons in chosen),
+        typicality=np.stack(scores) if scores else None,
     )
 
 
@@ -197,15 +205,20 @@ def pack_golden(engine: Engine, source: GoldenSource, exported: Iterable[Engine]
         See `make_golden`.
     """
     golden = make_golden(engine, source)
-    golden = replace(golden, exported={graph.precision: _answers(graph, golden.frames) for graph in exported})
+    answers = {graph.precision: _answers(graph, golden.frames) for graph in exported}
+    golden = replace(
+        golden,
+        exported={name: (output.logits, output.probabilities) for name, output in answers.items()},
+        exported_typicality={
+            name: output.typicality for name, output in answers.items() if output.typicality is not None
+        },
+    )
     data = encode_golden(golden)
     return data, golden_facts(golden, engine.contract, source, len(data))
 
 
-def _answers(engine: Engine, frames: Iterable[Grey]) -> tuple[FloatArray, FloatArray]:
-    quadrants = np.stack([frame_quadrants(frame, engine.contract) for frame in frames])
-    logits, probabilities = (part.reshape(len(quadrants), 4, -1) for part in infer_in_batches(engine, quadrants, 1))
-    return logits, probabilities
+def _answers(engine: Engine, frames: Iterable[Grey]) -> InferenceOutput:
+    return run_in_batches(engine, np.stack([frame_quadrants(frame, engine.contract) for frame in frames]), 1)
 
 
 def golden_facts(golden: GoldenFrames, contract: Contract, source: GoldenSource, size: int) -> dict[str, Any]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from echoquad_runtime.bundle.typicality import frame_typicality
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.engine.io_binding import FloatArray
-from echoquad_runtime.engine.slot_pool import Engine, infer_in_batches
+from echoquad_runtime.engine.slot_pool import Engine, flatten, run_in_batches
 from echoquad_runtime.errors import ParityError
 from echoquad_runtime.voting import aggregate_votes
 
@@ -35,12 +36,15 @@ class Gate:
         Largest allowed fraction of frames with a changed decision.
     max_patch_flip_fraction
         Largest allowed fraction of quadrants with a changed vote; None is no bound.
+    max_rel_dtypicality
+        Largest allowed |difference| of a frame's typicality, as a share of the expected one; None is no bound.
     """
 
     max_abs_dlogit: float | None
     max_abs_dprobability: float
     max_frame_flip_fraction: float
     max_patch_flip_fraction: float | None
+    max_rel_dtypicality: float | None = None
 
     def to_dict(self) -> dict[str, float]:
         """Return the bounds that are set."""
@@ -48,9 +52,10 @@ class Gate:
 
 
 GATES: Final[Mapping[str, Gate]] = {
-    "fp32": Gate(1e-4, 1e-4, 0.0, 0.0),
-    "fp16": Gate(None, 0.05, 0.01, None),
-    "int8": Gate(None, 0.05, 0.01, None),
+    "fp32": Gate(1e-4, 1e-4, 0.0, 0.0, 1e-3),
+    # The thresholds of the typicality are those of the precision, so its bound only excludes another score.
+    "fp16": Gate(None, 0.05, 0.01, None, 0.5),
+    "int8": Gate(None, 0.05, 0.01, None, 0.5),
 }
 
 
@@ -68,6 +73,8 @@ class BatchParity:
         Number of quadrants with a changed vote, and of frames with a changed decision.
     smallest_margin_at_flip
         Smallest lead over the runner-up that the training code had at a change; None if nothing changed.
+    max_rel_dtypicality
+        Largest |difference| of a frame's typicality, as a share of the expected one; None without this score.
     """
 
     batch_size: int
@@ -76,11 +83,15 @@ class BatchParity:
     patch_flips: int
     frame_flips: int
     smallest_margin_at_flip: float | None
+    max_rel_dtypicality: float | None = None
+
+
+_ALWAYS: Final = ("smallest_margin_at_flip",)  # stated as null if there is none
 
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """The comparison at all batch sizes, and the gate."""
+    """The comparison at all batch sizes, the gate, and the typicality, float64 [F], of frames one at a time."""
 
     precision: str
     device: str
@@ -88,6 +99,7 @@ class Parity:
     source: str
     gate: Gate
     batches: tuple[BatchParity, ...]
+    typicality: npt.NDArray[np.float64] | None = field(default=None, compare=False, repr=False)
 
     @property
     def violations(self) -> list[str]:
@@ -100,11 +112,12 @@ class Parity:
                 ("|dprobability|", batch.max_abs_dprobability, gate.max_abs_dprobability),
                 ("changed decisions", batch.frame_flips, gate.max_frame_flip_fraction * self.frames),
                 ("changed quadrant votes", batch.patch_flips, quadrants),
+                ("relative |dtypicality|", batch.max_rel_dtypicality, gate.max_rel_dtypicality),
             ]
             found += [
                 f"{name} {value:.3g} > {limit:.3g} at batch {batch.batch_size}"
                 for name, value, limit in limits
-                if limit is not None and not value <= limit  # NaN is a violation
+                if limit is not None and value is not None and not value <= limit  # NaN is a violation
             ]
         return found
 
@@ -133,7 +146,10 @@ class Parity:
             "frames": self.frames,
             "source": self.source,
             "gate": self.gate.to_dict(),
-            "batches": [asdict(batch) for batch in self.batches],
+            "batches": [
+                {name: value for name, value in asdict(batch).items() if value is not None or name in _ALWAYS}
+                for batch in self.batches
+            ],
         }
 
 
@@ -144,6 +160,7 @@ def measure_parity(
     source: str,
     *,
     gate: Gate | None = None,
+    typicality: FloatArray | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Parity:
     """Compare an engine with reference answers at each batch size.
@@ -160,16 +177,26 @@ def measure_parity(
         Description of the frames, for the manifest.
     gate
         Bounds; None is the default of the engine's precision.
+    typicality
+        Typicality of the quadrants by the training code, float32 [F, 4]; None if it has no such score.
     progress
         Called with the number of finished batch sizes and their total.
     """
     found = []
+    expected, scores = None if typicality is None else frame_typicality(typicality), None
     for done, size in enumerate(BATCH_SIZES, 1):
-        found.append(compare(reference, infer_in_batches(engine, quadrants, size), engine.contract, size))
+        output = run_in_batches(engine, quadrants, size)
+        batch = compare(reference, flatten(output), engine.contract, size)
+        if expected is not None:
+            # An engine without the score differs by all of it.
+            actual = np.zeros_like(expected) if output.typicality is None else frame_typicality(output.typicality)
+            batch = replace(batch, max_rel_dtypicality=_largest(actual / expected, np.ones_like(expected)))
+            scores = actual if scores is None else scores
+        found.append(batch)
         if progress is not None:
             progress(done, len(BATCH_SIZES))
     chosen = gate or GATES[engine.precision]
-    return Parity(engine.precision, engine.device, len(quadrants), source, chosen, tuple(found))
+    return Parity(engine.precision, engine.device, len(quadrants), source, chosen, tuple(found), scores)
 
 
 def compare(
@@ -196,6 +223,6 @@ def compare(
     )
 
 
-def _largest(a: FloatArray, b: FloatArray) -> float:
+def _largest(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> float:
     # NaN must not count as no difference, and JSON has no infinity. No real logit is near 1e30.
     return float(np.nan_to_num(np.abs(a.astype(np.float64) - b), nan=1e30, posinf=1e30).max())

@@ -39,6 +39,9 @@ class GoldenFrames:
         G tuples of phrases that say what each frame tests; empty if they were not recorded.
     exported
         For each precision below fp32, the logits and probabilities that its graph computed during the export.
+    typicality, exported_typicality
+        The same for the typicality of the quadrants, float32 [G, 4]: by PyTorch, and by the graphs of the precisions
+        below fp32. None and empty in a bundle without this score.
     """
 
     names: tuple[str, ...]
@@ -47,6 +50,8 @@ class GoldenFrames:
     probabilities: npt.NDArray[np.float32]
     reasons: tuple[tuple[str, ...], ...] = ()
     exported: Mapping[str, Outputs] = field(default_factory=dict)
+    typicality: npt.NDArray[np.float32] | None = None
+    exported_typicality: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 
     def expected(self, precision: str) -> Outputs:
         """Return the logits and probabilities that a precision must reproduce.
@@ -55,6 +60,10 @@ class GoldenFrames:
         are far from these, it may differ more from PyTorch; there it must reproduce what it computed during the export.
         """
         return self.exported.get(precision, (self.logits, self.probabilities))
+
+    def expected_typicality(self, precision: str) -> npt.NDArray[np.float32] | None:
+        """Return the typicality that a precision must reproduce, float32 [G, 4]; None if there is none."""
+        return self.exported_typicality.get(precision, self.typicality)
 
 
 def encode_golden(golden: GoldenFrames) -> bytes:
@@ -67,6 +76,9 @@ def encode_golden(golden: GoldenFrames) -> bytes:
     }
     for name, (logits, probabilities) in golden.exported.items():
         arrays |= {f"logits_{name}": logits, f"probabilities_{name}": probabilities}
+    if golden.typicality is not None:
+        arrays["typicality"] = golden.typicality
+    arrays |= {f"typicality_{name}": scores for name, scores in golden.exported_typicality.items()}
     if golden.reasons:
         arrays["reasons"] = np.array([canonical_json(phrases) for phrases in golden.reasons])
     stream = io.BytesIO()
@@ -97,7 +109,17 @@ def decode_golden(data: bytes, classes: int, label: str) -> GoldenFrames:
                 for name in PRECISIONS
                 if f"logits_{name}" in arrays
             }
-            golden = GoldenFrames(names, frames, arrays["logits"], arrays["probabilities"], reasons, exported)
+            scores = {name: arrays[f"typicality_{name}"] for name in PRECISIONS if f"typicality_{name}" in arrays}
+            golden = GoldenFrames(
+                names,
+                frames,
+                arrays["logits"],
+                arrays["probabilities"],
+                reasons,
+                exported,
+                arrays.get("typicality"),
+                scores,
+            )
     except Exception as error:  # numpy's exceptions for a damaged archive or a missing array share no base class
         raise BundleError(f"{label}: {GOLDEN} cannot be parsed ({error}); export it again") from error
     shape = (len(frames), 4, classes)
@@ -106,6 +128,12 @@ def decode_golden(data: bytes, classes: int, label: str) -> GoldenFrames:
             raise BundleError(f"{label}: {GOLDEN} has outputs {outputs[0].shape}; expected {shape}; export it again")
         if any(part.dtype != np.float32 for part in outputs):
             raise BundleError(f"{label}: {GOLDEN} has outputs that are not float32; export it again")
+    for part in (golden.typicality, *scores.values()):
+        if part is not None and (part.shape != shape[:2] or part.dtype != np.float32):
+            raise BundleError(
+                f"{label}: {GOLDEN} has typicality {part.dtype} {part.shape}; expected float32 {shape[:2]}; export it "
+                "again"
+            )
     if any(frame.ndim != 2 or frame.dtype != np.uint8 or min(frame.shape) < 2 for frame in frames):
         raise BundleError(
             f"{label}: {GOLDEN} has an invalid frame; expected uint8 [height, width], at least 2 x 2; export it again"

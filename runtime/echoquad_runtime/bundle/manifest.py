@@ -48,7 +48,11 @@ TF32: Final = "tf32"
 """The precision of an fp32 graph that CUDA computes in TF32; it has no graph of its own."""
 FP32_DEVICES: Final[Mapping[str, str]] = {BF16: "openvino", TF32: "cuda"}
 """The device that a precision without a graph of its own requires."""
-REDUCED_GATE: Final[Mapping[str, float]] = {"max_abs_dprobability": 0.05, "max_frame_flip_fraction": 0.01}
+REDUCED_GATE: Final[Mapping[str, float]] = {
+    "max_abs_dprobability": 0.05,
+    "max_frame_flip_fraction": 0.01,
+    "max_rel_dtypicality": 0.5,
+}
 """The parity gate of every precision below fp32."""
 INTENDED_USE: Final = (
     "Research use only. Not a medical device; not for diagnosis, triage, or any decision on a patient's care."

@@ -69,6 +69,7 @@ def model_card(manifest: Mapping[str, Any]) -> Document:
             _contract(manifest),
             _training(manifest),
             _metrics(manifest),
+            *_typicality(manifest),
             _parity(manifest),
             _golden_frames(manifest),
             Section("Limits", (BulletList(_LIMITS),)),
@@ -257,8 +258,8 @@ def _share(label: str, share: Any) -> tuple[str, ...]:
 def _parity(manifest: Mapping[str, Any]) -> Section:
     parity = _items(manifest, "parity")
     header = (
-        "precision | frames | largest logit difference | largest probability difference | quadrant flips | frame flips"
-        " | smallest margin at a flip"
+        "precision | frames | largest logit difference | largest probability difference | largest relative typicality "
+        "difference | quadrant flips | frame flips | smallest margin at a flip"
     )
     text = (
         "Each graph compared with the training code in float32: the largest value over all batch sizes and, in "
@@ -290,6 +291,7 @@ def _parity_row(name: str, figures: Any) -> tuple[str, ...]:
         _number(frames, "d"),
         worst("max_abs_dlogit", ".2e", "max_abs_dlogit"),
         worst("max_abs_dprobability", ".2e", "max_abs_dprobability"),
+        worst("max_rel_dtypicality", ".2e", "max_rel_dtypicality") if column("max_rel_dtypicality") else "none",
         worst("patch_flips", "d", "max_patch_flip_fraction", frames, 4),
         worst("frame_flips", "d", "max_frame_flip_fraction", frames),
         _number(min(margins), ".3g") if margins else "no flip",
@@ -322,6 +324,17 @@ def _graph_details(manifest: Mapping[str, Any]) -> Iterator[str]:
             for fact, value in nested.items():
                 yield f"{label}, {_name(fact)}: {format_value(value)}"
     yield _fill("default precision: {default_precision}", manifest)
+
+
+def _typicality(manifest: Mapping[str, Any]) -> tuple[Section, ...]:
+    text = (
+        "The typicality of a frame says how near its features lie to those of {frames:d} training frames: about 1 for "
+        "a frame like them, near 0 for a picture of another thing. Of {validation_frames:d} validation frames 99 % "
+        "exceed the threshold 99; below it a row has the flag `unlike-training`. Thresholds: {thresholds}. The score "
+        "does not detect wrong decisions, and may miss changes within the picture such as colour Doppler."
+    )
+    found = _at(manifest, "typicality")
+    return () if found is None else (Section("Frames unlike the training frames", (Paragraph(_fill(text, found)),)),)
 
 
 def _golden_frames(manifest: Mapping[str, Any]) -> Section:

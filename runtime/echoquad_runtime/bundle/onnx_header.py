@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from echoquad_runtime.contract import Contract
+from echoquad_runtime.contract import QUADRANTS, Contract
 from echoquad_runtime.errors import BundleError, ContractError
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "ValueInfo",
     "cam_size",
     "check_graph",
+    "has_typicality",
     "list_tensors",
     "read_graph_header",
 ]
@@ -36,6 +37,9 @@ OUTPUTS: Final = ("logits", "probabilities")
 CAM: Final = "cam"
 """An optional output, float32 [N, C, h, w]: class activation maps of a network that ends in a global average pooling
 and one linear layer. The mean of a class's map plus the layer's bias is the logit of that class."""
+TYPICALITY: Final = "typicality"
+"""An optional output, float32 [N, 4]: how near a quadrant's features lie to those of the quadrants LA, RA, LV and RV of
+the training frames. Positive, without a unit; higher is more typical."""
 CONTRACT_KEY: Final = "echoquad.contract"
 CONTRACT_HASH_KEY: Final = "echoquad.contract_sha256"
 
@@ -67,6 +71,9 @@ class TensorLocation(NamedTuple):
     begin: int
     length: int
     external: bool
+
+
+_TYPICALITY: Final = ValueInfo(TYPICALITY, "float32", ("N", len(QUADRANTS)))
 
 
 @dataclass(slots=True)
@@ -123,6 +130,8 @@ def check_graph(model: bytes, contract: Contract, label: str) -> GraphHeader:
         *(ValueInfo(name, "float32", ("N", classes)) for name in OUTPUTS),
     ]
     values = [*header.inputs, *header.outputs]
+    if has_typicality(header):
+        expected.append(_TYPICALITY)
     if values[len(expected) :] and _is_cam(values[-1], classes):
         expected.append(values[-1])
     if values != expected:
@@ -131,6 +140,11 @@ def check_graph(model: bytes, contract: Contract, label: str) -> GraphHeader:
             "export it again"
         )
     return header
+
+
+def has_typicality(header: GraphHeader) -> bool:
+    """Return whether a graph computes the typicality score."""
+    return _TYPICALITY in header.outputs
 
 
 def cam_size(header: GraphHeader, label: str) -> tuple[int, int]:

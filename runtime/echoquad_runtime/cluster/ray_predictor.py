@@ -26,6 +26,7 @@ from echoquad_runtime import errors
 from echoquad_runtime._version import __version__
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.bundle.manifest import GOLDEN, MANIFEST, SIGNATURE, encode_manifest, model_file
+from echoquad_runtime.bundle.typicality import typicality_threshold
 from echoquad_runtime.cluster.ray_session import check_address, count_workers, join_cluster, load_ray
 from echoquad_runtime.cluster.ray_worker import CODEC, AttemptCounter, Worker, WorkerConfig
 from echoquad_runtime.contract import VOTE_METHODS, Contract, VoteMethod
@@ -34,7 +35,7 @@ from echoquad_runtime.devices.error_summary import summarize_error
 from echoquad_runtime.devices.session_factory import Device
 from echoquad_runtime.errors import ClusterError, ConfigError, EchoQuadError, FrameError
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
-from echoquad_runtime.predict.prediction import Prediction, check_abstain_below
+from echoquad_runtime.predict.prediction import Prediction, check_abstain_below, check_abstain_unlike
 from echoquad_runtime.storage.regular_file import read_regular
 
 __all__ = ["RayPredictor"]
@@ -66,7 +67,7 @@ class RayPredictor:
     ----------
     bundle
         An open bundle. Its bytes go to the workers, which check them.
-    abstain_below
+    abstain_below, abstain_unlike
         As `Predictor`.
     device
         ``auto`` is the CPU, whatever devices the nodes have, so that all rows have the same device. With ``cuda`` each
@@ -117,6 +118,7 @@ class RayPredictor:
         address: str | None = None,
         workers: int | None = None,
         abstain_below: float | None = None,
+        abstain_unlike: bool = False,
     ) -> None:
         for name, value in (("threads", threads), ("workers", workers), ("batch_size", batch_size)):
             if value is not None and value < 1:
@@ -133,6 +135,8 @@ class RayPredictor:
         self.contract: Contract = bundle.contract
         self.method: VoteMethod = method or bundle.contract.vote
         self.engine = _Engine("cpu" if device == "auto" else device, bundle.choose_precision(precision))
+        threshold = typicality_threshold(bundle.manifest, self.engine.precision)
+        self._abstain_unlike = check_abstain_unlike(abstain_unlike, threshold)
         self._config = WorkerConfig(
             label=bundle.folder.as_posix(),
             files=_files(bundle, self.engine.precision),
@@ -234,7 +238,8 @@ class RayPredictor:
             flags=tuple(row["flags"]),
             device=row["device"],
             precision=row["precision"],
-        ).abstaining(self._abstain_below, self.contract)
+            typicality=row["typicality"],
+        ).abstaining(self._abstain_below, self.contract, unlike=self._abstain_unlike)
         try:
             if on_decision is not None:
                 on_decision(item, prediction)

@@ -133,6 +133,7 @@ def _row(frame: int, result: Prediction | Failure) -> dict[str, Any]:
         "flags": result.flags,
         "device": result.device,
         "precision": result.precision,
+        "typicality": result.typicality,
     }
 
 
@@ -152,5 +153,6 @@ def _schema() -> Any:
             "flags": pa.list_(pa.string()),
             "device": pa.string(),
             "precision": pa.string(),
+            "typicality": pa.float64(),
         }
     )

@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from echoquad_runtime.bundle.onnx_header import CAM, INPUT, OUTPUTS
-from echoquad_runtime.contract import Contract
+from echoquad_runtime.bundle.onnx_header import CAM, INPUT, OUTPUTS, TYPICALITY
+from echoquad_runtime.contract import QUADRANTS, Contract
 from echoquad_runtime.devices.device_lock import CUDA_LOCK
 from echoquad_runtime.devices.execution_providers import CUDA_PROVIDER, quiet_logger
 from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
@@ -36,7 +36,9 @@ __all__ = [
     "InferenceSlot",
     "IoBinding",
     "buckets",
+    "join_outputs",
     "new_batch",
+    "own_position",
 ]
 
 FloatArray = npt.NDArray[np.float32]
@@ -53,11 +55,31 @@ class InferenceOutput(NamedTuple):
         float32 [N, 4, C], quadrants LA, RA, LV, RV; each row of probabilities sums to 1.
     maps
         float32 [N, 4, C, h, w], class activation maps; None unless requested.
+    typicality
+        float32 [N, 4], the typicality of each quadrant at its own position, higher is more typical; None if the model
+        has no such score.
     """
 
     logits: FloatArray
     probabilities: FloatArray
     maps: FloatArray | None = None
+    typicality: FloatArray | None = None
+
+
+def join_outputs(outputs: Sequence[InferenceOutput]) -> InferenceOutput:
+    """Return the outputs of several runs of one engine as one, frame after frame; without activation maps."""
+    scores = [output.typicality for output in outputs if output.typicality is not None]
+    return InferenceOutput(
+        np.concatenate([output.logits for output in outputs]),
+        np.concatenate([output.probabilities for output in outputs]),
+        typicality=np.concatenate(scores) if scores else None,
+    )
+
+
+def own_position(scores: FloatArray) -> FloatArray:
+    """Return scores of the quadrants of N frames at every position, [4 N, 4], at their own position, [N, 4]."""
+    count = len(QUADRANTS)
+    return np.ascontiguousarray(scores.reshape(-1, count, count).diagonal(axis1=1, axis2=2))
 
 
 def buckets(frames: int) -> tuple[int, ...]:
@@ -158,6 +180,8 @@ class IoBinding:
         graph reads and writes device memory at fixed addresses, so each slot needs its own graphs.
     cam
         Height and width of the class activation maps to return; None for none.
+    typicality
+        Whether the graph computes the typicality score.
 
     Raises
     ------
@@ -176,19 +200,24 @@ class IoBinding:
         first_runs: FirstRunLock,
         graph_ids: itertools.count[int] | None = None,
         cam: tuple[int, int] | None = None,
+        typicality: bool = False,
     ) -> None:
         ort = load_onnxruntime()
         size, classes = contract.input_size, len(contract.classes)
         pinned = _pinned_memory(ort) if provider == CUDA_PROVIDER else None
-        shapes: list[tuple[int, ...]] = [(frames * 4, classes) for _ in OUTPUTS]
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(OUTPUTS, (frames * 4, classes))
+        if typicality:
+            shapes[TYPICALITY] = (frames * 4, len(QUADRANTS))
         if cam is not None:
-            shapes.append((frames * 4, classes, *cam))
+            shapes[CAM] = (frames * 4, classes, *cam)
         self._make_error, self._first_runs, self._buckets = make_error, first_runs, buckets(frames)
         with first_runs.allocation():
-            self._outputs, self._owners = zip(*(_allocate(shape, ort, pinned) for shape in shapes), strict=True)
+            allocated = {name: _allocate(shape, ort, pinned) for name, shape in shapes.items()}
+            self._outputs = {name: array for name, (array, _) in allocated.items()}
+            self._owners = [owner for _, owner in allocated.values()]
             self._bindings: dict[int, _HostBinding | _CudaGraphBinding] = {}
             for bucket in self._buckets:
-                outputs = [array[: bucket * 4] for array in self._outputs]
+                outputs = {name: array[: bucket * 4] for name, array in self._outputs.items()}
                 self._bindings[bucket] = (
                     _HostBinding(ort, session, outputs)
                     if graph_ids is None
@@ -211,18 +240,23 @@ class IoBinding:
                 binding.run(batch[:bucket].reshape(-1, *batch.shape[2:]))
         except Exception as error:
             raise self._make_error(4 * bucket, error) from error
-        logits, probabilities, *maps = (
-            array[: frames * 4].reshape(frames, 4, *array.shape[1:]).copy() for array in self._outputs
-        )
-        return InferenceOutput(logits, probabilities, maps[0] if maps else None)
+        found = {
+            name: array[: frames * 4].reshape(frames, 4, *array.shape[1:]).copy()
+            for name, array in self._outputs.items()
+        }
+        logits, probabilities = (found[name] for name in OUTPUTS)
+        typicality = own_position(found[TYPICALITY]) if TYPICALITY in found else None
+        return InferenceOutput(logits, probabilities, found.get(CAM), typicality)
 
 
 class _HostBinding:
     """The IO binding of one bucket: the input in the caller's memory, the outputs [N, ...] in host memory."""
 
-    def __init__(self, ort: ModuleType, session: onnxruntime.InferenceSession, outputs: list[npt.NDArray[Any]]) -> None:
+    def __init__(
+        self, ort: ModuleType, session: onnxruntime.InferenceSession, outputs: dict[str, npt.NDArray[Any]]
+    ) -> None:
         self._value, self._session, self._binding = ort.OrtValue.ortvalue_from_numpy, session, session.io_binding()
-        for name, array in zip((*OUTPUTS, CAM), outputs, strict=False):
+        for name, array in outputs.items():
             self._binding.bind_ortvalue_output(name, self._value(array))
 
     def run(self, quadrants: npt.NDArray[np.uint8]) -> None:
@@ -239,7 +273,7 @@ class _CudaGraphBinding:
         ort: ModuleType,
         session: onnxruntime.InferenceSession,
         shape: tuple[int, ...],
-        outputs: list[npt.NDArray[Any]],
+        outputs: dict[str, npt.NDArray[Any]],
         graph_id: int,
     ) -> None:
         self._session, self._binding, self._outputs = session, session.io_binding(), outputs
@@ -247,17 +281,17 @@ class _CudaGraphBinding:
         self._options.add_run_config_entry(_GRAPH_ID, str(graph_id))
         to_device = ort.OrtValue.ortvalue_from_numpy
         self._input = to_device(np.zeros(shape, np.uint8), "cuda", 0)
-        self._device_outputs = [to_device(array, "cuda", 0) for array in outputs]
+        self._device_outputs = {name: to_device(array, "cuda", 0) for name, array in outputs.items()}
         self._binding.bind_ortvalue_input(INPUT, self._input)
-        for name, value in zip((*OUTPUTS, CAM), self._device_outputs, strict=False):
+        for name, value in self._device_outputs.items():
             self._binding.bind_ortvalue_output(name, value)
 
     def run(self, quadrants: npt.NDArray[np.uint8]) -> None:
         self._input.update_inplace(quadrants)
         self._session.run_with_iobinding(self._binding, self._options)
         self._binding.synchronize_outputs()
-        for value, array in zip(self._device_outputs, self._outputs, strict=True):
-            array[:] = value.numpy()
+        for name, value in self._device_outputs.items():
+            self._outputs[name][:] = value.numpy()
 
 
 def _pinned_memory(ort: ModuleType) -> Any:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.bundle.manifest import BF16, TF32
-from echoquad_runtime.bundle.onnx_header import cam_size, check_graph
+from echoquad_runtime.bundle.onnx_header import cam_size, check_graph, has_typicality
 from echoquad_runtime.devices.error_summary import summarize_error
 from echoquad_runtime.devices.session_factory import Device, open_session
 from echoquad_runtime.engine.io_binding import FirstRunLock, FloatArray, IoBinding, new_batch
@@ -91,10 +91,12 @@ class OnnxEngine:
             )
         self._label = f"{bundle.folder.as_posix()}: the {self.precision} graph"
         self._cam: tuple[int, int] | None = None
+        self._typicality = False
 
         def read_model() -> bytes:
             model = bundle.read_model(self.precision)
             header = check_graph(model, self.contract, self._label)
+            self._typicality = has_typicality(header)
             if cam:
                 self._cam = cam_size(header, self._label)
             return model
@@ -140,6 +142,7 @@ class OnnxEngine:
                 first_runs=self._first_runs,
                 graph_ids=self._graph_ids,
                 cam=self._cam,
+                typicality=self._typicality,
             )
         except Exception as error:  # onnxruntime's exceptions, such as out of memory, share no base class
             raise self._make_error(4 * frames, error) from error
@@ -165,7 +168,7 @@ class OnnxEngine:
         count, frames = len(quadrants), -(-len(quadrants) // 4)
         batch = new_batch(self.contract, frames)
         batch.reshape(-1, *batch.shape[2:])[:count] = quadrants
-        logits, probabilities, _ = self.open_slot(frames).run(batch, frames)
+        logits, probabilities, *_ = self.open_slot(frames).run(batch, frames)
         classes = len(self.contract.classes)
         return logits.reshape(-1, classes)[:count], probabilities.reshape(-1, classes)[:count]
 

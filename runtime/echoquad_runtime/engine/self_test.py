@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.typicality import frame_typicality
 from echoquad_runtime.contract import canonical_json
 from echoquad_runtime.devices.cache_folder import cache_folder, make_private_folder, read_private_file
 from echoquad_runtime.devices.host_facts import host_facts
@@ -34,7 +35,7 @@ from echoquad_runtime.errors import OutputError, VerificationError
 from echoquad_runtime.quadrants import frame_quadrants
 from echoquad_runtime.storage.atomic import write_json
 
-__all__ = ["PASSED", "SelfTest", "cached_self_tests", "max_abs_differences"]
+__all__ = ["PASSED", "SelfTest", "cached_self_tests", "max_abs_differences", "relative_differences"]
 
 PASSED: Final = "passed"
 
@@ -47,13 +48,17 @@ _MAX_FILES: Final = 1000  # saved results; beyond it the oldest ones are removed
 
 
 class _TestFrames(NamedTuple):
-    """The frames of a test: quadrants, uint8 [K, 4, 1, S, S]; expected logits and probabilities, float32 [K, 4, C]."""
+    """The frames of a test: quadrants, uint8 [K, 4, 1, S, S]; expected logits and probabilities, float32 [K, 4, C].
+
+    The expected typicality of the frames, float64 [K], is None if the bundle has no such score.
+    """
 
     names: tuple[str, ...]
     quadrants: npt.NDArray[np.uint8]
     logits: FloatArray
     probabilities: FloatArray
     gate: Mapping[str, float]
+    typicality: npt.NDArray[np.float64] | None
 
 
 class SelfTest:
@@ -134,6 +139,10 @@ class SelfTest:
                 f"the golden frame {golden.names[indices[worst]]} has |dlogit| {dlogit[worst]:.3g} and "
                 f"|dprobability| {dprobability[worst]:.3g}; expected at most {max_dlogit:g} and {max_dprobability:g}"
             )
+        elif (dtypicality := _typicality_difference(golden, indices, output)) > golden.gate.get(
+            "max_rel_dtypicality", np.inf
+        ):
+            problem = f"the typicality of a golden frame differs by {dtypicality:.3g} of its value"
         elif previous is not None and _is_stuck(golden, indices, output, previous):
             problem = "different golden frames have bitwise equal outputs"
         else:
@@ -144,6 +153,12 @@ class SelfTest:
             f"in batches of {bucket}: {problem}; no frame was judged; do: run echoquad verify, and choose another "
             "device or precision"
         )
+
+
+def _typicality_difference(golden: _TestFrames, indices: npt.NDArray[np.int64], output: InferenceOutput) -> float:
+    if golden.typicality is None:
+        return 0.0
+    return float(relative_differences(output.typicality, golden.typicality[indices]).max())
 
 
 def _is_stuck(
@@ -163,10 +178,22 @@ def max_abs_differences(actual: FloatArray, expected: FloatArray) -> npt.NDArray
     return np.asarray(np.nan_to_num(difference, nan=np.inf).max(axis=(1, 2)))
 
 
+def relative_differences(scores: FloatArray | None, expected: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return each frame's |difference| of typicality as a share of the expected one, float64 [N].
+
+    `scores` are those of the quadrants, float32 [N, 4], and `expected` those of the frames, [N]. The difference is
+    infinite if there are no scores, or one is not a number.
+    """
+    if scores is None:
+        return np.full(len(expected), np.inf)
+    return np.asarray(np.nan_to_num(np.abs(frame_typicality(scores) / expected - 1), nan=np.inf))
+
+
 def _select_frames(bundle: Bundle, precision: str) -> _TestFrames:
     """Select the golden frames whose expected outputs differ most, by farthest-point sampling."""
     golden = bundle.read_golden()
     logits, probabilities = golden.expected(precision)
+    typicality = golden.expected_typicality(precision)
     rows = probabilities.reshape(len(golden.names), -1).astype(np.float64)
     distance = np.abs(rows[:, None] - rows[None]).max(axis=2)
     selected = [int(np.nan_to_num(distance.max(axis=1)).argmax())]
@@ -180,6 +207,7 @@ def _select_frames(bundle: Bundle, precision: str) -> _TestFrames:
         logits[selected],
         probabilities[selected],
         bundle.gate(precision),
+        None if typicality is None else frame_typicality(typicality[selected]),
     )
 
 

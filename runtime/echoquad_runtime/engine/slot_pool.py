@@ -13,9 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.engine.io_binding import BufferBinding, FloatArray, InferenceOutput, InferenceSlot, new_batch
+from echoquad_runtime.engine.io_binding import (
+    BufferBinding,
+    FloatArray,
+    InferenceOutput,
+    InferenceSlot,
+    join_outputs,
+    new_batch,
+)
 
-__all__ = ["Engine", "SlotPool", "infer_in_batches"]
+__all__ = ["Engine", "SlotPool", "flatten", "infer_in_batches", "run_in_batches"]
 
 
 class Engine(Protocol):
@@ -112,21 +119,23 @@ class SlotPool:
 def infer_in_batches(
     engine: Engine, quadrants: npt.NDArray[np.uint8], batch_size: int
 ) -> tuple[FloatArray, FloatArray]:
-    """Run frames' quadrants, uint8 [F, 4, S, S] or [F, 4, 1, S, S], through an engine, `batch_size` frames at a time.
+    """Run frames as `run_in_batches` and return logits and probabilities, float32 [F * 4, C] each."""
+    return flatten(run_in_batches(engine, quadrants, batch_size))
 
-    Returns
-    -------
-    logits, probabilities
-        float32 [F * 4, C] each.
-    """
+
+def run_in_batches(engine: Engine, quadrants: npt.NDArray[np.uint8], batch_size: int) -> InferenceOutput:
+    """Run the quadrants of F frames, uint8 [F, 4, S, S] or [F, 4, 1, S, S], `batch_size` frames at a time."""
     pool = SlotPool(engine, batch_size)
     batch, size = pool.new_batch(), quadrants.shape[-1]
-    logits, probabilities = [], []
+    outputs = []
     for start in range(0, len(quadrants), batch_size):
         part = quadrants[start : start + batch_size]
         batch[: len(part)] = part.reshape(-1, 4, 1, size, size)
-        output = pool.run(batch, len(part))
-        logits.append(output.logits)
-        probabilities.append(output.probabilities)
-    classes = len(engine.contract.classes)
-    return np.concatenate(logits).reshape(-1, classes), np.concatenate(probabilities).reshape(-1, classes)
+        outputs.append(pool.run(batch, len(part)))
+    return join_outputs(outputs)
+
+
+def flatten(output: InferenceOutput) -> tuple[FloatArray, FloatArray]:
+    """Return the logits and probabilities of F frames, float32 [F * 4, C] each."""
+    classes = output.logits.shape[2]
+    return output.logits.reshape(-1, classes), output.probabilities.reshape(-1, classes)

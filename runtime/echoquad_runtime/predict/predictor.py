@@ -12,10 +12,11 @@ from typing import Any, Final, TypeVar, cast
 import numpy as np
 
 from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.typicality import typicality_threshold
 from echoquad_runtime.contract import VOTE_METHODS, Contract, VoteMethod
 from echoquad_runtime.devices.cpu_info import available_cpus
 from echoquad_runtime.devices.session_factory import Device
-from echoquad_runtime.engine.io_binding import FloatArray, InferenceOutput
+from echoquad_runtime.engine.io_binding import InferenceOutput, join_outputs
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.self_test import PASSED, SelfTest
 from echoquad_runtime.engine.slot_pool import Engine, SlotPool
@@ -27,11 +28,10 @@ from echoquad_runtime.frames.isolation.reader_pool import reader_pool
 from echoquad_runtime.frames.reader import decode_quadrants, load_quadrants
 from echoquad_runtime.frames.sources import Flags, cut_quadrants
 from echoquad_runtime.predict.pickling import reopening
-from echoquad_runtime.predict.prediction import TIE, Prediction, check_abstain_below
+from echoquad_runtime.predict.prediction import Prediction, check_abstain_below, check_abstain_unlike, decide
 from echoquad_runtime.predict.reader_count import MAX_WORKERS, choose_readers
 from echoquad_runtime.predict.worker_pool import FrameTask, WorkerPool
 from echoquad_runtime.quadrants import Grey
-from echoquad_runtime.voting import aggregate_votes
 
 __all__ = ["TIME_LIMIT", "Predictor"]
 
@@ -82,6 +82,8 @@ class Predictor:
         Whether predictions carry class activation maps, for bundles whose graphs compute them.
     abstain_below
         If given, a frame whose `Prediction.confidence` is lower is ``INDETERMINATE``.
+    abstain_unlike
+        Whether a frame unlike the training frames is ``INDETERMINATE``: one with the flag ``unlike-training``.
 
     A predictor of a bundle can be pickled and copied: the copy opens the bundle again. One of an engine cannot.
 
@@ -100,7 +102,8 @@ class Predictor:
     VerificationError
         If the self-test fails. With ``warm_up=False`` or ``concurrent=True``, the first prediction raises it.
     ConfigError
-        If the method, the batch size, the number of workers, the time limit or `abstain_below` is out of range.
+        If the method, the batch size, the number of workers, the time limit or `abstain_below` is out of range, or
+        `abstain_unlike` is True and the model has no typicality score.
 
     Examples
     --------
@@ -129,6 +132,7 @@ class Predictor:
         time_limit: float = TIME_LIMIT,
         cam: bool = False,
         abstain_below: float | None = None,
+        abstain_unlike: bool = False,
     ) -> None:
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "model")}
         if isinstance(model, str | Path):
@@ -159,6 +163,9 @@ class Predictor:
         self._self_tests: list[SelfTest] = []
         self.engine: Engine = self._open(concurrent=concurrent) if isinstance(model, Bundle) else model
         self.method: VoteMethod = method or self.contract.vote
+        manifest = {} if self._bundle is None else self._bundle.manifest
+        self._threshold = typicality_threshold(manifest, self.engine.precision)
+        self.abstain_unlike = check_abstain_unlike(abstain_unlike, self._threshold)
         if self.method not in VOTE_METHODS:
             raise ConfigError(f"vote method is {method!r}; expected one of {', '.join(VOTE_METHODS)}")
         self.batch_size = batch_size or (_BATCH_SIZES[self.engine.device] if self._bundle else _ENGINE_BATCH_SIZE)
@@ -357,9 +364,7 @@ class Predictor:
             frames=batch_size,
         )
 
-    def replay(
-        self, frames: Sequence[Grey], *, concurrent: bool, batch_size: int | None = None
-    ) -> tuple[FloatArray, FloatArray]:
+    def replay(self, frames: Sequence[Grey], *, concurrent: bool, batch_size: int | None = None) -> InferenceOutput:
         """Run frames through the same path as predictions, and return the network's answers instead.
 
         Parameters
@@ -373,8 +378,8 @@ class Predictor:
 
         Returns
         -------
-        logits, probabilities
-            float32 [F, 4, C] each, in the order of the frames.
+        InferenceOutput
+            Of F frames, in their order; without activation maps.
 
         Raises
         ------
@@ -384,44 +389,33 @@ class Predictor:
             If the engine fails.
         """
         tasks = [FrameTask(str(index), partial(self._load_grey, frame)) for index, frame in enumerate(frames)]
-        logits, probabilities = [], []
+        answers: list[InferenceOutput] = []
         for result in self._worker_pool(_raw_answers, concurrent=concurrent, batch_size=batch_size).run(tasks):
             if isinstance(result, Failure):
                 raise result.error
-            logits.append(result[0])
-            probabilities.append(result[1])
-        return np.stack(logits), np.stack(probabilities)
+            answers.append(result)
+        return join_outputs(answers)
 
     def _classify(
         self, tasks: Sequence[FrameTask], flags: Sequence[Flags], answers: InferenceOutput
     ) -> list[Prediction | Failure]:
-        """Return the predictions of a batch: the vote on its probabilities."""
-        classes, p, maps = self.contract.classes, answers.probabilities, answers.maps
-        finite = np.asarray(np.isfinite(p).all(axis=(1, 2)))
-        decision = aggregate_votes(np.where(finite[:, None, None], p, 0), self.method, self.contract.vote_weights)
+        """Return the predictions of a batch."""
+        found = decide(
+            [task.name for task in tasks],
+            flags,
+            answers,
+            self.contract,
+            method=self.method,
+            device=self.engine.device,
+            precision=self.engine.precision,
+            threshold=self._threshold,
+        )
         results: list[Prediction | Failure] = []
-        for index, task in enumerate(tasks):
-            if not finite[index]:  # argmax would select the first class
-                error = FrameError(
-                    f"the network's answer on {self.engine.device} in {self.engine.precision} is not a number; try "
-                    "another precision, and run echoquad verify"
-                )
-                results.append(Failure(task.name, error))
+        for task, result in zip(tasks, found, strict=True):
+            if isinstance(result, Failure):
+                results.append(result)
                 continue
-            tied = self.method == "majority" and decision.margins[index] == 0
-            prediction = Prediction(
-                file=task.name,
-                classes=classes,
-                method=self.method,
-                label=classes[decision.labels[index]],
-                probabilities=tuple(decision.probabilities[index].tolist()),
-                quadrant_labels=tuple(classes[label] for label in decision.quadrant_labels[index]),
-                quadrant_probabilities=tuple(tuple(row) for row in p[index].tolist()),
-                flags=(*flags[index], TIE) if tied else flags[index],
-                device=self.engine.device,
-                precision=self.engine.precision,
-                cam=None if maps is None else maps[index],
-            ).abstaining(self.abstain_below, self.contract)
+            prediction = result.abstaining(self.abstain_below, self.contract, unlike=self.abstain_unlike)
             try:
                 if task.on_decision is not None:
                     task.on_decision(prediction)
@@ -431,11 +425,13 @@ class Predictor:
         return results
 
 
-def _raw_answers(
-    tasks: Sequence[FrameTask], flags: Sequence[Flags], answers: InferenceOutput
-) -> list[tuple[FloatArray, FloatArray]]:
-    """Return each frame's logits and probabilities, float32 [4, C] each."""
-    return list(zip(answers.logits, answers.probabilities, strict=True))
+def _raw_answers(tasks: Sequence[FrameTask], flags: Sequence[Flags], answers: InferenceOutput) -> list[InferenceOutput]:
+    """Return each frame's output, of one frame each."""
+    scores = answers.typicality
+    return [
+        InferenceOutput(logits[None], p[None], typicality=None if scores is None else scores[index : index + 1])
+        for index, (logits, p) in enumerate(zip(answers.logits, answers.probabilities, strict=True))
+    ]
 
 
 def _discover(inputs: Iterable[str | Path | FrameFile | Failure]) -> Iterator[FrameFile | Failure]:

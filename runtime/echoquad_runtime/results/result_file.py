@@ -61,9 +61,10 @@ IDENTITY: Final[Mapping[str, str]] = {
     "shard": "shard",
     "flip": "matrix orientation (flip)",
     "abstain_below": "abstain_below",
+    "abstain_unlike": "abstain_unlike",
 }
 """Fields of the run record that must match for rows to go into the same file, and their names in messages."""
-_OPTIONAL: Final = ("shard", "flip", "abstain_below")  # a string or null
+_OPTIONAL: Final = ("shard", "flip", "abstain_below", "abstain_unlike")  # a string or null
 
 
 def is_stream(path: Path) -> bool:
@@ -269,7 +270,7 @@ class ResultFile:
             Class names of the model.
         identity
             ``bundle``, ``method``, ``device``, ``precision``, ``shard``, ``abstain_below`` and ``self_test`` of this
-            run, and ``flip`` if matrices are flipped.
+            run, ``flip`` if matrices are flipped, and ``abstain_unlike`` if it is requested.
 
         Raises
         ------
@@ -310,7 +311,8 @@ class ResultFile:
                 )
         if self._columns is not None and self._columns != columns(classes):
             raise ResultError(
-                f"{self._resumed_from.as_posix()}: its columns are not those of this bundle; name another --out"
+                f"{self._resumed_from.as_posix()}: its columns are not those of this bundle in this release; name "
+                "another --out"
             )
 
     def write(self, prediction: Prediction) -> None:

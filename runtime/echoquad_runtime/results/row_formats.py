@@ -37,6 +37,7 @@ __all__ = [
 
 _QUOTED: Final = re.compile(r'[",\r\n]')
 _QUOTED_NAME: Final = re.compile(r'[",\r\n;\t]')  # also separators of other locales, so that a name stays one cell
+_LAST: Final = "typicality"
 _MAX_ROW_BYTES: Final = 1 << 22  # stops reading a damaged file without line ends; two classes take about 200 bytes
 
 
@@ -49,14 +50,14 @@ class Writer(Protocol):
 
 
 def columns(classes: Sequence[str]) -> list[str]:
-    """Return the column names: those of the reference pipeline's CSV, then ``flags,device,precision``."""
+    """Return the column names: those of the reference pipeline's CSV, then ``flags,device,precision,typicality``."""
     names = ["file", "method", "pred_image", *(f"prob_{name}" for name in classes)]
     for quadrant in QUADRANTS:
         names += [f"pred_{quadrant}", *(f"p_{quadrant}_{name}" for name in classes)]
-    return [*names, "flags", "device", "precision"]
+    return [*names, "flags", "device", "precision", _LAST]
 
 
-_MIN_COLUMNS: Final = len(columns(()))
+_MIN_COLUMNS: Final = len(columns(())) - 1  # rows of earlier releases have no typicality
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,8 @@ def _csv_row(p: Prediction) -> bytes:
     values = [p.method, escape_formula(p.label), *(f"{value:.4f}" for value in p.probabilities)]
     for label, row in zip(p.quadrant_labels, p.quadrant_probabilities, strict=True):
         values += [escape_formula(label), *(f"{value:.4f}" for value in row)]
-    return _csv_line(to_row_name(p.file), [*values, ";".join(p.flags), p.device, p.precision])
+    typicality = "" if p.typicality is None else f"{p.typicality:.4f}"
+    return _csv_line(to_row_name(p.file), [*values, ";".join(p.flags), p.device, p.precision, typicality])
 
 
 def _csv_split(stream: IO[bytes]) -> Iterator[bytes]:
@@ -147,7 +149,7 @@ def _json_row(p: Prediction) -> bytes:
     values: list[object] = [to_row_name(p.file), p.method, p.label, *p.probabilities]
     for label, row in zip(p.quadrant_labels, p.quadrant_probabilities, strict=True):
         values += [label, *row]
-    values += [list(p.flags), p.device, p.precision]
+    values += [list(p.flags), p.device, p.precision, p.typicality]
     line = json.dumps(dict(zip(columns(p.classes), values, strict=True)), ensure_ascii=False)
     return encode_text(f"{line}\n")
 
@@ -230,11 +232,16 @@ class RowReader:
             values = self._values(data)
             if values is None:
                 return
-            row = Row(values[0], (values[1], values[-2], values[-1]), data)
+            row = self._row(values, data)
             if self._run not in (None, row.run):
                 return
             self._count(data)
             yield row
+
+    def _row(self, values: Sequence[str], data: bytes) -> Row:
+        """Return a row; files of earlier releases have no column behind device and precision."""
+        behind = 1 if self.columns and self.columns[-1] == _LAST else 0
+        return Row(values[0], (values[1], values[-2 - behind], values[-1 - behind]), data)
 
     def _values(self, data: bytes) -> list[str] | None:
         if b"\0" in data:

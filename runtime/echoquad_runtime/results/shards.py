@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MergeResult", "Shard", "merge"]
 
-_COMMON: Final = ("bundle", "method", "precision", "flip", "abstain_below")
+_COMMON: Final = ("bundle", "method", "precision", "flip", "abstain_below", "abstain_unlike")
 """Fields of the run record that all shards share; the device may differ, since each row has its own."""
 _MAX_RUNS: Final = 4096  # sorted runs to merge
 _BUFFER: Final = 1 << 14  # bytes per sorted run

@@ -21,11 +21,12 @@ import numpy as np
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.bundle.golden_frames import GoldenFrames
 from echoquad_runtime.bundle.manifest import GOLDEN, model_file
+from echoquad_runtime.bundle.typicality import frame_typicality
 from echoquad_runtime.devices.host_facts import host_facts
 from echoquad_runtime.devices.session_factory import Device
 from echoquad_runtime.engine.io_binding import FloatArray, buckets
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
-from echoquad_runtime.engine.self_test import max_abs_differences
+from echoquad_runtime.engine.self_test import max_abs_differences, relative_differences
 from echoquad_runtime.errors import DeviceUnavailableError, EchoQuadError
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.quadrants import Grey
@@ -77,6 +78,8 @@ class Verification:
         Number of golden frames.
     max_abs_dlogit, max_abs_dprobability
         Largest |difference| from the expected answers; see `GoldenFrames.expected`.
+    max_rel_dtypicality
+        Largest |difference| of a frame's typicality, as a share of the expected one; None without this score.
     frame_flips, quadrant_flips
         Number of changed decisions that no difference within the gate explains.
     tolerated_frame_flips, tolerated_quadrant_flips
@@ -107,6 +110,7 @@ class Verification:
     gate: dict[str, float]
     passed: bool
     golden: tuple[GoldenFrameResult, ...]
+    max_rel_dtypicality: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values; an infinite one is None."""
@@ -320,11 +324,15 @@ def _replay(
     margins = frame_margins(expected_p, contract.vote, contract.vote_weights)
     margins_of_quadrants, allowed = quadrant_margins(expected_p), gate["max_abs_dprobability"]
 
-    dlogit, dprobability = np.zeros(count), np.zeros(count)
+    scores = golden.expected_typicality(precision)
+    expected_typicality = None if scores is None else frame_typicality(scores)
+    dlogit, dprobability, dtypicality = np.zeros(count), np.zeros(count), np.zeros(count)
     labels, tolerated = expected.labels.copy(), np.ones(count, np.bool_)
     flips = []
     # `max_abs_differences` is infinite for an answer that is not a number, so such an answer cannot pass.
-    for logits, probabilities in _passes(predictor, golden.frames):
+    for logits, probabilities, typicality in _passes(predictor, golden.frames):
+        if expected_typicality is not None:
+            dtypicality = np.maximum(dtypicality, relative_differences(typicality, expected_typicality))
         dlogit = np.maximum(dlogit, max_abs_differences(logits, expected_logits))
         dprobability = np.maximum(dprobability, max_abs_differences(probabilities, expected_p))
         found = aggregate_votes(probabilities, contract.vote, contract.vote_weights)
@@ -340,6 +348,7 @@ def _replay(
         and bool(np.isfinite(dlogit).all())
         and float(dlogit.max()) <= gate.get("max_abs_dlogit", np.inf)
         and float(dprobability.max()) <= allowed
+        and float(dtypicality.max()) <= gate.get("max_rel_dtypicality", np.inf)
     )
     reasons = golden.reasons or ((),) * count
     return Verification(
@@ -370,23 +379,26 @@ def _replay(
             )
             for i in range(count)
         ),
+        max_rel_dtypicality=None if expected_typicality is None else float(dtypicality.max()),
     )
 
 
-def _passes(predictor: Predictor, frames: Sequence[Grey]) -> Iterator[tuple[FloatArray, FloatArray]]:
+def _passes(predictor: Predictor, frames: Sequence[Grey]) -> Iterator[tuple[FloatArray, FloatArray, FloatArray | None]]:
     """Run golden frames through every path of a predictor.
 
     Yields
     ------
-    logits, probabilities
-        float32 [G, 4, C] each: first of the frames one at a time; then, for each bucket, of as many repetitions of all
-        frames as give every worker two batches.
+    logits, probabilities, typicality
+        float32 [G, 4, C], [G, 4, C] and [G, 4]: first of the frames one at a time; then, for each bucket, of as many
+        repetitions of all frames as give every worker two batches.
     """
-    yield predictor.replay(frames, concurrent=False)
+    single = predictor.replay(frames, concurrent=False)
+    yield single.logits, single.probabilities, single.typicality
     for batch_size in buckets(predictor.batch_size):
         rounds = math.ceil(2 * predictor.workers * batch_size / len(frames))
-        logits, probabilities = predictor.replay(list(frames) * rounds, concurrent=True, batch_size=batch_size)
-        yield from zip(np.split(logits, rounds), np.split(probabilities, rounds), strict=True)
+        output = predictor.replay(list(frames) * rounds, concurrent=True, batch_size=batch_size)
+        typicality = [None] * rounds if output.typicality is None else np.split(output.typicality, rounds)
+        yield from zip(np.split(output.logits, rounds), np.split(output.probabilities, rounds), typicality, strict=True)
 
 
 def _finite(value: Any) -> Any:

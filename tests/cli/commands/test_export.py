@@ -31,7 +31,7 @@ from pathlib import Path
 from echoquad_export.packing import exporter
 from echoquad_export.parity import parity
 graph, build_graph, gates = Path({graph!r}).read_bytes(), exporter.build_graph, parity.GATES
-exporter.build_graph = lambda model, contract: graph
+exporter.build_graph = lambda model, contract, typicality: graph
 parity.GATES = {{"fp32": parity.Gate(-1.0, 1e-4, 0.0, 0.0)}}
 """
 RESTORE = "exporter.build_graph, parity.GATES = build_graph, gates"

@@ -208,7 +208,7 @@ def test_terminal_shows_a_progress_bar_and_intact_rows(
     if rows_too:
         header = text.index("file,method,pred_image")  # rows on the same terminal follow the bar
         assert header > text.index("7/7")
-        assert len(re.findall(r",cpu,fp32\r?\n", text[header:])) == 6
+        assert len(re.findall(r",cpu,fp32,\r?\n", text[header:])) == 6
     else:
         assert process.stdout.read() == b""
         assert len(out.read_text("utf-8").splitlines()) == 7

@@ -18,6 +18,9 @@ import pytest
 import torch
 
 from echoquad_export.graph.build import IR_VERSION, OPSET, build_graph
+from echoquad_export.graph.typicality import ReferenceEngine, fit_typicality
+from echoquad_export.packing.exporter import REFERENCE_BATCH
+from echoquad_export.precision.calibration_set import draw_calibration_set
 from echoquad_runtime.bundle.onnx_header import CONTRACT_KEY, MAX_IR_VERSION, MAX_OPSET
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
@@ -54,9 +57,11 @@ def test_graph_has_the_documented_inputs_and_outputs(built: Built) -> None:
     assert (given.name, given.type, given.shape) == ("quadrants", "tensor(uint8)", ["N", 1, size, size])
     outputs = [(out.name, out.type, out.shape) for out in opened.get_outputs()]
     side = -(-size // 32)  # side of the thin ResNet's last feature map
+    typicality = [("typicality", "tensor(float)", ["N", 4])]
     assert outputs == [
         ("logits", "tensor(float)", ["N", classes]),
         ("probabilities", "tensor(float)", ["N", classes]),
+        *(typicality if contract != OTHER else []),
         ("cam", "tensor(float)", ["N", classes, side, side]),
     ]
 
@@ -67,7 +72,7 @@ def test_graph_computes_what_the_training_code_computes(built: Built, count: int
     size = contract.input_size
     quadrants = np.random.default_rng(count).integers(0, 256, (count, 1, size, size), np.uint8)
     quadrants[0] = 255
-    logits, probabilities, _ = session(data).run(None, {"quadrants": quadrants})
+    logits, probabilities, *_ = session(data).run(None, {"quadrants": quadrants})
     expected = TorchEngine(model, contract).infer(quadrants)
     assert logits.dtype == probabilities.dtype == np.float32
     np.testing.assert_allclose(logits, expected[0], atol=2e-5)
@@ -124,9 +129,11 @@ def test_graph_reads_one_grey_channel(built: Built) -> None:
 
 def test_build_graph_is_deterministic_and_leaves_the_model_unchanged(case: Any, thin: None) -> None:
     run = load_run(case.run)
+    engine = ReferenceEngine(run.model, run.contract)
+    fit_typicality(engine, draw_calibration_set(case.data, run.contract).quadrants, REFERENCE_BATCH)
     before = copy.deepcopy(run.model.state_dict())
     run.model.train()  # the deployed copy is in evaluation mode regardless
-    assert build_graph(run.model, run.contract) == (case.bundle / "model.fp32.onnx").read_bytes()
+    assert build_graph(run.model, run.contract, engine.typicality) == (case.bundle / "model.fp32.onnx").read_bytes()
     assert run.model.training and run.model.backbone.conv1.in_channels == 3
     assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
 

@@ -306,6 +306,20 @@ def test_frame_parity_of_equal_graphs_is_exact(
     assert figures == {"frames": 9, "max_grey_difference": 0, "flips": 0}
 
 
+def test_frame_graph_scores_the_typicality_of_frames(scored: Any, frames: list[Grey]) -> None:
+    bundle = Bundle(scored.bundle)
+    graph = build_frame_graph(bundle.read_model("fp32"), bundle.contract)
+    session = open_session(graph, device="cpu", threads=1).session
+    (found,) = session.run(["typicality"], {FRAMES: np.stack(scored.frames)})
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, 1 / (1 / scored.scores).mean(axis=1), rtol=1e-4)
+    measured = measure_frame_parity(graph, OnnxEngine(bundle, device="cpu", threads=1), iter(frames))
+    measured.require()
+    assert measured.max_rel_dtypicality is not None and measured.max_rel_dtypicality < 1e-5
+    with pytest.raises(ParityError, match="typicality"):
+        FrameParity("int8", 10, 1, 0.05, 0, 0.51).require()
+
+
 @pytest.mark.parametrize(
     ("contract", "options", "miss"),
     [
@@ -358,6 +372,7 @@ def test_export_adds_frame_graphs_that_passed_parity(case: Any, thin: None, few_
         data = bundle.read(frame_graph_file(precision))  # checks the hash
         assert data == build_frame_graph(bundle.read_model(precision), bundle.contract)
         figures = bundle.manifest["frame_graphs"][precision]
+        assert figures.pop("max_rel_dtypicality") < 1e-3
         assert figures.keys() == {"frames", "max_grey_difference", "max_abs_dprobability", "flips"}
         assert figures["frames"] == len(bundle.read_golden().frames) + 8  # the validation frames
         assert figures["flips"] == 0 and figures["max_grey_difference"] == 0

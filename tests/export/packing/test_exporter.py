@@ -59,7 +59,7 @@ def ready(case: Any, thin: None, few_golden: None, monkeypatch: pytest.MonkeyPat
             proto = onnx.load_from_string(data)
             change(proto)
             data = proto.SerializeToString()
-        monkeypatch.setattr(pack, "build_graph", lambda model, contract: data)
+        monkeypatch.setattr(pack, "build_graph", lambda model, contract, typicality: data)
 
     use()
     return use
@@ -155,6 +155,7 @@ def test_progress_reports_each_step(case: Any, run: Path, tmp_path: Path, ready:
     export_run(run, tmp_path / "bundle", progress=steps.append)
     assert steps == [
         "reading the run",
+        "fitting the typicality score to 8 training frames",
         "running 8 validation frames through the training code",
         "building the fp32 graph and measuring its parity",
         "choosing golden frames",

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from echoquad_export.graph.typicality import ReferenceEngine, fit_typicality
 from echoquad_export.packing import exporter as pack
-from echoquad_export.packing.exporter import export_run
+from echoquad_export.packing.exporter import REFERENCE_BATCH, export_run
 from echoquad_export.parity import golden as module
 from echoquad_export.parity.golden import (
     MAX_BYTES,
@@ -25,6 +26,7 @@ from echoquad_export.parity.golden import (
     make_golden,
     pack_golden,
 )
+from echoquad_export.precision.calibration_set import draw_calibration_set
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.bundle.golden_frames import GoldenFrames, encode_golden
 from echoquad_runtime.contract import Contract
@@ -33,7 +35,6 @@ from echoquad_runtime.frames.frame_file import FrameFile
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
 from echoquad_runtime.verify.decision_margins import frame_margins, quadrant_margins
 from echoquad_runtime.voting import aggregate_votes
-from echoquad_train.networks.torch_engine import TorchEngine
 from echoquad_train.runs.checkpoint import load_run
 
 TWO = Contract(classes=("ASD", "NORM"), input_size=16)
@@ -199,7 +200,9 @@ def test_constant_model_gets_few_golden_frames() -> None:
 
 def test_golden_file_is_deterministic(case: Any, thin: None) -> None:
     run = load_run(case.run)
-    data, facts = pack_golden(TorchEngine(run.model, run.contract), PHANTOM)
+    engine = ReferenceEngine(run.model, run.contract)
+    fit_typicality(engine, draw_calibration_set(case.data, run.contract).quadrants, REFERENCE_BATCH)
+    data, facts = pack_golden(engine, PHANTOM)
     assert data == (case.bundle / "golden.npz").read_bytes()
     manifest = Bundle(case.bundle).manifest
     assert manifest["golden"] == facts

@@ -133,8 +133,10 @@ def test_gate_to_dict_omits_missing_bounds() -> None:
         "max_abs_dprobability": 1e-4,
         "max_frame_flip_fraction": 0.0,
         "max_patch_flip_fraction": 0.0,
+        "max_rel_dtypicality": 1e-3,
     }
     assert GATES["fp16"].to_dict() == GATES["int8"].to_dict() == {
+        "max_rel_dtypicality": 0.5,
         "max_abs_dprobability": 0.05,
         "max_frame_flip_fraction": 0.01,
     }  # fmt: skip

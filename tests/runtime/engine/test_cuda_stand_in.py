@@ -106,7 +106,7 @@ def swap_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     run = io_binding.IoBinding.run
 
     def reversed_output(self: Any, batch: np.ndarray, frames: int) -> Any:
-        logits, probabilities, maps = run(self, batch, frames)
+        logits, probabilities, maps, _ = run(self, batch, frames)
         return io_binding.InferenceOutput(logits[::-1], probabilities[::-1], maps)
 
     monkeypatch.setattr(io_binding.IoBinding, "run", reversed_output)

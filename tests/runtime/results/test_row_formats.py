@@ -31,7 +31,7 @@ CLASSES = ("ASD", "NORM")
 # The header of the reference pipeline, then the columns that EchoQuad adds.
 HEADER = (
     "file,method,pred_image,prob_ASD,prob_NORM,pred_LA,p_LA_ASD,p_LA_NORM,pred_RA,p_RA_ASD,p_RA_NORM,"
-    "pred_LV,p_LV_ASD,p_LV_NORM,pred_RV,p_RV_ASD,p_RV_NORM,flags,device,precision"
+    "pred_LV,p_LV_ASD,p_LV_NORM,pred_RV,p_RV_ASD,p_RV_NORM,flags,device,precision,typicality"
 )
 NAMES = [
     "a,b.png",
@@ -92,7 +92,7 @@ def test_csv_header_matches_reference_pipeline() -> None:
 def test_csv_row() -> None:
     assert as_csv(prediction()).decode().splitlines()[1] == (
         "test/ASD/ASD3-0.png,majority,ASD,0.5449,0.4551,NORM,0.4119,0.5881,ASD,0.6996,0.3004,"
-        "ASD,1.0000,0.0000,NORM,0.0000,1.0000,tie,cpu,fp32"
+        "ASD,1.0000,0.0000,NORM,0.0000,1.0000,tie,cpu,fp32,"
     )
 
 
@@ -100,7 +100,7 @@ def test_lines_end_with_line_feed() -> None:
     data = as_csv(prediction(), prediction(flags=()))
     assert b"\r" not in data
     assert data.count(b"\n") == 3
-    assert data.endswith(b",,cpu,fp32\n")
+    assert data.endswith(b",,cpu,fp32,\n")
 
 
 def test_flags_share_one_cell() -> None:
@@ -111,7 +111,7 @@ def test_any_class_names_are_read_back() -> None:
     names = columns(("a", "b", "c"))
     assert names[3:6] == ["prob_a", "prob_b", "prob_c"]
     assert names[6:10] == ["pred_LA", "p_LA_a", "p_LA_b", "p_LA_c"]
-    assert len(names) == len(set(names)) == 3 + 3 + 4 * 4 + 3
+    assert len(names) == len(set(names)) == 3 + 3 + 4 * 4 + 4
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -127,7 +127,7 @@ def test_any_text_is_read_back(name: str, flag: str) -> None:
     data = as_csv(prediction(name, flags=(flag,) if flag else ()), prediction("next.png"))
     rows = list(csv.reader(io.StringIO(data.decode("utf-8"), newline="")))
     assert [row[0] for row in rows] == ["file", to_row_name(name), "next.png"]
-    assert {len(row) for row in rows} == {20}
+    assert {len(row) for row in rows} == {21}
 
 
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))

@@ -149,7 +149,7 @@ def test_folds_are_runs_and_form_an_ensemble(case: Case, thin: None) -> None:
 def test_out_of_fold_figures_use_runs_that_never_saw_the_patient(case: Case, thin: None) -> None:
     with (case.folder / "out_of_fold.csv").open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert list(rows[0])[-3:] == ["precision", "fold", "true_class"] and "file" in rows[0]
+    assert list(rows[0])[-3:] == ["typicality", "fold", "true_class"] and "file" in rows[0]
     split_of = ["train"] * 4 + ["validation"] * 2
     files = [f"{split_of[n]}/{name}/patient{n:04d}_4CH.png" for name in ("bright", "dark") for n in range(6)]
     assert sorted(row["file"] for row in rows) == sorted(files)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,20 @@ import numpy as np
 
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.bundle.manifest import MANIFEST
+from echoquad_runtime.bundle.typicality import UNLIKE_TRAINING
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict.prediction import Prediction
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_train.data.dataset import LabelledFrame, Progress, Split, no_readable_frame
 from echoquad_train.data.patients import patients_of
-from echoquad_train.evaluation.metrics import EvaluationMetrics, EvaluationOptions, evaluation_metrics
+from echoquad_train.evaluation.intervals import wilson_interval
+from echoquad_train.evaluation.metrics import (
+    EvaluationMetrics,
+    EvaluationOptions,
+    UnlikeTraining,
+    evaluation_metrics,
+)
 from echoquad_train.evaluation.scored_frames import ScoredFrames, score_frames
 
 __all__ = ["Evaluation", "SplitPredictions", "evaluate", "model_facts", "predict_split"]
@@ -103,7 +111,18 @@ def evaluate(
         unreadable=len(found.failures),
         reference=chosen.scored if chosen else None,
     )
+    metrics = replace(metrics, unlike_training=_unlike_training(found.predictions))
     return Evaluation(found.predictions, found.frames, found.failures, found.scored, metrics, predictor.contract)
+
+
+def _unlike_training(predictions: Sequence[Prediction]) -> UnlikeTraining | None:
+    """Count the frames unlike the training frames; None if the model has no typicality score."""
+    scores = [prediction.typicality for prediction in predictions if prediction.typicality is not None]
+    if not scores:
+        return None
+    flagged = sum(UNLIKE_TRAINING in prediction.flags for prediction in predictions)
+    low, high = wilson_interval(flagged, len(scores))
+    return UnlikeTraining(flagged, flagged / len(scores), (low, high), float(np.median(scores)))
 
 
 def predict_split(

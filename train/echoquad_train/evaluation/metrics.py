@@ -51,6 +51,7 @@ __all__ = [
     "EvaluationMetrics",
     "EvaluationOptions",
     "PatientMetrics",
+    "UnlikeTraining",
     "evaluation_metrics",
 ]
 
@@ -160,6 +161,19 @@ class CalibrationMetrics(MetricsRecord):
 
 
 @dataclass(frozen=True)
+class UnlikeTraining(MetricsRecord):
+    """Frames with the flag ``unlike-training``.
+
+    `share` has a Wilson interval, which takes frames as independent; `median_typicality` is that of all frames.
+    """
+
+    frames: int
+    share: float
+    ci95: tuple[float, float]
+    median_typicality: float
+
+
+@dataclass(frozen=True)
 class EvaluationMetrics(MetricsRecord):
     """The contents of ``metrics.json``.
 
@@ -176,6 +190,8 @@ class EvaluationMetrics(MetricsRecord):
     model, trained_calibration, data
         The evaluated model and the calibration that its training recorded, see
         `echoquad_train.evaluation.evaluate.model_facts`, and the data folder. JSON has them only with a model.
+    unlike_training
+        Frames unlike the training frames. None, and not in JSON, if the model has no typicality score.
     """
 
     split: str
@@ -196,6 +212,7 @@ class EvaluationMetrics(MetricsRecord):
     model: dict[str, str] | None = None
     trained_calibration: dict[str, Any] | None = None
     data: str | None = None
+    unlike_training: UnlikeTraining | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -207,6 +224,8 @@ class EvaluationMetrics(MetricsRecord):
         if self.model is None:
             for name in ("model", "trained_calibration", "data"):
                 del values[name]
+        if self.unlike_training is None:
+            del values["unlike_training"]
         return values
 
 

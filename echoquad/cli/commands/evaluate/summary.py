@@ -8,7 +8,7 @@ from echoquad.cli.framework.console import format_table
 
 if TYPE_CHECKING:
     from echoquad_train.evaluation.abstention import Abstention
-    from echoquad_train.evaluation.metrics import CalibrationMetrics, EvaluationMetrics
+    from echoquad_train.evaluation.metrics import CalibrationMetrics, EvaluationMetrics, UnlikeTraining
     from echoquad_train.evaluation.operating_points import OperatingPoint
     from echoquad_train.reporting.comparison import Comparison
 
@@ -40,6 +40,7 @@ def summarize(metrics: EvaluationMetrics) -> str:
             f"ECE            {_calibration(metrics.calibration)}",
             *(_operating_point(point) for point in metrics.operating_points if point.sensitivity),
             *_abstention(metrics.abstention),
+            *_unlike_training(metrics.unlike_training),
             "",
             format_table(
                 ["class", "precision", "recall", "F1", "frames", *(f"as {name}" for name in frame.classes)], rows
@@ -70,6 +71,12 @@ def _calibration(calibration: CalibrationMetrics) -> str:
         return reported
     how = "cross-fitted by patient" if refitted.cross_fitted else "under temperatures from validation"
     return f"{reported}, {refitted.reliability.ece:.4f} {how}"
+
+
+def _unlike_training(found: UnlikeTraining | None) -> list[str]:
+    if found is None:
+        return []
+    return [f"unlike training {found.share:.4f}{_interval(found.ci95)}, {found.frames} frames"]
 
 
 def _operating_point(point: OperatingPoint) -> str:

@@ -90,6 +90,13 @@ def predict(
             help="Label a frame INDETERMINATE if the calibrated mean probability of its class is below P.",
         ),
     ] = None,
+    abstain_unlike: Annotated[
+        bool,
+        typer.Option(
+            "--abstain-unlike",
+            help="Label a frame INDETERMINATE if it is unlike the training frames (flag unlike-training).",
+        ),
+    ] = False,
     matrices: Matrices = False,
     flip: Flip = None,
     every: Every = 1,
@@ -172,6 +179,7 @@ def predict(
                 "method": method,
                 "batch_size": config.batch_size,
                 "abstain_below": abstain_below,
+                "abstain_unlike": abstain_unlike,
             }
             if on_ray:
                 options |= {"public_key": public_key, "address": ray_address}
@@ -201,6 +209,7 @@ def predict(
                         "shard": str(part) if part else None,
                         **({} if reading.flip == "none" else {"flip": reading.flip}),
                         "abstain_below": None if abstain_below is None else f"{abstain_below:g}",
+                        **({"abstain_unlike": "yes"} if abstain_unlike else {}),
                         "self_test": PASSED,  # a predictor that fails it yields no row
                     },
                 )
@@ -282,6 +291,7 @@ def _write_rows(
     predictor: Predictor | RayPredictor, frames: FrameSelection, writer: Writer, tally: Tally, overlay: Path | None
 ) -> None:
     """Predict the frames; write a row and draw an overlay for each, print each failure."""
+    from echoquad_runtime.bundle.typicality import UNLIKE_TRAINING
     from echoquad_runtime.frames.frame_file import Failure
 
     def draw(frame: FrameFile, prediction: Prediction) -> None:
@@ -301,5 +311,6 @@ def _write_rows(
             else:
                 writer.write(result)
                 tally.labels[result.label] += 1
+                tally.unlike += UNLIKE_TRAINING in result.flags
             progress.update(done, frames.yielded if frames.complete else None)
     tally.seconds = time.perf_counter() - begin

@@ -21,12 +21,15 @@ class Tally:
     ----------
     labels
         Number of frames by decision.
+    unlike
+        Number of frames unlike the training frames, whatever their decision.
     seconds
         Wall time of the prediction.
     """
 
     def __init__(self) -> None:
         self.labels: Counter[str] = Counter()
+        self.unlike = 0
         self.seconds = 0.0
         self._failure: Failure | None = None  # only the first: there may be a million
 
@@ -48,7 +51,11 @@ class Tally:
             return [f"no new frame; {kept} rows were there" if kept else "no frame in this shard"]
         undecided = [INDETERMINATE] if self.labels[INDETERMINATE] else []
         shares = ", ".join(f"{self.labels[name]} {name}" for name in [*classes, *undecided])
-        phrases = [f"{self.frames} frames: {shares}", f"{self.frames / self.seconds:.1f} frames per second"]
+        phrases = [
+            f"{self.frames} frames: {shares}",
+            *([f"{self.unlike} unlike the training frames"] if self.unlike else []),
+            f"{self.frames / self.seconds:.1f} frames per second",
+        ]
         return [*phrases, f"{kept} rows were there"] if kept else phrases
 
     def exit_code(self, rows: int) -> int:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -81,6 +82,19 @@ def test_run_bundle_and_predict_decide_alike(
         assert [row[column] for column in DECISIONS] == [bundle[name][column] for column in DECISIONS]
         for column in [column for column in row if column.startswith(("prob_", "p_"))]:
             assert float(row[column]) == pytest.approx(float(bundle[name][column]), abs=1.01e-4)
+
+
+def test_frames_unlike_the_training_frames_are_counted(evaluations: dict[str, tuple[Path, Any]]) -> None:
+    """A bundle has a typicality score, and the run that it was exported from has none."""
+    found = {
+        name: json.loads((folder / "metrics.json").read_text("utf-8")) for name, (folder, _) in evaluations.items()
+    }
+    assert "unlike_training" not in found["run"]
+    rows = rows_of(evaluations["bundle"][0] / "predictions.csv").values()
+    counted, flagged = found["bundle"]["unlike_training"], sum("unlike-training" in row["flags"] for row in rows)
+    assert (counted["frames"], counted["share"]) == (flagged, flagged / len(rows))
+    assert counted["median_typicality"] == pytest.approx(median(float(row["typicality"]) for row in rows), abs=1e-4)
+    assert f"unlike training {flagged / len(rows):.4f}" in evaluations["bundle"][1].out
 
 
 def test_evaluate_skips_unreadable_frames_and_exits_5(

@@ -17,7 +17,7 @@ from PIL import Image
 
 HEADER = (
     "file,method,pred_image,prob_ASD,prob_NORM,pred_LA,p_LA_ASD,p_LA_NORM,pred_RA,p_RA_ASD,p_RA_NORM,"
-    "pred_LV,p_LV_ASD,p_LV_NORM,pred_RV,p_RV_ASD,p_RV_NORM,flags,device,precision"
+    "pred_LV,p_LV_ASD,p_LV_NORM,pred_RV,p_RV_ASD,p_RV_NORM,flags,device,precision,typicality"
 )
 NAMES = ["a/0.png", "a/1.jpg", "a/2.bmp", "b/3.tif", "b/4.PNG", "b/5.png"]
 BAD = ["a/cut.png", "a/text.png", "b/cut.jpg", "b/empty.jpg", "b/small.png"]
@@ -102,7 +102,36 @@ def test_jsonl_rows_equal_csv_rows(
             if isinstance(value, float):
                 assert f"{value:.4f}" == row[key]
             else:
-                assert (";".join(value) if isinstance(value, list) else value) == row[key]
+                assert (";".join(value) if isinstance(value, list) else value or "") == row[key]
+
+
+def test_frames_unlike_the_training_frames_are_counted_and_undecided_on_request(
+    scored: Any, tiny_bundle: Path, many: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "frames", tmp_path / "rows.csv"
+    folder.mkdir()
+    for index, frame in enumerate(scored.frames):
+        Image.fromarray(frame).save(folder / f"{index}.png")
+    predict = ["predict", scored.bundle, folder, "--device", "cpu"]
+    (plain, abstaining, other, without), _ = many(
+        [
+            predict,
+            [*predict, "--abstain-unlike", "--out", out],
+            [*predict, "--out", out, "--resume"],
+            ["predict", tiny_bundle, folder, "--abstain-unlike"],
+        ]
+    )
+    rows, undecided = table(plain.out), table(out.read_text("utf-8"))
+    assert sum("unlike-training" in row["flags"] for row in rows) == 5
+    assert (plain.code, abstaining.code) == (0, 0)
+    assert "5 unlike the training frames" in plain.err and "INDETERMINATE" not in plain.err
+    assert "5 INDETERMINATE" in abstaining.err
+    for before, row in zip(rows, undecided, strict=True):
+        unlike = float(before["typicality"]) < scored.threshold
+        assert row == {**before, "pred_image": "INDETERMINATE" if unlike else before["pred_image"]}
+    assert json.loads((tmp_path / "rows.csv.run.json").read_text("utf-8"))["abstain_unlike"] == "yes"
+    assert (other.code, other.error[0]) == (1, "E_RESULT")
+    assert (without.code, without.error[0]) == (1, "E_CONFIG")
 
 
 def test_method_changes_only_the_decision(tiny_bundle: Path, frames_folder: Path, many: Callable[..., Any]) -> None:

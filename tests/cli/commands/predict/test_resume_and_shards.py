@@ -59,7 +59,7 @@ def test_interrupted_run_keeps_its_rows_and_resumes(
     *_, kept, last = stderr.decode().splitlines()
     assert last == "interrupted"
     partial = tmp_path / "out.csv.partial"
-    rows = partial.read_bytes().count(b",cpu,fp32\n")
+    rows = partial.read_bytes().count(b",cpu,fp32,\n")
     assert kept.startswith(f"{rows} rows ") and partial.as_posix() in kept and "--resume" in kept
     assert b"Traceback" not in stderr
     assert not out.exists()
