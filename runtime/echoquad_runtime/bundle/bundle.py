@@ -156,9 +156,9 @@ class Bundle:
         Raises
         ------
         BundleError
-            If the manifest does not list it, if it is missing, or if the bundle was replaced since it was opened.
+            If the manifest does not list it, or it is missing.
         BundleTamperedError
-            If its bytes are not those that were exported.
+            If its bytes are not those that were exported, or if the bundle was replaced since it was opened.
         """
         entry = self.manifest["files"].get(name)
         if entry is None:
@@ -166,10 +166,8 @@ class Bundle:
         try:
             data = read_regular(self.folder / name, entry["bytes"])
         except OSError as error:
-            self._refuse_replaced()
-            raise BundleError(
-                f"{self._label}: {name} cannot be read ({error.strerror or error}); copy the whole bundle again"
-            ) from error
+            advice = self._advice() if self._was_replaced() else "copy the whole bundle again"
+            raise BundleError(f"{self._label}: {name} cannot be read ({error.strerror or error}); {advice}") from error
         digest = hashlib.sha256(data).hexdigest()
         if len(data) != entry["bytes"]:
             size = f"{len(data)}" if len(data) < entry["bytes"] else "more"
@@ -178,23 +176,19 @@ class Bundle:
             difference = f"SHA-256 {digest[:12]}..., expected {entry['sha256'][:12]}..."
         else:
             return data
-        self._refuse_replaced()
-        raise BundleTamperedError(
-            f"{self._label}: {name} has {difference}: it was damaged or changed after the export; "
-            "copy the whole bundle again"
-        )
+        raise BundleTamperedError(f"{self._label}: {name} has {difference}: {self._advice()}")
 
-    def _refuse_replaced(self) -> None:
-        """Raise a `BundleError` if the folder holds another bundle than it did: an export may replace it in use."""
+    def _advice(self) -> str:
+        if self._was_replaced():
+            return "the bundle was replaced since it was opened; open it again, or restart the program that uses it"
+        return "it was damaged or changed after the export; copy the whole bundle again"
+
+    def _was_replaced(self) -> bool:
+        """Return whether the folder holds another manifest than it did: an export may replace a bundle in use."""
         try:
-            replaced = read_manifest(self.folder) != self._manifest_bytes
-        except BundleError:  # the rest of the bundle is missing or damaged as well
-            return
-        if replaced:
-            raise BundleError(
-                f"{self._label}: the bundle was replaced since it was opened; open it again, or restart the program "
-                "that uses it"
-            )
+            return read_manifest(self.folder) != self._manifest_bytes
+        except BundleError:  # it is missing as well
+            return False
 
     def read_model(self, precision: str) -> bytes:
         """Read the graph of a precision; raises as `read`."""

@@ -354,6 +354,6 @@ def test_bundle_replaced_since_it_was_opened_is_named_as_such(
     if classes == opened.contract.classes:
         assert opened.read_model("fp32") == graph
     else:
-        with pytest.raises(BundleError, match="was replaced since it was opened") as replaced:
+        with pytest.raises(BundleTamperedError, match="was replaced since it was opened") as replaced:
             opened.read_model("fp32")
-        assert missing.value.code == replaced.value.code == "E_BUNDLE"
+        assert (missing.value.code, replaced.value.exit_code) == ("E_BUNDLE", 3)
