@@ -127,3 +127,6 @@ def test_complex_tensors_are_refused(tmp_path: Path) -> None:
     path.write_bytes(safetensors.torch.save({"a": torch.zeros(2, dtype=torch.complex64)}))
     with pytest.raises(TensorFileError, match="complex"):
         read_safetensors(path)
+    path.write_bytes(archive(optimizer={"state": [{"average": torch.zeros(2, dtype=torch.complex64)}]}))
+    with pytest.raises(TensorFileError, match="complex"):
+        read_archive(path)

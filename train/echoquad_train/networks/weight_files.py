@@ -11,7 +11,7 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +61,7 @@ def read_safetensors(path: Path) -> TensorFile:
         if _MAX_HEADER < length < len(data):  # beyond the end, it is no safetensors file
             raise TensorFileError(f"its header has {length} bytes; expected at most {_MAX_HEADER}")
         tensors = safetensors.torch.load(data)  # checks the header
-        if any(tensor.is_complex() for tensor in tensors.values()):  # torch would only warn, and drop a part of them
-            raise TensorFileError("it holds complex numbers; expected real weights")
+        _refuse_complex(tensors)
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
         return TensorFile(metadata, tensors, hashlib.sha256(data[8 + length :]).hexdigest())
 
@@ -86,7 +85,22 @@ def read_archive(path: Path) -> Any:
         stream.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles of other programs; an error reports them
-            return torch.load(stream, map_location="cpu", weights_only=True)
+            content = torch.load(stream, map_location="cpu", weights_only=True)
+        _refuse_complex(content)
+        return content
+
+
+def _refuse_complex(content: Any) -> None:
+    """Raise an error if a tensor is complex: torch would only warn, and drop the imaginary part."""
+    seen: set[int] = set()
+    pending = [content]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, torch.Tensor) and part.is_complex():
+            raise TensorFileError("it holds complex numbers; expected real weights")
+        if isinstance(part, Mapping | list | tuple) and id(part) not in seen:  # a pickle may contain itself
+            seen.add(id(part))
+            pending.extend(part.values() if isinstance(part, Mapping) else part)
 
 
 @contextmanager
