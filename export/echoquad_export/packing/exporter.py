@@ -43,6 +43,7 @@ from echoquad_runtime.storage.atomic import write_bytes
 from echoquad_runtime.storage.atomic_folder import atomic_folder
 from echoquad_runtime.verify.verify import Verification, verify
 from echoquad_train.data.dataset import Split, load_quadrants, read_split
+from echoquad_train.data.split_folders import split_folders
 from echoquad_train.runs.checkpoint import Run
 from echoquad_train.runs.ensemble_folder import Ensemble, load_trained
 
@@ -315,8 +316,9 @@ def _fit_typicality(
     """
     own = run.info.get("data", {}).get("folder")
     candidates = [calibrate_data] if calibrate_data else [*([Path(own)] if own else []), parity_data]
-    data = next((folder for folder in candidates if folder is not None and (folder / "train").is_dir()), None)
+    folders = [folder for folder in candidates if folder is not None and folder.is_dir()]
     try:
+        data = next((folder for folder in folders if "train" in split_folders(folder)), None)
         if data is None:
             raise DatasetError("its training frames are not available; name a data folder with --parity DATA")
         reading = ReadOptions.from_record(run.info.get("data"))

@@ -23,6 +23,7 @@ from echoquad_runtime.engine.io_binding import FloatArray
 from echoquad_runtime.errors import DatasetError
 from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_train.data.dataset import LabelledFrame, Split, load_quadrants, read_split
+from echoquad_train.data.split_folders import split_folders
 
 __all__ = ["CALIBRATION_FRAMES", "CalibrationSet", "Ranges", "draw_calibration_set"]
 
@@ -96,13 +97,15 @@ def draw_calibration_set(
         If there is no training split, or all its frames are held out too.
     """
     label = data.as_posix()
-    if not (data / SOURCE).is_dir():
+    folders = split_folders(data)
+    if SOURCE not in folders:
         raise DatasetError(
             f"{label}: no {SOURCE}/ folder found; calibration needs training frames, because test frames would make "
             f"the test too favourable; expected a data folder with {SOURCE}/CLASS/"
         )
     split = read_split(data, SOURCE, contract.classes, reading)
-    held_out = _contents(data, [frame.path.stat().st_size for frame in split.frames if frame.path.is_file()])
+    others = [data / folders[name] for name in HELD_OUT if name in folders]
+    held_out = _contents(others, [frame.path.stat().st_size for frame in split.frames if frame.path.is_file()])
     generator = np.random.default_rng(seed)
     queues: list[list[LabelledFrame]] = []
     for index in range(len(split.classes)):
@@ -136,13 +139,13 @@ def draw_calibration_set(
     return CalibrationSet(quadrants, seed, digest, left_out)
 
 
-def _contents(data: Path, sizes: Sequence[int]) -> set[str]:
-    """Return the hashes of the files in the held-out splits; files of other sizes than `sizes` are not read."""
+def _contents(folders: Sequence[Path], sizes: Sequence[int]) -> set[str]:
+    """Return the hashes of the files in `folders`; files of other sizes than `sizes` are not read."""
     wanted = set(sizes)
     return {
         _content(path)
-        for split in HELD_OUT
-        for path in (data / split).rglob("*")
+        for folder in folders
+        for path in folder.rglob("*")
         if path.is_file() and path.stat().st_size in wanted
     } - {""}
 

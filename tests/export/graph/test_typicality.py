@@ -186,3 +186,7 @@ def test_without_training_frames_there_is_no_score(
     assert "unlike-training" not in (tmp_path / "bundle" / "MODEL_CARD.md").read_text("utf-8")
     export_run(run, tmp_path / "other", parity_data=case.data)  # this folder has training frames
     assert Bundle(tmp_path / "other").manifest["typicality"]["frames"] == 8
+    shutil.copytree(case.data / "train", only / "Training")
+    shutil.move(only / "validation", only / "val")
+    export_run(run, tmp_path / "spelled", parity_data=only)
+    assert Bundle(tmp_path / "spelled").manifest["typicality"]["frames"] == 8

@@ -68,6 +68,16 @@ def test_frames_of_held_out_splits_are_skipped(data: Path) -> None:
         assert not any(np.array_equal(frame, write_and_cut(held)) for frame in drawn.quadrants)
 
 
+def test_splits_in_other_spellings_are_drawn_from_and_held_out(data: Path) -> None:
+    expected = draw_calibration_set(data, CONTRACT, frames=100)
+    shutil.copytree(data / "validation", data / "test")
+    shutil.copy(data / "train" / "A" / "3.png", data / "test" / "A" / "again.png")
+    for name, spelling in (("train", "Training"), ("validation", "val"), ("test", "TestSet")):
+        (data / name).rename(data / spelling)
+    drawn = draw_calibration_set(data, CONTRACT, frames=100)
+    assert (len(drawn.quadrants), drawn.left_out) == (len(expected.quadrants) - 1, 1)
+
+
 def test_held_out_data_raises_dataset_error(data: Path) -> None:
     shutil.copytree(data / "train", data / "test")  # a test set passed as a training split
     with pytest.raises(DatasetError, match=r"all 12 frames of train/"):
