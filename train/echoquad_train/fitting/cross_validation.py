@@ -8,8 +8,6 @@ because each run's best epoch is chosen on the same fold. Frames of ``DATA/test`
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 import statistics
 import warnings
@@ -25,9 +23,7 @@ from echoquad_runtime.errors import ConfigError, DatasetError, RunError
 from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict.predictor import Predictor
-from echoquad_runtime.results.row_formats import format_for
-from echoquad_runtime.storage.atomic import write_atomically, write_bytes, write_json
-from echoquad_runtime.storage.row_names import escape_formula
+from echoquad_runtime.storage.atomic import write_bytes, write_json
 from echoquad_train.data.dataset import Split, read_classes, read_split
 from echoquad_train.data.patients import patient_pattern, patients_of
 from echoquad_train.data.stream import Stream
@@ -38,6 +34,7 @@ from echoquad_train.fitting.resume import locked_run_folder, refuse_occupied
 from echoquad_train.networks.device import Device, choose_device
 from echoquad_train.networks.torch_engine import TorchEngine
 from echoquad_train.recipe import Recipe
+from echoquad_train.reporting.predictions_table import write_predictions
 from echoquad_train.runs.checkpoint import RECIPE, RUN, load_last, load_run, read_info
 from echoquad_train.runs.ensemble_folder import ensemble_metadata, is_ensemble, new_ensemble_metadata
 
@@ -238,7 +235,12 @@ def fit_folds(
             held_out.append(found)
 
         figures = _figures(held_out, recipe.contract(classes).positive)
-        _write_predictions(folder / OUT_OF_FOLD, held_out, classes)
+        rows = (
+            (prediction, label, (number,))
+            for number, found in enumerate(held_out, 1)
+            for prediction, label in zip(found.predictions, found.scored.labels, strict=True)
+        )
+        write_predictions(folder / OUT_OF_FOLD, rows, classes, ["fold"])
         members = [(f"fold-{number}", load_run(folder / f"fold-{number}")) for number in range(1, settings.folds + 1)]
         kept = {key: metadata[key] for key in ("created", "folds")}
         write_json(folder / RUN, {**ensemble_metadata(members, "soft", flip_tta=False), **kept, "out_of_fold": figures})
@@ -305,15 +307,3 @@ def _figures(held_out: Sequence[SplitPredictions], positive: str) -> dict[str, A
         "standard_deviation": {name: statistics.stdev(column) for name, column in columns.items() if len(column) > 1},
         "caveat": "each fold's epoch was chosen on the frames that it is measured on",
     }
-
-
-def _write_predictions(path: Path, held_out: Sequence[SplitPredictions], classes: Sequence[str]) -> None:
-    """Write the predictions table with two more columns: the fold that held the frame out, and the true class."""
-    layout = format_for(path)
-    with write_atomically(path) as stream:
-        stream.write(layout.header(classes).rstrip(b"\n") + b",fold,true_class\n")
-        for number, found in enumerate(held_out, 1):
-            for prediction, label in zip(found.predictions, found.scored.labels, strict=True):
-                cells = io.StringIO()
-                csv.writer(cells, lineterminator="\n").writerow([number, escape_formula(classes[label])])
-                stream.write(layout.row(prediction).removesuffix(b"\n") + b"," + cells.getvalue().encode())

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 
 from echoquad_runtime.contract import describe_layout
-from echoquad_runtime.results.row_formats import format_for
-from echoquad_runtime.storage.atomic import make_folder, write_atomically, write_json
-from echoquad_runtime.storage.row_names import escape_formula
+from echoquad_runtime.storage.atomic import make_folder, write_json
 from echoquad_train.evaluation.evaluate import Evaluation
 from echoquad_train.reporting.mistake_gallery import save_mistakes
+from echoquad_train.reporting.predictions_table import write_predictions
 from echoquad_train.reporting.report import write_report
 from echoquad_train.reporting.saved_figures import save_figures
 
@@ -32,7 +29,8 @@ def write_evaluation(evaluation: Evaluation, folder: Path, *, gallery: int = 0) 
     mistakes = save_mistakes(evaluation, folder, gallery) if gallery else []
     metrics, table, report = folder / "metrics.json", folder / "predictions.csv", folder / "report.html"
     write_json(metrics, evaluation.metrics.to_dict() | {"mistakes": [mistake.to_dict() for mistake in mistakes]})
-    _write_predictions(table, evaluation)
+    pairs = zip(evaluation.predictions, evaluation.scored.labels, strict=True)
+    write_predictions(table, ((prediction, label, ()) for prediction, label in pairs), evaluation.scored.classes)
     pictures = save_figures(evaluation, folder)
     write_report(
         report,
@@ -45,14 +43,3 @@ def write_evaluation(evaluation: Evaluation, folder: Path, *, gallery: int = 0) 
         folder=folder,
     )
     return [metrics, table, *(picture.path for picture in pictures), report]
-
-
-def _write_predictions(path: Path, evaluation: Evaluation) -> None:
-    """Write the rows of ``echoquad predict`` with one more column, the true class."""
-    layout, classes = format_for(path), evaluation.scored.classes
-    with write_atomically(path) as stream:
-        stream.write(layout.header(classes).rstrip(b"\n") + b",true_class\n")
-        for prediction, label in zip(evaluation.predictions, evaluation.scored.labels, strict=True):
-            cell = io.StringIO()
-            csv.writer(cell, lineterminator="\n").writerow([escape_formula(classes[label])])
-            stream.write(layout.row(prediction).removesuffix(b"\n") + b"," + cell.getvalue().encode())
