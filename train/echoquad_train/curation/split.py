@@ -312,8 +312,7 @@ def _list_pool(source: Path, reading: ReadOptions) -> tuple[list[LabelledFrame],
     notes = []
     frames = []
     for folder in folders:
-        patients = [name for names in class_folders(source / folder).values() for name in names]
-        if inner := patient_class_folders(source / folder, patients):
+        if inner := patient_class_folders(source / folder):
             notes.append(f"{folder or '.'}: read as PATIENT/CLASS, with classes {', '.join(inner)}")
             frames += _class_first(list_splits(source, [folder], reading, skipped), folder)
         else:

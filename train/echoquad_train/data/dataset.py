@@ -29,7 +29,7 @@ from echoquad_train.data.split_folders import (
     canonical_split,
     class_folders,
     normalize_name,
-    patient_class_folders,
+    refuse_patient_folders,
     split_folder,
 )
 
@@ -43,7 +43,6 @@ __all__ = [
     "frames_below",
     "load_quadrants",
     "no_readable_frame",
-    "patient_class_error",
     "read_classes",
     "read_split",
     "stored_bytes",
@@ -203,8 +202,7 @@ def read_classes(data: Path) -> tuple[str, ...]:
         If the folder is missing, holds fewer than two classes, or holds splits or patients in place of classes.
     """
     folder = split_folder(data, "train")
-    found = class_folders(folder)
-    classes = tuple(found)
+    classes = tuple(class_folders(folder))
     if classes and all(map(canonical_split, classes)):
         raise DatasetError(
             f"{folder.as_posix()}: {', '.join(classes)} found, which are names of splits; expected two or more folders "
@@ -213,17 +211,8 @@ def read_classes(data: Path) -> tuple[str, ...]:
     if len(classes) < 2:
         shown = f"the single class {classes[0]!r}" if classes else "no class folder"
         raise DatasetError(f"{folder.as_posix()}: {shown} found; expected two or more folders named after classes")
-    if inner := patient_class_folders(folder, [name for names in found.values() for name in names]):
-        raise patient_class_error(folder, classes, inner)
+    refuse_patient_folders(folder)
     return classes
-
-
-def patient_class_error(folder: Path, patients: Sequence[str], classes: Sequence[str]) -> DatasetError:
-    """Return the error for patients that have class folders where classes have patient folders."""
-    return DatasetError(
-        f"{folder.as_posix()}: {', '.join(patients[:3])} are named as patients are and hold {', '.join(classes[:6])}; "
-        "expected folders named after classes, with the patients inside; `echoquad data split` writes them so"
-    )
 
 
 def read_split(

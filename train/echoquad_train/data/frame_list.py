@@ -18,7 +18,7 @@ from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, IMAGE_EXTENSIO
 from echoquad_runtime.frames.reader import decode_grey, load_grey, pixel_format
 from echoquad_runtime.quadrants import Grey
 from echoquad_runtime.storage.system_files import SkippedEntries
-from echoquad_train.data.dataset import LabelledFrame, frames_below, patient_class_error
+from echoquad_train.data.dataset import LabelledFrame, frames_below
 from echoquad_train.data.prefetch import prefetch
 from echoquad_train.data.split_folders import (
     EXPECTED_FOLDERS,
@@ -26,7 +26,7 @@ from echoquad_train.data.split_folders import (
     class_folders,
     class_name_warnings,
     listed_splits,
-    patient_class_folders,
+    refuse_patient_folders,
 )
 
 __all__ = ["DecodedFile", "FrameListing", "list_frames", "list_splits", "read_all"]
@@ -74,9 +74,7 @@ def list_frames(data: Path, reading: ReadOptions = DEFAULT_READ_OPTIONS) -> Fram
             "make them with `echoquad data split`"
         )
     for folder in splits.values():
-        patients = [name for names in class_folders(data / folder).values() for name in names]
-        if inner := patient_class_folders(data / folder, patients):
-            raise patient_class_error(data / folder, patients, inner)
+        refuse_patient_folders(data / folder)
     skipped = SkippedEntries()
     frames = list_splits(data, splits.values(), reading, skipped)
     if not frames:

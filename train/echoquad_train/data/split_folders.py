@@ -25,6 +25,7 @@ __all__ = [
     "listed_splits",
     "normalize_name",
     "patient_class_folders",
+    "refuse_patient_folders",
     "split_folder",
     "split_folders",
 ]
@@ -122,8 +123,9 @@ def listed_splits(data: Path, *, strict: bool = False) -> tuple[dict[str, str], 
     if not folders:
         return {}, []
     splits = set(folders.values())
-    names = (name for found in class_folders(data).values() for name in found)
-    others = sorted(name for name in names if name not in splits and next(walk(data / name), None) is not None)
+    others = sorted(
+        name for name in _names_on_disk(data) if name not in splits and next(walk(data / name), None) is not None
+    )
     if others and (strict or "train" not in folders):
         raise DatasetError(
             f"{data.as_posix()}: {', '.join(sorted(splits))} {'are' if len(splits) > 1 else 'is'} named as a split is, "
@@ -150,6 +152,10 @@ def class_folders(folder: Path, skipped: SkippedEntries | None = None) -> dict[s
     return dict(sorted(found.items()))
 
 
+def _names_on_disk(folder: Path) -> list[str]:
+    return [name for names in class_folders(folder).values() for name in names]
+
+
 def _is_class(entry: Path, skipped: SkippedEntries | None) -> bool:
     if is_system_name(entry.name):
         if skipped is not None:
@@ -158,13 +164,29 @@ def _is_class(entry: Path, skipped: SkippedEntries | None) -> bool:
     return entry.is_dir() and not entry.name.startswith("__")
 
 
-def patient_class_folders(folder: Path, classes: Iterable[str]) -> list[str]:
-    """Return the classes of a folder ``PATIENT/CLASS/**``, sorted; nothing if `classes` are what their names say.
+def refuse_patient_folders(folder: Path) -> None:
+    """Refuse a folder ``PATIENT/CLASS/**``; see `patient_class_folders`.
 
-    That is so if all folders in `folder` (`classes`, the names on disk) are named as patients are, such as ``P001`` or
-    ``patient12``, and hold two or more names in all, fewer than there are patients, none of which is named so.
+    Raises
+    ------
+    DatasetError
+        If patients have class folders where classes have patient folders.
     """
-    patients = list(classes)
+    if classes := patient_class_folders(folder):
+        patients = ", ".join(_names_on_disk(folder)[:3])
+        raise DatasetError(
+            f"{folder.as_posix()}: {patients} are named as patients are and hold {', '.join(classes[:6])}; expected "
+            "folders named after classes, with the patients inside; `echoquad data split` writes them so"
+        )
+
+
+def patient_class_folders(folder: Path) -> list[str]:
+    """Return the classes of a folder ``PATIENT/CLASS/**``, sorted; nothing of a folder of classes.
+
+    A folder is one of patients if all folders in it are named as patients are, such as ``P001`` or ``patient12``, and
+    hold two or more names in all, fewer than there are patients, none of which is named so.
+    """
+    patients = _names_on_disk(folder)
     if len(patients) < 3 or not all(map(_PATIENT_FOLDER.fullmatch, patients)):
         return []
     inner = {name for patient in patients for name in class_folders(folder / patient)}
