@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import Final
 
 from echoquad_runtime.errors import FrameError, InputNotFoundError
-from echoquad_runtime.frames.file_access import open_frame_file, read_head
+from echoquad_runtime.frames.file_access import read_head
 from echoquad_runtime.frames.formats import (
     DEFAULT_READ_OPTIONS,
     FRAME_EXTENSIONS,
@@ -26,7 +26,7 @@ from echoquad_runtime.frames.formats import (
     is_dicom,
 )
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
-from echoquad_runtime.frames.images.several_images import may_be_stack
+from echoquad_runtime.frames.images.several_images import file_may_be_stack
 from echoquad_runtime.frames.reader import frames_in
 from echoquad_runtime.storage.directory_walk import WalkRule, expand_pattern, walk_directory
 from echoquad_runtime.storage.system_files import SkippedEntries, is_system_name
@@ -167,8 +167,7 @@ def _is_single_image(path: str) -> bool:
     if extension not in STACK_EXTENSIONS:
         return extension in IMAGE_EXTENSIONS
     try:
-        with open_frame_file(Path(path)) as stream:
-            return not may_be_stack(stream)
+        return not file_may_be_stack(Path(path))
     except FrameError:  # reported when the frame is read
         return True
 

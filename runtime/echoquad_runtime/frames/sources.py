@@ -24,7 +24,7 @@ from echoquad_runtime.frames.file_access import OpenStream, open_frame_file, rea
 from echoquad_runtime.frames.formats import HEAD_BYTES, IMAGE_EXTENSIONS, NPY_SIGNATURE, FileFormat, Flip, detect_format
 from echoquad_runtime.frames.frame_file import FrameFile
 from echoquad_runtime.frames.images import image as image_files
-from echoquad_runtime.frames.images.several_images import may_be_stack
+from echoquad_runtime.frames.images.several_images import file_may_be_stack
 from echoquad_runtime.frames.quality_flags import COLOUR, quality_flags
 from echoquad_runtime.quadrants import Grey, frame_quadrants
 
@@ -115,7 +115,7 @@ Content: TypeAlias = "bytes | DecodedFrame"
 def is_single_frame_format(path: Path, file_format: FileFormat) -> bool:
     """Return whether a file holds one frame, so that nobody needs to count: most images, and text matrices."""
     if file_format == "image":
-        return not _may_be_stack(path)
+        return not file_may_be_stack(path)
     return file_format == "matrix" and not _is_npy(path)
 
 
@@ -154,7 +154,7 @@ def read_content(file: FrameFile, file_format: FileFormat | None = None) -> Cont
     if file_format == "image":
         if file.frame is None:
             return read_bytes(file.path)
-        if _may_be_stack(file.path) and (stack := _open_source(file.path, file_format)).multi_frame:
+        if file_may_be_stack(file.path) and (stack := _open_source(file.path, file_format)).multi_frame:
             return stack.decode(file.frame, file.flip)
         raise FrameFormatError("'#N' selects a frame of a multi-frame file; this file holds a single image")
     if file_format == "matrix" and not _is_npy(file.path):
@@ -187,11 +187,6 @@ def decode_in_memory(data: bytes) -> DecodedFrame:
 
 def _is_npy(path: Path) -> bool:
     return path.suffix.lower() == ".npy" or read_head(path).startswith(NPY_SIGNATURE)
-
-
-def _may_be_stack(path: Path) -> bool:
-    with read_errors(), open_frame_file(path) as stream:
-        return may_be_stack(stream)
 
 
 def pixel_format(data: bytes) -> str:

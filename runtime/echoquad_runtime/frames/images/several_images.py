@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 from typing import IO
 
 from echoquad_runtime.errors import FrameError
+from echoquad_runtime.frames.file_access import open_frame_file, read_errors
 from echoquad_runtime.frames.formats import TIFF_SIGNATURES
 from echoquad_runtime.frames.images.image_integrity import MAX_PNG_CHUNKS, PNG_SIGNATURE
 from echoquad_runtime.frames.images.tiff_file import TiffFile
 
-__all__ = ["has_animation", "may_be_stack"]
+__all__ = ["file_may_be_stack", "has_animation", "may_be_stack"]
+
+
+def file_may_be_stack(path: Path) -> bool:
+    """Return `may_be_stack` of a file.
+
+    Raises
+    ------
+    FrameError
+        If it cannot be opened or read.
+    """
+    with read_errors(), open_frame_file(path) as stream:
+        return may_be_stack(stream)
 
 
 def may_be_stack(stream: IO[bytes]) -> bool:
