@@ -83,10 +83,8 @@ def _summarize(found: Audit) -> str:
 
 
 def _counts(found: Audit) -> str:
-    from echoquad_runtime.storage.row_names import display_name
-
     rows = [
-        [f"{split}/{display_name(name)}", *(str(cell[key]) for key in ("frames", "patients", "unreadable"))]
+        [f"{split}/{name}", *(str(cell[key]) for key in ("frames", "patients", "unreadable"))]
         for split, by_class in found.counts.items()
         for name, cell in by_class.items()
     ]
@@ -94,14 +92,12 @@ def _counts(found: Audit) -> str:
 
 
 def _figures(found: Audit) -> str:
-    from echoquad_runtime.storage.row_names import display_name
-
     def spread(figures: dict[str, float]) -> str:
         return f"{figures['median']:.0f} ({figures['p5']:.0f}-{figures['p95']:.0f})"
 
     rows = [
         [
-            display_name(name),
+            name,
             *(spread(figures[key]) for key in ("width", "height", "brightness", "file_bytes")),
             ", ".join(f"{kind} {count}" for kind, count in figures["kinds"].items()),
         ]

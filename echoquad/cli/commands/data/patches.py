@@ -36,17 +36,16 @@ def patches(
     """Write the four quadrants of every frame and a table of them; check that together they equal the frame."""
     require_extra("train")
     from echoquad_runtime.contract import parse_layout
-    from echoquad_runtime.storage.row_names import display_name
     from echoquad_train.curation.quadrant_files import MAPPING, write_quadrants
 
     layout, reading = parse_layout(quadrant_layout or "reference"), read_options(matrices, flip, every)
     with Progress("cutting") as progress:
         done = write_quadrants(data, out, keep, layout=layout, reading=reading, progress=progress.update)
-    rows = [[f"{part}/{display_name(name)}", str(count), str(4 * count)] for (part, name), count in done.counts.items()]
+    rows = [[f"{part}/{name}", str(count), str(4 * count)] for (part, name), count in done.counts.items()]
     print_result(format_table(["split/class", "frames", "quadrants"], rows))
     print_result(f"stitched back: all {done.frames} frames equal their crop, pixel for pixel")
     for note in done.notes:
-        print_status(f"note: {display_name(note)}")
+        print_status(f"note: {note}")
     print_skipped(done.skipped)
     print_status(f"wrote {out.as_posix()}/ with {MAPPING}")
     raise typer.Exit(print_failures(done.failures, done=done.frames))

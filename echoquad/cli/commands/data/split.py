@@ -46,7 +46,6 @@ def split(
     every: Every = 1,
 ) -> None:
     """Divide frames into train, validation and test by patient, stratified by class. No patient is in two splits."""
-    from echoquad_runtime.storage.row_names import display_name
     from echoquad_train.data.patients import patient_pattern
 
     require_extra("train")
@@ -60,19 +59,19 @@ def split(
         )
     copied = partition.write_partition(parts, out, mode)
     rows = [
-        [f"{part}/{display_name(name)}", str(frames), str(patients)]
+        [f"{part}/{name}", str(frames), str(patients)]
         for part, by_class in parts.counts.items()
         for name, (frames, patients) in by_class.items()
     ]
     print_result(format_table(["split/class", "frames", "patients"], rows))
     for note in parts.notes:
-        print_status(f"note: {display_name(note)}")
+        print_status(f"note: {note}")
     print_skipped(parts.skipped)
-    print_status(display_name(parts.reading.line))
+    print_status(parts.reading.line)
     for doubt in parts.reading.doubts:
-        print_status(f"doubt: {display_name(doubt)}; use --patient-regex if it is wrong")
+        print_status(f"doubt: {doubt}; use --patient-regex if it is wrong")
     for group in parts.joined:
-        print_status(f"kept together, because they share a picture: {', '.join(map(display_name, group))}")
+        print_status(f"kept together, because they share a picture: {', '.join(group)}")
     if copied:
         print_status(f"{copied} files were copied: {source.as_posix()} and {out.as_posix()} allow no hard link")
     print_status(f"wrote {(out / partition.MANIFEST if mode == 'manifest' else out).as_posix()}")

@@ -155,7 +155,6 @@ def _measure(
     """Evaluate one model; choose its thresholds on validation frames other than those reported, if there are any."""
     from dataclasses import replace
 
-    from echoquad_runtime.storage.row_names import display_name
     from echoquad_runtime.storage.system_files import SkippedEntries
     from echoquad_train.data.dataset import read_split
     from echoquad_train.data.split_folders import split_folders
@@ -174,7 +173,7 @@ def _measure(
     for part in (frames, reference):
         if part is not None and (absent := [name for name, count in part.counts.items() if not count]):
             print_status(
-                f"{part.name}: no frame of class {', '.join(map(display_name, absent))}; what needs "
+                f"{part.name}: no frame of class {', '.join(absent)}; what needs "
                 f"{'it' if len(absent) == 1 else 'them'} is not measured"
             )
     count = len(frames.frames) + (len(reference.frames) if reference else 0)

@@ -222,7 +222,6 @@ def _one_error(ranks: Ranks) -> Iterator[None]:
 
 def _check_data(data: Path, reading: ReadOptions) -> None:
     """List the frames that training will read; print what is skipped and which names of classes are unsuitable."""
-    from echoquad_runtime.storage.row_names import display_name
     from echoquad_runtime.storage.system_files import SkippedEntries
     from echoquad_train.data.dataset import read_classes, read_split
     from echoquad_train.data.split_folders import class_name_warnings
@@ -232,7 +231,7 @@ def _check_data(data: Path, reading: ReadOptions) -> None:
         read_split(data, split, classes, reading, skipped=skipped)
     print_skipped(skipped)
     for warning in class_name_warnings(classes):
-        print_status(f"warning: {display_name(warning)}")
+        print_status(f"warning: {warning}")
 
 
 def _check_teacher(teacher: Path | None, settings: list[str] | tuple[()]) -> None:

@@ -54,10 +54,8 @@ class TrainingProgress:
 
     def audited(self, leaks: Any) -> None:
         """Print how patients were read from the names, and how many of them and of the frames are in both splits."""
-        from echoquad_runtime.storage.row_names import display_name
-
         if leaks.reading is not None:
-            print_status(display_name(leaks.reading.line))
+            print_status(leaks.reading.line)
         print_status(leaks.summary)
 
     def batch(self, epoch: int, done: int, total: int) -> None:
