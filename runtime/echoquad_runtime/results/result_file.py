@@ -24,9 +24,9 @@ import numpy as np
 from echoquad_runtime._version import __version__
 from echoquad_runtime.errors import OutputError, ResultError, UsageError
 from echoquad_runtime.results.row_formats import RowReader, columns, format_for
-from echoquad_runtime.storage.atomic import output_errors, sync_folder, write_all, write_json
+from echoquad_runtime.storage.atomic import output_errors, sync_folder, write_json
 from echoquad_runtime.storage.file_lock import FileLock, LockedError
-from echoquad_runtime.storage.regular_file import open_nofollow, open_regular, refuse_link
+from echoquad_runtime.storage.regular_file import open_nofollow, open_regular, refuse_link, write_all
 from echoquad_runtime.storage.row_names import DIGEST_BYTES, name_digest, to_row_name
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedWriter, FileIO
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from echoquad_runtime.errors import EchoQuadError, OutputError
+from echoquad_runtime.storage.file_lock import FileLock, LockedError, lock_descriptor
 from echoquad_runtime.storage.regular_file import open_nofollow
 
 __all__ = [
@@ -19,13 +21,12 @@ __all__ = [
     "make_folder",
     "output_errors",
     "sync_folder",
-    "write_all",
     "write_atomically",
     "write_bytes",
     "write_json",
 ]
 TEMPORARY_SUFFIX: Final = ".partial"
-"""The end of the name of a temporary file, which begins with a dot; a killed process leaves it behind."""
+"""The end of the name of a temporary file, which begins with a dot."""
 
 
 @contextmanager
@@ -53,8 +54,9 @@ def write_atomically(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for an atomic write: it takes its name only if the block succeeds.
 
     The bytes go to a hidden temporary file in the same folder, are flushed to the disk, then renamed over `path`. If
-    the block fails, the temporary file is removed and `path` is unchanged. A symbolic link at `path` is replaced, not
-    followed. A target that is not a regular file (a pipe) is written directly.
+    the block fails, the temporary file is removed and `path` is unchanged. The temporary file of a process that was
+    killed is removed by the next write of `path`. A symbolic link at `path` is replaced, not followed. A target that is
+    not a regular file (a pipe) is written directly.
 
     Raises
     ------
@@ -68,17 +70,47 @@ def write_atomically(path: Path) -> Iterator[IO[bytes]]:
             with path.open("wb") as stream:
                 yield stream
             return
-        # No other writer has the same name, and nobody can guess it. It is cut since it may have the maximum length.
-        temporary = path.with_name(f".{path.name[:40]}.{os.urandom(6).hex()}{TEMPORARY_SUFFIX}")
+        temporary, file = _open_temporary(path)
         try:
-            with BufferedWriter(open_nofollow(temporary, new=True)) as stream:
+            with BufferedWriter(file) as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
-            temporary.replace(path)
+                if os.name != "nt":  # while it is locked; Windows does not rename an open file
+                    temporary.replace(path)
+            if os.name == "nt":
+                temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _open_temporary(path: Path) -> tuple[Path, FileIO]:
+    """Create the temporary file for a write of `path`, and lock it.
+
+    Its name is always the same, so that what a killed process left is found: a file that nobody has locked. Meanwhile a
+    second writer of `path`, or a file or link that another user has planted, makes the name a random one.
+    """
+    start = f".{path.name[:40]}"  # cut, since the name may have the maximum length
+    temporary = path.with_name(f"{start}.{zlib.crc32(os.fsencode(path.name)):08x}{TEMPORARY_SUFFIX}")
+    with contextlib.suppress(OSError):  # if it has another cause, the attempt below raises it
+        if os.path.lexists(temporary):
+            _remove_unlocked(temporary)
+        file = open_nofollow(temporary, new=True)
+        try:
+            lock_descriptor(file.fileno())
+        except LockedError:  # another writer takes it for one of a killed process, and removes it
+            file.close()
+            raise
+        return temporary, file
+    temporary = path.with_name(f"{start}.{os.urandom(6).hex()}{TEMPORARY_SUFFIX}")
+    return temporary, open_nofollow(temporary, new=True)
+
+
+def _remove_unlocked(temporary: Path) -> None:
+    with contextlib.suppress(OSError):  # it is locked, a link, or belongs to another user
+        lock = FileLock(temporary)
+        lock.release(remove=lock.certain)
 
 
 def sync_folder(folder: Path) -> None:
@@ -89,19 +121,6 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def write_all(stream: FileIO, data: bytes) -> None:
-    """Write all of `data` to an unbuffered stream, which may accept only part of it per call.
-
-    Raises
-    ------
-    OSError
-        If the system refuses.
-    """
-    rest = memoryview(data)
-    while rest:
-        rest = rest[stream.write(rest) :]
 
 
 def write_bytes(path: Path, data: bytes) -> None:

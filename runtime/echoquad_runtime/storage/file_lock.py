@@ -8,10 +8,9 @@ import os
 from pathlib import Path
 from typing import Final
 
-from echoquad_runtime.storage.atomic import write_all
-from echoquad_runtime.storage.regular_file import open_nofollow
+from echoquad_runtime.storage.regular_file import open_nofollow, write_all
 
-__all__ = ["FileLock", "LockedError"]
+__all__ = ["FileLock", "LockedError", "lock_descriptor"]
 
 _HELD_ERRNOS: Final = frozenset(
     {errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, getattr(errno, "EDEADLK", errno.EACCES)}
@@ -45,16 +44,14 @@ class FileLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.certain = path, True
+        self.path = path
         while True:
             self._stream = open_nofollow(path)
             try:
-                _lock(self._stream.fileno())
-            except OSError as error:
-                if error.errno in _HELD_ERRNOS:
-                    self._stream.close()
-                    raise LockedError(error.errno, "another process holds it", str(path)) from error
-                self.certain = False
+                self.certain = lock_descriptor(self._stream.fileno())
+            except LockedError as error:
+                self._stream.close()
+                raise LockedError(error.errno, "another process holds it", str(path)) from error
             # The previous holder may have removed the file after it was opened here: then the lock is on no file.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self._stream.fileno()), path.stat()):
@@ -84,6 +81,23 @@ class FileLock:
             if remove:
                 self.path.unlink()
         self._stream.close()
+
+
+def lock_descriptor(descriptor: int) -> bool:
+    """Lock an open file until it is closed. Return False, with no effect, if the file system has no locks.
+
+    Raises
+    ------
+    LockedError
+        If another process holds the lock, or this one through another descriptor.
+    """
+    try:
+        _lock(descriptor)
+    except OSError as error:
+        if error.errno in _HELD_ERRNOS:
+            raise LockedError(error.errno, "another process holds it") from error
+        return False
+    return True
 
 
 def _lock(descriptor: int) -> None:

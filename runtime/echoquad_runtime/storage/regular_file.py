@@ -12,7 +12,7 @@ import stat
 from io import BufferedReader, FileIO
 from pathlib import Path
 
-__all__ = ["open_nofollow", "open_regular", "read_regular", "refuse_link"]
+__all__ = ["open_nofollow", "open_regular", "read_regular", "refuse_link", "write_all"]
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -80,3 +80,16 @@ def open_nofollow(path: Path, *, new: bool = False) -> FileIO:
         os.close(descriptor)
         raise OSError(errno.EINVAL, f"{path.name} is no regular file; remove it", str(path))
     return FileIO(descriptor, "r+")
+
+
+def write_all(stream: FileIO, data: bytes) -> None:
+    """Write all of `data` to an unbuffered stream, which may accept only part of it per call.
+
+    Raises
+    ------
+    OSError
+        If the system refuses.
+    """
+    rest = memoryview(data)
+    while rest:
+        rest = rest[stream.write(rest) :]

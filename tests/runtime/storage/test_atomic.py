@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import os
 import subprocess
 import sys
 import textwrap
-from io import FileIO
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,11 +20,13 @@ from echoquad_runtime.storage.atomic import (
     make_folder,
     output_errors,
     sync_folder,
-    write_all,
     write_atomically,
     write_bytes,
     write_json,
 )
+
+if os.name != "nt":
+    import fcntl
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
 
@@ -198,35 +200,85 @@ def test_file_name_of_maximum_length_is_written(tmp_path: Path) -> None:
     assert len(names(tmp_path)) == 2
 
 
-def test_write_all_continues_after_partial_writes(tmp_path: Path) -> None:
-    class Little(FileIO):
-        def write(self, data: Any, /) -> int:
-            return super().write(data[:3])
-
-    with Little(tmp_path / "file", "w") as stream:
-        write_all(stream, b"0123456789")
-    assert (tmp_path / "file").read_bytes() == b"0123456789"
-
-
 def test_sync_folder_raises_nothing(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
         sync_folder(folder)
 
 
+def temporary_name(target: Path) -> Path:
+    """Return the name of the temporary file of a write."""
+    with write_atomically(target):
+        (name,) = (name for name in names(target.parent) if name.startswith("."))
+    return target.with_name(name)
+
+
+def test_a_write_removes_what_a_killed_write_of_the_same_file_left(tmp_path: Path) -> None:
+    target = tmp_path / "out.csv"
+    code = f"""
+        import os
+        from pathlib import Path
+        from echoquad_runtime.storage.atomic import write_atomically
+        with write_atomically(Path({str(target)!r})) as stream:
+            stream.write(bytes(100_000))
+            stream.flush()
+            os._exit(9)
+    """
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False).returncode == 9
+    assert [name.startswith(".out.csv.") for name in names(tmp_path)] == [True]
+    write_bytes(target, b"data")
+    assert (names(tmp_path), target.read_bytes()) == (["out.csv"], b"data")
+
+
+def test_writers_of_the_same_file_at_once_keep_their_temporary_files(tmp_path: Path) -> None:
+    target = tmp_path / "out.csv"
+    with write_atomically(target) as outer:
+        outer.write(b"outer")
+        with write_atomically(target) as inner:
+            inner.write(b"inner")
+            assert len(names(tmp_path)) == 2
+        assert target.read_bytes() == b"inner"
+    assert (names(tmp_path), target.read_bytes()) == (["out.csv"], b"outer")
+
+
+def test_threads_that_write_the_same_file_all_succeed(tmp_path: Path) -> None:
+    target = tmp_path / "out.csv"
+    blocks = [bytes([value]) * 1000 for value in range(200)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda block: write_bytes(target, block), blocks))
+    assert names(tmp_path) == ["out.csv"] and target.read_bytes() in blocks
+
+
 @posix_only
-def test_temporary_file_has_an_unpredictable_name_and_follows_no_link(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("planted", ["link", "hard link", "folder", "pipe"])
+def test_what_is_planted_at_the_temporary_name_is_not_written_to(tmp_path: Path, planted: str) -> None:
     target, victim = tmp_path / "out.csv", tmp_path / "victim"
+    temporary = temporary_name(target)
     victim.write_text("mine")
-    with write_atomically(target), write_atomically(target):
-        temporary = [name for name in names(tmp_path) if name.startswith(".")]
-    assert len(set(temporary)) == 2 and not any(str(os.getpid()) in name.split(".")[3:] for name in temporary)
-    monkeypatch.setattr(os, "urandom", bytes)  # as if it had been guessed
-    (tmp_path / f".out.csv.{bytes(6).hex()}.partial").symlink_to(victim)
-    with pytest.raises(OutputError, match="is a symbolic link"):
-        write_bytes(target, b"data")
-    assert victim.read_text() == "mine"
+    match planted:
+        case "link":
+            temporary.symlink_to(victim)
+        case "hard link":
+            temporary.hardlink_to(victim)
+        case "folder":
+            temporary.mkdir()
+        case _:
+            os.mkfifo(temporary)
+    write_bytes(target, b"data")
+    assert (target.read_bytes(), victim.read_text()) == (b"data", "mine")
+    assert temporary.exists() is (planted != "hard link")
+
+
+@posix_only
+def test_without_file_locks_what_another_write_left_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    target = tmp_path / "out.csv"
+    temporary = temporary_name(target)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    temporary.write_bytes(b"half")  # another process may still be writing it
+    write_bytes(target, b"data")
+    assert (names(tmp_path), target.read_bytes()) == ([temporary.name, "out.csv"], b"data")
 
 
 @posix_only

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from echoquad_runtime.storage.regular_file import open_regular, read_regular
+from echoquad_runtime.storage.regular_file import open_regular, read_regular, write_all
 
 
 @pytest.mark.parametrize("limit", [0, 4, 5, 6, 1 << 40])
@@ -33,3 +35,13 @@ def test_pipes_devices_and_folders_are_refused_without_waiting(tmp_path: Path) -
             with pytest.raises(OSError, match="it is no regular file"):
                 read_regular(tmp_path, 9)
         assert len(list(Path("/dev/fd").iterdir())) == before
+
+
+def test_write_all_continues_after_partial_writes(tmp_path: Path) -> None:
+    class Little(FileIO):
+        def write(self, data: Any, /) -> int:
+            return super().write(data[:3])
+
+    with Little(tmp_path / "file", "w") as stream:
+        write_all(stream, b"0123456789")
+    assert (tmp_path / "file").read_bytes() == b"0123456789"
