@@ -93,7 +93,7 @@ def frames_in(path: Path, name: str, options: ReadOptions) -> Iterator[FrameFile
 
 @_memory_errors()
 def _count_frames(path: Path) -> FrameCounts:
-    file_format, isolated = route_file(path)
+    file_format, _, isolated = route_file(path)
     if sources.is_single_frame_format(path, file_format):
         return sources.SINGLE_FRAME
     if not isolated or not can_isolate():
@@ -278,7 +278,7 @@ class _Isolated:
 def _open_file(file: FrameFile) -> Content | _Isolated:
     if file.frame is None and file.path.suffix.lower() in _USUALLY_LOCAL:  # most often; read in one go
         return _open_bytes(read_bytes(file.path))
-    file_format, isolated = route_file(file.path)
+    file_format, isolated, _ = route_file(file.path)
     if isolated and can_isolate():
         return _Isolated(file.path, frame=file.frame, flip=file.flip, clip=file_format == "video")
     return sources.read_content(file, file_format)

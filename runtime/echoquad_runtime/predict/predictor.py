@@ -362,6 +362,7 @@ class Predictor:
             workers=readers or (self.workers if concurrent else 1),
             time_limit=self.time_limit,
             frames=batch_size,
+            add_worker=not readers,
         )
 
     def replay(self, frames: Sequence[Grey], *, concurrent: bool, batch_size: int | None = None) -> InferenceOutput:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from echoquad_runtime.errors import EchoQuadError, OutputError
-from echoquad_runtime.storage.file_lock import FileLock, LockedError, lock_descriptor
+from echoquad_runtime.storage.file_lock import FileLock, lock_descriptor
 from echoquad_runtime.storage.regular_file import open_nofollow
 
 __all__ = [
@@ -99,10 +99,12 @@ def _open_temporary(path: Path) -> tuple[Path, FileIO]:
         file = open_nofollow(temporary, new=True)
         try:
             lock_descriptor(file.fileno())
-        except LockedError:  # another writer takes it for one of a killed process, and removes it
+            if os.path.samestat(os.fstat(file.fileno()), temporary.lstat()):
+                return temporary, file
+        except OSError:  # before it was locked, another writer has taken it for one of a killed process
             file.close()
             raise
-        return temporary, file
+        file.close()
     temporary = path.with_name(f"{start}.{os.urandom(6).hex()}{TEMPORARY_SUFFIX}")
     return temporary, open_nofollow(temporary, new=True)
 

@@ -17,6 +17,7 @@ from echoquad_runtime.engine.io_binding import InferenceOutput
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import BundleError, FrameError, FrameReadError
 from echoquad_runtime.frames.frame_file import Failure
+from echoquad_runtime.frames.isolation.reader_pool import ReaderPool
 from echoquad_runtime.predict.worker_pool import FrameTask, WorkerPool
 
 CONTRACT = Contract(classes=("dark", "light"), input_size=8)
@@ -43,9 +44,11 @@ def make_pool(
     time_limit: float = 30.0,
     infer: Callable[..., Any] = infer,
     postprocess: Callable[..., Any] = postprocess,
+    add_worker: bool = False,
 ) -> WorkerPool[Any]:
     engine: Any = SimpleNamespace(contract=CONTRACT, infer=infer, run_limit=threading.Semaphore(concurrent))
-    return WorkerPool(SlotPool(engine, frames), postprocess, workers=workers, time_limit=time_limit)
+    slots = SlotPool(engine, frames)
+    return WorkerPool(slots, postprocess, workers=workers, time_limit=time_limit, add_worker=add_worker)
 
 
 def task(number: int, load: Callable[[], object] = lambda: None) -> FrameTask:
@@ -224,3 +227,19 @@ def test_starts_at_most_one_worker_per_chunk() -> None:
     names: set[int] = set()
     list(make_pool(16, 4).run(task(number, lambda: names.add(threading.get_ident())) for number in range(5)))
     assert len(names) <= 2
+
+
+@pytest.mark.parametrize(("workers", "reading", "threads"), [(1, True, 1), (2, False, 2), (2, True, 3), (4, True, 5)])
+def test_one_more_worker_starts_while_reader_processes_decode(
+    workers: int, reading: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ReaderPool, "is_reading", lambda pool, thread: reading)
+    alive: list[int] = []
+
+    def load() -> None:
+        time.sleep(0.002)
+        alive.append(len(workers_alive()))
+
+    results = list(make_pool(workers, 1, add_worker=True).run(task(number, load) for number in range(60)))
+    assert [name for name, _, _ in results] == [str(number) for number in range(60)]
+    assert max(alive) == threads

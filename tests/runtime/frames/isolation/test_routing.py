@@ -81,6 +81,17 @@ def test_risky_formats_are_isolated(name: str, tmp_path: Path) -> None:
         assert route_bytes(data).isolated is isolated
 
 
+COUNTED_HERE = ("jpeg.dcm", "jpeg 2000.dcm", "rle.dcm", "explicit.dcm", "a.png")
+COUNTED_IN_A_PROCESS = ("deflated.dcm", "empty.dcm", "a.mp4", "a.npy", "a.tif")
+
+
+@pytest.mark.parametrize("name", [*COUNTED_HERE, *COUNTED_IN_A_PROCESS])
+def test_frames_of_compressed_dicom_are_counted_in_the_calling_thread(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(FILES[name][0])
+    assert route_file(path).count_isolated is (name in COUNTED_IN_A_PROCESS)
+
+
 READERS: dict[str, Callable[[Path], Any]] = {
     "load_grey": lambda path: reader.load_grey(FrameFile(path, "")),
     "load_grey_and_flags": lambda path: reader.load_grey_and_flags(FrameFile(path, "")),
