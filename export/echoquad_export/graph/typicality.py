@@ -56,8 +56,12 @@ __all__ = [
 RANK: Final = 32
 """Principal components of each Gaussian; 16 to 512 give the same figures on CAMUS."""
 
-_SMALLEST: Final = 1e-12  # bounds distances and variances from below, for features that do not vary
-_FLOOR: Final = 1e-4  # smallest variance, as a share of the mean: below it rounding of the features would count
+_SMALLEST: Final = 1e-12  # bounds lengths and distances from below
+
+# The smallest variance of features of length 1, and the smallest as a share of the mean: below them the rounding of the
+# features would count. An untrained network may have the same features for all frames.
+_SMALLEST_VARIANCE: Final = 1e-8
+_SMALLEST_SHARE: Final = 1e-4
 
 
 class QuadrantGaussians(nn.Module):
@@ -105,7 +109,7 @@ def _principal_components(features: npt.NDArray[np.float64]) -> tuple[npt.NDArra
     variances = np.zeros(size)
     variances[: len(singular)] = singular**2 / count
     variances = (1 - shrinkage) * variances + shrinkage * variances.mean()
-    variances = np.maximum(variances, max(_SMALLEST, _FLOOR * float(variances.mean())))
+    variances = np.maximum(variances, max(_SMALLEST_VARIANCE, _SMALLEST_SHARE * float(variances.mean())))
     rank = min(RANK, len(singular), size - 1)
     return mean, axes[:rank].T, variances[:rank] ** -0.5, 1 / variances[rank:].mean()
 
