@@ -7,8 +7,8 @@ features of the training frames, without the classes. The score of a quadrant is
     typicality = 1 / d2,    d2 = (f - m)' C^-1 (f - m) / D
 
 with the features f, their mean m and covariance C, and their number D. It is positive and has no unit; higher is more
-typical. It is about 1 for training frames and about 0 for a picture of another thing. The score of a frame is the
-harmonic mean of its four quadrants, each under its own Gaussian: one over the mean distance.
+typical. It is about 1 for training frames, about 0 for a picture of another thing, and at most 100. The score of a
+frame is the harmonic mean of its four quadrants, each under its own Gaussian: one over the mean distance.
 
 K. Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks",
 arXiv:1807.03888, use the distance, with one Gaussian per class, in several layers. M. Mueller and M. Hein,
@@ -56,7 +56,8 @@ __all__ = [
 RANK: Final = 32
 """Principal components of each Gaussian; 16 to 512 give the same figures on CAMUS."""
 
-_SMALLEST: Final = 1e-12  # bounds lengths and distances from below
+_SMALLEST: Final = 1e-12  # bounds lengths from below
+_SMALLEST_DISTANCE: Final = 1e-2  # d2 of training frames is about 1; less than this is rounding of the features
 
 # The smallest variance of features of length 1, and the smallest as a share of the mean: below them the rounding of the
 # features would count. An untrained network may have the same features for all frames.
@@ -130,7 +131,7 @@ class Typicality(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Return the typicality as LA, RA, LV and RV, float32 [N, 4], for each member's features [N, D]."""
         distances: Tensor = sum(member(part) for member, part in zip(self.members, features, strict=True))
-        return len(self.members) / distances.clamp(min=_SMALLEST)
+        return len(self.members) / distances.clamp(min=_SMALLEST_DISTANCE)
 
 
 class FeatureTap:
