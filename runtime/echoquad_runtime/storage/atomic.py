@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from echoquad_runtime.errors import EchoQuadError, OutputError
-from echoquad_runtime.storage.file_lock import FileLock, lock_descriptor
+from echoquad_runtime.storage.file_lock import FileLock, is_file_at, lock_descriptor
 from echoquad_runtime.storage.regular_file import open_nofollow
 
 __all__ = [
@@ -93,18 +93,15 @@ def _open_temporary(path: Path) -> tuple[Path, FileIO]:
     """
     start = f".{path.name[:40]}"  # cut, since the name may have the maximum length
     temporary = path.with_name(f"{start}.{zlib.crc32(os.fsencode(path.name)):08x}{TEMPORARY_SUFFIX}")
-    with contextlib.suppress(OSError):  # if it has another cause, the attempt below raises it
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:  # the attempt below raises any other error
         if os.path.lexists(temporary):
             _remove_unlocked(temporary)
-        file = open_nofollow(temporary, new=True)
-        try:
-            lock_descriptor(file.fileno())
-            if os.path.samestat(os.fstat(file.fileno()), temporary.lstat()):
-                return temporary, file
-        except OSError:  # before it was locked, another writer has taken it for one of a killed process
-            file.close()
-            raise
-        file.close()
+        file = stack.enter_context(open_nofollow(temporary, new=True))
+        lock_descriptor(file.fileno(), temporary)
+        # Before it was locked, another writer may have taken it for one of a killed process.
+        if is_file_at(file.fileno(), temporary):
+            stack.pop_all()
+            return temporary, file
     temporary = path.with_name(f"{start}.{os.urandom(6).hex()}{TEMPORARY_SUFFIX}")
     return temporary, open_nofollow(temporary, new=True)
 

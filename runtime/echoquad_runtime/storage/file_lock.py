@@ -10,7 +10,7 @@ from typing import Final
 
 from echoquad_runtime.storage.regular_file import open_nofollow, write_all
 
-__all__ = ["FileLock", "LockedError", "lock_descriptor"]
+__all__ = ["FileLock", "LockedError", "is_file_at", "lock_descriptor"]
 
 _HELD_ERRNOS: Final = frozenset(
     {errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, getattr(errno, "EDEADLK", errno.EACCES)}
@@ -46,17 +46,14 @@ class FileLock:
     def __init__(self, path: Path) -> None:
         self.path = path
         while True:
-            self._stream = open_nofollow(path)
-            try:
-                self.certain = lock_descriptor(self._stream.fileno())
-            except LockedError as error:
-                self._stream.close()
-                raise LockedError(error.errno, "another process holds it", str(path)) from error
-            # The previous holder may have removed the file after it was opened here: then the lock is on no file.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self._stream.fileno()), path.stat()):
+            with contextlib.ExitStack() as stack:
+                stream = stack.enter_context(open_nofollow(path))
+                self.certain = lock_descriptor(stream.fileno(), path)
+                # The previous holder may have removed the file after it was opened here: then the lock is on no file.
+                if is_file_at(stream.fileno(), path):
+                    stack.pop_all()
+                    self._stream = stream
                     return
-            self._stream.close()
 
     def read(self) -> bytes:
         """Return the content of the file."""
@@ -83,21 +80,29 @@ class FileLock:
         self._stream.close()
 
 
-def lock_descriptor(descriptor: int) -> bool:
+def lock_descriptor(descriptor: int, path: Path) -> bool:
     """Lock an open file until it is closed. Return False, with no effect, if the file system has no locks.
 
     Raises
     ------
     LockedError
-        If another process holds the lock, or this one through another descriptor.
+        If another process holds the lock, or this one through another descriptor; the error names `path`.
     """
     try:
         _lock(descriptor)
     except OSError as error:
         if error.errno in _HELD_ERRNOS:
-            raise LockedError(error.errno, "another process holds it") from error
+            raise LockedError(error.errno, "another process holds it", str(path)) from error
         return False
     return True
+
+
+def is_file_at(descriptor: int, path: Path) -> bool:
+    """Return whether an open file is the one at `path`, and no symbolic link to it; False if there is none any more."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def _lock(descriptor: int) -> None:
