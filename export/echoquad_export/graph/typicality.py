@@ -131,7 +131,7 @@ class Typicality(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Return the typicality as LA, RA, LV and RV, float32 [N, 4], for each member's features [N, D]."""
         distances: Tensor = sum(member(part) for member, part in zip(self.members, features, strict=True))
-        return len(self.members) / distances.clamp(min=_SMALLEST_DISTANCE)
+        return len(self.members) / distances.clamp(min=len(self.members) * _SMALLEST_DISTANCE)
 
 
 class FeatureTap:

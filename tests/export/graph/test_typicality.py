@@ -93,6 +93,17 @@ def test_features_without_variation_give_finite_scores(features: np.ndarray) -> 
     assert bool(torch.isfinite(found).all()) and bool((found > 0).all())
 
 
+@pytest.mark.parametrize("members", [1, 3])
+def test_rounding_of_features_without_variation_does_not_change_the_score(members: int) -> None:
+    rng = np.random.default_rng(0)
+    training = 1 + 1e-6 * rng.standard_normal((8, 4, 48))
+    score = Typicality([training] * members)
+    features = torch.from_numpy(training.reshape(-1, 48))
+    rounded = features + 1e-7 * torch.from_numpy(rng.standard_normal(features.shape))
+    found, other = (score([each] * members) for each in (features, rounded))
+    assert torch.equal(found, other) and float(found.max()) == pytest.approx(100)
+
+
 # The graph
 
 
