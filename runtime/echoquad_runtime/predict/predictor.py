@@ -60,7 +60,7 @@ class Predictor:
         A bundle's folder, an open `Bundle`, or an engine.
     device, precision, threads, spinning, cuda_graphs, nhwc
         As `OnnxEngine`; without effect if `model` is an engine. `threads` bounds all computing threads, including
-        those that decode.
+        those that decode; while reader processes decode, one more frame is in progress.
     method
         Vote rule; None is the contract's.
     batch_size
