@@ -71,6 +71,14 @@ def export(
         Path | None,
         typer.Option("--sign-key", metavar="PEM", help="Private key that signs the bundle; see echoquad sign."),
     ] = None,
+    codes: Annotated[
+        Path | None,
+        typer.Option(
+            "--codes",
+            metavar="TOML",
+            help="Code table: what findings the classes stand for in DICOM structured reports of echoquad serve.",
+        ),
+    ] = None,
 ) -> None:
     """Export a run to a bundle, after proving that it decides as the training code does."""
     from echoquad_runtime.errors import UsageError
@@ -91,6 +99,7 @@ def export(
         golden=golden,
         frame_graph=frame_graph,
         sign_key=sign_key,
+        codes=codes,
         progress=logger.info,
     )
     rows = [

@@ -14,6 +14,7 @@ from echoquad_export.graph.build import IR_VERSION, OPSET, build_graph
 from echoquad_export.graph.frame_graph import load_frames, make_frame_graph
 from echoquad_export.graph.typicality import RANK, ReferenceEngine, fit_typicality
 from echoquad_export.packing.manifest import new_manifest
+from echoquad_export.packing.validation import measure_validation
 from echoquad_export.parity.golden import PHANTOM, golden_source, pack_golden
 from echoquad_export.parity.metrics import measure_run
 from echoquad_export.parity.parity import Gate, Parity, measure_parity
@@ -21,12 +22,15 @@ from echoquad_export.precision.calibration_set import CALIBRATION_FRAMES, Calibr
 from echoquad_export.precision.fp16 import to_fp16
 from echoquad_export.precision.int8 import build_int8
 from echoquad_runtime.bundle.bundle import Bundle
+from echoquad_runtime.bundle.code_table import read_code_table
 from echoquad_runtime.bundle.manifest import (
+    CODES,
     GOLDEN,
     MANIFEST,
     MODEL_CARD,
     PRECISIONS,
     SIGNATURE,
+    VALIDATION,
     encode_manifest,
     frame_graph_file,
     model_file,
@@ -106,6 +110,7 @@ def export_run(
     gate: Gate | None = None,
     frame_graph: bool = False,
     sign_key: Path | None = None,
+    codes: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Exported:
     """Export a run's best checkpoint, or an ensemble, to a bundle.
@@ -136,6 +141,8 @@ def export_run(
         Whether to add the graphs from frame to decision.
     sign_key
         PEM file with the private key that signs the bundle; None leaves it unsigned.
+    codes
+        TOML file with the code table of structured reports; None leaves it out.
     progress
         Called with a phrase at the beginning of each step.
 
@@ -146,7 +153,7 @@ def export_run(
     VerificationError
         If the finished bundle does not reproduce its golden answers.
     RunError, DatasetError, InputNotFoundError, UsageError, OutputError, ConfigError, MissingExtraError
-        If the run, the data, the golden frames, the precisions, the target or the key cannot be used.
+        If the run, the data, the golden frames, the precisions, the target, the key or the codes cannot be used.
     """
     wanted = check_precisions(precisions)
     _check_target(out)
@@ -154,6 +161,7 @@ def export_run(
         check_private_key(sign_key)
     progress("reading the run")
     run = load_trained(folder)
+    table = None if codes is None else read_code_table(codes, run.contract.classes)
     split = _parity_split(run, parity_data)
     calibration = _calibration_set(run, calibrate_data, calibration_frames) if "int8" in wanted else None
     source = golden_source(golden, split.files())
@@ -166,6 +174,8 @@ def export_run(
 
     with atomic_folder(out, replace=True) as unfinished:
         draft = _Draft(unfinished, new_manifest(run, wanted[0]))
+        if table is not None:
+            draft.manifest[CODES] = table.to_dict()
         draft.manifest["metrics"] = measure_run(run, flatten(expected)[1], store.labels, f"{split.name} split")
 
         def measure(precision: str, graph: bytes) -> Parity:
@@ -198,6 +208,7 @@ def export_run(
         reduced = [draft.open_graph(precision) for precision in wanted if precision != "fp32"]
         packed, draft.manifest["golden"] = pack_golden(reference_engine, source, reduced)
         draft.write(GOLDEN, packed)
+        draft.manifest |= _validation_entry(Bundle(draft.folder), split, run, progress)
         for precision in wanted if frame_graph else ():
             progress(f"building the {precision} frame graph and measuring its parity")
             frames = load_frames(split, run.contract)
@@ -341,6 +352,16 @@ def _typicality_entry(facts: dict[str, Any], parities: Sequence[Parity]) -> dict
     thresholds = {precision: typicality_thresholds(scores) for precision, scores in found.items()}
     frames = len(next(iter(found.values())))
     return {"typicality": {**facts, "validation_frames": frames, "thresholds": thresholds}}
+
+
+def _validation_entry(
+    bundle: Bundle, split: Split, run: Run | Ensemble, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return the manifest's entry with the validation figures of each precision."""
+    progress("measuring the validation figures")
+    regex = run.info.get("patient_regex")
+    found = {name: measure_validation(bundle, name, split, regex) for name in bundle.precisions}
+    return {VALIDATION: {name: figures.to_dict() for name, figures in found.items() if figures is not None}}
 
 
 def _data_folder(run: Run | Ensemble, option: str) -> Path:

@@ -10,19 +10,23 @@ import hashlib
 from pathlib import Path
 from typing import cast
 
+from echoquad_runtime.bundle.code_table import CodeTable
 from echoquad_runtime.bundle.golden_frames import GoldenFrames, decode_golden
 from echoquad_runtime.bundle.manifest import (
+    CODES,
     FP32_DEVICES,
     GOLDEN,
     MANIFEST,
     REDUCED_GATE,
+    VALIDATION,
     decode_manifest,
     model_file,
     read_manifest,
     shorten,
 )
+from echoquad_runtime.bundle.validation_figures import ValidationFigures
 from echoquad_runtime.contract import Contract
-from echoquad_runtime.errors import BundleError, BundleTamperedError, ContractError
+from echoquad_runtime.errors import BundleError, BundleTamperedError, ConfigError, ContractError
 from echoquad_runtime.storage.regular_file import read_regular
 
 __all__ = ["Bundle"]
@@ -95,6 +99,23 @@ class Bundle:
         """The precision that runs if none is requested."""
         return str(self.manifest["default_precision"])
 
+    @property
+    def codes(self) -> CodeTable | None:
+        """The code table of structured reports; None if the bundle was exported without one.
+
+        Raises
+        ------
+        BundleError
+            If it is malformed.
+        """
+        content = self.manifest.get(CODES)
+        if content is None:
+            return None
+        try:
+            return CodeTable.from_dict(content, self.contract.classes, f"{self._label}: {CODES}")
+        except ConfigError as error:
+            raise BundleError(f"{error}; export it again") from error
+
     def precisions_on(self, device: str) -> tuple[str, ...]:
         """Return the precisions in which a device can compute the bundle."""
         derived = [name for name, required in FP32_DEVICES.items() if required == device and "fp32" in self.precisions]
@@ -139,6 +160,24 @@ class Bundle:
         ):
             raise BundleError(f"{self._label}: it states no parity gate for {precision}; export it again")
         return cast("dict[str, float]", gate)
+
+    def validation(self, precision: str) -> ValidationFigures | None:
+        """Return the validation figures of a precision; ``bf16`` and ``tf32`` have those of fp32.
+
+        None if the bundle states none for it.
+
+        Raises
+        ------
+        BundleError
+            If they are malformed.
+        """
+        content, label = self.manifest.get(VALIDATION), f"{self._label}: {VALIDATION}"
+        if content is None:
+            return None
+        if not isinstance(content, dict):
+            raise BundleError(f"{label}: expected the figures of each precision; export the bundle again")
+        name = "fp32" if precision in FP32_DEVICES else precision
+        return ValidationFigures.from_dict(content[name], f"{label}.{name}") if name in content else None
 
     def cache_key(self, precision: str) -> tuple[str, int] | None:
         """Return SHA-256 and size of a precision's graph, the key of its entry in the graph cache.

@@ -17,6 +17,7 @@ from echoquad_runtime.storage.regular_file import read_regular
 
 __all__ = [
     "BF16",
+    "CODES",
     "FP32_DEVICES",
     "GOLDEN",
     "INTENDED_USE",
@@ -27,6 +28,7 @@ __all__ = [
     "SCHEMA",
     "SIGNATURE",
     "TF32",
+    "VALIDATION",
     "decode_manifest",
     "encode_manifest",
     "frame_graph_file",
@@ -41,6 +43,10 @@ GOLDEN: Final = "golden.npz"
 MODEL_CARD: Final = "MODEL_CARD.md"
 SIGNATURE: Final = "model.sig"
 """The signature file. It covers the manifest, so the manifest does not list it."""
+CODES: Final = "codes"
+"""The manifest's field of the code table, which only some bundles have."""
+VALIDATION: Final = "validation"
+"""The manifest's field of the validation figures of each precision, which only some bundles have."""
 PRECISIONS: Final = ("fp32", "fp16", "int8")
 BF16: Final = "bf16"
 """The precision of an fp32 graph that OpenVINO computes in bfloat16; it has no graph of its own."""

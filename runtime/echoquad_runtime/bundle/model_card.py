@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
+from echoquad_runtime.bundle.code_section import code_section
 from echoquad_runtime.bundle.document import Block, BulletList, Document, Paragraph, Section, Table
 from echoquad_runtime.bundle.manifest import INTENDED_USE
 from echoquad_runtime.contract import QUADRANT_POSITIONS, QUADRANTS, layout_name
@@ -72,6 +73,7 @@ def model_card(manifest: Mapping[str, Any]) -> Document:
             *_typicality(manifest),
             _parity(manifest),
             _golden_frames(manifest),
+            *code_section(manifest),
             Section("Limits", (BulletList(_LIMITS),)),
             _versions(manifest),
         ),

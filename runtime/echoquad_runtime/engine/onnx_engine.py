@@ -56,6 +56,8 @@ class OnnxEngine:
         One line that says why ``auto`` chose the CPU; empty if there is nothing to report.
     threads
         Actual number of CPU threads.
+    typicality
+        Whether the graph computes the typicality score.
 
     Raises
     ------
@@ -91,12 +93,12 @@ class OnnxEngine:
             )
         self._label = f"{bundle.folder.as_posix()}: the {self.precision} graph"
         self._cam: tuple[int, int] | None = None
-        self._typicality = False
+        self.typicality = False
 
         def read_model() -> bytes:
             model = bundle.read_model(self.precision)
             header = check_graph(model, self.contract, self._label)
-            self._typicality = has_typicality(header)
+            self.typicality = has_typicality(header)
             if cam:
                 self._cam = cam_size(header, self._label)
             return model
@@ -142,7 +144,7 @@ class OnnxEngine:
                 first_runs=self._first_runs,
                 graph_ids=self._graph_ids,
                 cam=self._cam,
-                typicality=self._typicality,
+                typicality=self.typicality,
             )
         except Exception as error:  # onnxruntime's exceptions, such as out of memory, share no base class
             raise self._make_error(4 * frames, error) from error

@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from PIL import Image
 
+    from echoquad_runtime.frames.decoded_frame import DecodedFrame
     from echoquad_runtime.frames.isolation.messages import Answer, Operation
 
 __all__ = [
     "clear_file_cache",
+    "cut_frame",
     "decode_grey",
     "decode_grey_and_flags",
     "decode_quadrants",
@@ -228,6 +230,17 @@ def decode_quadrants(data: bytes, contract: Contract, out: Grey, *, time_limit: 
         As `read_grey` and `echoquad_runtime.quadrants.frame_quadrants`.
     """
     return _to_quadrants(_open_bytes(data), contract, out, time_limit)
+
+
+def cut_frame(frame: DecodedFrame, contract: Contract, out: Grey) -> Flags:
+    """Cut a frame that is decoded already into quadrants and return its flags, as `load_quadrants`.
+
+    Raises
+    ------
+    FrameError
+        As `echoquad_runtime.quadrants.frame_quadrants`.
+    """
+    return _to_quadrants(frame, contract, out, TIME_LIMIT)
 
 
 def pixel_format(data: bytes) -> str:

@@ -11,8 +11,9 @@ import io
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,7 @@ __all__ = [
     "is_single_frame_format",
     "pixel_format",
     "read_content",
+    "stream_decoder",
     "to_grey",
     "to_grey_and_flags",
     "to_image",
@@ -183,6 +185,23 @@ def decode_in_memory(data: bytes) -> DecodedFrame:
             f"the file holds {source.stated_frame_count} frames; expected one; pass its path instead"
         )
     return source.decode(1, "none")
+
+
+def stream_decoder() -> Callable[[Any], DecodedFrame]:
+    """Return a function that takes the frames that PyAV decodes from a stream, with the levels and flags of a clip's.
+
+    The function raises a FrameError if a frame is too large or its pixel format is not supported.
+    """
+    from echoquad_runtime.frames.clips.video_frame import display_matrix, to_frame
+
+    matrix: list[tuple[int, int, int, int]] = []  # of the first frame, as for a clip
+
+    def decode(frame: Any) -> DecodedFrame:
+        if not matrix:
+            matrix.append(display_matrix(frame))
+        return to_frame(frame, matrix[0])
+
+    return decode
 
 
 def _is_npy(path: Path) -> bool:

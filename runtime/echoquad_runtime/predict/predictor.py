@@ -91,6 +91,8 @@ class Predictor:
     ----------
     engine
         The engine that was opened first; it has the device and the precision in use.
+    bundle
+        The bundle; None for an engine.
 
     Raises
     ------
@@ -146,7 +148,7 @@ class Predictor:
         if not time_limit > 0:
             raise ConfigError(f"time_limit is {time_limit:g}; expected more than 0 seconds")
         self.abstain_below = check_abstain_below(abstain_below)
-        self._bundle = model if isinstance(model, Bundle) else None
+        self.bundle = model if isinstance(model, Bundle) else None
         self._engine_options: dict[str, Any] = {
             "precision": precision,
             "spinning": spinning,
@@ -159,24 +161,24 @@ class Predictor:
         self._engines: dict[int, Engine] = {}
         self._pools: dict[tuple[int, int], SlotPool] = {}
         self._pools_lock = threading.RLock()
-        self._self_test_enabled = self_test and self._bundle is not None
+        self._self_test_enabled = self_test and self.bundle is not None
         self._self_tests: list[SelfTest] = []
         self.engine: Engine = self._open(concurrent=concurrent) if isinstance(model, Bundle) else model
         self.method: VoteMethod = method or self.contract.vote
-        manifest = {} if self._bundle is None else self._bundle.manifest
+        manifest = {} if self.bundle is None else self.bundle.manifest
         self._threshold = typicality_threshold(manifest, self.engine.precision)
         self.abstain_unlike = check_abstain_unlike(abstain_unlike, self._threshold)
         if self.method not in VOTE_METHODS:
             raise ConfigError(f"vote method is {method!r}; expected one of {', '.join(VOTE_METHODS)}")
-        self.batch_size = batch_size or (_BATCH_SIZES[self.engine.device] if self._bundle else _ENGINE_BATCH_SIZE)
+        self.batch_size = batch_size or (_BATCH_SIZES[self.engine.device] if self.bundle else _ENGINE_BATCH_SIZE)
         self.time_limit, self._requested_workers = time_limit, workers
-        if warm_up and not concurrent and self._bundle is not None:
+        if warm_up and not concurrent and self.bundle is not None:
             slots = self.slots(concurrent=False)
             slots.run(slots.new_batch(), 1)
 
     def __reduce__(self) -> tuple[Callable[..., Predictor], tuple[object, ...]]:
         """Return how to open the bundle again; raise ConfigError for an engine."""
-        return reopening(type(self), self._bundle, self._arguments)
+        return reopening(type(self), self.bundle, self._arguments)
 
     @property
     def contract(self) -> Contract:
@@ -192,7 +194,7 @@ class Predictor:
     def workers(self) -> int:
         """Number of threads that predict concurrent frames without reader processes."""
         engine = self._engine(concurrent=True)
-        if self._bundle is None:  # torch has threads of its own, which decoding would slow down
+        if self.bundle is None:  # torch has threads of its own, which decoding would slow down
             return 1
         # OpenVINO computes on all threads at once: one worker waits for it, one decodes meanwhile.
         return min(2, self._threads) if engine.device == "openvino" else self._threads
@@ -228,7 +230,7 @@ class Predictor:
 
     def predict_encoded(self, items: Iterable[tuple[str, bytes]]) -> Iterator[Prediction | Failure]:
         """Predict files in memory: names and bytes of images, DICOM or numpy files with one frame. As `predict`."""
-        return self._run(FrameTask(name, partial(self._load_bytes, data)) for name, data in items)
+        return self.predict_tasks(FrameTask(name, partial(self._load_bytes, data)) for name, data in items)
 
     def predict_frames(
         self, frames: Iterable[Grey], names: Iterable[str] | None = None
@@ -249,7 +251,7 @@ class Predictor:
             One per frame, in order.
         """
         named = zip(names, frames, strict=True) if names is not None else ((str(i), it) for i, it in enumerate(frames))
-        return self._run(FrameTask(name, partial(self._load_grey, frame)) for name, frame in named)
+        return self.predict_tasks(FrameTask(name, partial(self._load_grey, frame)) for name, frame in named)
 
     def __call__(self, frame: Grey | bytes, name: str = "0") -> Prediction:
         """Predict one frame in the caller's thread, with the lowest latency.
@@ -275,17 +277,17 @@ class Predictor:
 
     def _open(self, *, concurrent: bool) -> Engine:
         """Open the bundle's engine for concurrent frames or for one at a time, unless it is open."""
-        assert self._bundle is not None
+        assert self.bundle is not None
         # On the CPU each worker computes on its own thread; CUDA and OpenVINO distribute the work themselves.
         threads = 1 if concurrent and self._device in ("auto", "cpu") else self._threads
         if threads not in self._engines:
-            engine = OnnxEngine(self._bundle, device=self._device, threads=threads, **self._engine_options)
+            engine = OnnxEngine(self.bundle, device=self._device, threads=threads, **self._engine_options)
             self._device = cast("Device", engine.device)  # do not resolve `auto` again
             self._engines[threads] = engine
         return self._engines[threads]
 
     def _engine(self, *, concurrent: bool) -> Engine:
-        return self.engine if self._bundle is None else self._open(concurrent=concurrent)
+        return self.engine if self.bundle is None else self._open(concurrent=concurrent)
 
     def slots(self, *, concurrent: bool) -> SlotPool:
         """Return the slot pool for batches of `batch_size` frames, or for one frame at a time; slots stay open."""
@@ -295,7 +297,7 @@ class Predictor:
             if key not in self._pools:
                 test: SelfTest | None = None
                 if self._self_test_enabled:
-                    test = SelfTest(cast("Bundle", self._bundle), cast("OnnxEngine", engine), frames)
+                    test = SelfTest(cast("Bundle", self.bundle), cast("OnnxEngine", engine), frames)
                     self._self_tests.append(test)
                 self._pools[key] = SlotPool(engine, frames, test)
             return self._pools[key]
@@ -331,18 +333,19 @@ class Predictor:
         items: Iterator[FrameFile | Failure],
         on_decision: Callable[[FrameFile, Prediction], object] | None,
     ) -> Iterator[Prediction | Failure]:
-        readers, items = choose_readers(items, 0 if self._bundle is None else self._requested_workers, self._threads)
+        readers, items = choose_readers(items, 0 if self.bundle is None else self._requested_workers, self._threads)
         tasks = (self._file_task(item, on_decision, isolated=readers > 0) for item in items)
         if not readers:
-            yield from self._run(tasks)
+            yield from self.predict_tasks(tasks)
             return
         reader_pool().start(readers)
         try:
-            yield from self._run(tasks, readers)
+            yield from self.predict_tasks(tasks, readers)
         finally:
             reader_pool().trim(_KEPT_READERS)
 
-    def _run(self, tasks: Iterable[FrameTask | Failure], readers: int = 0) -> Iterator[Prediction | Failure]:
+    def predict_tasks(self, tasks: Iterable[FrameTask | Failure], readers: int = 0) -> Iterator[Prediction | Failure]:
+        """Predict frames that load themselves, with a thread for each of `readers` reader processes. As `predict`."""
         tasks = iter(tasks)
         first = list(islice(tasks, self._threads + 1))
         pool = self._worker_pool(self._classify, concurrent=len(first) > self._threads, readers=readers)

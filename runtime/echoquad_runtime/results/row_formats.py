@@ -31,6 +31,7 @@ __all__ = [
     "RowWriter",
     "Writer",
     "columns",
+    "csv_line",
     "format_for",
     "open_writer",
 ]
@@ -143,6 +144,28 @@ def _csv_parse(data: bytes, known: Sequence[str] | None) -> tuple[list[str], lis
     except csv.Error as error:
         raise ValueError from error
     return list(known or values), values
+
+
+def csv_line(row: Mapping[str, object], names: Sequence[str]) -> bytes:
+    """Return the bytes of a CSV row, given a row of JSON lines; a column that it lacks stays empty.
+
+    Parameters
+    ----------
+    row
+        Values by column.
+    names
+        The columns to write: ``file``, then others.
+    """
+    cells = []
+    for name in names[1:]:
+        value = row.get(name)
+        if isinstance(value, int | float):
+            cells.append(f"{value:.4f}")
+        elif isinstance(value, list | tuple):
+            cells.append(";".join(map(str, value)))
+        else:
+            cells.append("" if value is None else escape_formula(str(value)))
+    return _csv_line(to_row_name(str(row.get(names[0], ""))), cells)
 
 
 def _json_row(p: Prediction) -> bytes:

@@ -159,6 +159,7 @@ def test_progress_reports_each_step(case: Any, run: Path, tmp_path: Path, ready:
         "running 8 validation frames through the training code",
         "building the fp32 graph and measuring its parity",
         "choosing golden frames",
+        "measuring the validation figures",
         "replaying the golden frames",
     ]
 

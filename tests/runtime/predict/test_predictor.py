@@ -8,6 +8,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,13 @@ from echoquad_runtime.errors import (
     InputNotFoundError,
     VerificationError,
 )
+from echoquad_runtime.frames.decoded_frame import ColourFrame, DecodedFrame, GreyFrame
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
+from echoquad_runtime.frames.reader import cut_frame
 from echoquad_runtime.predict import predictor as module
 from echoquad_runtime.predict.prediction import Prediction
 from echoquad_runtime.predict.predictor import Predictor
+from echoquad_runtime.predict.worker_pool import FrameTask
 from echoquad_runtime.quadrants import Grey, frame_quadrants
 
 Make = Callable[..., Path]
@@ -395,6 +399,20 @@ def test_encoded_frames_give_same_predictions_as_files(tiny_bundle: Path, frames
     found = list(predictor.predict_encoded([*items, ("bad.png", b"no image")]))
     assert isinstance(found[-1], Failure)
     assert [predictor(data, name) for name, data in items] == from_files
+
+
+def test_frames_that_load_themselves_give_same_predictions_as_files(tiny_bundle: Path, frames_folder: Path) -> None:
+    predictor = Predictor(tiny_bundle, device="cpu")
+    colours = np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8)
+    Image.fromarray(colours).save(frames_folder / "c.png")
+    decoded: dict[str, DecodedFrame] = {"c.png": ColourFrame(colours)}
+    for name in ("a/0.png", "b/5.png"):
+        decoded[name] = GreyFrame(np.asarray(Image.open(frames_folder / name)))
+    tasks = [FrameTask(name, partial(cut_frame, frame, predictor.contract)) for name, frame in decoded.items()]
+    files = [FrameFile(frames_folder / name, name) for name in decoded]
+    assert predictions(predictor.predict_tasks(tasks)) == predictions(predictor.predict(files))
+    assert predictor.bundle is not None
+    assert predictor.bundle.folder == tiny_bundle
 
 
 def test_on_decision_is_called_and_its_error_becomes_failure(tiny_bundle: Path, frames_folder: Path) -> None:

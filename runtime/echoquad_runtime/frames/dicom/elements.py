@@ -22,11 +22,14 @@ __all__ = [
     "call_anonymized",
     "inflate",
     "read_elements",
+    "read_sop_uids",
     "read_transfer_syntax",
 ]
 
 _Params = ParamSpec("_Params")
 _Result = TypeVar("_Result")
+
+_META_UIDS: Final = frozenset({0x02, 0x03, 0x10})  # elements of group 2: SOP class and instance, transfer syntax
 
 _TAGS: Final = {
     "sop_class": 0x00080016,
@@ -100,6 +103,30 @@ def call_anonymized(
     raise FrameDamagedError(f"{message} ({cause}); the file is damaged or truncated: copy it again")
 
 
+def read_sop_uids(stream: IO[bytes]) -> tuple[str, str]:
+    """Return the SOP class UID and the SOP instance UID of group 2; empty where a file has none, or is not DICOM."""
+    head = stream.read(132 + _MAX_META_BYTES)
+    values, _ = _parse_meta(head) if is_dicom(head) else ({}, 0)
+    return values.get(0x02, ""), values.get(0x03, "")
+
+
+def _parse_meta(head: bytes) -> tuple[dict[int, str], int]:
+    """Return the UIDs of group 2 by element number, and the offset of the data set, in bytes."""
+    offset, values = 132 if head[128:132] == b"DICM" else 0, {}
+    while offset + 8 <= len(head):
+        group, element, vr, length = struct.unpack_from("<HH2sH", head, offset)
+        if group != 2:
+            break
+        offset += 8
+        if vr in LONG_VRS:
+            (length,) = struct.unpack_from("<I", head, offset)
+            offset += 4
+        if element in _META_UIDS:
+            values[element] = head[offset : offset + length].decode("latin-1").rstrip("\0 ")
+        offset += length
+    return values, offset
+
+
 def read_transfer_syntax(stream: IO[bytes]) -> tuple[str, int]:
     """Return the transfer syntax UID and the offset of the data set, in bytes.
 
@@ -116,18 +143,8 @@ def read_transfer_syntax(stream: IO[bytes]) -> tuple[str, int]:
         raise FrameFormatError(
             "not a DICOM file: neither 'DICM' nor a DICOM element is at its beginning; save it again"
         )
-    offset, syntax = 132 if head[128:132] == b"DICM" else 0, ""
-    while offset + 8 <= len(head):
-        group, element, vr, length = struct.unpack_from("<HH2sH", head, offset)
-        if group != 2:
-            break
-        offset += 8
-        if vr in LONG_VRS:
-            (length,) = struct.unpack_from("<I", head, offset)
-            offset += 4
-        if element == 0x10:
-            syntax = head[offset : offset + length].decode("latin-1").rstrip("\0 ")
-        offset += length
+    values, offset = _parse_meta(head)
+    syntax = values.get(0x10, "")
     if not syntax:
         implicit, big_endian = detect_encoding(stream, offset)
         syntax = BIG_ENDIAN if big_endian else IMPLICIT if implicit else EXPLICIT

@@ -32,7 +32,7 @@ from echoquad_runtime.frames.frame_file import FrameFile
 from echoquad_runtime.frames.isolation import limits
 from echoquad_runtime.frames.isolation.limits import MAX_MESSAGE
 
-__all__ = ["main"]
+__all__ = ["main", "set_signals", "take_stdout"]
 
 Levels = npt.NDArray[np.uint8]
 
@@ -45,8 +45,8 @@ def main(settings: dict[str, Any]) -> None:
     settings
         ``memory``: bytes of address space that this process may take beyond what it has when it is ready.
     """
-    answers = _take_stdout()
-    _set_signals()
+    answers = take_stdout()
+    set_signals()
     limits.set_limits(settings["memory"])
     _send(answers, {"ready": True})
     while line := sys.stdin.buffer.readline():
@@ -113,7 +113,7 @@ def _send(answers: IO[bytes], answer: dict[str, Any], levels: Levels | None = No
     answers.flush()
 
 
-def _take_stdout() -> IO[bytes]:
+def take_stdout() -> IO[bytes]:
     """Return standard output for answers alone: what decoders print to descriptor 1 goes to the null device."""
     answers = os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_WRONLY)
@@ -122,7 +122,7 @@ def _take_stdout() -> IO[bytes]:
     return answers
 
 
-def _set_signals() -> None:
+def set_signals() -> None:
     """Set the signal handling that a process inherits from the thread that starts it.
 
     The parent decides when this process ends. A signal to the whole process group (Ctrl-C) or to the service (systemd's

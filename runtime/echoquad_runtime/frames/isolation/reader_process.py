@@ -32,7 +32,7 @@ from echoquad_runtime.errors import (
 from echoquad_runtime.frames.isolation.limits import MEMORY_LIMIT, timeout_error
 from echoquad_runtime.frames.isolation.messages import Answer, AnswerStream, MalformedAnswerError, Request
 
-__all__ = ["ReaderProcess"]
+__all__ = ["ReaderProcess", "module_path", "start_interpreter"]
 
 _START_SECONDS: Final = 120.0
 """Seconds for the start of a process, on a busy machine too."""
@@ -183,28 +183,10 @@ class _Child:
     """A running reader process. Only the asking thread uses it, except for `kill`."""
 
     def __init__(self) -> None:
-        if not sys.executable or getattr(sys, "frozen", False):
-            raise ConfigError("no reader process can start: sys.executable is not a Python interpreter")
-        command = [sys.executable, "-I", "-B", "-X", f"utf8={sys.flags.utf8_mode}", "-c", _PROGRAM, "echoquad-reader"]
-        try:
-            with _signals_blocked():
-                self.process = subprocess.Popen(
-                    command,
-                    bufsize=0,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    env=os.environ | _ENVIRONMENT,
-                    creationflags=_CREATION_FLAGS,
-                )
-        except OSError as error:
-            raise ConfigError(
-                f"a reader process cannot be started ({error.strerror}); use fewer --workers, or free memory"
-            ) from error
-        self._enlarge_pipe()
+        self.process = start_interpreter(_PROGRAM, "echoquad-reader")
         self._answers = AnswerStream(self.process)
         self._stopped = self._ready = self.has_answered = False
-        self._send(json.dumps({"path": _module_path(), "memory": MEMORY_LIMIT}).encode("ascii") + b"\n")
+        self._send(json.dumps({"path": module_path(), "memory": MEMORY_LIMIT}).encode("ascii") + b"\n")
 
     def is_alive(self) -> bool:
         """Return whether the process can take requests."""
@@ -262,14 +244,6 @@ class _Child:
             while rest:
                 rest = rest[self.process.stdin.write(rest) or 0 :]
 
-    def _enlarge_pipe(self) -> None:
-        if sys.platform == "linux":
-            import fcntl
-
-            assert self.process.stdout is not None
-            with contextlib.suppress(OSError):  # a user with many pipes may not
-                fcntl.fcntl(self.process.stdout.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-
     def kill(self) -> None:
         """End the process at once, from any thread."""
         self._stopped = True
@@ -296,6 +270,47 @@ class _Child:
                     stream.close()
 
 
+def start_interpreter(program: str, name: str) -> subprocess.Popen[bytes]:
+    """Start a fresh interpreter that runs a program, with unbuffered pipes as its standard input and output.
+
+    It ignores the user's environment and site, blocks SIGINT, SIGTERM and SIGHUP, and computes on one thread.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be started.
+    """
+    if not sys.executable or getattr(sys, "frozen", False):
+        raise ConfigError("no reader process can start: sys.executable is not a Python interpreter")
+    command = [sys.executable, "-I", "-B", "-X", f"utf8={sys.flags.utf8_mode}", "-c", program, name]
+    try:
+        with _signals_blocked():
+            process = subprocess.Popen(
+                command,
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=os.environ | _ENVIRONMENT,
+                creationflags=_CREATION_FLAGS,
+            )
+    except OSError as error:
+        raise ConfigError(
+            f"a reader process cannot be started ({error.strerror}); use fewer --workers, or free memory"
+        ) from error
+    _enlarge_pipe(process)
+    return process
+
+
+def _enlarge_pipe(process: subprocess.Popen[bytes]) -> None:
+    if sys.platform == "linux":
+        import fcntl
+
+        assert process.stdout is not None
+        with contextlib.suppress(OSError):  # a user with many pipes may not
+            fcntl.fcntl(process.stdout.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+
+
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
     """Block SIGINT, SIGTERM and SIGHUP in this thread, so that a process that it starts inherits the mask.
@@ -312,7 +327,7 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _module_path() -> list[str]:
+def module_path() -> list[str]:
     """Return `sys.path` with this package on it: an editable install may import the package without an entry."""
     path = [entry for entry in sys.path if isinstance(entry, str)]
     home = str(Path(echoquad_runtime.__file__).absolute().parents[1])

@@ -592,7 +592,7 @@ def test_process_imports_package_of_its_parent(
 ) -> None:
     # As with an editable install, whose import hook finds the package without an entry in sys.path.
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry) != ROOT])
-    assert str(ROOT) in reader_process._module_path()
+    assert str(ROOT) in reader_process.module_path()
     packages = tmp_path / "packages"
     packages.mkdir()
     (packages / "echoquad_runtime").symlink_to(ROOT / "echoquad_runtime", target_is_directory=True)
