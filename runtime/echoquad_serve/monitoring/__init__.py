@@ -1,0 +1,1 @@
+"""Metrics, logs without patient values, the audit log, and drift of what the service sees."""
