@@ -1,0 +1,1 @@
+"""The outbox: sends each result to each destination, until the destination has it or refuses it."""
