@@ -1,0 +1,1 @@
+"""Intake from folders: files that other programs write become jobs."""
