@@ -1,0 +1,1 @@
+"""HTTP: the page, the API, server-sent events, the KServe protocol, and what protects them."""
