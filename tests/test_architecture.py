@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {
     "echoquad": ROOT / "echoquad",
     "echoquad_runtime": ROOT / "runtime" / "echoquad_runtime",
+    "echoquad_serve": ROOT / "runtime" / "echoquad_serve",
     "echoquad_train": ROOT / "train" / "echoquad_train",
     "echoquad_export": ROOT / "export" / "echoquad_export",
 }
@@ -143,7 +144,7 @@ def test_module_defines_what_it_exports(package: str) -> None:
         bound = set()
         exported: list[str] = []
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 bound.add(node.name)
             elif isinstance(node, ast.Import | ast.ImportFrom):
                 bound |= {alias.asname or alias.name for alias in node.names}

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 import re
 import sys
 import tomllib
+import typing
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
 from packaging.requirements import Requirement
 
 from echoquad_runtime import errors
+from echoquad_serve import config as service_config
+from echoquad_serve import errors as service_errors
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -31,13 +37,59 @@ def extension(name: str) -> ModuleType:
     return module
 
 
+ENTRY = r"^### (E_\w+)\n\n(.+)\n\nCause\n: \S.+\n\nRemedy\n: \S.+$"
+
+
 def test_error_page_lists_every_class_with_code_cause_and_remedy() -> None:
     text = (DOCS / "reference" / "errors.md").read_text("utf-8")
-    entry = r"^### (E_\w+)\n\n`(\w+)`, exit code (\d)\n\nCause\n: \S.+\n\nRemedy\n: \S.+$"
-    listed = {(code, name, int(exit_code)) for code, name, exit_code in re.findall(entry, text, re.MULTILINE)}
-    classes = [getattr(errors, name) for name in errors.__all__]
-    assert listed == {(error.code, error.__name__, error.exit_code) for error in classes}
-    assert len(listed) == text.count("\n### "), "an entry lacks its cause or its remedy"
+    entries = dict(re.findall(ENTRY, text, re.MULTILINE))
+    classes = [getattr(module, name) for module in (errors, service_errors) for name in module.__all__]
+    shown = {code: line for code, line in entries.items() if line.startswith("`")}
+    assert shown == {error.code: f"`{error.__name__}`, exit code {error.exit_code}" for error in classes}
+    assert len(entries) == text.count("\n### "), "an entry lacks its cause or its remedy"
+
+
+def test_error_page_lists_every_code_that_the_service_answers_without_a_class() -> None:
+    text = (DOCS / "reference" / "errors.md").read_text("utf-8")
+    shown = {code for code, line in re.findall(ENTRY, text, re.MULTILINE) if not line.startswith("`")}
+    classes = {getattr(module, name).code for module in (errors, service_errors) for name in module.__all__}
+    source = "".join(path.read_text("utf-8") for path in (ROOT / "runtime/echoquad_serve").rglob("*.py"))
+    assert shown == set(re.findall(r'"(E_(?:HTTP|NOT|RESULT|INTERRUPTED)\w*)"', source)) - classes
+
+
+def test_service_page_lists_every_option_with_its_default() -> None:
+    text = (DOCS / "reference" / "service.md").read_text("utf-8").partition("\n## HTTP API")[0]
+    shown: dict[str, list[tuple[str, str]]] = {}
+    for section in text.split("\n### ")[1:]:
+        rows = re.findall(r"^\| `(\w+)` \| (.+?) \| \S.* \|$", section, re.MULTILINE)
+        shown |= dict.fromkeys(re.findall(r"`(\[.+?\]+)`", section.partition("\n")[0]), rows)
+    assert shown == _tables(service_config.ServiceConfig, "")
+
+
+def _tables(kind: type, header: str) -> dict[str, list[tuple[str, str]]]:
+    """Return key and default of each field of a table of the service's configuration, and of the tables in it."""
+    hints, found = typing.get_type_hints(kind), {}
+    fields = dataclasses.fields(kind)
+    for field in fields:
+        hint = hints[field.name]
+        for part in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(part):
+                name = f"{header.strip('[]')}.{field.name}".strip(".")
+                found |= _tables(part, f"[[{name}]]" if typing.get_origin(hint) is tuple else f"[{name}]")
+    return found | ({header: [(field.name, _default(field)) for field in fields]} if header else {})
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    value = field.default
+    if value is dataclasses.MISSING:
+        return "required" if field.default_factory is dataclasses.MISSING else "none"
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        return f"`{json.dumps(list(value))}`"
+    if isinstance(value, float):
+        return f"`{value:g}`"
+    return f"`{json.dumps(str(value) if isinstance(value, Path) else value)}`"
 
 
 def test_configuration_page_lists_every_recipe_field_with_its_defaults() -> None:

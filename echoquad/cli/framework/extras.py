@@ -9,7 +9,7 @@ from echoquad_runtime.errors import MissingExtraError
 
 __all__ = ["EXTRAS", "missing_extra", "require_extra"]
 
-Extra = Literal["train", "export", "tensorboard"]
+Extra = Literal["train", "export", "tensorboard", "serve", "pacs"]
 
 EXTRAS: Final[dict[str, Extra]] = {
     "onnx": "export",
@@ -22,8 +22,16 @@ EXTRAS: Final[dict[str, Extra]] = {
     "scipy": "train",
     "imagehash": "train",
     "jinja2": "train",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
+    "pynetdicom": "pacs",
+    "pydicom": "pacs",
+    "highdicom": "pacs",
 }
-"""The extra that installs each optional package; ``export`` includes ``train``."""
+"""The extra that installs each optional package."""
+
+_INCLUDED: Final[dict[Extra, tuple[Extra, ...]]] = {"export": ("export", "train")}
 
 
 def require_extra(extra: Extra) -> None:
@@ -34,8 +42,9 @@ def require_extra(extra: Extra) -> None:
     MissingExtraError
         If one of them is not installed.
     """
+    included = _INCLUDED.get(extra, (extra,))
     for name, provider in EXTRAS.items():
-        if extra in (provider, "export") and util.find_spec(name) is None:
+        if provider in included and util.find_spec(name) is None:
             raise missing_extra(name, extra)
 
 

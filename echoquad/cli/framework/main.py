@@ -32,8 +32,10 @@ COMMANDS: Final = {
     "merge": "merge part1.csv part2.csv part3.csv --out decisions.csv",
     "bench": "bench bundle exam/ --json bench.json",
     "tune": "tune bundle exam/ --goal latency --max-p99-ms 40",
+    "serve": "serve bundle --config service.toml",
     "doctor": "doctor --device cuda",
     "demo": "demo --out demo",
+    "audit verify": "audit verify echoquad-service/audit --site-key echoquad-service/site.key",
     "data audit": "data audit data --out audit --strict",
     "data split": "data split frames --out data --mode link",
     "data patches": "data patches data --out data_patches",
@@ -41,7 +43,7 @@ COMMANDS: Final = {
 }
 """The commands in the order of the help page, each with an example. See `load_command` for where they are."""
 
-GROUPS: Final = {"data": "Check data sets and create them."}
+GROUPS: Final = {"audit": "Check the service's audit log.", "data": "Check data sets and create them."}
 
 INTERRUPTED: Final = 130  # 128 + SIGINT: what Typer returns in place of a KeyboardInterrupt
 

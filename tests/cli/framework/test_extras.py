@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-HIDDEN = "sys.modules |= dict.fromkeys(['torch', 'torchvision', 'onnx', 'onnxscript', 'sklearn', 'matplotlib'])"
+HIDDEN = (
+    "sys.modules |= dict.fromkeys(['torch', 'torchvision', 'onnx', 'onnxscript', 'sklearn', 'matplotlib', 'uvicorn'])"
+)
 
 
 @pytest.mark.parametrize(
@@ -20,6 +22,7 @@ HIDDEN = "sys.modules |= dict.fromkeys(['torch', 'torchvision', 'onnx', 'onnxscr
         (["data", "split", "DATA", "--out", "x"], "train"),
         (["export", ".", "--out", "x"], "export"),
         (["demo", "--out", "x"], "export"),
+        (["demo", "--serve", "--out", "x"], "serve"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

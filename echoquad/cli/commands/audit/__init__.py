@@ -1,0 +1,1 @@
+"""``echoquad audit``: check the audit log of the service."""

@@ -1,0 +1,83 @@
+"""The server: a service behind its HTTP listener, from start to a stop in good order."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import uvicorn
+
+from echoquad_serve.config import ServiceConfig
+from echoquad_serve.http.app import create_app
+from echoquad_serve.http.listener import check_listener, open_listener, uvicorn_config
+from echoquad_serve.monitoring.json_logging import configure_logging
+from echoquad_serve.service import BedsideService
+
+__all__ = ["run"]
+
+_POLL_S: Final = 0.1
+
+
+def run(bundle: Path, config: ServiceConfig, on_ready: Callable[[str], object] = lambda _: None) -> None:
+    """Run a service until SIGINT or SIGTERM. Its logs go to the standard error, as JSON lines.
+
+    Parameters
+    ----------
+    bundle
+        The bundle to begin with.
+    config
+        The configuration.
+    on_ready
+        Called with the address of the page once the service is ready.
+
+    Raises
+    ------
+    EchoQuadError
+        If the configuration, the queue or the bundle cannot be used.
+    """
+    check_listener(config.http)
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(open_listener(config.http))
+        service = stack.enter_context(contextlib.closing(BedsideService(bundle, config)))
+        stack.callback(notify_systemd, "STOPPING=1")  # also after a signal, which uvicorn raises again
+        stack.callback(configure_logging(sys.stderr))
+        app = create_app(
+            service,
+            config.http,
+            bundle_folder=config.model.bundle_folder,
+            observe=lambda _, route, status, seconds: service.metrics_registry.observe_http(route, status, seconds),
+        )
+        server = uvicorn.Server(uvicorn_config(app, config.http))
+        service.start()
+        scheme = "http" if config.http.tls is None else "https"
+        address = f"{scheme}://{config.http.host}:{listener.getsockname()[1]}/"
+
+        def watch() -> None:
+            """Report readiness once, and end the server if the first bundle cannot be used."""
+            while not server.should_exit:
+                if service.fault is not None:
+                    server.should_exit = True
+                elif server.started and not service.unready_reasons():
+                    notify_systemd("READY=1")
+                    on_ready(address)
+                    return
+                threading.Event().wait(_POLL_S)
+
+        threading.Thread(target=watch, name="echoquad-ready", daemon=True).start()
+        server.run(sockets=[listener])
+        if service.fault is not None:
+            raise service.fault
+
+
+def notify_systemd(state: str) -> None:
+    """Send a state to systemd, if it has started this process (sd_notify(3))."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.connect(f"\0{address[1:]}" if address.startswith("@") else address)
+            sender.send(state.encode("ascii"))
