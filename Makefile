@@ -9,9 +9,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/echoquad demo
 
-# Two processes, a test file in one of them: half of the time on two cores. Without -n all of it runs in one, as well.
+# Three processes, a test file in one of them: many tests of the service wait. Without -n all of it runs in one, as well.
 test: $(READY) lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow or not slow"

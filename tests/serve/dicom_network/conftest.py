@@ -81,6 +81,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.filterwarnings("ignore:Exception ignored in. <(ssl|socket)"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _skip_old_objects() -> Iterator[None]:
+    """Keep what the process holds from before out of each collection, which else takes a second after large imports."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _collect_garbage() -> Iterator[None]:
     """Collect what a test has left before other tests, which do not allow it, run."""

@@ -122,7 +122,7 @@ def test_one_request_at_a_time_changes_the_bundle(
     )
     first.start()
     answer = client.post("/api/v1/bundle/rollback")
-    for _ in range(100):
+    for _ in range(1000):
         if answer.headers.get("retry-after"):
             break
         time.sleep(0.01)
