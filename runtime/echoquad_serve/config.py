@@ -108,7 +108,7 @@ class ModelConfig:
     Attributes
     ----------
     shadow
-        A second bundle, which judges beside the first. Its decisions are compared and not sent anywhere.
+        A second bundle, which decides beside the first. Its decisions are compared and not sent anywhere.
     bundle_folder
         A watched folder for new bundles; None for none.
     every
@@ -140,7 +140,7 @@ class StoreConfig:
     min_free_mb
         Free space in MiB below which nothing is accepted.
     deadline_s
-        Seconds after which an object that waits is not judged any more; None for none.
+        Seconds after which an object that waits is not decided any more; None for none.
     keep_days
         Days for which results stay listed after all destinations have them.
     discard
@@ -275,7 +275,7 @@ class LiveConfig:
     smoothing
         Number of frames whose probabilities are averaged; 1 for none.
     max_fps
-        Frames judged per second, at most.
+        Frames decided per second, at most.
     """
 
     source: str

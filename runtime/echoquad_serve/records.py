@@ -78,7 +78,7 @@ class Job:
     origin, name, sender, sop_class_uid, sop_instance_uid, deadline
         As those of the `IncomingObject`.
     interrupted
-        How often the service has crashed while it judged the job, possibly because of it.
+        How often the service has crashed while it decided the job, possibly because of it.
     """
 
     id: str
@@ -122,7 +122,7 @@ class Result:
     timings_ms
         Milliseconds by stage: ``queue`` and ``predict``.
     shadow
-        What a second bundle decided, as `rows`, if one judges beside the first.
+        What a second bundle decided, as `rows`, if one decides beside the first.
     """
 
     id: str

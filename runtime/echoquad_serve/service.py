@@ -1,4 +1,4 @@
-"""The service: queue, judge, intake, destinations and monitoring, put together for the HTTP routes."""
+"""The service: queue, inference, intake, destinations and monitoring, put together for the HTTP routes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from echoquad_runtime.predict.predictor import Predictor
 from echoquad_serve.config import DicomNodeConfig, LiveConfig, ServiceConfig
 from echoquad_serve.errors import DeliveryRefusedError, IntakeError
 from echoquad_serve.inference.bundle_records import BundleRecords
-from echoquad_serve.inference.judge import Judge
+from echoquad_serve.inference.inference_worker import InferenceWorker
 from echoquad_serve.inference.loaded_model import LoadedModel
 from echoquad_serve.inference.model_manager import BundleFolder, ModelManager
 from echoquad_serve.inference.row_picture import draw_row
@@ -89,7 +89,7 @@ class BedsideService:
         self._audit = self._open_audit_log()
         self._records = BundleRecords(config.store.folder / "bundles")
         self._models = ModelManager(bundle, config.model, self._on_model)
-        self._judge = Judge(self._store, self._models, every=config.model.every)
+        self._worker = InferenceWorker(self._store, self._models, every=config.model.every)
         self._store.on_result.append(self._on_result)
         self._node = None if config.dicom is None else self._dicom_node(config.dicom)
         commitments = None if self._node is None else self._node.reports
@@ -120,7 +120,7 @@ class BedsideService:
         except EchoQuadError as error:
             self.fault = error
             return
-        self._judge.start()
+        self._worker.start()
         self._outbox.start()
         for folder in self._folders:
             folder.start()
@@ -144,7 +144,7 @@ class BedsideService:
             return
         self._ready = False
         self._closing.set()
-        for part in (*self._folders, self._node, self._live, self._bundles, self._judge, self._outbox):
+        for part in (*self._folders, self._node, self._live, self._bundles, self._worker, self._outbox):
             if part is not None:
                 part.close()
         self._note(lambda log: log.append("service_stopped"))
@@ -182,7 +182,7 @@ class BedsideService:
             return [str(self.fault)]
         if not self._ready:
             return ["the bundle is being checked and tested"]
-        return [] if self._judge.alive else ["no thread decides any more; restart the service"]
+        return [] if self._worker.alive else ["no thread decides any more; restart the service"]
 
     def info(self) -> dict[str, Any]:
         """Return the bundle, its contract, and what really runs."""

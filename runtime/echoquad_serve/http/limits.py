@@ -26,7 +26,7 @@ class Limits:
     linger_s
         Seconds for which the rest of a refused body is read and dropped, so that the client sees the answer.
     predictions
-        Requests to judge an object at the same time; the next one is refused.
+        Requests to decide an object at the same time; the next one is refused.
     predict_s
         Seconds to wait for a result.
     tensor_threads, tensors

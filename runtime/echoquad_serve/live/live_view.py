@@ -105,11 +105,11 @@ class LiveView:
         self._state_before: State = "stopped"
         self._failing = ""  # the fault of the frame before, so that it is logged once
         self._closing = threading.Event()
-        self._judge = threading.Thread(target=self._decide_all, name="echoquad-live-judge", daemon=True)
+        self._worker = threading.Thread(target=self._decide_all, name="echoquad-live-inference", daemon=True)
 
     def start(self) -> None:
         """Start to capture and to decide, and return at once."""
-        self._judge.start()
+        self._worker.start()
         self._capture.start()
 
     def close(self) -> None:
@@ -120,8 +120,8 @@ class LiveView:
         self._feed.close()
         self._capture.close()
         self._slot.close()
-        if self._judge.ident is not None and self._judge is not threading.current_thread():
-            self._judge.join(_CLOSE_SECONDS)
+        if self._worker.ident is not None and self._worker is not threading.current_thread():
+            self._worker.join(_CLOSE_SECONDS)
 
     def frames(self) -> Iterator[bytes]:
         """Yield each new frame as JPEG until the end, black if there is none; made only while somebody watches."""

@@ -1,4 +1,4 @@
-"""The newest frame: a slot between a source that does not wait and a judge that takes as long as it takes."""
+"""The newest frame: a slot between a source that does not wait and decisions that take as long as they take."""
 
 from __future__ import annotations
 

@@ -19,10 +19,10 @@ from echoquad_runtime.engine.io_binding import InferenceOutput
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict.prediction import TIE, Prediction, decide
 
-__all__ = ["Judge", "Smoothing"]
+__all__ = ["FramePredictor", "Smoothing"]
 
 
-class Judge(Protocol):
+class FramePredictor(Protocol):
     """What smoothing needs to know of a predictor."""
 
     abstain_below: float | None
@@ -45,13 +45,13 @@ class Smoothing:
 
     def __init__(self, frames: int) -> None:
         self._probabilities: deque[npt.NDArray[np.float64]] = deque(maxlen=frames)
-        self._judge: Judge | None = None
+        self._predictor: FramePredictor | None = None
 
     def reset(self) -> None:
         """Forget the predictions until now."""
         self._probabilities.clear()
 
-    def add(self, prediction: Prediction, judge: Judge) -> tuple[Prediction, int]:
+    def add(self, prediction: Prediction, predictor: FramePredictor) -> tuple[Prediction, int]:
         """Return the smoothed prediction, and over how many frames it is smoothed.
 
         Another predictor than before, such as that of a new bundle, begins anew. Flags, typicality and activation maps
@@ -61,7 +61,7 @@ class Smoothing:
         ----------
         prediction
             The newest frame's.
-        judge
+        predictor
             The predictor that made it.
 
         Raises
@@ -69,21 +69,21 @@ class Smoothing:
         FrameError
             If the prediction is not a number.
         """
-        if judge is not self._judge:
+        if predictor is not self._predictor:
             self.reset()
-            self._judge = judge
+            self._predictor = predictor
         self._probabilities.append(np.array(prediction.quadrant_probabilities, np.float64))
         count = len(self._probabilities)
-        return (prediction if count == 1 else self._smoothed(prediction, judge)), count
+        return (prediction if count == 1 else self._smoothed(prediction, predictor)), count
 
-    def _smoothed(self, prediction: Prediction, judge: Judge) -> Prediction:
+    def _smoothed(self, prediction: Prediction, predictor: FramePredictor) -> Prediction:
         mean = np.mean(self._probabilities, axis=0)[None]
         own = [flag for flag in prediction.flags if flag not in (TIE, UNLIKE_TRAINING)]
         (result,) = decide(
             [prediction.file],
             [tuple(own)],
             InferenceOutput(logits=np.zeros_like(mean), probabilities=mean),  # the vote takes no logits
-            judge.contract,
+            predictor.contract,
             method=prediction.method,
             device=prediction.device,
             precision=prediction.precision,
@@ -93,4 +93,4 @@ class Smoothing:
             raise result.error
         unlike = (UNLIKE_TRAINING,) if UNLIKE_TRAINING in prediction.flags else ()
         result = replace(result, flags=(*result.flags, *unlike), typicality=prediction.typicality, cam=prediction.cam)
-        return result.abstaining(judge.abstain_below, judge.contract, unlike=judge.abstain_unlike)
+        return result.abstaining(predictor.abstain_below, predictor.contract, unlike=predictor.abstain_unlike)

@@ -107,12 +107,12 @@ class ServiceMetrics:
         self._abstentions = counter("abstentions", "Frames on which the model abstains, by reason.", "reason")
         self._failures = counter("failures", "Frames and objects without a decision, by error code.", "code")
         self._deliveries = counter("deliveries", "Attempts to deliver a result, by outcome.", "destination", "outcome")
-        self._live = counter("live_frames", "Live frames that were judged.")
+        self._live = counter("live_frames", "Live frames that were decided.")
         self._dropped = counter(
-            "live_frames_dropped", "Live frames that a newer one has replaced before it was judged."
+            "live_frames_dropped", "Live frames that a newer one has replaced before it was decided."
         )
         self._age = histogram("live_age", "Age of a live frame, from capture to decision.")
-        self._shadow = counter("shadow_frames", "Frames that a second bundle judged too.", "agreement")
+        self._shadow = counter("shadow_frames", "Frames that a second bundle decided too.", "agreement")
         self._bundle = gauge(
             *("bundle_info", "The bundle in use, and what it runs on; the value is 1."),
             *("name", "sha256", "device", "provider", "precision"),
@@ -173,7 +173,7 @@ class ServiceMetrics:
         self._http.labels(route, kind).observe(seconds)
 
     def observe_live(self, row: Mapping[str, Any] | None, age_s: float, dropped: int = 0) -> None:
-        """Count a judged live frame, with its age, and the frames that were dropped since the last call."""
+        """Count a decided live frame, with its age, and the frames that were dropped since the last call."""
         self._dropped.inc(max(dropped, 0))
         if row is not None:
             self._live.inc()
@@ -258,7 +258,7 @@ def _family(name: str, text: str, value: float | None = None, labels: Sequence[s
 def _queue_gauges(status: Mapping[str, Any], destinations: Collection[str]) -> Iterator[GaugeMetricFamily]:
     yield _family("queue_objects", "Objects that wait for their result.", status["waiting"])
     yield _family("queue_oldest_seconds", "Time that the oldest of them waits.", status.get("oldest_waiting_s") or 0)
-    yield _family("queue_in_progress", "Objects that are being judged.", status.get("in_progress") or 0)
+    yield _family("queue_in_progress", "Objects that are being decided.", status.get("in_progress") or 0)
     yield _family("queue_full", "1 if queue or disk are full, so that nothing is accepted.", int(bool(status["full"])))
     waiting = _family("undelivered_results", "Results that a destination has not yet.", labels=["destination"])
     oldest = _family("undelivered_oldest_seconds", "Time that the oldest of them waits.", labels=["destination"])

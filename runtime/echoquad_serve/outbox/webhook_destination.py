@@ -89,7 +89,7 @@ class WebhookDestination:
         finally:
             with self._lock:
                 self._socket = None
-        self._judge(status, _seconds(retry_after))
+        self._check_status(status, _seconds(retry_after))
 
     def close(self) -> None:
         """Cut off an exchange in progress, and refuse further ones."""
@@ -139,7 +139,7 @@ class WebhookDestination:
             raise DeliveryError("the token file does not hold one line with a token; correct it")
         return {"Authorization": f"Bearer {token}"}
 
-    def _judge(self, status: int, retry_after: float | None) -> None:
+    def _check_status(self, status: int, retry_after: float | None) -> None:
         if 200 <= status < 300:
             return
         if 300 <= status < 400:

@@ -36,7 +36,7 @@ CREATE TABLE jobs (
     deadline REAL,
     sop_instance_uid TEXT NOT NULL,         -- empty for what is not DICOM
     about TEXT NOT NULL,                    -- JSON: origin, name and sender of the object, SOP class UID
-    interrupted INTEGER NOT NULL DEFAULT 0, -- crashes of the service while it judged the job
+    interrupted INTEGER NOT NULL DEFAULT 0, -- crashes of the service while it decided the job
     done INTEGER NOT NULL DEFAULT 0
 );
 CREATE INDEX jobs_open ON jobs (seq) WHERE done = 0;

@@ -29,7 +29,7 @@ _FULL_ERRNOS: Final = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.EN
 
 
 class JobQueue:
-    """Jobs that wait, and jobs that are being judged. After a crash the latter wait again, in their old order.
+    """Jobs that wait, and jobs that are being decided. After a crash the latter wait again, in their old order.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ class JobQueue:
     spool
         Where their files are.
     taken_file
-        Where it is noted which are being judged. Those of a process that has crashed count as interrupted.
+        Where it is noted which are being decided. Those of a process that has crashed count as interrupted.
 
     Raises
     ------
@@ -74,7 +74,7 @@ class JobQueue:
 
     @property
     def in_progress(self) -> int:
-        """Number of jobs that are being judged."""
+        """Number of jobs that are being decided."""
         return len(self._taken)
 
     def accept(self, incoming: IncomingObject) -> Job:
@@ -221,7 +221,7 @@ class JobQueue:
             raise StorageFullError(f"{message}; try again later", STORAGE_RETRY_S)
 
     def take(self, count: int, timeout: float) -> list[Job]:
-        """Return the jobs that wait longest, and mark them as being judged.
+        """Return the jobs that wait longest, and mark them as being decided.
 
         Each must end in `finish`. A job whose deadline has passed is among them: `Job.expired` says so, and it ends
         with the status ``expired``, unread. A job during which the service has crashed is taken alone, so that a second

@@ -6,7 +6,7 @@ A job goes through three durable steps, each of which is one commit:
 2. `JobStore.finish`: its result, a delivery for each destination, and the end of the job.
 3. `JobStore.delivered`, once for each destination. After the last one, `JobStore.prune` may remove job and result.
 
-Jobs that are being judged when the service ends wait again at its next start, in their old order.
+Jobs that are being decided when the service ends wait again at its next start, in their old order.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The file that names the jobs that are being judged, so that a crash is counted against them at the next start."""
+"""The file that names the jobs that are being decided, so that a crash is counted against them at the next start."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TakenFile:
     Attributes
     ----------
     from_before
-        The jobs that were being judged when the last process ended without `close`.
+        The jobs that were being decided when the last process ended without `close`.
 
     Raises
     ------

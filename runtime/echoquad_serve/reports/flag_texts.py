@@ -11,7 +11,7 @@ _TEXTS: Final = {
     "saturated": "a large part of the frame is white",
     "screen": "the frame looks like a picture of a whole screen",
     "nan": "the file contains numbers that are not defined",
-    "uncropped": "the header names no ultrasound region, so the whole frame was judged",
+    "uncropped": "the header names no ultrasound region, so the whole frame was used",
     "region-clamped": "the ultrasound region in the header leaves the frame and was cut at its edge",
     "colour": "a large part of the frame is coloured, as in colour Doppler",
     "tie": "the votes of the quadrants were tied",

@@ -186,7 +186,7 @@ class FakeBackend:
             job = Job(secrets.token_hex(16), incoming.path, time.time(), "http", incoming.name, incoming.sender)
             self._keys[incoming.key] = job
             self.accepted.append((incoming.name, incoming.key, content))
-        self._judge(job, content)
+        self._decide(job, content)
         return job
 
     def predict(self, incoming: IncomingObject, timeout: float) -> Result:
@@ -198,7 +198,7 @@ class FakeBackend:
             time.sleep(self.delay)
         return self._by_id[job.id]
 
-    def _judge(self, job: Job, content: bytes) -> None:
+    def _decide(self, job: Job, content: bytes) -> None:
         if content.startswith(b"bad"):
             failure = {"file": job.name, "code": "E_FRAME_FORMAT", "message": "the file is no image"}
             self._finish(Result(job.id, "failed", "http", job.name, job.received, time.time(), failures=(failure,)))
@@ -277,7 +277,7 @@ class FakeBackend:
             yield self._picture(seen, "JPEG")
 
     def next_live_frame(self) -> None:
-        """Judge one live frame, and send its event."""
+        """InferenceWorker one live frame, and send its event."""
         state = self._live_state()
         if state == "ok":
             with self._frame:

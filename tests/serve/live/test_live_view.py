@@ -104,7 +104,7 @@ def test_row_of_a_live_frame_is_that_of_the_clip(
     assert live.view.status()["failed"] == 0
 
 
-def test_slow_judge_gets_the_newest_frame_and_every_other_is_counted(
+def test_slow_worker_gets_the_newest_frame_and_every_other_is_counted(
     go_live: Callable[..., Live], predictor: Predictor, wait_until: Callable[..., float]
 ) -> None:
     rows: list[dict[str, Any]] = []

@@ -18,7 +18,7 @@ from echoquad_runtime.voting import aggregate_votes
 from echoquad_serve.live.smoothing import Smoothing
 
 
-class Judge:
+class Settings:
     def __init__(self, *, abstain_below: float | None = None, abstain_unlike: bool = False) -> None:
         self.contract = Contract(classes=("ASD", "NORM"), input_size=32, vote_weights=(1.0, 1.0, 2.0, 1.0))
         self.abstain_below, self.abstain_unlike = abstain_below, abstain_unlike
@@ -55,12 +55,12 @@ QUARTET = st.lists(st.floats(0, 1), min_size=4, max_size=4)
 def test_decision_is_the_vote_on_the_mean_of_the_last_frames(
     frames: list[list[float]], size: int, method: VoteMethod
 ) -> None:
-    smoothing, judge = Smoothing(size), Judge()
+    smoothing, settings = Smoothing(size), Settings()
     for index, frame in enumerate(frames):
-        result, count = smoothing.add(prediction(frame, method), judge)
+        result, count = smoothing.add(prediction(frame, method), settings)
         last = np.array(frames[max(0, index + 1 - size) : index + 1])
         mean = np.stack([last, 1 - last], axis=-1).mean(axis=0)
-        expected = aggregate_votes(mean[None], method, judge.contract.vote_weights)
+        expected = aggregate_votes(mean[None], method, settings.contract.vote_weights)
         assert count == len(last)
         assert np.allclose(result.quadrant_probabilities, mean)
         assert np.allclose(result.probabilities, mean.mean(axis=0))
@@ -71,44 +71,44 @@ def test_decision_is_the_vote_on_the_mean_of_the_last_frames(
 
 def test_one_frame_stays_as_it_is() -> None:
     one = prediction([0.2, 0.7, 0.9, 0.1], flags=(TIE, UNLIKE_TRAINING))
-    assert Smoothing(1).add(one, Judge()) == (one, 1)
-    assert Smoothing(5).add(one, Judge()) == (one, 1)
+    assert Smoothing(1).add(one, Settings()) == (one, 1)
+    assert Smoothing(5).add(one, Settings()) == (one, 1)
 
 
 def test_flags_of_the_decision_are_made_anew_and_those_of_the_frame_stay() -> None:
-    smoothing, judge = Smoothing(4), Judge()
-    smoothing.add(prediction([0.9, 0.9, 0.9, 0.9]), judge)
-    result, _ = smoothing.add(prediction([0.6, 0.6, 0.3, 0.3], flags=("screen", TIE, UNLIKE_TRAINING)), judge)
+    smoothing, settings = Smoothing(4), Settings()
+    smoothing.add(prediction([0.9, 0.9, 0.9, 0.9]), settings)
+    result, _ = smoothing.add(prediction([0.6, 0.6, 0.3, 0.3], flags=("screen", TIE, UNLIKE_TRAINING)), settings)
     assert result.flags == ("screen", UNLIKE_TRAINING)
     assert result.typicality == 0.9
     smoothing.reset()
-    smoothing.add(prediction([0.9, 0.9, 0.9, 0.9]), judge)
-    result, _ = smoothing.add(prediction([0.9, 0.9, 0.0, 0.0], flags=("screen",)), judge)
+    smoothing.add(prediction([0.9, 0.9, 0.9, 0.9]), settings)
+    result, _ = smoothing.add(prediction([0.9, 0.9, 0.0, 0.0], flags=("screen",)), settings)
     assert result.flags == ("screen", TIE)
 
 
 def test_abstention_is_by_the_smoothed_confidence() -> None:
-    smoothing, judge = Smoothing(2), Judge(abstain_below=0.8)
+    smoothing, settings = Smoothing(2), Settings(abstain_below=0.8)
     unsure = prediction([0.6] * 4, label=INDETERMINATE)
-    assert smoothing.add(unsure, judge)[0].label == INDETERMINATE
-    result, _ = smoothing.add(prediction([1.0] * 4), judge)
+    assert smoothing.add(unsure, settings)[0].label == INDETERMINATE
+    result, _ = smoothing.add(prediction([1.0] * 4), settings)
     assert (result.label, result.predicted_class) == ("ASD", "ASD")
-    result, _ = smoothing.add(prediction([0.1] * 4), judge)
+    result, _ = smoothing.add(prediction([0.1] * 4), settings)
     assert (result.label, result.predicted_class) == (INDETERMINATE, "ASD")
 
 
 def test_abstention_on_unlike_frames_survives() -> None:
-    smoothing, judge = Smoothing(2), Judge(abstain_unlike=True)
-    smoothing.add(prediction([0.9] * 4), judge)
-    result, _ = smoothing.add(prediction([0.9] * 4, flags=(UNLIKE_TRAINING,)), judge)
+    smoothing, settings = Smoothing(2), Settings(abstain_unlike=True)
+    smoothing.add(prediction([0.9] * 4), settings)
+    result, _ = smoothing.add(prediction([0.9] * 4, flags=(UNLIKE_TRAINING,)), settings)
     assert result.label == INDETERMINATE
 
 
 def test_another_predictor_begins_anew() -> None:
-    smoothing, judge = Smoothing(8), Judge()
-    smoothing.add(prediction([0.9] * 4), judge)
-    assert smoothing.add(prediction([0.1] * 4), judge)[1] == 2
-    assert smoothing.add(prediction([0.1] * 4), Judge())[1] == 1
+    smoothing, settings = Smoothing(8), Settings()
+    smoothing.add(prediction([0.9] * 4), settings)
+    assert smoothing.add(prediction([0.1] * 4), settings)[1] == 2
+    assert smoothing.add(prediction([0.1] * 4), Settings())[1] == 1
 
 
 def test_identical_frames_of_a_bundle_are_decided_as_one(

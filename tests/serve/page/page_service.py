@@ -38,7 +38,7 @@ def decision(name: str, label: str = "ASD", share: float = 0.93, **others: Any) 
 class PageBackend(FakeBackend):
     """Results by the name of the object: damaged, unsure, flagged, clip, and ASD for all others."""
 
-    def _judge(self, job: Job, content: bytes) -> None:
+    def _decide(self, job: Job, content: bytes) -> None:
         name = job.name
         if "damaged" in name:
             self.add(name, identifier=job.id, failures=({"file": name, **DAMAGED},), origin="http")

@@ -23,7 +23,7 @@ def shows(subject: str) -> str:
     return f"document.querySelector('#subject').innerText.startsWith('{subject},')"
 
 
-def test_dropped_file_is_judged(page: Page, service: PageService, frames: Frames) -> None:
+def test_dropped_file_is_decided(page: Page, service: PageService, frames: Frames) -> None:
     page.open(service.address)
     page.wait(READY)
     page.drop(*frames("Übung 1 & 2.png"))
@@ -54,7 +54,7 @@ def test_progress_is_told(page: Page, service: PageService, frames: Frames) -> N
     page.open(service.address)
     page.wait(READY)
     page.choose(*frames("a.png", "b.png"))
-    page.wait("document.querySelector('#sending-text').innerText === 'Judging 2 of 2: b.png'")
+    page.wait("document.querySelector('#sending-text').innerText === 'Deciding 2 of 2: b.png'")
     page.wait(DONE)
 
 
@@ -66,7 +66,7 @@ def test_long_name_of_a_file_that_is_sent_moves_nothing(page: Page, live_service
     before = page.evaluate(top)
     live_service.backend.delay = 0.5
     page.drop(*frames(f"{'long ' * 30}.png"))
-    page.wait("document.querySelector('#sending-text').innerText.startsWith('Judging')")
+    page.wait("document.querySelector('#sending-text').innerText.startsWith('Deciding')")
     assert page.evaluate(top) == before
     page.wait(DONE)
 
@@ -82,7 +82,7 @@ def test_failed_file_is_told_with_its_code_and_the_next_is_sent(
     assert page.text("#problem-list") == f"damaged.dcm: {told}"
     page.click("#list > :nth-child(2)")
     page.wait(shows("damaged.dcm"))
-    assert page.text("#verdict") == "NOT JUDGED"
+    assert page.text("#verdict") == "NOT DECIDED"
     assert page.text("#reason") == told[0].upper() + told[1:]
     page.click("#clear")
     page.wait("document.querySelector('#problems').hidden")
@@ -144,7 +144,7 @@ def test_file_is_sent_once_when_the_connection_breaks_before_the_answer(
     page.open(service.address)
     page.wait(READY)
     page.choose(*frames("a.png"))
-    page.wait("document.querySelector('#sending-text').innerText.startsWith('Judging')")
+    page.wait("document.querySelector('#sending-text').innerText.startsWith('Deciding')")
     service.line.cut()
     page.wait("document.querySelector('#sending-text').innerText.startsWith('The connection is lost')")
     service.line.mend()

@@ -186,7 +186,7 @@ def test_a_full_queue_refuses_and_keeps_nothing(open_store, offer) -> None:
             attempt()
         assert caught.value.retry_after > 0
     assert not list(store.incoming.iterdir())
-    store.take(1, 0)  # one that is being judged does not wait
+    store.take(1, 0)  # one that is being decided does not wait
     store.check_room()
     offer(store)
 
@@ -345,7 +345,7 @@ def test_eight_threads_lose_nothing_and_share_keys(open_store, offer, finish) ->
             accepted.append(offer(store))
             accepted.append(offer(store, key=f"shared {number}"))
 
-    def judging() -> None:
+    def deciding() -> None:
         while jobs := store.take(3, 0 if stop.is_set() else 0.2):
             finished.extend(finish(store, job) for job in jobs)
 
@@ -357,12 +357,12 @@ def test_eight_threads_lose_nothing_and_share_keys(open_store, offer, finish) ->
                 delivered.append(delivery.result.id)
 
     threads = [threading.Thread(target=accepting, args=[number]) for number in range(4)]
-    others = [threading.Thread(target=judging) for _ in range(3)] + [threading.Thread(target=sending)]
+    others = [threading.Thread(target=deciding) for _ in range(3)] + [threading.Thread(target=sending)]
     for thread in threads + others:
         thread.start()
     for thread in threads + others[:3]:
         thread.join(60)
-    judging()  # what came after the last judge has ended
+    deciding()  # what came after the last thread has ended
     stop.set()
     others[3].join(60)
     identifiers = {job.id for job in accepted}

@@ -1,4 +1,4 @@
-"""kill -9 of a process that accepts, judges and delivers: what it acknowledged ends in one result, in order."""
+"""kill -9 of a process that accepts, decides and delivers: what it acknowledged ends in one result, in order."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def accept(thread):
                 path.write_bytes(name.encode())
         say("accepted", job.id, name, job.path.name)
 
-def judge():
+def decide():
     while True:
         for job in store.take(4, 1):
             assert job.path.read_bytes() == job.name.encode()
@@ -61,7 +61,7 @@ def send(destination):
             store.delivered(destination, delivery.result.id)
             say("delivered", destination, delivery.result.id)
 
-threads = [threading.Thread(target=accept, args=[n]) for n in range(2)] + [threading.Thread(target=judge)]
+threads = [threading.Thread(target=accept, args=[n]) for n in range(2)] + [threading.Thread(target=decide)]
 threads += [threading.Thread(target=send, args=[d]) for d in ("pacs", "hook")]
 for thread in threads:
     thread.daemon = True

@@ -151,7 +151,7 @@ class ServiceProcess:
             after = page[-1]["number"]
 
     def wait_settled(self, seconds: float = 30.0) -> None:
-        """Wait until nothing waits, neither for the judge nor for a destination, as long as there is any progress."""
+        """Wait until nothing waits, neither for a decision nor for a destination, as long as there is any progress."""
         least, end = self.outstanding(), time.monotonic() + seconds
         while (now := self.outstanding()) > 0:
             if now < least:

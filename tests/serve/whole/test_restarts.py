@@ -21,14 +21,14 @@ Start = Callable[..., ServiceProcess]
 POISON = """
 import os, signal, time
 from echoquad_runtime.frames import reader
-import echoquad_serve.inference.judge as judge
-real = judge.frames_in
+import echoquad_serve.inference.inference_worker as worker
+real = worker.frames_in
 def frames_in(path, name, *arguments):
     if name == "poison.png":
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
     return real(path, name, *arguments)
-judge.frames_in = frames_in
+worker.frames_in = frames_in
 """
 
 

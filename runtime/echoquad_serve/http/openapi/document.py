@@ -15,7 +15,7 @@ __all__ = ["openapi_document"]
 _Json = dict[str, Any]
 
 _DESCRIPTION: Final = (
-    "Judge echocardiography frames at the bedside. For research use only. Requests from other machines need a bearer "
+    "Decide echocardiography frames at the bedside. For research use only. Requests from other machines need a bearer "
     "token or a client certificate. The KServe v2 protocol is served below /v2."
 )
 
@@ -128,7 +128,7 @@ def _predict(config: HttpConfig) -> _Json:
     done["headers"] = {"Content-Location": _header("Path of the result.")}
     operation = _operation(
         "predict",
-        "Judge a frame, a DICOM object or a clip: the file itself is the body.",
+        "Decide a frame, a DICOM object or a clip: the file itself is the body.",
         {
             "200": done,
             "202": accepted,
@@ -250,7 +250,7 @@ def _bundle() -> _Json:
 
 
 def _ready() -> _Json:
-    operation = _get("isReady", "Return whether objects are judged.", "Ready", "429")
+    operation = _get("isReady", "Return whether objects are decided.", "Ready", "429")
     operation["responses"]["503"] = _answer("Ready", "They are not; the reasons are given.")
     operation["responses"]["503"]["headers"] = {"Retry-After": _header("Seconds.")}
     return operation

@@ -60,7 +60,7 @@ _RESULT: Final = _object(
         "number": {"type": "integer", "minimum": 1, "description": "Position in the order of all results."},
         "status": {
             "enum": ["done", "failed", "expired"],
-            "description": "With at least one row; with failures alone; not judged since its deadline had passed.",
+            "description": "With at least one row; with failures alone; not decided since its deadline had passed.",
         },
         "origin": {"enum": ["http", "folder", "dicom", "live"]},
         "name": _STRING,
@@ -167,7 +167,7 @@ SCHEMAS: Final[dict[str, dict[str, Any]]] = {
     ),
     "Accepted": _object({"id": _ID}, "An object that waits for its result."),
     "Live": _object({"live": {"const": True}}, "The process serves requests."),
-    "Ready": _object({"ready": {"type": "boolean"}, "reasons": _array(_STRING)}, "Whether objects are judged."),
+    "Ready": _object({"ready": {"type": "boolean"}, "reasons": _array(_STRING)}, "Whether objects are decided."),
     "Info": {
         **_object({"bundle": _OPEN_OBJECT}, "The bundle, its contract, the device, provider and precision that run."),
         "additionalProperties": True,

@@ -18,7 +18,7 @@ const FLAGS = {
   "saturated": "Large parts are pure white: the gain may be too high.",
   "screen": "This looks like a picture of a whole screen, not of the ultrasound image alone.",
   "nan": "Some numbers of the file are missing.",
-  "uncropped": "The file names no ultrasound region, so captions and toolbars may have been judged as well.",
+  "uncropped": "The file names no ultrasound region, so captions and toolbars may have been used as well.",
   "region-clamped": "The ultrasound region reached beyond the frame and was cut at its edge.",
   "colour": "Large parts are in colour: this may be a Doppler image, or no ultrasound image.",
   "tie": "Two or more classes have the same number of votes.",
@@ -97,7 +97,7 @@ function nearest(one) {
 function summary(result) {
   const { id, number, name, finished, status, rows } = result;
   const flags = new Set(rows.flatMap((one) => one.flags ?? []));
-  let what = status === "expired" ? "Not judged: too late" : "Not judged";
+  let what = status === "expired" ? "Not decided: too late" : "Not decided";
   if (rows.length === 1) what = undecided(rows[0]) ? "INDETERMINATE" : `${rows[0].pred_image}, ${percent(confidenceOf(rows[0]))}`;
   if (rows.length > 1) what = `${plural(rows.length, "frame")}: ${counts(rows)}`;
   return { id, number, name, finished, what, flags: flags.size };
@@ -169,11 +169,11 @@ function showRow() {
   const subject = [element("bdi", name), `, result ${number}, ${time(finished, { date: true })}`];
   if (one) {
     if (rows.length > 1) subject.push(`, frame ${row + 1} of ${rows.length} (${counts(rows)})`);
-    const notes = failures.length ? [`${plural(failures.length, "frame")} could not be judged: ${problem(failures[0])}`] : [];
+    const notes = failures.length ? [`${plural(failures.length, "frame")} could not be decided: ${problem(failures[0])}`] : [];
     say(notes.length ? "warn" : levelOf(one), { subject, notes, ...wordsOf(one) });
   } else {
-    const late = shown.status === "expired" && "Its deadline had passed before it could be judged.";
-    say("bad", { subject, verdict: "NOT JUDGED", reason: late || failures.map(problem).map(sentence).join(" ") });
+    const late = shown.status === "expired" && "Its deadline had passed before it could be decided.";
+    say("bad", { subject, verdict: "NOT DECIDED", reason: late || failures.map(problem).map(sentence).join(" ") });
   }
   $("frames").hidden = rows.length < 2;
   $("frame").max = rows.length || 1;
@@ -232,7 +232,7 @@ async function showPicture(one) {
   drawing = null;
   $("picture").replaceChildren();
   delete $("picture").dataset.stale;
-  $("picture-note").textContent = one ? "Loading the picture." : "There is no picture of an object that was not judged.";
+  $("picture-note").textContent = one ? "Loading the picture." : "There is no picture of an object that was not decided.";
   if (!one) return;
   const control = drawing = new AbortController();
   try {
@@ -597,14 +597,14 @@ function progress(file, doing, share) {
 }
 
 async function sendFile(file) {
-  // Repeated attempts have one key, so that the service judges the object once.
+  // Repeated attempts have one key, so that the service decides the object once.
   const key = Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
   for (let cut = 0; !queue.stopped; ) {
     const { status, body, retryAfter } = await post(file, key);
     const error = body.error ?? { message: `The service answered ${status}.` };
     if (status === 200 || body.rows) {
       received(body);
-      return body.status === "done" ? null : { message: body.failures?.map(problem).join(" ") || "It was not judged." };
+      return body.status === "done" ? null : { message: body.failures?.map(problem).join(" ") || "It was not decided." };
     }
     if (status === 202) return null;
     if (status === 429 || status === 503 || status === 504) {
@@ -630,7 +630,7 @@ function post(file, key) {
     request.setRequestHeader("Accept", "application/json");
     request.setRequestHeader("Idempotency-Key", key);
     request.upload.onprogress = ({ loaded, total }) => progress(file, "Sending", total ? loaded / total : 1);
-    request.upload.onload = () => progress(file, "Judging");
+    request.upload.onload = () => progress(file, "Deciding");
     request.onloadend = () => {
       let body = {};
       try {

@@ -33,7 +33,7 @@ async def live(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """Answer whether objects are judged, and why not: 503."""
+    """Answer whether objects are decided, and why not: 503."""
     check_parameters(request)
     context = context_of(request)
     reasons = list(await context.health.call(context.backend.unready_reasons))

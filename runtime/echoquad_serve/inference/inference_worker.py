@@ -1,4 +1,4 @@
-"""The judge: the thread that takes what waits, first in, first out, and records one result for each."""
+"""The inference worker: the thread that takes what waits, first in, first out, and records one result for each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from echoquad_serve.inference.loaded_model import LoadedModel
 from echoquad_serve.inference.model_manager import ModelManager
 from echoquad_serve.records import Job, Result, Status
 
-__all__ = ["JobSource", "Judge"]
+__all__ = ["InferenceWorker", "JobSource"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _INTERRUPTIONS: Final = 3  # crashes of the service during a job, after which it
 
 
 class JobSource(Protocol):
-    """What the judge needs of the queue."""
+    """What the worker needs of the queue."""
 
     def take(self, count: int, timeout: float) -> list[Job]:
         """Return the oldest waiting jobs, at most `count`; empty after `timeout` seconds without one."""
@@ -59,7 +59,7 @@ class _Progress:
         self.failures.append({"file": self.job.name, "code": code, "message": message})
 
 
-class Judge:
+class InferenceWorker:
     """Decides jobs in a thread of its own.
 
     Jobs that wait together are decided together, each on a thread of its own; a single one gets all threads.
@@ -82,7 +82,7 @@ class Judge:
         self._jobs, self._models, self._clock = jobs, models, clock
         self._options = ReadOptions(matrices=True, every=every)
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="echoquad-judge", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="echoquad-inference", daemon=True)
 
     def start(self) -> None:
         """Begin to decide."""
@@ -120,7 +120,7 @@ class Judge:
                 self._finish(progress, model, "expired")
             elif job.interrupted >= _INTERRUPTIONS:
                 progress.fail(
-                    "E_INTERRUPTED", f"the service crashed {job.interrupted} times while it judged the object"
+                    "E_INTERRUPTED", f"the service crashed {job.interrupted} times while it decided the object"
                 )
                 self._finish(progress, model)
             else:

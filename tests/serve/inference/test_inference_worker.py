@@ -1,4 +1,4 @@
-"""The judge: one result for each job, in order, whatever the files hold; and bundles that are swapped meanwhile."""
+"""The inference worker: one result for each job, in order, whatever the files hold; bundles are swapped meanwhile."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from echoquad_runtime.frames.reader import frames_in
 from echoquad_runtime.predict.prediction import Prediction
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_serve.config import ModelConfig
-from echoquad_serve.inference import judge as judge_module
-from echoquad_serve.inference.judge import Judge
+from echoquad_serve.inference import inference_worker as worker_module
+from echoquad_serve.inference.inference_worker import InferenceWorker
 from echoquad_serve.inference.model_manager import BundleFolder, ModelManager
 from echoquad_serve.inference.row_picture import draw_row
 from echoquad_serve.records import Job, Result
@@ -60,16 +60,16 @@ def models(tiny_bundle: Path) -> ModelManager:
 
 
 @pytest.fixture
-def run(models: ModelManager) -> Iterator[Callable[[Queue], Judge]]:
-    judges: list[Judge] = []
+def run(models: ModelManager) -> Iterator[Callable[[Queue], InferenceWorker]]:
+    decides: list[InferenceWorker] = []
 
-    def start(queue: Queue) -> Judge:
-        judges.append(Judge(queue, models))
-        judges[-1].start()
-        return judges[-1]
+    def start(queue: Queue) -> InferenceWorker:
+        decides.append(InferenceWorker(queue, models))
+        decides[-1].start()
+        return decides[-1]
 
     yield start
-    for one in judges:
+    for one in decides:
         one.close()
         assert not one.alive
 
@@ -83,7 +83,7 @@ def frames_of(folder: Path) -> list[Path]:
 
 
 def test_rows_are_those_of_predict_with_what_a_service_adds(
-    frames_folder: Path, tiny_bundle: Path, models: ModelManager, run: Callable[[Queue], Judge]
+    frames_folder: Path, tiny_bundle: Path, models: ModelManager, run: Callable[[Queue], InferenceWorker]
 ) -> None:
     paths = frames_of(frames_folder)
     queue = Queue([job(path, number) for number, path in enumerate(paths)])
@@ -101,7 +101,7 @@ def test_rows_are_those_of_predict_with_what_a_service_adds(
 
 
 def test_damaged_expired_and_vanished_objects_have_results_among_the_others(
-    frames_folder: Path, tmp_path: Path, run: Callable[[Queue], Judge]
+    frames_folder: Path, tmp_path: Path, run: Callable[[Queue], InferenceWorker]
 ) -> None:
     good = frames_of(frames_folder)[0]
     damaged = tmp_path / "damaged.png"
@@ -122,7 +122,7 @@ def test_damaged_expired_and_vanished_objects_have_results_among_the_others(
 
 
 def test_a_fault_of_the_engine_fails_its_jobs_and_the_next_ones_are_decided(
-    frames_folder: Path, run: Callable[[Queue], Judge], monkeypatch: pytest.MonkeyPatch
+    frames_folder: Path, run: Callable[[Queue], InferenceWorker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(self: Predictor, items: Any) -> Iterator[Any]:
         raise BundleError("the engine is gone")
@@ -140,9 +140,9 @@ def test_a_fault_of_the_engine_fails_its_jobs_and_the_next_ones_are_decided(
 
 
 def test_a_result_that_cannot_be_recorded_is_tried_again(
-    frames_folder: Path, run: Callable[[Queue], Judge], monkeypatch: pytest.MonkeyPatch
+    frames_folder: Path, run: Callable[[Queue], InferenceWorker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judge_module, "_RETRY_S", 0.01)
+    monkeypatch.setattr(worker_module, "_RETRY_S", 0.01)
     queue = Queue([job(frames_of(frames_folder)[0], 1)])
     queue.faults = 3
     run(queue)
@@ -154,7 +154,7 @@ def test_swap_and_roll_back_change_the_bundle_of_the_next_rows(
     tiny_bundle: Path,
     make_tiny_bundle: Callable[..., Path],
     models: ModelManager,
-    run: Callable[[Queue], Judge],
+    run: Callable[[Queue], InferenceWorker],
     tmp_path: Path,
 ) -> None:
     other = make_tiny_bundle(tmp_path / "other", graph={"cam": True})
@@ -215,10 +215,10 @@ def test_a_shadow_decides_beside_and_a_recorded_row_is_drawn(
     models.start()
     good = frames_of(frames_folder)[0]
     queue = Queue([job(good, 1)])
-    judge = Judge(queue, models)
-    judge.start()
+    worker = InferenceWorker(queue, models)
+    worker.start()
     (result,) = queue.wait_for(1)
-    judge.close()
+    worker.close()
     assert [row["pred_image"] for row in result.shadow] == [row["pred_image"] for row in result.rows]
     for cam in (False, True):
         model = models.current
@@ -227,7 +227,7 @@ def test_a_shadow_decides_beside_and_a_recorded_row_is_drawn(
 
 
 def test_result_is_recorded_before_a_longer_object_behind_it_is_decided(
-    frames_folder: Path, models: ModelManager, run: Callable[[Queue], Judge], monkeypatch: pytest.MonkeyPatch
+    frames_folder: Path, models: ModelManager, run: Callable[[Queue], InferenceWorker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = frames_of(frames_folder)[0]
     queue = Queue([job(good, 1), job(good, 2)])
@@ -240,7 +240,7 @@ def test_result_is_recorded_before_a_longer_object_behind_it_is_decided(
             yield from frames_in(path, name, options)
         listed.append(name)
 
-    monkeypatch.setattr(judge_module, "frames_in", frames)
+    monkeypatch.setattr(worker_module, "frames_in", frames)
     run(queue)
     results = queue.wait_for(2)
     assert [len(result.rows) for result in results] == [1, 60]
