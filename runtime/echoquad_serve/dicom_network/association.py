@@ -27,6 +27,8 @@ __all__ = ["Deadline", "Peer", "associate"]
 _RELEASE_SECONDS: Final = 2.0
 """Time that a peer has to answer a release; what was sent has arrived by then."""
 
+_RELEASE_SLACK_S: Final = 1.0
+
 _REASONS: Final = {
     (1, 2): "the application context is not supported",
     (1, 3): "it does not know the calling AE title; enter it there",
@@ -191,7 +193,14 @@ def _end(association: Association, deadline: Deadline, *, abort: bool) -> None:
         if abort:
             association.abort()
         else:
-            association.release()
+            # If the peer leaves at this moment, pynetdicom 3.0.4 waits for its own thread without a time limit.
+            watchdog = threading.Timer(_RELEASE_SECONDS + _RELEASE_SLACK_S, association.kill)
+            watchdog.name, watchdog.daemon = "echoquad-dicom-release", True
+            watchdog.start()
+            try:
+                association.release()
+            finally:
+                watchdog.cancel()
     if association.is_alive():
         association.join(_RELEASE_SECONDS)
 

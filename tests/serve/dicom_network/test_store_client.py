@@ -18,7 +18,7 @@ from pydicom.uid import ImplicitVRLittleEndian
 
 from echoquad_runtime.errors import ConfigError
 from echoquad_serve.config import TlsConfig
-from echoquad_serve.dicom_network import DicomNode, StoreClient
+from echoquad_serve.dicom_network import DicomNode, StoreClient, association
 from echoquad_serve.errors import DeliveryError, DeliveryRefusedError, QueueFullError
 
 from .conftest import (
@@ -57,6 +57,29 @@ def _no_thread_or_descriptor_stays() -> Iterator[None]:
     yield
     wait_until(lambda: len(dicom_threads()) <= threads)
     wait_until(lambda: len(os.listdir("/proc/self/fd")) <= files)  # noqa: PTH208
+
+
+def test_release_that_never_returns_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stuck:
+        """An association whose peer has left at the wrong moment."""
+
+        is_established, acse_timeout = True, 0.0
+
+        def __init__(self) -> None:
+            self.killed = threading.Event()
+
+        def release(self) -> None:
+            assert self.killed.wait(20)
+
+        def kill(self) -> None:
+            self.killed.set()
+
+        def is_alive(self) -> bool:
+            return False
+
+    monkeypatch.setattr(association, "_RELEASE_SECONDS", 0.1)
+    monkeypatch.setattr(association, "_RELEASE_SLACK_S", 0.1)
+    association._end(Stuck(), association.Deadline(5.0), abort=False)  # type: ignore[arg-type]
 
 
 def test_stored_objects_arrive_unchanged(tmp_path: Path, objects: list[Path]) -> None:
