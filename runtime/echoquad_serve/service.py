@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +42,6 @@ logger = logging.getLogger(__name__)
 
 _PRUNE_S: Final = 60.0
 _STATUS_S: Final = 1.0
-_UID: Final = re.compile(r"[0-9.]{1,64}")
 
 Listener = Callable[[str, dict[str, Any]], None]
 
@@ -157,7 +155,8 @@ class BedsideService:
         pruned = time.monotonic()
         while not self._closing.wait(_STATUS_S):
             try:
-                self._tell("status", self.status())
+                if self._listeners:
+                    self._tell("status", self.status())
                 self._note(lambda log: log.flush())
                 if time.monotonic() - pruned > _PRUNE_S:
                     pruned = time.monotonic()
@@ -415,7 +414,5 @@ def _with_uids(incoming: IncomingObject) -> IncomingObject:
     try:
         sop_class_uid, sop_instance_uid = sop_uids(incoming.path)
     except EchoQuadError:  # the job reports why
-        return incoming
-    if not all(_UID.fullmatch(uid) for uid in (sop_class_uid, sop_instance_uid)):
         return incoming
     return dataclasses.replace(incoming, sop_class_uid=sop_class_uid, sop_instance_uid=sop_instance_uid)

@@ -12,8 +12,9 @@ from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dimse_messages import C_CANCEL_RQ, C_STORE_RQ, DIMSEMessage
 from pynetdicom.pdu_primitives import P_DATA
 
+from echoquad_runtime.frames.sop_uids import is_uid
 from echoquad_serve.dicom_network.received_file import ReceivedFile
-from echoquad_serve.dicom_network.sop_classes import IMAGE_CLASSES, is_uid
+from echoquad_serve.dicom_network.sop_classes import IMAGE_CLASSES
 
 __all__ = ["MessageReceiver"]
 

@@ -16,6 +16,7 @@ from pynetdicom import AE, evt
 from pynetdicom.association import Association
 
 from echoquad_runtime.errors import ConfigError
+from echoquad_runtime.frames.sop_uids import is_uid
 from echoquad_serve.config import Caller, DicomNodeConfig
 from echoquad_serve.dicom_network.callers import CallerList, check_ae_title
 from echoquad_serve.dicom_network.commitment.provider import CommitmentProvider
@@ -25,7 +26,7 @@ from echoquad_serve.dicom_network.library_settings import silence_libraries
 from echoquad_serve.dicom_network.message_receiver import MessageReceiver
 from echoquad_serve.dicom_network.received_file import ReceivedFile, ReceivedTooLargeError, remove_leftovers
 from echoquad_serve.dicom_network.server import AssociationListener, ListenerLimits
-from echoquad_serve.dicom_network.sop_classes import is_uid, node_contexts
+from echoquad_serve.dicom_network.sop_classes import node_contexts
 from echoquad_serve.dicom_network.tls import server_context
 from echoquad_serve.errors import IntakeError
 from echoquad_serve.records import IncomingObject, Job

@@ -1,8 +1,7 @@
-"""SOP classes and transfer syntaxes that the node accepts, and the check of UIDs that come from the network."""
+"""SOP classes and transfer syntaxes that the node accepts."""
 
 from __future__ import annotations
 
-import re
 from typing import Final
 
 from pynetdicom import register_uid
@@ -17,7 +16,6 @@ __all__ = [
     "IMAGE_CLASSES",
     "NATIVE_LITTLE_ENDIAN",
     "VERIFICATION",
-    "is_uid",
     "node_contexts",
 ]
 
@@ -44,13 +42,6 @@ NATIVE_LITTLE_ENDIAN: Final = ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2")
 # pynetdicom answers a C-STORE of a class that it does not know with an abort.
 for _uid, _keyword in _RETIRED.items():
     register_uid(_uid, _keyword, StorageServiceClass)
-
-_UID: Final = re.compile(r"[0-9]+(\.[0-9]+)*")
-
-
-def is_uid(value: object) -> bool:
-    """Return whether a value is a UID: at most 64 digits and dots. Components may have leading zeros, as some do."""
-    return isinstance(value, str) and len(value) <= 64 and _UID.fullmatch(value) is not None
 
 
 def node_contexts() -> list[PresentationContext]:

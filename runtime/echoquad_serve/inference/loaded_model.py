@@ -60,6 +60,7 @@ class LoadedModel:
         self.provider = str(getattr(self.predictor.engine, "provider", ""))
         self.validation = self._bundle.validation(self.predictor.engine.precision)
         self.codes = report_codes(self._bundle)
+        self._versions = host_facts() | {"echoquad": __version__}  # a millisecond, for each status
         self._cam_lock = threading.Lock()
         self._cam_predictor: Predictor | None = None
 
@@ -78,11 +79,6 @@ class LoadedModel:
             warm_up=not cam,
         )
 
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """The content of ``bundle.json``."""
-        return dict(self._bundle.manifest)
-
     def identity(self) -> dict[str, str]:
         """Return ``name``, ``sha256`` and ``contract_hash`` of the bundle."""
         return {"name": self.folder.name, "sha256": self.sha256, "contract_hash": self.contract.sha256}
@@ -98,7 +94,7 @@ class LoadedModel:
             "precision": engine.precision,
             "threads": self.predictor.threads,
             "self_test": self.predictor.self_test,
-            "versions": host_facts() | {"echoquad": __version__},
+            "versions": self._versions,
         }
 
     def row(self, prediction: Prediction) -> dict[str, Any]:

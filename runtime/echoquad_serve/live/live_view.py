@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -16,7 +15,6 @@ from echoquad_runtime.errors import ConfigError, EchoQuadError
 from echoquad_runtime.frames.quality_flags import BLANK
 from echoquad_runtime.predict.prediction import TIE, Prediction
 from echoquad_runtime.predict.predictor import Predictor
-from echoquad_runtime.results.row_formats import JSON_LINES
 from echoquad_serve.config import LiveConfig
 from echoquad_serve.live.capture import Capture, check_source
 from echoquad_serve.live.capture_loop import CaptureLoop, Patience
@@ -25,7 +23,7 @@ from echoquad_serve.live.picture_feed import PictureFeed
 from echoquad_serve.live.smoothing import Smoothing
 from echoquad_serve.live.watchdog import State
 
-__all__ = ["LiveView", "prediction_row"]
+__all__ = ["LiveView"]
 
 _logger = logging.getLogger(__name__)
 
@@ -35,13 +33,6 @@ _GAP_S: Final = 0.5
 _WAIT_S: Final = 0.5
 _AGES: Final = 1000  # of the last frames, for the status
 _CLOSE_SECONDS: Final = 5.0
-
-
-def prediction_row(predictor: Predictor, prediction: Prediction) -> dict[str, Any]:
-    """Return a prediction as the JSON lines of `echoquad predict`, with its ``confidence``."""
-    row: dict[str, Any] = json.loads(JSON_LINES.row(prediction))
-    row["confidence"] = prediction.confidence(predictor.contract)
-    return row
 
 
 class LiveView:
@@ -83,7 +74,7 @@ class LiveView:
         on_decision: Callable[[dict[str, Any]], object],
         on_state: Callable[[State], object],
         *,
-        to_row: Callable[[Predictor, Prediction], dict[str, Any]] = prediction_row,
+        to_row: Callable[[Predictor, Prediction], dict[str, Any]],
         patience: Patience | None = None,
     ) -> None:
         self._source = check_source(config.source)

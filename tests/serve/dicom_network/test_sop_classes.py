@@ -14,7 +14,8 @@ from pynetdicom.service_class import StorageServiceClass
 from pynetdicom.sop_class import uid_to_service_class
 
 from echoquad_runtime.frames import DICOM_TRANSFER_SYNTAXES
-from echoquad_serve.dicom_network.sop_classes import COMMITMENT, IMAGE_CLASSES, VERIFICATION, is_uid, node_contexts
+from echoquad_runtime.frames.sop_uids import is_uid
+from echoquad_serve.dicom_network.sop_classes import COMMITMENT, IMAGE_CLASSES, VERIFICATION, node_contexts
 
 
 def test_pictures_come_in_every_transfer_syntax_that_is_read() -> None:

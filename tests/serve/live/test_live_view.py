@@ -23,6 +23,7 @@ from echoquad_runtime.predict.prediction import Prediction
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.results.row_formats import JSON_LINES
 from echoquad_serve.config import LiveConfig
+from echoquad_serve.inference.rows import row_of
 from echoquad_serve.live.capture_loop import Patience
 from echoquad_serve.live.live_view import LiveView
 
@@ -37,6 +38,10 @@ def predictor(tiny_bundle: Path) -> Predictor:
     return Predictor(tiny_bundle, threads=1)
 
 
+def to_row(predictor: Predictor, prediction: Prediction) -> dict[str, Any]:
+    return row_of(prediction, predictor.contract, bundle_sha256="", provider="", abstain_unlike=False)
+
+
 class Live:
     """A live view and what it tells."""
 
@@ -48,6 +53,7 @@ class Live:
             predictor if not isinstance(predictor, Predictor) else lambda: predictor,
             options.pop("on_decision", self.rows.append),
             options.pop("on_state", self.states.append),
+            to_row=to_row,
             **options,
         )
         self.view.start()
@@ -262,13 +268,13 @@ def is_black(jpeg: bytes) -> bool:
 )
 def test_wrong_configuration_is_refused_before_anything_starts(config: LiveConfig, predictor: Predictor) -> None:
     with pytest.raises(ConfigError):
-        LiveView(config, lambda: predictor, print, print)
+        LiveView(config, lambda: predictor, print, print, to_row=to_row)
 
 
 def test_missing_package_is_told_before_anything_starts(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(MissingExtraError, match="video"):
-        LiveView(LiveConfig(SOURCE), lambda: predictor, print, print)
+        LiveView(LiveConfig(SOURCE), lambda: predictor, print, print, to_row=to_row)
 
 
 def test_close_leaves_no_thread_process_or_descriptor(predictor: Predictor, wait_until: Callable[..., float]) -> None:
@@ -296,6 +302,6 @@ def test_view_may_be_closed_by_its_own_listeners(predictor: Predictor, wait_unti
 
 def test_view_that_was_never_started_can_be_closed(predictor: Predictor) -> None:
     states: list[str] = []
-    view = LiveView(LiveConfig(SOURCE), lambda: predictor, print, states.append)
+    view = LiveView(LiveConfig(SOURCE), lambda: predictor, print, states.append, to_row=to_row)
     view.close()
     assert states == []

@@ -25,7 +25,7 @@ def database(tmp_path: Path) -> Iterator[Database]:
 
 
 def write_together(database: Database, applies: list[Callable[[sqlite3.Connection], Any]]) -> tuple[list[Any], list]:
-    """Let threads write while the lock is held; return their outcomes, and what was committed in which order."""
+    """Return the outcomes of threads that write while the lock is held, and what was committed in which order."""
     outcomes: list[Any] = [None] * len(applies)
     committed: list[Any] = []
 

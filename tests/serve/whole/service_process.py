@@ -34,6 +34,32 @@ def wait_until(condition: Callable[[], Any], seconds: float = 20.0, what: str = 
     return value
 
 
+def destination_tables(hook: str, archive_port: int, *, hook_options: str = "", archive_options: str = "") -> str:
+    """Return the tables of three destinations: a folder, a webhook at a URL, and an archive."""
+    return f"""
+[[destination]]
+name = "files"
+type = "folder"
+path = "out"
+[[destination]]
+name = "hook"
+type = "webhook"
+url = "{hook}"
+{hook_options}
+[[destination]]
+name = "pacs"
+type = "dicom"
+host = "127.0.0.1"
+port = {archive_port}
+ae_title = "PACS"
+{archive_options}
+"""
+
+
+COMMITTED = 'commitment = true\norigins = ["dicom"]'
+"""Options of an archive that confirms what it keeps."""
+
+
 class ServiceProcess:
     """The service of a bundle.
 

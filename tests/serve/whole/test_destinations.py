@@ -112,7 +112,7 @@ def site(
 
 
 def fail_and_recover(site: Site, name: str, fail: Callable[[], object], heal: Callable[[], object]) -> str:
-    """Let a destination fail while results come, then work again; return the error that the status showed."""
+    """Return the error that the status shows of a destination that fails while results come, then works again."""
     site.send(1)
     site.service.wait_settled(10)
     fail()

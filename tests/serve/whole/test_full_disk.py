@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset
 from .comparison import compare
 from .load_senders import DicomSender, FolderSender, HttpSender, sending
 from .result_receivers import Archive, Webhook
-from .service_process import ServiceProcess, free_port, wait_until
+from .service_process import COMMITTED, ServiceProcess, destination_tables, free_port, wait_until
 
 MIB = 1 << 20
 WATERMARK_MB = 8
@@ -60,23 +60,7 @@ port = {port}
 path = "watched"
 poll_s = 0.1
 after = "move"
-[[destination]]
-name = "files"
-type = "folder"
-path = "out"
-[[destination]]
-name = "hook"
-type = "webhook"
-url = "{webhook.url}"
-[[destination]]
-name = "pacs"
-type = "dicom"
-host = "127.0.0.1"
-port = {archive.port}
-ae_title = "PACS"
-commitment = true
-origins = ["dicom"]
-"""
+{destination_tables(webhook.url, archive.port, archive_options=COMMITTED)}"""
         store = f'folder = "{disk / "store"}"\nmin_free_mb = {WATERMARK_MB}'
         services.append(ServiceProcess(tiny_bundle, folder, tables, store))
         return services[-1].start(), port

@@ -14,11 +14,11 @@ from echoquad_serve.monitoring.audit_verification import read_site_key, verify_a
 from .comparison import compare
 from .load_senders import DicomSender, FolderSender, HttpSender, Sender, sending
 from .result_receivers import Archive, Webhook
-from .service_process import ServiceProcess, free_port
+from .service_process import COMMITTED, ServiceProcess, destination_tables, free_port
 
 
 def tables(service_folder: Path, dicom_port: int, webhook: Webhook, archive: Archive) -> str:
-    watched, out = service_folder / "watched", service_folder / "out"
+    watched = service_folder / "watched"
     watched.mkdir(parents=True)
     return f"""
 [dicom]
@@ -27,23 +27,7 @@ port = {dicom_port}
 path = "{watched}"
 poll_s = 0.1
 after = "move"
-[[destination]]
-name = "files"
-type = "folder"
-path = "{out}"
-[[destination]]
-name = "hook"
-type = "webhook"
-url = "{webhook.url}"
-[[destination]]
-name = "pacs"
-type = "dicom"
-host = "127.0.0.1"
-port = {archive.port}
-ae_title = "PACS"
-commitment = true
-origins = ["dicom"]
-"""
+{destination_tables(webhook.url, archive.port, archive_options=COMMITTED)}"""
 
 
 def check(

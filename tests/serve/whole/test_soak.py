@@ -16,7 +16,7 @@ from pydicom.dataset import Dataset
 
 from .load_senders import DicomSender, FolderSender, HttpSender, sending
 from .result_receivers import Archive, Webhook
-from .service_process import ServiceProcess, free_port, wait_until
+from .service_process import COMMITTED, ServiceProcess, destination_tables, free_port, wait_until
 
 POOLS = 4  # threads of pools that start when they are first needed
 READS = ("/", "/api/v1/status", "/api/v1/info", "/api/v1/results?limit=20", "/metrics", "/openapi.json", "/nothing")
@@ -92,6 +92,9 @@ def soak(
     bundles.mkdir()
     for name, vote in (("one", "average"), ("two", "majority")):
         make_bundle(bundles / name, vote=vote)
+    destinations = destination_tables(
+        webhook.url, archive.port, hook_options="timeout_s = 1.0", archive_options=f"{COMMITTED}\ntimeout_s = 5.0"
+    )
     tables = f"""
 [model]
 bundle_folder = "{bundles}"
@@ -101,25 +104,7 @@ port = {dicom_port}
 path = "{watched}"
 poll_s = 0.2
 after = "delete"
-[[destination]]
-name = "files"
-type = "folder"
-path = "out"
-[[destination]]
-name = "hook"
-type = "webhook"
-url = "{webhook.url}"
-timeout_s = 1.0
-[[destination]]
-name = "pacs"
-type = "dicom"
-host = "127.0.0.1"
-port = {archive.port}
-ae_title = "PACS"
-commitment = true
-origins = ["dicom"]
-timeout_s = 5.0
-"""
+{destinations}"""
     service = ServiceProcess(bundle, folder, tables, "min_free_mb = 0\nkeep_days = 0.0001").start()  # 9 s
     samples, sent, visits = [], 0, 0
     try:
@@ -177,9 +162,12 @@ def connections(service: ServiceProcess) -> list[str]:
     return [line.split()[2] for line in lines if line.split()[9] in inodes and line.split()[3] != "0A"]  # 0A: LISTEN
 
 
-Check = Callable[..., str]
-
-
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("cycles", "seconds", "growth_mb"),
+    # 24 cycles: one for each hour of a day, with about the objects of a busy hour.
+    [(4, 1.2, 30.0), pytest.param(24, 6.0, 25.0, marks=pytest.mark.slow)],
+)
 def test_cycles_of_work_leave_nothing_behind(
     tmp_path: Path,
     tiny_bundle: Path,
@@ -189,6 +177,9 @@ def test_cycles_of_work_leave_nothing_behind(
     webhook: Webhook,
     archive: Archive,
     capsys: pytest.CaptureFixture[str],
+    cycles: int,
+    seconds: float,
+    growth_mb: float,
 ) -> None:
     figures = soak(
         tmp_path,
@@ -198,38 +189,9 @@ def test_cycles_of_work_leave_nothing_behind(
         templates,
         webhook,
         archive,
-        cycles=4,
-        seconds=1.2,
-        growth_mb=30,
-    )
-    with capsys.disabled():
-        print(f"\n{figures}")  # noqa: T201
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_a_day_of_work_leaves_nothing_behind(
-    tmp_path: Path,
-    tiny_bundle: Path,
-    make_tiny_bundle: Callable[..., Path],
-    frames: list[bytes],
-    templates: list[Dataset],
-    webhook: Webhook,
-    archive: Archive,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """24 cycles, one for each hour, with about the objects of a busy hour."""
-    figures = soak(
-        tmp_path,
-        tiny_bundle,
-        make_tiny_bundle,
-        frames,
-        templates,
-        webhook,
-        archive,
-        cycles=24,
-        seconds=6.0,
-        growth_mb=25,
+        cycles=cycles,
+        seconds=seconds,
+        growth_mb=growth_mb,
     )
     with capsys.disabled():
         print(f"\n{figures}")  # noqa: T201

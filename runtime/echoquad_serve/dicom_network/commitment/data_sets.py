@@ -7,7 +7,7 @@ from typing import Final
 
 from pydicom.dataset import Dataset
 
-from echoquad_serve.dicom_network.sop_classes import is_uid
+from echoquad_runtime.frames.sop_uids import is_uid
 
 __all__ = [
     "ALL_COMMITTED",

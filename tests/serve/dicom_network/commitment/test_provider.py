@@ -78,7 +78,7 @@ def request(association: Any, *instances: str) -> tuple[int, str]:
 
 
 def keep(queue: Queue, node: DicomNode, path: Path) -> str:
-    """Let the node store an object; return its UID."""
+    """Return the UID of an object that the node has stored."""
     sent = make_object(path)
     StoreClient("127.0.0.1", node.port, "ECHOQUAD", "CART", timeout_s=5.0).send([path])
     return str(sent.SOPInstanceUID)
