@@ -17,14 +17,18 @@ from .service_process import ServiceProcess, free_port, wait_until
 
 Start = Callable[..., ServiceProcess]
 
-# Loaded at the start of the interpreter: reading a certain object ends the process, as a fault in a decoder may.
+# Loaded at the start of the interpreter: reading a certain object ends the process, as a fault in a decoder may. It
+# waits for a file beside it, so that all objects are acknowledged before the first crash.
 POISON = """
 import os, signal, time
+from pathlib import Path
 from echoquad_runtime.frames import reader
 import echoquad_serve.inference.inference_worker as worker
 real = worker.frames_in
 def frames_in(path, name, *arguments):
     if name == "poison.png":
+        while not Path(__file__).with_name("armed").exists():
+            time.sleep(0.02)
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
     return real(path, name, *arguments)
@@ -53,6 +57,7 @@ def test_object_that_crashes_the_service_ends_as_failed_and_holds_up_nothing(
         status, answer = service.predict(frames[0], name, name, wait=False)
         assert status == 202
         ids[name] = answer["id"]
+    (tmp_path / "armed").touch()
     for _ in range(8):  # as systemd does
         wait_until(lambda: at_rest(service), 20, "a crash, or the end of all work")
         if service.running:
