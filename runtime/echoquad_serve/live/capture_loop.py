@@ -251,7 +251,8 @@ class CaptureLoop:
         if state == self._told:
             return
         self._told = state
-        _logger.log(logging.INFO if state in ("ok", "stopped") else logging.WARNING, "live source: %s", state)
+        level = logging.INFO if state in ("ok", "stopped") else logging.WARNING
+        _logger.log(level, "the state of the live source has changed", extra={"state": state})
         try:
             self._on_state(state)
         except Exception as error:
