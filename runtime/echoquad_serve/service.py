@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -222,9 +223,9 @@ class BedsideService:
         self._note(lambda log: log.accepted(job))
         return job
 
-    def predict(self, incoming: IncomingObject, timeout: float) -> Result:
-        """Accept an object and return its result; raise TimeoutError if there is none in time."""
-        return self._store.wait(self.submit(incoming).id, timeout)
+    def predict(self, incoming: IncomingObject) -> Future[Result]:
+        """Accept an object and return the future of its result; see `JobStore.future`."""
+        return self._store.future(self.submit(incoming).id)
 
     def result(self, identifier: str) -> Result | None:
         """Return the result of a job; None if there is none."""

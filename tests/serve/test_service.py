@@ -49,7 +49,7 @@ def start(tiny_bundle: Path, tmp_path: Path) -> Iterator[Start]:
 def offer(service: BedsideService, file: Path, name: str = "frame") -> Result:
     copy = service.incoming / f"test{file.suffix}"
     shutil.copyfile(file, copy)
-    return service.predict(IncomingObject(copy, "http", name), 30.0)
+    return service.predict(IncomingObject(copy, "http", name)).result(30.0)
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_object_that_crashed_the_service_three_times_fails_unread(start: Start, 
         store.close()
         (tmp_path / "store" / "taken").write_bytes(noted)  # as a killed process leaves it
     service = start()
-    result = service._store.wait(job.id, 20.0)
+    result = service._store.future(job.id).result(20.0)
     assert (result.status, [failure["code"] for failure in result.failures]) == ("failed", ["E_INTERRUPTED"])
     assert offer(service, frame).status == "done"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,15 +60,16 @@ class Backend(Protocol):
         """
         ...
 
-    def predict(self, incoming: IncomingObject, timeout: float) -> Result:
-        """Accept an object and return its result, which the store has recorded.
+    def predict(self, incoming: IncomingObject) -> Future[Result]:
+        """Accept an object and return the future of its result, which the store has recorded by then.
+
+        The future raises TimeoutError if the service stops before. Whoever does not wait any more cancels it; the
+        object stays in the queue.
 
         Raises
         ------
         IntakeError
             If the queue or the disk is full, so that the object is not accepted.
-        TimeoutError
-            If there is no result after `timeout` seconds. The object stays in the queue.
         """
         ...
 

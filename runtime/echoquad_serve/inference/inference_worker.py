@@ -37,7 +37,7 @@ class JobSource(Protocol):
         ...
 
     def finish(self, result: Result) -> Result:
-        """Record the result of a job."""
+        """Record the result of a job; raise KeyError if its object was not accepted after all."""
         ...
 
 
@@ -189,6 +189,8 @@ class InferenceWorker:
         while True:
             try:
                 self._jobs.finish(result)
+                return
+            except KeyError:  # the disk failed during the acceptance: the sender was told, and nobody waits
                 return
             except Exception:  # a full disk, for example: the job is not lost, and waits
                 logger.exception("a result cannot be recorded")

@@ -1,16 +1,22 @@
-"""The queue: objects are accepted into it, and jobs are taken from it, first in, first out."""
+"""The queue: objects are accepted into it, and jobs are taken from it, first in, first out.
+
+A job may be taken while its acceptance is still being flushed to the disk, since both take milliseconds, and a sender
+waits for both. `JobQueue.check_accepted` keeps its result back until the acceptance is on the disk.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import sqlite3
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Final
+from concurrent.futures import Future
+from typing import Any, Final
 
 from echoquad_serve.config import StoreConfig
 from echoquad_serve.errors import IntakeError, QueueFullError, StorageFullError, StoreError
@@ -52,7 +58,8 @@ class JobQueue:
         self._config = config
         self._database = database
         self._spool = spool
-        self._lock = database.lock
+        # Guards what is in memory. A thread that holds it does not use the database, whose commits take long.
+        self._lock = threading.RLock()
         self._arrived = threading.Condition(self._lock)
         self._taken_file = taken_file
         with database.transaction() as connection:
@@ -63,19 +70,27 @@ class JobQueue:
         taken_file.write(())
         rows = database.read(f"SELECT {JOB_COLUMNS} FROM jobs WHERE done = 0 ORDER BY seq")
         self._waiting = deque(job_of(row, spool.accepted) for row in rows)
+        last = database.read("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'")
+        self._seq = itertools.count(last[0][0] + 1 if last else 1)
         self._taken: dict[str, Job] = {}
-        self._accepting = 0  # objects on their way into the queue, which have a place in it
+        self._arriving = 0  # objects on their way into the queue, which have a place in it
+        self._acceptances: dict[str, Future[bool]] = {}  # of jobs that are in the queue, but not yet on the disk
         self._closed = False
 
     @property
     def waiting(self) -> Sequence[Job]:
-        """Jobs that wait, in the order of acceptance."""
-        return self._waiting
+        """Jobs that wait, in their order."""
+        with self._lock:
+            return tuple(self._waiting)
 
-    @property
-    def in_progress(self) -> int:
-        """Number of jobs that are being decided."""
-        return len(self._taken)
+    def status(self, now: float) -> dict[str, Any]:
+        """Return ``waiting``, ``oldest_waiting_s`` at the Unix time `now`, and ``in_progress``."""
+        with self._lock:
+            return {
+                "waiting": len(self._waiting),
+                "oldest_waiting_s": max(0.0, now - self._waiting[0].received) if self._waiting else 0.0,
+                "in_progress": len(self._taken),
+            }
 
     def accept(self, incoming: IncomingObject) -> Job:
         """Accept an object: on return it is in the queue, and outlasts a crash and a power failure.
@@ -114,27 +129,59 @@ class JobQueue:
 
     def _accept(self, incoming: IncomingObject) -> Job:
         key = key_digest(incoming)
+        if (known := self._job_with_key(key)) is not None:
+            return known
         with self._lock:
-            if (known := self._job_with_key(key)) is not None:
-                return known
             self._check_queue()
-            self._accepting += 1
+            self._arriving += 1
+        job = self._new_job(incoming)
         try:
             self._check_disk(0)
-            job = self._new_job(incoming)
-            try:
-                self._spool.move_in(incoming.path, job.path.name)
-                self._check_disk(0)
-                recorded = self._record(job, key, about(incoming))
-            except BaseException:
-                self._undo(job)
-                raise
-        finally:
-            with self._lock:
-                self._accepting -= 1
+            self._spool.move_in(incoming.path, job.path.name)
+            seq = self._offer(job)
+            self._spool.sync(job.path.name)
+            self._check_disk(0)
+            recorded = self._record(job, seq, key, about(incoming))
+        except BaseException:
+            self._withdraw(job)
+            self._undo(job)
+            raise
         if recorded is not job:  # another thread was faster with the same key
+            self._withdraw(job)
             self._spool.remove(job.path.name)
         return recorded
+
+    def _offer(self, job: Job) -> int:
+        """Let a job be taken, before it is on the disk; return its place in the order."""
+        with self._arrived:
+            self._arriving -= 1
+            self._acceptances[job.id] = Future()
+            self._waiting.append(job)
+            self._arrived.notify()
+            return next(self._seq)
+
+    def _withdraw(self, job: Job) -> None:
+        """Take a job back that is not accepted after all. If it is being decided, it gets no result."""
+        with self._lock:
+            acceptance = self._acceptances.pop(job.id, None)
+            if acceptance is None:  # not offered yet
+                self._arriving -= 1
+            else:
+                self.end(job.id)
+                acceptance.set_result(False)
+
+    def check_accepted(self, job_id: str) -> None:
+        """Wait until the acceptance of a job is on the disk.
+
+        Raises
+        ------
+        KeyError
+            If it could not be brought there, and the object was refused.
+        """
+        with self._lock:
+            acceptance = self._acceptances.get(job_id)
+        if acceptance is not None and not acceptance.result():
+            raise KeyError(job_id)
 
     def _new_job(self, incoming: IncomingObject) -> Job:
         identifier, now = os.urandom(16).hex(), time.time()
@@ -151,23 +198,23 @@ class JobQueue:
             deadline=min((limit for limit in limits if limit is not None), default=None),
         )
 
-    def _record(self, job: Job, key: bytes | None, text: str) -> Job:
-        """Commit the row of a job and queue it; return the job that has its key already instead, if there is one."""
+    def _record(self, job: Job, seq: int, key: bytes | None, text: str) -> Job:
+        """Commit the row of a job; return the job that has its key already instead, if there is one."""
 
         def apply(connection: sqlite3.Connection) -> Job:
             if (known := self._job_with_key(key)) is not None:
                 return known
             connection.execute(
-                "INSERT INTO jobs (id, key, file, received, deadline, sop_instance_uid, about) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (job.id, key, job.path.name, job.received, job.deadline, job.sop_instance_uid, text),
+                "INSERT INTO jobs (seq, id, key, file, received, deadline, sop_instance_uid, about) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (seq, job.id, key, job.path.name, job.received, job.deadline, job.sop_instance_uid, text),
             )
             return job
 
         def committed(recorded: Job) -> Job:
             if recorded is job:
-                self._waiting.append(job)
-                self._arrived.notify()
+                with self._lock:
+                    self._acceptances.pop(job.id).set_result(True)
             return recorded
 
         return self._database.write(apply, committed)
@@ -210,7 +257,7 @@ class JobQueue:
 
     def _check_queue(self) -> None:
         with self._lock:
-            waiting = len(self._waiting) + self._accepting
+            waiting = len(self._waiting) + self._arriving
         if waiting >= self._config.max_waiting:
             raise QueueFullError(f"{waiting} objects wait, as many as the queue may hold; try again later")
 
@@ -223,9 +270,9 @@ class JobQueue:
     def take(self, count: int, timeout: float) -> list[Job]:
         """Return the jobs that wait longest, and mark them as being decided.
 
-        Each must end in `finish`. A job whose deadline has passed is among them: `Job.expired` says so, and it ends
-        with the status ``expired``, unread. A job during which the service has crashed is taken alone, so that a second
-        crash counts against it alone.
+        Each must end in `JobStore.finish`. A job whose deadline has passed is among them: `Job.expired` says so, and it
+        ends with the status ``expired``, unread. A job during which the service has crashed is taken alone, so that a
+        second crash counts against it alone.
 
         Parameters
         ----------

@@ -2,7 +2,8 @@
 
 A job goes through three durable steps, each of which is one commit:
 
-1. `JobStore.accept`: the object's file is in the spool, and a row says so. Only then is it acknowledged.
+1. `JobStore.accept`: the object's file is in the spool, and a row says so. Only then is it acknowledged. It may be
+   taken a moment earlier.
 2. `JobStore.finish`: its result, a delivery for each destination, and the end of the job.
 3. `JobStore.delivered`, once for each destination. After the last one, `JobStore.prune` may remove job and result.
 
@@ -15,6 +16,7 @@ import contextlib
 import dataclasses
 import logging
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -74,6 +76,7 @@ class JobStore:
         self._config = config
         self._destinations = tuple(destinations)
         self._futures: dict[str, list[Future[Result]]] = {}
+        self._futures_lock = threading.Lock()  # not the database's: who cancels a future does not wait for a commit
         self._closed = False
         with contextlib.ExitStack() as undo, _one_line(config.folder):
             if not config.folder.is_dir():
@@ -132,7 +135,8 @@ class JobStore:
     def finish(self, result: Result) -> Result:
         """Record the result of a job: in one transaction the result, its deliveries, and the end of the job.
 
-        Raises nothing half-done: after an error the job is as before, and the call may be repeated.
+        Raises nothing half-done: after an error the job is as before, and the call may be repeated. A result waits
+        until the acceptance of its job is on the disk.
 
         Returns
         -------
@@ -143,20 +147,22 @@ class JobStore:
         Raises
         ------
         KeyError
-            If there is no such job.
+            If there is no such job, or its object could not be accepted after all. Nobody waits for its result.
         StorageFullError, StoreError
             If the disk is full, or the database cannot be used.
         TypeError
             If a row holds a value that is not of JSON.
         """
         text = body(result)
+        self._queue.check_accepted(result.id)
         recorded, first, futures = self._database.write(
             lambda connection: self.result(result.id) or self._record(connection, result, text), self._recorded
         )
         if not first:
             return recorded
         for future in futures:
-            future.set_result(recorded)
+            if future.set_running_or_notify_cancel():
+                future.set_result(recorded)
         for listener in tuple(self.on_result):
             try:
                 listener(recorded)
@@ -194,36 +200,38 @@ class JobStore:
         if first:
             self._results += 1
             self._outbox.added()
-        return result, first, self._futures.pop(result.id, [])
+        with self._futures_lock:
+            return result, first, self._futures.pop(result.id, [])
 
-    def wait(self, job_id: str, timeout: float) -> Result:
-        """Return the result of a job as soon as there is one.
+    def future(self, job_id: str) -> Future[Result]:
+        """Return the future of a job's result.
+
+        It raises TimeoutError if the store is closed before there is one. Cancel it if nobody waits any more.
 
         Raises
         ------
-        TimeoutError
-            If there is none after `timeout` seconds, or the store is closed meanwhile.
         KeyError
             If there is no such job.
         """
+        future: Future[Result] = Future()
         with self._lock:
             if (result := self.result(job_id)) is not None:
-                return result
+                future.set_result(result)
+                return future
             if not self._database.read("SELECT 1 FROM jobs WHERE id = ?", job_id):
                 raise KeyError(job_id)
-            future: Future[Result] = Future()
-            self._futures.setdefault(job_id, []).append(future)
-        try:
-            return future.result(timeout)
-        except TimeoutError:
-            raise TimeoutError(f"no result after {timeout:g} s; the object stays in the queue") from None
-        finally:
-            with self._lock:
-                futures = self._futures.get(job_id, [])
-                if future in futures:
-                    futures.remove(future)
-                if not futures:
-                    self._futures.pop(job_id, None)
+            with self._futures_lock:
+                self._futures.setdefault(job_id, []).append(future)
+        future.add_done_callback(lambda _: self._forget(job_id, future))
+        return future
+
+    def _forget(self, job_id: str, future: Future[Result]) -> None:
+        with self._futures_lock:
+            futures = self._futures.get(job_id, [])
+            if future in futures:  # it is cancelled
+                futures.remove(future)
+            if not futures:
+                self._futures.pop(job_id, None)
 
     def result(self, identifier: str) -> Result | None:
         """Return the result of a job; None if there is none, or it was pruned."""
@@ -330,11 +338,8 @@ class JobStore:
         with contextlib.suppress(OSError):  # a disk that cannot be asked takes nothing
             free_mb = self._spool.free_bytes() // MIB
         with self._lock:
-            waiting = self._queue.waiting
             return {
-                "waiting": len(waiting),
-                "oldest_waiting_s": max(0.0, now - waiting[0].received) if waiting else 0.0,
-                "in_progress": self._queue.in_progress,
+                **self._queue.status(now),
                 "results": self._results,
                 "free_mb": free_mb,
                 "full": free_mb < self._config.min_free_mb,
@@ -382,10 +387,12 @@ class JobStore:
             self._closed = True
             self._queue.close()
             self._outbox.close()
-            futures = [future for waiting in self._futures.values() for future in waiting]
             self._database.close()
+        with self._futures_lock:
+            futures = [future for waiting in self._futures.values() for future in waiting]
         for future in futures:
-            future.set_exception(TimeoutError())
+            if future.set_running_or_notify_cancel():
+                future.set_exception(TimeoutError("the store is closed; the object stays in the queue"))
         self._file_lock.release()
 
 

@@ -67,15 +67,24 @@ class Spool:
         return self.accepted / name
 
     def move_in(self, path: Path, name: str) -> None:
-        """Move a complete file from `incoming` to `accepted`. On return it outlasts a power failure.
+        """Move a complete file from `incoming` to `accepted`. It outlasts a power failure after `sync`.
 
         Raises
         ------
         OSError
-            If the system refuses. The file may be in either folder.
+            If the system refuses.
         """
-        _sync(path)
         path.replace(self.path(name))
+
+    def sync(self, name: str) -> None:
+        """Flush an accepted file to the disk, content and name.
+
+        Raises
+        ------
+        OSError
+            If the disk fails.
+        """
+        _sync(self.path(name))
         _sync(self.accepted)
 
     def remove(self, name: str) -> None:

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ class FakeBackend:
         self._keys: dict[str, Job] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self.hangs = threading.Event()  # set while a change of the bundle hangs
         self._frame = threading.Condition()
         self._frame_number = 0
         for number in range(results):
@@ -189,14 +191,12 @@ class FakeBackend:
         self._decide(job, content)
         return job
 
-    def predict(self, incoming: IncomingObject, timeout: float) -> Result:
+    def predict(self, incoming: IncomingObject) -> Future[Result]:
+        future = Future[Result]()
         job = self.submit(incoming)
-        if self.faults.hang:
-            self._closed.wait(timeout)
-            raise TimeoutError
-        if self.delay:
-            time.sleep(self.delay)
-        return self._by_id[job.id]
+        if not self.faults.hang:
+            threading.Timer(self.delay, lambda: future.cancelled() or future.set_result(self._by_id[job.id])).start()
+        return future
 
     def _decide(self, job: Job, content: bytes) -> None:
         if content.startswith(b"bad"):
@@ -308,6 +308,7 @@ class FakeBackend:
 
     def load_bundle(self, folder: Path) -> dict[str, Any]:
         if self.faults.hang:
+            self.hangs.set()
             self._closed.wait(30.0)
         if self.faults.bundle_refused:
             raise BundleError("bundle.json: the self-test failed")

@@ -30,6 +30,7 @@ class Queue:
 
     def __init__(self, jobs: list[Job]) -> None:
         self.waiting, self.results, self.faults = deque(jobs), list[Result](), 0
+        self.withdrawn = set[str]()
         self._changed = threading.Condition()
 
     def take(self, count: int, timeout: float) -> list[Job]:
@@ -41,6 +42,8 @@ class Queue:
         if self.faults:
             self.faults -= 1
             raise OSError("disk full")
+        if result.id in self.withdrawn:
+            raise KeyError(result.id)
         with self._changed:
             self.results.append(replace(result, number=len(self.results) + 1))
             self._changed.notify_all()
@@ -171,6 +174,17 @@ def test_swap_and_roll_back_change_the_bundle_of_the_next_rows(
     assert models.roll_back() is first
     queue.waiting.append(job(good, 3))
     assert queue.wait_for(3)[2].bundle["name"] == tiny_bundle.name
+
+
+def test_the_result_of_an_object_that_was_not_accepted_is_dropped(
+    frames_folder: Path, run: Callable[[Queue], InferenceWorker]
+) -> None:
+    jobs = [job(frames_of(frames_folder)[0], number) for number in range(3)]
+    queue = Queue(jobs)
+    queue.withdrawn.add(jobs[1].id)
+    worker = run(queue)
+    assert [result.id for result in queue.wait_for(2)] == [jobs[0].id, jobs[2].id]
+    assert worker.alive
 
 
 def test_a_refused_bundle_leaves_the_one_in_use(tiny_bundle: Path, models: ModelManager, tmp_path: Path) -> None:

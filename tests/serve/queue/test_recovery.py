@@ -288,4 +288,4 @@ def test_file_move_and_folder_are_on_the_disk_before_the_row_and_the_row_before_
     monkeypatch.setattr(Path, "replace", traced_replace)
     store._database._connection = Traced()
     offer(store)
-    assert steps == ["sync incoming", "move incoming spool", "sync store", "COMMIT"]  # "store" holds the spool
+    assert steps == ["move incoming spool", "sync spool", "sync store", "COMMIT"]  # "store" holds the spool

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import Future
 from http import HTTPStatus
 
 from starlette.requests import ClientDisconnect, Request
@@ -12,13 +14,14 @@ from echoquad_serve.http.context import Context, context_of
 from echoquad_serve.http.error_responses import ApiError
 from echoquad_serve.http.json_encoding import encode_json
 from echoquad_serve.http.routes.parameters import check_parameters, switch
-from echoquad_serve.http.routes.uploads import Upload
+from echoquad_serve.http.routes.uploads import CHUNK_BYTES, Upload
 from echoquad_serve.records import IncomingObject, Result
 
 __all__ = ["predict"]
 
 _MEDIA_TYPES = ("application/octet-stream", "application/dicom")
 _MAX_KEY = 200
+_FEW_ROWS = 16  # whose JSON does not keep other requests waiting
 
 
 async def predict(request: Request) -> Response:
@@ -37,7 +40,8 @@ async def predict(request: Request) -> Response:
     key = _idempotency_key(request)
     context = context_of(request)
     with context.predictions.hold():
-        await context.predictions.run(_admit, context.backend, int(request.headers.get("content-length", 0)))
+        if _ask_first(request):
+            await context.predictions.run(_admit, context.backend, int(request.headers.get("content-length", 0)))
         upload = Upload(context.backend.incoming, request.query_params.get("name", ""))
         try:
             await _receive(request, context, upload)
@@ -45,18 +49,26 @@ async def predict(request: Request) -> Response:
             upload.discard()
             raise
         sender = request.client.host if request.client else ""
-        job = _Prediction(context, upload, key, sender)
+        prediction = _Prediction(context.backend, upload, key, sender)
         if not wait:
-            return await context.predictions.run(job.submit)
-        return await context.predictions.run(job.predict, wants_png=_prefers_png(request), cam=cam)
+            return await context.predictions.run(prediction.submit)
+        result = await _in_time(await context.predictions.run(prediction.begin), context.limits.predict_s)
+        headers = {"Content-Location": f"/api/v1/results/{result.id}"}
+        if _prefers_png(request) and result.rows:
+            png = await context.predictions.run(context.backend.overlay, result.id, 0, cam=cam)
+            return Response(png, headers=headers, media_type="image/png")
+        if len(result.rows) > _FEW_ROWS:
+            body = await context.predictions.run(_encode, result)
+        else:
+            body = _encode(result)  # sooner than another thread
+        return Response(body, _status(result), headers, "application/json")
 
 
 class _Prediction:
     """The blocking part of a request. Whatever happens, no file stays that the service has not taken."""
 
-    def __init__(self, context: Context, upload: Upload, key: str, sender: str) -> None:
-        self._context = context
-        self._backend = context.backend
+    def __init__(self, backend: Backend, upload: Upload, key: str, sender: str) -> None:
+        self._backend = backend
         self._upload = upload
         self._key = key
         self._sender = sender
@@ -70,37 +82,49 @@ class _Prediction:
         location = {"Location": f"/api/v1/results/{job.id}"}
         return Response(encode_json({"id": job.id}), HTTPStatus.ACCEPTED, location, "application/json")
 
-    def predict(self, *, wants_png: bool, cam: bool) -> Response:
-        """Put the object into the queue and wait for its result."""
+    def begin(self) -> Future[Result]:
+        """Put the object into the queue and return the future of its result."""
         try:
-            result = self._backend.predict(self._incoming(), self._context.limits.predict_s)
-        except TimeoutError as error:
-            raise ApiError(
-                HTTPStatus.GATEWAY_TIMEOUT,
-                "E_RESULT_TIMEOUT",
-                f"there is no result after {self._context.limits.predict_s:g} s; the object stays in the queue: "
-                "repeat the request with the same Idempotency-Key, or read /api/v1/results later",
-                {"Retry-After": "5"},
-            ) from error
+            return self._backend.predict(self._incoming())
         finally:
             self._upload.discard()
-        headers = {"Content-Location": f"/api/v1/results/{result.id}"}
-        if wants_png and result.rows:
-            png = self._backend.overlay(result.id, 0, cam=cam)
-            return Response(png, headers=headers, media_type="image/png")
-        return Response(encode_json(result.to_dict()), _status(result), headers, "application/json")
 
     def _incoming(self) -> IncomingObject:
+        _admit(self._backend, 0)
         path = self._upload.finish()
         return IncomingObject(path, "http", self._upload.name, self._key, self._sender)
+
+
+async def _in_time(future: Future[Result], seconds: float) -> Result:
+    """Return a result, which the thread that records it hands over itself."""
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(future), seconds)
+    except TimeoutError as error:
+        raise ApiError(
+            HTTPStatus.GATEWAY_TIMEOUT,
+            "E_RESULT_TIMEOUT",
+            f"there is no result after {seconds:g} s; the object stays in the queue: repeat the request with the same "
+            "Idempotency-Key, or read /api/v1/results later",
+            {"Retry-After": "5"},
+        ) from error
+
+
+def _encode(result: Result) -> bytes:
+    return encode_json(result.to_dict())
 
 
 def _status(result: Result) -> HTTPStatus:
     return HTTPStatus.OK if result.status == "done" else HTTPStatus.UNPROCESSABLE_ENTITY
 
 
+def _ask_first(request: Request) -> bool:
+    """Return whether the body may be spared if the service cannot take it; a small one is on its way already."""
+    length = request.headers.get("content-length")
+    return length is None or int(length) > CHUNK_BYTES or "expect" in request.headers
+
+
 def _admit(backend: Backend, length: int) -> None:
-    """Refuse before the body is received: a client that waits for ``100 Continue`` does not send it."""
+    """Refuse an object of `length` bytes that the service cannot take now."""
     if reasons := list(backend.unready_reasons()):
         raise ApiError(
             HTTPStatus.SERVICE_UNAVAILABLE,

@@ -20,9 +20,11 @@ from echoquad_runtime.frames.formats import (
 )
 from echoquad_serve.errors import StorageFullError
 
-__all__ = ["Upload", "file_name"]
+__all__ = ["CHUNK_BYTES", "Upload", "file_name"]
 
-_CHUNK_BYTES = 1024 * 1024
+CHUNK_BYTES = 1024 * 1024
+"""How much of a body is in memory before it is written."""
+
 _MAX_NAME = 100
 _EXTENSIONS = FRAME_EXTENSIONS | MATRIX_EXTENSIONS
 _SIGNATURES = (
@@ -96,7 +98,7 @@ class Upload:
     @property
     def full(self) -> bool:
         """Whether what was added must be written before more is added."""
-        return len(self._pending) >= _CHUNK_BYTES
+        return len(self._pending) >= CHUNK_BYTES
 
     @property
     def name(self) -> str:
