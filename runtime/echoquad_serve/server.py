@@ -47,6 +47,7 @@ def run(bundle: Path, config: ServiceConfig, on_ready: Callable[[str], object] =
         service = stack.enter_context(contextlib.closing(BedsideService(bundle, config)))
         stack.callback(notify_systemd, "STOPPING=1")  # also after a signal, which uvicorn raises again
         stack.callback(configure_logging(sys.stderr))
+        stack.callback(service.metrics_registry.count_errors())
         app = create_app(
             service,
             config.http,

@@ -118,7 +118,9 @@ class ServiceMetrics:
             *("name", "sha256", "device", "provider", "precision"),
         )
         self._ready = gauge("ready", "1 if the service is ready, else 0.")
-        self._errors = counter("internal_errors", "Faults that a part of the service has caught and survived.", "part")
+        self._errors = counter(
+            "internal_errors", "Faults that a part of the service has caught, survived and logged.", "part"
+        )
         ProcessCollector(registry=registry)
 
         for origin in get_args(Origin):  # a counter that exists from the start shows its first increment as a rate
@@ -180,9 +182,11 @@ class ServiceMetrics:
             self._age.observe(max(age_s, 0.0))
             self.observe_rows([row])
 
-    def observe_error(self, part: str) -> None:
-        """Count a fault that a part of the service has survived."""
-        self._errors.labels(_known(part, _PARTS)).inc()
+    def count_errors(self) -> Callable[[], None]:
+        """Count from now on what the service logs as an error, by its part; return how to end that."""
+        log, handler = logging.getLogger("echoquad_serve"), _ErrorCounter(self._errors)
+        log.addHandler(handler)
+        return lambda: log.removeHandler(handler)
 
     # State
 
@@ -203,7 +207,7 @@ class ServiceMetrics:
 
     def watch_queue(self, status: Callable[[], Mapping[str, Any]]) -> None:
         """Ask `status`, that of the job store, for the queue and the destinations whenever metrics are read."""
-        self.registry.register(_Watched(lambda: _queue_gauges(status(), self._destinations), self._errors))
+        self.registry.register(_Watched(lambda: _queue_gauges(status(), self._destinations)))
 
     def watch_disk(self, folder: Path) -> None:
         """Report the free space of the disk of a folder whenever metrics are read."""
@@ -211,11 +215,11 @@ class ServiceMetrics:
         def free() -> Iterator[GaugeMetricFamily]:
             yield _family("free_disk_bytes", "Free space of the disk of the queue.", shutil.disk_usage(folder).free)
 
-        self.registry.register(_Watched(free, self._errors))
+        self.registry.register(_Watched(free))
 
     def watch_drift(self, state: Callable[[], Mapping[str, Any] | None]) -> None:
         """Ask `state`, that of a drift monitor, whenever metrics are read. There are no metrics of drift while None."""
-        self.registry.register(_Watched(lambda: _drift_gauges(state()), self._errors))
+        self.registry.register(_Watched(lambda: _drift_gauges(state())))
 
     def render(self) -> bytes:
         """Return all metrics in the text format of Prometheus, ``text/plain; version=0.0.4``."""
@@ -224,14 +228,29 @@ class ServiceMetrics:
 
 
 _STATUSES: Final = ("done", "failed", "expired")
-_PARTS: Final = frozenset({"http", "folder", "dicom", "live", "queue", "outbox", "inference", "monitoring", "reports"})
+_PARTS: Final = frozenset(
+    {"dicom_network", "http", "inference", "intake", "live", "monitoring", "outbox", "queue", "reports", "service"}
+)
+"""What the part of a fault may be: packages and modules of the service."""
+
+
+class _ErrorCounter(logging.Handler):
+    """Counts records of the level ERROR and above by the part of the service whose logger they come from."""
+
+    def __init__(self, errors: Counter) -> None:
+        super().__init__(logging.ERROR)
+        self._errors = errors
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Count a record."""
+        self._errors.labels(_known(record.name.partition(".")[2].partition(".")[0], _PARTS)).inc()
 
 
 class _Watched:
-    """A collector that asks for its values when metrics are read. A fault leaves them out, and is counted."""
+    """A collector that asks for its values when metrics are read. A fault leaves them out."""
 
-    def __init__(self, read: Callable[[], Iterator[GaugeMetricFamily]], errors: Counter) -> None:
-        self._read, self._errors = read, errors
+    def __init__(self, read: Callable[[], Iterator[GaugeMetricFamily]]) -> None:
+        self._read = read
 
     def describe(self) -> list[GaugeMetricFamily]:
         """Return nothing, so that registration does not ask for values yet."""
@@ -242,7 +261,6 @@ class _Watched:
         try:
             return list(self._read())
         except Exception:
-            self._errors.labels("monitoring").inc()
             logger.exception("a metric cannot be read")
             return []
 

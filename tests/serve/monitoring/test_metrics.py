@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,6 @@ def test_intake_delivery_http_live_and_readiness(metrics: ServiceMetrics) -> Non
     metrics.observe_http("/api/v1/predict", 200, 0.004)
     metrics.observe_live(row("ASD"), 0.02, dropped=3)
     metrics.observe_live(None, 0, dropped=1)
-    metrics.observe_error("outbox")
     metrics.set_ready(True)
     found = samples(metrics)
     assert found["echoquad_objects_accepted_total", "dicom"] == 1
@@ -90,7 +90,6 @@ def test_intake_delivery_http_live_and_readiness(metrics: ServiceMetrics) -> Non
     assert found["echoquad_http_request_seconds_count", "/api/v1/predict", "2xx"] == 1
     assert (found["echoquad_live_frames_total",], found["echoquad_live_frames_dropped_total",]) == (1, 4)
     assert found["echoquad_live_age_seconds_bucket", "0.02"] == 1
-    assert found["echoquad_internal_errors_total", "outbox"] == 1
     metrics.set_ready(False)
     assert samples(metrics)["echoquad_ready",] == 0
 
@@ -119,7 +118,21 @@ def test_gauges_are_read_with_the_metrics_and_a_fault_leaves_them_out(metrics: S
     found = samples(metrics)
     assert ("echoquad_queue_objects",) not in found
     assert ("echoquad_ready",) in found
-    assert samples(metrics)["echoquad_internal_errors_total", "monitoring"] >= 1
+
+
+def test_what_a_part_logs_as_an_error_is_counted(metrics: ServiceMetrics) -> None:
+    end = metrics.count_errors()
+    logging.getLogger("echoquad_serve.outbox.delivery_worker").error("%s failed", PATIENT)
+    logging.getLogger("echoquad_serve.outbox").warning("not an error")
+    logging.getLogger(f"echoquad_serve.{PATIENT}").critical("of no part")
+    metrics.watch_queue(dict)  # without the destinations
+    metrics.render()
+    end()
+    logging.getLogger("echoquad_serve.outbox").error("after the end")
+    counted = {
+        name[1]: value for name, value in samples(metrics).items() if name[0] == "echoquad_internal_errors_total"
+    }
+    assert counted == {"outbox": 1, "other": 1, "monitoring": 1}
 
 
 @given(text=st.text(max_size=30))
@@ -133,7 +146,6 @@ def test_nothing_from_outside_becomes_a_label(text: str) -> None:
     rows = [row(text, text, file=text), row("INDETERMINATE", abstained_because=text)]
     metrics.observe_result(result(rows, origin=text, status=text, name=text, failures=(failure,)))
     metrics.observe_delivery(text, text)
-    metrics.observe_error(text)
     rendered = metrics.render()
     assert b"DOE" not in rendered
     assert len(samples(metrics)) - before < 40 + 4 * len(LATENCY_BUCKETS)
