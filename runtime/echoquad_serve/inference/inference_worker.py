@@ -186,6 +186,7 @@ class InferenceWorker:
             sop_instance_uid=job.sop_instance_uid,
             shadow=tuple(progress.shadow),
         )
+        told = False
         while True:
             try:
                 self._jobs.finish(result)
@@ -193,7 +194,9 @@ class InferenceWorker:
             except KeyError:  # the disk failed during the acceptance: the sender was told, and nobody waits
                 return
             except Exception:  # a full disk, for example: the job is not lost, and waits
-                logger.exception("a result cannot be recorded")
+                if not told:  # and not with each attempt: the log may be on the same disk
+                    logger.exception("a result cannot be recorded; it is tried again each second")
+                    told = True
                 if self._closing.wait(_RETRY_S):
                     return
 
