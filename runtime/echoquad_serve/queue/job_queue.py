@@ -152,7 +152,7 @@ class JobQueue:
         return recorded
 
     def _offer(self, job: Job) -> int:
-        """Let a job be taken, before it is on the disk; return its place in the order."""
+        """Offer a job to `take`, before it is on the disk; return its place in the order."""
         with self._arrived:
             self._arriving -= 1
             self._acceptances[job.id] = Future()
