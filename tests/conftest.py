@@ -11,10 +11,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hashlib
+import pickle
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pytest
@@ -34,6 +36,7 @@ from echoquad_runtime.bundle.manifest import (
 from echoquad_runtime.bundle.onnx_header import CAM, CONTRACT_HASH_KEY, CONTRACT_KEY, INPUT, OUTPUTS, TYPICALITY
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
+from echoquad_runtime.storage.file_lock import FileLock, LockedError
 
 # The same examples in every run, and no deadline: a busy machine must not fail a test.
 settings.register_profile("echoquad", derandomize=True, deadline=None)
@@ -63,6 +66,39 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 def _isolated_config_and_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["ECHOQUAD_CONFIG_DIR"] = str(tmp_path_factory.mktemp("config"))
     os.environ["ECHOQUAD_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
+T = TypeVar("T")
+
+
+@pytest.fixture(scope="session")
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], T]], T]:
+    """Return `once(name, make)`, which returns `make(folder)` from the first of the test processes that asks for it.
+
+    What it returns is pickled for the others, and what it writes is theirs too: tests must not change it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+
+    def once(name: str, make: Callable[[Path], T]) -> T:
+        root.mkdir(exist_ok=True)
+        made = root / f"{name}.pickle"
+        while True:
+            try:
+                lock = FileLock(root / f"{name}.lock")
+                break
+            except LockedError:
+                time.sleep(0.05)
+        try:
+            if not made.exists():
+                (root / name).mkdir()
+                value = make(root / name)
+                made.write_bytes(pickle.dumps(value))
+            return pickle.loads(made.read_bytes())
+        finally:
+            lock.release()
+
+    return once
 
 
 # Frames

@@ -225,10 +225,13 @@ def tiny() -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="session")
-def phantoms(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
+def phantoms(make_once: Any) -> tuple[Path, Ran]:
     """Return a data set of six patients and the output of ``data phantom``. Shared: tests must not change it."""
-    folder = tmp_path_factory.mktemp("phantoms") / "data"
-    return folder, run("data", "phantom", folder, "--patients", "6", "--frames", "2")
+
+    def make(folder: Path) -> tuple[Path, Ran]:
+        return folder / "data", run("data", "phantom", folder / "data", "--patients", "6", "--frames", "2")
+
+    return make_once("phantoms", make)
 
 
 @pytest.fixture(scope="session")
@@ -238,19 +241,25 @@ def data(phantoms: tuple[Path, Ran]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
+def trained(data: Path, make_once: Any) -> tuple[Path, Ran]:
     """Return a run of one epoch and the output of ``train``. Shared: tests must not change it."""
     pytest.importorskip("torch")
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    return folder, run("train", data, "--out", folder, *TINY)
+
+    def make(folder: Path) -> tuple[Path, Ran]:
+        return folder / "run", run("train", data, "--out", folder / "run", *TINY)
+
+    return make_once("trained", make)
 
 
 @pytest.fixture(scope="session")
-def exported(trained: tuple[Path, Ran], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
+def exported(trained: tuple[Path, Ran], make_once: Any) -> tuple[Path, Ran]:
     """Return a bundle of that run and the output of ``export``. Shared: tests must not change it."""
     pytest.importorskip("onnxscript")
-    folder = tmp_path_factory.mktemp("exported") / "bundle"
-    return folder, run("export", trained[0], "--out", folder)
+
+    def make(folder: Path) -> tuple[Path, Ran]:
+        return folder / "bundle", run("export", trained[0], "--out", folder / "bundle")
+
+    return make_once("exported", make)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,17 +155,17 @@ RECIPE = Recipe(
 
 
 @pytest.fixture(scope="session")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+def case(make_once: Any) -> Case:
     """A run with the contract of the reference pipeline, and its bundle. Shared: tests must not change it."""
-    return make_case(tmp_path_factory.mktemp("case"), ("ASD", "NORM"), RECIPE)
+    return make_once("reference_case", lambda folder: make_case(folder, ("ASD", "NORM"), RECIPE))
 
 
 @pytest.fixture(scope="session")
-def other_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+def other_case(make_once: Any) -> Case:
     """The same with nothing at its default: three classes, another crop, normalisation and vote."""
     changes = {"center_crop": 0.7, "mean": 0.3, "std": 0.21, "positive": "VSD", "vote": "weighted"}
     recipe = replace(RECIPE, vote_weights=(0.0, 1.0, 2.0, 3.5), **changes)
-    return make_case(tmp_path_factory.mktemp("other"), ("ASD", "NORM", "VSD"), recipe)
+    return make_once("other_case", lambda folder: make_case(folder, ("ASD", "NORM", "VSD"), recipe))
 
 
 @pytest.fixture
