@@ -19,6 +19,7 @@ PACKAGES = {
     "echoquad_serve": ROOT / "runtime" / "echoquad_serve",
     "echoquad_train": ROOT / "train" / "echoquad_train",
     "echoquad_export": ROOT / "export" / "echoquad_export",
+    "echoquad_deploy": ROOT / "export" / "echoquad_deploy",
 }
 
 MOST_MODULES = 12

@@ -1,0 +1,1 @@
+"""Deployment: what brings a bundle to machines without a network, and looks after them."""
