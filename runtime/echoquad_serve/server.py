@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import os
 import socket
 import sys
 import threading
@@ -18,10 +18,30 @@ from echoquad_serve.http.app import create_app
 from echoquad_serve.http.listener import check_listener, open_listener, uvicorn_config
 from echoquad_serve.monitoring.json_logging import configure_logging
 from echoquad_serve.service import BedsideService
+from echoquad_serve.systemd_notify import feed_watchdog, notify_systemd
 
 __all__ = ["run"]
 
 _POLL_S: Final = 0.1
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, with a watchdog in its event loop.
+
+    Not uvicorn's own `callback_notify`: it goes by the time of day, and a clock that is set back would silence it.
+    """
+
+    def __init__(self, config: uvicorn.Config, hang_reason: Callable[[], str | None]) -> None:
+        super().__init__(config)
+        self._hang_reason = hang_reason
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until a signal, and feed the watchdog of systemd meanwhile."""
+        watchdog = asyncio.create_task(feed_watchdog(self._hang_reason), name="echoquad-watchdog")
+        try:
+            await super().serve(sockets)
+        finally:
+            watchdog.cancel()
 
 
 def run(bundle: Path, config: ServiceConfig, on_ready: Callable[[str], object] = lambda _: None) -> None:
@@ -45,7 +65,7 @@ def run(bundle: Path, config: ServiceConfig, on_ready: Callable[[str], object] =
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(open_listener(config.http))
         service = stack.enter_context(contextlib.closing(BedsideService(bundle, config)))
-        stack.callback(notify_systemd, "STOPPING=1")  # also after a signal, which uvicorn raises again
+        stack.callback(_notify_stopping, service)  # also after a signal, which uvicorn raises again
         stack.callback(configure_logging(sys.stderr))
         stack.callback(service.metrics_registry.count_errors())
         app = create_app(
@@ -54,7 +74,8 @@ def run(bundle: Path, config: ServiceConfig, on_ready: Callable[[str], object] =
             bundle_folder=config.model.bundle_folder,
             observe=lambda _, route, status, seconds: service.metrics_registry.observe_http(route, status, seconds),
         )
-        server = uvicorn.Server(uvicorn_config(app, config.http))
+        server = _Server(uvicorn_config(app, config.http), service.hang_reason)
+        notify_systemd("STATUS=checking and testing the bundle")
         service.start()
         scheme = "http" if config.http.tls is None else "https"
         address = f"{scheme}://{config.http.host}:{listener.getsockname()[1]}/"
@@ -65,7 +86,7 @@ def run(bundle: Path, config: ServiceConfig, on_ready: Callable[[str], object] =
                 if service.fault is not None:
                     server.should_exit = True
                 elif server.started and not service.unready_reasons():
-                    notify_systemd("READY=1")
+                    notify_systemd("READY=1", f"STATUS=ready: {address}")
                     on_ready(address)
                     return
                 threading.Event().wait(_POLL_S)
@@ -76,9 +97,6 @@ def run(bundle: Path, config: ServiceConfig, on_ready: Callable[[str], object] =
             raise service.fault
 
 
-def notify_systemd(state: str) -> None:
-    """Send a state to systemd, if it has started this process (sd_notify(3))."""
-    if address := os.environ.get("NOTIFY_SOCKET"):
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.connect(f"\0{address[1:]}" if address.startswith("@") else address)
-            sender.send(state.encode("ascii"))
+def _notify_stopping(service: BedsideService) -> None:
+    fault = service.fault
+    notify_systemd("STOPPING=1", "STATUS=stopping" if fault is None else f"STATUS=failed with {fault.code}")

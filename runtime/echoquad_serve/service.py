@@ -182,7 +182,11 @@ class BedsideService:
             return [str(self.fault)]
         if not self._ready:
             return ["the bundle is being checked and tested"]
-        return [] if self._worker.alive else ["no thread decides any more; restart the service"]
+        return [] if (fault := self._worker.fault) is None else [f"{fault}; restart the service"]
+
+    def hang_reason(self) -> str | None:
+        """Return why only a restart helps; None if the service works, is still loading or stops. Never waits."""
+        return self._worker.fault if self._ready else None
 
     def info(self) -> dict[str, Any]:
         """Return the bundle, its contract, and what really runs."""

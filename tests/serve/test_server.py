@@ -56,7 +56,9 @@ def test_systemd_is_told_ready_and_stopping(serve: Serve, tmp_path: Path, number
         port = free.getsockname()[1]
         free.close()
         process = serve("--port", str(port), NOTIFY_SOCKET=address)
-        assert receiver.recv(100) == b"READY=1"
+        assert receiver.recv(1000) == b"STATUS=checking and testing the bundle"
+        ready = receiver.recv(1000).decode().splitlines()
+        assert ready == ["READY=1", f"STATUS=ready: http://127.0.0.1:{port}/"]
         process.send_signal(number)
-        assert receiver.recv(100) == b"STOPPING=1"
+        assert receiver.recv(1000) == b"STOPPING=1\nSTATUS=stopping"
     assert process.wait(60) == code

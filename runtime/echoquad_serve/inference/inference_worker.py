@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 from echoquad_runtime.errors import EchoQuadError
 from echoquad_runtime.frames.formats import ReadOptions
 from echoquad_runtime.frames.frame_file import Failure, FrameFile
+from echoquad_runtime.frames.isolation.limits import TIME_LIMIT
 from echoquad_runtime.frames.reader import frames_in
 from echoquad_runtime.predict.prediction import Prediction
 from echoquad_serve.inference.loaded_model import LoadedModel
@@ -82,10 +83,13 @@ class InferenceWorker:
         self._jobs, self._models, self._clock = jobs, models, clock
         self._options = ReadOptions(matrices=True, every=every)
         self._closing = threading.Event()
+        self._progressed = time.monotonic()
+        self._stall_s = _stall_limit_s(1)
         self._thread = threading.Thread(target=self._work, name="echoquad-inference", daemon=True)
 
     def start(self) -> None:
         """Begin to decide."""
+        self._note_progress()
         self._thread.start()
 
     def close(self, timeout: float = 10.0) -> None:
@@ -95,12 +99,20 @@ class InferenceWorker:
             self._thread.join(timeout)
 
     @property
-    def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
+    def fault(self) -> str | None:
+        """Why nothing is decided any more; None while the thread makes progress. Reading it never waits."""
+        if not self._thread.is_alive():
+            return "no thread decides any more"
+        limit = self._stall_s
+        silent = time.monotonic() - self._progressed
+        return None if silent <= limit else f"no frame was read or decided for {limit:g} seconds"
+
+    def _note_progress(self) -> None:
+        self._progressed = time.monotonic()
 
     def _work(self) -> None:
         while not self._closing.is_set():
+            self._note_progress()
             try:
                 jobs = self._jobs.take(_BATCH, _POLL_S)
             except Exception:
@@ -113,6 +125,7 @@ class InferenceWorker:
     def _decide(self, jobs: Sequence[Job]) -> None:
         """Record a result for each job, whatever its file holds."""
         now, model = self._clock(), self._models.current
+        self._stall_s = _stall_limit_s(model.predictor.batch_size)
         pending = deque[_Progress]()
         for job in jobs:
             progress = _Progress(job, now)
@@ -145,6 +158,7 @@ class InferenceWorker:
         def items() -> Iterator[FrameFile | Failure]:
             for progress in pending:
                 for item in frames_in(progress.job.path, progress.job.name, self._options):
+                    self._note_progress()
                     owners.append((progress, item))
                     progress.found += 1
                     yield item
@@ -152,6 +166,7 @@ class InferenceWorker:
 
         waiting = deque(pending)
         for answer in model.predictor.predict(items()):
+            self._note_progress()
             progress, item = owners.popleft()
             progress.decided += 1
             if isinstance(answer, Prediction):
@@ -188,6 +203,7 @@ class InferenceWorker:
         )
         told = False
         while True:
+            self._note_progress()
             try:
                 self._jobs.finish(result)
                 return
@@ -199,6 +215,15 @@ class InferenceWorker:
                     told = True
                 if self._closing.wait(_RETRY_S):
                     return
+
+
+def _stall_limit_s(batch_size: int) -> float:
+    """Return the seconds without progress after which the thread counts as stuck, however long its job is.
+
+    Progress is a look at an empty queue, a frame found, a batch decided or an attempt to record a result. Each frame of
+    a batch may take `TIME_LIMIT` to read, and may wait for others of its clip.
+    """
+    return TIME_LIMIT * (batch_size + 3)
 
 
 def _shadow_rows(shadow: LoadedModel, frame: FrameFile) -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ def run(models: ModelManager) -> Iterator[Callable[[Queue], InferenceWorker]]:
     yield start
     for one in decides:
         one.close()
-        assert not one.alive
+        assert one.fault == "no thread decides any more"
 
 
 def job(path: Path, number: int = 0, **values: Any) -> Job:
@@ -184,7 +184,7 @@ def test_the_result_of_an_object_that_was_not_accepted_is_dropped(
     queue.withdrawn.add(jobs[1].id)
     worker = run(queue)
     assert [result.id for result in queue.wait_for(2)] == [jobs[0].id, jobs[2].id]
-    assert worker.alive
+    assert worker.fault is None
 
 
 def test_a_refused_bundle_leaves_the_one_in_use(tiny_bundle: Path, models: ModelManager, tmp_path: Path) -> None:
@@ -259,3 +259,8 @@ def test_result_is_recorded_before_a_longer_object_behind_it_is_decided(
     results = queue.wait_for(2)
     assert [len(result.rows) for result in results] == [1, 60]
     assert recorded[-1] == 1  # the first had its result while frames of the second were still being found
+
+
+def test_the_limit_of_a_stuck_thread_leaves_each_frame_of_a_batch_its_time() -> None:
+    for batch_size in (1, 2, 16):
+        assert worker_module._stall_limit_s(batch_size) >= (batch_size + 1) * worker_module.TIME_LIMIT
