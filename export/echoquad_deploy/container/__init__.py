@@ -1,0 +1,1 @@
+"""The container of the bedside service: the ``Containerfile``, and its health check."""
