@@ -18,19 +18,29 @@ logger = logging.getLogger(__name__)
 
 def export(
     run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Folder that `echoquad train` or `echoquad ensemble` wrote.")
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="Folder that `echoquad train` or `echoquad ensemble` wrote; with --triton alone, a bundle.",
+        ),
     ],
     out: Annotated[
-        Path, typer.Option("--out", metavar="BUNDLE", help="Bundle folder to write; an older bundle is replaced.")
-    ],
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="BUNDLE",
+            help="Bundle folder to write; an older bundle is replaced. Required, unless RUN is a bundle.",
+        ),
+    ] = None,
     precision: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--precision",
             metavar="NAME,...",
-            help="Graphs to build: fp32, fp16, int8, separated by commas. The first is the default of the bundle.",
+            help="Graphs to build: fp32, fp16, int8, separated by commas. The first is the default of the bundle. "
+            "Default: fp32. Of a bundle, the graph for Triton; default: that of the bundle.",
         ),
-    ] = "fp32",
+    ] = None,
     calibrate: Annotated[
         Path | None,
         typer.Option(
@@ -67,6 +77,15 @@ def export(
             help="Also write frame.NAME.onnx, from raw grey frames to decisions, for programs in other languages.",
         ),
     ] = False,
+    triton: Annotated[
+        Path | None,
+        typer.Option(
+            "--triton",
+            metavar="DIR",
+            help="Also write the frame graph into a model repository of Triton Inference Server; implies "
+            "--frame-graph.",
+        ),
+    ] = None,
     sign_key: Annotated[
         Path | None,
         typer.Option("--sign-key", metavar="PEM", help="Private key that signs the bundle; see echoquad sign."),
@@ -80,15 +99,33 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Export a run to a bundle, after proving that it decides as the training code does."""
+    """Export a run to a bundle, after proving that it decides as the training code does.
+
+    With --triton DIR and a bundle in the place of RUN, nothing is exported again: the frame graph of the bundle is
+    written for Triton. This needs no torch.
+    """
+    from echoquad_runtime.bundle.manifest import MANIFEST
     from echoquad_runtime.errors import UsageError
 
-    requested = [name.strip() for name in precision.split(",") if name.strip()]
+    if out is None:
+        if triton is None or not (run / MANIFEST).is_file():
+            raise UsageError(
+                "Missing option '--out'; name the bundle folder to write, or an existing bundle and --triton DIR"
+            )
+        if calibrate or parity or sign_key or codes or frame_graph or golden != "phantom":
+            raise UsageError("with a bundle, --triton takes no option but --precision; leave the others out")
+        _write_triton(run, triton, precision)
+        return
+    requested = [name.strip() for name in (precision or "fp32").split(",") if name.strip()]
     if calibrate is not None and "int8" not in requested:
         raise UsageError("--calibrate: only int8 is calibrated; add int8 to --precision, or leave out --calibrate")
     require_extra("export")
     from echoquad_export.packing.exporter import check_precisions, export_run
 
+    if triton is not None:  # before a long export
+        from echoquad_deploy.triton.repository import check_target, model_name
+
+        check_target(triton, model_name(out))
     exported = export_run(
         run,
         out,
@@ -97,7 +134,7 @@ def export(
         calibration_frames=calibration_frames,
         parity_data=parity,
         golden=golden,
-        frame_graph=frame_graph,
+        frame_graph=frame_graph or triton is not None,
         sign_key=sign_key,
         codes=codes,
         progress=logger.info,
@@ -123,3 +160,20 @@ def export(
     if exported.unreadable:
         print_status(f"{exported.unreadable} validation frames could not be read and were left out")
     print_status(f"wrote {out.as_posix()}/; next: {format_command('predict', out.as_posix(), 'INPUT')}")
+    if triton is not None:
+        _write_triton(out, triton, None)
+
+
+def _write_triton(bundle: Path, repository: Path, precision: str | None) -> None:
+    """Write the frame graph of a bundle for Triton, and print what was checked."""
+    from echoquad_deploy.triton.repository import write_triton_model
+    from echoquad_runtime.bundle.bundle import Bundle
+
+    model = write_triton_model(Bundle(bundle), repository, precision)
+    batches = f"batches of up to {model.max_batch_size} frames" if model.max_batch_size else "no batches"
+    print_status(f"the {model.precision} frame graph decides {model.frames} golden frames as predict does; {batches}")
+    if not model.max_batch_size:
+        print_status("a batch has other answers than single frames, so Triton forms none")
+    if not model.gpu:
+        print_status(f"{model.precision} does not run on CUDA: there is no configuration for a GPU")
+    print_result(f"wrote {model.folder.as_posix()}/; next: tritonserver --model-repository={repository.as_posix()}")

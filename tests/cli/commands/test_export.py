@@ -25,6 +25,28 @@ def test_export_prints_parity_and_writes_a_bundle(exported: tuple[Path, Any], le
     assert left_in(folder.parent) == []
 
 
+@pytest.mark.slow
+def test_export_for_triton_writes_bundle_and_model_repository(
+    trained: tuple[Path, Any], warm: Callable[..., Any], left_in: Callable[..., Any], tmp_path: Path
+) -> None:
+    out, models = tmp_path / "bundle", tmp_path / "models"
+    (models / "other").mkdir(parents=True)
+    (models / "other" / "notes.txt").write_text("")
+    written, refused = warm(
+        [
+            ["export", trained[0], "--out", out, "--triton", models],
+            ["export", trained[0], "--out", tmp_path / "other", "--triton", models],
+        ]
+    )
+    assert written.code == 0
+    assert (models / "bundle" / "1" / "model.onnx").read_bytes() == (out / "frame.fp32.onnx").read_bytes()
+    assert "golden frames as predict does" in written.err
+    assert written.out.splitlines()[-1].endswith(f"next: tritonserver --model-repository={models.as_posix()}")
+    # What cannot be written is refused before the export.
+    assert (refused.code, refused.error[0], refused.out) == (1, "E_OUTPUT", "")
+    assert not (tmp_path / "other").exists() and left_in(tmp_path) == []
+
+
 # An existing graph takes the place of the slow export; the gate allows no difference at all.
 STRICT = """
 from pathlib import Path

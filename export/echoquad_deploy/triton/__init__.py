@@ -1,0 +1,1 @@
+"""Triton Inference Server: a model repository with the frame graph of a bundle."""
