@@ -1,0 +1,1 @@
+"""``echoquad fleet``: look after many services."""
