@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from importlib import metadata, util
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from echoquad.cli.framework.console import print_result, save_json
+import typer
+
+from echoquad.cli.framework.console import print_result, print_status, save_json
 from echoquad.cli.framework.options import Device, JsonFile
 
 if TYPE_CHECKING:
@@ -14,11 +17,39 @@ if TYPE_CHECKING:
 __all__ = ["doctor"]
 
 
-def doctor(device: Device = "auto", json_file: JsonFile = None) -> None:
+def doctor(
+    device: Device = "auto",
+    json_file: JsonFile = None,
+    report_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="FILE.zip",
+            help="Write a report for support: versions, devices, configuration without names and secrets, counts of "
+            "the queue, log lines, self-test. It holds no value of a patient; read it before you send it.",
+        ),
+    ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option("--bundle", metavar="BUNDLE", help="Bundle of the report. Default: that of an installed service."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", metavar="FILE", help="Configuration of the report. Default: that of an installed service."
+        ),
+    ] = None,
+    log: Annotated[
+        Path | None,
+        typer.Option("--log", metavar="FILE", help="JSON log of the service, for the report. Default: the journal."),
+    ] = None,
+) -> None:
     """Report what works on this machine. Each device computes a small graph."""
     from echoquad_runtime.engine.diagnostics import run_diagnostics
-    from echoquad_runtime.errors import DeviceUnavailableError, HostError
+    from echoquad_runtime.errors import DeviceUnavailableError, HostError, UsageError
 
+    if report_file is None and (bundle or config or log):
+        raise UsageError("--bundle, --config and --log are parts of a report; add --report FILE.zip")
     has_torch = util.find_spec("torch") is not None
     extra_checks = [_check_isolation, *([_check_torch] if has_torch else [])]
     report = run_diagnostics(device, extra_checks=extra_checks)
@@ -30,6 +61,11 @@ def doctor(device: Device = "auto", json_file: JsonFile = None) -> None:
     if not has_torch:
         print_result('[ok] torch: not installed; only training and export need it: pip install "echoquad[export]"')
     save_json(json_file, report.to_dict())
+    if report_file is not None:
+        from echoquad_deploy.support_report import write_support_report
+
+        write_support_report(report_file, report, device=device, bundle=bundle, config=config, log=log)
+        print_status(f"wrote {report_file.as_posix()}; send it to nobody before you have read every file in it")
     if failed := [check.name for check in report.checks if check.status == "failed"]:
         unavailable = report.exit_code == DeviceUnavailableError.exit_code
         raise (DeviceUnavailableError if unavailable else HostError)(
