@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint docs lock bench bench-gpu clean
+.PHONY: demo test test-slow lint docs lock release bench bench-gpu clean
 
 demo: $(READY)
 	$(BIN)/echoquad demo
@@ -30,6 +30,11 @@ docs: $(READY)
 lock: $(READY)
 	echo "# Versions of every package in the development environment; \`make lock\` writes this file." > requirements-dev.lock
 	$(BIN)/python -m pip list --format=freeze --exclude-editable --exclude pip --exclude setuptools >> requirements-dev.lock
+
+# Wheel, source distribution, bill of materials and SHA256SUMS of the last commit, into dist/; signed with KEY=key.pem.
+KEY ?=
+release: $(READY)
+	$(BIN)/python export/release.py $(if $(KEY),--key $(KEY))
 
 # On a network and frames of your own: make bench RUN=run BUNDLE=bundle FRAMES=frames MINUTES=10
 RUN ?= demo/run
