@@ -17,12 +17,15 @@ from urllib.parse import unquote
 import pytest
 from packaging.requirements import Requirement
 
+from echoquad_deploy.fleet import errors as fleet_errors
+from echoquad_deploy.stick import errors as stick_errors
 from echoquad_runtime import errors
 from echoquad_serve import config as service_config
 from echoquad_serve import errors as service_errors
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+ERROR_MODULES = (errors, service_errors, fleet_errors, stick_errors)
 LOCKED = ("cpu", "train", "tensorboard", "dicom", "video", "export", "sign", "ray", "docs", "dev")
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 
@@ -43,7 +46,7 @@ ENTRY = r"^### (E_\w+)\n\n(.+)\n\nCause\n: \S.+\n\nRemedy\n: \S.+$"
 def test_error_page_lists_every_class_with_code_cause_and_remedy() -> None:
     text = (DOCS / "reference" / "errors.md").read_text("utf-8")
     entries = dict(re.findall(ENTRY, text, re.MULTILINE))
-    classes = [getattr(module, name) for module in (errors, service_errors) for name in module.__all__]
+    classes = [getattr(module, name) for module in ERROR_MODULES for name in module.__all__]
     shown = {code: line for code, line in entries.items() if line.startswith("`")}
     assert shown == {error.code: f"`{error.__name__}`, exit code {error.exit_code}" for error in classes}
     assert len(entries) == text.count("\n### "), "an entry lacks its cause or its remedy"
@@ -52,7 +55,7 @@ def test_error_page_lists_every_class_with_code_cause_and_remedy() -> None:
 def test_error_page_lists_every_code_that_the_service_answers_without_a_class() -> None:
     text = (DOCS / "reference" / "errors.md").read_text("utf-8")
     shown = {code for code, line in re.findall(ENTRY, text, re.MULTILINE) if not line.startswith("`")}
-    classes = {getattr(module, name).code for module in (errors, service_errors) for name in module.__all__}
+    classes = {getattr(module, name).code for module in ERROR_MODULES for name in module.__all__}
     source = "".join(path.read_text("utf-8") for path in (ROOT / "runtime/echoquad_serve").rglob("*.py"))
     assert shown == set(re.findall(r'"(E_(?:HTTP|NOT|RESULT|INTERRUPTED)\w*)"', source)) - classes
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from echoquad import __version__
 
-PACKAGES = {"echoquad", "echoquad_runtime", "echoquad_train", "echoquad_export", "echoquad_serve"}
+PACKAGES = {"echoquad", "echoquad_runtime", "echoquad_train", "echoquad_export", "echoquad_deploy", "echoquad_serve"}
 
 
 def test_wheel_contains_only_the_packages(wheel: Path) -> None:
@@ -21,11 +21,17 @@ def test_wheel_contains_only_the_packages(wheel: Path) -> None:
     assert {name.partition("/")[0] for name in names} == PACKAGES | {info}
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
     assert {f"echoquad_train/recipes/{name}.toml" for name in ("transfer", "scratch")} <= set(names)
+    for name in ("install/install.sh", "install/install.ps1", "systemd/echoquad.service"):
+        assert f"echoquad_deploy/{name}" in names
     assert f"{info}/licenses/LICENSE" in names
-    endings = {Path(name).suffix for name in names if not name.startswith(info)}
+    endings = {Path(name).suffix for name in names if not name.startswith((info, "echoquad_deploy/"))}
     assert endings == {".css", ".html", ".j2", ".js", ".py", ".svg", ".toml", ".typed"}
+    deployed = {name for name in names if name.startswith("echoquad_deploy/") and not name.endswith((".py", ".typed"))}
+    assert {Path(name).suffix or Path(name).name for name in deployed} == {
+        *(".conf", ".ps1", ".service", ".sh", "Containerfile")
+    }
     assert not [name for name in names if re.search(r"\btest|conftest|\.pyc|\.partial", name)]
-    assert wheel.stat().st_size < 950_000  # code only: 894 kB in November 2026
+    assert wheel.stat().st_size < 1_050_000  # code only: 1,001 kB in November 2026
 
 
 def test_wheel_contains_each_file_of_the_packages(wheel: Path) -> None:
@@ -34,6 +40,7 @@ def test_wheel_contains_each_file_of_the_packages(wheel: Path) -> None:
     folders = (
         root / "echoquad",
         root / "runtime" / "echoquad_serve",
+        root / "export" / "echoquad_deploy",
         *(root / name / f"echoquad_{name}" for name in packages),
     )
     with zipfile.ZipFile(wheel) as archive:

@@ -51,7 +51,7 @@ EXIT_PARTIAL: Final = 5
 STDOUT: Final = Path("stdout")
 """The name of the standard output in error messages."""
 
-_LOGGERS: Final = ("echoquad", "echoquad_export", "echoquad_train", "echoquad_runtime")
+_LOGGERS: Final = ("echoquad", "echoquad_deploy", "echoquad_export", "echoquad_train", "echoquad_runtime")
 _PLAIN_SECONDS: Final = 10.0  # between two progress lines where no bar can be drawn
 
 _muted = False

@@ -33,9 +33,11 @@ COMMANDS: Final = {
     "bench": "bench bundle exam/ --json bench.json",
     "tune": "tune bundle exam/ --goal latency --max-p99-ms 40",
     "serve": "serve bundle --config service.toml",
+    "pack": "pack bundle --out stick --target aarch64 --python 3.11 --key key.pem",
     "doctor": "doctor --device cuda",
     "demo": "demo --out demo",
     "audit verify": "audit verify echoquad-service/audit --site-key echoquad-service/site.key",
+    "fleet check": "fleet check http://cart-1:8770 http://cart-2:8770 --expect bundle",
     "data audit": "data audit data --out audit --strict",
     "data split": "data split frames --out data --mode link",
     "data patches": "data patches data --out data_patches",
@@ -43,7 +45,11 @@ COMMANDS: Final = {
 }
 """The commands in the order of the help page, each with an example. See `load_command` for where they are."""
 
-GROUPS: Final = {"audit": "Check the service's audit log.", "data": "Check data sets and create them."}
+GROUPS: Final = {
+    "audit": "Check the service's audit log.",
+    "data": "Check data sets and create them.",
+    "fleet": "Look after many services.",
+}
 
 INTERRUPTED: Final = 130  # 128 + SIGINT: what Typer returns in place of a KeyboardInterrupt
 

@@ -29,7 +29,7 @@ COMMANDS = {
     ],
     ("export",): [
         *["RUN", "--out", "--precision", "--calibrate", "--calibration-frames", "--parity", "--golden"],
-        *["--frame-graph", "--sign-key", "--codes"],
+        *["--frame-graph", "--triton", "--sign-key", "--codes"],
     ],
     ("sign",): ["BUNDLE", "--key"],
     ("verify",): ["BUNDLE", "--device", "--precision", "--all-devices", "--threads", "--json", "--public-key"],
@@ -49,9 +49,18 @@ COMMANDS = {
         *["--seconds", "--exhaustive", "--seed", "--public-key", "--json", "--forget"],
     ],
     ("serve",): ["BUNDLE", "--config", "--port", "--store", "--source", "--shadow"],
-    ("doctor",): ["--device", "--json"],
+    ("doctor",): ["--device", "--json", "--report", "--bundle", "--config", "--log"],
+    ("pack",): [
+        *["BUNDLE", "--out", "--target", "--python", "--extras", "--key", "--config", "--wheel", "--glibc", "--check"],
+        *["--public-key"],
+    ],
     ("audit",): ["verify"],
     ("audit", "verify"): ["PATH", "--site-key"],
+    ("fleet",): ["check"],
+    ("fleet", "check"): [
+        *["URL", "--file", "--expect", "--late", "--timeout", "--token-file", "--ca", "--certificate", "--key"],
+        *["--json"],
+    ],
     ("data",): ["audit", "split", "patches", "phantom"],
     ("data", "audit"): ["DATA", "--out", "--patient-regex", "--strict", "--seed", "--matrices", "--flip", "--every"],
     ("data", "split"): [
@@ -62,7 +71,7 @@ COMMANDS = {
     ("demo",): ["--out", "--patients", "--epochs", "--serve", "--port", "--no-open"],
 }
 
-GROUPS = (("audit",), ("data",))
+GROUPS = (("audit",), ("data",), ("fleet",))
 
 ROOT = Path(__file__).parents[3]
 
