@@ -8,7 +8,7 @@ import importlib
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -144,13 +144,13 @@ def packed(
     keys: Path,
     pip_settings: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[PackedStick]:
+) -> PackedStick:
     """Return a signed stick for aarch64 and Python 3.12. Shared: tests must not change it."""
     out = tmp_path_factory.mktemp("packed") / "stick"
     with pytest.MonkeyPatch.context() as patch:
         for name, value in pip_settings.items():
             patch.setenv(name, value)
-        yield pack_stick(tiny_bundle, out, Target("aarch64", "3.12"), key=keys / "ours.pem", wheel=own_wheel)
+        return pack_stick(tiny_bundle, out, Target("aarch64", "3.12"), key=keys / "ours.pem", wheel=own_wheel)
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def test_rounding_of_features_without_variation_does_not_change_the_score(member
 # The graph
 
 
-@pytest.fixture(params=["single", "ensemble", "ensemble with flips"])
+@pytest.fixture(params=["single", pytest.param("ensemble", marks=pytest.mark.slow), "ensemble with flips"])
 def model(request: pytest.FixtureRequest, thin_model: Callable[[Contract], Any]) -> Any:
     if request.param == "single":
         return thin_model(CONTRACT)
