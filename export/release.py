@@ -9,7 +9,6 @@ byte differs, there is no release.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import re
 import subprocess
@@ -23,13 +22,13 @@ from pathlib import Path
 from typing import Final
 
 from echoquad_deploy.sbom import write_sbom
-from echoquad_runtime.bundle.signature import import_extra, read_key
+from echoquad_deploy.stick.sums import sign_sums, write_sums
+from echoquad_runtime.bundle.signature import read_key
 from echoquad_runtime.errors import ConfigError, EchoQuadError, HostError, VerificationError
 from echoquad_runtime.storage.atomic_folder import atomic_folder
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 VERSION_FILE: Final = "runtime/echoquad_runtime/_version.py"
-SUMS: Final = "SHA256SUMS"
 # What a build may see of the machine. Each build has its own values, which must not matter.
 SURROUNDINGS: Final[tuple[Mapping[str, str], ...]] = (
     {"LC_ALL": "C", "TZ": "UTC0", "PYTHONHASHSEED": "1", "umask": "022"},
@@ -156,7 +155,8 @@ def write_release(out: Path, key: Path | None) -> list[str]:
     """
     version = read_version()
     check(version, out)
-    private = None if key is None else read_key(key, private=True)
+    if key is not None:
+        read_key(key, private=True)  # before the build, which takes seconds
     epoch = git("log", "-1", "--format=%ct")
     with tempfile.TemporaryDirectory(prefix="echoquad-release-") as temporary:
         files = build_twice(Path(temporary), version, epoch)
@@ -171,13 +171,9 @@ def write_release(out: Path, key: Path | None) -> list[str]:
                 version=version,
                 time=datetime.fromtimestamp(int(epoch), UTC),
             )
-            names = sorted(path.name for path in folder.iterdir())
-            sums = "".join(f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
-            (folder / SUMS).write_bytes(sums.encode("ascii"))
-            if private is not None:
-                ec = import_extra("cryptography.hazmat.primitives.asymmetric.ec")
-                hashes = import_extra("cryptography.hazmat.primitives.hashes")
-                (folder / f"{SUMS}.sig").write_bytes(private.sign(sums.encode("ascii"), ec.ECDSA(hashes.SHA256())))
+            write_sums(folder)
+            if key is not None:
+                sign_sums(folder, key)
             return sorted(path.name for path in folder.iterdir())
 
 

@@ -11,7 +11,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hashlib
+import importlib
 import pickle
+import subprocess
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -99,6 +101,45 @@ def make_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
             lock.release()
 
     return once
+
+
+# Keys and certificates
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with two key pairs, NAME.pem and NAME.pub.pem: ours and theirs."""
+    ec = importlib.import_module("cryptography.hazmat.primitives.asymmetric.ec")
+    form = importlib.import_module("cryptography.hazmat.primitives.serialization")
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("ours", "theirs"):
+        key = ec.generate_private_key(ec.SECP256R1())
+        private = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption())
+        public = key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo)
+        (folder / f"{name}.pem").write_bytes(private)
+        (folder / f"{name}.pub.pem").write_bytes(public)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with an authority, a certificate for localhost, and one of a client."""
+    folder = tmp_path_factory.mktemp("certificates")
+
+    def openssl(*arguments: str) -> None:
+        try:
+            subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True, timeout=60)
+        except FileNotFoundError:
+            pytest.skip("needs Debian's openssl")
+
+    new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    openssl("req", "-x509", *new_key, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=Test CA", "-days", "2")
+    folder.joinpath("names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+    for name in ("server", "client"):
+        openssl("req", *new_key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        authority = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "names")
+        openssl("x509", "-req", "-in", f"{name}.csr", *authority, "-out", f"{name}.pem", "-days", "2")
+    return folder
 
 
 # Frames

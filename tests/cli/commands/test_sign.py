@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,21 +10,6 @@ from typing import Any
 import pytest
 
 pytest.importorskip("model_signing")
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with two key pairs: ours and theirs."""
-    ec = importlib.import_module("cryptography.hazmat.primitives.asymmetric.ec")
-    form = importlib.import_module("cryptography.hazmat.primitives.serialization")
-    folder = tmp_path_factory.mktemp("keys")
-    for name in ("ours", "theirs"):
-        key = ec.generate_private_key(ec.SECP256R1())
-        private = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption())
-        public = key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo)
-        (folder / f"{name}.pem").write_bytes(private)
-        (folder / f"{name}.pub.pem").write_bytes(public)
-    return folder
 
 
 def test_signed_bundle_is_used_with_its_public_key(

@@ -172,7 +172,7 @@ def test_release_on_another_machine_has_the_same_bytes(
 
 @pytest.mark.slow
 def test_build_that_depends_on_the_machine_is_no_release(clone: Path, changed: Callable[[str, str, str], None]) -> None:
-    """Let the build write the time zone into the wheel, as a careless hook does."""
+    """Make the build write the time zone into the wheel, as a careless hook does."""
     hook = "import os\nfrom hatchling.builders.hooks.plugin.interface import BuildHookInterface as Base\n\n\n"
     hook += "class Hook(Base):\n    def initialize(self, version, data):\n"
     hook += (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import importlib
 import shutil
 import sys
 import zipfile
@@ -115,26 +114,10 @@ def pip_settings(registry: Path) -> dict[str, str]:
 
 @pytest.fixture
 def offline(pip_settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let pip know the folder `registry` and no network; return that folder."""
+    """Make pip know the folder `registry` and no network; return that folder."""
     for name, value in pip_settings.items():
         monkeypatch.setenv(name, value)
     return Path(pip_settings["PIP_FIND_LINKS"])
-
-
-@pytest.fixture(scope="session")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with two key pairs: ours and theirs."""
-    pytest.importorskip("model_signing")
-    ec = importlib.import_module("cryptography.hazmat.primitives.asymmetric.ec")
-    form = importlib.import_module("cryptography.hazmat.primitives.serialization")
-    folder = tmp_path_factory.mktemp("keys")
-    for name in ("ours", "theirs"):
-        key = ec.generate_private_key(ec.SECP256R1())
-        private = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption())
-        public = key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo)
-        (folder / f"{name}.pem").write_bytes(private)
-        (folder / f"{name}.pub").write_bytes(public)
-    return folder
 
 
 @pytest.fixture(scope="session")

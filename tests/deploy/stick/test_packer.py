@@ -91,7 +91,7 @@ def test_facts_name_release_target_and_bundle(packed: PackedStick, tiny_bundle: 
 def test_bundle_on_the_stick_is_signed_and_the_original_is_not_changed(
     packed: PackedStick, tiny_bundle: Path, keys: Path
 ) -> None:
-    assert Bundle(packed.folder / "bundle", public_key=keys / "ours.pub").signed_by
+    assert Bundle(packed.folder / "bundle", public_key=keys / "ours.pub.pem").signed_by
     assert not (tiny_bundle / "model.sig").exists()
 
 
@@ -137,7 +137,7 @@ def test_given_configuration_and_signature_of_the_bundle_stay_as_they_are(
     config.write_text("[http]\nport = 9999\n")
     packed = pack_stick(bundle, tmp_path / "stick", TARGET, wheel=own_wheel, config=config)
     assert (packed.folder / "config" / "service.toml").read_bytes() == config.read_bytes()
-    assert Bundle(packed.folder / "bundle", public_key=keys / "theirs.pub").signed_by
+    assert Bundle(packed.folder / "bundle", public_key=keys / "theirs.pub.pem").signed_by
     assert not (packed.folder / "keys").exists()
 
 
@@ -225,7 +225,7 @@ def test_key_that_cannot_sign_is_refused_first(
     path = tmp_path / "key.pem"
     pkcs8 = (form.Encoding.PEM, form.PrivateFormat.PKCS8)
     if kind == "public":
-        path = keys / "ours.pub"
+        path = keys / "ours.pub.pem"
     elif kind == "rsa":
         path.write_bytes(rsa.generate_private_key(65537, 2048).private_bytes(*pkcs8, form.NoEncryption()))
     elif kind == "encrypted":

@@ -101,8 +101,8 @@ def test_stick_installs_and_decides_without_a_network(
     bundle = real_stick.folder / "bundle"
     commands: Sequence[Sequence[str | Path]] = (
         ["doctor"],
-        ["verify", bundle, "--public-key", keys / "ours.pub"],
-        ["predict", bundle, frames_folder, "--public-key", keys / "ours.pub", "--out", tmp_path / "decisions.csv"],
+        ["verify", bundle, "--public-key", keys / "ours.pub.pem"],
+        ["predict", bundle, frames_folder, "--public-key", keys / "ours.pub.pem", "--out", tmp_path / "decisions.csv"],
     )
     doctor, verified, predicted = (without_network(installed / "echoquad", *line, cwd=tmp_path) for line in commands)
     assert doctor.returncode == 0, doctor.stdout + doctor.stderr
@@ -122,7 +122,7 @@ def test_installed_program_checks_sticks_and_packs_its_own_wheel(
     real_stick: PackedStick, installed: Path, keys: Path, tmp_path: Path
 ) -> None:
     """The repacked wheel has the bytes of every file of the wheel from which it was installed."""
-    line = ["pack", "--check", real_stick.folder, "--public-key", keys / "ours.pub"]
+    line = ["pack", "--check", real_stick.folder, "--public-key", keys / "ours.pub.pem"]
     checked = without_network(installed / "echoquad", *line, cwd=tmp_path)
     assert (checked.returncode, checked.stderr) == (0, "")
     code = "import sys; from pathlib import Path; from echoquad_deploy.stick.own_wheel import make_own_wheel as make"
@@ -172,7 +172,7 @@ def test_stick_for_aarch64_is_complete(python: str, tiny_bundle: Path, keys: Pat
     target = Target("aarch64", python)
     extras = ["cpu", "dicom", "pacs", "serve", "video"]
     packed = pack(tiny_bundle, tmp_path / "stick", target, extras=extras, key=keys / "ours.pem")
-    verify_stick(packed.folder, keys / "ours.pub")
+    verify_stick(packed.folder, keys / "ours.pub.pem")
     paths = sorted((packed.folder / "wheels").iterdir())
     versions = {}
     version = tuple(map(int, python.split(".")))
@@ -249,7 +249,7 @@ def test_installer_of_the_stick_installs_it_and_refuses_changed_copies(
     root = open_folder / "root"
     root.mkdir()
     stick = shutil.copytree(real_stick.folder, open_folder / "stick")
-    command = ["bash", stick / "install.sh", "--key", keys / "ours.pub", "--root", root, "--python", program]
+    command = ["bash", stick / "install.sh", "--key", keys / "ours.pub.pem", "--root", root, "--python", program]
     for name in ("README.txt", "sbom.cdx.json", "licences/README.txt", "bundle/model.fp32.onnx"):
         data = (stick / name).read_bytes()
         (stick / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
@@ -257,7 +257,7 @@ def test_installer_of_the_stick_installs_it_and_refuses_changed_copies(
         assert refused.returncode == 3 and f"{name} was damaged or changed" in refused.stderr, refused
         (stick / name).write_bytes(data)
     assert list(root.rglob("opt")) == []
-    other = without_network(*command[:3], keys / "theirs.pub", *command[4:], cwd=open_folder)
+    other = without_network(*command[:3], keys / "theirs.pub.pem", *command[4:], cwd=open_folder)
     assert other.returncode == 3 and "which is not the expected one" in other.stderr
     ended = without_network(*command, cwd=open_folder)
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -266,7 +266,7 @@ def test_installer_of_the_stick_installs_it_and_refuses_changed_copies(
     version = without_network(current / "venv" / "bin" / "echoquad", "--version", cwd=open_folder)
     assert version.stdout == f"echoquad {__version__}\n"
     assert load_config(root / "etc" / "echoquad" / "service.toml").model.public_key == root / "etc/echoquad/bundle.pub"
-    assert (root / "etc" / "echoquad" / "bundle.pub").read_bytes() == (keys / "ours.pub").read_bytes()
+    assert (root / "etc" / "echoquad" / "bundle.pub").read_bytes() == (keys / "ours.pub.pem").read_bytes()
 
 
 def test_stick_for_windows_is_complete(tiny_bundle: Path, keys: Path, tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_stick_for_windows_is_complete(tiny_bundle: Path, keys: Path, tmp_path: 
     target = Target("win_amd64", "3.12")
     extras = ["dicom", "pacs", "serve", "video"]
     packed = pack(tiny_bundle, tmp_path / "stick", target, extras=extras, key=keys / "ours.pem")
-    facts = verify_stick(packed.folder, keys / "ours.pub").facts
+    facts = verify_stick(packed.folder, keys / "ours.pub.pem").facts
     assert facts["target"] == "win_amd64" and "glibc" not in facts
     assert "install.ps1 -Key bundle.pub" in " ".join((packed.folder / "README.txt").read_text().split())
     config = packed.folder / "config" / "service.toml"

@@ -48,7 +48,7 @@ def test_sums_and_signature_pass_sha256sum_and_openssl(packed: PackedStick, keys
     assert [line[66:] for line in lines] == sorted(listed)
     verify = [
         "-verify",
-        keys / "ours.pub",
+        keys / "ours.pub.pem",
         "-signature",
         packed.folder / "SHA256SUMS.sig",
         packed.folder / "SHA256SUMS",
@@ -68,13 +68,13 @@ def test_stick_survives_the_file_system_of_a_usb_stick(packed: PackedStick, keys
         ["mcopy", "-s", "-i", image, "::stick", back],
     ):
         subprocess.run(list(map(str, command)), check=True, capture_output=True)
-    assert verify_stick(back / "stick", keys / "ours.pub").files == verify_stick(packed.folder).files
+    assert verify_stick(back / "stick", keys / "ours.pub.pem").files == verify_stick(packed.folder).files
 
 
 def test_fingerprint_is_that_of_the_der_form(packed: PackedStick, keys: Path, tmp_path: Path) -> None:
-    openssl("pkey", "-pubin", "-in", keys / "ours.pub", "-outform", "DER", "-out", tmp_path / "key.der")
+    openssl("pkey", "-pubin", "-in", keys / "ours.pub.pem", "-outform", "DER", "-out", tmp_path / "key.der")
     assert openssl("dgst", "-sha256", "-r", tmp_path / "key.der").split()[0] == packed.fingerprint
-    assert (packed.folder / "keys" / "bundle.pub").read_bytes() == (keys / "ours.pub").read_bytes()
+    assert (packed.folder / "keys" / "bundle.pub").read_bytes() == (keys / "ours.pub.pem").read_bytes()
 
 
 @pytest.mark.parametrize("curve", ["prime256v1", "secp384r1", "secp521r1"])
@@ -92,7 +92,7 @@ def test_one_line_of_openssl_verifies_the_signature_of_every_curve(curve: str, t
 
 
 def test_intact_stick_passes_with_and_without_the_key(packed: PackedStick, keys: Path) -> None:
-    trusted, alone = verify_stick(packed.folder, keys / "ours.pub"), verify_stick(packed.folder)
+    trusted, alone = verify_stick(packed.folder, keys / "ours.pub.pem"), verify_stick(packed.folder)
     assert (trusted.trusted, alone.trusted) == (True, False)
     assert trusted.fingerprint == alone.fingerprint == packed.fingerprint
     assert trusted.facts["target"] == "aarch64"
@@ -100,7 +100,7 @@ def test_intact_stick_passes_with_and_without_the_key(packed: PackedStick, keys:
 
 def test_stick_signed_by_another_key_is_refused(packed: PackedStick, keys: Path) -> None:
     with pytest.raises(StickError, match=r"not signed by the key of .*theirs\.pub") as error:
-        verify_stick(packed.folder, keys / "theirs.pub")
+        verify_stick(packed.folder, keys / "theirs.pub.pem")
     assert (error.value.code, error.value.exit_code) == ("E_STICK", 3)
 
 
@@ -118,9 +118,9 @@ def test_a_changed_byte_in_any_file_is_noticed(packed: PackedStick, stick: Path,
         middle = len(original) // 2
         (stick / name).write_bytes(original[:middle] + bytes([original[middle] ^ 1]) + original[middle + 1 :])
         with pytest.raises(StickError, match=r"changed|damaged|signed"):
-            verify_stick(stick, keys / "ours.pub")
+            verify_stick(stick, keys / "ours.pub.pem")
         (stick / name).write_bytes(original)
-    verify_stick(stick, keys / "ours.pub")
+    verify_stick(stick, keys / "ours.pub.pem")
 
 
 def test_a_missing_file_is_noticed_whichever_it_is(packed: PackedStick, stick: Path, keys: Path) -> None:
@@ -128,9 +128,9 @@ def test_a_missing_file_is_noticed_whichever_it_is(packed: PackedStick, stick: P
     for name in sorted(names):
         (stick / name).rename(stick.parent / "away")
         with pytest.raises(StickError, match="missing"):
-            verify_stick(stick, keys / "ours.pub")
+            verify_stick(stick, keys / "ours.pub.pem")
         (stick.parent / "away").rename(stick / name)
-    verify_stick(stick, keys / "ours.pub")
+    verify_stick(stick, keys / "ours.pub.pem")
 
 
 def _add_file(stick: Path) -> None:
@@ -190,18 +190,18 @@ CHANGES = (
 def test_change_is_noticed(change: Callable[[Path], None], message: str, stick: Path, keys: Path) -> None:
     change(stick)
     with pytest.raises(StickError, match=message):
-        verify_stick(stick, keys / "ours.pub")
+        verify_stick(stick, keys / "ours.pub.pem")
 
 
 def test_stick_that_somebody_else_signed_again_passes_only_without_the_owners_key(stick: Path, keys: Path) -> None:
     """The key on a stick proves nothing: whoever changes the stick can change the key as well."""
     (stick / "install.sh").write_text("evil")
-    (stick / "keys" / "bundle.pub").write_bytes((keys / "theirs.pub").read_bytes())
+    (stick / "keys" / "bundle.pub").write_bytes((keys / "theirs.pub.pem").read_bytes())
     write_sums(stick)
     sign_sums(stick, keys / "theirs.pem")
     assert not verify_stick(stick).trusted
     with pytest.raises(StickError, match="not signed by the key"):
-        verify_stick(stick, keys / "ours.pub")
+        verify_stick(stick, keys / "ours.pub.pem")
 
 
 def test_bundle_of_another_key_on_a_stick_of_the_owners_key_is_refused(stick: Path, keys: Path) -> None:
@@ -211,7 +211,7 @@ def test_bundle_of_another_key_on_a_stick_of_the_owners_key_is_refused(stick: Pa
     write_sums(stick)
     sign_sums(stick, keys / "ours.pem")
     with pytest.raises(StickError, match="signed by another key"):
-        verify_stick(stick, keys / "ours.pub")
+        verify_stick(stick, keys / "ours.pub.pem")
 
 
 def _repack(stick: Path, name: str, data: bytes) -> None:

@@ -214,7 +214,7 @@ def test_error_that_ended_the_service_is_kept_by_its_code(texts: ProgramTexts) -
 
 @pytest.mark.skipif(os.name == "nt", reason="the stand-ins are shell scripts")
 def test_journal_and_unit_are_asked_and_reduced(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let stand-ins for journalctl and systemctl print values of patients among what they usually print."""
+    """Make stand-ins for journalctl and systemctl print values of patients among what they usually print."""
     programs = {
         "journalctl": f"echo '{log_line(message='a request has ended', route=NAME, ms=2)}'; echo 'started by {NAME}'",
         "systemctl": f"echo ActiveState=active; echo NRestarts=3; echo Description={NAME}; echo SubState='{NAME} x'",
