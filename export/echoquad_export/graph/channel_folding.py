@@ -7,7 +7,8 @@ are normalised alike.
 
 from __future__ import annotations
 
-import torch
+import copy
+
 from torch import nn
 
 __all__ = ["fold_first_convolution", "sum_input_channels"]
@@ -18,20 +19,9 @@ def sum_input_channels(convolution: nn.Conv2d) -> nn.Conv2d:
 
     The sum is computed in float64, so that only the final rounding differs.
     """
-    folded = nn.Conv2d(
-        1,
-        convolution.out_channels,
-        convolution.kernel_size,  # type: ignore[arg-type]  # torch annotates tuples of any length
-        convolution.stride,  # type: ignore[arg-type]
-        convolution.padding,  # type: ignore[arg-type]
-        convolution.dilation,  # type: ignore[arg-type]
-        bias=convolution.bias is not None,
-        padding_mode=convolution.padding_mode,
-    )
-    with torch.no_grad():
-        folded.weight.copy_(convolution.weight.double().sum(dim=1, keepdim=True))
-        if convolution.bias is not None and folded.bias is not None:
-            folded.bias.copy_(convolution.bias)
+    folded = copy.deepcopy(convolution)  # of the same class: timm's may pad as TensorFlow does
+    folded.in_channels = 1
+    folded.weight = nn.Parameter(convolution.weight.double().sum(dim=1, keepdim=True).to(convolution.weight.dtype))
     return folded
 
 

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from echoquad_runtime.bundle.onnx_header import OUTPUTS, TYPICALITY
 from echoquad_runtime.contract import QUADRANTS, Contract
 from echoquad_runtime.engine.io_binding import FloatArray, InferenceOutput, own_position
-from echoquad_train.networks.backbones import Backbone
+from echoquad_train.networks.backbone_parts import Backbone
 from echoquad_train.networks.classifier import QuadrantClassifier
 from echoquad_train.networks.ensemble_classifier import EnsembleClassifier
 from echoquad_train.networks.torch_engine import TorchEngine
@@ -154,6 +154,7 @@ class FeatureTap:
 
     def __init__(self, backbone: nn.Module, parts: Backbone) -> None:
         self._module = backbone.get_submodule(parts.layer3[-1])
+        self._sides = (1, 2) if parts.channels_last else (2, 3)
 
     def __enter__(self) -> Self:
         self._handle = self._module.register_forward_hook(self._collect)
@@ -163,8 +164,8 @@ class FeatureTap:
         self._handle.remove()
 
     def _collect(self, _: nn.Module, __: object, output: Tensor) -> None:
-        # Feature maps [N, D, h, w], or the patches of a transformer [N, T, D].
-        self.features = output.float().mean((2, 3) if output.ndim == 4 else 1)
+        # Feature maps [N, D, h, w] or [N, h, w, D], or the patches of a transformer [N, T, D].
+        self.features = output.float().mean(self._sides if output.ndim == 4 else 1)
 
 
 class ReferenceEngine(TorchEngine):

@@ -70,7 +70,7 @@ def _of_run(run: Run) -> dict[str, Any]:
         return {
             **{key: info[key] for key in _RUN_KEYS},
             # The audit in a run holds counts only, no names.
-            **{key: info[key] for key in ("teacher", "fit", "calibration", "audit") if key in info},
+            **{key: info[key] for key in ("pretrained", "teacher", "fit", "calibration", "audit") if key in info},
             "frames": data["frames"],
             "unreadable": len(data["unreadable"]),
             **({"reading": data["reading"]} if "reading" in data else {}),

@@ -154,6 +154,9 @@ def _training(manifest: Mapping[str, Any]) -> Section:
         blocks.append(Paragraph(_fill(text, training)))
     if (audit := _at(training, "audit")) is not None:
         blocks.append(_leaks(audit))
+    if (origin := _at(training, "pretrained")) is not None:
+        text = "Initial weights: {source}, SHA-256 {sha256}, licence {license}."
+        blocks.append(Paragraph(_fill(text, origin)))
     if (teacher := _at(training, "teacher")) is not None:
         blocks.append(Paragraph(f"Distilled from a teacher ({format_value(teacher)})."))
     if (linear := _at(training, "fit")) is not None:

@@ -15,7 +15,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ConfigError
 from echoquad_train.networks.backbones import BACKBONES, build_backbone, check_backbone
-from echoquad_train.networks.classifier import QuadrantClassifier, load_pretrained, set_trainable
+from echoquad_train.networks.classifier import QuadrantClassifier, set_trainable
+from echoquad_train.networks.pretrained import load_pretrained
 from echoquad_train.recipe import Recipe
 from echoquad_train.training.optimizer_schedule import OptimizerSchedule, Phase
 
@@ -182,7 +183,8 @@ def test_unknown_backbone_is_refused_with_suggestion(wrong: str, meant: str) -> 
     with pytest.raises(ConfigError) as error:
         QuadrantClassifier(wrong, CONTRACT)
     assert str(error.value) == (
-        f"backbone {wrong!r} found; did you mean {meant}? expected one of {', '.join(BACKBONES)}"
+        f"backbone {wrong!r} found; did you mean {meant}? expected one of {', '.join(BACKBONES)}, or timm:NAME with a "
+        "network of timm"
     )
 
 
@@ -216,7 +218,7 @@ def test_imagenet_classifier_is_not_loaded(name: str, monkeypatch: pytest.Monkey
 
 
 def assert_loads(name: str, file: dict[str, Any], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("echoquad_train.networks.classifier._read_weights", lambda _: file)
+    monkeypatch.setattr("echoquad_train.networks.pretrained._read_file", lambda _: (file, ""))
     body, _ = build_backbone(name, 64)
     load_pretrained(body, name, "weights.pth")
     for key, value in body.state_dict().items():
@@ -255,7 +257,7 @@ def test_position_embeddings_are_interpolated(monkeypatch: pytest.MonkeyPatch) -
     state = small_transformer("vit_b_16").state_dict()
     ramp = torch.linspace(0, 1, 14)
     state["encoder.pos_embedding"][0, 1:] = (ramp[:, None] + 3 * ramp).reshape(-1, 1)
-    monkeypatch.setattr("echoquad_train.networks.classifier._read_weights", lambda _: state)
+    monkeypatch.setattr("echoquad_train.networks.pretrained._read_file", lambda _: (state, ""))
     body, _ = build_backbone("vit_b_16", 64)
     load_pretrained(body, "vit_b_16", "weights.pth")
     found = body.state_dict()["encoder.pos_embedding"]
@@ -276,7 +278,7 @@ def test_former_transformer_names_and_invalid_embeddings(monkeypatch: pytest.Mon
     assert_loads("vit_b_16", then, state, monkeypatch)
     for places in (torch.zeros(1, 20, 8), torch.zeros(2, 17, 8), torch.zeros(1, 10, 9), torch.zeros(17, 8)):
         monkeypatch.setattr(
-            "echoquad_train.networks.classifier._read_weights", lambda _, it=places: {**state, POSITIONS: it}
+            "echoquad_train.networks.pretrained._read_file", lambda _, it=places: ({**state, POSITIONS: it}, "")
         )
         with pytest.raises(ConfigError, match="pos_embedding"):
             load_pretrained(build_backbone("vit_b_16", 64)[0], "vit_b_16", "weights.pth")

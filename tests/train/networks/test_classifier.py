@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import ConfigError, DeviceUnavailableError
 from echoquad_train.networks.backbones import BACKBONES
-from echoquad_train.networks.classifier import QuadrantClassifier, build_model, load_pretrained
+from echoquad_train.networks.classifier import QuadrantClassifier, build_model
 from echoquad_train.networks.device import autocast_dtype, choose_device
+from echoquad_train.networks.pretrained import load_pretrained
 from echoquad_train.networks.torch_engine import TorchEngine
 from echoquad_train.recipe import Recipe
 
@@ -86,7 +87,10 @@ def test_torch_engine_returns_outputs_of_model(thin: None) -> None:
 def test_unknown_backbone_is_refused(name: str) -> None:
     with pytest.raises(ConfigError) as error:
         QuadrantClassifier(name, TWO)
-    assert line(error) == f"backbone {name!r} found; expected one of {', '.join(BACKBONES)}"
+    assert (
+        line(error)
+        == f"backbone {name!r} found; expected one of {', '.join(BACKBONES)}, or timm:NAME with a network of timm"
+    )
 
 
 # Weights from a file
@@ -136,7 +140,7 @@ def test_weights_of_other_network_are_refused() -> None:
     before = {name: value.clone() for name, value in body.state_dict().items()}
     with pytest.MonkeyPatch.context() as patch:
         other = torchvision.models.get_model("resnet34", weights=None).state_dict()
-        patch.setattr("echoquad_train.networks.classifier._read_weights", lambda _: other)
+        patch.setattr("echoquad_train.networks.pretrained._read_file", lambda _: (other, ""))
         with pytest.raises(ConfigError) as error:
             load_pretrained(body, "resnet18", "other.pth")
     assert "weights other.pth: " in line(error) and "expected weights of a resnet18" in line(error)

@@ -148,6 +148,8 @@ def fit_linear(
             data, recipe, contract, (train, validation), failures, torch_device.type, "fp32", reading=reading
         )
         metadata |= {"fit": probe.metadata, "patient_regex": patient_regex, "audit": leaks.counts}
+        if model.pretrained:
+            metadata["pretrained"] = model.pretrained.to_dict()
         # Before the recipe: with a recipe alone, --resume would train a network.
         run_metadata.write_run(folder, metadata, [], finished=False)
         write_bytes(folder / checkpoint.RECIPE, recipe.to_toml().encode())

@@ -30,7 +30,7 @@ from echoquad_train.fitting.resume import (
     open_run_folder,
     remove_recipe_on_failure,
     require_same_teacher,
-    saved_text,
+    saved_value,
     state_errors,
 )
 from echoquad_train.fitting.run_temperatures import fit_run_temperatures
@@ -217,7 +217,7 @@ class TrainingRun:
         recipe, device = self.recipe, self.device
         state = self.ranks.from_first(lambda: open_run_folder(self.folder, recipe, self.resume))
         if self.resume and self.patient_regex is None:
-            self.patient_regex = saved_text(self.folder, "patient_regex")
+            self.patient_regex = saved_value(self.folder, "patient_regex", str)
         pattern = patient_pattern(self.patient_regex)
         self._read_splits(state)
         teacher = load_teacher(teacher_folder, self.contract, device) if teacher_folder else None
@@ -291,8 +291,11 @@ class TrainingRun:
         if small := progressive_epochs(self.recipe):
             self.metadata["progressive_epochs"] = small
         self.metadata |= self.extra_metadata
+        origin = self.model.pretrained.to_dict() if self.model.pretrained else None
+        if origin or (origin := saved_value(self.folder, "pretrained", dict) if self.resume else None):
+            self.metadata["pretrained"] = origin
         if self.resume:
-            self.metadata["created"] = saved_text(self.folder, "created") or self.metadata["created"]
+            self.metadata["created"] = saved_value(self.folder, "created", str) or self.metadata["created"]
 
     def _build_trainer(
         self, dtype: torch.dtype | None, distillation: Distillation | None, state: Mapping[str, Any] | None

@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, TypeVar
 
 from echoquad_runtime.errors import DatasetError, EchoQuadError, RunError
 from echoquad_runtime.storage.atomic import TEMPORARY_SUFFIX, make_folder, output_errors
@@ -24,9 +24,11 @@ __all__ = [
     "refuse_occupied",
     "remove_recipe_on_failure",
     "require_same_teacher",
-    "saved_text",
+    "saved_value",
     "state_errors",
 ]
+
+_Value = TypeVar("_Value")
 
 LOCK: Final = ".lock"
 """File in a run folder that the training process has locked."""
@@ -249,10 +251,10 @@ def remove_recipe_on_failure(folder: Path, *, enabled: bool) -> Iterator[None]:
         raise
 
 
-def saved_text(folder: Path, key: Literal["created", "patient_regex"]) -> str | None:
-    """Return a text from the ``run.json`` of a resumed run; None if it is missing."""
+def saved_value(folder: Path, key: str, kind: type[_Value]) -> _Value | None:
+    """Return a value from the ``run.json`` of a resumed run; None if it is missing or of another type."""
     try:
         value = checkpoint.read_info(folder).get(key)
     except RunError:  # killed before it was written
         return None
-    return value if isinstance(value, str) else None
+    return value if isinstance(value, kind) else None

@@ -1,4 +1,4 @@
-"""Backbones: the properties of each supported torchvision network.
+"""Backbones: torchvision's supported networks and their properties; timm's are described by `timm_backbones`.
 
 All receive grey levels on three equal channels, with mean 0.5 and standard deviation 0.5, as in the reference pipeline.
 GoogLeNet's ImageNet weights expect exactly that. The others were trained with a mean and standard deviation for each
@@ -11,59 +11,20 @@ from __future__ import annotations
 import difflib
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import torchvision
 from torch import nn
 
 from echoquad_runtime.errors import ConfigError
+from echoquad_train.networks.backbone_parts import Backbone
+from echoquad_train.networks.timm_backbones import PREFIX, build_timm, check_timm_size, timm_backbone
 
-__all__ = ["BACKBONES", "Backbone", "build_backbone", "check_backbone"]
+__all__ = ["BACKBONES", "backbone_parts", "build_backbone", "check_backbone"]
 
 MOMENTUM: Final = 0.1
 """Of batch statistics: the default of torch and the ResNets. MobileNet's 0.01 averages over hundreds of batches, which
 suits ImageNet; an epoch here has ten to a few hundred, and validation uses the statistics that they leave."""
-
-
-@dataclass(frozen=True, slots=True)
-class Backbone:
-    """Parts and limits of a network, by torchvision's names.
-
-    Attributes
-    ----------
-    classifier
-        The linear layer that outputs ImageNet's classes. Everything before it is the backbone, including hidden linear
-        layers and the dropout between them.
-    layer4, layer3
-        The modules that a recipe calls by these names of a ResNet: layer3 reduces feature maps from 1/8 to 1/16 of the
-        input's side, layer4 from 1/16 to 1/32. Layers behind the last map belong to layer4. In a transformer, layer4 is
-        the last quarter of the blocks and layer3 the quarter before.
-    mixed_on_cpu
-        Whether mixed precision speeds up training on a CPU with native bfloat16. Depthwise convolutions take twice as
-        long in bfloat16 as in float32 (torch 2.14).
-    min_input_size
-        Smallest input size in pixels that leaves a feature map at the end.
-    patch_size
-        Side of a vision transformer's patches, which must divide the input size; 0 for other networks. Its position
-        embeddings fix the input size.
-    unused
-        Parts of an ImageNet checkpoint that the backbone does not have.
-    renamed
-        Regular expressions and replacements for tensor names in ImageNet checkpoints older than the network's code.
-    options
-        Arguments of torchvision's builder.
-    """
-
-    classifier: str
-    layer4: tuple[str, ...]
-    layer3: tuple[str, ...]
-    mixed_on_cpu: bool = True
-    min_input_size: int = 8
-    patch_size: int = 0
-    unused: tuple[str, ...] = ()
-    renamed: tuple[tuple[str, str], ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 _RESNET: Final = Backbone("fc", ("layer4",), ("layer3",))
@@ -119,6 +80,31 @@ BACKBONES: Final[Mapping[str, Backbone]] = {
 }
 
 
+def backbone_parts(name: str) -> Backbone:
+    """Return the properties of a backbone.
+
+    Parameters
+    ----------
+    name
+        A name from `BACKBONES`, or ``timm:`` and the name of a network of timm.
+
+    Raises
+    ------
+    ConfigError
+        If the backbone is unknown or unsuitable, or timm is not installed.
+    """
+    if name.startswith(PREFIX):
+        return timm_backbone(name)
+    if name not in BACKBONES:
+        similar = difflib.get_close_matches(name.lower(), BACKBONES, 1)
+        hint = f"did you mean {similar[0]}? " if similar else ""
+        raise ConfigError(
+            f"backbone {name!r} found; {hint}expected one of {', '.join(BACKBONES)}, or {PREFIX}NAME with a network of "
+            "timm"
+        )
+    return BACKBONES[name]
+
+
 def check_backbone(name: str, size: int) -> None:
     """Check the name of a backbone and its input size.
 
@@ -127,11 +113,8 @@ def check_backbone(name: str, size: int) -> None:
     ConfigError
         If the backbone is unknown or does not accept the input size.
     """
-    if name not in BACKBONES:
-        similar = difflib.get_close_matches(name.lower(), BACKBONES, 1)
-        hint = f"did you mean {similar[0]}? " if similar else ""
-        raise ConfigError(f"backbone {name!r} found; {hint}expected one of {', '.join(BACKBONES)}")
-    patch, least = BACKBONES[name].patch_size, BACKBONES[name].min_input_size
+    parts = backbone_parts(name)
+    patch, least = parts.patch_size, parts.min_input_size
     if patch and size % patch:
         lower = max(size // patch, 1) * patch
         raise ConfigError(
@@ -143,6 +126,8 @@ def check_backbone(name: str, size: int) -> None:
             f"backbone {name}: input size {size} found; expected at least {least}, because smaller inputs leave no "
             f"feature map; do: --input-size {least} or more, or use another backbone"
         )
+    if name.startswith(PREFIX):
+        check_timm_size(name, size)
 
 
 def build_backbone(name: str, size: int = 224) -> tuple[nn.Module, int]:
@@ -151,7 +136,7 @@ def build_backbone(name: str, size: int = 224) -> tuple[nn.Module, int]:
     Parameters
     ----------
     name
-        A name from `BACKBONES`.
+        A name that `backbone_parts` accepts.
     size
         The input size, which the position embeddings of vision transformers depend on.
 
@@ -160,6 +145,14 @@ def build_backbone(name: str, size: int = 224) -> tuple[nn.Module, int]:
     tuple of nn.Module and int
         The network, [N, 3, H, W] to [N, F], and F.
     """
+    network, features = build_timm(name, size) if name.startswith(PREFIX) else _build_torchvision(name, size)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = MOMENTUM
+    return network, features
+
+
+def _build_torchvision(name: str, size: int) -> tuple[nn.Module, int]:
     options = {**BACKBONES[name].options, **({"image_size": size} if BACKBONES[name].patch_size else {})}
     network: nn.Module = torchvision.models.get_model(name, weights=None, **options)
     classifier = BACKBONES[name].classifier
@@ -177,7 +170,4 @@ def build_backbone(name: str, size: int = 224) -> tuple[nn.Module, int]:
     else:
         for key in removed:
             setattr(network, key, nn.Identity())
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = MOMENTUM
     return network, features

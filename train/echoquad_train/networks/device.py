@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from echoquad_runtime.errors import DeviceUnavailableError
-from echoquad_train.networks.backbones import BACKBONES
+from echoquad_train.networks.backbones import backbone_parts
 from echoquad_train.recipe import Recipe
 
 __all__ = ["Device", "autocast_dtype", "choose_device", "make_deterministic", "mixed_dtype"]
@@ -51,7 +51,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 def mixed_dtype(recipe: Recipe, backbone: str, size: int, device: torch.device) -> torch.dtype | None:
     """Return a network's dtype of mixed precision; None if it is disabled, unsupported or slower than float32."""
-    slower = device.type == "cpu" and not BACKBONES[backbone].mixed_on_cpu
+    slower = device.type == "cpu" and not backbone_parts(backbone).mixed_on_cpu
     return autocast_dtype(device) if recipe.mixed_precision and size >= MIN_MIXED_SIZE and not slower else None
 
 

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from echoquad_train.networks.backbones import BACKBONES
 from echoquad_train.networks.classifier import QuadrantClassifier
 
 __all__ = ["MEAN_VOTE", "VOTES", "EnsembleClassifier", "EnsembleVote", "views_of"]
@@ -66,8 +65,7 @@ class EnsembleClassifier(nn.Module):
         super().__init__()
         self.members = nn.ModuleList(members)
         self.temperatures, self.vote, self.flip_tta = tuple(temperatures), vote, flip_tta
-        names = [member.name for member in members]
-        self.name = next((name for name in names if not BACKBONES[name].mixed_on_cpu), names[0])
+        self.name = next((member.name for member in members if not member.parts.mixed_on_cpu), members[0].name)
 
     def forward(self, quadrants: Tensor) -> Tensor:
         """Return logits, float32 [N, C], for grey levels 0 to 255, uint8 or float [N, 1, S, S]."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from echoquad_runtime.storage.regular_file import open_regular, read_regular
 
-__all__ = ["TensorFile", "TensorFileError", "first_line", "read_archive", "read_safetensors"]
+__all__ = ["TensorFile", "TensorFileError", "first_line", "read_archive", "read_safetensors", "read_tensors"]
 
 _MAX_BYTES: Final = 8 << 30  # of a file; ten times the largest backbone with the state of its optimizer
 _MAX_HEADER: Final = 1 << 20  # of a safetensors file; ten times that of the largest backbone
@@ -41,6 +41,11 @@ class TensorFile:
     metadata: dict[str, str]
     tensors: dict[str, Tensor]
     sha256: str
+
+
+def read_tensors(path: Path) -> Any:
+    """Read the tensors of a safetensors file, or what an archive of `torch.save` holds; see the functions below."""
+    return read_safetensors(path).tensors if path.suffix == ".safetensors" else read_archive(path)
 
 
 def read_safetensors(path: Path) -> TensorFile:

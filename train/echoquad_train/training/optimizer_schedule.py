@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from echoquad_runtime.errors import RunError
-from echoquad_train.networks.backbones import BACKBONES
+from echoquad_train.networks.backbones import backbone_parts
 from echoquad_train.recipe import Recipe
 
 __all__ = ["MOMENTUM", "OptimizerSchedule", "Phase", "one_cycle", "phase_of", "progressive_epochs", "training_size"]
@@ -57,7 +57,7 @@ def training_size(recipe: Recipe, epoch: int) -> int:
     size. M. Tan, Q. V. Le, "EfficientNetV2", arXiv:2104.00298, section 4. Vision transformers accept one input size.
     """
     size = recipe.input_size
-    if BACKBONES[recipe.backbone].patch_size or epoch > int(recipe.progressive_fraction * recipe.epochs):
+    if backbone_parts(recipe.backbone).patch_size or epoch > int(recipe.progressive_fraction * recipe.epochs):
         return size
     return min(size, max(round(recipe.progressive_scale * size), _MIN_TRAINING_SIZE))
 
