@@ -48,7 +48,7 @@ class Recipe:
     """
 
     # Model
-    backbone: str = "resnet18"  # a name from echoquad_train.networks.backbones
+    backbone: str = "resnet18"  # a name that echoquad_train.networks.backbones.backbone_parts accepts
     weights: str = "imagenet"  # imagenet, none, or a file of weights
     dropout: float = 0.5  # before the head's linear layer
 

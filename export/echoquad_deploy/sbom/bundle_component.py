@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.bundle.manifest import MANIFEST, SIGNATURE, encode_manifest
 from echoquad_runtime.storage.regular_file import open_regular
 
-__all__ = ["LICENCE", "bundle_component"]
-
-LICENCE: Final = "license"
-"""The manifest's field of the weights' licence, an SPDX expression or a name, which only some bundles have."""
+__all__ = ["bundle_component"]
 
 
 def bundle_component(folder: Path) -> dict[str, Any]:
@@ -56,10 +54,24 @@ def bundle_component(folder: Path) -> dict[str, Any]:
             {"name": "echoquad:precisions", "value": ",".join(bundle.precisions)},
         ],
     }
-    licence = bundle.manifest.get(LICENCE)
-    if isinstance(licence, str) and licence:
-        component["licenses"] = [{"license": {"name": licence}}]
+    if ancestors := _ancestors(bundle.manifest["training"]):
+        component["pedigree"] = {"ancestors": ancestors}
     return component
+
+
+def _ancestors(training: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the pretrained weights that training began from, those of all members of an ensemble, each once."""
+    members = training.get("members")
+    parts = [training, *(members if isinstance(members, list) else ())]
+    origins = [origin for part in parts if isinstance(origin := part.get("pretrained"), Mapping)]
+    found = {}
+    for origin in origins:
+        component: dict[str, Any] = {"type": "machine-learning-model", "name": str(origin.get("source"))}
+        component["hashes"] = [_hash(str(origin.get("sha256")))]
+        if licence := origin.get("license"):
+            component["licenses"] = [{"license": {"name": str(licence)}}]
+        found[str(origin.get("sha256"))] = component
+    return [found[sha256] for sha256 in sorted(found)]
 
 
 def _parameters(bundle: Bundle) -> dict[str, Any]:

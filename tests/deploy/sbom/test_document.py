@@ -186,7 +186,7 @@ def test_bundle_is_a_model_with_the_hashes_of_its_files(tmp_path: Path, tiny_bun
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tiny_bundle.iterdir()
     }
     assert model["modelCard"]["considerations"]["useCases"] == [manifest["intended_use"]]
-    assert "licenses" not in model
+    assert "licenses" not in model and "pedigree" not in model
     assert edges(document)["subject"] == {model["name"]}
 
 
@@ -198,12 +198,21 @@ def test_signature_of_a_bundle_is_among_its_files(tmp_path: Path, make_tiny_bund
     assert hashes["model.sig"] == hashlib.sha256(b"a signature").hexdigest()
 
 
-def test_licence_of_the_weights_is_named_if_the_bundle_states_it(
+def test_pretrained_weights_are_ancestors_with_hash_and_licence(
     tmp_path: Path, make_tiny_bundle: Callable[..., Path]
 ) -> None:
-    bundle = make_tiny_bundle(tmp_path / "b", manifest={"license": "CC-BY-NC-4.0"})
-    (model,) = write(tmp_path / "s.json", wheels=[], bundle=bundle)["components"]
-    assert model["licenses"] == [{"license": {"name": "CC-BY-NC-4.0"}}]
+    """An ensemble whose members began from the same weights names them once."""
+    origin = {"source": "weights-package 1.0", "sha256": "ab" * 32, "license": "Apache-2.0"}
+    expected = {
+        "type": "machine-learning-model",
+        "name": "weights-package 1.0",
+        "hashes": [{"alg": "SHA-256", "content": "ab" * 32}],
+        "licenses": [{"license": {"name": "Apache-2.0"}}],
+    }
+    for number, training in enumerate(({"pretrained": origin}, {"members": 2 * [{"pretrained": origin}]})):
+        bundle = make_tiny_bundle(tmp_path / f"b{number}", manifest={"training": training})
+        (model,) = write(tmp_path / f"s{number}.json", wheels=[], bundle=bundle)["components"]
+        assert model["pedigree"] == {"ancestors": [expected]}
 
 
 def test_damaged_bundle_is_refused_and_nothing_is_written(
