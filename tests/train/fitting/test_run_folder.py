@@ -227,8 +227,8 @@ def test_full_disk_is_told_with_what_was_kept(
 
     monkeypatch.setattr(checkpoint, "_ErrorKeepingStream", Full) if file == checkpoint.LAST else None
     monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(run_metadata, "best_epoch", lambda history: history[-1])
-    monkeypatch.setattr("echoquad_train.fitting.loop.best_epoch", lambda history: history[-1])
+    monkeypatch.setattr(run_metadata, "model_epoch", lambda history, recipe: history[-1])
+    monkeypatch.setattr("echoquad_train.fitting.loop.model_epoch", lambda history, recipe: history[-1])
     reporter = quiet()
     reporter.epoch = fill
     call = lambda: fit(trained.data, folder, trained.recipe, device="cpu", resume=False, reporter=reporter)  # noqa: E731

@@ -201,7 +201,7 @@ def train(
         raise typer.Exit
     best = fitted.best
     print_status(
-        f"best: epoch {best.epoch}, validation frame accuracy {best.validation_frame_accuracy:.4f} "
+        f"model: epoch {best.epoch}, validation frame accuracy {best.validation_frame_accuracy:.4f} "
         f"(quadrants {best.validation_patch_accuracy:.4f}); wrote {out.as_posix()}/"
     )
     if fitted.calibration:

@@ -47,7 +47,7 @@ def train_folds(
     count = folds or (begun.folds if begun else 0)
     regex = begun.patient_regex if begun and patient_regex is None else patient_regex
     settings = FoldSettings(count, regex)
-    with FoldProgress() as progress:
+    with FoldProgress(recipe) as progress:
         folded = fit_folds(data, out, recipe, settings, resume=resume, reporter=progress, **options)
     print_result(_summarize(folded.out_of_fold))
     print_status(
