@@ -231,8 +231,7 @@ def _metrics(manifest: Mapping[str, Any]) -> Section:
 
 def _epoch_choice(training: Any) -> str:
     """Return what the run's own validation frames decided."""
-    recipes = [_recipe(member) for member in _list(_at(training, "members"))] or [_recipe(training)]
-    if all(recipe.get("model_epoch") == "last" for recipe in recipes):
+    if all(_recipe(run).get("model_epoch") == "last" for run in _list(_at(training, "members")) or [training]):
         return "The weights are those of the last epoch: the run's own validation frames served for temperatures alone"
     return "The epoch was chosen on the run's own validation frames, so their metrics are optimistic"
 

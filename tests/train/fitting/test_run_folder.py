@@ -19,7 +19,8 @@ from echoquad_runtime.errors import OutputError, RunError
 from echoquad_runtime.storage import file_lock
 from echoquad_runtime.storage.file_lock import FileLock
 from echoquad_train.fitting import linear_probe
-from echoquad_train.fitting.cross_validation import FoldSettings, fit_folds
+from echoquad_train.fitting.cross_validation import fit_folds
+from echoquad_train.fitting.fold_splits import FoldSettings
 from echoquad_train.fitting.linear_probe import fit_linear
 from echoquad_train.fitting.loop import fit
 from echoquad_train.fitting.resume import LOCK

@@ -85,7 +85,7 @@ def fit_ensemble_temperatures(ensemble: Ensemble, data: Path, patient_regex: str
     Raises
     ------
     ConfigError
-        If the members are runs of folds: each was trained on frames that another was validated on.
+        If the members are runs of folds: each was trained on frames that another holds out or validates on.
     DatasetError
         If the frames cannot be read.
     OutputError
@@ -93,7 +93,7 @@ def fit_ensemble_temperatures(ensemble: Ensemble, data: Path, patient_regex: str
     """
     if ensemble.trained_in_folds:
         raise ConfigError(
-            f"{ensemble.folder.as_posix()}: its members are runs of folds, trained on each other's validation frames; "
+            f"{ensemble.folder.as_posix()}: its members are runs of folds, trained on each other's held-out frames; "
             "expected runs that share one split; omit --calibrate"
         )
     contract = ensemble.contract
