@@ -36,7 +36,6 @@ RECIPES = {
     "cycle": CYCLE,
     "float16": CYCLE.replace(mixed_precision=True, optimizer="adamw"),
     "average": CYCLE.replace(ema_decay=0.5),
-    "best": CYCLE.replace(model_epoch="best"),
 }
 
 
