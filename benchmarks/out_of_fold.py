@@ -81,16 +81,23 @@ def main() -> None:
                     f"accuracy {facts['accuracy']:.3f}, epoch {facts['model_epoch']}, {facts['epoch_seconds']:.0f} s",
                     flush=True,
                 )
-                write_json(options.out, {**run_facts(Path(__file__).stem, 1), **summary(jobs)})
+                write_json(options.out, {**run_facts(Path(__file__).stem, options.threads), **summary(jobs)})
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     found = summary(jobs)
-    write_json(options.out, {**run_facts(Path(__file__).stem, 1), **found})
+    write_json(options.out, {**run_facts(Path(__file__).stem, options.threads), **found})
     if options.plot:
         save(draw(found["rows"]), options.plot)
     name = f"{Path(__file__).stem}{', learning curve' if options.patients != [None] else ''}"
-    report(name, table(found["rows"]), {"rows": found["rows"]}, options.results, threads=1, notes=notes(options))
+    report(
+        name,
+        table(found["rows"]),
+        {"rows": found["rows"]},
+        options.results,
+        threads=options.threads,
+        notes=notes(options),
+    )
 
 
 # Jobs
