@@ -259,7 +259,14 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
             "speckle": 0.1,
             "shadow": 0.5,
         },  # the last batch has 2 quadrants
-        {"optimizer": "momentum", "lr": 1e-3, "ema_decay": 0.0, "context_padding": False, "schedule": "plateau"},
+        {
+            "optimizer": "momentum",
+            "lr": 1e-3,
+            "ema_decay": 0.0,
+            "context_padding": False,
+            "schedule": "plateau",
+            "model_epoch": "best",
+        },
         {"trained_layers": "layer4", "warmup_epochs": 1, "epochs": 2},
     ],
 )
