@@ -298,11 +298,11 @@ def test_each_size_is_captured_separately(
     assert run(flat_data, tmp_path / "eager", quiet(), recipe) == recorded
 
 
-@pytest.mark.parametrize("schedule", ["onecycle", "plateau"])
+@pytest.mark.parametrize(("schedule", "model_epoch"), [("onecycle", "last"), ("plateau", "best")])
 def test_captured_run_resumes_to_equal_result(
-    tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tapes: list[Tape], schedule: Any
+    tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tapes: list[Tape], schedule: Any, model_epoch: Any
 ) -> None:
-    recipe = RECIPE.replace(schedule=schedule, plateau_patience=0, dropout=0.5)
+    recipe = RECIPE.replace(schedule=schedule, model_epoch=model_epoch, plateau_patience=0, dropout=0.5)
 
     def at_batch(epoch: int, done: int) -> None:
         if (epoch, done) == (3, 2):
