@@ -154,3 +154,13 @@ def test_isolation_script(bundle: Path) -> None:
         found = record[f"fp32, {name}"]
         assert found["threads_fps"] > 0 and found["isolated_fps"] > 0 and 0 < found["share"] < 3
         assert any(line.startswith(f"fp32, {name}") for line in lines)
+
+
+def test_out_of_fold_script(trained: Path, tmp_path: Path) -> None:
+    data, out = trained.with_name("data"), tmp_path / "figures.json"
+    options = ["--out", out, "--recipe", "tiny=scratch:input_size=32,epochs=1", "--folds", "2", "--jobs", "2"]
+    record, lines = record_of("out_of_fold", data, *options)
+    assert [run["fold"] for run in json.loads(out.read_text("utf-8"))["runs"]] == [1, 2]
+    assert record["rows"][0]["held_out"] == 10 and record["rows"][0]["seeds"][0]["accuracy"] > 0
+    again, lines = record_of("out_of_fold", data, *options)
+    assert again["rows"] == record["rows"] and lines[0] == "2 runs, 2 of them finished before"

@@ -68,7 +68,7 @@ def thin_backbone(name: str, weights: object = None) -> ResNet:
 @pytest.fixture
 def swift(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip what is slow and not under test: drawing training curves and waiting for the disk."""
-    monkeypatch.setattr(record, "training_curves", lambda history, progressive_epochs: b"")
+    monkeypatch.setattr(record, "training_curves", lambda history, chosen, progressive_epochs: b"")
     monkeypatch.setattr(record, "save", lambda figure, path: path.write_bytes(figure))
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 

@@ -37,6 +37,7 @@ REFERENCE = {
     "plateau_factor": 0.5,
     "plateau_patience": 2,
     "early_stopping_patience": 3,
+    "model_epoch": "best",
     "balanced_sampler": True,
     "class_weights": True,
     "label_smoothing": 0.05,
@@ -97,6 +98,18 @@ def test_scratch_recipe_needs_no_download() -> None:
     scratch = Recipe.load("scratch")
     assert (scratch.weights, scratch.trained_layers, scratch.warmup_epochs) == ("none", "all", 0)
     assert scratch.schedule == "onecycle" and scratch.early_stopping_patience == 0
+
+
+def test_last_epoch_refuses_what_looks_at_validation_frames() -> None:
+    scratch = Recipe.load("scratch")
+    assert (scratch.model_epoch, Recipe.load("transfer").model_epoch) == ("last", "best")
+    assert Recipe.from_toml("epochs = 3").model_epoch == "best"  # recipes of earlier runs have no such field
+    assert scratch.replace(schedule="constant").model_epoch == "last"
+    with pytest.raises(ConfigError, match="early_stopping_patience is 3; expected 0 with model_epoch"):
+        scratch.replace(early_stopping_patience=3)
+    with pytest.raises(ConfigError, match="schedule is 'plateau'; expected onecycle or constant with model_epoch"):
+        scratch.replace(schedule="plateau")
+    assert scratch.replace(early_stopping_patience=3, model_epoch="best").early_stopping_patience == 3
 
 
 @given(

@@ -83,6 +83,7 @@ class Recipe:
     plateau_factor: float = 0.5
     plateau_patience: int = 2
     early_stopping_patience: int = 3  # epochs without improvement, after the warm-up; 0 disables early stopping
+    model_epoch: Literal["best", "last"] = "best"  # whose weights are the model: best on the validation frames, or last
     balanced_sampler: bool = True  # sample with weights 1 / class count, with replacement
     class_weights: bool = True  # in the loss: 1 / class count, normalised to mean 1
     label_smoothing: float = 0.05
@@ -142,6 +143,10 @@ class Recipe:
         for name in ("crop_scale", "crop_ratio", "zoom"):
             low, high = getattr(self, name)
             self._require(0 < low <= high, "two positive numbers, the lower first", name)
+        if self.model_epoch == "last":  # then no validation frame may influence the weights
+            last = 'with model_epoch = "last", which leaves the validation frames unused until the weights are final'
+            self._require(self.early_stopping_patience == 0, f"0 {last}", "early_stopping_patience")
+            self._require(self.schedule != "plateau", f"onecycle or constant {last}", "schedule")
         self._require(self.crop_scale[1] <= 1, "fractions of the area, at most 1", "crop_scale")
         self._require(self.shear < 90, "degrees below 90", "shear")
         try:

@@ -85,6 +85,6 @@ def ensemble(
         print_status(f"each quadrant passes through a network {passes} times: latency is the sum of these passes")
     if made.trained_in_folds:
         print_status(
-            "members from folds were trained on each other's validation frames: measure the ensemble on a test split"
+            "members from folds were trained on each other's held-out frames: measure the ensemble on a test split"
         )
     print_status(f"wrote {out.as_posix()}/; next: {format_command('export', out.as_posix(), '--out', 'BUNDLE')}")

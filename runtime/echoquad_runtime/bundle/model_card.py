@@ -195,7 +195,7 @@ def _ensemble_members(training: Any) -> list[Block]:
         "{view_list}. The latencies of members and views add up."
     )
     texts = {"count": str(len(members)), "view_list": format_value(_at(training, "views"))}
-    header = "member | held-out fold | seed | best epoch | accuracy on its validation frames | weights, SHA-256"
+    header = "member | held-out fold | seed | epoch | accuracy on its validation frames | weights, SHA-256"
     cells = ("{seed:d}", "{best.epoch:d}", "{best.validation_frame_accuracy:.3f}")
     rows = []
     for member in members:
@@ -221,16 +221,22 @@ def _metrics(manifest: Mapping[str, Any]) -> Section:
         label = _fill("frames, each by the member of {folds:d} that was not trained on it", held_out)
         rows.insert(0, _share(label, _at(held_out, "frame_accuracy")))
     caveat = (
-        "At the export the training code classified the {source} in float32. The epoch was chosen on the run's own "
-        "validation frames, so their metrics are optimistic; measure on a test split of other patients with `echoquad "
-        "evaluate`. The Wilson intervals assume independent frames; with several frames per patient they are too "
-        "narrow. Quadrants of a frame are not independent, so they have no interval."
+        "At the export the training code classified the {source} in float32. {choice}; measure on a test split of "
+        "other patients with `echoquad evaluate`. The Wilson intervals assume independent frames; with several frames "
+        "per patient they are too narrow. Quadrants of a frame are not independent, so they have no interval."
     )
     table = _table("accuracy | correct | of | share | 95 % interval", rows)
-    blocks: list[Block] = [table, Paragraph(_fill(caveat, exported))]
+    blocks: list[Block] = [table, Paragraph(_fill(caveat, exported, choice=_epoch_choice(_at(manifest, "training"))))]
     if (calibration := _at(manifest, "training", "calibration")) is not None:
         blocks += _calibration(calibration)
     return Section("Metrics", tuple(blocks))
+
+
+def _epoch_choice(training: Any) -> str:
+    """Return what the run's own validation frames decided."""
+    if all(_recipe(run).get("model_epoch") == "last" for run in _list(_at(training, "members")) or [training]):
+        return "The weights are those of the last epoch: the run's own validation frames served for temperatures alone"
+    return "The epoch was chosen on the run's own validation frames, so their metrics are optimistic"
 
 
 def _calibration(calibration: Any) -> tuple[Block, ...]:

@@ -26,7 +26,8 @@ from echoquad_runtime.errors import BundleError
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_train.data.dataset import read_split
 from echoquad_train.evaluation.evaluate import evaluate
-from echoquad_train.fitting.cross_validation import FoldSettings, fit_folds
+from echoquad_train.fitting.cross_validation import fit_folds
+from echoquad_train.fitting.fold_splits import FoldSettings
 from echoquad_train.fitting.loop import fit
 from echoquad_train.networks.ensemble_classifier import EnsembleClassifier
 from echoquad_train.networks.torch_engine import TorchEngine

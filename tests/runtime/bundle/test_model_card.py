@@ -147,6 +147,19 @@ def test_card_shows_the_calibration() -> None:
     assert "not stated" in model_card({**MANIFEST, "training": training | {"calibration": 7}}).markdown()
 
 
+def test_card_states_what_the_validation_frames_decided() -> None:
+    chosen, last = "The epoch was chosen on the run's own validation frames", "The weights are those of the last epoch"
+    member = {"recipe": 'model_epoch = "last"\n'}
+    for training, words in (
+        (MANIFEST["training"], chosen),
+        ({**MANIFEST["training"], **member}, last),
+        ({**MANIFEST["training"], "kind": "ensemble", "members": [member, member]}, last),
+        ({**MANIFEST["training"], "kind": "ensemble", "members": [member, {"recipe": ""}]}, chosen),
+    ):
+        card = " ".join(model_card({**MANIFEST, "training": training}).markdown().split())
+        assert [text in card for text in (chosen, last)] == [words == chosen, words == last]
+
+
 def test_card_shows_leaks_between_splits() -> None:
     counts = {"patients": {"train": 400, "validation": 50}, "patients_across": 2, "exact_across": 1, "near_across": 0}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +19,10 @@ from PIL import Image
 from echoquad_runtime.errors import ConfigError, DatasetError, RunError
 from echoquad_train.data.dataset import LabelledFrame, Split
 from echoquad_train.data.patients import patients_of
-from echoquad_train.fitting.cross_validation import FoldSettings, fit_folds, split_folds
+from echoquad_train.fitting.cross_validation import fit_folds
+from echoquad_train.fitting.fold_splits import FoldSettings, split_folds
 from echoquad_train.recipe import Recipe
-from echoquad_train.runs.checkpoint import load_run
+from echoquad_train.runs.checkpoint import load_last, load_run, save_last
 from echoquad_train.runs.ensemble_folder import Ensemble, load_trained
 
 
@@ -45,14 +47,32 @@ def test_folds_split_by_patient_and_hold_each_frame_out_once(patients: int, fram
     splits, settings = pool(patients, frames), FoldSettings(folds)
     parts = split_folds(splits, settings, seed)
     every = [frame for split in splits for frame in split.frames]
-    held_out = [frame for _, validation in parts for frame in validation.frames]
+    held_out = [frame for part in parts for frame in part.held_out.frames]
     assert sorted(held_out, key=lambda frame: frame.name) == sorted(every, key=lambda frame: frame.name)
-    for train, validation in parts:
-        assert (train.name, validation.name) == ("train", "validation")
-        assert set(train.frames) | set(validation.frames) == set(every)
-        assert not set(patients_of(train.frames)) & set(patients_of(validation.frames))
-        assert min(validation.counts.values()) > 0 and min(train.counts.values()) > 0
+    for number, part in enumerate(parts, 1):
+        found = (part.train, part.validation, part.held_out)
+        assert part.number == number and [split.name for split in found] == ["train", "validation", "held-out"]
+        assert all(min(split.counts.values()) > 0 for split in found)
+        assert sorted(frame.name for split in found for frame in split.frames) == sorted(frame.name for frame in every)
+        owners = [set(patients_of(split.frames)) for split in found]
+        assert sum(map(len, owners)) == patients == len(set.union(*owners))
+        assert len(owners[1]) <= math.ceil(2 * (patients - len(owners[2])) / 10)  # a tenth, or one patient of few
     assert split_folds(splits, settings, seed) == parts
+
+
+def test_validation_is_a_tenth_of_the_other_patients_with_every_class() -> None:
+    """Of 100 patients, half of them of one class each, each fold validates on 8 of the other 80."""
+    rng, frames = np.random.default_rng(0), []
+    for number in range(100):
+        for label in (0, 1) if number < 50 else (number % 2,):
+            for frame in range(rng.integers(1, 4)):
+                name = f"train/{'ab'[label]}/patient{number:03d}_{frame}.png"
+                frames.append(LabelledFrame(Path(name), name, label))
+    for part in split_folds([Split("train", ("a", "b"), tuple(frames))], FoldSettings(5), 0):
+        sizes = [len(set(patients_of(split.frames))) for split in (part.train, part.validation, part.held_out)]
+        assert sizes[1] == pytest.approx(8, abs=2) and sizes[2] == pytest.approx(20, abs=3)
+        share = part.validation.counts["a"] / len(part.validation.frames)
+        assert share == pytest.approx(part.train.counts["a"] / len(part.train.frames), abs=0.1)
 
 
 def test_seed_changes_folds() -> None:
@@ -68,6 +88,10 @@ def test_impossible_folds_are_refused() -> None:
         split_folds(pool(9, 2), FoldSettings(3, "(patient)"), 0)
     with pytest.raises(ConfigError, match="--patient-regex"):
         split_folds(pool(9, 2), FoldSettings(3, "("), 0)
+    with pytest.raises(
+        DatasetError, match=r"without fold \d, class a has 1 patient; expected two or more, one to train"
+    ):
+        split_folds(pool(3, 1), FoldSettings(2), 0)
     # Two patients hold all frames of class b but one, and most of class a.
     names = [("x", 0, 9), ("x", 1, 9), ("y", 0, 1), ("z", 1, 1)]
     frames = [
@@ -140,8 +164,10 @@ def test_folds_are_runs_and_form_an_ensemble(case: Case, thin: None) -> None:
     assert [member.folder.name for member in found.members] == ["fold-1", "fold-2"]
     for number in (1, 2):
         run = load_run(case.folder / f"fold-{number}")
-        assert run.info["fold"] == {"number": number, "of": 2} and run.info["status"] == "finished"
-        assert run.info["data"]["frames"]["train"] == {"bright": 3, "dark": 3}
+        fold = {"number": number, "of": 2, "held_out": {"bright": 3, "dark": 3}}
+        assert run.info["fold"] == fold and run.info["status"] == "finished"
+        assert run.info["data"]["frames"]["train"] == {"bright": 2, "dark": 2}
+        assert run.info["data"]["frames"]["validation"] == {"bright": 1, "dark": 1}
     assert found.info["data"]["frames"] == {"train and validation": {"bright": 6, "dark": 6}}
     assert case.reporter.folds == [(1, False), (2, False)]
 
@@ -161,9 +187,14 @@ def test_out_of_fold_figures_use_runs_that_never_saw_the_patient(case: Case, thi
     right = sum(row["pred_image"] == row["true_class"] for row in rows)
     assert figures["pooled"]["accuracy"] == pytest.approx(right / 12) and figures["pooled"]["frames"] == 12
     by_fold = [fold["accuracy"] for fold in figures["folds"]]
-    # The figures of a fold are those of its run's validation.
-    runs = [load_run(case.folder / f"fold-{number}") for number in (1, 2)]
-    assert by_fold == [run.info["best"]["validation_frame_accuracy"] for run in runs]
+    assert by_fold == [
+        statistics.fmean(row["pred_image"] == row["true_class"] for row in rows if row["fold"] == fold) for fold in "12"
+    ]
+    for name in ("accuracy", "balanced_accuracy", "roc_auc", "patch_accuracy"):
+        found = figures["pooled"]["intervals"][name]
+        low, high = found["ci95"]
+        assert found["estimate"] == figures["pooled"][name] and low <= found["estimate"] <= high
+    assert figures["pooled"]["intervals"]["patients"] == 6 and "caveat" not in figures
     assert figures["mean"]["accuracy"] == pytest.approx(statistics.fmean(by_fold))
     assert figures["standard_deviation"]["accuracy"] == pytest.approx(statistics.stdev(by_fold))
     assert [fold["patients"] for fold in figures["folds"]] == [3, 3]
@@ -188,6 +219,13 @@ def test_killed_folds_resume_to_equal_result(tmp_path: Path, case: Case, quiet: 
         fit_folds(case.data, folder, case.recipe, FoldSettings(3), resume=True, **options)
     with pytest.raises(RunError, match="began with another recipe"):
         fit_folds(case.data, folder, replace(case.recipe, lr=0.5), FoldSettings(2), resume=True, **options)
+    for name in ("fold-1", "fold-2"):  # the finished one and the interrupted one, as divided by an earlier release
+        kept = (folder / name / "last.pt").read_bytes()
+        state = load_last(folder / name)
+        save_last(folder / name, {**state, "data": state["data"][::-1]})
+        with pytest.raises(RunError, match=rf"{name}: trained on other frames .* an earlier release divided it"):
+            fit_folds(case.data, folder, case.recipe, FoldSettings(2), resume=True, **options)
+        (folder / name / "last.pt").write_bytes(kept)
     options["reporter"] = last = reporter_of(quiet)
     fit_folds(case.data, folder, case.recipe, FoldSettings(2), resume=True, **options)
     assert last.folds == [(1, True), (2, False)] and [epoch.epoch for epoch, _ in last.epochs] == [2]

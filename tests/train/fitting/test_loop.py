@@ -21,7 +21,7 @@ import torch
 from echoquad_runtime.errors import ConfigError, ContractError, DatasetError, DeviceUnavailableError, RunError
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_train.data import dataset
-from echoquad_train.data.dataset import QuadrantStore, read_split
+from echoquad_train.data.dataset import QuadrantStore, read_classes, read_split
 from echoquad_train.evaluation.evaluate import evaluate
 from echoquad_train.fitting import loop as fitting
 from echoquad_train.fitting.loop import fit
@@ -33,7 +33,7 @@ from echoquad_train.recipe import Recipe
 from echoquad_train.runs import checkpoint
 from echoquad_train.runs import run_metadata as record
 from echoquad_train.runs.checkpoint import load_run
-from echoquad_train.runs.history import best_epoch
+from echoquad_train.runs.history import model_epoch
 from echoquad_train.runs.run_metadata import versions
 from echoquad_train.runs.training_curves import training_curves
 from echoquad_train.training import optimizer_schedule as schedule
@@ -75,7 +75,9 @@ def test_run_json_records_run(trained: Any) -> None:
     assert (
         (info["device"], info["precision"]) == ("cpu", "fp32") == (trained.reporter.device, trained.reporter.precision)
     )
-    assert info["best"] == trained.fitted.best.to_dict() == best_epoch(trained.fitted.history).to_dict()
+    assert (
+        info["best"] == trained.fitted.best.to_dict() == model_epoch(trained.fitted.history, trained.recipe).to_dict()
+    )
     assert info["contract"]["classes"] == ["bright", "dark"]
     assert info["contract_sha256"] == trained.recipe.contract(("bright", "dark")).sha256
     assert info["data"] == {
@@ -104,7 +106,7 @@ def test_reporter_receives_all_events(trained: Any) -> None:
     bests, so_far = [], []
     for epoch, best in reporter.epochs:
         so_far.append(epoch)
-        assert best == (best_epoch(so_far) is epoch)
+        assert best == (model_epoch(so_far, trained.recipe) is epoch)
         bests += [epoch] if best else []
     assert bests[-1] == trained.fitted.best
 
@@ -140,6 +142,27 @@ def test_best_weights_are_those_of_best_epoch(
     assert all(torch.equal(best[name], value) for name, value in kept[2].items())
     assert not all(torch.equal(best[name], value) for name, value in kept[3].items())
     assert load_run(tmp_path / "run").info["best"]["epoch"] == 2
+
+
+def test_last_epoch_is_the_model_whatever_the_validation_frames_say(
+    tmp_path: Path, flat_data: Path, tiny: Recipe, quiet: Any, thin: None
+) -> None:
+    recipe = tiny.replace(model_epoch="last", schedule="onecycle", ema_decay=0.5)
+    classes = read_classes(flat_data)
+    right, validation = (read_split(flat_data, split, classes) for split in ("train", "validation"))
+    wrong = replace(
+        validation, frames=tuple(replace(frame, label=1 - frame.label) for frame in validation.frames[::-1])
+    )
+    weights, accuracies = [], []
+    for name, split in (("right", validation), ("wrong", wrong)):
+        fitted = train(flat_data, tmp_path / name, recipe, quiet(), splits=(right, split))
+        assert fitted.best == fitted.history[-1] and load_run(tmp_path / name).info["best"]["epoch"] == 3
+        weights.append(safetensors.torch.load_file(tmp_path / name / "best.safetensors"))
+        accuracies.append([epoch.validation_frame_accuracy for epoch in fitted.history])
+    assert accuracies[0] == pytest.approx([1 - accuracy for accuracy in accuracies[1]]) and accuracies[0][-1] != 0.5
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    average = checkpoint.load_last(tmp_path / "right")["ema"]
+    assert all(torch.equal(value, average[f"module.{name}"]) for name, value in weights[0].items())
 
 
 # Learning
@@ -427,7 +450,7 @@ def test_depthwise_convolutions_train_in_float32_on_cpu(monkeypatch: pytest.Monk
 
 
 def test_training_curves_contain_every_epoch(trained: Any) -> None:
-    figure = training_curves(trained.fitted.history)
+    figure = training_curves(trained.fitted.history, trained.fitted.best)
     losses, accuracies = figure.axes
     assert [list(line.get_xdata()) for line in losses.lines] == [[1, 2, 3]] * 2
     assert list(accuracies.lines[2].get_ydata()) == [e.validation_frame_accuracy for e in trained.fitted.history]
@@ -437,15 +460,15 @@ def test_curves_are_redrawn_when_old_and_at_the_end(
     tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[int] = []
-    monkeypatch.setattr(record, "training_curves", lambda history, progressive_epochs: len(history))
+    monkeypatch.setattr(record, "training_curves", lambda history, chosen, progressive_epochs: len(history))
     monkeypatch.setattr(record, "save", lambda count, path: [drawn.append(count), path.write_bytes(b"")])
     history = trained.fitted.history
     for done in (1, 2, 3):
-        record.write_run(tmp_path, {}, history[:done], finished=False)
+        record.write_run(tmp_path, {}, history[:done], trained.recipe, finished=False)
     assert drawn == [1]
     os.utime(tmp_path / "curves.png", (0, time.time() - record.REDRAW_SECONDS - 1))
-    record.write_run(tmp_path, {}, history[:2], finished=False)
-    record.write_run(tmp_path, {}, history, finished=True)
+    record.write_run(tmp_path, {}, history[:2], trained.recipe, finished=False)
+    record.write_run(tmp_path, {}, history, trained.recipe, finished=True)
     assert drawn == [1, 2, 3]
 
 

@@ -19,7 +19,8 @@ from echoquad_runtime.errors import OutputError, RunError
 from echoquad_runtime.storage import file_lock
 from echoquad_runtime.storage.file_lock import FileLock
 from echoquad_train.fitting import linear_probe
-from echoquad_train.fitting.cross_validation import FoldSettings, fit_folds
+from echoquad_train.fitting.cross_validation import fit_folds
+from echoquad_train.fitting.fold_splits import FoldSettings
 from echoquad_train.fitting.linear_probe import fit_linear
 from echoquad_train.fitting.loop import fit
 from echoquad_train.fitting.resume import LOCK
@@ -227,8 +228,8 @@ def test_full_disk_is_told_with_what_was_kept(
 
     monkeypatch.setattr(checkpoint, "_ErrorKeepingStream", Full) if file == checkpoint.LAST else None
     monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(run_metadata, "best_epoch", lambda history: history[-1])
-    monkeypatch.setattr("echoquad_train.fitting.loop.best_epoch", lambda history: history[-1])
+    monkeypatch.setattr(run_metadata, "model_epoch", lambda history, recipe: history[-1])
+    monkeypatch.setattr("echoquad_train.fitting.loop.model_epoch", lambda history, recipe: history[-1])
     reporter = quiet()
     reporter.epoch = fill
     call = lambda: fit(trained.data, folder, trained.recipe, device="cpu", resume=False, reporter=reporter)  # noqa: E731

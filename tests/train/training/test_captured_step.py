@@ -259,7 +259,14 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
             "speckle": 0.1,
             "shadow": 0.5,
         },  # the last batch has 2 quadrants
-        {"optimizer": "momentum", "lr": 1e-3, "ema_decay": 0.0, "context_padding": False, "schedule": "plateau"},
+        {
+            "optimizer": "momentum",
+            "lr": 1e-3,
+            "ema_decay": 0.0,
+            "context_padding": False,
+            "schedule": "plateau",
+            "model_epoch": "best",
+        },
         {"trained_layers": "layer4", "warmup_epochs": 1, "epochs": 2},
     ],
 )
@@ -291,11 +298,11 @@ def test_each_size_is_captured_separately(
     assert run(flat_data, tmp_path / "eager", quiet(), recipe) == recorded
 
 
-@pytest.mark.parametrize("schedule", ["onecycle", "plateau"])
+@pytest.mark.parametrize(("schedule", "model_epoch"), [("onecycle", "last"), ("plateau", "best")])
 def test_captured_run_resumes_to_equal_result(
-    tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tapes: list[Tape], schedule: Any
+    tmp_path: Path, flat_data: Path, quiet: Any, thin: None, tapes: list[Tape], schedule: Any, model_epoch: Any
 ) -> None:
-    recipe = RECIPE.replace(schedule=schedule, plateau_patience=0, dropout=0.5)
+    recipe = RECIPE.replace(schedule=schedule, model_epoch=model_epoch, plateau_patience=0, dropout=0.5)
 
     def at_batch(epoch: int, done: int) -> None:
         if (epoch, done) == (3, 2):

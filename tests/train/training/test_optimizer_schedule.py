@@ -14,7 +14,7 @@ from echoquad_runtime.errors import RunError
 from echoquad_train.networks.backbones import BACKBONES
 from echoquad_train.networks.classifier import QuadrantClassifier, set_trainable
 from echoquad_train.recipe import Recipe
-from echoquad_train.runs.history import Epoch, best_epoch, should_stop_early
+from echoquad_train.runs.history import Epoch, model_epoch, should_stop_early
 from echoquad_train.training.optimizer_schedule import (
     _MIN_TRAINING_SIZE,
     OptimizerSchedule,
@@ -262,9 +262,11 @@ def epoch(number: int, accuracy: float, loss: float = 0.5) -> Epoch:
         ([(0.0, 5.0)], 1),
     ],
 )
-def test_best_epoch_breaks_ties_by_loss_then_order(figures: list[tuple[float, float]], best: int) -> None:
+def test_model_is_of_the_best_epoch_or_the_last(figures: list[tuple[float, float]], best: int) -> None:
+    """Ties of the best go to the lower loss, then to the first; the last epoch takes no account of the figures."""
     history = [epoch(number, *figure) for number, figure in enumerate(figures, 1)]
-    assert best_epoch(history).epoch == best == best_epoch(history[::-1]).epoch
+    for recipe, expected in ((Recipe(), best), (Recipe.load("scratch"), len(figures))):
+        assert {model_epoch(order, recipe).epoch for order in (history, history[::-1])} == {expected}
 
 
 def test_early_stopping_patience() -> None:

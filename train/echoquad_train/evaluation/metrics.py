@@ -52,6 +52,7 @@ __all__ = [
     "EvaluationOptions",
     "PatientMetrics",
     "UnlikeTraining",
+    "confusion_metrics",
     "evaluation_metrics",
 ]
 
@@ -293,8 +294,8 @@ def evaluation_metrics(
 def _bootstrap_metrics(scored: ScoredFrames, sampler: Bootstrap, options: EvaluationOptions) -> BootstrapMetrics:
     bins = sweep_bins(scored.confidence, scored.correct)
     matrix = confusion_matrix(scored.labels, scored.decided, labels=range(len(scored.classes)))
-    values = _confusion_metrics(matrix[None].astype(float), scored)
-    resampled = _confusion_metrics(weighted_counts(sampler, scored.labels, scored.decided, len(scored.classes)), scored)
+    values = confusion_metrics(matrix[None].astype(float), scored)
+    resampled = confusion_metrics(weighted_counts(sampler, scored.labels, scored.decided, len(scored.classes)), scored)
     curves = roc_curves(scored)
     columns = [scored.classes.index(curve.name) for curve in curves]
     areas = [weighted_auc(sampler, scored.probabilities[:, c], scored.labels == c) for c in columns]
@@ -317,7 +318,7 @@ def _bootstrap_metrics(scored: ScoredFrames, sampler: Bootstrap, options: Evalua
     )
 
 
-def _confusion_metrics(counts: Float64Array, scored: ScoredFrames) -> dict[str, Float64Array]:
+def confusion_metrics(counts: Float64Array, scored: ScoredFrames) -> dict[str, Float64Array]:
     """Return metrics of confusion matrices, float64 [B, C, C], each float64 [B]; NaN where undefined.
 
     A class without frames among `scored` has no F1, and the mean F1 leaves it out.

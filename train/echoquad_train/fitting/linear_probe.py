@@ -151,11 +151,11 @@ def fit_linear(
         if model.pretrained:
             metadata["pretrained"] = model.pretrained.to_dict()
         # Before the recipe: with a recipe alone, --resume would train a network.
-        run_metadata.write_run(folder, metadata, [], finished=False)
+        run_metadata.write_run(folder, metadata, [], recipe, finished=False)
         write_bytes(folder / checkpoint.RECIPE, recipe.to_toml().encode())
         metadata["best_sha256"] = checkpoint.save_best(folder, model.state_dict(), recipe, contract, epoch.epoch)
         metadata = fit_run_temperatures(folder, metadata, recipe, validation, validation_store, torch_device)
-        run_metadata.write_run(folder, metadata, [epoch], finished=True)
+        run_metadata.write_run(folder, metadata, [epoch], recipe, finished=True)
         reporter.epoch(epoch, 1, True)
         return FitResult(folder, (epoch,), epoch, failures, metadata.get("calibration"))
 

@@ -40,7 +40,7 @@ from echoquad_train.parallel.ranks import ALONE, Ranks
 from echoquad_train.recipe import Recipe
 from echoquad_train.runs import checkpoint, run_metadata
 from echoquad_train.runs.background_writer import BackgroundWriter
-from echoquad_train.runs.history import Epoch, best_epoch, should_stop_early
+from echoquad_train.runs.history import Epoch, model_epoch, should_stop_early
 from echoquad_train.runs.tensorboard_writer import TensorboardWriter
 from echoquad_train.training.batches import DeviceFeed, epoch_generator
 from echoquad_train.training.distillation import Teacher, load_teacher, open_teacher_store
@@ -75,7 +75,7 @@ class Reporter(Protocol):
         """Receive the number of finished batches of an epoch."""
 
     def epoch(self, epoch: Epoch, epochs: int, best: bool) -> None:
-        """Receive the figures of a finished epoch."""
+        """Receive the figures of a finished epoch, and whether its weights are the model so far."""
 
 
 class _NoReporter:
@@ -88,7 +88,7 @@ class _NoReporter:
 
 @dataclass(frozen=True, slots=True)
 class FitResult:
-    """A finished run: its folder, its epochs, the best of them, the unreadable frames, its temperature scaling."""
+    """A finished run: its folder, its epochs, that of the model (`best`), the unreadable frames, its calibration."""
 
     folder: Path
     history: tuple[Epoch, ...]
@@ -313,7 +313,7 @@ class TrainingRun:
             if "best_sha256" in state:
                 self.metadata["best_sha256"] = state["best_sha256"]
         if self.ranks.first:
-            run_metadata.write_run(self.folder, self.metadata, self.history, finished=False)
+            run_metadata.write_run(self.folder, self.metadata, self.history, self.recipe, finished=False)
         weights = class_weights(self.train_store.labels, classes) if recipe.class_weights else torch.ones(classes)
         recorder = step_recorder(device, self.ranks, self.scaler)
         self.capturable = recorder is not None
@@ -321,7 +321,7 @@ class TrainingRun:
         if self.ema and state:
             with state_errors(self.folder):
                 self.ema.load_state_dict(state["ema"])
-        self.evaluated = self.ema.model if self.ema else self.model  # the model that is validated and saved as best
+        self.evaluated = self.ema.model if self.ema else self.model  # the model that is validated and saved
         self.trainer = Trainer(
             self.model,
             recipe,
@@ -354,7 +354,7 @@ class TrainingRun:
             )
         self.schedule.end_epoch(epoch.validation_frame_accuracy)
         self.history.append(epoch)
-        best = epoch == best_epoch(self.history)
+        best = epoch == model_epoch(self.history, self.recipe)
         # The saved state comes last: a run that is killed before it repeats the epoch and writes the same files again.
         if self.tensorboard:
             self.tensorboard.epoch(epoch, validated.quadrant_accuracies)
@@ -363,15 +363,15 @@ class TrainingRun:
         self.reporter.epoch(epoch, self.recipe.epochs, best)
 
     def finish(self) -> FitResult:
-        """Fit the temperatures of the best weights, and mark the run as finished."""
+        """Fit the temperatures of the model, and mark the run as finished."""
         self.writer.wait()
         if self.ranks.first:
             self.metadata = fit_run_temperatures(
                 self.folder, self.metadata, self.recipe, self.validation, self.validation_store, self.device
             )
-            run_metadata.write_run(self.folder, self.metadata, self.history, finished=True)
-        calibration = self.metadata.get("calibration")
-        return FitResult(self.folder, tuple(self.history), best_epoch(self.history), self.failures, calibration)
+            run_metadata.write_run(self.folder, self.metadata, self.history, self.recipe, finished=True)
+        calibration, best = self.metadata.get("calibration"), model_epoch(self.history, self.recipe)
+        return FitResult(self.folder, tuple(self.history), best, self.failures, calibration)
 
     def _train(self, number: int) -> TrainMetrics:
         """Train on every batch of an epoch."""
@@ -419,7 +419,7 @@ class TrainingRun:
                 self.metadata["best_sha256"] = digest
             checkpoint.save_last(self.folder, {**snapshot, "best_sha256": self.metadata.get("best_sha256")})
             self.saved_epochs = len(history)
-            run_metadata.write_run(self.folder, self.metadata, history, finished=False)
+            run_metadata.write_run(self.folder, self.metadata, history, self.recipe, finished=False)
 
         self.writer.write(write)
 

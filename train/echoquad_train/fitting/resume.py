@@ -175,7 +175,7 @@ def _is_history(rows: object) -> bool:
 
 
 def _check_best(folder: Path, recipe: Recipe, state: dict[str, Any]) -> None:
-    """Refuse to resume with best weights other than those that the run wrote."""
+    """Refuse to resume with a ``best.safetensors`` other than the one that the run wrote."""
     expected = state.get("best_sha256")  # missing in runs of earlier releases
     if expected is None or not state["history"]:
         return

@@ -1,4 +1,4 @@
-"""Temperature scaling of a run's best weights after training, and of an ensemble."""
+"""Temperature scaling of a run's model after training, and of an ensemble."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["fit_ensemble_temperatures", "fit_run_temperatures"]
 def fit_run_temperatures(
     folder: Path, metadata: Mapping[str, Any], recipe: Recipe, split: Split, store: Store, device: torch.device
 ) -> dict[str, Any]:
-    """Fit the temperatures of a run's best weights and write ``best.safetensors`` with the new contract.
+    """Fit the temperatures of a run's model and write ``best.safetensors`` with the new contract.
 
     Only the first rank calls it, and then writes ``run.json`` from the returned metadata. If it is killed in between,
     `load_run` refuses the run and ``--resume`` completes it.
@@ -57,7 +57,7 @@ def fit_run_temperatures(
     Raises
     ------
     RunError
-        If the best weights cannot be read.
+        If ``best.safetensors`` cannot be read.
     OutputError
         If a file cannot be written.
     """
@@ -85,7 +85,7 @@ def fit_ensemble_temperatures(ensemble: Ensemble, data: Path, patient_regex: str
     Raises
     ------
     ConfigError
-        If the members are runs of folds: each was trained on frames that another was validated on.
+        If the members are runs of folds: each was trained on frames that another holds out or validates on.
     DatasetError
         If the frames cannot be read.
     OutputError
@@ -93,7 +93,7 @@ def fit_ensemble_temperatures(ensemble: Ensemble, data: Path, patient_regex: str
     """
     if ensemble.trained_in_folds:
         raise ConfigError(
-            f"{ensemble.folder.as_posix()}: its members are runs of folds, trained on each other's validation frames; "
+            f"{ensemble.folder.as_posix()}: its members are runs of folds, trained on each other's held-out frames; "
             "expected runs that share one split; omit --calibrate"
         )
     contract = ensemble.contract

@@ -2,10 +2,11 @@
 
 =====================  =============================================================================
 ``recipe.toml``        every field of the recipe that ran
-``run.json``           contract, data counts, versions, git commit, seed, best metrics and weights, status
+``run.json``           contract, data counts, versions, git commit, seed, status; ``best``: the epoch of the model
 ``metrics.csv``        one row for each epoch
 ``curves.png``         loss and accuracy by epoch
-``best.safetensors``   the weights with the best validation frame accuracy, with the contract as metadata
+``best.safetensors``   the model: weights of the epoch that the recipe's `model_epoch` chooses (the best, or the
+                       last), with the contract as metadata
 ``last.pt``            the state that ``--resume`` needs; only tensors and plain values
 =====================  =============================================================================
 """
@@ -65,7 +66,7 @@ _RENAMED: Final = {"course": "optimizer_schedule", "average": "ema"}  # former k
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A trained run: its folder, its ``run.json``, and the best model in evaluation mode, float32, on the CPU."""
+    """A trained run: its folder, its ``run.json``, and the model in evaluation mode, float32, on the CPU."""
 
     folder: Path
     info: dict[str, Any]

@@ -61,7 +61,7 @@ class Ensemble:
 
     @property
     def trained_in_folds(self) -> bool:
-        """Whether members are runs of folds: each was trained on frames that another was validated on."""
+        """Whether members are runs of folds: each was trained on frames that another holds out."""
         return any("fold" in member.info for member in self.members)
 
 
@@ -229,13 +229,13 @@ def _entry(name: str, run: Run) -> dict[str, Any]:
 def _shared_data(runs: Sequence[Run]) -> dict[str, Any]:
     """Return what the members' descriptions of their data have in common.
 
-    Folds differ in their training and validation frames, but the sum of both is the same for all.
+    Folds differ in the frames that they train on, validate on and hold out, but the sum of these is the same for all.
     """
     try:
         data = [run.info["data"] for run in runs]
         folders = [found["folder"] for found in data]
         folds = any("fold" in run.info for run in runs)
-        frames = [_pool_counts(found["frames"]) if folds else found["frames"] for found in data]
+        frames = [_pool_counts(run.info) if folds else run.info["data"]["frames"] for run in runs]
         readings = [found.get("reading") for found in data]
         unreadable = {failure["file"]: failure for found in data for failure in found["unreadable"]}
     except (KeyError, TypeError, AttributeError) as error:
@@ -250,9 +250,11 @@ def _shared_data(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _pool_counts(frames: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-    names = next(iter(frames.values()))
-    return {"train and validation": {name: sum(counts[name] for counts in frames.values()) for name in names}}
+def _pool_counts(info: dict[str, Any]) -> dict[str, dict[str, int]]:
+    counts = list(info["data"]["frames"].values())
+    if held_out := info.get("fold", {}).get("held_out"):  # missing in earlier releases, which validated on the fold
+        counts.append(held_out)
+    return {"train and validation": {name: sum(count[name] for count in counts) for name in counts[0]}}
 
 
 def _load_members(folder: Path) -> tuple[Run, ...]:

@@ -1,4 +1,4 @@
-"""The history of a run: the figures of each epoch, the best epoch, early stopping."""
+"""The history of a run: the figures of each epoch, the epoch of the model, early stopping."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from echoquad_train.recipe import Recipe
 
-__all__ = ["Epoch", "best_epoch", "should_stop_early"]
+__all__ = ["Epoch", "model_epoch", "should_stop_early"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,14 @@ class Epoch:
         return asdict(self)
 
 
-def best_epoch(history: Sequence[Epoch]) -> Epoch:
+def model_epoch(history: Sequence[Epoch], recipe: Recipe) -> Epoch:
+    """Return the epoch whose weights are the run's model, by the recipe's `model_epoch`: the best, or the last."""
+    if recipe.model_epoch == "last":
+        return max(history, key=lambda epoch: epoch.epoch)
+    return _best_epoch(history)
+
+
+def _best_epoch(history: Sequence[Epoch]) -> Epoch:
     """Return the epoch with the highest validation frame accuracy.
 
     Ties go to the lowest validation loss, then to the first epoch: with a hundred validation frames, equal accuracies
@@ -43,5 +50,5 @@ def should_stop_early(history: Sequence[Epoch], recipe: Recipe) -> bool:
     """Return whether the last `early_stopping_patience` epochs after the warm-up brought no improvement."""
     if not recipe.early_stopping_patience or not history:
         return False
-    since = max(best_epoch(history).epoch, min(recipe.warmup_epochs, recipe.epochs))
+    since = max(_best_epoch(history).epoch, min(recipe.warmup_epochs, recipe.epochs))
     return history[-1].epoch - since >= recipe.early_stopping_patience

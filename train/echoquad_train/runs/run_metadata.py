@@ -24,7 +24,7 @@ from echoquad_train.data.dataset import Split
 from echoquad_train.plot_style import save
 from echoquad_train.recipe import Recipe
 from echoquad_train.runs import checkpoint
-from echoquad_train.runs.history import Epoch, best_epoch
+from echoquad_train.runs.history import Epoch, model_epoch
 from echoquad_train.runs.training_curves import training_curves
 
 __all__ = ["collect_metadata", "git_commit", "versions", "write_run"]
@@ -95,25 +95,29 @@ def collect_metadata(
     }
 
 
-def write_run(folder: Path, known: Mapping[str, Any], history: Sequence[Epoch], *, finished: bool) -> None:
+def write_run(
+    folder: Path, known: Mapping[str, Any], history: Sequence[Epoch], recipe: Recipe, *, finished: bool
+) -> None:
     """Write ``run.json``, ``metrics.csv`` and ``curves.png``, each file atomically.
+
+    ``best`` in ``run.json`` is the epoch whose weights are the model, as the recipe's `model_epoch` chooses it.
 
     Raises
     ------
     OutputError
         If a file cannot be written.
     """
-    best = best_epoch(history).to_dict() if history else None
-    status = "finished" if finished else "running"
-    write_json(folder / checkpoint.RUN, {**known, "status": status, "epochs": len(history), "best": best})
-    if history:
+    chosen = model_epoch(history, recipe) if history else None
+    found = {"status": "finished" if finished else "running", "epochs": len(history)}
+    write_json(folder / checkpoint.RUN, {**known, **found, "best": chosen.to_dict() if chosen else None})
+    if chosen:
         rows = io.StringIO()
         table = csv.DictWriter(rows, [field.name for field in fields(Epoch)], lineterminator="\n")
         table.writeheader()
         table.writerows(epoch.to_dict() for epoch in history)
         write_bytes(folder / checkpoint.METRICS, rows.getvalue().encode())
         if finished or _age(folder / checkpoint.CURVES) > REDRAW_SECONDS:
-            save(training_curves(history, known.get("progressive_epochs", 0)), folder / checkpoint.CURVES)
+            save(training_curves(history, chosen, known.get("progressive_epochs", 0)), folder / checkpoint.CURVES)
 
 
 def _age(path: Path) -> float:

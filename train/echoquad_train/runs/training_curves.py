@@ -8,13 +8,23 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from echoquad_train.plot_style import BLUE, GREY, VERMILION
-from echoquad_train.runs.history import Epoch, best_epoch
+from echoquad_train.runs.history import Epoch
 
 __all__ = ["training_curves"]
 
 
-def training_curves(history: Sequence[Epoch], progressive_epochs: int = 0) -> Figure:
-    """Draw loss and accuracy by epoch, with the best epoch marked and the epochs on smaller quadrants shaded."""
+def training_curves(history: Sequence[Epoch], chosen: Epoch, progressive_epochs: int = 0) -> Figure:
+    """Draw loss and accuracy by epoch.
+
+    Parameters
+    ----------
+    history
+        The epochs.
+    chosen
+        The one whose weights are the model; it is marked.
+    progressive_epochs
+        Number of epochs, the first ones, on smaller quadrants; they are shaded.
+    """
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
     epochs = [epoch.epoch for epoch in history]
@@ -27,9 +37,8 @@ def training_curves(history: Sequence[Epoch], progressive_epochs: int = 0) -> Fi
         (accuracies, [epoch.validation_frame_accuracy for epoch in history], VERMILION, "validation, frames"),
     ):
         axes.plot(epochs, figures, color=colour, marker=marker, label=label)
-    best = best_epoch(history)
-    label = f"best: {best.validation_frame_accuracy:.3f} in epoch {best.epoch}"
-    accuracies.plot(best.epoch, best.validation_frame_accuracy, "*", color=VERMILION, markersize=13, label=label)
+    label = f"model: {chosen.validation_frame_accuracy:.3f} in epoch {chosen.epoch}"
+    accuracies.plot(chosen.epoch, chosen.validation_frame_accuracy, "*", color=VERMILION, markersize=13, label=label)
     losses.set(title="Loss (quadrants)", xlabel="epoch", ylabel="cross-entropy in nats")
     accuracies.set(title="Accuracy", xlabel="epoch", ylabel="fraction right", ylim=(0, 1.02))
     if progressive_epochs:  # after them the training loss jumps: the network sees another size

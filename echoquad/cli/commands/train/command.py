@@ -73,8 +73,8 @@ def train(
             metavar="K",
             min=2,
             help="Cross-validate: divide the train and validation frames (never test) into K folds by patient and "
-            "train K runs, RUN/fold-1 and so on, each validated on the fold that is held out. RUN becomes an ensemble "
-            "of them, with out-of-fold figures.",
+            "train K runs, RUN/fold-1 and so on, each measured on the fold that it holds out. A tenth of the patients "
+            "of the other folds is its validation split. RUN becomes an ensemble, with out-of-fold figures.",
         ),
     ] = None,
     linear: Annotated[
@@ -201,7 +201,7 @@ def train(
         raise typer.Exit
     best = fitted.best
     print_status(
-        f"best: epoch {best.epoch}, validation frame accuracy {best.validation_frame_accuracy:.4f} "
+        f"model: epoch {best.epoch}, validation frame accuracy {best.validation_frame_accuracy:.4f} "
         f"(quadrants {best.validation_patch_accuracy:.4f}); wrote {out.as_posix()}/"
     )
     if fitted.calibration:

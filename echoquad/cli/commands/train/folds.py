@@ -41,17 +41,20 @@ def train_folds(
 
     if torchrun_rank().world_size > 1:
         raise UsageError("--folds under torchrun: one process trains the folds; start it without torchrun")
-    from echoquad_train.fitting.cross_validation import FoldSettings, fit_folds, saved_fold_settings
+    from echoquad_train.fitting.cross_validation import fit_folds, saved_fold_settings
+    from echoquad_train.fitting.fold_splits import FoldSettings
 
     begun = saved_fold_settings(out) if resume else None
     count = folds or (begun.folds if begun else 0)
     regex = begun.patient_regex if begun and patient_regex is None else patient_regex
     settings = FoldSettings(count, regex)
-    with FoldProgress() as progress:
+    with FoldProgress(recipe) as progress:
         folded = fit_folds(data, out, recipe, settings, resume=resume, reporter=progress, **options)
     print_result(_summarize(folded.out_of_fold))
+    print_status(f"out of fold: {_describe_pooled(folded.out_of_fold['pooled'])}")
     print_status(
-        f"out of fold: {folded.out_of_fold['caveat']}, so figures are optimistic; {out.as_posix()}/ is an ensemble now"
+        "no fold chose anything: epoch, learning rate and temperatures come from a validation split of the other "
+        f"folds; {out.as_posix()}/ is an ensemble now"
     )
     print_status(f"next: {format_command('export', out.as_posix(), '--out', 'BUNDLE')}")
     return print_failures(folded.failures, done=1)
@@ -70,6 +73,17 @@ def _summarize(figures: dict[str, Any]) -> str:
         row("standard deviation", "", "", figures["standard_deviation"]),
     ]
     return format_table(["out of fold", "frames", "patients", "accuracy", "balanced", "ROC AUC", "quadrants"], rows)
+
+
+def _describe_pooled(pooled: dict[str, Any]) -> str:
+    """Return accuracy and ROC AUC of all frames, with their intervals."""
+    intervals, found = pooled["intervals"], []
+    for label, name in (("accuracy", "accuracy"), ("ROC AUC", "roc_auc")):
+        value, interval = intervals[name]["estimate"], intervals[name]["ci95"]
+        bounds = f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
+        found.append(f"{label} none" if value is None else f"{label} {value:.4f}{bounds}")
+    frames = f"{pooled['frames']} frames of {intervals['patients']} patients"
+    return f"{', '.join(found)}; 95 % intervals by patient, {frames}"
 
 
 class FoldProgress(TrainingProgress):

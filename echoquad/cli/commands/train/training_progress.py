@@ -24,6 +24,7 @@ class TrainingProgress:
 
     def __init__(self, recipe: Recipe | None = None) -> None:
         self._recipe = recipe
+        self._marks_best = recipe is None or recipe.model_epoch == "best"
         self._progress: Progress | None = None
         self._label = ""
 
@@ -70,7 +71,7 @@ class TrainingProgress:
             f"train loss {epoch.train_loss:.4f} acc {epoch.train_patch_accuracy:.4f} | "
             f"val loss {epoch.validation_loss:.4f} acc {epoch.validation_patch_accuracy:.4f} "
             f"frame acc {epoch.validation_frame_accuracy:.4f} | lr {epoch.lr:.1e} | {epoch.seconds:.1f} s"
-            f"{' | best' if best else ''}"
+            f"{' | best' if best and self._marks_best else ''}"
         )
 
     def _show(self, label: str, done: int, total: int) -> None:
