@@ -98,9 +98,9 @@ def _default(field: dataclasses.Field[Any]) -> str:
 def test_configuration_page_lists_every_recipe_field_with_its_defaults() -> None:
     recipe = pytest.importorskip("echoquad_train.recipe").Recipe
     text = (DOCS / "reference" / "configuration.md").read_text("utf-8")
-    rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \| `(.*?)` \| \S.* \|$", text, re.MULTILINE)
-    shown = {name: (transfer, scratch) for name, transfer, scratch in rows}
-    shipped = [recipe.load(name) for name in ("transfer", "scratch")]
+    rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \| `(.*?)` \| `(.*?)` \| \S.* \|$", text, re.MULTILINE)
+    shown = {name: tuple(values) for name, *values in rows}
+    shipped = [recipe.load(name) for name in ("transfer", "scratch", "lite")]
     assert shown == {name: tuple(_show(getattr(of, name)) for of in shipped) for name in recipe.__dataclass_fields__}
 
 

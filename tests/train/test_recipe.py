@@ -69,7 +69,8 @@ def refusal(error: pytest.ExceptionInfo[ConfigError]) -> str:
 
 
 DISABLED = dict.fromkeys(
-    ("gamma", "gain", "attenuation", "shadow", "speckle", "ema_decay", "progressive_fraction", "temperature"), 0.0
+    ("gamma", "gain", "attenuation", "shadow", "speckle", "mixup", "ema_decay", "progressive_fraction", "temperature"),
+    0.0,
 )
 
 
@@ -90,7 +91,7 @@ def test_shipped_recipe_survives_toml_round_trip(name: str) -> None:
 
 def test_configuration_page_lists_every_field() -> None:
     page = Path(__file__).parents[2] / "docs" / "reference" / "configuration.md"
-    listed = re.findall(r"^\| `(\w+)` \| `.*` \| `.*` \|", page.read_text("utf-8"), re.MULTILINE)
+    listed = re.findall(r"^\| `(\w+)` \| `.*` \| `.*` \| `.*` \|", page.read_text("utf-8"), re.MULTILINE)
     assert sorted(listed) == sorted(field.name for field in dataclasses.fields(Recipe))
 
 
@@ -275,7 +276,7 @@ def test_bad_recipe_file_is_refused(tmp_path: Path) -> None:
         assert words in refusal(error)
     path.write_bytes(b"weights = '\xff'")
     for name in (str(path), str(tmp_path), str(tmp_path / "none.toml"), "transfr", ""):
-        with pytest.raises(ConfigError, match=r"neither transfer nor scratch nor a readable TOML file \("):
+        with pytest.raises(ConfigError, match=r"none of transfer, scratch, lite, and no readable TOML file \("):
             Recipe.load(name)
 
 

@@ -19,7 +19,7 @@ from echoquad_runtime.storage.regular_file import read_regular
 
 __all__ = ["SHIPPED", "Recipe"]
 
-SHIPPED: Final = ("transfer", "scratch")
+SHIPPED: Final = ("transfer", "scratch", "lite")
 """Names of the recipes that come with EchoQuad, as ``--recipe`` takes them."""
 
 _MAX_BYTES: Final = 1 << 20  # of a recipe file
@@ -105,6 +105,7 @@ class Recipe:
     attenuation: float = 0.0  # likewise, at one edge; its inverse at the opposite edge
     shadow: float = 0.0  # probability
     speckle: float = 0.0  # fraction of the grey level, at most
+    mixup: float = 0.0  # probability of blending a quadrant with another; see training.mixup
 
     # Distillation, without effect unless there is a `--teacher`; see echoquad_train.training.distillation
     distill_weight: float = 0.7  # of the teacher's loss, 0 to 1; the labels' loss has the rest
@@ -136,7 +137,7 @@ class Recipe:
             self._require(0 <= getattr(self, name) <= 1, "a fraction from 0 to 1", name)
         for name in ("lr", "warmup_lr", "layer3_lr", "distill_temperature"):
             self._require(getattr(self, name) > 0, "a positive number", name)
-        for name in ("horizontal_flip", "erase", "shadow"):
+        for name in ("horizontal_flip", "erase", "shadow", "mixup"):
             self._require(0 <= getattr(self, name) <= 1, "a probability from 0 to 1", name)
         for name in ("dropout", "label_smoothing", "ema_decay"):
             self._require(0 <= getattr(self, name) < 1, "a fraction from 0 to below 1", name)
@@ -200,7 +201,7 @@ class Recipe:
             text = data.decode("utf-8-sig")  # Notepad may write a byte order mark
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"recipe {_shown(name)}: neither {' nor '.join(SHIPPED)} nor a readable TOML file "
+                f"recipe {_shown(name)}: none of {', '.join(SHIPPED)}, and no readable TOML file "
                 f"({getattr(error, 'strerror', None) or error})"
             ) from error
         return cls.from_toml(text, path.as_posix())

@@ -88,11 +88,13 @@ def _out_of_fold(ensemble: Ensemble) -> dict[str, Any]:
     """Return the metrics of an ensemble of folds on the frames that each fold was not trained on; {} for others."""
     try:
         found = ensemble.info["out_of_fold"]
-        count = found["pooled"]["frames"]
+        pooled, count = found["pooled"], found["pooled"]["frames"]
+        share = _share(round(pooled["accuracy"] * count), count)
+        interval = pooled["intervals"]["accuracy"]["ci95"] if "intervals" in pooled else None
         return {
             "out_of_fold": {
                 "folds": len(found["folds"]),
-                "frame_accuracy": _share(round(found["pooled"]["accuracy"] * count), count),
+                "frame_accuracy": share if interval is None else {**share, "ci95": interval},  # by patient
                 "standard_deviation": found["standard_deviation"]["accuracy"],
             }
         }

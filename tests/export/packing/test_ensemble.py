@@ -156,6 +156,7 @@ def test_manifest_of_folds_holds_the_out_of_fold_accuracy(
     metrics = Bundle(tmp_path / "bundle").manifest["metrics"]
     pooled = folded.out_of_fold["pooled"]
     assert metrics["out_of_fold"]["frame_accuracy"]["share"] == pytest.approx(pooled["accuracy"])
+    assert metrics["out_of_fold"]["frame_accuracy"]["ci95"] == pooled["intervals"]["accuracy"]["ci95"]
     assert "training" not in metrics and "most members were trained on" in metrics["export"]["source"]
     card = (tmp_path / "bundle" / "MODEL_CARD.md").read_text("utf-8")
     assert "1 of 2" in card

@@ -19,6 +19,7 @@ from torch import Tensor
 from echoquad_runtime.contract import QUADRANTS, parse_layout
 from echoquad_train.recipe import Recipe
 from echoquad_train.training.intensity_augmentation import apply_intensity, draw_intensity
+from echoquad_train.training.mixup import blend, draw_mixup
 
 __all__ = ["apply_augmentation", "draw_augmentation", "draw_boxes", "erase", "resize", "sample_warp"]
 
@@ -51,6 +52,7 @@ def draw_augmentation(count: int, side: int, recipe: Recipe, generator: torch.Ge
         "warp": sample_warp(count, recipe, generator),
         **draw_intensity(count, side, recipe, generator),
         **draw_boxes(count, generator),
+        **draw_mixup(count, recipe.mixup, generator),
     }
 
 
@@ -76,7 +78,8 @@ def apply_augmentation(
     Returns
     -------
     float32 [B, 1, S, S]
-        Grey levels 0 to 255 on the same device; black outside the image, the contract's mean where erased.
+        Grey levels 0 to 255 on the same device; black outside the image, the contract's mean where erased; with mixup,
+        blended with another quadrant of the batch.
     """
     warp = draws["warp"]
     size = [len(quadrants), 1, *quadrants.shape[2:]]
@@ -85,7 +88,8 @@ def apply_augmentation(
         images, warp = _stitch(images, parse_layout(recipe.quadrant_layout)), _to_frame_coordinates(warp, positions)
     # A rank's part of a batch may be empty, which affine_grid does not accept.
     warped = _sample(images, warp, size) if len(quadrants) else images.reshape(size)
-    return erase(apply_intensity(warped, recipe, draws), recipe.erase, 255.0 * recipe.mean, draws)
+    erased = erase(apply_intensity(warped, recipe, draws), recipe.erase, 255.0 * recipe.mean, draws)
+    return blend(erased, draws)
 
 
 def resize(quadrants: Tensor, side: int) -> Tensor:

@@ -29,6 +29,7 @@ from echoquad_train.training.captured_step import (
 )
 from echoquad_train.training.distillation import Teacher, distillation_loss
 from echoquad_train.training.ema_weights import EmaWeights
+from echoquad_train.training.mixup import blend_losses
 from echoquad_train.training.optimizer_schedule import OptimizerSchedule
 
 __all__ = ["Distillation", "TrainMetrics", "Trainer", "step_recorder"]
@@ -232,10 +233,10 @@ class Trainer:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             logits = self._network(images)
         logits = logits.float()
-        summed = F.cross_entropy(
-            logits, batch.labels, self.weights, label_smoothing=recipe.label_smoothing, reduction="sum"
+        losses = partial(
+            F.cross_entropy, logits, weight=self.weights, label_smoothing=recipe.label_smoothing, reduction="none"
         )
-        loss = summed / batch.weight
+        loss = blend_losses(losses, batch.labels, batch.draws) / batch.weight
         if distillation is not None:
             view = images
             if batch.teacher_quadrants is not None or smaller:
