@@ -1,11 +1,12 @@
-"""Accuracy against time (Pareto front): a table, a plot and a line of JSON with a point per run and precision.
+"""Accuracy out of fold against time (Pareto front): a table, a plot, and JSON with a point per recipe and precision.
 
-    python benchmarks/pareto.py RUN [RUN ...] --out docs/reference/pareto [--precision fp32,int8] [--rounds 60]
-        [--threads 2]
+    python benchmarks/pareto.py FIGURES.json [FIGURES.json ...] --out docs/reference/pareto [--precision fp32,int8]
+        [--rounds 60] [--threads 2]
 
-Each run is exported, with its parity gate, and the exported graph classifies the validation frames of the run's data.
-The time is that of one frame, from file bytes to decision; all points are timed interleaved. An int8 graph that fails
-its gate has no point, and the table says so. Writes ``OUT.md``, ``OUT.json`` and ``OUT.png``.
+FIGURES.json comes from `out_of_fold.py --keep`. The run of each fold is exported, with its parity gate, and the graph
+classifies the frames that the fold holds out. The time is that of one frame, from file bytes to decision, in the graph
+of the first fold; all points are timed interleaved. A recipe of which an int8 graph fails its gate has no point, and
+the table says so. Writes ``OUT.md``, ``OUT.json`` and ``OUT.png``.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import argparse
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from common import alternate, machine, versions
+from workers.fold import joined, load_result, read_splits
 
 from echoquad_export.packing.exporter import export_run
 from echoquad_runtime.bench.benchmark import time_stages
@@ -27,32 +30,46 @@ from echoquad_runtime.bundle.bundle import Bundle
 from echoquad_runtime.engine.onnx_engine import OnnxEngine
 from echoquad_runtime.engine.slot_pool import SlotPool
 from echoquad_runtime.errors import ParityError
-from echoquad_runtime.predict.prediction import Prediction
 from echoquad_runtime.predict.predictor import Predictor
-from echoquad_train.data.dataset import read_split
-from echoquad_train.evaluation.intervals import wilson_interval
+from echoquad_train.data.dataset import Split
+from echoquad_train.evaluation.evaluate import predict_split
+from echoquad_train.evaluation.scored_frames import ScoredFrames
+from echoquad_train.fitting.fold_splits import FoldSettings, split_folds
+from echoquad_train.fitting.out_of_fold import out_of_fold_estimates
 from echoquad_train.runs.checkpoint import load_run
 
 
 @dataclass
 class Point:
-    """Accuracy and cost of one graph."""
+    """Accuracy and cost of a recipe in a precision. `changed` are decisions unlike those of the training code."""
 
     name: str
     precision: str
     accuracy: float
     low: float
     high: float
+    auc: float
     frames: int
+    changed: int
     megabytes: float
     float_layers: int
     milliseconds: float = 0.0
     on_front: bool = False
 
 
+@dataclass(frozen=True)
+class FoldRun:
+    """A fold's run: its folder, the frames it holds out, what the training code answers on them, the patients' rule."""
+
+    folder: Path
+    held_out: Split
+    answers: ScoredFrames
+    settings: FoldSettings
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("figures", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--precision", default="fp32,int8")
     parser.add_argument("--rounds", type=int, default=60)
@@ -62,16 +79,16 @@ def main() -> None:
     points: list[Point] = []
     calls: dict[str, Callable[[], object]] = {}
     refused: list[str] = []
+    recipes = [recipe for path in options.figures for recipe in read_recipes(path)]
     with tempfile.TemporaryDirectory() as work:
-        for run in options.runs:
+        for number, (label, folds) in enumerate(recipes):
+            name = f"{label}: {name_of(folds[0].folder)}"
             for precision in options.precision.split(","):
-                folder = Path(work) / f"{run.name}.{precision}"
                 try:
-                    export_run(run, folder, precisions=(precision,))
+                    point, call = measure(name, folds, precision, Path(work) / f"{number}.{precision}", options.threads)
                 except ParityError as error:
-                    refused.append(f"{name_of(run)} {precision}: {error}")
+                    refused.append(f"{name} {precision}: {error}")
                     continue
-                point, call = measure(run, folder, options.threads)
                 points.append(point)
                 calls[f"{point.name} {point.precision}"] = call
                 print(f"{point.name} {point.precision}: {point.accuracy:.3f}", flush=True)
@@ -96,26 +113,65 @@ def main() -> None:
     print(json.dumps(record))
 
 
+def read_recipes(path: Path) -> Iterator[tuple[str, list[FoldRun]]]:
+    """Yield the label and the folds of each recipe in a record of `out_of_fold.py`: its first seed, all patients."""
+    runs: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))["runs"]
+    for label in dict.fromkeys(run["recipe"] for run in runs):
+        own = [run for run in runs if run["recipe"] == label]
+        own = [run for run in own if run["seed"] == own[0]["seed"] and run["asked"] is None]
+        results = [path.with_suffix("") / run["predictions"] for run in own]
+        missing = [result for result in results if not result.with_suffix("").is_dir()]
+        if missing or not own:
+            raise SystemExit(f"{path}: no run folders of {label}; expected a record of `out_of_fold.py --keep`")
+        first = load_run(results[0].with_suffix("")).info
+        settings = FoldSettings(first["fold"]["of"], first["patient_regex"])
+        folds = split_folds(read_splits(first["data"]["folder"]), settings, own[0]["seed"])
+        yield (
+            label,
+            [
+                FoldRun(result.with_suffix(""), folds[run["fold"] - 1].held_out, load_result(result)[1], settings)
+                for run, result in zip(own, results, strict=True)
+            ],
+        )
+
+
 def name_of(run: Path) -> str:
     info = load_run(run).info
     teacher = info.get("teacher")
     distilled = f", distilled from {teacher['backbone']} at {teacher['input_size']}" if teacher else ""
-    return f"{info['backbone']} at {info['contract']['input_size']}{distilled}"
+    return f"{info['backbone'].removeprefix('timm:')} at {info['contract']['input_size']}{distilled}"
 
 
-def measure(run: Path, folder: Path, threads: int) -> tuple[Point, Callable[[], object]]:
-    """Measure the accuracy on the validation frames; return it with the call to time: one frame, bytes to decision."""
-    bundle = Bundle(folder)
-    precision = bundle.default_precision
-    engine = OnnxEngine(bundle, device="cpu", threads=threads)
-    contract = bundle.contract
-    split = read_split(Path(load_run(run).info["data"]["folder"]), "validation", contract.classes)
-    right = 0
-    for frame, result in zip(split.frames, Predictor(engine).predict(split.files()), strict=True):
-        assert isinstance(result, Prediction), result
-        right += result.label == contract.classes[frame.label]
-    count = len(split.frames)
-    low, high = wilson_interval(right, count)
+def measure(
+    name: str, folds: Sequence[FoldRun], precision: str, work: Path, threads: int
+) -> tuple[Point, Callable[[], object]]:
+    """Measure the accuracy out of fold; return it with the call to time: one frame, bytes to decision."""
+    scored, changed, call, size, kept = [], 0, None, 0, 0
+    for number, fold in enumerate(folds, 1):
+        folder = work / f"fold-{number}"
+        export_run(fold.folder, folder, precisions=(precision,))
+        bundle = Bundle(folder)
+        engine = OnnxEngine(bundle, device="cpu", threads=threads)
+        found = predict_split(Predictor(engine), fold.held_out, fold.settings.pattern).scored
+        assert found.names == fold.answers.names
+        changed += int((found.decided != fold.answers.decided).sum())
+        scored.append(found)
+        kept = max(kept, len(bundle.manifest["precisions"][precision].get("float_layers", [])))
+        if call is None:
+            call, size = (
+                single_frame(engine, fold.held_out),
+                bundle.manifest["files"][f"model.{precision}.onnx"]["bytes"],
+            )
+    assert call is not None
+    pooled = joined(scored)
+    estimates = out_of_fold_estimates([pooled])
+    accuracy, area = estimates["accuracy"], estimates["roc_auc"].estimate
+    assert accuracy.estimate is not None and accuracy.ci95 is not None and area is not None
+    low, high = accuracy.ci95
+    return Point(name, precision, accuracy.estimate, low, high, area, len(pooled), changed, size / 1e6, kept), call
+
+
+def single_frame(engine: OnnxEngine, split: Split) -> Callable[[], object]:
     encoded = [frame.path.read_bytes() for frame in split.frames[:16]]
     slots = SlotPool(engine, 1)
     batch = slots.new_batch()
@@ -126,9 +182,7 @@ def measure(run: Path, folder: Path, threads: int) -> tuple[Point, Callable[[], 
         turn += 1
         time_stages(slots, [encoded[turn % len(encoded)]], batch)
 
-    size = bundle.manifest["files"][f"model.{precision}.onnx"]["bytes"] / 1e6
-    kept = len(bundle.manifest["precisions"][precision].get("float_layers", []))
-    return Point(name_of(run), precision, right / count, low, high, count, size, kept), call
+    return call
 
 
 def mark_front(points: Sequence[Point]) -> None:
@@ -144,14 +198,15 @@ def mark_front(points: Sequence[Point]) -> None:
 
 def as_table(points: Sequence[Point]) -> str:
     lines = [
-        "| network | precision | frame accuracy | 95 % interval | ms a frame | MB | best at its cost |",
-        "|---|---|---|---|---|---|---|",
+        "| recipe and network | precision | frame accuracy | 95 % interval | ROC AUC | changed decisions | ms a frame "
+        "| MB | best at its cost |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for p in points:
         kept = f" ({p.float_layers} layers in float)" if p.float_layers else ""
         lines.append(
-            f"| {p.name} | {p.precision}{kept} | {p.accuracy:.3f} | {p.low:.3f} to {p.high:.3f} | "
-            f"{p.milliseconds:.2f} | {p.megabytes:.1f} | {'yes' if p.on_front else ''} |"
+            f"| {p.name} | {p.precision}{kept} | {p.accuracy:.3f} | {p.low:.3f} to {p.high:.3f} | {p.auc:.3f} | "
+            f"{p.changed} of {p.frames} | {p.milliseconds:.2f} | {p.megabytes:.1f} | {'yes' if p.on_front else ''} |"
         )
     return "\n".join(lines)
 
@@ -191,7 +246,7 @@ def draw(points: Sequence[Point], path: Path, where: str) -> None:
     axes.set_xticks([t for t in ticks if low <= t <= high], [str(t) for t in ticks if low <= t <= high])
     axes.minorticks_off()
     axes.set_xlabel("milliseconds per frame, from file bytes to decision (median)")
-    axes.set_ylabel(f"frame accuracy on {points[0].frames} validation frames (95 % interval)")
+    axes.set_ylabel(f"frame accuracy out of fold, {points[0].frames} frames (95 % interval by patient)")
     axes.grid(alpha=0.3)
     figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     figure.suptitle("Frame accuracy against time; filled: on the Pareto front", fontsize=11)

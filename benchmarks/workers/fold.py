@@ -136,6 +136,7 @@ def measure(job: Job) -> None:
     facts = {
         "recipe": job.label,
         "patients": count_patients(fold, job.settings),
+        "asked": job.patients,  # None: all
         "seed": recipe.seed,
         "fold": job.number,
         "held_out_patients": len(set(scored.patients)),

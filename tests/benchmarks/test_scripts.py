@@ -74,13 +74,18 @@ def test_epoch_script(trained: Path) -> None:
 
 
 def test_pareto_script(trained: Path, tmp_path: Path) -> None:
-    out = tmp_path / "new" / "pareto"
-    printed = run("benchmarks/pareto.py", trained, "--out", out, "--rounds", "3")
+    """On the folds that `out_of_fold.py` keeps: the fp32 graph is as accurate as the training code."""
+    figures, out = tmp_path / "figures.json", tmp_path / "new" / "pareto"
+    recipe = "tiny=scratch:input_size=32,epochs=1,batch_size=8"
+    line = ("--out", figures, "--recipe", recipe, "--folds", "2", "--keep")
+    run("benchmarks/out_of_fold.py", trained.with_name("data"), *line)
+    printed = run("benchmarks/pareto.py", figures, "--out", out, "--rounds", "3", "--precision", "fp32")
     record = json.loads(printed.splitlines()[-1])
     assert record == json.loads(out.with_suffix(".json").read_text())
-    assert {point["precision"] for point in record["points"]} == {"fp32", "int8"}
-    assert any(point["on_front"] for point in record["points"]) and record["refused"] == []
-    assert "| resnet18 at 32 | int8 |" in out.with_suffix(".md").read_text()
+    (point,) = record["points"]
+    assert point["on_front"] and point["changed"] == 0 and record["refused"] == []
+    assert point["accuracy"] == json.loads(figures.read_text())["rows"][0]["estimates"]["accuracy"]["estimate"]
+    assert "| tiny: resnet18 at 32 | fp32 |" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 

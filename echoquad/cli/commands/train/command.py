@@ -36,7 +36,9 @@ def train(
     out: Annotated[Path, typer.Option("--out", metavar="RUN", help="Run folder to write; new or empty.")],
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", metavar="NAME|FILE", help="transfer, scratch, lite or a TOML file. Default: transfer."),
+        typer.Option(
+            "--recipe", metavar="NAME|FILE", help="transfer, scratch, lite or a TOML file. Default: transfer."
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
