@@ -121,8 +121,8 @@ def test_corrected_graph_errs_less_on_average_and_as_it_did_where_layers_stay_in
         return float(np.abs((run(graph, ["logits"])[0] - expected).mean(axis=0)).max())
 
     assert offset(errors=errors) < 0.5 * offset()
-    kept = {"keep_float": list(errors)}
-    assert quantize(model, ranges, errors=errors, **kept) == quantize(model, ranges, **kept)
+    kept = list(errors)
+    assert quantize(model, ranges, errors=errors, keep_float=kept) == quantize(model, ranges, keep_float=kept)
 
 
 def test_convolutions_without_bias_get_one_and_a_shared_bias_is_copied(model: onnx.ModelProto) -> None:
