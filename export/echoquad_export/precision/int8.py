@@ -1,15 +1,16 @@
 """int8 export: quantize a float32 graph so that it passes the parity gate, or refuse.
 
-A network of plain convolutions and ReLUs usually passes with the activations' extremes as ranges. Depthwise
-convolutions and activations with long tails (MobileNet, EfficientNet) often fail. For these the usual remedies are
-tried, the cheapest first: percentile calibration, which cuts off the rarest values; then float32 for the most sensitive
-layers (sensitivity scan). The same parity gate applies to each attempt, and the manifest lists all attempts.
+In a network with depthwise convolutions, the biases take back the mean error of the rounded weights. A network of
+convolutions and ReLUs then usually passes with the activations' extremes as ranges. Activations with long tails
+(MobileNetV3, EfficientNet) often fail. For these the usual remedies are tried, the cheapest first: percentile
+calibration, which cuts off the rarest values; then float32 for the most sensitive layers (sensitivity scan). The same
+parity gate applies to each attempt, and the manifest lists all attempts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,8 +20,9 @@ import onnx
 
 from echoquad_export.graph.onnx_graph import open_in_memory
 from echoquad_export.parity.parity import Parity
+from echoquad_export.precision.bias_correction import mean_rounding_errors
 from echoquad_export.precision.calibration_set import CalibrationSet, Ranges
-from echoquad_export.precision.quantize import activation_tensors, layers, prepare, quantize
+from echoquad_export.precision.quantize import activation_tensors, biased_convolutions, layers, prepare, quantize
 from echoquad_runtime.bundle.onnx_header import INPUT, OUTPUTS
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.engine.io_binding import FloatArray
@@ -123,11 +125,12 @@ def build_int8(
     _require_convolutions(model)
     units = layers(model)
     ranges = Ranges(model, calibration.quadrants, activation_tensors(model))
+    errors = mean_rounding_errors(model, biased_convolutions(model), calibration.quadrants)
     attempts: list[Attempt] = []
 
     def attempt(percentile: float | None, worst: tuple[tuple[str, ...], ...] = ()) -> Quantized | None:
         kept = [name for unit in worst for name in unit]
-        candidate = quantize(model, ranges, percentile=percentile, keep_float=kept)
+        candidate = quantize(model, ranges, errors=errors, percentile=percentile, keep_float=kept)
         method = "min-max" if percentile is None else f"percentile {percentile:g}"
         attempts.append(Attempt(method, tuple(unit[0] for unit in worst), measure(candidate)))
         if not attempts[-1].parity.passed:
@@ -146,7 +149,7 @@ def build_int8(
             return found
     best = min(range(len(PERCENTILES)), key=lambda index: attempts[index].excess)
     progress(f"measuring the sensitivity of {len(units)} layers")
-    ranked = _by_sensitivity(model, ranges, PERCENTILES[best], units, calibration.quadrants[:SCAN_FRAMES])
+    ranked = _by_sensitivity(model, ranges, errors, PERCENTILES[best], units, calibration.quadrants[:SCAN_FRAMES])
     half = len(units) // 2  # with more, int8 would no longer be worthwhile
     for count in sorted({*(2**power for power in range(half.bit_length())), half}):
         if found := attempt(PERCENTILES[best], tuple(ranked[:count])):
@@ -179,6 +182,7 @@ def _require_convolutions(model: onnx.ModelProto) -> None:
 def _by_sensitivity(
     model: onnx.ModelProto,
     ranges: Ranges,
+    errors: Mapping[str, npt.NDArray[np.float64]],
     percentile: float | None,
     units: list[tuple[str, ...]],
     quadrants: npt.NDArray[np.uint8],
@@ -194,7 +198,7 @@ def _by_sensitivity(
     names = {name for unit in units for name in unit}
 
     def harm(unit: tuple[str, ...]) -> float:
-        graph = quantize(model, ranges, percentile=percentile, keep_float=names.difference(unit))
+        graph = quantize(model, ranges, errors=errors, percentile=percentile, keep_float=names.difference(unit))
         return float(np.abs(logits(graph) - reference).mean())
 
     order = np.argsort([harm(unit) for unit in units], kind="stable")[::-1]

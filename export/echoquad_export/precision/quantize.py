@@ -15,22 +15,24 @@ arXiv:1712.05877.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 
 from echoquad_export.graph.first_conv import integer_first_conv
 from echoquad_export.graph.float_tail import float_tail
 from echoquad_export.graph.onnx_graph import attributes, constants, float_tensors, is_spatial_mean
+from echoquad_export.precision.bias_correction import correct_biases
 from echoquad_export.precision.calibration_set import Ranges
 from echoquad_runtime.bundle.onnx_header import OUTPUTS
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.devices.onnxruntime_loader import load_onnxruntime
 
-__all__ = ["activation_tensors", "layers", "prepare", "quantize"]
+__all__ = ["activation_tensors", "biased_convolutions", "layers", "prepare", "quantize"]
 
 COMPUTED: Final = ("Conv", "Add", "Mul", "GlobalAveragePool", "Sigmoid")
 """Operators for which onnxruntime has integer kernels."""
@@ -69,6 +71,17 @@ def layers(model: onnx.ModelProto) -> list[tuple[str, ...]]:
     return [tuple(names) for names in found]
 
 
+def biased_convolutions(model: onnx.ModelProto) -> list[str]:
+    """Return the names of the convolutions whose biases need correction: all, if any convolution is depthwise.
+
+    Without depthwise convolutions the correction does not pay: the logits of a ResNet-18 err by 0.0063 with it, by
+    0.0067 without.
+    """
+    found = [node for node in _quantizable(model) if node.op_type == "Conv"]
+    depthwise = any(attributes(node).get("group", 1) > 1 for node in found)
+    return [node.name for node in found] if depthwise else []
+
+
 def activation_tensors(model: onnx.ModelProto) -> list[str]:
     """Return the names of the tensors whose ranges `quantize` needs, in the graph's order."""
     floats = float_tensors(model)
@@ -78,7 +91,12 @@ def activation_tensors(model: onnx.ModelProto) -> list[str]:
 
 
 def quantize(
-    model: onnx.ModelProto, ranges: Ranges, *, percentile: float | None = None, keep_float: Collection[str] = ()
+    model: onnx.ModelProto,
+    ranges: Ranges,
+    *,
+    errors: Mapping[str, npt.NDArray[np.float64]] | None = None,
+    percentile: float | None = None,
+    keep_float: Collection[str] = (),
 ) -> bytes:
     """Quantize a prepared graph.
 
@@ -88,6 +106,8 @@ def quantize(
         A graph from `prepare`; it is not changed.
     ranges
         Ranges of the `activation_tensors` on the calibration set.
+    errors
+        Mean rounding errors of the `biased_convolutions`, to subtract from the biases. None leaves these as they are.
     percentile
         See `Ranges.range`.
     keep_float
@@ -104,6 +124,7 @@ def quantize(
     from onnxruntime.quantization.quant_utils import add_infer_metadata
 
     bounds = {name: ranges.range(name, percentile) for name in activation_tensors(model)}
+    model = correct_biases(model, {name: error for name, error in (errors or {}).items() if name not in keep_float})
     bounds[OUTPUTS[1]] = (0.0, 1.0)  # onnxruntime 1.20 needs the range of each Softmax
     values = constants(model.graph)
     for node in model.graph.node:

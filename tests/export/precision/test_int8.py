@@ -94,14 +94,14 @@ def test_sensitivity_scan_ranks_the_damaged_layer_first(single: bytes, monkeypat
     units = layers(model)
     real = int8.quantize
 
-    def harmful(model: Any, ranges: Any, *, percentile: float | None, keep_float: set[str]) -> bytes:
+    def harmful(model: Any, ranges: Any, *, errors: Any, percentile: float | None, keep_float: set[str]) -> bytes:
         """Quantize; give the fourth layer useless ranges."""
         damaged = units[3][0] not in keep_float
         return real(model, ranges, percentile=2.0 if damaged else percentile, keep_float=keep_float)
 
     monkeypatch.setattr(int8, "quantize", harmful)
     ranges = int8.Ranges(model, CALIBRATION.quadrants, int8.activation_tensors(model))
-    ranked = int8._by_sensitivity(model, ranges, None, units, CALIBRATION.quadrants)
+    ranked = int8._by_sensitivity(model, ranges, {}, None, units, CALIBRATION.quadrants)
     assert ranked[0] == units[3] and sorted(ranked) == sorted(units)
 
 
@@ -119,7 +119,7 @@ def test_float_layers_use_the_calibration_with_the_smallest_excess(
     single: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Many changed decisions outweigh a larger difference of probabilities.
-    monkeypatch.setattr(int8, "_by_sensitivity", lambda *given: given[3])
+    monkeypatch.setattr(int8, "_by_sensitivity", lambda *given: given[4])
 
     class ChangingDecisions(Judge):
         def __call__(self, graph: bytes) -> Parity:
