@@ -21,6 +21,7 @@ pytest.importorskip("torch")
 @pytest.mark.parametrize(
     "seeds", [range(22), pytest.param(range(22, 900), marks=pytest.mark.slow)], ids=["everyday", "slow"]
 )
+@pytest.mark.timeout(1200)
 def test_damaged_files_end_in_one_line(seeds: range, tiny_bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_bundle, tmp_path / "bundle")
     environment = {
@@ -37,7 +38,7 @@ def test_damaged_files_end_in_one_line(seeds: range, tiny_bundle: Path, tmp_path
         capture_output=True,
         encoding="utf-8",
         env=environment,
-        timeout=600,
+        timeout=1200,
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
     faults = [json.loads(line) for line in ended.stdout.splitlines()]
