@@ -63,8 +63,9 @@ def model_card(manifest: Mapping[str, Any]) -> Document:
     manifest
         The content of ``bundle.json``; any value may be missing or have an unexpected type.
     """
+    classes = ", ".join(_class_names(manifest)) or _NOT_STATED
     return Document(
-        f"Model card: {_class_list(manifest)} from echo frames, by quadrants",
+        f"Model card: {classes} from echo frames, by quadrants",
         (
             _intended_use(manifest),
             _contract(manifest),
@@ -111,7 +112,7 @@ def _intended_use(manifest: Mapping[str, Any]) -> Section:
         "results are combined by {contract.vote} vote."
     )
     origin = "Exported {created} by EchoQuad {versions.echoquad}."
-    summary = Paragraph(_fill(text, manifest, classes=_class_list(manifest)))
+    summary = Paragraph(_fill(text, manifest, classes=", ".join(_class_names(manifest)) or _NOT_STATED))
     return Section("Intended use", (*strong, summary, Paragraph(_fill(origin, manifest))))
 
 
@@ -218,12 +219,12 @@ def _metrics(manifest: Mapping[str, Any]) -> Section:
         label = _fill("frames, in training epoch {training.epoch:d}", metrics)
         rows.insert(0, _share(label, _at(metrics, "training", "frame_accuracy")))
     elif held_out is not None:
-        label = _fill("frames, each by the member of {folds:d} that was not trained on it", held_out)
+        label = _fill("frames, each by the member of {folds:d} that did not see its patient", held_out)
         rows.insert(0, _share(label, _at(held_out, "frame_accuracy")))
     caveat = (
         "At the export the training code classified the {source} in float32. {choice}; measure on a test split of "
-        "other patients with `echoquad evaluate`. The Wilson intervals assume independent frames; with several frames "
-        "per patient they are too narrow. Quadrants of a frame are not independent, so they have no interval."
+        "other patients with `echoquad evaluate`. The intervals at the export are Wilson's: with several frames of one "
+        "patient they are too narrow. Quadrants of a frame are not independent, so they have no interval."
     )
     table = _table("accuracy | correct | of | share | 95 % interval", rows)
     blocks: list[Block] = [table, Paragraph(_fill(caveat, exported, choice=_epoch_choice(_at(manifest, "training"))))]
@@ -427,10 +428,6 @@ def _list(value: Any) -> list[Any]:
 
 def _class_names(manifest: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(_printable(str(name)) for name in _list(_at(manifest, "contract", "classes")))
-
-
-def _class_list(manifest: Mapping[str, Any]) -> str:
-    return ", ".join(_class_names(manifest)) or _NOT_STATED
 
 
 def _is_number(value: Any) -> bool:

@@ -96,6 +96,7 @@ MANIFEST: dict[str, Any] = {
     },
     "training": {
         "backbone": "resnet18",
+        "pretrained": {"source": "weights-package 1.0", "sha256": SHA, "license": "Apache-2.0"},
         "teacher": {"backbone": "resnet18", "input_size": 224, "weights_sha256": SHA},
         "created": "2026-01-01T00:00:00+00:00",
         "seed": 7,

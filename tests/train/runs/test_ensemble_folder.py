@@ -20,6 +20,7 @@ from echoquad_runtime.predict.predictor import Predictor
 from echoquad_train.data.dataset import read_split
 from echoquad_train.evaluation.evaluate import evaluate
 from echoquad_train.fitting.loop import fit
+from echoquad_train.networks.backbones import backbone_parts
 from echoquad_train.networks.ensemble_classifier import MEAN_VOTE, EnsembleClassifier, EnsembleVote
 from echoquad_train.networks.torch_engine import TorchEngine
 from echoquad_train.runs.checkpoint import Run, load_run
@@ -35,6 +36,7 @@ class Stated(nn.Module):
     def __init__(self, *probabilities: tuple[float, ...], name: str = "resnet18") -> None:
         super().__init__()
         self.logits, self.name = torch.tensor(probabilities, dtype=torch.float64).log().float(), name
+        self.parts = backbone_parts(name)
 
     def forward(self, quadrants: Tensor) -> Tensor:
         return self.logits
