@@ -35,7 +35,8 @@ def test_cpu_is_idle_between_live_frames(tiny_bundle: Path, make_tiny_graph: Cal
         time.sleep(1 / 30)
         busy += time.process_time() - cpu
         elapsed += time.perf_counter() - wall
-    assert busy < 0.01 * elapsed, f"{100 * busy / elapsed:.1f} % of a core between frames"
+    # 0.2 % on a quiet machine, 1.6 % beside other tests; threads that spin between frames take half a core.
+    assert busy < 0.05 * elapsed, f"{100 * busy / elapsed:.1f} % of a core between frames"
 
 
 THREADS = """
