@@ -181,11 +181,12 @@ def _timm_file(backbone: str) -> tuple[Path, str, str | None]:
 @contextlib.contextmanager
 def _silent(name: str) -> Iterator[None]:
     logger = logging.getLogger(name)
-    disabled, logger.disabled = logger.disabled, True
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # for the loggers below it as well
     try:
         yield
     finally:
-        logger.disabled = disabled
+        logger.setLevel(level)
 
 
 def _read_file(path: Path) -> tuple[Mapping[str, Tensor], str]:
