@@ -25,17 +25,14 @@ import numpy as np
 
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.errors import DatasetError
-from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.storage.atomic import write_atomically
 from echoquad_train.data.dataset import Split, read_classes, read_split
 from echoquad_train.data.patients import patients_of
-from echoquad_train.evaluation.evaluate import predict_split
 from echoquad_train.evaluation.frame_metrics import metrics_of_frames
 from echoquad_train.evaluation.scored_frames import ScoredFrames
+from echoquad_train.fitting.cross_validation import fit_fold, measure_fold
 from echoquad_train.fitting.fold_splits import Fold, FoldSettings, split_folds
-from echoquad_train.fitting.loop import fit
 from echoquad_train.networks.device import Device, choose_device
-from echoquad_train.networks.torch_engine import TorchEngine
 from echoquad_train.recipe import Recipe
 from echoquad_train.runs.checkpoint import RECIPE, load_run
 
@@ -114,24 +111,22 @@ def measure(job: Job) -> None:
     import torch
 
     torch.set_num_threads(job.threads)
-    recipe, pattern = Recipe.from_toml(job.recipe), job.settings.pattern
+    recipe = Recipe.from_toml(job.recipe)
     fold = split_folds(read_splits(job.data), job.settings, recipe.seed)[job.number - 1]
     fold = limit_patients(fold, job.patients, job.settings, recipe.seed)
     folder, started = job.result.with_suffix(""), time.perf_counter()
-    fitted = fit(
+    fitted = fit_fold(
         Path(job.data),
         folder,
         recipe,
+        fold,
+        job.settings,
         device=job.device,
         resume=(folder / RECIPE).is_file(),
         reporter=Log(),
-        patient_regex=job.patient_regex,
-        splits=(fold.train, fold.validation),
-        extra_metadata={"fold": {"number": fold.number, "of": job.folds, "held_out": fold.held_out.counts}},
     )
+    scored = measure_fold(folder, fold, job.settings, choose_device(job.device)).scored
     run = load_run(folder)
-    predictor = Predictor(TorchEngine(run.model, run.contract, choose_device(job.device)))
-    scored = predict_split(predictor, fold.held_out, pattern).scored
     figures = metrics_of_frames(scored)
     facts = {
         "recipe": job.label,

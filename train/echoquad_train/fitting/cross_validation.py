@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
+import torch
 
 from echoquad_runtime.errors import RunError
 from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.storage.atomic import write_bytes, write_json
-from echoquad_train.data.dataset import read_classes, read_split
+from echoquad_train.data.dataset import Progress, read_classes, read_split
 from echoquad_train.data.stream import Stream
 from echoquad_train.evaluation.evaluate import SplitPredictions, predict_split
 from echoquad_train.fitting.fold_splits import Fold, FoldSettings, split_folds
-from echoquad_train.fitting.loop import Reporter, fit
+from echoquad_train.fitting.loop import FitResult, Reporter, fit
 from echoquad_train.fitting.out_of_fold import out_of_fold_figures
 from echoquad_train.fitting.resume import locked_run_folder, refuse_occupied
 from echoquad_train.networks.device import Device, choose_device
@@ -38,7 +39,9 @@ __all__ = [
     "OUT_OF_FOLD",
     "CrossValidationResult",
     "FoldReporter",
+    "fit_fold",
     "fit_folds",
+    "measure_fold",
     "saved_fold_settings",
 ]
 
@@ -131,27 +134,23 @@ def fit_folds(
             finished = resume and _is_finished(fold_folder, fold)
             reporter.fold(number, settings.folds, finished=finished)
             if not finished:
-                fitted = fit(
+                resumed = resume and (fold_folder / RECIPE).is_file()
+                fitted = fit_fold(
                     data,
                     fold_folder,
                     recipe,
+                    fold,
+                    settings,
                     device=device,
-                    resume=resume and (fold_folder / RECIPE).is_file(),
+                    resume=resumed,
                     reporter=reporter,
                     stream=stream,
                     workers=workers,
                     tensorboard=tensorboard,
                     reading=reading,
-                    patient_regex=settings.patient_regex,
-                    splits=(fold.train, fold.validation),
-                    extra_metadata={"fold": {"number": number, "of": settings.folds, "held_out": fold.held_out.counts}},
                 )
                 failures |= {failure.file: failure for failure in fitted.failures}
-            run = load_run(fold_folder)
-            predictor = Predictor(TorchEngine(run.model, run.contract, torch_device))
-            found = predict_split(
-                predictor, fold.held_out, settings.pattern, progress=partial(reporter.judging, number)
-            )
+            found = measure_fold(fold_folder, fold, settings, torch_device, partial(reporter.judging, number))
             failures |= {failure.file: failure for failure in found.failures}
             held_out.append(found)
 
@@ -169,6 +168,28 @@ def fit_folds(
         kept = {key: metadata[key] for key in ("created", "folds")}
         write_json(folder / RUN, {**combined, **kept, "out_of_fold": figures})
         return CrossValidationResult(folder, figures, tuple(failures.values()))
+
+
+def fit_fold(data: Path, folder: Path, recipe: Recipe, fold: Fold, settings: FoldSettings, **options: Any) -> FitResult:
+    """Train the run of a fold, without the frames it holds out; for `options` see `echoquad_train.fitting.loop.fit`."""
+    return fit(
+        data,
+        folder,
+        recipe,
+        patient_regex=settings.patient_regex,
+        splits=(fold.train, fold.validation),
+        extra_metadata={"fold": {"number": fold.number, "of": settings.folds, "held_out": fold.held_out.counts}},
+        **options,
+    )
+
+
+def measure_fold(
+    folder: Path, fold: Fold, settings: FoldSettings, device: torch.device, progress: Progress | None = None
+) -> SplitPredictions:
+    """Predict the frames that a fold holds out with its finished run in `folder`."""
+    run = load_run(folder)
+    predictor = Predictor(TorchEngine(run.model, run.contract, device))
+    return predict_split(predictor, fold.held_out, settings.pattern, progress=progress)
 
 
 def _open_folder(folder: Path, recipe: Recipe, settings: FoldSettings, *, resume: bool) -> dict[str, Any] | None:
