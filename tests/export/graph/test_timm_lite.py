@@ -45,7 +45,7 @@ class Silent:
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let timm build an EfficientNet-Lite with few channels and blocks, two of them with a residual."""
+    """Narrow the EfficientNet-Lite that timm builds: few channels and blocks, two of them with a residual."""
     from timm.models._efficientnet_builder import decode_arch_def
     from timm.models.efficientnet import EfficientNet
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Backbone"]
+from echoquad_runtime.errors import ConfigError
+
+__all__ = ["Backbone", "unknown_backbone"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +53,10 @@ class Backbone:
     renamed: tuple[tuple[str, str], ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     channels_last: bool = False
+
+
+def unknown_backbone(name: str, known: Collection[str], expected: str) -> ConfigError:
+    """Build the error for a name that is not among the `known` ones, with the most similar of them."""
+    similar = difflib.get_close_matches(name.lower(), known, 1)
+    hint = f"did you mean {similar[0]}? " if similar else ""
+    return ConfigError(f"backbone {name!r} found; {hint}expected {expected}")

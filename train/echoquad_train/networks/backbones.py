@@ -8,7 +8,6 @@ normalisation.
 
 from __future__ import annotations
 
-import difflib
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Final
@@ -17,7 +16,7 @@ import torchvision
 from torch import nn
 
 from echoquad_runtime.errors import ConfigError
-from echoquad_train.networks.backbone_parts import Backbone
+from echoquad_train.networks.backbone_parts import Backbone, unknown_backbone
 from echoquad_train.networks.timm_backbones import PREFIX, build_timm, check_timm_size, timm_backbone
 
 __all__ = ["BACKBONES", "backbone_parts", "build_backbone", "check_backbone"]
@@ -96,12 +95,8 @@ def backbone_parts(name: str) -> Backbone:
     if name.startswith(PREFIX):
         return timm_backbone(name)
     if name not in BACKBONES:
-        similar = difflib.get_close_matches(name.lower(), BACKBONES, 1)
-        hint = f"did you mean {similar[0]}? " if similar else ""
-        raise ConfigError(
-            f"backbone {name!r} found; {hint}expected one of {', '.join(BACKBONES)}, or {PREFIX}NAME with a network of "
-            "timm"
-        )
+        listed = f"one of {', '.join(BACKBONES)}, or {PREFIX}NAME with a network of timm"
+        raise unknown_backbone(name, BACKBONES, listed)
     return BACKBONES[name]
 
 

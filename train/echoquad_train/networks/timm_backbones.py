@@ -6,7 +6,6 @@ lists the module behind each feature map and the reduction of its side.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib import util
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from echoquad_runtime.errors import ConfigError, MissingExtraError
-from echoquad_train.networks.backbone_parts import Backbone
+from echoquad_train.networks.backbone_parts import Backbone, unknown_backbone
 
 __all__ = ["PREFIX", "build_timm", "check_timm_size", "timm_backbone"]
 
@@ -98,11 +97,9 @@ def _require_known(name: str) -> None:
         )
     import timm
 
-    own = name.removeprefix(PREFIX)
-    if own not in timm.list_models():
-        similar = difflib.get_close_matches(own.lower(), timm.list_models(), 1)
-        hint = f"did you mean {PREFIX}{similar[0]}? " if similar else ""
-        raise ConfigError(f"backbone {name!r} found; {hint}expected {PREFIX} and a name of timm.list_models()")
+    known = [f"{PREFIX}{own}" for own in timm.list_models()]
+    if name not in known:
+        raise unknown_backbone(name, known, f"{PREFIX} and a name of timm.list_models()")
 
 
 def _create(name: str, size: int | None, classes: int) -> Any:

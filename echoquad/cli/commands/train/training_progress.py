@@ -24,7 +24,6 @@ class TrainingProgress:
 
     def __init__(self, recipe: Recipe | None = None) -> None:
         self._recipe = recipe
-        self._marks_best = recipe is None or recipe.model_epoch == "best"
         self._progress: Progress | None = None
         self._label = ""
 
@@ -66,12 +65,13 @@ class TrainingProgress:
     def epoch(self, epoch: Any, epochs: int, best: bool) -> None:
         """Print the figures of a finished epoch."""
         self._close()
+        chosen = best and (self._recipe is None or self._recipe.model_epoch == "best")
         print_status(
             f"Epoch {epoch.epoch:02d}/{epochs} [{epoch.phase}] "
             f"train loss {epoch.train_loss:.4f} acc {epoch.train_patch_accuracy:.4f} | "
             f"val loss {epoch.validation_loss:.4f} acc {epoch.validation_patch_accuracy:.4f} "
             f"frame acc {epoch.validation_frame_accuracy:.4f} | lr {epoch.lr:.1e} | {epoch.seconds:.1f} s"
-            f"{' | best' if best and self._marks_best else ''}"
+            f"{' | best' if chosen else ''}"
         )
 
     def _show(self, label: str, done: int, total: int) -> None:
