@@ -417,6 +417,15 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
 
 
+@pytest.fixture
+def token_file(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """Write the `TOKEN` of the test's module to a file that only its owner can read, and return its path."""
+    path = tmp_path / "token"
+    path.write_text(f"{request.module.TOKEN}\n")
+    path.chmod(0o600)
+    return path
+
+
 @pytest.fixture(scope="session")
 def make_tiny_graph() -> Callable[..., bytes]:
     """Return `tiny_graph(contract, **options)`, which returns the bytes of the bundle's network."""

@@ -19,14 +19,6 @@ Peers = Callable[[Callable[[socket.socket], None]], str]
 TOKEN = "a-token-of-the-carts-2026"
 
 
-@pytest.fixture
-def token_file(tmp_path: Path) -> Path:
-    path = tmp_path / "token"
-    path.write_text(f"{TOKEN}\n")
-    path.chmod(0o600)
-    return path
-
-
 def reason(ran: Ran) -> str:
     """Return the reason of the only box."""
     (row,) = ran.rows.values()

@@ -20,14 +20,6 @@ from .fake_backend import FakeBackend
 TOKEN = "0123456789abcdef"
 
 
-@pytest.fixture
-def token_file(tmp_path: Path) -> Path:
-    path = tmp_path / "token"
-    path.write_text(f"{TOKEN}\n")
-    path.chmod(0o600)
-    return path
-
-
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 def test_loopback_needs_nothing(host: str) -> None:
     check_listener(HttpConfig(host=host))

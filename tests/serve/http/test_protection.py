@@ -284,14 +284,6 @@ def ask_from(
     return asyncio.run(ask())
 
 
-@pytest.fixture
-def token_file(tmp_path: Path) -> Path:
-    path = tmp_path / "token"
-    path.write_text(f"{TOKEN}\n")
-    path.chmod(0o600)
-    return path
-
-
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1"])
 def test_this_machine_needs_no_token(backend: FakeBackend, token_file: Path, address: str) -> None:
     assert ask_from(address, backend, HttpConfig(token_file=token_file)).status_code == 200
