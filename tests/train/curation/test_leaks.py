@@ -16,8 +16,21 @@ from echoquad_train.data.patients import patient_pattern
 def leaks_of(data: Path, regex: str | None = None, layout: str = "reference") -> Leaks:
     classes = read_classes(data)
     contract = Contract(classes=classes, input_size=48, quadrants=parse_layout(layout))
-    stores = [load_quadrants(read_split(data, split, classes), contract) for split in ("train", "validation")]
+    stores = {split: load_quadrants(read_split(data, split, classes), contract) for split in ("train", "validation")}
     return leaks_of_stores(stores, patient_pattern(regex), contract.quadrants)
+
+
+def test_splits_are_those_of_the_run(flat_data: Path) -> None:
+    """A fold trains and validates on frames of one folder: what they share is a leak."""
+    classes = read_classes(flat_data)
+    contract = Contract(classes=classes, input_size=48)
+    train, validation = (read_split(flat_data, name, classes) for name in ("train", "validation"))
+    first, second = (load_quadrants(split, contract) for split in (train, validation))
+    found = leaks_of_stores({"train": first, "validation": first})
+    assert found.found and found.counts["exact_across"] == len(train.frames)
+    assert found.counts["patients"] == {"train": len(train.frames), "validation": len(train.frames)}
+    assert leaks_of_stores({"train": first}).counts["patients"].keys() == {"train"}
+    assert not leaks_of_stores({"train": second, "validation": first}).found
 
 
 def test_clean_splits_have_no_leak(flat_data: Path) -> None:

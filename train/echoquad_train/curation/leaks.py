@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -219,15 +219,16 @@ def find_leaks(
 
 
 def leaks_of_stores(
-    stores: Sequence[Store], pattern: re.Pattern[str] | None = None, layout: Sequence[str] = QUADRANTS
+    stores: Mapping[str, Store], pattern: re.Pattern[str] | None = None, layout: Sequence[str] = QUADRANTS
 ) -> Leaks:
-    """Find the patients and pictures in more than one of several decoded or streamed splits.
+    """Find the patients and pictures in more than one of several decoded or streamed splits, by their names.
 
-    Pictures are compared as the network receives them, cropped and resized. Cropped copies are found only if all sides
-    were cropped equally. `layout` is the contract's field ``quadrants``.
+    The splits are those of the run, not those in the names of frames: folds divide the pooled frames anew. Pictures are
+    compared as the network receives them, cropped and resized. Cropped copies are found only if all sides were cropped
+    equally. `layout` is the contract's field ``quadrants``.
     """
-    names = [name for store in stores for name in store.names]
-    positions = [(store, index) for store in stores for index in range(len(store.names))]
+    names = [f"{split}/{name.split('/', 1)[1]}" for split, store in stores.items() for name in store.names]
+    positions = [(store, index) for store in stores.values() for index in range(len(store.names))]
 
     def thumb(index: int) -> Grey:
         store, position = positions[index]
@@ -235,7 +236,7 @@ def leaks_of_stores(
 
     pixels: list[bytes] = []
     bits: list[HashBits] = []
-    for store in stores:
+    for store in stores.values():
         for frame in _stitched_frames(store, range(len(store.names)), layout):
             pixels.append(hashlib.blake2b(frame.tobytes(), digest_size=16).digest())
             bits.append(perceptual_hashes(thumbnail(frame), CENTRED))

@@ -127,7 +127,9 @@ def fit_linear(
         _require_patients(train_store.labels, groups, classes)
         failures = (*train_store.failures, *validation_store.failures)
         reporter.started(torch_device.type, "fp32", train, validation)
-        leaks = leaks_of_stores((train_store, validation_store), pattern, contract.quadrants)
+        leaks = leaks_of_stores(
+            {train.name: train_store, validation.name: validation_store}, pattern, contract.quadrants
+        )
         reporter.audited(leaks)
         started = time.perf_counter()
         features = quadrant_features(model, train_store, partial(reporter.batch, 1))

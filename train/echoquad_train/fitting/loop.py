@@ -238,7 +238,8 @@ class TrainingRun:
         self._collect_metadata(precision, teacher)
         self.reporter.started(device.type, precision, self.train, self.validation)
         if self.ranks.first:
-            leaks = leaks_of_stores((self.train_store, self.validation_store), pattern, self.contract.quadrants)
+            stores = {self.train.name: self.train_store, self.validation.name: self.validation_store}
+            leaks = leaks_of_stores(stores, pattern, self.contract.quadrants)
             self.metadata |= {"patient_regex": self.patient_regex, "audit": leaks.counts}
             self.reporter.audited(leaks)
 
