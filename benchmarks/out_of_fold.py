@@ -2,13 +2,15 @@
 
     python benchmarks/out_of_fold.py DATA --out figures.json --recipe scratch
         [--recipe head=transfer:trained_layers=head,dropout=0.2] [--folds 5] [--seeds 0,1,2]
-        [--patients 50,100,200,all] [--jobs 2] [--plot curve.png] [--results FILE]
+        [--patients 50,100,200,all] [--ensemble 5] [--jobs 2] [--plot curve.png] [--results FILE]
 
 --recipe is [LABEL=]RECIPE[:field=value,...]; it may be repeated. Frames of DATA/train and DATA/validation are divided
 as by `echoquad train --folds` with the same seed: each fold is held out once, and a tenth of the patients of the others
 is the validation split of its run. With --patients, a run sees only so many patients (a tenth of them for validation);
-fewer are among more, and the fold that is held out stays whole. Intervals are 95 % by patient; several seeds are
-averaged, and share the resamples of patients.
+fewer are among more, and the fold that is held out stays whole. With --ensemble, what a run sees is also divided into
+so many folds, as by `echoquad train --folds`: an ensemble of their runs with soft vote, and a run like the first that
+is distilled from it, classify the frames that the outer fold holds out. Intervals are 95 % by patient; several seeds
+are averaged. All figures share the resamples of patients, so that differences from the first recipe are paired.
 
 Each fold is trained in a process of its own, --jobs at a time, with one CPU thread each. OUT.json is written again
 after each of them, and the folder OUT keeps the probabilities of the held-out frames (``.npz``; see workers/fold.py):
@@ -59,6 +61,7 @@ class Row(TypedDict):
     held_out: int  # patients that are measured
     seeds: list[dict[str, Any]]
     estimates: dict[str, dict[str, Any]]
+    differences: dict[str, dict[str, Any]]  # from the first recipe with as many patients
 
 
 def main() -> None:
@@ -71,20 +74,17 @@ def main() -> None:
     todo = [job for job in jobs if not job.result.exists()]
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished before", flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
-        running = {pool.submit(run_worker, job): job for job in todo}
-        try:
-            for done in as_completed(running):
-                done.result()
-                facts = worker.load_result(running[done].result)[0]
-                print(
-                    f"{facts['recipe']}, {facts['patients']} patients, seed {facts['seed']}, fold {facts['fold']}: "
-                    f"accuracy {facts['accuracy']:.3f}, epoch {facts['model_epoch']}, {facts['epoch_seconds']:.0f} s",
-                    flush=True,
-                )
-                write_json(options.out, {**run_facts(Path(__file__).stem, options.threads), **summary(jobs)})
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        # Students come after all ensembles.
+        for stage in ([job for job in todo if not job.teacher], [job for job in todo if job.teacher]):
+            running = {pool.submit(run_worker, job): job for job in stage}
+            try:
+                for done in as_completed(running):
+                    done.result()
+                    print(line_of(worker.load_result(running[done].result)[0]), flush=True)
+                    write_json(options.out, {**run_facts(Path(__file__).stem, options.threads), **summary(jobs)})
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     found = summary(jobs)
     write_json(options.out, {**run_facts(Path(__file__).stem, options.threads), **found})
     if options.plot:
@@ -97,6 +97,13 @@ def main() -> None:
         options.results,
         threads=options.threads,
         notes=notes(options),
+    )
+
+
+def line_of(facts: dict[str, Any]) -> str:
+    return (
+        f"{facts['recipe']}, {facts['patients']} patients, seed {facts['seed']}, fold {facts['fold']}: accuracy "
+        f"{facts['accuracy']:.3f}, epoch {', '.join(map(str, facts['model_epochs']))}, {facts['epoch_seconds']:.0f} s"
     )
 
 
@@ -114,6 +121,9 @@ def parse(line: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--folds", type=int, default=5, help="default %(default)s")
     parser.add_argument("--seeds", type=numbers, default=[0], help="of training and folds, with commas (default 0)")
     parser.add_argument("--patients", type=counts, default=[None], help="that a run sees, with commas (default all)")
+    parser.add_argument(
+        "--ensemble", type=int, metavar="N", help="also ensembles of N runs, and runs distilled from them"
+    )
     parser.add_argument("--patient-regex", help="extracts the patient from a frame's name")
     parser.add_argument("--jobs", type=int, default=1, help="folds that are trained at once (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each (default %(default)s)")
@@ -140,7 +150,7 @@ def parse_recipe(text: str) -> tuple[str, Recipe]:
 
 
 def make_jobs(options: argparse.Namespace) -> Iterator[Job]:
-    """Yield a job for each seed, recipe, number of patients and fold, the first seed first.
+    """Yield a job for each seed, recipe, number of patients and fold, the first seed first; see `with_ensemble`.
 
     A number of patients that no fold has means all, and is trained once.
     """
@@ -173,8 +183,21 @@ def make_jobs(options: argparse.Namespace) -> Iterator[Job]:
             keep=options.keep,
         )
         fold = worker.limit_patients(folds_of(seed)[number - 1], count, settings, seed)
-        words = f"{label}.{count or ALL}.seed{seed}.fold{number}"
-        yield replace(job, name=f"{re.sub(r'[^0-9A-Za-z.-]+', '_', words)}.{worker.fingerprint(job, fold)}")
+        yield from with_ensemble(job, fold, options.ensemble)
+
+
+def with_ensemble(job: Job, fold: Fold, members: int | None) -> Iterator[Job]:
+    """Yield a job with its name; if there is a number of members, also an ensemble, and a run distilled from it."""
+
+    def named(job: Job) -> Job:
+        words = f"{job.label}.{job.patients or ALL}.seed{Recipe.from_toml(job.recipe).seed}.fold{job.number}"
+        return replace(job, name=f"{re.sub(r'[^0-9A-Za-z.-]+', '_', words)}.{worker.fingerprint(job, fold)}")
+
+    yield named(job)
+    if members:
+        ensemble = named(replace(job, label=f"{job.label}, ensemble of {members}", members=members, keep=True))
+        yield ensemble
+        yield named(replace(job, label=f"{job.label}, distilled", teacher=ensemble.name))
 
 
 def run_worker(job: Job) -> None:
@@ -196,7 +219,8 @@ def run_worker(job: Job) -> None:
 def summary(jobs: Sequence[Job]) -> dict[str, Any]:
     """Return the rows of the seeds whose folds are all finished, and the facts of every finished fold."""
     found = {job: worker.load_result(job.result) for job in jobs if job.result.exists()}
-    rows = []
+    rows: list[Row] = []
+    baselines: dict[int | None, list[ScoredFrames]] = {}  # of the first recipe that is finished, by number of patients
     for label, count in dict.fromkeys((job.label, job.patients) for job in jobs):
         of_seed: dict[int, list[Job]] = {}
         for job in jobs:
@@ -206,17 +230,25 @@ def summary(jobs: Sequence[Job]) -> dict[str, Any]:
         if complete:
             pooled = {seed: worker.joined([found[job][1] for job in folds]) for seed, folds in complete.items()}
             seen = [found[job][0]["patients"] for folds in complete.values() for job in folds]
-            rows.append(row_of(label, count, statistics.fmean(seen), pooled))
+            baseline = baselines.setdefault(count, list(pooled.values()))
+            rows.append(row_of(label, count, statistics.fmean(seen), pooled, baseline))
     return {"rows": rows, "runs": [{**facts, "predictions": job.result.name} for job, (facts, _) in found.items()]}
 
 
-def row_of(label: str, count: int | None, patients: float, pooled: dict[int, ScoredFrames]) -> Row:
-    """Return the figures of the pooled frames of each seed, and their mean with intervals."""
+def row_of(
+    label: str,
+    count: int | None,
+    patients: float,
+    pooled: dict[int, ScoredFrames],
+    baseline: Sequence[ScoredFrames],
+) -> Row:
+    """Return the figures of the pooled frames of each seed, their mean with intervals, and how much higher they are."""
     seeds = [
         {"seed": seed, **{name: getattr(metrics_of_frames(scored), name) for name in FIGURES}}
         for seed, scored in pooled.items()
     ]
-    estimates = out_of_fold_estimates(list(pooled.values()))
+    repeats = list(pooled.values())
+    estimates, differences = out_of_fold_estimates(repeats), out_of_fold_estimates(repeats, baseline)
     return {
         "recipe": label,
         "patients": patients,
@@ -224,13 +256,14 @@ def row_of(label: str, count: int | None, patients: float, pooled: dict[int, Sco
         "held_out": len(set(next(iter(pooled.values())).patients)),
         "seeds": seeds,
         "estimates": {name: estimates[name].to_dict() for name in FIGURES},
+        "differences": {name: differences[name].to_dict() for name in FIGURES},
     }
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
-    lines = [
-        ["recipe", "patients", "seeds", *(title for name in FIGURES.values() for title in (name, "95 % interval"))]
-    ]
+    titles = (title for name in FIGURES.values() for title in (name, "95 % interval"))
+    lines = [["recipe", "patients", "seeds", *titles, "accuracy, difference", "95 % interval"]]
+    first = {row["asked"]: row["recipe"] for row in reversed(rows)}
     for row in rows:
         cells = [row["recipe"], f"{row['patients']:.0f}", str(len(row["seeds"]))]
         for name in FIGURES:
@@ -239,6 +272,10 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 and None not in values else ""
             cells.append("none" if one["estimate"] is None else f"{one['estimate']:.3f}{spread}")
             cells.append(" to ".join(f"{bound:.3f}" for bound in one["ci95"]) if one["ci95"] else "none")
+        one = row["differences"]["accuracy"]
+        compared = one["ci95"] and row["recipe"] != first[row["asked"]]
+        cells.append(f"{one['estimate']:+.3f}" if compared else "")
+        cells.append(" to ".join(f"{bound:+.3f}" for bound in one["ci95"]) if compared else "")
         lines.append(cells)
     return lines
 
@@ -248,7 +285,8 @@ def notes(options: argparse.Namespace) -> list[str]:
     return [
         f"Out of {options.folds} folds by patient, seeds {', '.join(map(str, options.seeds))}: each frame is "
         "classified by a run that neither trained nor chose anything on its patient. Intervals are by patient"
-        f"{spread}. `patients` is what a run sees, a tenth of them as its validation split."
+        f"{spread}. `patients` is what a run sees, a tenth of them as its validation split. The difference is from the "
+        "first recipe with as many patients, paired."
     ]
 
 

@@ -36,7 +36,7 @@ from echoquad_train.evaluation.evaluate import predict_split
 from echoquad_train.evaluation.scored_frames import ScoredFrames
 from echoquad_train.fitting.fold_splits import FoldSettings, split_folds
 from echoquad_train.fitting.out_of_fold import out_of_fold_estimates
-from echoquad_train.runs.checkpoint import load_run
+from echoquad_train.runs.ensemble_folder import Ensemble, load_trained
 
 
 @dataclass
@@ -123,8 +123,9 @@ def read_recipes(path: Path) -> Iterator[tuple[str, list[FoldRun]]]:
         missing = [result for result in results if not result.with_suffix("").is_dir()]
         if missing or not own:
             raise SystemExit(f"{path}: no run folders of {label}; expected a record of `out_of_fold.py --keep`")
-        first = load_run(results[0].with_suffix("")).info
-        settings = FoldSettings(first["fold"]["of"], first["patient_regex"])
+        trained = load_trained(results[0].with_suffix(""))
+        first = (trained.members[0] if isinstance(trained, Ensemble) else trained).info
+        settings = FoldSettings(len(own), first["patient_regex"])
         folds = split_folds(read_splits(first["data"]["folder"]), settings, own[0]["seed"])
         yield (
             label,
@@ -136,7 +137,7 @@ def read_recipes(path: Path) -> Iterator[tuple[str, list[FoldRun]]]:
 
 
 def name_of(run: Path) -> str:
-    info = load_run(run).info
+    info = load_trained(run).info
     teacher = info.get("teacher")
     distilled = f", distilled from {teacher['backbone']} at {teacher['input_size']}" if teacher else ""
     return f"{info['backbone'].removeprefix('timm:')} at {info['contract']['input_size']}{distilled}"

@@ -8,6 +8,7 @@ probabilities of each quadrant of the held-out frames.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -30,11 +31,12 @@ from echoquad_train.data.dataset import Split, read_classes, read_split
 from echoquad_train.data.patients import patients_of
 from echoquad_train.evaluation.frame_metrics import metrics_of_frames
 from echoquad_train.evaluation.scored_frames import ScoredFrames
-from echoquad_train.fitting.cross_validation import fit_fold, measure_fold
+from echoquad_train.fitting.cross_validation import fit_fold, fit_folds, measure_fold
 from echoquad_train.fitting.fold_splits import Fold, FoldSettings, split_folds
 from echoquad_train.networks.device import Device, choose_device
 from echoquad_train.recipe import Recipe
-from echoquad_train.runs.checkpoint import RECIPE, load_run
+from echoquad_train.runs.checkpoint import METRICS, RECIPE, Run
+from echoquad_train.runs.ensemble_folder import Ensemble, load_trained
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,10 @@ class Job:
         How many patients the run sees, its validation split included; None: all.
     folds, number, patient_regex
         The folds, the one that is held out, from 1, and the rule for patients.
+    members
+        Train an ensemble of the runs of so many folds of what the run would see; 0: a single run.
+    teacher
+        The folder of the ensemble to distil from, below `folder`.
     device, threads, keep
         Where to train, and whether the run folder stays.
     """
@@ -63,6 +69,8 @@ class Job:
     patients: int | None
     folds: int
     number: int
+    members: int = 0
+    teacher: str | None = None
     patient_regex: str | None = None
     device: Device = "auto"
     threads: int = 1
@@ -83,7 +91,7 @@ class Log:
 
     def _ignore(self, *_: Any, **__: Any) -> None: ...
 
-    decoding = started = audited = batch = _ignore
+    decoding = started = audited = batch = fold = judging = _ignore
 
     def epoch(self, epoch: Any, epochs: int, best: bool) -> None:
         print(json.dumps({**epoch.to_dict(), "of": epochs}), flush=True)
@@ -115,18 +123,16 @@ def measure(job: Job) -> None:
     fold = split_folds(read_splits(job.data), job.settings, recipe.seed)[job.number - 1]
     fold = limit_patients(fold, job.patients, job.settings, recipe.seed)
     folder, started = job.result.with_suffix(""), time.perf_counter()
-    fitted = fit_fold(
-        Path(job.data),
-        folder,
-        recipe,
-        fold,
-        job.settings,
-        device=job.device,
-        resume=(folder / RECIPE).is_file(),
-        reporter=Log(),
-    )
+    data, options = Path(job.data), {"device": job.device, "reporter": Log(), "resume": (folder / RECIPE).is_file()}
+    if job.members:
+        pool = (fold.train, fold.validation)
+        fit_folds(data, folder, recipe, replace(job.settings, folds=job.members), splits=pool, **options)
+    else:
+        teacher = Path(job.folder) / job.teacher if job.teacher else None
+        fit_fold(data, folder, recipe, fold, job.settings, teacher=teacher, **options)
     scored = measure_fold(folder, fold, job.settings, choose_device(job.device)).scored
-    run = load_run(folder)
+    trained = load_trained(folder)
+    runs = trained.members if isinstance(trained, Ensemble) else (trained,)
     figures = metrics_of_frames(scored)
     facts = {
         "recipe": job.label,
@@ -139,13 +145,12 @@ def measure(job: Job) -> None:
         "accuracy": figures.accuracy,
         "roc_auc": figures.roc_auc,
         "patch_accuracy": figures.patch_accuracy,
-        "epochs": len(fitted.history),
-        "model_epoch": fitted.best.epoch,
-        "epoch_seconds": round(sum(epoch.seconds for epoch in fitted.history), 1),
+        "model_epochs": [run.info["best"]["epoch"] for run in runs],
+        "epoch_seconds": round(sum(map(seconds_of, runs)), 1),
         "last_start_seconds": round(time.perf_counter() - started, 1),
-        "device": run.info["device"],
-        "precision": run.info["precision"],
-        "contract": run.contract.to_dict(),
+        "device": runs[0].info["device"],
+        "precision": runs[0].info["precision"],
+        "contract": trained.contract.to_dict(),
     }
     with write_atomically(job.result) as stream:
         np.savez_compressed(
@@ -160,6 +165,12 @@ def measure(job: Job) -> None:
         )
     if not job.keep:
         shutil.rmtree(folder)
+
+
+def seconds_of(run: Run) -> float:
+    """Return the time that the epochs of a run took."""
+    with (run.folder / METRICS).open(encoding="utf-8", newline="") as stream:
+        return sum(float(row["seconds"]) for row in csv.DictReader(stream))
 
 
 def load_result(path: Path) -> tuple[dict[str, Any], ScoredFrames]:
@@ -183,10 +194,11 @@ def load_result(path: Path) -> tuple[dict[str, Any], ScoredFrames]:
 
 
 def fingerprint(job: Job, fold: Fold) -> str:
-    """Return eight digits that change with whatever a result depends on: the recipe, the frames, the rule."""
+    """Return eight digits that change with whatever a result depends on: the recipe, the frames, the ensemble."""
     parts = [split.fingerprint for split in (fold.train, fold.validation, fold.held_out)]
     recipe = sorted(asdict(Recipe.from_toml(job.recipe)).items())
-    return hashlib.sha256(json.dumps([recipe, parts]).encode()).hexdigest()[:8]
+    kind = [job.members] if job.members else [job.teacher] if job.teacher else []
+    return hashlib.sha256(json.dumps([recipe, parts, *kind]).encode()).hexdigest()[:8]
 
 
 # Patients

@@ -30,6 +30,8 @@ from echoquad_train.fitting.cross_validation import fit_folds
 from echoquad_train.fitting.fold_splits import FoldSettings, split_folds
 from echoquad_train.plot_style import save
 from echoquad_train.recipe import Recipe
+from echoquad_train.runs.checkpoint import load_run
+from echoquad_train.runs.ensemble_folder import Ensemble, load_trained
 
 torch.set_num_threads(1)
 
@@ -110,7 +112,7 @@ def data(tmp_path: Path) -> Path:
 
 
 class Quiet(worker.Log):
-    epoch = fold = judging = worker.Log._ignore
+    epoch = worker.Log._ignore
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *line: object) -> None:
@@ -174,7 +176,8 @@ def test_killed_benchmark_goes_on_and_equals_cross_validation(
 
 def made_up(sizes: Sequence[int], seeds: Sequence[int] = (0,)) -> list[Any]:
     """Return rows of two recipes whose accuracy grows with the number of patients."""
-    rows = []
+    rows: list[Any] = []
+    first: dict[int, list[worker.ScoredFrames]] = {}
     for label, start in (("scratch", 0.05), ("lite", 0.22)):
         for size in sizes:
             pooled = {}
@@ -193,7 +196,8 @@ def made_up(sizes: Sequence[int], seeds: Sequence[int] = (0,)) -> list[Any]:
                     decided=quadrants.mean(axis=1).argmax(axis=1),
                     patients=tuple(map(str, np.repeat(range(450), 2))),
                 )
-            rows.append(out_of_fold.row_of(label, None if size == 360 else size, size, pooled))
+            baseline = first.setdefault(size, list(pooled.values()))
+            rows.append(out_of_fold.row_of(label, None if size == 360 else size, size, pooled, baseline))
     return rows
 
 
@@ -214,3 +218,47 @@ def test_table_states_the_spread_over_seeds() -> None:
     assert header[:5] == ["recipe", "patients", "seeds", "frame accuracy", "95 % interval"]
     assert one[:3] == ["scratch", "50", "3"] and " ± 0.0" in one[3] and " to " in one[4]
     assert "±" not in out_of_fold.table(made_up((50,)))[1][3]
+
+
+def test_table_states_paired_differences_from_the_first_recipe() -> None:
+    rows = made_up((50, 360), (0, 1))
+    header, *lines = out_of_fold.table(rows)
+    assert header[-2:] == ["accuracy, difference", "95 % interval"]
+    assert [line[-2:] for line in lines[:2]] == [["", ""]] * 2
+    for row, line in zip(rows[2:], lines[2:], strict=True):
+        found, own = row["differences"]["accuracy"], row["estimates"]["accuracy"]
+        other = next(one for one in rows if one["asked"] == row["asked"])["estimates"]["accuracy"]
+        assert found["estimate"] == pytest.approx(own["estimate"] - other["estimate"])
+        # The same frames are hard for both, so the difference is surer than that of independent figures.
+        independent = np.hypot(np.diff(own["ci95"]), np.diff(other["ci95"]))
+        assert np.diff(found["ci95"]) < 0.98 * independent
+        assert line[-2:] == [f"{found['estimate']:+.3f}", " to ".join(f"{bound:+.3f}" for bound in found["ci95"])]
+
+
+# Ensembles
+
+
+def test_ensemble_and_its_student_never_see_the_fold_that_is_held_out(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchvision.models, "get_model", thin_backbone)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(out_of_fold, "run_worker", worker.measure)
+    out = tmp_path / "figures.json"
+    call(monkeypatch, data, "--out", out, "--recipe", TINY, "--folds", "2", "--ensemble", "2", "--keep")
+    record = json.loads(out.read_text("utf-8"))
+    assert [row["recipe"] for row in record["rows"]] == ["tiny", "tiny, ensemble of 2", "tiny, distilled"]
+    for number in (1, 2):
+        single, ensemble, student = (tmp_path / "figures" / run["predictions"] for run in record["runs"]
+                                     if run["fold"] == number)  # fmt: skip
+        names = [worker.load_result(result)[1].names for result in (single, ensemble, student)]
+        assert names[0] == names[1] == names[2]
+        held_out = {name.rpartition("/")[2] for name in names[0]}
+        folder = ensemble.with_suffix("")
+        members = load_trained(folder)
+        assert isinstance(members, Ensemble)
+        with (folder / "out_of_fold.csv").open(encoding="utf-8", newline="") as stream:
+            seen = {line["file"].rpartition("/")[2] for line in csv.DictReader(stream)}
+        assert len(members.members) == 2 and len(seen) == 6 and not seen & held_out
+        hashes = load_run(student.with_suffix("")).info["teacher"]["members"]
+        assert hashes == [member["weights_sha256"] for member in members.info["members"]]

@@ -8,6 +8,7 @@ the out-of-fold figures. Frames of ``DATA/test`` are not used.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from echoquad_runtime.frames.formats import DEFAULT_READ_OPTIONS, ReadOptions
 from echoquad_runtime.frames.frame_file import Failure
 from echoquad_runtime.predict.predictor import Predictor
 from echoquad_runtime.storage.atomic import write_bytes, write_json
-from echoquad_train.data.dataset import Progress, read_classes, read_split
+from echoquad_train.data.dataset import Progress, Split, read_classes, read_split
 from echoquad_train.data.stream import Stream
 from echoquad_train.evaluation.evaluate import SplitPredictions, predict_split
 from echoquad_train.fitting.fold_splits import Fold, FoldSettings, split_folds
@@ -33,7 +34,7 @@ from echoquad_train.networks.torch_engine import TorchEngine
 from echoquad_train.recipe import Recipe
 from echoquad_train.reporting.predictions_table import write_predictions
 from echoquad_train.runs.checkpoint import LAST, RECIPE, RUN, load_last, load_run, read_info
-from echoquad_train.runs.ensemble_folder import ensemble_metadata, is_ensemble, new_ensemble_metadata
+from echoquad_train.runs.ensemble_folder import ensemble_metadata, is_ensemble, load_trained, new_ensemble_metadata
 
 __all__ = [
     "OUT_OF_FOLD",
@@ -89,6 +90,7 @@ def fit_folds(
     workers: int | None = None,
     tensorboard: bool = False,
     reading: ReadOptions = DEFAULT_READ_OPTIONS,
+    splits: Sequence[Split] | None = None,
 ) -> CrossValidationResult:
     """Train one run for each fold and combine them into an ensemble with soft vote.
 
@@ -110,6 +112,8 @@ def fit_folds(
         Receives progress events.
     stream, workers, tensorboard, reading
         As `echoquad_train.fitting.loop.fit`.
+    splits
+        Pool these instead of `data`'s own training and validation splits; of the same classes.
 
     Raises
     ------
@@ -121,7 +125,7 @@ def fit_folds(
         metadata = _open_folder(folder, recipe, settings, resume=resume)
         classes = read_classes(data)
         recipe.contract(classes)  # fails before anything is written
-        splits = [read_split(data, name, classes, reading) for name in ("train", "validation")]
+        splits = splits or [read_split(data, name, classes, reading) for name in ("train", "validation")]
         folds = split_folds(splits, settings, recipe.seed)
         if metadata is None:
             metadata = new_ensemble_metadata(folds=asdict(settings), data={"reading": reading.to_dict()})
@@ -186,8 +190,8 @@ def fit_fold(data: Path, folder: Path, recipe: Recipe, fold: Fold, settings: Fol
 def measure_fold(
     folder: Path, fold: Fold, settings: FoldSettings, device: torch.device, progress: Progress | None = None
 ) -> SplitPredictions:
-    """Predict the frames that a fold holds out with its finished run in `folder`."""
-    run = load_run(folder)
+    """Predict the frames that a fold holds out with its finished run, or ensemble of runs, in `folder`."""
+    run = load_trained(folder)
     predictor = Predictor(TorchEngine(run.model, run.contract, device))
     return predict_split(predictor, fold.held_out, settings.pattern, progress=progress)
 

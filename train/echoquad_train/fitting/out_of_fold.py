@@ -66,7 +66,9 @@ def out_of_fold_figures(held_out: Sequence[SplitPredictions], positive: str) -> 
     }
 
 
-def out_of_fold_estimates(repeats: Sequence[ScoredFrames], resamples: int = RESAMPLES) -> dict[str, Estimate]:
+def out_of_fold_estimates(
+    repeats: Sequence[ScoredFrames], baseline: Sequence[ScoredFrames] = (), resamples: int = RESAMPLES
+) -> dict[str, Estimate]:
     """Return `FIGURES` with 95 % intervals by patient, each the mean over repeated cross-validations.
 
     A resample of patients is the same for every repetition. The interval is thus that of the patients: further
@@ -76,6 +78,9 @@ def out_of_fold_estimates(repeats: Sequence[ScoredFrames], resamples: int = RESA
     ----------
     repeats
         The pooled frames of each repetition, of the same patients.
+    baseline
+        The repetitions of another recipe, of the same patients: return how much higher the figures of `repeats` are.
+        A difference is paired: both recipes have the same resamples.
     resamples
         Number of bootstrap resamples.
 
@@ -85,6 +90,20 @@ def out_of_fold_estimates(repeats: Sequence[ScoredFrames], resamples: int = RESA
         If the repetitions are not of the same patients.
     """
     names = sorted(set(repeats[0].patients))
+    figures = _mean_figures(repeats, names, resamples)
+    others = _mean_figures(baseline, names, resamples) if baseline else {}
+    estimates = {}
+    for name, (value, resampled) in figures.items():
+        other, other_resampled = others.get(name, (0.0, np.zeros(1)))
+        difference = None if value is None or other is None else value - other
+        estimates[name] = Estimate.bootstrap(difference, resampled - other_resampled)
+    return estimates
+
+
+def _mean_figures(
+    repeats: Sequence[ScoredFrames], names: Sequence[str], resamples: int
+) -> dict[str, tuple[float | None, Float64Array]]:
+    """Return the mean of each figure over the repetitions, None if one lacks it, and its resamples, float64 [B]."""
     found: dict[str, list[tuple[float | None, Float64Array]]] = {name: [] for name in FIGURES}
     for scored in repeats:
         if sorted(set(scored.patients)) != names:
@@ -93,12 +112,12 @@ def out_of_fold_estimates(repeats: Sequence[ScoredFrames], resamples: int = RESA
         measured, resampled = metrics_of_frames(scored), _resampled(scored, Bootstrap(index, resamples))
         for name in FIGURES:
             found[name].append((getattr(measured, name), resampled[name]))
-    estimates = {}
+    means = {}
     for name, column in found.items():
         values = [value for value, _ in column if value is not None]
         mean = statistics.fmean(values) if len(values) == len(repeats) else None
-        estimates[name] = Estimate.bootstrap(mean, np.mean([one for _, one in column], axis=0))
-    return estimates
+        means[name] = (mean, np.mean([one for _, one in column], axis=0))
+    return means
 
 
 def _resampled(scored: ScoredFrames, sampler: Bootstrap) -> dict[str, Float64Array]:
