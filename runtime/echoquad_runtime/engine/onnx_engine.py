@@ -37,7 +37,7 @@ class OnnxEngine:
     threads
         CPU threads of one inference; None for the number that CPU affinity and cgroup allow.
     spinning
-        Whether those threads busy-wait during an inference, which is faster. They always sleep between inferences.
+        Whether those threads busy-wait during an inference, which is faster, and for 250 µs after it.
     cuda_graphs
         Whether CUDA captures the kernels of each bucket as a CUDA graph and replays it; other devices ignore it.
     nhwc

@@ -6,6 +6,7 @@ import sys
 import threading
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from echoquad_runtime.devices import cuda_probe as cuda
@@ -53,9 +54,12 @@ def test_session_options_keep_provider_and_threads() -> None:
     assert options.log_severity_level == 4
 
 
-def test_threads_spin_only_during_an_inference() -> None:
-    spin, stop = "session.intra_op.allow_spinning", "session.force_spinning_stop"
-    for spinning, made, unmade in ((True, (stop, "1"), spin), (False, (spin, "0"), stop)):
+@pytest.mark.parametrize("version", ["1.25.1", "1.26.0", "1.100.0.dev20261127"])
+def test_threads_spin_for_a_limited_time(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", version)
+    spin, limit = "session.intra_op.allow_spinning", "session.intra_op.spin_duration_us"
+    for spinning in (True, False):
+        made, unmade = ((limit, "250"), spin) if spinning and version != "1.25.1" else ((spin, "0"), limit)
         opened = open_session(PROBE_MODEL, device="cpu", threads=2, spinning=spinning)
         assert opened.threads == 2
         options = opened.session.get_session_options()
