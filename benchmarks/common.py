@@ -122,18 +122,19 @@ def alternate(calls: Mapping[str, Callable[[], object]], rounds: int, pause: flo
 
 
 def time_interleaved(
-    calls: Mapping[str, Callable[[], object]], rounds: int, pause: float = PAUSE
+    calls: Mapping[str, Callable[[], object]], rounds: int, pause: float = PAUSE, untimed: int = 1
 ) -> dict[str, list[float]]:
     """Time calls in `rounds` rounds, each starting with the next call; return milliseconds by name.
 
-    A slowdown of the machine affects all calls alike, so ratios stay valid. Each turn is a pause in seconds, an untimed
-    call that wakes the processor, and the timed call.
+    A slowdown of the machine affects all calls alike, so ratios stay valid. Each turn is a pause in seconds, `untimed`
+    calls that wake the processor, and the timed call. Sleeping threads of an engine may need 4 ms to wake.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + WARM_UP):
         for name in rotated(list(calls), turn):
             time.sleep(pause)
-            calls[name]()
+            for _ in range(untimed):
+                calls[name]()
             begin = time.perf_counter()
             calls[name]()
             if turn >= WARM_UP:

@@ -1,12 +1,13 @@
 """Time inference of one frame (four quadrants) in several engines on the same weights, interleaved.
 
-    python benchmarks/engines.py RUN BUNDLE [--rounds 60] [--threads 2] [--openvino-python PYTHON]
-        [--results benchmarks/RESULTS.md]
+    python benchmarks/engines.py RUN BUNDLE [--rounds 60] [--threads 2] [--untimed 1]
+        [--openvino-python PYTHON] [--results benchmarks/RESULTS.md]
 
 EchoQuad runs each precision of the bundle on the CPU. With `--openvino-python`, the Python of an environment with
 onnxruntime-openvino and openvino, it also runs on the device openvino, and is compared with plain OpenVINO on the same
-graph; for int8 also on a graph that keeps the first convolution as trained. Prints a table, then one line of JSON.
-Decoding is not included; see `echoquad bench`.
+graph; for int8 also on a graph that keeps the first convolution as trained. The timed frame follows `--untimed` frames
+after a pause: 1 for frames that come one by one, 10 for a folder, in which threads stay awake. Prints a table, then one
+line of JSON. Decoding is not included; see `echoquad bench`.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ AIM = 1.10  # times plain OpenVINO with its best graph
 def main() -> None:
     parser = arguments(__doc__, run=True, frames=False, rounds=60)
     parser.add_argument("--openvino-python", help="Python of an environment with onnxruntime-openvino and openvino")
+    parser.add_argument("--untimed", type=int, default=1, help="frames before the timed one (default %(default)s)")
     options = parser.parse_args()
 
     bundle = Bundle(options.bundle)
@@ -53,7 +55,7 @@ def main() -> None:
         slots = SlotPool(engine, 1)
         calls[f"EchoQuad, {precision}"] = lambda slots=slots: slots.run(quadrants[None], 1)  # type: ignore[misc]
     with openvino_calls(bundle, options.openvino_python, options.threads) as (others, versions):
-        times = time_interleaved({**calls, **others}, options.rounds)
+        times = time_interleaved({**calls, **others}, options.rounds, untimed=options.untimed)
     medians = {name: statistics.median(values) for name, values in times.items()}
     single = medians.get("EchoQuad, fp32", next(iter(medians.values())))
     rows = [["engine", "ms a frame", "of EchoQuad, fp32"]]
@@ -65,7 +67,13 @@ def main() -> None:
         notes = ["OpenVINO was not measured; give --openvino-python."]
     else:
         notes.append(f"OpenVINO ran in a separate environment: {', '.join(map(' '.join, versions.items()))}.")
-    record = {"input_size": size, "rounds": options.rounds, "median_ms": medians, "openvino_ratios": ratios}
+    record = {
+        "input_size": size,
+        "rounds": options.rounds,
+        "untimed": options.untimed,
+        "median_ms": medians,
+        "openvino_ratios": ratios,
+    }
     report("engines", rows, record, options.results, threads=options.threads, notes=notes)
 
 
