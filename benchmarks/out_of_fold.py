@@ -1,16 +1,17 @@
 """Out-of-fold figures of recipes, by seed and number of patients: a table, a line of JSON, and learning curves.
 
     python benchmarks/out_of_fold.py DATA --out figures.json --recipe scratch
-        [--recipe head=transfer:trained_layers=head,dropout=0.2] [--folds 5] [--seeds 0,1,2]
-        [--patients 50,100,200,all] [--ensemble 5] [--jobs 2] [--plot curve.png] [--results FILE]
+        [--recipe head=transfer:trained_layers=head,dropout=0.2] [--recipe ensemble=lite*5]
+        [--recipe distilled=lite@ensemble] [--folds 5] [--seeds 0,1,2] [--patients 50,100,200,all]
+        [--jobs 2] [--plot curve.png] [--results FILE]
 
---recipe is [LABEL=]RECIPE[:field=value,...]; it may be repeated. Frames of DATA/train and DATA/validation are divided
-as by `echoquad train --folds` with the same seed: each fold is held out once, and a tenth of the patients of the others
-is the validation split of its run. With --patients, a run sees only so many patients (a tenth of them for validation);
-fewer are among more, and the fold that is held out stays whole. With --ensemble, what a run sees is also divided into
-so many folds, as by `echoquad train --folds`: an ensemble of their runs with soft vote, and a run like the first that
-is distilled from it, classify the frames that the outer fold holds out. Intervals are 95 % by patient; several seeds
-are averaged. All figures share the resamples of patients, so that differences from the first recipe are paired.
+--recipe is [LABEL=]RECIPE[*N][@TEACHER][:field=value,...]; it may be repeated. Frames of DATA/train and DATA/validation
+are divided as by `echoquad train --folds` with the same seed: each fold is held out once, and a tenth of the patients
+of the others is the validation split of its run. With *N, what a run would see is divided into N folds once more, and
+an ensemble of their runs with soft vote takes the place of the run. TEACHER is the label of another recipe: the run is
+distilled from what that recipe gives for the same fold. With --patients, a run sees only so many patients (a tenth of
+them for validation); fewer are among more, and the fold that is held out stays whole. Intervals are 95 % by patient;
+several seeds are averaged. All figures share the resamples of patients: differences from the first recipe are paired.
 
 Each fold is trained in a process of its own, --jobs at a time, with one CPU thread each. OUT.json is written again
 after each of them, and the folder OUT keeps the probabilities of the held-out frames (``.npz``; see workers/fold.py):
@@ -28,7 +29,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -65,8 +66,8 @@ class Row(TypedDict):
 
 
 def main() -> None:
-    options = parse(sys.argv[1:])
     try:
+        options = parse(sys.argv[1:])
         jobs = list(make_jobs(options))
     except EchoQuadError as error:
         raise SystemExit(str(error)) from error
@@ -74,7 +75,7 @@ def main() -> None:
     todo = [job for job in jobs if not job.result.exists()]
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished before", flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
-        # Students come after all ensembles.
+        # Students come after all teachers.
         for stage in ([job for job in todo if not job.teacher], [job for job in todo if job.teacher]):
             running = {pool.submit(run_worker, job): job for job in stage}
             try:
@@ -117,13 +118,15 @@ def parse(line: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, required=True, help="JSON file; results of folds are kept in OUT without .json"
     )
-    parser.add_argument("--recipe", action="append", required=True, help="[LABEL=]RECIPE[:field=value,...]")
+    parser.add_argument(
+        "--recipe",
+        action="append",
+        required=True,
+        help="[LABEL=]RECIPE[*N][@TEACHER][:field=value,...]",
+    )
     parser.add_argument("--folds", type=int, default=5, help="default %(default)s")
     parser.add_argument("--seeds", type=numbers, default=[0], help="of training and folds, with commas (default 0)")
     parser.add_argument("--patients", type=counts, default=[None], help="that a run sees, with commas (default all)")
-    parser.add_argument(
-        "--ensemble", type=int, metavar="N", help="also ensembles of N runs, and runs distilled from them"
-    )
     parser.add_argument("--patient-regex", help="extracts the patient from a frame's name")
     parser.add_argument("--jobs", type=int, default=1, help="folds that are trained at once (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each (default %(default)s)")
@@ -142,21 +145,47 @@ def counts(text: str) -> list[int | None]:
     return [None if part == ALL else int(part) for part in text.split(",")]
 
 
-def parse_recipe(text: str) -> tuple[str, Recipe]:
-    """Return label and recipe of ``[LABEL=]RECIPE[:field=value,...]``; the label is the text if there is none."""
-    head, _, settings = text.partition(":")
-    label, _, name = head.rpartition("=")
-    return label or text, Recipe.load(name).replace(re.split(r",(?=\w+=)", settings) if settings else ())
+@dataclass(frozen=True)
+class Entry:
+    """A `--recipe`: its label, the recipe, the members of an ensemble (0: a single run), the label of the teacher."""
+
+    label: str
+    recipe: Recipe
+    members: int = 0
+    teacher: str | None = None
+
+
+def parse_recipe(text: str) -> Entry:
+    """Parse ``[LABEL=]RECIPE[*N][@TEACHER][:field=value,...]``; the label is the text if there is none."""
+    found = re.fullmatch(r"(?:([^:]+)=)?([^:=*@]+)(?:\*(\d+))?(?:@([^:=]+))?(?::(.+))?", text)
+    if not found:
+        raise SystemExit(f"--recipe {text}: expected [LABEL=]RECIPE[*N][@TEACHER][:field=value,...]")
+    label, name, members, teacher, settings = found.groups()
+    recipe = Recipe.load(name).replace(re.split(r",(?=\w+=)", settings) if settings else ())
+    return Entry(label or text, recipe, int(members or 0), teacher)
+
+
+def entries_of(options: argparse.Namespace) -> dict[str, Entry]:
+    """Return the recipes by label, each after its teacher; refuse labels that occur twice, and unsuitable teachers."""
+    entries = {entry.label: entry for entry in map(parse_recipe, options.recipe)}
+    if len(entries) < len(options.recipe):
+        raise SystemExit("--recipe: two have the same label; expected a label for each, as in LABEL=RECIPE")
+    for entry in entries.values():
+        if entry.teacher and (entry.teacher not in entries or entries[entry.teacher].teacher or entry.members):
+            raise SystemExit(
+                f"--recipe {entry.label}: found teacher {entry.teacher}; expected a single run whose teacher is the "
+                "label of another --recipe that has no teacher"
+            )
+    return dict(sorted(entries.items(), key=lambda item: item[1].teacher is not None))
 
 
 def make_jobs(options: argparse.Namespace) -> Iterator[Job]:
-    """Yield a job for each seed, recipe, number of patients and fold, the first seed first; see `with_ensemble`.
+    """Yield a job for each seed, recipe, number of patients and fold, the first seed first.
 
     A number of patients that no fold has means all, and is trained once.
     """
-    settings, recipes = FoldSettings(options.folds, options.patient_regex), dict(map(parse_recipe, options.recipe))
-    if len(recipes) < len(options.recipe):
-        raise SystemExit("--recipe: two have the same label; expected a label for each, as in LABEL=RECIPE")
+    settings, entries = FoldSettings(options.folds, options.patient_regex), entries_of(options)
+    teachers = {entry.teacher for entry in entries.values()}
     splits = worker.read_splits(str(options.data))
 
     @cache
@@ -165,39 +194,29 @@ def make_jobs(options: argparse.Namespace) -> Iterator[Job]:
 
     most = max(worker.count_patients(fold, settings) for fold in folds_of(options.seeds[0]))
     asked = dict.fromkeys(None if count is None or count >= most else count for count in options.patients)
-    for seed, (label, recipe), count, number in product(
-        options.seeds, recipes.items(), asked, range(1, options.folds + 1)
-    ):
+    names: dict[tuple[Any, ...], str] = {}
+    for seed, entry, count, number in product(options.seeds, entries.values(), asked, range(1, options.folds + 1)):
         job = Job(
             data=str(options.data),
             folder=str(options.out.with_suffix("")),
             name="",
-            label=label,
-            recipe=recipe.replace(seed=seed).to_toml(),
+            label=entry.label,
+            recipe=entry.recipe.replace(seed=seed).to_toml(),
             patients=count,
             folds=options.folds,
             number=number,
+            members=entry.members,
+            teacher=names.get((entry.teacher, seed, count, number)),
             patient_regex=options.patient_regex,
             device=options.device,
             threads=options.threads,
-            keep=options.keep,
+            keep=options.keep or entry.label in teachers,
         )
         fold = worker.limit_patients(folds_of(seed)[number - 1], count, settings, seed)
-        yield from with_ensemble(job, fold, options.ensemble)
-
-
-def with_ensemble(job: Job, fold: Fold, members: int | None) -> Iterator[Job]:
-    """Yield a job with its name; if there is a number of members, also an ensemble, and a run distilled from it."""
-
-    def named(job: Job) -> Job:
-        words = f"{job.label}.{job.patients or ALL}.seed{Recipe.from_toml(job.recipe).seed}.fold{job.number}"
-        return replace(job, name=f"{re.sub(r'[^0-9A-Za-z.-]+', '_', words)}.{worker.fingerprint(job, fold)}")
-
-    yield named(job)
-    if members:
-        ensemble = named(replace(job, label=f"{job.label}, ensemble of {members}", members=members, keep=True))
-        yield ensemble
-        yield named(replace(job, label=f"{job.label}, distilled", teacher=ensemble.name))
+        words = f"{entry.label}.{count or ALL}.seed{seed}.fold{number}"
+        name = f"{re.sub(r'[^0-9A-Za-z.-]+', '_', words)}.{worker.fingerprint(job, fold)}"
+        names[entry.label, seed, count, number] = name
+        yield replace(job, name=name)
 
 
 def run_worker(job: Job) -> None:

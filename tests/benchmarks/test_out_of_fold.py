@@ -38,11 +38,31 @@ torch.set_num_threads(1)
 TINY = "tiny=scratch:input_size=16,epochs=2,batch_size=8,lr=5e-3,mixed_precision=false,progressive_fraction=0"
 
 
-def test_recipe_has_label_and_settings() -> None:
-    label, recipe = out_of_fold.parse_recipe("small=scratch:backbone=timm:efficientnet_lite0,zoom=[0.9, 1.1],epochs=3")
-    assert (label, recipe.backbone, recipe.zoom, recipe.epochs) == ("small", "timm:efficientnet_lite0", (0.9, 1.1), 3)
-    assert out_of_fold.parse_recipe("transfer") == ("transfer", Recipe.load("transfer"))
-    assert out_of_fold.parse_recipe("scratch:epochs=3")[0] == "scratch:epochs=3"
+def test_recipe_has_label_members_teacher_and_settings() -> None:
+    found = out_of_fold.parse_recipe("small=scratch:backbone=timm:efficientnet_lite0,zoom=[0.9, 1.1],epochs=3")
+    assert (found.label, found.members, found.teacher) == ("small", 0, None)
+    assert (found.recipe.backbone, found.recipe.zoom, found.recipe.epochs) == ("timm:efficientnet_lite0", (0.9, 1.1), 3)
+    assert out_of_fold.parse_recipe("transfer") == out_of_fold.Entry("transfer", Recipe.load("transfer"))
+    assert out_of_fold.parse_recipe("scratch:epochs=3").label == "scratch:epochs=3"
+    five = out_of_fold.parse_recipe("five=lite*5:epochs=3")
+    assert (five.label, five.members, five.recipe.epochs) == ("five", 5, 3)
+    assert out_of_fold.parse_recipe("student=lite@five").teacher == "five"
+
+
+@pytest.mark.parametrize(
+    ("recipes", "message"),
+    [
+        (["a=lite*b"], r"--recipe a=lite\*b: expected \[LABEL=\]RECIPE"),
+        (["lite", "lite"], "two have the same label"),
+        (["lite@none"], "found teacher none; expected"),
+        (["a=lite", "b=lite@a", "c=lite@b"], "--recipe c: found teacher b"),
+        (["a=lite", "b=lite*5@a"], "--recipe b: found teacher a; expected a single run"),
+    ],
+)
+def test_unsuitable_labels_and_teachers_are_refused(recipes: list[str], message: str) -> None:
+    line = ["data", "--out", "figures.json", *(part for recipe in recipes for part in ("--recipe", recipe))]
+    with pytest.raises(SystemExit, match=message):
+        out_of_fold.entries_of(out_of_fold.parse(line))
 
 
 # Patients
@@ -151,7 +171,7 @@ def test_killed_benchmark_goes_on_and_equals_cross_validation(
     ]  # fmt: skip
 
     folder = tmp_path / "folds"
-    recipe = out_of_fold.parse_recipe(TINY)[1]
+    recipe = out_of_fold.parse_recipe(TINY).recipe
     figures = fit_folds(
         data, folder, recipe, FoldSettings(2), device="cpu", resume=False, reporter=Quiet()
     ).out_of_fold["pooled"]
@@ -245,9 +265,11 @@ def test_ensemble_and_its_student_never_see_the_fold_that_is_held_out(
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(out_of_fold, "run_worker", worker.measure)
     out = tmp_path / "figures.json"
-    call(monkeypatch, data, "--out", out, "--recipe", TINY, "--folds", "2", "--ensemble", "2", "--keep")
+    settings = TINY.partition(":")[2]
+    recipes = [f"student=scratch@two:{settings}", TINY, f"two=scratch*2:{settings}"]
+    call(monkeypatch, data, "--out", out, *(f"--recipe={recipe}" for recipe in recipes), "--folds", "2", "--keep")
     record = json.loads(out.read_text("utf-8"))
-    assert [row["recipe"] for row in record["rows"]] == ["tiny", "tiny, ensemble of 2", "tiny, distilled"]
+    assert [row["recipe"] for row in record["rows"]] == ["tiny", "two", "student"]
     for number in (1, 2):
         single, ensemble, student = (tmp_path / "figures" / run["predictions"] for run in record["runs"]
                                      if run["fold"] == number)  # fmt: skip
