@@ -144,6 +144,8 @@ class ServiceProcess:
             connection.request(method, target, body, {name.replace("_", "-"): value for name, value in headers.items()})
             answer = connection.getresponse()
             return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+        except http.client.IncompleteRead as error:  # the service crashed within its answer
+            raise ConnectionResetError(str(error)) from error
         finally:
             connection.close()
 
