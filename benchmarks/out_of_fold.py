@@ -66,8 +66,8 @@ class Row(TypedDict):
 
 
 def main() -> None:
+    options = parse(sys.argv[1:])
     try:
-        options = parse(sys.argv[1:])
         jobs = list(make_jobs(options))
     except EchoQuadError as error:
         raise SystemExit(str(error)) from error
@@ -119,10 +119,7 @@ def parse(line: Sequence[str]) -> argparse.Namespace:
         "--out", type=Path, required=True, help="JSON file; results of folds are kept in OUT without .json"
     )
     parser.add_argument(
-        "--recipe",
-        action="append",
-        required=True,
-        help="[LABEL=]RECIPE[*N][@TEACHER][:field=value,...]",
+        "--recipe", action="append", required=True, help="[LABEL=]RECIPE[*N][@TEACHER][:field=value,...]"
     )
     parser.add_argument("--folds", type=int, default=5, help="default %(default)s")
     parser.add_argument("--seeds", type=numbers, default=[0], help="of training and folds, with commas (default 0)")

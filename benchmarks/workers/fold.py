@@ -56,7 +56,7 @@ class Job:
     members
         Train an ensemble of the runs of so many folds of what the run would see; 0: a single run.
     teacher
-        The folder of the ensemble to distil from, below `folder`.
+        The folder of the run or ensemble to distil from, below `folder`.
     device, threads, keep
         Where to train, and whether the run folder stays.
     """
@@ -194,11 +194,11 @@ def load_result(path: Path) -> tuple[dict[str, Any], ScoredFrames]:
 
 
 def fingerprint(job: Job, fold: Fold) -> str:
-    """Return eight digits that change with whatever a result depends on: the recipe, the frames, the ensemble."""
+    """Return eight digits that change with whatever a result depends on: recipe, frames, members, teacher."""
     parts = [split.fingerprint for split in (fold.train, fold.validation, fold.held_out)]
     recipe = sorted(asdict(Recipe.from_toml(job.recipe)).items())
-    kind = [job.members] if job.members else [job.teacher] if job.teacher else []
-    return hashlib.sha256(json.dumps([recipe, parts, *kind]).encode()).hexdigest()[:8]
+    others = filter(None, (job.members, job.teacher))
+    return hashlib.sha256(json.dumps([recipe, parts, *others]).encode()).hexdigest()[:8]
 
 
 # Patients

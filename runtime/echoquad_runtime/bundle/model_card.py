@@ -67,7 +67,7 @@ def model_card(manifest: Mapping[str, Any]) -> Document:
     return Document(
         f"Model card: {classes} from echo frames, by quadrants",
         (
-            _intended_use(manifest),
+            _intended_use(manifest, classes),
             _contract(manifest),
             _training(manifest),
             _metrics(manifest),
@@ -101,7 +101,7 @@ def format_value(value: Any, depth: int = _MAX_DEPTH) -> str:
 # ---------------------------------------------------------------------------------------------- sections
 
 
-def _intended_use(manifest: Mapping[str, Any]) -> Section:
+def _intended_use(manifest: Mapping[str, Any], classes: str) -> Section:
     # EchoQuad's own statement always comes first, whatever the manifest says.
     statements = dict.fromkeys((INTENDED_USE, _fill("{intended_use}", manifest)))
     strong = [Paragraph(text, strong=True) for text in statements if text != _NOT_STATED]
@@ -112,7 +112,7 @@ def _intended_use(manifest: Mapping[str, Any]) -> Section:
         "results are combined by {contract.vote} vote."
     )
     origin = "Exported {created} by EchoQuad {versions.echoquad}."
-    summary = Paragraph(_fill(text, manifest, classes=", ".join(_class_names(manifest)) or _NOT_STATED))
+    summary = Paragraph(_fill(text, manifest, classes=classes))
     return Section("Intended use", (*strong, summary, Paragraph(_fill(origin, manifest))))
 
 
