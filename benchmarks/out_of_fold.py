@@ -13,9 +13,8 @@ distilled from what that recipe gives for the same fold. With --patients, a run 
 them for validation); fewer are among more, and the fold that is held out stays whole. Intervals are 95 % by patient;
 several seeds are averaged. All figures share the resamples of patients: differences from the first recipe are paired.
 
-Each fold is trained in a process of its own, --jobs at a time, with one CPU thread each. OUT.json is written again
-after each of them, and the folder OUT keeps the probabilities of the held-out frames (``.npz``; see workers/fold.py):
-start a killed benchmark again, and it goes on.
+Each fold is trained in a process of its own, --jobs at a time, with one CPU thread each. The folder OUT keeps the
+probabilities of the held-out frames (``.npz``; see workers/fold.py): start a killed benchmark again, and it goes on.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import product
@@ -72,20 +71,7 @@ def main() -> None:
     except EchoQuadError as error:
         raise SystemExit(str(error)) from error
     Path(jobs[0].folder).mkdir(parents=True, exist_ok=True)
-    todo = [job for job in jobs if not job.result.exists()]
-    print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished before", flush=True)
-    with ThreadPoolExecutor(options.jobs) as pool:
-        # Students come after all teachers.
-        for stage in ([job for job in todo if not job.teacher], [job for job in todo if job.teacher]):
-            running = {pool.submit(run_worker, job): job for job in stage}
-            try:
-                for done in as_completed(running):
-                    done.result()
-                    print(line_of(worker.load_result(running[done].result)[0]), flush=True)
-                    write_json(options.out, {**run_facts(Path(__file__).stem, options.threads), **summary(jobs)})
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    train(jobs, options.jobs)
     found = summary(jobs)
     write_json(options.out, {**run_facts(Path(__file__).stem, options.threads), **found})
     if options.plot:
@@ -97,8 +83,31 @@ def main() -> None:
         {"rows": found["rows"]},
         options.results,
         threads=options.threads,
-        notes=notes(options),
+        notes=notes(options, found["runs"]),
     )
+
+
+def train(jobs: Sequence[Job], at_once: int) -> None:
+    """Train what is not finished, so many jobs at once; a student waits for its teacher, which is earlier in `jobs`."""
+    todo = [job for job in jobs if not job.result.exists()]
+    print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished before", flush=True)
+    running: dict[str, Future[None]] = {}
+
+    def run(job: Job) -> None:
+        if job.teacher in running:
+            running[job.teacher].result()
+        run_worker(job)
+        print(line_of(worker.load_result(job.result)[0]), flush=True)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        for job in todo:
+            running[job.name] = pool.submit(run, job)
+        try:
+            for done in as_completed(running.values()):
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def line_of(facts: dict[str, Any]) -> str:
@@ -233,21 +242,19 @@ def run_worker(job: Job) -> None:
 
 
 def summary(jobs: Sequence[Job]) -> dict[str, Any]:
-    """Return the rows of the seeds whose folds are all finished, and the facts of every finished fold."""
-    found = {job: worker.load_result(job.result) for job in jobs if job.result.exists()}
+    """Return the rows and the facts of every fold; all jobs are finished."""
+    found = {job: worker.load_result(job.result) for job in jobs}
     rows: list[Row] = []
-    baselines: dict[int | None, list[ScoredFrames]] = {}  # of the first recipe that is finished, by number of patients
+    baselines: dict[int | None, list[ScoredFrames]] = {}  # of the first recipe, by number of patients
     for label, count in dict.fromkeys((job.label, job.patients) for job in jobs):
         of_seed: dict[int, list[Job]] = {}
         for job in jobs:
             if (job.label, job.patients) == (label, count):
                 of_seed.setdefault(Recipe.from_toml(job.recipe).seed, []).append(job)
-        complete = {seed: folds for seed, folds in of_seed.items() if all(job in found for job in folds)}
-        if complete:
-            pooled = {seed: worker.joined([found[job][1] for job in folds]) for seed, folds in complete.items()}
-            seen = [found[job][0]["patients"] for folds in complete.values() for job in folds]
-            baseline = baselines.setdefault(count, list(pooled.values()))
-            rows.append(row_of(label, count, statistics.fmean(seen), pooled, baseline))
+        pooled = {seed: worker.joined([found[job][1] for job in folds]) for seed, folds in of_seed.items()}
+        seen = [found[job][0]["patients"] for folds in of_seed.values() for job in folds]
+        baseline = baselines.setdefault(count, list(pooled.values()))
+        rows.append(row_of(label, count, statistics.fmean(seen), pooled, baseline))
     return {"rows": rows, "runs": [{**facts, "predictions": job.result.name} for job, (facts, _) in found.items()]}
 
 
@@ -296,13 +303,14 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
-def notes(options: argparse.Namespace) -> list[str]:
+def notes(options: argparse.Namespace, runs: Sequence[dict[str, Any]]) -> list[str]:
     spread = "; ± is the standard deviation over the seeds" if len(options.seeds) > 1 else ""
+    trained = " and ".join(sorted({f"{run['device']} in {run['precision']}" for run in runs}))
     return [
         f"Out of {options.folds} folds by patient, seeds {', '.join(map(str, options.seeds))}: each frame is "
         "classified by a run that neither trained nor chose anything on its patient. Intervals are by patient"
         f"{spread}. `patients` is what a run sees, a tenth of them as its validation split. The difference is from the "
-        "first recipe with as many patients, paired."
+        f"first recipe with as many patients, paired. Trained on {trained}."
     ]
 
 

@@ -1,7 +1,7 @@
 """Accuracy out of fold against time (Pareto front): a table, a plot, and JSON with a point per recipe and precision.
 
-    python benchmarks/pareto.py FIGURES.json [FIGURES.json ...] --out docs/reference/pareto [--precision fp32,int8]
-        [--rounds 60] [--threads 2]
+    python benchmarks/pareto.py FIGURES.json [FIGURES.json ...] --out docs/reference/pareto [--recipes lite,scratch]
+        [--precision fp32,int8] [--rounds 60] [--threads 2]
 
 FIGURES.json comes from `out_of_fold.py --keep`. The run of each fold is exported, with its parity gate, and the graph
 classifies the frames that the fold holds out. The time is that of one frame, from file bytes to decision, in the graph
@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("figures", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--recipes", help="labels with commas (default: all)")
     parser.add_argument("--precision", default="fp32,int8")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -79,16 +83,19 @@ def main() -> None:
     points: list[Point] = []
     calls: dict[str, Callable[[], object]] = {}
     refused: list[str] = []
-    recipes = [recipe for path in options.figures for recipe in read_recipes(path)]
-    with tempfile.TemporaryDirectory() as work:
+    precisions = options.precision.split(",")
+    labels = options.recipes.split(",") if options.recipes else None
+    recipes = [recipe for path in options.figures for recipe in read_recipes(path, labels)]
+    spawn = multiprocessing.get_context("spawn")
+    # Tracing a network takes most of an export, on one core.
+    with tempfile.TemporaryDirectory() as work, ProcessPoolExecutor(options.threads, spawn) as pool:
         for number, (label, folds) in enumerate(recipes):
             name = f"{label}: {name_of(folds[0].folder)}"
-            for precision in options.precision.split(","):
-                try:
-                    point, call = measure(name, folds, precision, Path(work) / f"{number}.{precision}", options.threads)
-                except ParityError as error:
-                    refused.append(f"{name} {precision}: {error}")
+            for precision, bundles in export_folds(folds, precisions, Path(work) / str(number), pool).items():
+                if isinstance(bundles, str):
+                    refused.append(f"{name} {precision}: {bundles}")
                     continue
+                point, call = measure(name, folds, bundles, precision, options.threads)
                 points.append(point)
                 calls[f"{point.name} {point.precision}"] = call
                 print(f"{point.name} {point.precision}: {point.accuracy:.3f}", flush=True)
@@ -113,10 +120,13 @@ def main() -> None:
     print(json.dumps(record))
 
 
-def read_recipes(path: Path) -> Iterator[tuple[str, list[FoldRun]]]:
-    """Yield the label and the folds of each recipe in a record of `out_of_fold.py`: its first seed, all patients."""
+def read_recipes(path: Path, labels: Sequence[str] | None = None) -> Iterator[tuple[str, list[FoldRun]]]:
+    """Yield the label and the folds of each recipe in a record of `out_of_fold.py`: its first seed, all patients.
+
+    With `labels`, only of these recipes.
+    """
     runs: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))["runs"]
-    for label in dict.fromkeys(run["recipe"] for run in runs):
+    for label in dict.fromkeys(run["recipe"] for run in runs if not labels or run["recipe"] in labels):
         own = [run for run in runs if run["recipe"] == label]
         own = [run for run in own if run["seed"] == own[0]["seed"] and run["asked"] is None]
         results = [path.with_suffix("") / run["predictions"] for run in own]
@@ -125,7 +135,7 @@ def read_recipes(path: Path) -> Iterator[tuple[str, list[FoldRun]]]:
             raise SystemExit(f"{path}: no run folders of {label}; expected a record of `out_of_fold.py --keep`")
         trained = load_trained(results[0].with_suffix(""))
         first = (trained.members[0] if isinstance(trained, Ensemble) else trained).info
-        settings = FoldSettings(len(own), first["patient_regex"])
+        settings = FoldSettings(own[0]["folds"], first["patient_regex"])
         folds = split_folds(read_splits(first["data"]["folder"]), settings, own[0]["seed"])
         yield (
             label,
@@ -138,21 +148,40 @@ def read_recipes(path: Path) -> Iterator[tuple[str, list[FoldRun]]]:
 
 def name_of(run: Path) -> str:
     info = load_trained(run).info
-    teacher = info.get("teacher")
-    distilled = f", distilled from {teacher['backbone']} at {teacher['input_size']}" if teacher else ""
+    distilled = ", distilled" if "teacher" in info else ""
     return f"{info['backbone'].removeprefix('timm:')} at {info['contract']['input_size']}{distilled}"
 
 
+def export_folds(
+    folds: Sequence[FoldRun], precisions: Sequence[str], work: Path, pool: Executor
+) -> dict[str, list[Bundle] | str]:
+    """Return the bundles of the folds for each precision, or why the first one failed its parity gate."""
+    folders = [work / f"fold-{number}" for number, _ in enumerate(folds, 1)]
+    done = pool.map(export_fold, [fold.folder for fold in folds], folders, repeat(tuple(precisions)))
+    if not (errors := [error for error in done if error]):
+        bundles = [Bundle(folder) for folder in folders]
+        return dict.fromkeys(precisions, bundles)
+    if len(precisions) == 1:
+        return {precisions[0]: errors[0]}
+    return {name: found for one in precisions for name, found in export_folds(folds, [one], work / one, pool).items()}
+
+
+def export_fold(run: Path, out: Path, precisions: Sequence[str]) -> str | None:
+    """Export a run; return why it failed its parity gate, if it did."""
+    try:
+        export_run(run, out, precisions=precisions)
+    except ParityError as error:
+        return str(error)
+    return None
+
+
 def measure(
-    name: str, folds: Sequence[FoldRun], precision: str, work: Path, threads: int
+    name: str, folds: Sequence[FoldRun], bundles: Sequence[Bundle], precision: str, threads: int
 ) -> tuple[Point, Callable[[], object]]:
     """Measure the accuracy out of fold; return it with the call to time: one frame, bytes to decision."""
     scored, changed, call, size, kept = [], 0, None, 0, 0
-    for number, fold in enumerate(folds, 1):
-        folder = work / f"fold-{number}"
-        export_run(fold.folder, folder, precisions=(precision,))
-        bundle = Bundle(folder)
-        engine = OnnxEngine(bundle, device="cpu", threads=threads)
+    for fold, bundle in zip(folds, bundles, strict=True):
+        engine = OnnxEngine(bundle, precision=precision, device="cpu", threads=threads)
         found = predict_split(Predictor(engine), fold.held_out, fold.settings.pattern).scored
         assert found.names == fold.answers.names
         changed += int((found.decided != fold.answers.decided).sum())

@@ -140,6 +140,7 @@ def measure(job: Job) -> None:
         "asked": job.patients,  # None: all
         "seed": recipe.seed,
         "fold": job.number,
+        "folds": job.folds,
         "held_out_patients": len(set(scored.patients)),
         "held_out_frames": len(scored),
         "accuracy": figures.accuracy,

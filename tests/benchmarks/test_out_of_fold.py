@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -160,8 +161,7 @@ def test_killed_benchmark_goes_on_and_equals_cross_validation(
     line += ["--plot", plot, "--results", results]
     with pytest.raises(KeyboardInterrupt):
         call(monkeypatch, *line)
-    partial = json.loads(out.read_text("utf-8"))
-    assert len(partial["runs"]) == 3 and [row["asked"] for row in partial["rows"]] == ["4"]
+    assert not out.exists() and len(list((tmp_path / "figures").glob("*.npz"))) == 3
     most = 6
     call(monkeypatch, *line)
     assert len(set(started)) == 6 and [name.split(".")[1] for name in started[3:]] == ["5", "all", "all"]
@@ -187,6 +187,7 @@ def test_killed_benchmark_goes_on_and_equals_cross_validation(
 
     text = results.read_text("utf-8")
     assert "## out_of_fold, learning curve" in text and "| tiny | 4 | 1 | 0." in text
+    assert "paired. Trained on cpu in fp32." in text
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == record["rows"]
     assert plot.read_bytes().startswith(b"\x89PNG")
 
@@ -256,6 +257,28 @@ def test_table_states_paired_differences_from_the_first_recipe() -> None:
 
 
 # Ensembles
+
+
+def test_student_waits_for_its_teacher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    line = ["data", "--out", str(tmp_path / "figures.json"), "--recipe=student=lite@teacher", "--recipe=teacher=lite"]
+    splits = [pool(60, 0)]
+    monkeypatch.setattr(worker, "read_splits", lambda data: splits)
+    jobs = list(out_of_fold.make_jobs(out_of_fold.parse(line)))
+    finished: list[str] = []
+
+    def run_here(job: worker.Job) -> None:
+        if job.label == "teacher":
+            time.sleep(0.02)
+        finished.append(job.name)
+
+    monkeypatch.setattr(out_of_fold, "run_worker", run_here)
+    monkeypatch.setattr(worker, "load_result", lambda result: ({}, None))
+    monkeypatch.setattr(out_of_fold, "line_of", lambda facts: "")
+    out_of_fold.train(jobs, 8)
+    assert sorted(finished) == sorted(job.name for job in jobs)
+    students = [job for job in jobs if job.teacher]
+    assert len(students) == 5
+    assert all(finished.index(job.teacher or "") < finished.index(job.name) for job in students)
 
 
 def test_ensemble_and_its_student_never_see_the_fold_that_is_held_out(
