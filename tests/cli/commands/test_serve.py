@@ -79,6 +79,6 @@ def test_dicom_node_without_its_packages_names_the_extra(
 ) -> None:
     (tmp_path / "service.toml").write_text("[dicom]\n")
     hidden = "sys.modules |= dict.fromkeys(['pynetdicom', 'pydicom'])"
-    options = ["--config", tmp_path / "service.toml", "--store", tmp_path / "store"]
+    options = ["--config", tmp_path / "service.toml", "--port", free_port(), "--store", tmp_path / "store"]
     code, message = echoquad("serve", tiny_bundle, *options, driver=hidden, code=1).error
     assert code == "E_EXTRA_MISSING" and message.endswith('pip install "echoquad[pacs]"')
