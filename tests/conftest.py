@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import hashlib
 import importlib
 import pickle
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -39,6 +40,11 @@ from echoquad_runtime.bundle.onnx_header import CAM, CONTRACT_HASH_KEY, CONTRACT
 from echoquad_runtime.contract import Contract
 from echoquad_runtime.quadrants import Grey, frame_quadrants, quadrant_boxes
 from echoquad_runtime.storage.file_lock import FileLock, LockedError
+
+# A shell ignores SIGINT in background jobs, and the processes that tests start would inherit that. A handler is not
+# inherited: they start with the default.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run, and no deadline: a busy machine must not fail a test.
 settings.register_profile("echoquad", derandomize=True, deadline=None)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -199,9 +198,6 @@ def started() -> Any:
     processes: list[subprocess.Popen[bytes]] = []
 
     def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[bytes]:
-        if os.name == "posix":
-            # A shell ignores SIGINT in background jobs, and child processes inherit that.
-            options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         command: Sequence[str] = [sys.executable, "-m", "echoquad", *map(str, arguments)]
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process = subprocess.Popen(command, **{**streams, "env": environment(), **options})

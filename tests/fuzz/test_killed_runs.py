@@ -67,8 +67,6 @@ def start(bundle: Path, frames: Path, out: Path, *options: str, session: bool = 
         stderr=subprocess.PIPE,
         encoding="utf-8",
         start_new_session=session,
-        # In a shell's background job SIGINT is ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
 
 

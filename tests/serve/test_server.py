@@ -25,13 +25,7 @@ def serve(tiny_bundle: Path, tmp_path: Path) -> Iterator[Serve]:
     def start(*options: str, **environment: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "echoquad", "serve", str(tiny_bundle), "--store", str(tmp_path / "store")]
         process = subprocess.Popen(
-            [*command, *options],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | environment,
-            cwd=tmp_path,
-            # In a shell's background job SIGINT is ignored, and children inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+            [*command, *options], stderr=subprocess.PIPE, text=True, env=os.environ | environment, cwd=tmp_path
         )
         started.append(process)
         return process
