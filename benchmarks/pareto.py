@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from common import machine, time_interleaved, versions
 from workers.fold import joined, load_result, read_splits
 
@@ -89,9 +90,12 @@ def main() -> None:
     precisions = options.precision.split(",")
     labels = options.recipes.split(",") if options.recipes else None
     recipes = [recipe for path in options.figures for recipe in read_recipes(path, labels)]
+    if unknown := set(labels or ()) - {label for label, _ in recipes}:
+        raise SystemExit(f"--recipes: no record has {', '.join(sorted(unknown))}")
     spawn = multiprocessing.get_context("spawn")
-    # Tracing a network takes most of an export, on one core.
-    with tempfile.TemporaryDirectory() as work, ProcessPoolExecutor(options.threads, spawn) as pool:
+    # Tracing a network takes most of an export, on one core; more threads in each process would compete for the cores.
+    exporters = ProcessPoolExecutor(options.threads, spawn, torch.set_num_threads, (1,))
+    with tempfile.TemporaryDirectory() as work, exporters as pool:
         for number, (label, folds) in enumerate(recipes):
             name = f"{label}: {name_of(folds[0].folder)}"
             for precision, bundles in export_folds(folds, precisions, Path(work) / str(number), pool).items():
