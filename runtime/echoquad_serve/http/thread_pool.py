@@ -92,6 +92,7 @@ class ThreadPool:
                 value = function(*args, **kwargs)
             except BaseException as raised:
                 error = raised
+            self._idle.release()  # before the value is there, so that the next call of who waits starts no thread
             with suppress(RuntimeError):  # the loop has ended, and nobody waits
                 loop.call_soon_threadsafe(deliver, value, error)
 
@@ -106,6 +107,7 @@ class ThreadPool:
                 function()
             except Exception as error:
                 _LOGGER.error("a background call failed: %s", type(error).__name__)
+            self._idle.release()
 
         self._put(compute)
 
@@ -120,7 +122,6 @@ class ThreadPool:
         while (call := self._calls.get()) is not None:
             call()
             del call  # it refers to a request's body
-            self._idle.release()
 
     def close(self, timeout: float = 0.5) -> None:
         """End the idle threads; one whose call takes longer than `timeout` seconds ends after it."""
