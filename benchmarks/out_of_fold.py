@@ -44,7 +44,7 @@ from echoquad_runtime.storage.atomic import write_json
 from echoquad_train.evaluation.frame_metrics import metrics_of_frames
 from echoquad_train.evaluation.scored_frames import ScoredFrames
 from echoquad_train.fitting.fold_splits import Fold, FoldSettings, split_folds
-from echoquad_train.fitting.out_of_fold import out_of_fold_estimates
+from echoquad_train.fitting.out_of_fold import ResampledFigures
 from echoquad_train.plot_style import save, stroke
 from echoquad_train.recipe import Recipe
 
@@ -245,7 +245,7 @@ def summary(jobs: Sequence[Job]) -> dict[str, Any]:
     """Return the rows and the facts of every fold; all jobs are finished."""
     found = {job: worker.load_result(job.result) for job in jobs}
     rows: list[Row] = []
-    baselines: dict[int | None, list[ScoredFrames]] = {}  # of the first recipe, by number of patients
+    baselines: dict[int | None, ResampledFigures] = {}  # of the first recipe, by number of patients
     for label, count in dict.fromkeys((job.label, job.patients) for job in jobs):
         of_seed: dict[int, list[Job]] = {}
         for job in jobs:
@@ -253,8 +253,9 @@ def summary(jobs: Sequence[Job]) -> dict[str, Any]:
                 of_seed.setdefault(Recipe.from_toml(job.recipe).seed, []).append(job)
         pooled = {seed: worker.joined([found[job][1] for job in folds]) for seed, folds in of_seed.items()}
         seen = [found[job][0]["patients"] for folds in of_seed.values() for job in folds]
-        baseline = baselines.setdefault(count, list(pooled.values()))
-        rows.append(row_of(label, count, statistics.fmean(seen), pooled, baseline))
+        figures = ResampledFigures.of(list(pooled.values()))
+        baseline = baselines.setdefault(count, figures)
+        rows.append(row_of(label, count, statistics.fmean(seen), pooled, figures, baseline))
     return {"rows": rows, "runs": [{**facts, "predictions": job.result.name} for job, (facts, _) in found.items()]}
 
 
@@ -263,15 +264,15 @@ def row_of(
     count: int | None,
     patients: float,
     pooled: dict[int, ScoredFrames],
-    baseline: Sequence[ScoredFrames],
+    figures: ResampledFigures,
+    baseline: ResampledFigures,
 ) -> Row:
     """Return the figures of the pooled frames of each seed, their mean with intervals, and how much higher they are."""
     seeds = [
         {"seed": seed, **{name: getattr(metrics_of_frames(scored), name) for name in FIGURES}}
         for seed, scored in pooled.items()
     ]
-    repeats = list(pooled.values())
-    estimates, differences = out_of_fold_estimates(repeats), out_of_fold_estimates(repeats, baseline)
+    estimates, differences = figures.estimates(), figures.estimates(baseline)
     return {
         "recipe": label,
         "patients": patients,

@@ -40,7 +40,7 @@ from echoquad_train.data.dataset import Split
 from echoquad_train.evaluation.evaluate import predict_split
 from echoquad_train.evaluation.scored_frames import ScoredFrames
 from echoquad_train.fitting.fold_splits import FoldSettings, split_folds
-from echoquad_train.fitting.out_of_fold import out_of_fold_estimates
+from echoquad_train.fitting.out_of_fold import ResampledFigures
 from echoquad_train.runs.ensemble_folder import Ensemble, load_trained
 
 UNTIMED = 10  # frames before the timed one
@@ -203,7 +203,7 @@ def measure(
             )
     assert call is not None
     pooled = joined(scored)
-    estimates = out_of_fold_estimates([pooled])
+    estimates = ResampledFigures.of([pooled]).estimates()
     accuracy, area = estimates["accuracy"], estimates["roc_auc"].estimate
     assert accuracy.estimate is not None and accuracy.ci95 is not None and area is not None
     low, high = accuracy.ci95

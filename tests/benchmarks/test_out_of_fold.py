@@ -29,6 +29,7 @@ from echoquad_train.data.dataset import LabelledFrame, Split
 from echoquad_train.data.patients import patients_of
 from echoquad_train.fitting.cross_validation import fit_folds
 from echoquad_train.fitting.fold_splits import FoldSettings, split_folds
+from echoquad_train.fitting.out_of_fold import ResampledFigures
 from echoquad_train.plot_style import save
 from echoquad_train.recipe import Recipe
 from echoquad_train.runs.checkpoint import load_run
@@ -198,7 +199,7 @@ def test_killed_benchmark_goes_on_and_equals_cross_validation(
 def made_up(sizes: Sequence[int], seeds: Sequence[int] = (0,)) -> list[Any]:
     """Return rows of two recipes whose accuracy grows with the number of patients."""
     rows: list[Any] = []
-    first: dict[int, list[worker.ScoredFrames]] = {}
+    first: dict[int, ResampledFigures] = {}
     for label, start in (("scratch", 0.05), ("lite", 0.22)):
         for size in sizes:
             pooled = {}
@@ -217,8 +218,9 @@ def made_up(sizes: Sequence[int], seeds: Sequence[int] = (0,)) -> list[Any]:
                     decided=quadrants.mean(axis=1).argmax(axis=1),
                     patients=tuple(map(str, np.repeat(range(450), 2))),
                 )
-            baseline = first.setdefault(size, list(pooled.values()))
-            rows.append(out_of_fold.row_of(label, None if size == 360 else size, size, pooled, baseline))
+            figures = ResampledFigures.of(list(pooled.values()))
+            baseline = first.setdefault(size, figures)
+            rows.append(out_of_fold.row_of(label, None if size == 360 else size, size, pooled, figures, baseline))
     return rows
 
 

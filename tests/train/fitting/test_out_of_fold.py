@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from echoquad_runtime.contract import Contract
 from echoquad_train.evaluation.metrics import EvaluationOptions, evaluation_metrics
 from echoquad_train.evaluation.scored_frames import ScoredFrames
-from echoquad_train.fitting.out_of_fold import out_of_fold_estimates
+from echoquad_train.fitting.out_of_fold import ResampledFigures
 
 
 def scored(seed: int, patients: int = 40) -> ScoredFrames:
@@ -35,7 +35,7 @@ def scored(seed: int, patients: int = 40) -> ScoredFrames:
 
 def test_estimates_of_one_repetition_are_those_of_the_evaluation() -> None:
     frames = scored(0)
-    found, contract = out_of_fold_estimates([frames]), Contract(classes=("a", "b"))
+    found, contract = ResampledFigures.of([frames]).estimates(), Contract(classes=("a", "b"))
     expected = evaluation_metrics(
         frames, EvaluationOptions(), split="test", device="cpu", precision="fp32", contract=contract, unreadable=0
     )
@@ -48,7 +48,7 @@ def test_estimates_of_one_repetition_are_those_of_the_evaluation() -> None:
 def test_estimates_of_repetitions_equal_a_plain_bootstrap_of_patients() -> None:
     """Each resample draws patients, with all of their frames in every repetition."""
     repeats, draws = [scored(seed) for seed in (0, 1, 2)], np.random.default_rng(7).integers(0, 40, (400, 40))
-    found = out_of_fold_estimates(repeats)
+    found = ResampledFigures.of(repeats).estimates()
     means = []
     for drawn in draws:
         rows = np.concatenate([[2 * patient, 2 * patient + 1] for patient in drawn])
@@ -68,9 +68,11 @@ def test_estimates_of_repetitions_equal_a_plain_bootstrap_of_patients() -> None:
 def test_repeating_the_same_predictions_does_not_narrow_the_interval() -> None:
     frames = scored(3)
     turned = replace(frames.subset(list(range(len(frames)))[::-1]) or frames)  # another order of patients
-    once, thrice = out_of_fold_estimates([frames]), out_of_fold_estimates([frames, turned, frames])
+    once, thrice = ResampledFigures.of([frames]).estimates(), ResampledFigures.of([frames, turned, frames]).estimates()
     for name, one in once.items():
         assert thrice[name].estimate == pytest.approx(one.estimate)
         assert thrice[name].ci95 == pytest.approx(one.ci95)
     with pytest.raises(ValueError, match="different patients"):
-        out_of_fold_estimates([frames, scored(0, 39)])
+        ResampledFigures.of([frames, scored(0, 39)])
+    with pytest.raises(ValueError, match="different patients"):
+        ResampledFigures.of([frames]).estimates(ResampledFigures.of([scored(0, 39)]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -15,7 +16,7 @@ from echoquad_train.evaluation.intervals import RESAMPLES, Bootstrap, Estimate, 
 from echoquad_train.evaluation.metrics import confusion_metrics
 from echoquad_train.evaluation.scored_frames import ScoredFrames, score_frames
 
-__all__ = ["FIGURES", "out_of_fold_estimates", "out_of_fold_figures"]
+__all__ = ["FIGURES", "ResampledFigures", "out_of_fold_figures"]
 
 FIGURES: Final = ("accuracy", "balanced_accuracy", "roc_auc", "patch_accuracy")
 """The frame metrics that are reported out of fold; `patch_accuracy` is that of quadrants."""
@@ -58,7 +59,7 @@ def out_of_fold_figures(held_out: Sequence[SplitPredictions], positive: str) -> 
                 "method": "percentile bootstrap over patients",
                 "resamples": RESAMPLES,
                 "patients": len(set(scored.patients)),
-                **{name: one.to_dict() for name, one in out_of_fold_estimates([scored]).items()},
+                **{name: one.to_dict() for name, one in ResampledFigures.of([scored]).estimates().items()},
             },
         },
         "mean": {name: statistics.fmean(column) for name, column in columns.items() if column},
@@ -66,58 +67,67 @@ def out_of_fold_figures(held_out: Sequence[SplitPredictions], positive: str) -> 
     }
 
 
-def out_of_fold_estimates(
-    repeats: Sequence[ScoredFrames], baseline: Sequence[ScoredFrames] = (), resamples: int = RESAMPLES
-) -> dict[str, Estimate]:
-    """Return `FIGURES` with 95 % intervals by patient, each the mean over repeated cross-validations.
+@dataclass(frozen=True)
+class ResampledFigures:
+    """`FIGURES`, each the mean over repeated cross-validations, and the same in resamples of the patients.
 
     A resample of patients is the same for every repetition. The interval is thus that of the patients: further
     repetitions (seeds) make the estimate steadier, but do not pretend to be further patients.
 
-    Parameters
+    Attributes
     ----------
-    repeats
-        The pooled frames of each repetition, of the same patients.
-    baseline
-        The repetitions of another recipe, of the same patients: return how much higher the figures of `repeats` are.
-        A difference is paired: both recipes have the same resamples.
-    resamples
-        Number of bootstrap resamples.
-
-    Raises
-    ------
-    ValueError
-        If the repetitions are not of the same patients.
+    patients
+        The patients, sorted.
+    figures
+        Each figure, None if a repetition lacks it, and its resamples, float64 [B].
     """
-    names = sorted(set(repeats[0].patients))
-    figures = _mean_figures(repeats, names, resamples)
-    others = _mean_figures(baseline, names, resamples) if baseline else {}
-    estimates = {}
-    for name, (value, resampled) in figures.items():
-        other, other_resampled = others.get(name, (0.0, np.zeros(1)))
-        difference = None if value is None or other is None else value - other
-        estimates[name] = Estimate.bootstrap(difference, resampled - other_resampled)
-    return estimates
 
+    patients: tuple[str, ...]
+    figures: dict[str, tuple[float | None, Float64Array]]
 
-def _mean_figures(
-    repeats: Sequence[ScoredFrames], names: Sequence[str], resamples: int
-) -> dict[str, tuple[float | None, Float64Array]]:
-    """Return the mean of each figure over the repetitions, None if one lacks it, and its resamples, float64 [B]."""
-    found: dict[str, list[tuple[float | None, Float64Array]]] = {name: [] for name in FIGURES}
-    for scored in repeats:
-        if sorted(set(scored.patients)) != names:
+    @classmethod
+    def of(cls, repeats: Sequence[ScoredFrames], resamples: int = RESAMPLES) -> ResampledFigures:
+        """Compute the figures of the pooled frames of each repetition.
+
+        Raises
+        ------
+        ValueError
+            If the repetitions are not of the same patients.
+        """
+        patients = sorted(set(repeats[0].patients))
+        found: dict[str, list[tuple[float | None, Float64Array]]] = {name: [] for name in FIGURES}
+        for scored in repeats:
+            if sorted(set(scored.patients)) != patients:
+                raise ValueError("the repetitions are of different patients")
+            index = np.searchsorted(patients, scored.patients).astype(np.int64)
+            measured, resampled = metrics_of_frames(scored), _resampled(scored, Bootstrap(index, resamples))
+            for name in FIGURES:
+                found[name].append((getattr(measured, name), resampled[name]))
+        figures = {}
+        for name, column in found.items():
+            values = [value for value, _ in column if value is not None]
+            mean = statistics.fmean(values) if len(values) == len(repeats) else None
+            figures[name] = (mean, np.mean([one for _, one in column], axis=0))
+        return cls(tuple(patients), figures)
+
+    def estimates(self, baseline: ResampledFigures | None = None) -> dict[str, Estimate]:
+        """Return the figures with 95 % intervals by patient, or how much higher they are than those of `baseline`.
+
+        A difference is paired: both have the same resamples.
+
+        Raises
+        ------
+        ValueError
+            If the baseline is not of the same patients.
+        """
+        if baseline and baseline.patients != self.patients:
             raise ValueError("the repetitions are of different patients")
-        index = np.searchsorted(names, scored.patients).astype(np.int64)
-        measured, resampled = metrics_of_frames(scored), _resampled(scored, Bootstrap(index, resamples))
-        for name in FIGURES:
-            found[name].append((getattr(measured, name), resampled[name]))
-    means = {}
-    for name, column in found.items():
-        values = [value for value, _ in column if value is not None]
-        mean = statistics.fmean(values) if len(values) == len(repeats) else None
-        means[name] = (mean, np.mean([one for _, one in column], axis=0))
-    return means
+        estimates = {}
+        for name, (value, resampled) in self.figures.items():
+            other, other_resampled = baseline.figures[name] if baseline else (0.0, np.zeros(1))
+            difference = None if value is None or other is None else value - other
+            estimates[name] = Estimate.bootstrap(difference, resampled - other_resampled)
+        return estimates
 
 
 def _resampled(scored: ScoredFrames, sampler: Bootstrap) -> dict[str, Float64Array]:
