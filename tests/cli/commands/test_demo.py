@@ -82,7 +82,7 @@ def browser(tmp_path: Path) -> tuple[dict[str, str], Path]:
 
 
 def wait_for(path: Path) -> str:
-    for _ in range(500):
+    for _ in range(3000):
         if path.exists():
             return path.read_text().strip()
         time.sleep(0.02)

@@ -52,4 +52,4 @@ main()
         process.send_signal(signal.SIGTERM)
         assert process.stdout.readline() == b"closing\n"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=20) == -signal.SIGTERM
+        assert process.wait(timeout=60) == -signal.SIGTERM

@@ -134,16 +134,19 @@ class Site:
         with self.log.open("ab") as log:
             command = [sys.executable, "-m", "echoquad", "serve", str(self.bundle), "--config", str(self.config)]
             self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        self.wait_until(lambda: self.get("/api/v1/ready")[0] == 200)
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
         end = time.monotonic() + READY_S
-        while self.get("/api/v1/ready")[0] != 200:
-            assert time.monotonic() < end and self.process.poll() is None, self.log.read_text()[-2000:]
+        while not condition():
+            assert time.monotonic() < end and self.process and self.process.poll() is None, self.log.read_text()[-2000:]
             time.sleep(0.05)
 
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(20)
+                self.process.wait(60)
             finally:
                 self.process.kill()
 
@@ -236,6 +239,7 @@ def running(site: Site, make_frame: Callable[..., Any]) -> Iterator[Site]:
             assert status == 200, answer
         exam = site.folder / f"exam of {NAME} {ACCESSION}"
         (exam / f"{NAME} {UID}.dcm").write_bytes(dicom_file(make_frame(3))[:-100])  # cut: it fails
+        site.wait_until(lambda: len(json.loads(site.get("/api/v1/results")[1])["results"]) == 3)
         yield site
     finally:
         site.stop()

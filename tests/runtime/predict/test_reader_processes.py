@@ -163,8 +163,8 @@ def test_each_file_that_ends_its_process_is_one_failure_among_good_rows(
 ) -> None:
     monkeypatch.setattr(reader_process, "_PROGRAM", reader_process._PROGRAM.replace("main(settings)\n", FAULTS))
     picture = Image.open(folder / "000.png")
-    for number in range(0, 40, 4):
-        for fault in ("abort", "memory", *(["hang"] if number % 8 == 0 else [])):
+    for number in range(0, 40, 8):
+        for fault in ("abort", "memory", *(["hang"] if number % 16 == 0 else [])):
             picture.save(folder / f"{number:03d}-{fault}.tif")
     failed = {"abort": FrameCrashError, "memory": FrameTooLargeError, "hang": FrameTimeoutError}
     begin = time.monotonic()

@@ -83,7 +83,7 @@ def test_scanner_that_speaks_and_leaves_keeps_no_thread(start_node: Start) -> No
     for _ in range(60):
         with socket.create_connection(("127.0.0.1", node.port)) as connection:
             connection.sendall(b"\r\n")
-    wait_until(lambda: len(dicom_threads()) == before, 5)
+    wait_until(lambda: len(dicom_threads()) == before)
     assert echoscu(node.port).returncode == 0
 
 

@@ -85,7 +85,7 @@ def start_orthanc(tmp_path: Path) -> Iterator[Callable[..., Orthanc]]:
             log = stack.enter_context((tmp_path / "orthanc.log").open("wb"))
             process = stack.enter_context(subprocess.Popen([ORTHANC, str(file)], stdout=log, stderr=log))
             stack.callback(process.kill)
-            wait_until(lambda: answers(orthanc), 20.0)
+            wait_until(lambda: answers(orthanc))
             return orthanc
 
         yield start

@@ -60,7 +60,7 @@ def open_events(server: RunningServer, last: str | None = None) -> Iterator[Even
         yield stream
 
 
-def until(condition: Any, seconds: float = 3.0) -> None:
+def until(condition: Any, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

@@ -14,7 +14,7 @@ from echoquad_serve.intake.watched_folder import WatchedFolder
 from echoquad_serve.queue import JobStore
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 10.0) -> float:
+def wait_until(condition: Callable[[], object], timeout: float = 60.0) -> float:
     """Wait until a condition is true, and return the seconds that it took."""
     began = time.monotonic()
     while not condition():

@@ -97,7 +97,7 @@ def write(path: Path, content: bytes = b"pixels", mtime: float | None = None) ->
     return path
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 10.0) -> None:
+def wait_until(condition: Callable[[], object], timeout: float = 60.0) -> None:
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, "the condition has not come true"

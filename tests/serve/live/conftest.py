@@ -16,7 +16,7 @@ import pytest
 def wait_until() -> Callable[..., float]:
     """Return a function that waits for a condition and returns the seconds that it took; it fails if it is late."""
 
-    def wait(condition: Callable[[], Any], timeout: float = 20.0) -> float:
+    def wait(condition: Callable[[], Any], timeout: float = 60.0) -> float:
         began, pause = time.monotonic(), threading.Event()
         while not condition():
             assert time.monotonic() - began < timeout, "the condition did not come true"

@@ -188,7 +188,7 @@ def test_process_ends_with_its_parent(spec: str, tmp_path: Path, wait_until: Cal
         time.sleep(0.2)
         assert is_running(pid)
         parent.kill()
-    wait_until(lambda: not is_running(pid), 10)
+    wait_until(lambda: not is_running(pid))
 
 
 def is_running(pid: int) -> bool:

@@ -72,7 +72,7 @@ class FakeStore:
             if not self.due(destination, time.time(), 1):
                 self.changed.wait(timeout)
 
-    def wait_until(self, condition: Any, timeout: float = 10.0) -> None:
+    def wait_until(self, condition: Any, timeout: float = 60.0) -> None:
         """Wait until `condition()` is true; fail otherwise."""
         with self.changed:
             end = time.monotonic() + timeout

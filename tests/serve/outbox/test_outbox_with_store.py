@@ -54,7 +54,7 @@ def add(make_row: Callable[..., Any]) -> Callable[[JobStore, str], Result]:
     return add_
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 10.0) -> None:
+def wait_until(condition: Callable[[], object], timeout: float = 60.0) -> None:
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, "the condition has not come true"

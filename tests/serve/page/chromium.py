@@ -163,7 +163,7 @@ class Page:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def wait(self, expression: str, timeout: float = 15.0) -> float:
+    def wait(self, expression: str, timeout: float = 60.0) -> float:
         """Wait until an expression is true, and return the seconds that it took."""
         start = time.monotonic()
         while not self.evaluate(f"Boolean({expression})"):

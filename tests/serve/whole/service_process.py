@@ -25,7 +25,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 20.0, what: str = "it") -> Any:
+def wait_until(condition: Callable[[], Any], seconds: float = 60.0, what: str = "it") -> Any:
     """Return the first true value of `condition`."""
     end = time.monotonic() + seconds
     while not (value := condition()):
@@ -178,7 +178,7 @@ class ServiceProcess:
                 return
             after = page[-1]["number"]
 
-    def wait_settled(self, seconds: float = 30.0) -> None:
+    def wait_settled(self, seconds: float = 60.0) -> None:
         """Wait until nothing waits, neither for a decision nor for a destination, as long as there is any progress."""
         least, end = self.outstanding(), time.monotonic() + seconds
         while (now := self.outstanding()) > 0:

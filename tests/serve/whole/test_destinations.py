@@ -182,6 +182,7 @@ def test_archive_that_refuses_for_good_holds_up_nothing_and_is_reported(
     one.check(refused="pacs")
 
 
+@pytest.mark.slow
 def test_slow_archive_gets_each_object_once(site: Callable[..., Site], archive: Archive) -> None:
     archive.behave("slow")  # two objects take longer than timeout_s, so that attempts overlap with their repeats
     one = site()
@@ -213,10 +214,10 @@ def test_retry_after_is_respected(site: Callable[..., Site], webhook: Webhook) -
     one = site()
     webhook.behave(status=503, Retry_After="4")
     one.send(1)
-    wait_until(lambda: webhook.requests == 1, 10)
+    wait_until(lambda: webhook.requests == 1)
     begin = time.monotonic()
     webhook.behave()
-    wait_until(lambda: webhook.requests == 2, 15)
+    wait_until(lambda: webhook.requests == 2)
     assert time.monotonic() - begin > 3.5
     one.service.wait_settled(10)
     one.check()
@@ -251,6 +252,7 @@ def certificate(folder: Path, name: str) -> tuple[Path, Path]:
     return certificate, key
 
 
+@pytest.mark.slow
 def test_webhook_with_a_wrong_certificate_gets_everything_with_the_right_one(
     site: Callable[..., Site], tmp_path: Path
 ) -> None:
@@ -269,6 +271,7 @@ def test_webhook_with_a_wrong_certificate_gets_everything_with_the_right_one(
         secure.close()
 
 
+@pytest.mark.slow
 def test_folder_that_is_removed_is_written_again(site: Callable[..., Site], tmp_path: Path) -> None:
     one = site()
     one.send(2)
@@ -327,6 +330,7 @@ def small_out(tmp_path: Path) -> Iterator[Path]:
     unmount(out)
 
 
+@pytest.mark.slow
 def test_folder_that_becomes_read_only_gets_everything_later(site: Callable[..., Site], small_out: Path) -> None:
     def fail() -> None:  # a mount above, since the service holds a file of the one below
         mount("--bind", str(small_out), str(small_out))

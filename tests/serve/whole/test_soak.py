@@ -166,7 +166,7 @@ def connections(service: ServiceProcess) -> list[str]:
 @pytest.mark.parametrize(
     ("cycles", "seconds", "growth_mb"),
     # 24 cycles: one for each hour of a day, with about the objects of a busy hour.
-    [(4, 1.2, 30.0), pytest.param(24, 6.0, 25.0, marks=pytest.mark.slow)],
+    [(2, 1.2, 30.0), pytest.param(24, 6.0, 25.0, marks=pytest.mark.slow)],
 )
 def test_cycles_of_work_leave_nothing_behind(
     tmp_path: Path,

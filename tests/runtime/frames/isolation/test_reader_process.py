@@ -180,7 +180,7 @@ def shared_memory() -> set[str]:
     return {name for name in names("/dev/shm") if not name.startswith("sem.")}
 
 
-def wait_until(condition: Any, seconds: float = 10) -> None:
+def wait_until(condition: Any, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "timeout"

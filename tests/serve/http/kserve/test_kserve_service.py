@@ -167,7 +167,7 @@ class SlowPredictor:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    for _ in range(500):
+    for _ in range(6000):
         if condition():
             return
         threading.Event().wait(0.01)
