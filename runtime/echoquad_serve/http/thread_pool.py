@@ -92,7 +92,7 @@ class ThreadPool:
                 value = function(*args, **kwargs)
             except BaseException as raised:
                 error = raised
-            self._idle.release()  # before the value is there, so that the next call of who waits starts no thread
+            self._idle.release()  # before delivery, so that the caller's next call finds an idle thread
             with suppress(RuntimeError):  # the loop has ended, and nobody waits
                 loop.call_soon_threadsafe(deliver, value, error)
 
