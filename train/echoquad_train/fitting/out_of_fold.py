@@ -86,7 +86,7 @@ class ResampledFigures:
     figures: dict[str, tuple[float | None, Float64Array]]
 
     @classmethod
-    def of(cls, repeats: Sequence[ScoredFrames], resamples: int = RESAMPLES) -> ResampledFigures:
+    def of(cls, repeats: Sequence[ScoredFrames]) -> ResampledFigures:
         """Compute the figures of the pooled frames of each repetition.
 
         Raises
@@ -100,7 +100,7 @@ class ResampledFigures:
             if sorted(set(scored.patients)) != patients:
                 raise ValueError("the repetitions are of different patients")
             index = np.searchsorted(patients, scored.patients).astype(np.int64)
-            measured, resampled = metrics_of_frames(scored), _resampled(scored, Bootstrap(index, resamples))
+            measured, resampled = metrics_of_frames(scored), _resampled(scored, Bootstrap(index, RESAMPLES))
             for name in FIGURES:
                 found[name].append((getattr(measured, name), resampled[name]))
         figures = {}
